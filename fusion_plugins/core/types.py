@@ -1,0 +1,160 @@
+"""The frozen dataclasses that flow between the steps.
+
+``TokenizedText -> Record -> Alignment -> SparseDistributions (projected) -> SparseDistributions (fused)`` for the
+distributions; ``Candidate -> Pair`` for the responses.
+
+Conventions, everywhere in the package:
+
+* **Row convention.** Row ``t`` is the distribution over token ``t + 1``, after reading tokens ``0..t``.
+* **Ends.** ``ends[t]`` is the byte offset, in the UTF-8 text, at which token ``t`` ends. A token without bytes of the
+  text (BOS, EOS, a dummy prefix) ends where the token before it ends.
+* **Spans.** ``spans[m] = (start, stop)`` are the bytes of the ``m``-th supervised piece: the whole of a plain text, or
+  the content of one assistant message of a chat. Pieces of two renderings of one chat correspond by ``m``.
+
+Shape letters: T target tokens, U source tokens, K kept entries, M spans, V and W target and source vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Candidate", "Pair", "Record", "SparseDistributions", "TokenizedText", "VocabularyMap"]
+
+IntArray = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """What one tokenizer made of one text.
+
+    Attributes:
+        input_ids: (T,) int32 token ids.
+        ends: (T,) int32 byte offset at which each token ends, non-decreasing.
+        spans: (M, 2) int32 byte ranges of the supervised pieces.
+        exact: (T,) bool, whether the prefix up to this token is a prefix of the text. False inside a character that
+            the tokenizer's normaliser changed: such a position can never be aligned.
+    """
+
+    input_ids: IntArray
+    ends: IntArray
+    spans: IntArray
+    exact: BoolArray
+
+
+@dataclass(frozen=True)
+class Record:
+    """One text as one source model sees it: a row of a store.
+
+    Attributes:
+        id: joins texts, stores and data sets.
+        input_ids: (U,) int32.
+        offsets: (U,) int32 byte offset at which each token ends (``TokenizedText.ends``).
+        exact: (U,) bool, as in :class:`TokenizedText`.
+        spans: (M, 2) int32 supervised byte ranges.
+        topk_ids: (U, K) int32, by descending probability, ties by lowest id; -1 where fewer than K are stored.
+        topk_logprobs: (U, K) float32 true log-probabilities in nats; -inf where the id is -1.
+        token_logprobs: (U,) float32, row convention: log p(input_ids[u + 1] | input_ids[: u + 1]); nan in the last row.
+        tail: (U,) float32 probability mass outside the top k.
+        ce_per_token: mean cross-entropy over the supervised tokens, nats/token.
+        ce_per_byte: the same sum over the number of supervised bytes, nats/byte.
+    """
+
+    id: str
+    input_ids: IntArray
+    offsets: IntArray
+    exact: BoolArray
+    spans: IntArray
+    topk_ids: IntArray
+    topk_logprobs: FloatArray
+    token_logprobs: FloatArray
+    tail: FloatArray
+    ce_per_token: float
+    ce_per_byte: float
+
+
+@dataclass(frozen=True)
+class SparseDistributions:
+    """One sparse distribution per position; the one form that crosses modules.
+
+    Attributes:
+        ids: (T, K) int32, -1 for an empty entry. Entries of a row are distinct.
+        logprobs: (T, K) float32 natural logarithms, -inf for an empty entry.
+        leftover: (T,) float32 probability mass that no entry holds; 1 for a row without entries.
+    """
+
+    ids: IntArray
+    logprobs: FloatArray
+    leftover: FloatArray
+
+    @property
+    def mask(self) -> BoolArray:
+        """(T, K) bool, True where an entry holds a probability."""
+        return self.ids >= 0
+
+    @property
+    def rows(self) -> BoolArray:
+        """(T,) bool, True where the row has at least one entry."""
+        usable: BoolArray = (self.ids >= 0).any(axis=-1)
+        return usable
+
+
+@dataclass(frozen=True)
+class VocabularyMap:
+    """Source token id -> target token id.
+
+    Attributes:
+        target_ids: (W,) int32, -1 where the source token has no counterpart.
+        distances: (W,) int32 edit distance of the pair; 0 for an exact match, -1 where unmapped.
+        method: how it was made.
+    """
+
+    target_ids: IntArray
+    distances: IntArray
+    method: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One scored response of one source model to one prompt.
+
+    Attributes:
+        prompt_id: the prompt.
+        source: name of the source model.
+        index: sample index within the source.
+        prompt: the user's text or the messages before the response.
+        response: the model's text.
+        reward: score of the reward model, on its own scale; None where it was not scored.
+        correct: verdict of a verifier; None where there is none (also when the verifier itself failed).
+        domain: instruction | math | code | chinese | any other name.
+        extra: whatever else a scorer recorded.
+    """
+
+    prompt_id: str
+    source: str
+    index: int
+    prompt: str | list[dict[str, str]]
+    response: str
+    reward: float | None = None
+    correct: bool | None = None
+    domain: str = "instruction"
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference pair.
+
+    Attributes:
+        chosen: the better candidate.
+        rejected: the worse candidate.
+        gap: reward of chosen minus reward of rejected; None where either was not scored.
+    """
+
+    chosen: Candidate
+    rejected: Candidate
+    gap: float | None
