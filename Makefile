@@ -1,0 +1,67 @@
+# Two commands matter: `make demo` and `make test`. Each makes its own environment first.
+# A bare machine needs Python 3.11 or 3.12, make and git. Once set up, nothing here needs a network.
+
+PYTHON     ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+VENV       ?= .venv
+TORCH      ?= torch==2.13.0
+EXTRAS     ?= axolotl,mergekit,ray,report,score,server
+# uv does not read pip's configuration: hand over the wheel folder that pip would look into.
+FIND_LINKS ?= $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+UV     = $(BIN)/python -m uv pip install --quiet --python $(BIN)/python $(addprefix --find-links ,$(FIND_LINKS))
+
+VLLM_VENV  ?= .venv-vllm
+VLLM_BIN   := $(VLLM_VENV)/bin
+VLLM_STAMP := $(VLLM_VENV)/.installed
+
+# No telemetry, no model hub; `accelerate` and `torchrun` are called by bare name; compiled bytecode may be kept elsewhere.
+export PATH := $(abspath $(BIN)):$(PATH)
+export AXOLOTL_DO_NOT_TRACK := 1
+export DO_NOT_TRACK := 1
+export HF_HUB_OFFLINE := 1
+export TRANSFORMERS_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/.pycache
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help env test lint types imports pytest vllm-env vllm-test demo bench build clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+env: $(STAMP)  ## make the environment in .venv
+
+$(STAMP): pyproject.toml fusion_plugins_mergekit.pth
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	$(UV) "$(TORCH)" -e ".[$(EXTRAS)]" --group dev
+	@touch $@
+
+test: lint types imports pytest  ## lint, types, import contracts and all tests, with real axolotl and mergekit
+
+lint: $(STAMP)  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy
+	$(BIN)/mypy
+
+imports: $(STAMP)  ## import contracts
+	$(BIN)/lint-imports
+
+pytest: $(STAMP)  ## tests, without lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: $(STAMP)  ## the main job, end to end, on this CPU: results in demo_out/
+	$(BIN)/python examples/demo/run.py --out demo_out $(DEMO_ARGS)
+
+bench: $(STAMP)  ## every benchmark, each with a ratio to a plain reference
+	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+build: $(STAMP)  ## wheel and sdist in dist/
+	$(BIN)/python -m uv build --quiet
+
+clean:  ## remove environments and outputs
+	rm -rf $(VENV) $(VLLM_VENV) dist demo_out .pytest_cache .mypy_cache .ruff_cache
