@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Each makes its own environment first.
 # A bare machine needs Python 3.11 or 3.12, make and git. Once set up, nothing here needs a network.
 
-PYTHON     ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+PYTHON     ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV       ?= .venv
 TORCH      ?= torch==2.13.0
 EXTRAS     ?= axolotl,mergekit,ray,report,score,server
