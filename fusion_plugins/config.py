@@ -1,0 +1,84 @@
+"""Settings of a command: a YAML file, flags over it, and one pydantic model that knows every key."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from fusion_plugins.errors import ConfigError
+
+__all__ = ["load_config", "validate"]
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def load_config(
+    model: type[Settings], path: str | Path | None, flags: Mapping[str, Any], assignments: list[str] | None = None
+) -> Settings:
+    """Read ``path``, lay flags and ``KEY=VALUE`` assignments over it, and check everything at once.
+
+    Args:
+        model: the pydantic model of the command's settings; it must forbid unknown keys.
+        path: YAML file, or None to take everything from the flags.
+        flags: key -> value; a value of None means that the flag was not given.
+        assignments: ``key=value`` with dots for nested keys; the value is read as YAML.
+
+    Raises:
+        ConfigError: the file is missing or no mapping, or any setting is wrong (all of them are named).
+    """
+    values = _read_yaml(Path(path)) if path is not None else {}
+    values |= {key: value for key, value in flags.items() if value is not None}
+    for assignment in assignments or []:
+        values = _assign(values, assignment)
+    return validate(model, values, where=str(path) if path is not None else "the command line")
+
+
+def validate(model: type[Settings], values: Mapping[str, Any], *, where: str) -> Settings:
+    """Build ``model`` from ``values``.
+
+    Raises:
+        ConfigError: names every wrong, missing or unknown key of ``where`` in one message.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        lines = [_describe(model, problem) for problem in error.errors()]
+        raise ConfigError(f"{where}: {len(lines)} wrong setting(s): " + "; ".join(lines)) from error
+
+
+def _describe(model: type[BaseModel], problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"]) or "settings"
+    if problem["type"] == "extra_forbidden":
+        known = f"; known keys: {', '.join(sorted(model.model_fields))}" if len(problem["loc"]) == 1 else ""
+        return f"{key}: unknown key{known}"
+    came = "" if problem["type"] == "missing" else f", came {problem['input']!r}"
+    return f"{key}: {problem['msg']}{came}"
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, came {type(values).__name__}")
+    return values
+
+
+def _assign(values: Mapping[str, Any], assignment: str) -> dict[str, Any]:
+    key, separator, text = assignment.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"expected KEY=VALUE, came {assignment!r}")
+    first, dot, rest = key.partition(".")
+    if not dot:
+        return {**values, first: yaml.safe_load(text)}
+    inner = values.get(first) or {}
+    if not isinstance(inner, dict):
+        raise ConfigError(f"{assignment!r}: {first!r} is no group of settings")
+    return {**values, first: _assign(inner, f"{rest}={text}")}

@@ -1,0 +1,46 @@
+"""What a text is called: content ids for texts without one, and the fingerprint of a set of texts.
+
+Everything downstream joins by these ids, so they depend on nothing but the content: not on the file format, the key
+order, or columns that a Parquet file fills with nulls.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+__all__ = ["content_id", "texts_fingerprint"]
+
+Message = Mapping[str, Any]
+
+
+def content_id(content: str | Sequence[Message]) -> str:
+    """Return the sha256 (hex) of a plain text, or of a chat in canonical form.
+
+    Args:
+        content: the text, or the messages; keys whose value is None do not count.
+
+    Example:
+        >>> content_id("a")[:8]
+        'ca978112'
+        >>> content_id([{"role": "user", "content": "a"}]) == content_id([{"content": "a", "role": "user", "x": None}])
+        True
+    """
+    if isinstance(content, str):
+        return hashlib.sha256(content.encode()).hexdigest()
+    messages = [{key: value for key, value in message.items() if value is not None} for message in content]
+    text = json.dumps(messages, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def texts_fingerprint(contents: Iterable[tuple[str, str]]) -> str:
+    """Return the sha256 (hex) of a set of (id, content id) pairs, whatever their order.
+
+    Example:
+        >>> texts_fingerprint([("a", "1"), ("b", "2")]) == texts_fingerprint([("b", "2"), ("a", "1")])
+        True
+    """
+    digest = hashlib.sha256()
+    for pair in sorted(contents):
+        digest.update(json.dumps(pair, ensure_ascii=False).encode())
+    return digest.hexdigest()
