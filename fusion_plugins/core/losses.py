@@ -1,0 +1,356 @@
+"""Step 6: divergence between the target model and the fused rows, without ever building a dense target.
+
+Row ``t`` of the fused distributions is compared with the logits at position ``t``: both describe token ``t + 1``, so
+nothing is shifted here. Only the K stored ids of a row are looked up; with the row's log-normaliser they give the
+student's true log-probabilities, and every divergence below is a function of those.
+
+Letters: B batch, T tokens, V vocabulary, K entries per row, H hidden size, N rows that the loss mask keeps.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fusion_plugins.errors import ConfigError, DataError
+
+__all__ = ["LOSSES", "RowLoss", "TokenLosses", "chunked_fusion_loss", "fusion_loss", "token_losses"]
+
+RowLoss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+Reduction: TypeAlias = Literal["mean", "sum", "none"]
+
+#: Logits held at once by the chunked form: 2**26 float32 numbers are 256 MB.
+CHUNK_ELEMENTS = 2**26
+#: Probability that a bucket holds at least; keeps log(0) and its gradient out of the two-sided divergences.
+FLOOR = 1e-7
+#: A student's log-probability that is treated as zero there: 0 * -inf would be NaN.
+LOWEST = -1e4
+
+
+def cross_entropy(student_logprobs: Tensor, target_logprobs: Tensor, target_mask: Tensor) -> Tensor:
+    """Cross-entropy ``-sum p log q`` over the stored entries, nats; mass outside them weighs nothing.
+
+    Args:
+        student_logprobs: (..., K) log-probabilities of the trained model at the stored ids, 0 where masked.
+        target_logprobs: (..., K) fused log-probabilities, 0 where masked.
+        target_mask: (..., K) bool, which entries hold a probability.
+
+    Returns:
+        (...) one value per row.
+    """
+    return -(_probabilities(target_logprobs, target_mask) * student_logprobs).sum(-1)
+
+
+def forward_kl(student_logprobs: Tensor, target_logprobs: Tensor, target_mask: Tensor) -> Tensor:
+    """``sum p (log p - log q)`` over the stored entries: the gradient of :func:`cross_entropy`, another value."""
+    return (_probabilities(target_logprobs, target_mask) * (target_logprobs - student_logprobs)).sum(-1)
+
+
+def reverse_kl(student_logprobs: Tensor, target_logprobs: Tensor, target_mask: Tensor) -> Tensor:
+    """``sum q (log q - log p)`` over the stored entries and one bucket for everything else.
+
+    Without the bucket the model could lower the value by moving its mass off the stored entries. The bucket's
+    probability in the fused row is at least :data:`FLOOR`, so the value is finite for a row that has no mass there.
+    """
+    student_logprobs = student_logprobs.clamp_min(LOWEST)
+    q = _probabilities(student_logprobs, target_mask)
+    inside = (q * (student_logprobs - target_logprobs)).sum(-1)
+    q_rest, p_rest = _rest(q), _rest(_probabilities(target_logprobs, target_mask))
+    return inside + q_rest * (q_rest.log() - p_rest.log())
+
+
+def jensen_shannon(student_logprobs: Tensor, target_logprobs: Tensor, target_mask: Tensor) -> Tensor:
+    """``(KL(p | m) + KL(q | m)) / 2`` with ``m = (p + q) / 2``, over the stored entries and one bucket for the rest.
+
+    Exact when the fused row has no mass outside its entries; at most log 2.
+    """
+    student_logprobs = student_logprobs.clamp_min(LOWEST)
+    p, q = _probabilities(target_logprobs, target_mask), _probabilities(student_logprobs, target_mask)
+    p_rest, q_rest = _rest(p), _rest(q)
+    middle = ((p + q) / 2).clamp_min(FLOOR**2).log()
+    middle_rest = ((p_rest + q_rest) / 2).log()
+    inside = (p * (target_logprobs - middle) + q * (student_logprobs - middle)).sum(-1)
+    rest = p_rest * (p_rest.log() - middle_rest) + q_rest * (q_rest.log() - middle_rest)
+    return (inside + rest) / 2
+
+
+LOSSES: dict[str, RowLoss] = {
+    "ce": cross_entropy,
+    "kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jsd": jensen_shannon,
+}
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """What :func:`token_losses` returns, per row that is not ignored.
+
+    Attributes:
+        lm: () sum of the cross-entropies of the next tokens, nats.
+        fusion: () sum of the divergences from the fused rows, nats.
+        rows: () int64, rows with a next token.
+        fused_rows: () int64, those of them that have at least one fused entry.
+    """
+
+    lm: Tensor
+    fusion: Tensor
+    rows: Tensor
+    fused_rows: Tensor
+
+
+def fusion_loss(
+    logits: Tensor,
+    target_ids: Tensor,
+    target_logprobs: Tensor,
+    target_mask: Tensor,
+    loss_mask: Tensor,
+    *,
+    kind: str | RowLoss = "ce",
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Divergence between the model's rows and sparse fused rows.
+
+    For ``ce``: ``sum_t m_t (-sum_k p_tk log softmax(z_t)[id_tk]) / sum_t m_t``.
+
+    Args:
+        logits: (B, T, V) of the trained model; row t describes token t + 1. Computed in float32, or float64 if given.
+        target_ids: (B, T, K) integer token ids; any value where the mask is False.
+        target_logprobs: (B, T, K) natural log-probabilities; -inf is a probability of zero.
+        target_mask: (B, T, K) bool, which entries exist.
+        loss_mask: (B, T) bool, which rows count (those whose next token is supervised).
+        kind: a name of :data:`LOSSES`, or a function of that form.
+        temperature: softens the fused rows only (as published): ``p ** (1 / temperature)``, scaled so that a row
+            keeps its mass.
+        reduction: "mean" divides by the rows that ``loss_mask`` keeps, "none" returns (B, T) with 0 elsewhere.
+
+    Returns:
+        () or (B, T), float32 (float64 for float64 logits), nats. An empty mask gives a zero that has a gradient.
+
+    Raises:
+        ConfigError: unknown kind or reduction, or a temperature that is not positive.
+        DataError: shapes that do not belong together.
+
+    References:
+        FuseLLM, arXiv 2401.10491, section 3.3 (L_Fusion); FuseChat, arXiv 2402.16107.
+
+    Example:
+        >>> logits = torch.zeros(1, 1, 4)
+        >>> ids, half = torch.tensor([[[0, 2]]]), torch.full((1, 1, 2), 0.5).log()
+        >>> one = torch.ones(1, 1, dtype=torch.bool)
+        >>> round(float(fusion_loss(logits, ids, half, torch.ones_like(ids, dtype=torch.bool), one)), 4)
+        1.3863
+    """
+    return chunked_fusion_loss(
+        logits,
+        _identity,
+        target_ids,
+        target_logprobs,
+        target_mask,
+        loss_mask,
+        kind=kind,
+        temperature=temperature,
+        reduction=reduction,
+        chunk_size=max(1, loss_mask.numel()),
+    )
+
+
+def chunked_fusion_loss(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    target_ids: Tensor,
+    target_logprobs: Tensor,
+    target_mask: Tensor,
+    loss_mask: Tensor,
+    *,
+    kind: str | RowLoss = "ce",
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+    chunk_size: int | None = None,
+) -> Tensor:
+    """:func:`fusion_loss` of ``head(hidden)``, with the same value and gradients and never all logits at once.
+
+    Rows that ``loss_mask`` drops never reach the head. The logits of a chunk are computed again in the backward pass.
+
+    Args:
+        hidden: (B, T, H) last hidden states.
+        head: maps (n, H) to logits (n, V); called once per chunk, so sharded weights are gathered by its own forward.
+        target_ids: as in :func:`fusion_loss`, like all that follow.
+        target_logprobs: (B, T, K).
+        target_mask: (B, T, K).
+        loss_mask: (B, T).
+        kind: divergence.
+        temperature: of the fused rows.
+        reduction: mean, sum or none.
+        chunk_size: rows per chunk; by default as many as :data:`CHUNK_ELEMENTS` logits allow.
+
+    Returns:
+        () or (B, T).
+
+    Raises:
+        ConfigError: as in :func:`fusion_loss`.
+        DataError: as in :func:`fusion_loss`.
+    """
+    _check_shapes(hidden, target_ids, target_logprobs, target_mask, loss_mask)
+    if reduction not in ("mean", "sum", "none"):
+        raise ConfigError(f"reduction is mean, sum or none, not {reduction!r}")
+    rows = loss_mask.bool()
+    targets = _Targets.of(target_ids[rows], target_logprobs[rows], target_mask[rows], temperature)
+    _, per_row = _in_chunks(hidden[rows], head, None, targets, _row_loss(kind), chunk_size)
+    if reduction == "none":
+        return per_row.new_zeros(rows.shape).masked_scatter(rows, per_row)
+    total = per_row.sum()
+    return total / max(1, per_row.numel()) if reduction == "mean" else total
+
+
+def token_losses(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor] | None,
+    labels: Tensor,
+    targets: tuple[Tensor, Tensor],
+    *,
+    kind: str | RowLoss = "ce",
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> TokenLosses:
+    """The language-model term and the fusion term of one batch, from one pass over the head.
+
+    Row t counts when label t + 1 exists (is not -100); the last row never does.
+
+    Args:
+        hidden: (B, T, H) last hidden states, or (B, T, V) logits when ``head`` is None.
+        head: maps (n, H) to (n, V).
+        labels: (B, T) token ids, -100 where not supervised; not shifted.
+        targets: ids (B, T, K), -1 for an empty entry, and log-probabilities (B, T, K).
+        kind: divergence, as in :func:`fusion_loss`.
+        temperature: of the fused rows.
+        chunk_size: rows per chunk.
+
+    Returns:
+        Sums and counts; the caller divides, by the tokens of the whole global batch.
+
+    Raises:
+        ConfigError: as in :func:`fusion_loss`.
+        DataError: as in :func:`fusion_loss`.
+    """
+    ids, logprobs = targets
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    rows = following != -100
+    _check_shapes(hidden, ids, logprobs, ids, rows)
+    kept = _Targets.of(ids[rows], logprobs[rows], ids[rows] >= 0, temperature)
+    if head is None:
+        head, chunk_size = _identity, max(1, rows.numel())
+    lm, fusion = _in_chunks(hidden[rows], head, following[rows], kept, _row_loss(kind), chunk_size)
+    return TokenLosses(lm.sum(), fusion.sum(), rows.sum(), kept.mask.any(-1).sum())
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """Fused rows made safe: ids and log-probabilities are 0 where the mask is False. All (N, K)."""
+
+    ids: Tensor
+    logprobs: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, ids: Tensor, logprobs: Tensor, mask: Tensor, temperature: float) -> "_Targets":
+        if not temperature > 0:
+            raise ConfigError(f"temperature must be positive, not {temperature}")
+        logprobs = logprobs if logprobs.dtype == torch.float64 else logprobs.float()
+        mask = mask.bool() & torch.isfinite(logprobs)
+        logprobs = logprobs.masked_fill(~mask, 0.0)
+        if temperature != 1.0:
+            logprobs = _tempered(logprobs, mask, temperature)
+        return cls(ids.long().masked_fill(~mask, 0), logprobs, mask)
+
+    def __getitem__(self, part: slice) -> "_Targets":
+        return _Targets(self.ids[part], self.logprobs[part], self.mask[part])
+
+
+def _tempered(logprobs: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    hidden = ~mask
+    mass = logprobs.masked_fill(hidden, float("-inf")).logsumexp(-1, keepdim=True)
+    scaled = logprobs / temperature
+    normaliser = scaled.masked_fill(hidden, float("-inf")).logsumexp(-1, keepdim=True)
+    return torch.where(mask, scaled - normaliser + mass, 0.0)
+
+
+def _in_chunks(
+    states: Tensor,
+    head: Callable[[Tensor], Tensor],
+    labels: Tensor | None,
+    targets: _Targets,
+    loss: RowLoss,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    """(N,) language-model terms (zeros without labels) and (N,) fusion terms."""
+    size = chunk_size or _default_chunk(states, head)
+    # Without rows there is still one, empty, part: the zero needs a gradient, and every rank must call the head.
+    parts = [slice(start, start + size) for start in range(0, max(1, states.shape[0]), size)]
+    lm, fusion = [], []
+    for part in parts:
+        wanted = None if labels is None else labels[part]
+        arguments = (states[part], head, wanted, targets[part], loss)
+        terms = _row_terms(*arguments) if len(parts) == 1 else checkpoint(_row_terms, *arguments, use_reentrant=False)
+        lm.append(terms[0])
+        fusion.append(terms[1])
+    return torch.cat(lm), torch.cat(fusion)
+
+
+def _row_terms(
+    states: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor | None, targets: _Targets, loss: RowLoss
+) -> tuple[Tensor, Tensor]:
+    logits = head(states)
+    logits = logits if logits.dtype == torch.float64 else logits.float()  # (n, V)
+    normaliser = logits.logsumexp(-1, keepdim=True)  # (n, 1)
+    student = (logits.gather(-1, targets.ids) - normaliser).masked_fill(~targets.mask, 0.0)  # (n, K)
+    fusion = loss(student, targets.logprobs.to(logits.dtype), targets.mask)
+    if labels is None:
+        return torch.zeros_like(fusion), fusion
+    return (normaliser - logits.gather(-1, labels.unsqueeze(-1))).squeeze(-1), fusion
+
+
+def _default_chunk(states: Tensor, head: Callable[[Tensor], Tensor]) -> int:
+    with torch.no_grad():
+        vocabulary = head(states[:1]).shape[-1]
+    return max(1, CHUNK_ELEMENTS // int(vocabulary))
+
+
+def _probabilities(logprobs: Tensor, mask: Tensor) -> Tensor:
+    return logprobs.exp() * mask
+
+
+def _rest(probabilities: Tensor) -> Tensor:
+    return (1 - probabilities.sum(-1)).clamp_min(FLOOR)
+
+
+def _identity(states: Tensor) -> Tensor:
+    return states
+
+
+def _row_loss(kind: str | RowLoss, known: Mapping[str, RowLoss] = LOSSES) -> RowLoss:
+    if callable(kind):
+        return kind
+    if kind not in known:
+        raise ConfigError(f"no loss named {kind!r}; known: {', '.join(known)}")
+    return known[kind]
+
+
+def _check_shapes(hidden: Tensor, ids: Tensor, logprobs: Tensor, mask: Tensor, rows: Tensor) -> None:
+    fits = (
+        hidden.dim() == 3
+        and rows.shape == hidden.shape[:2]
+        and ids.dim() == 3
+        and ids.shape[:2] == rows.shape
+        and ids.shape == logprobs.shape == mask.shape
+    )
+    if not fits:
+        raise DataError(
+            "expected states (B, T, ...), target ids, log-probabilities and mask (B, T, K) and a loss mask (B, T); "
+            f"came {tuple(hidden.shape)}, {tuple(ids.shape)}, {tuple(logprobs.shape)}, {tuple(mask.shape)} and "
+            f"{tuple(rows.shape)}"
+        )
