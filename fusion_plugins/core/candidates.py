@@ -1,0 +1,95 @@
+"""The candidates of one prompt: what makes them comparable, the order of ties, what is left out before any rule."""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+
+from fusion_plugins.core.types import Candidate
+from fusion_plugins.errors import DataError
+
+__all__ = ["VERIFIED_DOMAINS", "best_first", "clean", "is_verified", "reward_of", "tie_order", "worst_first"]
+
+VERIFIED_DOMAINS = frozenset({"math", "code"})
+
+
+def is_verified(candidates: Sequence[Candidate]) -> bool:
+    """Whether a verdict decides about the answers to this prompt."""
+    return any(candidate.domain in VERIFIED_DOMAINS or candidate.correct is not None for candidate in candidates)
+
+
+def clean(candidates: Iterable[Candidate]) -> tuple[dict[str, list[Candidate]], dict[str, int]]:
+    """Group candidates by prompt and leave out empty, repeated and unusable responses.
+
+    Returns:
+        Prompt id -> candidates, both in an order that does not depend on the order given; and reason -> responses left
+        out: ``empty_response``, ``reward_not_finite``, ``duplicate_response`` (equal text, same prompt and source).
+
+    Raises:
+        DataError: candidates of one prompt disagree about its text or its domain.
+    """
+    groups: dict[str, list[Candidate]] = defaultdict(list)
+    for candidate in candidates:
+        groups[candidate.prompt_id].append(candidate)
+    dropped: Counter[str] = Counter()
+    for prompt_id, group in groups.items():
+        _check_one_prompt(group)
+        groups[prompt_id] = _usable(group, dropped)
+    return dict(sorted(groups.items())), dict(dropped)
+
+
+def _usable(group: Iterable[Candidate], dropped: Counter[str]) -> list[Candidate]:
+    kept: dict[tuple[str, str], Candidate] = {}
+    # Of equal responses of one source the one that knows more stays, then the lowest index.
+    for candidate in sorted(
+        group, key=lambda c: (c.source, c.correct is None, c.reward is None, c.index, tie_order(c))
+    ):
+        text = candidate.response.strip()
+        if not text:
+            dropped["empty_response"] += 1
+        elif candidate.reward is not None and not math.isfinite(candidate.reward):
+            dropped["reward_not_finite"] += 1
+        elif (candidate.source, text) in kept:
+            dropped["duplicate_response"] += 1
+        else:
+            kept[candidate.source, text] = candidate
+    return list(kept.values())
+
+
+def _most_known_first(candidate: Candidate) -> tuple[str, bool, bool, int, bytes]:
+    unknown = candidate.correct is None, candidate.reward is None
+    return candidate.source, *unknown, candidate.index, tie_order(candidate)
+
+
+def _check_one_prompt(group: Sequence[Candidate]) -> None:
+    first = group[0]
+    for candidate in group:
+        if candidate.prompt != first.prompt or candidate.domain != first.domain:
+            what = "text" if candidate.prompt != first.prompt else "domain"
+            raise DataError(
+                f"prompt {first.prompt_id!r}: sample {first.index} of {first.source!r} and sample {candidate.index} of "
+                f"{candidate.source!r} have a different prompt {what}. One prompt id must mean one prompt: responses "
+                "were joined to the wrong prompt, or two prompt files use the same ids."
+            )
+
+
+def reward_of(candidate: Candidate) -> float:
+    """Return the reward of a candidate that is known to have one."""
+    assert candidate.reward is not None
+    return candidate.reward
+
+
+def best_first(candidate: Candidate) -> tuple[float, bytes]:
+    """Sort key: highest reward first, then the order of ties."""
+    return -reward_of(candidate), tie_order(candidate)
+
+
+def worst_first(candidate: Candidate) -> tuple[float, bytes]:
+    """Sort key: lowest reward first, then the order of ties."""
+    return reward_of(candidate), tie_order(candidate)
+
+
+def tie_order(candidate: Candidate) -> bytes:
+    """Sort key of equals: fixed, the same everywhere, and without a liking for any source."""
+    key = (candidate.prompt_id, candidate.source, candidate.index, candidate.response)
+    return blake2b(repr(key).encode("utf-8", "surrogatepass"), digest_size=16).digest()
