@@ -1,0 +1,84 @@
+"""Render a chat with a model's own template and find the bytes of each assistant message in it.
+
+Templates are programs, so their parts are not parsed: the chat is rendered a second time with a marker in place of
+each assistant message, and what stands around the markers is what the template adds.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fusion_plugins.core.types import IntArray
+from fusion_plugins.errors import DataError
+
+__all__ = ["render_chat"]
+
+Messages = list[dict[str, Any]]
+
+
+def render_chat(render: Callable[[Messages], str], messages: Sequence[Mapping[str, Any]]) -> tuple[str, IntArray, bool]:
+    """Render a chat and find its assistant messages.
+
+    Args:
+        render: turns messages into text, such as ``lambda m: tokenizer.apply_chat_template(m, tokenize=False)``.
+        messages: dicts with ``role`` and ``content``.
+
+    Returns:
+        The text; (M, 2) int32 byte ranges of the contents of the M assistant messages; and whether each of them stands
+        in the text as it is. False: the template strips white space around them, and the ranges are those of the
+        stripped contents.
+
+    Raises:
+        DataError: there is no assistant message, one has no text, or the template changes one beyond stripping it.
+    """
+    chat = [dict(message) for message in messages]
+    places = [index for index, message in enumerate(chat) if message.get("role") == "assistant"]
+    contents = [chat[index].get("content") for index in places]
+    if not places or any(not isinstance(content, str) for content in contents):
+        raise DataError(
+            "expected a chat with at least one assistant message and text in each of them, got roles "
+            f"{[message.get('role') for message in chat]} with assistant contents of types "
+            f"{[type(content).__name__ for content in contents]}. Leave such chats out."
+        )
+    text = render(chat)
+    originals = [str(content) for content in contents]
+    pieces = _pieces(render, chat, places)
+    for chosen, unchanged in ((originals, True), ([content.strip() for content in originals], False)):
+        if _join(pieces, chosen) == text:
+            return text, _spans(pieces, chosen), unchanged
+    raise DataError(
+        "expected the chat template to leave assistant messages as they are or to strip them, but the rendered chat "
+        f"has something else around or inside one of the {len(places)} messages (it begins {text[:80]!r}). Give the "
+        "contents in the form that the template produces, or leave the chat out."
+    )
+
+
+def _pieces(render: Callable[[Messages], str], chat: Messages, places: Sequence[int]) -> list[str]:
+    """Return the M + 1 pieces of text that the template puts around the assistant messages."""
+    marker = "FUSIONMARK"
+    while any(marker in str(message) for message in chat):
+        marker += "X"
+    marked = [dict(message) for message in chat]
+    for number, index in enumerate(places):
+        marked[index]["content"] = f"{marker}{number}E"
+    rest = render(marked)
+    pieces = []
+    for number, index in enumerate(places):
+        before, found, rest = rest.partition(f"{marker}{number}E")
+        if not found:
+            raise DataError(
+                f"expected the chat template to render every assistant message, but message {index} is not in the "
+                "text. Use a template that keeps all turns, or leave the chat out."
+            )
+        pieces.append(before)
+    return [*pieces, rest]
+
+
+def _join(pieces: Sequence[str], contents: Sequence[str]) -> str:
+    return "".join(piece + content for piece, content in zip(pieces, [*contents, ""], strict=True))
+
+
+def _spans(pieces: Sequence[str], contents: Sequence[str]) -> IntArray:
+    widths = [len(part.encode()) for pair in zip(pieces, contents, strict=False) for part in pair]
+    return np.cumsum(widths).astype(np.int32).reshape(-1, 2)

@@ -1,0 +1,27 @@
+"""Compiled kernels: numba with a cache on disk, so that a new process starts warm.
+
+Kernels release the GIL. Whoever wants several threads gives each its own slice of the rows; numba's own thread pools
+are not used, because they do not survive the ``fork`` of data workers.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+
+__all__ = ["compiled"]
+
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+
+
+def compiled(function: Kernel) -> Kernel:
+    """Compile a kernel without Python objects and without the GIL, and cache the machine code on disk.
+
+    numba writes beside the module or, where that is read-only, into the user's cache folder. Where neither can be
+    written it refuses to build a cached kernel; the kernel is then compiled once per process.
+    """
+    try:
+        kernel = numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:
+        kernel = numba.njit(nogil=True)(function)
+    return kernel  # type: ignore[no-any-return]

@@ -1,0 +1,130 @@
+"""The byte of a text at which each token ends: by the tokens' bytes, and by offsets where a normaliser interfered."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fusion_plugins.core.token_table import Role, TokenTable
+from fusion_plugins.core.types import BoolArray, IntArray
+
+__all__ = ["locate"]
+
+Positions = npt.NDArray[np.int64]
+
+
+def locate(table: TokenTable, ids: IntArray, offsets: Positions, text: str, raw: bytes) -> tuple[IntArray, BoolArray]:
+    """Find the byte at which each token of one encoding ends.
+
+    Args:
+        table: the tokenizer's table.
+        ids: (T,) int32 token ids.
+        offsets: (T, 2) character ranges as the tokenizer reports them.
+        text: the text.
+        raw: its UTF-8 bytes.
+
+    Returns:
+        (T,) int32 ends, non-decreasing, and (T,) bool exactness. Text that the tokenizer drops belongs to the token
+        before it, so that a token always ends where the next one starts.
+    """
+    found = _Found(
+        table, ids, _char_to_byte(text, raw)[offsets], raw, np.zeros(len(ids), np.int32), np.ones(len(ids), np.bool_)
+    )
+    # A special token that the tokenizer added itself has no bytes of the text.
+    content = np.flatnonzero(~table.special[ids] | (offsets[:, 0] < offsets[:, 1]))
+    if content.size:
+        first, last = int(content[0]), int(content[-1]) + 1
+        if not found.by_bytes(first, last, 0, len(raw)):
+            found.by_segments(first, last)
+    return np.maximum.accumulate(found.ends), found.exact
+
+
+def _char_to_byte(text: str, raw: bytes) -> Positions:
+    if len(text) == len(raw):
+        return np.arange(len(text) + 1)
+    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    widths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
+    return np.concatenate([[0], np.cumsum(widths)])
+
+
+@dataclass
+class _Found:
+    """The ends and the exactness of one encoding while they are being found.
+
+    In the methods tokens ``first .. last - 1`` stand for the bytes ``start .. stop - 1``.
+    """
+
+    table: TokenTable
+    ids: IntArray
+    spans: Positions  # (T, 2) byte ranges by the tokenizer's offsets
+    raw: bytes
+    ends: IntArray
+    exact: BoolArray
+
+    def by_bytes(self, first: int, last: int, start: int, stop: int) -> bool:
+        """Take running sums, if the tokens spell the bytes, perhaps behind one space of the tokenizer's own."""
+        spelled = self._spelled(first, last)
+        extra = len(spelled) - (stop - start)
+        if extra not in (0, 1) or not spelled.endswith(self.raw[start:stop]):
+            return False
+        if extra == 1 and not (self.table.prefix_space and spelled.startswith(b" ")):
+            return False
+        self.ends[first:last] = start - extra + np.cumsum(self.table.lengths[self.ids[first:last]])
+        return True
+
+    def by_segments(self, first: int, last: int) -> None:
+        """Cut at the special tokens that stand in the text; what lies between two is found by itself."""
+        start = 0
+        for at in range(first, last):
+            if self.table.roles[self.ids[at]] in (None, Role.UNK):
+                continue
+            begin, end = self.spans[at].tolist()
+            self._segment(first, at, start, begin)
+            self.ends[at] = end
+            first, start = at + 1, end
+        self._segment(first, last, start, len(self.raw))
+
+    def _segment(self, first: int, last: int, start: int, stop: int) -> None:
+        if self.by_bytes(first, last, start, stop):
+            return
+        position = start
+        for left, right in self._groups(first, last):
+            position = self._group(left, right, position)
+        if position < stop:
+            self._drop(last, stop)
+
+    def _groups(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Cut where the offsets of neighbours do not overlap: tokens of one group share a character."""
+        left, end = first, -1
+        for at in range(first, last):
+            if at > left and self.spans[at, 0] >= end:
+                yield left, at
+                left = at
+            end = max(end, int(self.spans[at, 1]))
+        if left < last:
+            yield left, last
+
+    def _group(self, left: int, right: int, position: int) -> int:
+        """Locate one group that starts at ``position`` or later, and return where it ends."""
+        begin, end = int(self.spans[left, 0]), max(int(self.spans[left:right, 1].max()), position)
+        if self.by_bytes(left, right, position, end):
+            return end
+        if begin > position and not self._spelled(left, right).startswith(self.raw[position:begin]):
+            self._drop(left, begin)
+            if self.by_bytes(left, right, begin, end):
+                return end
+        # The normaliser changed these characters: only the end of the whole group is a place in the text.
+        self.ends[left:right] = self.spans[left:right, 1]
+        self.ends[right - 1] = end
+        self.exact[left : right - 1] = False
+        return end
+
+    def _drop(self, at: int, position: int) -> None:
+        """Give the text before ``position``, which no token spells, to the token before token ``at``."""
+        if at > 0:
+            self.ends[at - 1] = position
+
+    def _spelled(self, first: int, last: int) -> bytes:
+        tokens = self.table.tokens
+        return b"".join([tokens[index] for index in self.ids[first:last].tolist()])

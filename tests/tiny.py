@@ -1,0 +1,205 @@
+"""Small tokenizers and models, built from scratch: nothing is downloaded.
+
+Tokenizers: `byte_level`, `digit_splitting` (byte-level BPE), `sentencepiece_bpe` (byte fallback, dummy prefix),
+`unigram` (nmt_nfkc-like normaliser), `wordpiece` (to be refused), and the two real ones whose data the mistral-common
+package ships: `tekken` (131,072 ids) and `mistral_v1` (32,000 ids). Each call returns the same object.
+"""
+
+import base64
+import json
+from functools import cache
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog. The dog sleeps; the fox does not.",
+    "def add(left, right):\n    total = left + right\n    return total\n",
+    "for index in range(10):\n\tprint(index, 'squared is', index ** 2)\n",
+    "Anna has 12 apples and buys 30 more. How many apples does she have? 12 + 30 = 42.",
+    "A train runs 120 km in 2 hours, so it runs 60 km in 1 hour. #### 60",
+    "Die Straße ist naß; der Käse kostet 3,50 €. Où est le café? Niño, señor.",
+    "数学题:小明有十二个苹果,又买了三十个。一共有多少个?答案是四十二。",
+    "Привет, мир! مرحبا بالعالم. שלום עולם. 👩‍👩‍👧 🎉",
+    "the theory of the other weather; there, then, these, those, that, this, thing, thinking",
+    "return the value of the function, or None if there is no such value in the table",
+)
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Strips the contents, closes only the assistant's turns, and opens with the begin token, as Llama-2's does.
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] | trim }}{{ eos_token }}"
+    "{% else %}[INST] {{ m['content'] | trim }} [/INST]{% endif %}{% endfor %}"
+)
+CHAT = [
+    {"role": "user", "content": "How many apples are 12 and 30?"},
+    {"role": "assistant", "content": "12 + 30 = 42, so 42 apples."},
+    {"role": "user", "content": "Und auf Chinesisch?"},
+    {"role": "assistant", "content": "四十二个苹果。 Café!"},
+]
+
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGIT_SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+@cache
+def byte_level(vocab_size: int = 420) -> PreTrainedTokenizerFast:
+    """Byte-level BPE as in GPT-2, with ChatML's special tokens and chat template, and no BOS."""
+    return _byte_level(vocab_size, GPT2_SPLIT)
+
+
+@cache
+def digit_splitting(vocab_size: int = 380) -> PreTrainedTokenizerFast:
+    """Byte-level BPE whose pattern makes every digit a token, as tekken's and Llama-3's relatives do."""
+    return _byte_level(vocab_size, DIGIT_SPLIT)
+
+
+def _byte_level(vocab_size: int, pattern: str) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = _split_to_bytes(pattern)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+
+
+def _split_to_bytes(pattern: str) -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+@cache
+def sentencepiece_bpe(vocab_size: int = 560) -> PreTrainedTokenizerFast:
+    """SentencePiece-style BPE as in Llama-2: ▁, byte fallback, dummy prefix, BOS, and a chat template that strips."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    # Trained with ▁ at the start of each word, so that no token spans two words; the normaliser takes over afterwards.
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    specials = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*specials, *(f"<0x{byte:02X}>" for byte in range(256))],
+        limit_alphabet=90,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text.replace("\n", " ") for text in TEXTS], trainer)
+    spec = json.loads(tokenizer.to_str())["model"]
+    return _llama_style(spec["vocab"], [tuple(pair) for pair in spec["merges"]])
+
+
+def _llama_style(vocab: dict[str, int], merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
+    model = models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<unk>", "<s>", "</s>")])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocab["<s>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=INST
+    )
+
+
+@cache
+def unigram(vocab_size: int = 300) -> PreTrainedTokenizerFast:
+    """Unigram as in T5, with a normaliser that changes the text: NFKC, control characters, runs of spaces."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Nmt(), normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size, special_tokens=["<unk>", "</s>", "<pad>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
+
+
+@cache
+def wordpiece(vocab_size: int = 300) -> PreTrainedTokenizerFast:
+    """WordPiece as in BERT; its tokens do not spell the text."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=["[UNK]"], show_progress=False)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+def mistral_data(name: str) -> Path:
+    """Return a data file that the mistral-common package ships."""
+    import mistral_common
+
+    return Path(mistral_common.__file__).parent / "data" / name
+
+
+@cache
+def tekken() -> PreTrainedTokenizerFast:
+    """Mistral's tekken: byte-level BPE, 131,072 ids, digits split, 1,000 special ids first. Takes some seconds."""
+    data = json.loads(mistral_data("tekken_240911.json").read_text())
+    config = data["config"]
+    shift = config["default_num_special_tokens"]
+    pieces = [base64.b64decode(entry["token_bytes"]) for entry in data["vocab"]]
+    pieces = pieces[: config["default_vocab_size"] - shift]
+    rank = {piece: index for index, piece in enumerate(pieces)}
+    alphabet = _byte_alphabet()
+    names = ["".join(alphabet[byte] for byte in piece) for piece in pieces]
+    merges = []
+    for piece in pieces:
+        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = [(rank[left], rank[right]) for left, right in splits if left in rank and right in rank]
+        merges += [(names[left], names[right]) for left, right in sorted(known)]
+    known_specials = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
+    specials = known_specials + [f"<SPECIAL_{index}>" for index in range(len(known_specials), shift)]
+    vocab = {name: index for index, name in enumerate(specials)} | {
+        name: index + shift for index, name in enumerate(names)
+    }
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = _split_to_bytes(config["pattern"])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in specials])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def _byte_alphabet() -> list[str]:
+    """The character that stands for each byte in byte-level BPE."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    shifted = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(shifted)) for byte in range(256)]
+
+
+@cache
+def mistral_v1() -> PreTrainedTokenizerFast:
+    """Mistral's first tokenizer: SentencePiece BPE with byte fallback, 32,000 ids."""
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(mistral_data("tokenizer.model.v1")))
+    names = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
+    vocab = {name: index for index, name in enumerate(names)}
+    merges = []
+    # Ids of merged pieces follow the order of the merges.
+    for name in names:
+        splits = [(name[:cut], name[cut:]) for cut in range(1, len(name))]
+        known = [(vocab[left], vocab[right]) for left, right in splits if left in vocab and right in vocab]
+        merges += [(names[left], names[right]) for left, right in sorted(known)]
+    return _llama_style(vocab, merges)
