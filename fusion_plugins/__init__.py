@@ -4,15 +4,13 @@ Importing this package loads neither torch nor a host. Public names: ``FusionErr
 use because axolotl looks preference dataset types up as ``package.attribute``, ``multi_source_dpo``.
 """
 
-from typing import Any
-
 from fusion_plugins.errors import FusionError
 
 __version__ = "0.1.0"
 __all__ = ["FusionError", "__version__", "hookimpl", "multi_source_dpo"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:  # not Any: typing would cost every interpreter start some milliseconds
     if name == "multi_source_dpo":
         from fusion_plugins.axolotl.preference import multi_source_dpo
 

@@ -203,3 +203,50 @@ def mistral_v1() -> PreTrainedTokenizerFast:
         known = [(vocab[left], vocab[right]) for left, right in splits if left in vocab and right in vocab]
         merges += [(names[left], names[right]) for left, right in sorted(known)]
     return _llama_style(vocab, merges)
+
+
+# Checkpoints: two-layer models of width 32, saved as a user would have them.
+
+
+def llama_checkpoint(
+    folder: Path, *, seed: int = 0, moved: float = 0.0, base: Path | None = None, dtype: str = "float32", **config
+) -> Path:
+    """Save a two-layer Llama of width 32 with a byte-level tokenizer and return its folder.
+
+    With ``base``, the weights are those of that checkpoint plus noise of standard deviation ``moved``, which differs
+    from tensor to tensor as a fine-tune's would. ``shard`` (a size such as "20KB") splits the file.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    shard = config.pop("shard", None)
+    tokenizer = config.pop("tokenizer", None) or byte_level()
+    generator = torch.Generator().manual_seed(seed)
+    if base is not None:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    else:
+        sizes = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 128,
+        }
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**(sizes | config)))
+    with torch.no_grad():
+        for parameter in model.parameters() if moved else ():
+            scale = moved * torch.rand((), generator=generator)
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    model.to(getattr(torch, dtype)).save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tensors_of(folder: Path) -> dict:
+    """All tensors of a checkpoint folder."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}

@@ -1,0 +1,439 @@
+"""VaRM: merge fine-tuned copies of one base model, weighted by how much each of them moved.
+
+For a unit ``m`` (a tensor, by default) and tuned model ``j``, with ``delta[j] = tuned[j] - base``::
+
+    value[j, m]  = mean over the elements of m of delta[j] ** 2          (measure "square"; "abs": of |delta[j]|)
+    weight[j, m] = prior[j] * value[j, m] / sum_l prior[l] * value[l, m] (normalize "ratio")
+    merged       = base + sum_j weight[j, m] * delta[j]
+
+The weights of a unit sum to 1, except where no model moved: then they are 0 and the base stays as it is. Only ratios
+enter, so deltas of 1e-7 are weighed like deltas of 1e-1. All arithmetic is in float64 over chunks of
+:data:`CHUNK_ELEMENTS` elements; the result is rounded once, to the dtype of the base.
+
+``compat="fusechat"`` reproduces the released code for comparison, with what we take for its defects: modules and layers
+add the means of their tensors without regard to size, tensors outside layers get equal weights at layer granularity, a
+single unchanged model makes the weights of a tensor or module equal, and elements that no model changed become 0.
+
+References:
+    FuseChat: Knowledge Fusion of Chat Models, arXiv 2402.16107, equation 7 and section 3.3.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypedDict, Unpack
+
+import torch
+from torch import Tensor
+
+from fusion_plugins.errors import ConfigError, MergeError
+
+__all__ = [
+    "GRANULARITIES",
+    "MEASURES",
+    "NORMALIZATIONS",
+    "VarmRule",
+    "VarmSettings",
+    "accumulator_of",
+    "combine",
+    "delta_sums",
+    "layer_of",
+    "merge_rows",
+    "require_finite",
+    "unit_of",
+    "unit_values",
+    "unit_weights",
+    "varm_merge",
+    "varm_weights",
+]
+
+GRANULARITIES = ("matrix", "row", "module", "layer", "model", "element")
+MEASURES = ("square", "abs")
+NORMALIZATIONS = ("ratio", "softmax")
+COMPATIBILITIES = ("none", "fusechat")
+#: Elements of one tensor that are held in float64 at a time: small enough to stay in the processor's cache.
+CHUNK_ELEMENTS = 1 << 17
+#: The released code's floor under the sum over models, element granularity.
+FUSECHAT_ELEMENT_FLOOR = 1e-13
+#: The first purely numeric part of a parameter's name is its layer: ``model.layers.3.mlp.up_proj.weight``.
+_LAYER = re.compile(r"^(?:.*?\.)??\d+(?=\.)")
+
+
+class VarmSettings(TypedDict, total=False):
+    """The keyword arguments of :func:`varm_weights` and :func:`varm_merge`; see :class:`VarmRule`."""
+
+    granularity: str
+    measure: str
+    normalize: str
+    temperature: float
+    prior: Sequence[float] | None
+    compat: str
+
+
+@dataclass(frozen=True)
+class VarmRule:
+    """How the movement of the models becomes weights.
+
+    Attributes:
+        granularity: what shares one weight per model: ``matrix`` (a tensor), ``row`` (a row of a tensor of two or more
+            axes, all of any other), ``module`` (attention, feed-forward, each norm, embeddings, head), ``layer``,
+            ``model`` or ``element``.
+        measure: ``square`` or ``abs`` of the differences.
+        normalize: ``ratio`` divides by the sum over models; ``softmax`` takes exp(value / temperature) first. Mean
+            squares are tiny, so softmax needs a temperature of their size to differ from equal weights.
+        temperature: of the softmax, in units of the measure.
+        prior: (J,) non-negative factors, one per tuned model; ``None`` means all equal.
+        compat: ``none``, or ``fusechat`` for the released code's statistics.
+    """
+
+    granularity: str = "matrix"
+    measure: str = "square"
+    normalize: str = "ratio"
+    temperature: float = 1.0
+    prior: Sequence[float] | None = None
+    compat: str = "none"
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name}: expected one of {', '.join(allowed)}; got {getattr(self, name)!r}"
+            for name, allowed in (
+                ("granularity", GRANULARITIES),
+                ("measure", MEASURES),
+                ("normalize", NORMALIZATIONS),
+                ("compat", COMPATIBILITIES),
+            )
+            if getattr(self, name) not in allowed
+        ]
+        if not self.temperature > 0:
+            problems.append(f"temperature: expected a number above 0; got {self.temperature!r}")
+        if self.prior is not None and not all(0 <= value < float("inf") for value in self.prior):
+            problems.append(f"prior: expected finite numbers of 0 or more; got {list(self.prior)!r}")
+        if problems:
+            raise ConfigError("VaRM settings: " + "; ".join(problems))
+
+    @property
+    def within_tensor(self) -> bool:
+        """Whether a unit never reaches beyond one tensor."""
+        return self.granularity in ("matrix", "row", "element")
+
+
+def layer_of(name: str) -> str | None:
+    """Return the layer that a parameter belongs to (``model.layers.3``), or None outside the layers."""
+    found = _LAYER.match(name)
+    return found.group(0) if found else None
+
+
+def unit_of(name: str, granularity: str) -> str:
+    """Return the unit that a parameter belongs to.
+
+    Args:
+        name: dotted name of a parameter.
+        granularity: one of :data:`GRANULARITIES`; ``row`` and ``element`` subdivide the unit ``matrix``.
+
+    Example:
+        >>> unit_of("model.layers.3.mlp.up_proj.weight", "module")
+        'model.layers.3.mlp'
+        >>> unit_of("lm_head.weight", "layer")
+        'lm_head'
+    """
+    if granularity == "model":
+        return "model"
+    if granularity not in ("module", "layer"):
+        return name
+    layer = layer_of(name)
+    if layer is None:
+        return name.rpartition(".")[0] or name
+    if granularity == "layer":
+        return layer
+    return f"{layer}.{name[len(layer) + 1 :].partition('.')[0]}"
+
+
+def delta_sums(base: Tensor, tuned: Sequence[Tensor], measure: str = "square") -> Tensor:
+    """Return the sum over the elements of ``|tuned[j] - base| ** p``, p = 2 ("square") or 1 ("abs").
+
+    Args:
+        base: any shape, floating point.
+        tuned: J tensors of the same shape.
+        measure: one of :data:`MEASURES`.
+
+    Returns:
+        (J,) float64 on the CPU.
+    """
+    flat = [tensor.reshape(1, -1) for tensor in (base, *tuned)]
+    sums = torch.zeros(len(tuned), dtype=accumulator_of(base), device=base.device)
+    for _, (anchor, *others) in _chunks(flat):
+        for index, other in enumerate(others):
+            sums[index] += _measured(other - anchor, measure).sum()
+    return sums.cpu().double()
+
+
+def unit_weights(values: Tensor, rule: VarmRule) -> Tensor:
+    """Turn the values of units into weights of models.
+
+    Args:
+        values: (J, ...) float64, non-negative, one column per unit.
+        rule: the settings; under ``compat="fusechat"`` also its treatment of zeros.
+
+    Returns:
+        (J, ...) float64; each column sums to 1, or is 0 where no model with a positive prior moved (``ratio``).
+
+    Raises:
+        ConfigError: there are not as many priors as models.
+    """
+    if rule.compat == "fusechat":
+        values = _fusechat_zeros(values, rule.granularity)
+    prior = _prior(rule, values)
+    if rule.normalize == "softmax":
+        shares = torch.softmax(values / rule.temperature, dim=0) * prior
+    else:
+        shares = values * prior
+    total = shares.sum(dim=0, keepdim=True)
+    if rule.compat == "fusechat" and rule.granularity == "element":
+        return shares / total.clamp(min=FUSECHAT_ELEMENT_FLOOR)
+    moved = total != 0  # so that NaN comes through
+    return torch.where(moved, shares / torch.where(moved, total, 1.0), 0.0)
+
+
+def combine(base: Tensor, tuned: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Return ``base + sum_j weights[j] * (tuned[j] - base)``, in the dtype of the base.
+
+    Args:
+        base: any shape, floating point.
+        tuned: J tensors of the same shape.
+        weights: (J,).
+    """
+    flat = [tensor.reshape(1, -1) for tensor in (base, *tuned)]
+    merged = torch.empty_like(flat[0])
+    shares = weights.tolist()
+    for where, (anchor, *others) in _chunks(flat):
+        total = anchor.clone()
+        for share, other in zip(shares, others, strict=True):
+            total.add_(other - anchor, alpha=share)
+        merged[where] = total
+    return merged.reshape(base.shape)
+
+
+def merge_rows(base: Tensor, tuned: Sequence[Tensor], rule: VarmRule) -> tuple[Tensor, Tensor]:
+    """Merge with one weight per row or per element, in a single pass.
+
+    Args:
+        base: any shape, floating point.
+        tuned: J tensors of the same shape.
+        rule: granularity ``row`` or ``element``.
+
+    Returns:
+        The merged tensor in the dtype of the base, and the weights: (J, rows) float64 on the CPU for ``row``, their
+        mean over the elements (J, 1) for ``element``.
+    """
+    views = [_rows(tensor, rule.granularity) for tensor in (base, *tuned)]
+    merged = torch.empty_like(views[0])
+    by_element = rule.granularity == "element"
+    kept = [torch.zeros(len(tuned), 0, dtype=accumulator_of(base), device=base.device)]
+    for where, (anchor, *others) in _chunks(views, whole_rows=True):
+        deltas = [other - anchor for other in others]
+        values = torch.stack([_measured(delta, rule.measure).mean(dim=1) for delta in deltas])
+        weights = unit_weights(values, rule)  # (J, rows of this chunk)
+        published = by_element and rule.compat == "fusechat"
+        total = anchor * weights.sum(dim=0).unsqueeze(1) if published else anchor.clone()
+        for weight, delta in zip(weights, deltas, strict=True):
+            total.addcmul_(weight.unsqueeze(1), delta)
+        merged[where] = total
+        kept.append(weights.sum(dim=1, keepdim=True) if by_element else weights)
+    summary = torch.cat(kept, dim=1).cpu().double()
+    if by_element:
+        summary = summary.sum(dim=1, keepdim=True) / max(base.numel(), 1)
+    return merged.reshape(base.shape), summary
+
+
+def require_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse NaN and infinity.
+
+    Args:
+        name: of the parameter, for the message.
+        tensors: model -> its tensor.
+
+    Raises:
+        MergeError: names the parameter and the first model whose tensor has such a value.
+    """
+    for model, tensor in tensors.items():
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise MergeError(
+                f"tensor {name!r} of model {model!r}: expected finite values; {bad} of {tensor.numel()} are NaN or "
+                "infinite. The checkpoint is damaged or its training diverged: take another checkpoint of this model."
+            )
+    raise MergeError(f"tensor {name!r}: the differences between the models are too large for float64")
+
+
+def varm_weights(
+    base: Mapping[str, Tensor], tuned: Sequence[Mapping[str, Tensor]], **settings: Unpack[VarmSettings]
+) -> dict[str, Tensor]:
+    """Return the weight of every tuned model for every parameter.
+
+    Args:
+        base: name -> tensor.
+        tuned: J such, with the same names and shapes.
+        **settings: the fields of :class:`VarmRule`.
+
+    Returns:
+        name -> float64 weights: (J,); (J, rows) for ``row``; (J, *shape) for ``element``.
+
+    Raises:
+        ConfigError: a setting is wrong.
+        MergeError: names or shapes differ, or a value is NaN or infinite.
+
+    Example:
+        >>> base = {"w": torch.zeros(2)}
+        >>> varm_weights(base, [{"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([1.0, 1.0]) * 3**0.5}])["w"]
+        tensor([0.2500, 0.7500], dtype=torch.float64)
+    """
+    rule = _rule(settings)
+    _require_same(base, tuned)
+    if rule.granularity in ("row", "element"):
+        return {name: _row_weights(name, base[name], [model[name] for model in tuned], rule) for name in base}
+    sums, sizes = _all_sums(base, tuned, rule)
+    units: dict[str, list[str]] = {}
+    for name in base:
+        units.setdefault(unit_of(name, rule.granularity), []).append(name)
+    weights: dict[str, Tensor] = {}
+    for names in units.values():
+        shared = unit_weights(unit_values([sums[n] for n in names], [sizes[n] for n in names], rule, names[0]), rule)
+        weights.update(dict.fromkeys(names, shared))
+    return {name: weights[name] for name in base}
+
+
+def varm_merge(
+    base: Mapping[str, Tensor], tuned: Sequence[Mapping[str, Tensor]], **settings: Unpack[VarmSettings]
+) -> dict[str, Tensor]:
+    """Merge whole state dicts in memory; the same arguments and errors as :func:`varm_weights`.
+
+    Returns:
+        name -> tensor, in the dtype of the base.
+    """
+    rule = _rule(settings)
+    if rule.granularity not in ("row", "element"):
+        weights = varm_weights(base, tuned, **settings)
+        return {name: combine(base[name], [model[name] for model in tuned], weights[name]) for name in base}
+    _require_same(base, tuned)
+    merged: dict[str, Tensor] = {}
+    for name, anchor in base.items():
+        others = [model[name] for model in tuned]
+        merged[name], weight = merge_rows(anchor, others, rule)
+        if not bool(torch.isfinite(weight).all()):
+            require_finite(name, _labelled(anchor, others))
+    return merged
+
+
+def unit_values(sums: Sequence[Tensor], sizes: Sequence[int], rule: VarmRule, name: str = "") -> Tensor:
+    """Turn the sums of a unit's tensors into the unit's values.
+
+    Args:
+        sums: (J,) float64 per tensor, from :func:`delta_sums`.
+        sizes: number of elements per tensor.
+        rule: the settings.
+        name: of one parameter of the unit; the released code gives a parameter outside the layers equal values at layer
+            granularity.
+
+    Returns:
+        (J,) float64: the mean over all elements of the unit, or under ``compat="fusechat"`` the sum of the means of the
+        tensors (``module``, ``layer``).
+    """
+    if rule.compat == "fusechat" and rule.granularity == "layer" and layer_of(name) is None:
+        return torch.ones_like(sums[0])
+    if rule.compat == "fusechat" and rule.granularity in ("module", "layer"):
+        return torch.stack([total / max(size, 1) for total, size in zip(sums, sizes, strict=True)]).sum(dim=0)
+    return torch.stack(list(sums)).sum(dim=0) / max(sum(sizes), 1)
+
+
+def _rule(settings: Mapping[str, Any]) -> VarmRule:
+    known = {field.name for field in fields(VarmRule)}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise ConfigError(f"VaRM settings: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    return VarmRule(**settings)
+
+
+def _all_sums(
+    base: Mapping[str, Tensor], tuned: Sequence[Mapping[str, Tensor]], rule: VarmRule
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    sums: dict[str, Tensor] = {}
+    for name, anchor in base.items():
+        others = [model[name] for model in tuned]
+        sums[name] = delta_sums(anchor, others, rule.measure)
+        if not bool(torch.isfinite(sums[name]).all()):
+            require_finite(name, _labelled(anchor, others))
+    return sums, {name: tensor.numel() for name, tensor in base.items()}
+
+
+def _row_weights(name: str, base: Tensor, tuned: Sequence[Tensor], rule: VarmRule) -> Tensor:
+    """(J, rows) or (J, *shape), without chunks: the weights of elements are as large as the tensors anyway."""
+    views = [_rows(tensor, rule.granularity).to(accumulator_of(base)) for tensor in (base, *tuned)]
+    values = torch.stack([_measured(other - views[0], rule.measure).mean(dim=1) for other in views[1:]])
+    if not bool(torch.isfinite(values).all()):
+        require_finite(name, _labelled(base, tuned))
+    weights = unit_weights(values, rule).cpu().double()
+    return weights.reshape(len(tuned), *base.shape) if rule.granularity == "element" else weights
+
+
+def _labelled(base: Tensor, tuned: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {"base": base, **{f"tuned[{index}]": tensor for index, tensor in enumerate(tuned)}}
+
+
+def _require_same(base: Mapping[str, Tensor], tuned: Sequence[Mapping[str, Tensor]]) -> None:
+    if not tuned:
+        raise MergeError("VaRM: expected one tuned model or more; got none")
+    for index, model in enumerate(tuned):
+        odd = sorted(set(base) ^ set(model))
+        if odd:
+            raise MergeError(f"tuned[{index}] and the base do not have the same parameters; only in one: {odd[:5]}")
+        for name, anchor in base.items():
+            if model[name].shape != anchor.shape:
+                raise MergeError(
+                    f"tensor {name!r}: the base has shape {tuple(anchor.shape)}, tuned[{index}] has "
+                    f"{tuple(model[name].shape)}; VaRM merges copies of one model only"
+                )
+
+
+def _prior(rule: VarmRule, values: Tensor) -> Tensor:
+    if rule.prior is None:
+        return values.new_ones((values.shape[0],) + (1,) * (values.ndim - 1))
+    if len(rule.prior) != values.shape[0]:
+        raise ConfigError(f"prior: expected {values.shape[0]} values, one per tuned model; got {len(rule.prior)}")
+    return values.new_tensor(list(rule.prior)).reshape((-1,) + (1,) * (values.ndim - 1))
+
+
+def _fusechat_zeros(values: Tensor, granularity: str) -> Tensor:
+    if granularity not in ("matrix", "module"):
+        return values
+    return torch.where((values == 0).any(dim=0, keepdim=True), torch.ones_like(values), values)
+
+
+def _measured(delta: Tensor, measure: str) -> Tensor:
+    return delta.square() if measure == "square" else delta.abs()
+
+
+def accumulator_of(tensor: Tensor) -> torch.dtype:
+    """Return the dtype to compute in on the tensor's device."""
+    # Apple's GPUs have no float64.
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def _rows(tensor: Tensor, granularity: str) -> Tensor:
+    """View as (units, elements per unit)."""
+    if granularity == "element":
+        return tensor.reshape(-1, 1)
+    return tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(1, -1)
+
+
+def _chunks(
+    views: Sequence[Tensor], *, whole_rows: bool = False
+) -> Iterator[tuple[tuple[slice, slice], tuple[Tensor, ...]]]:
+    """Yield where a chunk lies and the chunk of every (R, C) view, in the accumulator's dtype."""
+    rows, columns = views[0].shape
+    dtype = accumulator_of(views[0])
+    width = columns if whole_rows else min(columns, CHUNK_ELEMENTS)
+    height = max(1, CHUNK_ELEMENTS // max(width, 1))
+    for top in range(0, rows, height):
+        for left in range(0, columns, max(width, 1)):
+            where = (slice(top, top + height), slice(left, left + width))
+            yield where, tuple(view[where].to(dtype) for view in views)
