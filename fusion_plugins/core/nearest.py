@@ -1,0 +1,209 @@
+"""The search behind :func:`fusion_plugins.core.distance.nearest_tokens`.
+
+For one source token the targets are visited by how much their length differs, because that difference bounds the
+distance from below. A second bound comes from signatures: a bit for each class of units that occurs in a token, and
+one for each class that occurs twice; one edit clears at most one bit on each side. What passes both bounds is compared
+with the bit-parallel algorithm of Myers, in the form for the distance of whole strings.
+
+References:
+    G. Myers, "A fast bit-vector algorithm for approximate string matching based on dynamic programming", 1999;
+    H. Hyyrö, "A bit-vector algorithm for computing Levenshtein and Damerau edit distances", 2003.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fusion_plugins.core.jit import compiled
+from fusion_plugins.core.types import IntArray
+
+__all__ = ["Packed", "pack", "search"]
+
+Words = npt.NDArray[np.uint64]
+Starts = npt.NDArray[np.int64]
+
+_WORD = 64
+_RARE_FROM = 48
+_ONE = np.uint64(1)
+_ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
+
+
+class Packed(NamedTuple):
+    """Tokens as one array of units, sorted by length, then index.
+
+    Attributes:
+        units: the units of all tokens, as numbers of an alphabet that both sides share.
+        starts: (N + 1,) where each token's units start.
+        order: (N,) index of each token in the caller's list.
+        once: (N,) signature of the classes of units that occur.
+        twice: (N,) signature of the classes that occur at least twice.
+        by_length: (L + 2,) where the tokens of each length start.
+        alphabet: number of different units.
+    """
+
+    units: IntArray
+    starts: Starts
+    order: IntArray
+    once: Words
+    twice: Words
+    by_length: IntArray
+    alphabet: int
+
+
+def pack(source: Sequence[str | bytes], target: Sequence[str | bytes]) -> tuple[Packed, Packed]:
+    """Pack both sides over one alphabet, the most frequent units of the target first."""
+    orders = [_by_length(tokens) for tokens in (source, target)]
+    left, right = (_units([tokens[at] for at in order]) for tokens, order in zip((source, target), orders, strict=True))
+    values, numbers = np.unique(np.concatenate([left, right]), return_inverse=True)
+    frequency = np.bincount(numbers[len(left) :], minlength=len(values))
+    rank = np.empty(len(values), np.int32)
+    rank[np.argsort(-frequency, kind="stable")] = np.arange(len(values), dtype=np.int32)
+    units = rank[numbers]
+    return (
+        _build(source, orders[0], units[: len(left)], len(values)),
+        _build(target, orders[1], units[len(left) :], len(values)),
+    )
+
+
+def search(rows: Packed, table: Packed, start: int, stop: int, limit: int, index: IntArray, distance: IntArray) -> None:
+    """Search for the packed source tokens ``start .. stop - 1``; write into ``index`` and ``distance``."""
+    _search(*rows[:5], *table[:6], table.alphabet, start, stop, limit, index, distance)
+
+
+def _by_length(tokens: Sequence[str | bytes]) -> IntArray:
+    lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))
+    return np.argsort(lengths, kind="stable").astype(np.int32)
+
+
+def _units(tokens: Sequence[str | bytes]) -> npt.NDArray[np.uint32]:
+    if isinstance(tokens[0], bytes):
+        return np.frombuffer(b"".join(tokens), np.uint8).astype(np.uint32)  # type: ignore[arg-type]
+    return np.frombuffer("".join(tokens).encode("utf-32-le", "surrogatepass"), np.uint32)  # type: ignore[arg-type]
+
+
+def _build(tokens: Sequence[str | bytes], order: IntArray, units: IntArray, alphabet: int) -> Packed:
+    lengths = np.fromiter((len(tokens[at]) for at in order), np.int64, len(order))
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    once, twice = np.zeros(len(order), np.uint64), np.zeros(len(order), np.uint64)
+    _sign(units, starts, once, twice)
+    by_length = np.searchsorted(lengths, np.arange(lengths[-1] + 2)).astype(np.int32)
+    return Packed(units, starts, order, once, twice, by_length, alphabet)
+
+
+@compiled
+def _sign(units, starts, once, twice):  # type: ignore[no-untyped-def]
+    for at in range(len(once)):
+        for place in range(starts[at], starts[at + 1]):
+            unit = units[place]
+            bit = unit if unit < _RARE_FROM else _RARE_FROM + unit % (_WORD - _RARE_FROM)
+            mask = _ONE << np.uint64(bit)
+            twice[at] |= once[at] & mask
+            once[at] |= mask
+
+
+@compiled
+def _count(word):  # type: ignore[no-untyped-def]
+    word = word - ((word >> _ONE) & np.uint64(0x5555555555555555))
+    word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return np.int64((word * np.uint64(0x0101010101010101)) >> np.uint64(56))
+
+
+@compiled
+def _myers(peq, size, units, begin, end):  # type: ignore[no-untyped-def]
+    """Distance between the pattern of ``size`` (1 to 64) units behind ``peq`` and ``units[begin:end]``."""
+    plus, minus, score = _ALL, np.uint64(0), size
+    top = _ONE << np.uint64(size - 1)
+    for place in range(begin, end):
+        equal = peq[units[place]]
+        vertical = equal | minus
+        horizontal = (((equal & plus) + plus) ^ plus) | equal
+        up = minus | ~(horizontal | plus)
+        down = plus & horizontal
+        if up & top:
+            score += 1
+        if down & top:
+            score -= 1
+        up = (up << _ONE) | _ONE
+        plus = (down << _ONE) | ~(vertical | up)
+        minus = up & vertical
+    return score
+
+
+@compiled
+def _table(left, right, row):  # type: ignore[no-untyped-def]
+    """Distance by the plain recurrence, for pairs of which both have more than 64 units."""
+    for column in range(len(right) + 1):
+        row[column] = column
+    for line in range(len(left)):
+        diagonal, row[0] = row[0], line + 1
+        for column in range(len(right)):
+            above = row[column + 1]
+            change = diagonal + (left[line] != right[column])
+            row[column + 1] = min(change, above + 1, row[column] + 1)
+            diagonal = above
+    return row[len(right)]
+
+
+@compiled
+def _search(  # type: ignore[no-untyped-def]  # noqa: C901
+    units,
+    starts,
+    order,
+    once,
+    twice,
+    t_units,
+    t_starts,
+    t_order,
+    t_once,
+    t_twice,
+    t_by_length,
+    alphabet,
+    start,
+    stop,
+    limit,
+    index,
+    distance,
+):
+    peq = np.zeros(alphabet, np.uint64)
+    longest = len(t_by_length) - 2
+    scratch = np.zeros(longest + 1, np.int64)
+    for row in range(start, stop):
+        begin, end = starts[row], starts[row + 1]
+        size = end - begin
+        best, best_at = np.int64(limit) + 1, np.int64(-1)
+        if 0 < size <= _WORD:
+            for place in range(begin, end):
+                peq[units[place]] |= _ONE << np.uint64(place - begin)
+        delta = 0
+        while delta <= best and delta <= max(size, longest):
+            for side in range(2 if delta else 1):
+                length = size - delta if side == 0 else size + delta
+                if length < 0 or length > longest:
+                    continue
+                for at in range(t_by_length[length], t_by_length[length + 1]):
+                    mine, other = once[row], t_once[at]
+                    mine2, other2 = twice[row], t_twice[at]
+                    bound = max(
+                        _count(mine & ~other) + _count(mine2 & ~other2),
+                        _count(other & ~mine) + _count(other2 & ~mine2),
+                    )
+                    if bound > best or (bound == best and t_order[at] > best_at):
+                        continue
+                    t_begin, t_end = t_starts[at], t_starts[at + 1]
+                    if size == 0:
+                        found = length
+                    elif size <= _WORD:
+                        found = _myers(peq, size, t_units, t_begin, t_end)
+                    else:
+                        found = _table(units[begin:end], t_units[t_begin:t_end], scratch)
+                    if found < best or (found == best and t_order[at] < best_at):
+                        best, best_at = found, np.int64(t_order[at])
+            delta += 1
+        if 0 < size <= _WORD:
+            for place in range(begin, end):
+                peq[units[place]] = np.uint64(0)
+        if best_at >= 0:
+            index[order[row]], distance[order[row]] = best_at, best

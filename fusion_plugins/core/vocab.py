@@ -1,0 +1,158 @@
+"""Source token -> target token: which target token takes over a source token's probability.
+
+Ordinary tokens are compared as bytes, special tokens go by their role. ``exact`` maps equal bytes only; ``min_edit`` is
+the papers' method; ``first_token`` sends a source token to the first token of the target's own encoding of its bytes,
+which is what the source's next-token distribution says about the target's next token; ``statistics`` goes by which
+tokens were aligned on real texts.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fusion_plugins.core.counts import AlignmentCounts
+from fusion_plugins.core.distance import nearest_tokens, pair_distances
+from fusion_plugins.core.vocab_statistics import by_count, by_published_score
+from fusion_plugins.core.token_table import Role, TokenTable
+from fusion_plugins.core.types import IntArray, VocabularyMap
+from fusion_plugins.errors import ConfigError
+
+__all__ = ["METHODS", "map_vocabulary"]
+
+Text = str | bytes
+Vocabulary = Sequence[str] | Sequence[bytes] | TokenTable
+Encode = Callable[[Any], Sequence[int]]
+METHODS = ("min_edit", "exact", "statistics", "first_token")
+
+
+def map_vocabulary(
+    source: Vocabulary,
+    target: Vocabulary,
+    *,
+    method: str = "min_edit",
+    max_distance: int | None = None,
+    counts: AlignmentCounts | None = None,
+    encode: Encode | None = None,
+    compat: Literal["fusechat"] | None = None,
+) -> VocabularyMap:
+    """Map each source token to a target token.
+
+    Args:
+        source: (W,) tokens, ``str`` or ``bytes``, or a token table.
+        target: (V,) tokens of the same type, or a token table.
+        method: one of :data:`METHODS`.
+        max_distance: leave a token unmapped when its counterpart is farther than this (in bytes; in code points for
+            ``str``).
+        counts: how often tokens were aligned, for ``statistics``.
+        encode: bytes (or ``str``) -> ids of the target's own encoding, for ``first_token``. Without it, or where it
+            answers with nothing, the longest target token that the source token starts with is taken.
+        compat: ``fusechat`` makes ``statistics`` choose by the published score.
+
+    Returns:
+        The map. Among equally good target tokens the lowest id wins. Where both sides are tables, special tokens are
+        mapped by role (``other`` by name) and ordinary tokens only to ordinary tokens.
+
+    Raises:
+        ConfigError: the method is unknown or lacks its counts, or the two vocabularies are not of one type.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"unknown vocabulary method {method!r}; expected one of {', '.join(METHODS)}")
+    left, right = _tokens(source), _tokens(target)
+    _check_types(left, right)
+    rows, columns = _ordinary(source), _ordinary(target)
+    target_ids = np.full(len(left), -1, np.int32)
+    distances = np.full(len(left), -1, np.int32)
+    if method == "statistics":
+        if counts is None:
+            raise ConfigError(
+                "method 'statistics' expects `counts`, the AlignmentCounts of the two tokenizers, got None"
+            )
+        choose = by_published_score if compat == "fusechat" else by_count
+        target_ids = np.where(rows, choose(left, right, counts, columns), -1).astype(np.int32)
+    elif method == "first_token":
+        target_ids[rows] = _first_tokens(_select(left, rows), right, columns, encode)
+    else:
+        limit = 0 if method == "exact" else max_distance
+        target_ids[rows], distances[rows] = _nearest(_select(left, rows), _select(right, columns), columns, limit)
+    if method in ("statistics", "first_token"):
+        _measure(left, right, target_ids, distances, max_distance)
+    if isinstance(source, TokenTable) and isinstance(target, TokenTable):
+        _map_roles(source, target, target_ids, distances)
+    return VocabularyMap(target_ids, distances, method)
+
+
+def _tokens(vocabulary: Vocabulary) -> Sequence[Any]:
+    return vocabulary.tokens if isinstance(vocabulary, TokenTable) else vocabulary
+
+
+def _ordinary(vocabulary: Vocabulary) -> npt.NDArray[np.bool_]:
+    """(W,) bool, True for tokens that are mapped by their text: not for special tokens and ids without a token."""
+    if isinstance(vocabulary, TokenTable):
+        ordinary: npt.NDArray[np.bool_] = ~vocabulary.special & (vocabulary.lengths > 0)
+        return ordinary
+    return np.ones(len(vocabulary), np.bool_)
+
+
+def _select(tokens: Sequence[Any], chosen: npt.NDArray[np.bool_]) -> list[Any]:
+    return [tokens[index] for index in np.flatnonzero(chosen)]
+
+
+def _check_types(left: Sequence[Text], right: Sequence[Text]) -> None:
+    kinds = {type(token).__name__ for tokens in (left, right) for token in tokens}
+    if kinds not in ({"str"}, {"bytes"}, set()):
+        raise ConfigError(
+            f"expected source and target tokens that are all str or all bytes (those of a table are bytes), got "
+            f"{' and '.join(sorted(kinds))}. Convert one side."
+        )
+
+
+def _nearest(
+    left: Sequence[Any], right: Sequence[Any], columns: npt.NDArray[np.bool_], limit: int | None
+) -> tuple[IntArray, IntArray]:
+    """Take equal tokens first, then search for the rest; ids are those of the whole target vocabulary."""
+    ids = np.flatnonzero(columns)
+    first = {token: index for index, token in reversed(list(enumerate(right)))}
+    index = np.fromiter((first.get(token, -1) for token in left), np.int32, len(left))
+    distance = np.where(index >= 0, 0, -1).astype(np.int32)
+    if limit != 0:
+        open_rows = np.flatnonzero(index < 0)
+        index[open_rows], distance[open_rows] = nearest_tokens(
+            [left[row] for row in open_rows], right, max_distance=limit
+        )
+    return np.where(index >= 0, ids[index] if len(ids) else -1, -1).astype(np.int32), distance
+
+
+def _first_tokens(
+    left: Sequence[Any], right: Sequence[Any], columns: npt.NDArray[np.bool_], encode: Encode | None
+) -> IntArray:
+    first = {right[index]: index for index in np.flatnonzero(columns)[::-1].tolist()}
+
+    def choose(token: Any) -> int:
+        ids = encode(token) if encode is not None else ()
+        if len(ids) and columns[ids[0]]:
+            return int(ids[0])
+        return next((first[token[:end]] for end in range(len(token), 0, -1) if token[:end] in first), -1)
+
+    return np.fromiter(map(choose, left), np.int32, len(left))
+
+
+def _measure(
+    left: Sequence[Any], right: Sequence[Any], target_ids: IntArray, distances: IntArray, limit: int | None
+) -> None:
+    """Fill in the distances of the chosen pairs, and undo the choices beyond the limit."""
+    chosen = np.flatnonzero(target_ids >= 0)
+    distances[chosen] = pair_distances([left[row] for row in chosen], [right[column] for column in target_ids[chosen]])
+    if limit is not None:
+        target_ids[distances > limit] = -1
+        distances[distances > limit] = -1
+
+
+def _map_roles(source: TokenTable, target: TokenTable, target_ids: IntArray, distances: IntArray) -> None:
+    names = {target.tokens[index]: index for index in np.flatnonzero(target.special)[::-1].tolist()}
+    for row in np.flatnonzero(source.special).tolist():
+        role = source.roles[row]
+        found = names.get(source.tokens[row]) if role in (None, Role.OTHER) else target.id_of_role(role)
+        target_ids[row] = -1 if found is None else found
+        distances[row] = -1 if found is None else 0
