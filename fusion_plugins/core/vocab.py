@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from fusion_plugins.core.counts import AlignmentCounts
 from fusion_plugins.core.distance import nearest_tokens, pair_distances
-from fusion_plugins.core.vocab_statistics import by_count, by_published_score
 from fusion_plugins.core.token_table import Role, TokenTable
 from fusion_plugins.core.types import IntArray, VocabularyMap
+from fusion_plugins.core.vocab_statistics import by_count, by_published_score
 from fusion_plugins.errors import ConfigError
 
 __all__ = ["METHODS", "map_vocabulary"]
