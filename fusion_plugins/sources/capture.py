@@ -1,0 +1,241 @@
+"""``fusion capture``: texts + one source model -> a store of top-k log-probabilities.
+
+Texts are cut into units; a unit is captured as a whole and committed as one shard. What a killed run had committed is
+skipped by the next one.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from fusion_plugins.core.chat import render_chat
+from fusion_plugins.core.record import build_record
+from fusion_plugins.core.tokens import TokenTable, tokenize
+from fusion_plugins.core.types import Record, TokenizedText
+from fusion_plugins.errors import ConfigError, DataError
+from fusion_plugins.sources.base import Source, SourceSettings, open_source
+from fusion_plugins.sources.loading import chat_template_hash, weights_fingerprint
+from fusion_plugins.sources.progress import Meter, meter
+from fusion_plugins.sources.texts import Text, fingerprint, read_texts
+from fusion_plugins.sources.units import plan_units
+from fusion_plugins.store import Manifest, StoreWriter
+
+__all__ = ["CaptureConfig", "CaptureReport", "capture_texts", "estimate_capture"]
+
+#: bytes of text that a dry run captures to learn the speed and the size
+PROBE_BYTES = 16_384
+
+
+class CaptureConfig(SourceSettings):
+    """Keys of the YAML file of ``fusion capture``."""
+
+    texts: str | list[str] = Field(description=".jsonl or .parquet files, or folders of them")
+    out: str = Field(description="folder of the store")
+    top_k: int | Literal["all"] = Field(64, description="entries per row; all: the whole vocabulary")
+    limit: int | None = Field(None, ge=1, description="capture the first so many texts only")
+    unit_bytes: int = Field(262_144, ge=1, description="bytes of text that are captured and committed together")
+    unusable: Literal["stop", "skip"] = Field(
+        "stop", description="texts that are too long, or chats that the template changes: stop, or leave them out"
+    )
+
+
+@dataclass(frozen=True)
+class CaptureReport:
+    """What a run did.
+
+    Attributes:
+        out: the store.
+        captured: records written by this run.
+        present: records that were there before.
+        skipped: id -> why it was left out (``unusable: skip`` only).
+        tokens: tokens captured by this run.
+        seconds: what that took, without loading the model.
+    """
+
+    out: Path
+    captured: int
+    present: int
+    skipped: dict[str, str]
+    tokens: int
+    seconds: float
+
+
+def capture_texts(config: CaptureConfig) -> CaptureReport:
+    """Capture a set of texts, going on where an earlier run of the same settings stopped.
+
+    Raises:
+        DataError: a text is broken, or too long for the source (with ``unusable: stop``).
+        MismatchError: the folder holds a store of another model, text set, top_k, ...
+        SourceError: the model cannot be loaded or fails.
+    """
+    texts = read_texts(config.texts)
+    chosen = texts[: config.limit]
+    source = open_source(config)
+    try:
+        job = _Job(config, source, texts)
+        skipped = _check_lengths(job, chosen)
+        usable = [text for text in chosen if text.id not in skipped]
+        with StoreWriter(config.out, job.manifest, job.table) as store:
+            report = _run(job, store, usable, skipped)
+            if config.limit is None:
+                store.finish()
+        return report
+    finally:
+        source.close()
+
+
+def estimate_capture(config: CaptureConfig) -> dict[str, float]:
+    """Capture a few texts into a temporary folder and say what all of them will take.
+
+    Returns:
+        ``texts``, ``tokens``, ``bytes`` (of the store), ``hours``, ``tokens_per_second``; estimates but for the first.
+    """
+    texts = read_texts(config.texts, config.limit)
+    sample = next(plan_units(texts, lambda text: text.n_bytes, PROBE_BYTES), [])
+    if not sample:
+        raise DataError(f"{config.texts}: expected at least one text, found none")
+    source = open_source(config)
+    try:
+        job = _Job(config, source, texts)
+        skipped = _check_lengths(job, sample)
+        with tempfile.TemporaryDirectory() as folder, StoreWriter(folder, job.manifest, job.table) as store:
+            report = _run(job, store, [text for text in sample if text.id not in skipped], skipped)
+            store.flush()
+            stored = store.manifest.bytes
+    finally:
+        source.close()
+    scale = sum(text.n_bytes for text in texts) / sum(text.n_bytes for text in sample)
+    speed = report.tokens / max(report.seconds, 1e-9)
+    tokens = report.tokens * scale
+    return {
+        "texts": len(texts),
+        "tokens": tokens,
+        "bytes": stored * scale,
+        "hours": tokens / max(speed, 1e-9) / 3600,
+        "tokens_per_second": speed,
+    }
+
+
+class _Job:
+    """One source, its token table and what the manifest says."""
+
+    def __init__(self, config: CaptureConfig, source: Source, texts: Sequence[Text]) -> None:
+        self.config, self.source = config, source
+        self.table = TokenTable.from_tokenizer(source.tokenizer)
+        has_chats = any(not isinstance(text.content, str) for text in texts)
+        if has_chats and not source.tokenizer.chat_template:
+            raise ConfigError(
+                f"{config.texts} holds chats, but the tokenizer of source {config.source_name!r} has no chat template; "
+                "name a file with one in `chat_template`"
+            )
+        self.manifest = _manifest(config, source, self.table, texts, has_chats)
+
+    def tokenized(self, text: Text) -> TokenizedText:
+        """Tokenize a text, or a chat rendered with the source's own template."""
+        tokenizer = self.source.tokenizer
+        if isinstance(text.content, str):
+            return tokenize(tokenizer, self.table, text.content)
+        rendered, spans, _ = render_chat(
+            lambda messages: tokenizer.apply_chat_template(messages, tokenize=False), text.content
+        )
+        return tokenize(tokenizer, self.table, rendered, spans=spans, special_tokens=False, append_eos=False)
+
+
+def _manifest(
+    config: CaptureConfig, source: Source, table: TokenTable, texts: Sequence[Text], has_chats: bool
+) -> Manifest:
+    facts = dict(source.facts)
+    weights = weights_fingerprint(config.model)
+    width = facts.pop("logits_width", None) or table.vocab_size
+    return Manifest(
+        model=config.model,
+        revision=facts.pop("revision", None) or (f"weights:{weights[:32]}" if weights else None),
+        tokenizer_fingerprint=table.fingerprint,
+        vocab_size=table.vocab_size,
+        logits_width=width,
+        top_k=table.vocab_size if config.top_k == "all" else min(config.top_k, table.vocab_size),
+        dtype=facts.pop("dtype"),
+        texts_fingerprint=fingerprint(texts),
+        template_hash=chat_template_hash(source.tokenizer) if has_chats else None,
+        engine=facts.pop("engine"),
+        engine_version=facts.pop("engine_version"),
+        provenance={"source": config.source_name, "texts": config.texts, **facts},
+    )
+
+
+def _check_lengths(job: _Job, texts: Sequence[Text]) -> dict[str, str]:
+    """Find texts that the source cannot take, before hours are spent on the others."""
+    problems = {}
+    for text in texts:
+        problem = _problem(job, text)
+        if problem is None:
+            continue
+        if job.config.unusable == "stop":
+            raise DataError(
+                f"text {text.id!r}: {problem}; cut the texts shorter (`fusion split`), or leave such texts out with "
+                "`unusable: skip`"
+            )
+        problems[text.id] = problem
+    return problems
+
+
+def _problem(job: _Job, text: Text) -> str | None:
+    limit = job.config.max_length or job.source.max_length
+    plain = isinstance(text.content, str)
+    # A token is a byte at least, so most plain texts need no second look. Templates may add much and refuse chats.
+    if plain and (limit is None or text.n_bytes + 8 <= limit):
+        return None
+    try:
+        length = len(job.tokenized(text).input_ids)
+    except DataError as error:
+        return str(error)
+    if limit is not None and length > limit:
+        return f"expected at most {limit} tokens of source {job.config.source_name!r}, came {length}"
+    return None
+
+
+def _run(job: _Job, store: StoreWriter, texts: Sequence[Text], skipped: dict[str, str]) -> CaptureReport:
+    done = set(store.done_ids)
+    present = sum(text.id in done for text in texts)
+    total = sum(text.n_bytes for text in texts)
+    ready = sum(text.n_bytes for text in texts if text.id in done)
+    with meter(f"capture {job.config.source_name}", total, ready) as progress:
+        for unit in plan_units(texts, lambda text: text.n_bytes, job.config.unit_bytes):
+            if not all(text.id in done for text in unit):
+                _capture_unit(job, store, unit, done, progress)
+    captured = len(texts) - present
+    return CaptureReport(store.path, captured, present, skipped, progress.tokens, progress.seconds)
+
+
+def _capture_unit(job: _Job, store: StoreWriter, unit: list[Text], done: set[str], progress: Meter) -> None:
+    records: dict[int, Record] = {}
+    try:
+        for index, record in _records(job, unit):
+            if unit[index].id not in done:
+                records[index] = record
+                progress.advance(unit[index].n_bytes, len(record.input_ids))
+    finally:  # also when the source failed or Ctrl-C was pressed: what is there is kept, in the order of the texts
+        for index in sorted(records):
+            store.write(records[index])
+        store.flush()
+
+
+def _records(job: _Job, unit: list[Text]) -> Iterator[tuple[int, Record]]:
+    tokenized = [job.tokenized(text) for text in unit]
+    for index, rows in job.source.capture(tokenized, job.manifest.top_k):
+        yield (
+            index,
+            build_record(unit[index].id, tokenized[index], rows.topk_ids, rows.topk_logprobs, rows.token_logprobs),
+        )
+
+
+def describe_estimate(estimate: dict[str, Any]) -> str:
+    """Say a dry run's numbers in one line."""
+    return (
+        f"{estimate['texts']:,} texts, about {estimate['tokens']:,.0f} tokens, {estimate['bytes'] / 1e6:,.1f} MB, "
+        f"{estimate['hours']:,.2f} hours at the measured {estimate['tokens_per_second']:,.0f} tokens/s"
+    )

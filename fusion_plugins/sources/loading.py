@@ -1,0 +1,105 @@
+"""Tokenizers, chat templates and the identity of weights: what all local backends need before they load a model."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from fusion_plugins.errors import ConfigError, SourceError
+from fusion_plugins.sources.base import SourceSettings
+
+__all__ = ["chat_template_hash", "load_tokenizer", "prompt_text", "vocabulary_size", "weights_fingerprint"]
+
+SAMPLED_BLOCKS = 64
+BLOCK_BYTES = 65_536
+
+
+def load_tokenizer(settings: SourceSettings) -> Any:
+    """Load the tokenizer of a source, with the chat template that the settings name.
+
+    Raises:
+        SourceError: it cannot be loaded.
+        ConfigError: the chat template's file cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    name = settings.tokenizer or settings.model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise SourceError(f"source {settings.source_name!r}: cannot load the tokenizer {name!r}: {error}") from error
+    if settings.chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot read chat_template {settings.chat_template!r}: {error.strerror}") from error
+    return tokenizer
+
+
+def chat_template_hash(tokenizer: Any) -> str | None:
+    """Return the sha256 (hex) of the chat template, or None where there is none."""
+    if tokenizer is None or not tokenizer.chat_template:
+        return None
+    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """Return one more than the highest id that the tokenizer knows; the model's output may be wider."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def weights_fingerprint(folder: str | Path) -> str | None:
+    """Return a sha256 (hex) that changes when a local model is trained on or replaced; None where there is no folder.
+
+    Sizes and evenly spaced blocks of each safetensors file are hashed, so that a model of hundreds of gigabytes
+    costs milliseconds.
+    """
+    files = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size};".encode())
+        with file.open("rb") as stream:
+            for block in range(SAMPLED_BLOCKS):
+                stream.seek(block * size // SAMPLED_BLOCKS)
+                digest.update(stream.read(BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def prompt_text(
+    tokenizer: Any, content: str | list[dict[str, Any]], template: str, system: str | None
+) -> tuple[str, bool]:
+    """Render a prompt for a model.
+
+    Args:
+        tokenizer: the source's tokenizer.
+        content: a text (one message of the user, or the text itself with ``plain``) or messages.
+        template: auto | chat | plain, see :class:`~fusion_plugins.sources.base.Sampling`.
+        system: system prompt for chats that have none.
+
+    Returns:
+        The text, and whether the tokenizer has still to add its special tokens.
+
+    Raises:
+        ConfigError: a chat for a source without a chat template.
+        SourceError: the template refuses the messages.
+    """
+    if template == "plain" or (template == "auto" and isinstance(content, str) and not tokenizer.chat_template):
+        if not isinstance(content, str):
+            raise ConfigError("template 'plain' takes prompts with 'text', came one with 'messages'")
+        return content, True
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template, but the prompt is a chat; name a file "
+            "with one in `chat_template`, or use prompts with 'text' and `template: plain`"
+        )
+    messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
+    if system is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), False
+    except Exception as error:  # templates raise what they like; Jinja's own errors are not enough
+        raise SourceError(f"the chat template of {tokenizer.name_or_path!r} refuses a prompt: {error}") from error
