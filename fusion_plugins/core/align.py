@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numba import njit
 
 from fusion_plugins.core.dtw import dtw_path, path_ranges
+from fusion_plugins.core.jit import as_array, compiled
 from fusion_plugins.core.surfaces import common_bytes
-from fusion_plugins.core.types import BoolArray, IntArray, Record, TokenizedText
+from fusion_plugins.core.types import IntArray, Record, TokenizedText
 from fusion_plugins.errors import AlignmentError
 
 __all__ = ["ALIGNERS", "Alignment", "align_dtw", "align_offsets", "align_texts", "align_tokens"]
@@ -133,9 +133,10 @@ def align_texts(source: TokenizedText | Record, target: TokenizedText, *, strict
     """
     source_ends = source.offsets if isinstance(source, Record) else source.ends
     _check_spans(source.spans, target.spans)
-    s_ends, s_spans = _i4(source_ends), _i4(source.spans)
-    t_ends, t_spans = _i4(target.ends), _i4(target.spans)
-    rows, n_rows = _match_rows(s_ends, _b1(source.exact), s_spans, t_ends, _b1(target.exact), t_spans, strict)
+    s_ends, s_spans = as_array(source_ends, np.int32), as_array(source.spans, np.int32)
+    t_ends, t_spans = as_array(target.ends, np.int32), as_array(target.spans, np.int32)
+    s_exact, t_exact = as_array(source.exact, np.bool_), as_array(target.exact, np.bool_)
+    rows, n_rows = _match_rows(s_ends, s_exact, s_spans, t_ends, t_exact, t_spans, strict)
     source_ranges, target_ranges = _overlaps(s_ends, s_spans, t_ends, t_spans)
     coverage = float((rows >= 0).sum() / n_rows) if n_rows else 1.0
     return Alignment(rows, target_ranges, source_ranges, coverage)
@@ -160,20 +161,12 @@ def _whole_text(tokens: list[bytes]) -> TokenizedText:
 def _check_spans(source: IntArray, target: IntArray) -> None:
     if len(source) != len(target):
         raise AlignmentError(
-            f"expected the same supervised spans on both sides; the source has {len(source)}, the target {len(target)}: "
-            "they are not the same chat. Capture the store again from the texts that you train on."
+            f"expected the same supervised spans on both sides; the source has {len(source)}, the target "
+            f"{len(target)}: they are not the same chat. Capture the store again from the texts that you train on."
         )
 
 
-def _i4(array: IntArray) -> IntArray:
-    return np.require(array, np.int32, "CW")
-
-
-def _b1(array: BoolArray) -> BoolArray:
-    return np.require(array, np.bool_, "CW")
-
-
-@njit(cache=True, nogil=True)
+@compiled
 def _boundaries(ends, exact):  # type: ignore[no-untyped-def]
     """(T,) bool, True for the one row at each byte."""
     last = len(ends) - 1
@@ -186,7 +179,7 @@ def _boundaries(ends, exact):  # type: ignore[no-untyped-def]
     return rows
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _match_rows(s_ends, s_exact, s_spans, t_ends, t_exact, t_spans, strict):  # type: ignore[no-untyped-def]
     """Merge the boundary rows of both sides, span by span; also count the target's."""
     s_rows, t_rows = _boundaries(s_ends, s_exact), _boundaries(t_ends, t_exact)
@@ -209,7 +202,7 @@ def _match_rows(s_ends, s_exact, s_spans, t_ends, t_exact, t_spans, strict):  # 
     return rows, could.sum()
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _same_next(s_ends, s_start, s_stop, u, t_ends, t_start, t_stop, t):  # type: ignore[no-untyped-def]
     """Whether the tokens after two corresponding rows end at the same byte, or are both the ones after the span."""
     if u + 1 == len(s_ends) or t + 1 == len(t_ends):
@@ -219,7 +212,7 @@ def _same_next(s_ends, s_start, s_stop, u, t_ends, t_start, t_stop, t):  # type:
     return s_ends[u + 1] - s_start == t_ends[t + 1] - t_start
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _overlaps(s_ends, s_spans, t_ends, t_spans):  # type: ignore[no-untyped-def]
     """First and last token of the other side that shares bytes with each token, inside the spans.
 
@@ -247,7 +240,7 @@ def _overlaps(s_ends, s_spans, t_ends, t_spans):  # type: ignore[no-untyped-def]
     return s_out, t_out
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _extend(ranges, row, other):  # type: ignore[no-untyped-def]
     if ranges[row, 1] < 0:
         ranges[row, 0] = other

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from fusion_plugins.core.jit import compiled
 from fusion_plugins.core.surfaces import space_marker
 from fusion_plugins.core.types import IntArray
 from fusion_plugins.errors import AlignmentError
@@ -111,7 +111,7 @@ def _compare_bare_marks(  # type: ignore[no-untyped-def]
                 costs[x, y] = Levenshtein.distance(marked[x], target[y])
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _warp(costs, source_index, target_index, up_first):  # type: ignore[no-untyped-def]
     """Fill the matrix row by row, keep one direction per cell, walk back."""
     n, m = len(source_index), len(target_index)
@@ -137,7 +137,7 @@ def _warp(costs, source_index, target_index, up_first):  # type: ignore[no-untyp
     return _walk_back(direction), above[m]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _walk_back(direction):  # type: ignore[no-untyped-def]
     i, j = direction.shape[0] - 1, direction.shape[1] - 1
     path = np.empty((i + j + 1, 2), np.int32)

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
-from fusion_plugins.core.types import FloatArray, SparseDistributions
+from fusion_plugins.core.jit import compiled
+from fusion_plugins.core.types import SparseDistributions
 from fusion_plugins.errors import AlignmentError, ConfigError
 
 __all__ = ["RULES", "avg_ce", "avg_ce_weights", "fuse", "min_ce", "min_ce_choice", "token_min_ce", "truncate"]
@@ -46,8 +46,8 @@ def fuse(
         ConfigError: an unknown rule, or shapes that do not belong together.
 
     Example:
-        >>> rows = [SparseDistributions(np.array([[i]], np.int32), np.zeros((1, 1), np.float32), np.zeros(1, np.float32))
-        ...         for i in (7, 9)]
+        >>> zeros = np.zeros((1, 1), np.float32)
+        >>> rows = [SparseDistributions(np.array([[i]], np.int32), zeros, zeros[0]) for i in (7, 9)]
         >>> fuse(rows, [1.2, 0.8]).ids.tolist()
         [[9]]
     """
@@ -80,9 +80,7 @@ def min_ce(
     return _select(distributions, min_ce_choice(costs))
 
 
-def token_min_ce(
-    distributions: Sequence[SparseDistributions], cross_entropies: CrossEntropies
-) -> SparseDistributions:
+def token_min_ce(distributions: Sequence[SparseDistributions], cross_entropies: CrossEntropies) -> SparseDistributions:
     """Take each position's row from the source with the lowest cross-entropy there, among those that have a row.
 
     Args:
@@ -234,7 +232,7 @@ def _padded(distributions: SparseDistributions, width: int) -> SparseDistributio
     )
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _mix(ids, logprobs, weights):  # type: ignore[no-untyped-def]
     """Sum the weighted probabilities of equal ids, row by row; sort by descending probability, then by id."""
     n_sources, n_rows, width = ids.shape

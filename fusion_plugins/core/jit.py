@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numba
+import numpy as np
+import numpy.typing as npt
 
-__all__ = ["compiled"]
+__all__ = ["as_array", "compiled"]
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
@@ -25,3 +27,8 @@ def compiled(function: Kernel) -> Kernel:
     except RuntimeError:
         kernel = numba.njit(nogil=True)(function)
     return kernel  # type: ignore[no-any-return]
+
+
+def as_array(array: npt.ArrayLike, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Return the array contiguous, writable and of one dtype, so that a kernel is compiled for one signature only."""
+    return np.require(array, dtype, ["C", "W"])

@@ -67,7 +67,9 @@ def _likely(tokens: Tokens, readings: list[list[bytes]]) -> bytes:
 
 
 def _difference(source: bytes, target: bytes) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(source, target, strict=False)) if a != b), min(len(source), len(target)))
+    at = next(
+        (i for i, (a, b) in enumerate(zip(source, target, strict=False)) if a != b), min(len(source), len(target))
+    )
     window = slice(max(0, at - _CONTEXT), at + _CONTEXT)
     return (
         f"expected tokens of one text; at byte {at} the source goes on {source[window]!r} and the target "

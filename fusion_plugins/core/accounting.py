@@ -1,0 +1,110 @@
+"""What became of rows, candidates and probability mass: counters that add up over sources and texts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+__all__ = ["FusionReport", "ProjectionReport"]
+
+
+@dataclass(frozen=True)
+class ProjectionReport:
+    """Counters of the projection of one source; two reports add up.
+
+    Every supervised row is counted once: ``rows`` = the used rows (``one_to_one`` .. ``special``) + the unused ones
+    (``unaligned`` .. ``low_mass``). Every used row has a mass of 1, which the six masses share.
+
+    Attributes:
+        rows: supervised rows of the target.
+        one_to_one: used; the next tokens of source and target are the same bytes.
+        one_to_many: used; several source tokens are the target's next token.
+        many_to_one: used; the source's next token is longer than the target's.
+        crossing: used; the source's tokens end inside and beyond the target's next token.
+        special: used; both expect the same special token (end of turn, end of text).
+        unaligned: no source row ends at the same byte.
+        other_bytes: the next token stands for other bytes than the text's on one side.
+        reaches_out: the target's next token reaches into the template.
+        other_end: the two models expect different special tokens.
+        source_ends: the record ends before the target's next token does (it was truncated).
+        low_mass: the candidates keep less than ``min_mass``.
+        fallback: unused rows that got the next label.
+        exact: candidates that are a token of the target.
+        edited: candidates mapped to another token of the target.
+        unmapped: candidates without a counterpart.
+        gold_mass: mass that the text gave to the label.
+        exact_mass: mass of exact candidates.
+        edited_mass: mass of candidates mapped to another token.
+        unmapped_mass: mass lost for want of a counterpart.
+        prefix_mass: mass of prefixes of the label that the chain does not explain; lost.
+        outside_mass: mass outside the stored top k; lost.
+    """
+
+    rows: int = 0
+    one_to_one: int = 0
+    one_to_many: int = 0
+    many_to_one: int = 0
+    crossing: int = 0
+    special: int = 0
+    unaligned: int = 0
+    other_bytes: int = 0
+    reaches_out: int = 0
+    other_end: int = 0
+    source_ends: int = 0
+    low_mass: int = 0
+    fallback: int = 0
+    exact: int = 0
+    edited: int = 0
+    unmapped: int = 0
+    gold_mass: float = 0.0
+    exact_mass: float = 0.0
+    edited_mass: float = 0.0
+    unmapped_mass: float = 0.0
+    prefix_mass: float = 0.0
+    outside_mass: float = 0.0
+
+    def __add__(self, other: "ProjectionReport") -> "ProjectionReport":
+        return ProjectionReport(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def used(self) -> int:
+        """Rows that carry a distribution of the source."""
+        return self.one_to_one + self.one_to_many + self.many_to_one + self.crossing + self.special
+
+    @property
+    def coverage(self) -> float:
+        """Used rows / supervised rows, in [0, 1]; 1 where there is nothing to cover."""
+        return self.used / self.rows if self.rows else 1.0
+
+    @property
+    def mass_kept(self) -> float:
+        """Mean probability that a used row keeps before renormalisation, in [0, 1]."""
+        return (self.gold_mass + self.exact_mass + self.edited_mass) / self.used if self.used else 0.0
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """Counters of whole texts; two reports add up.
+
+    Attributes:
+        texts: texts fused.
+        rows: supervised rows of the target.
+        fused_rows: rows with a fused distribution.
+        chosen: source name -> texts for which it has the lowest cross-entropy; the first of equals.
+        sources: source name -> what became of its rows.
+    """
+
+    texts: int = 0
+    rows: int = 0
+    fused_rows: int = 0
+    chosen: Mapping[str, int] = field(default_factory=dict)
+    sources: Mapping[str, ProjectionReport] = field(default_factory=dict)
+
+    def __add__(self, other: "FusionReport") -> "FusionReport":
+        names = list(dict.fromkeys([*self.sources, *other.sources]))
+        nothing = ProjectionReport()
+        return FusionReport(
+            self.texts + other.texts,
+            self.rows + other.rows,
+            self.fused_rows + other.fused_rows,
+            {name: self.chosen.get(name, 0) + other.chosen.get(name, 0) for name in names},
+            {name: self.sources.get(name, nothing) + other.sources.get(name, nothing) for name in names},
+        )

@@ -1,0 +1,139 @@
+"""The whole way of one text: records of S sources -> one fused target. This is what an adapter calls.
+
+Align, project and fuse, step by step as the modules of that name say, and count what became of everything.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fusion_plugins.core.accounting import FusionReport
+from fusion_plugins.core.align import Alignment, align_texts
+from fusion_plugins.core.fuse import Rule, fuse, min_ce_choice, truncate
+from fusion_plugins.core.project import Projection, ProjectionOptions, project_record
+from fusion_plugins.core.token_table import TokenTable
+from fusion_plugins.core.types import Record, SparseDistributions, TokenizedText, VocabularyMap
+from fusion_plugins.errors import ConfigError, MismatchError
+
+__all__ = ["FusionPlan", "SourcePlan", "fuse_text"]
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """One source.
+
+    Attributes:
+        name: as in the configuration and in reports.
+        table: its token table.
+        vocabulary: its ids -> the target's ids.
+    """
+
+    name: str
+    table: TokenTable
+    vocabulary: VocabularyMap
+
+
+@dataclass(frozen=True)
+class FusionPlan:
+    """Everything that stays the same from text to text.
+
+    Attributes:
+        target_table: the target's token table.
+        sources: at least one; the order decides ties.
+        rule: name of a fusion rule, or the rule itself.
+        rule_options: what the rule takes besides (``temperature`` of ``avg_ce``, ``missing`` of ``min_ce``).
+        per_token: give the rule (S, T) cross-entropies of the target's next token instead of (S,) per text. Always so
+            for ``token_min_ce``.
+        metric: cross-entropy per text in nats per ``byte`` (comparable across tokenizers) or per source ``token``.
+        width: entries per fused row.
+        alignment: ``offsets``, ``offsets_strict``, or an aligner of tokens (see ``core.align.ALIGNERS``).
+        projection: options of the projection, for every source.
+    """
+
+    target_table: TokenTable
+    sources: tuple[SourcePlan, ...]
+    rule: str | Rule = "min_ce"
+    rule_options: Mapping[str, Any] = field(default_factory=dict)
+    per_token: bool = False
+    metric: Literal["byte", "token"] = "byte"
+    width: int = 10
+    alignment: str | Callable[..., Alignment] = "offsets"
+    projection: ProjectionOptions = ProjectionOptions()
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ConfigError("fusion needs at least one source")
+        if self.width < 1:
+            raise ConfigError(f"width must be at least 1, not {self.width}")
+        if self.metric not in ("byte", "token"):
+            raise ConfigError(f"metric must be 'byte' or 'token', not {self.metric!r}")
+
+
+def fuse_text(
+    plan: FusionPlan, target: TokenizedText, records: Sequence[Record]
+) -> tuple[SparseDistributions, FusionReport]:
+    """Fuse the sources' records of one text into a target for each of its rows.
+
+    Args:
+        plan: what to do.
+        target: T tokens of the text; row ``t`` is labelled ``input_ids[t + 1]``.
+        records: one record of this text per source, in the plan's order.
+
+    Returns:
+        (T, width) fused rows, empty where nothing may be taught (the last row always), and the counters.
+
+    Raises:
+        MismatchError: the records are not one per source, or not of one text.
+        AlignmentError: source and target did not read the same text.
+    """
+    _check_records(plan, records)
+    projections = [_project(plan, source, record, target) for source, record in zip(plan.sources, records, strict=True)]
+    distributions = [p.distributions for p in projections]
+    chosen = int(min_ce_choice(_metric(plan, records)))
+    fused = fuse(distributions, _cross_entropies(plan, records, projections), rule=plan.rule, **plan.rule_options)
+    fused = truncate(fused, plan.width, renormalize=plan.projection.tail == "renormalize")
+    return fused, FusionReport(
+        texts=1,
+        rows=projections[0].report.rows,
+        fused_rows=int(fused.rows.sum()),
+        chosen={s.name: int(index == chosen) for index, s in enumerate(plan.sources)},
+        sources={s.name: p.report for s, p in zip(plan.sources, projections, strict=True)},
+    )
+
+
+def _check_records(plan: FusionPlan, records: Sequence[Record]) -> None:
+    if len(records) != len(plan.sources):
+        names = ", ".join(source.name for source in plan.sources)
+        raise MismatchError(f"expected one record per source ({names}); came {len(records)}")
+    ids = {record.id for record in records}
+    if len(ids) > 1:
+        found = ", ".join(f"{s.name}: {r.id!r}" for s, r in zip(plan.sources, records, strict=True))
+        raise MismatchError(f"expected records of one text; came {found}. Join stores by id, never by row number.")
+
+
+def _project(plan: FusionPlan, source: SourcePlan, record: Record, target: TokenizedText) -> Projection:
+    alignment = align_texts(record, target, strict=plan.alignment == "offsets_strict")
+    return project_record(
+        record,
+        alignment,
+        source.vocabulary,
+        target,
+        source_table=source.table,
+        target_table=plan.target_table,
+        options=plan.projection,
+    )
+
+
+def _cross_entropies(
+    plan: FusionPlan, records: Sequence[Record], projections: Sequence[Projection]
+) -> npt.NDArray[np.float64]:
+    if plan.per_token or plan.rule == "token_min_ce":
+        return -np.stack([p.label_logprobs for p in projections]).astype(np.float64)
+    return _metric(plan, records)
+
+
+def _metric(plan: FusionPlan, records: Sequence[Record]) -> npt.NDArray[np.float64]:
+    return np.array([record.ce_per_byte if plan.metric == "byte" else record.ce_per_token for record in records])
