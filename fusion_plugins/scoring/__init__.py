@@ -1,0 +1,21 @@
+"""Scores for responses: verdicts of verifiers (mathematics, code) and rewards of a reward model.
+
+Place in the way of the data: ``fusion sample`` -> responses -> ``fusion score`` -> scored responses -> pairs. Importing
+this package loads neither torch nor a verifier.
+"""
+
+from typing import Any
+
+from fusion_plugins.scoring.base import Score, Scorer
+
+__all__ = ["SCORERS", "Score", "Scorer"]
+
+
+def _math(**options: Any) -> Scorer:
+    from fusion_plugins.scoring.math import MathScorer
+
+    return MathScorer(**options)
+
+
+#: name -> function from options to a scorer; :mod:`fusion_plugins.builtins` hands these to the plugin manager.
+SCORERS = {"math": _math}

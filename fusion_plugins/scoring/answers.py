@@ -1,0 +1,91 @@
+"""Where the answer stands in a model's response and in a gold reference; plain text work, nothing is evaluated."""
+
+import re
+
+__all__ = ["gold_answer", "last_number", "marked_answer", "strip_units"]
+
+_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?(?:\s*\\?%)?", re.ASCII)
+_HASHES = re.compile(r"####[ \t]*(\S[^\n]*)")
+# In a response "#### 3. Add the numbers" is a Markdown heading; an answer is a number with at most a short unit.
+_HASHED_NUMBER = re.compile(
+    r"####[ \t]*(\\?\$?[ \t]*[-+]?[\d,]*\.?\d[\d,./]*(?<![.,/])[ \t]*%?)[^\d\n.:)]{0,16}\.?[ \t]*$", re.M
+)
+# "18 dollars" or "$18 per day", but not "2 pi": what follows a number may be called a unit if it is no mathematics.
+_WITH_UNIT = re.compile(
+    r"(\\?\$?\s*[-+]?[\d,]*\.?\d+(?:\s*/\s*\d+)?)\s+(?!(?:sqrt|sin|cos|tan|log|exp|mod|and)\b)[a-zA-Z]{3}[a-zA-Z ]*"
+)
+# "\boxed 3" is TeX for "\boxed{3}".
+_BOXED = re.compile(r"\\f?box(?:ed)?\s*(?:\{|(?<=\s)([^\s{}$.]+))")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+_CHINESE = re.compile(r"[\u3000-\u303f\u3400-\u4dbf\u4e00-\u9fff]+")
+
+
+def gold_answer(reference: str) -> str:
+    r"""Return the answer inside a reference: after ``####``, inside the last ``\boxed{}``, or all of it.
+
+    Example:
+        >>> gold_answer("9 * 2 = 18\n#### 18"), gold_answer(r"so \boxed{\frac{1}{2}}"), gold_answer("2380元")
+        ('18', '\\frac{1}{2}', '2380')
+    """
+    hashed = _HASHES.findall(reference)
+    return strip_units(hashed[-1] if hashed else _last_boxed(reference) or reference)
+
+
+def marked_answer(response: str) -> tuple[str, str] | None:
+    r"""Return the answer that a response marks as such, and how: the last ``\boxed{}``, else the last ``#### number``.
+
+    Example:
+        >>> marked_answer(r"\boxed{3}, no, \boxed{4}"), marked_answer("#### 2. Add\n3 + 4\n#### 7 apples")
+        (('4', 'boxed'), ('7', 'hashes'))
+        >>> marked_answer("It is 7.")
+    """
+    boxed = _last_boxed(response)
+    if boxed is not None:
+        return strip_units(boxed), "boxed"
+    hashed = _HASHED_NUMBER.findall(response)
+    return (strip_units(hashed[-1]), "hashes") if hashed else None
+
+
+def last_number(text: str) -> str | None:
+    """Return the last number of a text, with its sign, decimals, denominator or percent sign.
+
+    Example:
+        >>> last_number("一共要付2380元。"), last_number("from 10-5 to 1,234.50"), last_number("none")
+        ('2380', '1,234.50', None)
+    """
+    found = _NUMBER.findall(text.translate(_FULL_WIDTH))
+    return found[-1].strip() if found else None
+
+
+def strip_units(answer: str) -> str:
+    """Take words away from a number, and full-width forms, surrounding space and a final period from anything.
+
+    Example:
+        >>> strip_units("约２３８０元。"), strip_units(" 18 dollars. "), strip_units("甲")
+        ('2380', '18', '甲')
+    """
+    text = answer.translate(_FULL_WIDTH).strip().rstrip(".。").strip()
+    bare = _CHINESE.sub(" ", text).strip()
+    if not any(character.isdigit() for character in bare):
+        return text
+    with_unit = _WITH_UNIT.fullmatch(bare)
+    return with_unit[1] if with_unit else bare
+
+
+def _last_boxed(text: str) -> str | None:
+    for match in reversed(list(_BOXED.finditer(text))):
+        inside = match[1] or _balanced(text, match.end())
+        if inside is not None and inside.strip():
+            return inside
+    return None
+
+
+def _balanced(text: str, start: int) -> str | None:
+    """Return ``text[start:]`` up to the brace that closes the one before it; None where nothing closes it."""
+    depth = 1
+    for match in _BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return text[start : match.start()]
+    return None

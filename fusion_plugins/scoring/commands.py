@@ -1,0 +1,66 @@
+"""The command ``fusion score``."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fusion_plugins.scoring.score import GroupSummary
+
+__all__ = ["score"]
+
+
+def score(
+    config: Annotated[str | None, typer.Option("--config", "-c", help="YAML file with the settings.")] = None,
+    responses: Annotated[str | None, typer.Option(help="Folder of responses.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder to write into; an unfinished one is continued.")] = None,
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A scorer with its default options (may stand several times), in place of the file's `scorers`."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Score the first so many responses only.")] = None,
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE for any key of the YAML file, dots for nested ones.")
+    ] = None,
+) -> None:
+    """Score responses: verdicts of verifiers, rewards of a reward model; prints what came out per domain and source."""
+    from rich.console import Console
+
+    from fusion_plugins.config import load_config
+    from fusion_plugins.scoring.score import ScoreConfig, score_responses, summarize
+    from fusion_plugins.store import open_rows
+
+    flags: dict[str, Any] = {"responses": responses, "out": out, "limit": limit}
+    if scorer:
+        flags["scorers"] = {name: {} for name in scorer}
+    settings = load_config(ScoreConfig, config, flags, assign)
+    report = score_responses(settings)
+    console = Console(soft_wrap=True)
+    console.print(_table(summarize(open_rows(report.out))))
+    console.print(
+        f"{report.scored} responses scored ({report.unscored} of them in a domain that no scorer takes), "
+        f"{report.present} were there: {report.out}"
+    )
+
+
+def _table(groups: "dict[tuple[str, str], GroupSummary]") -> "Table":
+    from rich.table import Table
+
+    table = Table("domain", "source", "responses", "accuracy", "no verdict", "mean reward", "characters", "why not")
+    for (domain, source), group in groups.items():
+        reasons = "; ".join(f"{count} {reason}" for reason, count in list(group.reasons.items())[:2])
+        table.add_row(
+            domain,
+            source,
+            str(group.responses),
+            f"{group.correct / group.judged:.1%} of {group.judged}" if group.judged else "-",
+            str(group.responses - group.judged),
+            "-" if group.reward is None else f"{group.reward:.4g}",
+            f"{group.mean_length:.0f} (median {group.median_length:.0f})",
+            reasons,
+        )
+    return table

@@ -1,0 +1,68 @@
+"""Mathematics: is the response's answer the gold one? math-verify decides; ours is the time limit and the honesty.
+
+A verdict is True or False only where math-verify could read both answers and compared them. Everything else (timeout,
+crash, an answer or a gold answer that cannot be read) is None with a reason.
+"""
+
+import os
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from fusion_plugins.errors import ConfigError, ScoringError
+from fusion_plugins.scoring.base import Row, Score
+from fusion_plugins.scoring.pool import Failure, Reply, WorkerPool
+
+__all__ = ["MathScorer"]
+
+
+class MathScorer:
+    r"""Compares answers with math-verify in processes of its own.
+
+    Args:
+        timeout: seconds per response.
+        workers: number of processes; one per CPU core by default.
+        marked_only: whether an answer counts only in ``\boxed{}`` or after ``####``; otherwise an expression after
+            words such as "the answer is" and, at last, the last number count too.
+
+    Raises:
+        ScoringError: math-verify is not installed.
+    """
+
+    domains: frozenset[str] | None = frozenset({"math"})
+
+    def __init__(self, *, timeout: float = 10.0, workers: int | None = None, marked_only: bool = False) -> None:
+        if timeout <= 0:
+            raise ConfigError(f"math scorer: expected a timeout above 0 s, got {timeout}")
+        try:
+            installed = version("math-verify")
+        except PackageNotFoundError as error:
+            raise ScoringError("math-verify is not installed; pip install 'fusion-plugins[score]' brings it") from error
+        self.facts = {"math_verify": installed, "timeout": timeout, "marked_only": marked_only}
+        self._marked_only = marked_only
+        self._pool = WorkerPool(
+            "fusion_plugins.scoring.math_worker", workers=workers or os.cpu_count() or 1, timeout=timeout
+        )
+
+    def score(self, rows: Sequence[Row]) -> list[Score]:
+        """Return one verdict per row; ``reference`` is the gold answer."""
+        asked = [row for row in rows if row.get("reference")]
+        replies = iter(
+            self._pool.map(
+                [
+                    {"reference": row["reference"], "response": row["response"], "marked_only": self._marked_only}
+                    for row in asked
+                ]
+            )
+        )
+        return [_score(next(replies)) if row.get("reference") else Score(reason="no gold answer") for row in rows]
+
+    def close(self) -> None:
+        """End the processes."""
+        self._pool.close()
+
+
+def _score(reply: Reply | Failure) -> Score:
+    if isinstance(reply, Failure):
+        return Score(reason=str(reply))
+    details = {key: value for key, value in reply.items() if key not in ("correct", "reason")}
+    return Score(correct=reply["correct"], reason=reply["reason"], details=details)

@@ -1,0 +1,249 @@
+"""``fusion score``: responses -> the same rows with ``reward``, ``correct`` and what each scorer said.
+
+The scored folder has the key of the responses, goes on where an earlier run stopped, and refuses scorers with other
+settings. A response that no scorer takes (a domain that none names) is copied without a score, so that nothing is lost.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fusion_plugins.errors import ConfigError, ScoringError
+from fusion_plugins.plugins import lookup
+from fusion_plugins.scoring.base import Score, Scorer
+from fusion_plugins.store import RowManifest, RowStore, RowWriter, open_rows
+
+__all__ = ["GroupSummary", "ScoreConfig", "ScoreReport", "score_responses", "summarize"]
+
+#: columns that scoring adds; ``scores`` holds scorer -> {reward, correct, reason, ...}
+ADDED_COLUMNS = {"reward": "float64", "correct": "bool", "scores": "json"}
+NEEDED_COLUMNS = ("prompt_id", "source", "index", "prompt", "response", "domain")
+
+
+class ScorerSettings(BaseModel):
+    """One entry of ``scorers``; keys other than ``domains`` are options of the scorer."""
+
+    model_config = ConfigDict(extra="allow")
+
+    domains: list[str] | None = Field(None, description="domains to score; default: what the scorer is made for")
+
+
+class ScoreConfig(BaseModel):
+    """Keys of the YAML file of ``fusion score``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    responses: str = Field(description="folder of responses, or of responses that other scorers have scored")
+    out: str = Field(description="folder of the scored responses")
+    scorers: dict[str, ScorerSettings] = Field(min_length=1, description="name of a scorer -> domains and its options")
+    limit: int | None = Field(None, ge=1, description="score the first so many responses only")
+    unit_rows: int = Field(256, ge=1, description="responses that are scored and committed together")
+
+
+@dataclass(frozen=True)
+class ScoreReport:
+    """What a run did.
+
+    Attributes:
+        out: the folder of scored responses.
+        scored: rows written by this run.
+        present: rows that were there before.
+        unscored: rows written by this run that no scorer takes.
+    """
+
+    out: Path
+    scored: int
+    present: int
+    unscored: int
+
+
+@dataclass(frozen=True)
+class GroupSummary:
+    """The scored responses of one source in one domain.
+
+    Attributes:
+        responses: number of rows.
+        correct: rows with verdict True.
+        judged: rows with a verdict.
+        reasons: why rows have no verdict or reward -> rows.
+        reward: mean reward of the rows that have one; None where none has.
+        mean_length: of the responses, in characters.
+        median_length: the same.
+    """
+
+    responses: int
+    correct: int
+    judged: int
+    reasons: Mapping[str, int]
+    reward: float | None
+    mean_length: float
+    median_length: float
+
+
+@dataclass(frozen=True)
+class _Running:
+    name: str
+    scorer: Scorer
+    domains: frozenset[str] | None
+
+    def takes(self, row: Mapping[str, Any]) -> bool:
+        return self.domains is None or row["domain"] in self.domains
+
+
+def score_responses(config: ScoreConfig) -> ScoreReport:
+    """Score a folder of responses.
+
+    Raises:
+        ConfigError: a scorer's options are wrong, or the folder lacks a column.
+        MismatchError: ``out`` holds rows that other scorers or settings made, or rows of other prompts.
+        ScoringError: a scorer cannot work at all (missing package, model or isolation).
+    """
+    responses = open_rows(config.responses)
+    _check_columns(responses)
+    if Path(config.out).resolve() == Path(config.responses).resolve():
+        raise ConfigError(f"out: expected another folder than that of the responses, got {config.out!r} for both")
+    with ExitStack() as stack:
+        running = [_start(name, settings, stack) for name, settings in config.scorers.items()]
+        writer = stack.enter_context(RowWriter(config.out, _manifest(responses, running)))
+        present = len(writer.done_keys)
+        scored = unscored = 0
+        key = responses.manifest.key
+        waiting = (row for row in responses if tuple(row[name] for name in key) not in writer.done_keys)
+        wanted = max(0, config.limit - present) if config.limit is not None else None
+        bar = stack.enter_context(_progress())
+        task = bar.add_task("score", total=config.limit or len(responses), completed=present)
+        for unit in _units(islice(waiting, wanted), config.unit_rows):
+            for row, results in zip(unit, _score_unit(unit, running), strict=True):
+                writer.write(_merge(row, results))
+                unscored += not results
+            writer.flush()
+            scored += len(unit)
+            bar.update(task, advance=len(unit))
+        if present + scored == len(responses):
+            writer.finish()
+    return ScoreReport(Path(config.out), scored, present, unscored)
+
+
+def summarize(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], GroupSummary]:
+    """Return (domain, source) -> accuracy, rewards and lengths; reads the rows once and keeps only numbers."""
+    groups: dict[tuple[str, str], list[tuple[bool | None, float | None, int, str | None]]] = defaultdict(list)
+    for row in rows:
+        groups[row["domain"], row["source"]].append((row["correct"], row["reward"], len(row["response"]), _reason(row)))
+    return {key: _summary(found) for key, found in sorted(groups.items())}
+
+
+def _summary(found: Sequence[tuple[bool | None, float | None, int, str | None]]) -> GroupSummary:
+    rewards = [reward for _, reward, _, _ in found if reward is not None]
+    lengths = [length for _, _, length, _ in found]
+    return GroupSummary(
+        responses=len(found),
+        correct=sum(correct is True for correct, _, _, _ in found),
+        judged=sum(correct is not None for correct, _, _, _ in found),
+        reasons=dict(Counter(reason for _, _, _, reason in found if reason is not None).most_common()),
+        reward=fmean(rewards) if rewards else None,
+        mean_length=fmean(lengths),
+        median_length=median(lengths),
+    )
+
+
+def _reason(row: Mapping[str, Any]) -> str | None:
+    """Why a scorer could not say anything; what it said about a wrong answer is no such reason."""
+    for said in (row["scores"] or {}).values():
+        if said.get("reason") and said.get("correct") is None and said.get("reward") is None:
+            return str(said["reason"])
+    return None
+
+
+def _check_columns(responses: RowStore) -> None:
+    missing = [name for name in NEEDED_COLUMNS if name not in responses.manifest.columns]
+    if missing:
+        raise ConfigError(
+            f"{responses.path}: expected columns {', '.join(NEEDED_COLUMNS)}, but {', '.join(missing)} is missing. "
+            "Give the folder that `fusion sample` wrote."
+        )
+
+
+def _start(name: str, settings: ScorerSettings, stack: ExitStack) -> _Running:
+    try:
+        scorer: Scorer = lookup("scorers", name)(**(settings.model_extra or {}))
+    except TypeError as error:
+        raise ConfigError(f"scorers.{name}: wrong options {settings.model_extra}: {error}") from error
+    stack.callback(scorer.close)
+    return _Running(name, scorer, frozenset(settings.domains) if settings.domains is not None else scorer.domains)
+
+
+def _manifest(responses: RowStore, running: Sequence[_Running]) -> RowManifest:
+    made_by = {
+        one.name: {"domains": None if one.domains is None else sorted(one.domains), **one.scorer.facts}
+        for one in running
+    }
+    before = responses.manifest.facts
+    return RowManifest(
+        stage="scored",
+        columns=responses.manifest.columns | ADDED_COLUMNS,
+        key=responses.manifest.key,
+        facts={**before, "scorers": {**before.get("scorers", {}), **made_by}},
+        provenance={"responses": str(responses.path)},
+    )
+
+
+def _units(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    while unit := list(islice(rows, size)):
+        yield unit
+
+
+def _score_unit(unit: Sequence[Mapping[str, Any]], running: Sequence[_Running]) -> list[dict[str, Score]]:
+    results: list[dict[str, Score]] = [{} for _ in unit]
+    for one in running:
+        places = [place for place, row in enumerate(unit) if one.takes(row)]
+        scores = one.scorer.score([unit[place] for place in places]) if places else []
+        if len(scores) != len(places):
+            raise ScoringError(f"scorer {one.name!r} gave {len(scores)} scores for {len(places)} responses")
+        for place, score in zip(places, scores, strict=True):
+            results[place][one.name] = score
+    return results
+
+
+def _merge(row: Mapping[str, Any], results: Mapping[str, Score]) -> dict[str, Any]:
+    said = {
+        name: {"reward": score.reward, "correct": score.correct, "reason": score.reason, **score.details}
+        for name, score in results.items()
+    }
+    return {
+        **row,
+        "reward": _only("reward", row, results),
+        "correct": _only("correct", row, results),
+        "scores": {**(row.get("scores") or {}), **said},
+    }
+
+
+def _only(field: str, row: Mapping[str, Any], results: Mapping[str, Score]) -> Any:
+    given = {name: getattr(score, field) for name, score in results.items() if getattr(score, field) is not None}
+    if len(given) > 1:
+        raise ScoringError(
+            f"prompt {row['prompt_id']!r}: scorers {', '.join(given)} all give a {field}. Let only one of them score "
+            f"the domain {row['domain']!r}: set `domains` of the others."
+        )
+    return next(iter(given.values()), row.get(field))
+
+
+def _progress() -> Progress:
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
