@@ -6,19 +6,19 @@ A row is used where source and target have read the same bytes. Its candidates g
 that meet on one target token are summed. What a token-to-token map cannot say, the text says. Let ``g`` be the target's
 next token and ``y1 y2 ...`` the source's next tokens at a usable row, ``p`` the source's probabilities:
 
-* **The source splits finer** (``"1" "2"`` against ``"12"``). ``g`` gets the chain product ``p(y1) p(y2 | y1) ...`` of the
-  source's own probabilities over exactly its bytes. Candidates that are strict prefixes of ``g`` lose their mass: part
-  of it is what the chain explains, the rest are continuations that the source has not yet spelled out.
-* **The source's next token is longer** (``"there"`` against ``"the" "re"``). ``y1`` says that the text goes on with ``g``,
-  so its mass goes to ``g``.
-* **The tokens cross** (``"ab" "cd"`` against ``"abc" "d"``). The chain runs to the last source token inside ``g`` and ends
-  with the probability, in that row, of all candidates that begin with what is left of ``g``.
+* **The source splits finer** (``"1" "2"`` against ``"12"``). ``g`` gets the chain product ``p(y1) p(y2 | y1) ...``
+  of the source's own probabilities over exactly its bytes. Candidates that are strict prefixes of ``g`` lose their
+  mass: part of it is what the chain explains, the rest are continuations that the source has not yet spelled out.
+* **The source's next token is longer** (``"there"`` against ``"the" "re"``). ``y1`` says that the text goes on with
+  ``g``, so its mass goes to ``g``.
+* **The tokens cross** (``"ab" "cd"`` against ``"abc" "d"``). The chain runs to the last source token inside ``g`` and
+  ends with the probability, in that row, of all candidates that begin with what is left of ``g``.
 * **One to one.** ``g`` gets the source's stored probability of ``y1``, also where the top k missed it.
 
 In all four cases a candidate that begins with ``g`` and is no token of the target itself gives its mass to ``g``: a
 nearest token by edit distance is a guess, the beginning is a fact. (A ``first_token`` map has asked the target's
-tokenizer already and is left alone.) So ``g`` gets the probability that the source's next bytes begin with ``g`` and are
-not one token of the target by themselves, up to segmentations that the source's tokenizer would not choose.
+tokenizer already and is left alone.) So ``g`` gets the probability that the source's next bytes begin with ``g`` and
+are not one token of the target by themselves, up to segmentations that the source's tokenizer would not choose.
 Without the correction (``chain=False``) only the map speaks.
 
 **Masked rows.** A row is left out where the next token stands for other bytes than the text's on one side only (a dummy
@@ -27,7 +27,7 @@ where, at the end of a message, the two models do not expect the same special to
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -204,12 +204,12 @@ def _put_labels(distributions: SparseDistributions, rows: BoolArray, target: Tok
 def _report(
     supervised: BoolArray, empty: BoolArray, counts: IntArray, masses: FloatArray, options: ProjectionOptions
 ) -> ProjectionReport:
-    named = {name: int(count) for name, count in zip(COUNTS, counts, strict=True)}
+    named: dict[str, Any] = {name: int(count) for name, count in zip(COUNTS, counts, strict=True)}
     seen = sum(named[name] for name in ROW_KINDS)
+    named |= {name: float(mass) for name, mass in zip(MASSES, masses, strict=True)}
     return ProjectionReport(
         rows=int(supervised.sum()),
         unaligned=int(supervised.sum()) - seen,
         fallback=int(empty.sum()) if options.fallback == "next_label" else 0,
         **named,
-        **{name: float(mass) for name, mass in zip(MASSES, masses, strict=True)},
     )
