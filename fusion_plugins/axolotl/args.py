@@ -1,0 +1,174 @@
+"""The ``fusion:`` block of an axolotl configuration.
+
+:class:`FusionArgs` is what axolotl mixes into its own schema; everything of ours stands inside the one nested block, so
+that an unknown key there is an error (axolotl drops unknown keys of its own level in silence).
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fusion_plugins.config import validate
+from fusion_plugins.core.pairs import GapWindow
+from fusion_plugins.core.split import SplitRule
+from fusion_plugins.errors import ConfigError
+
+__all__ = [
+    "AlignmentArgs",
+    "FusionArgs",
+    "FusionBlock",
+    "PairArgs",
+    "SftArgs",
+    "SourceArgs",
+    "SplitArgs",
+    "fusion_block",
+]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class SourceArgs(_Strict):
+    """One source model: a name for reports and the store that `fusion capture` made of it."""
+
+    name: str = Field(min_length=1, description="name in reports and logs; unique")
+    store: str = Field(min_length=1, description="folder of the source's store")
+    is_target: bool = Field(
+        default=False,
+        description="the store is the target model's own: its rows are taken as they are, without any mapping",
+    )
+
+
+class AlignmentArgs(_Strict):
+    """How a source's rows become rows over the target's vocabulary."""
+
+    method: str = Field(
+        default="offsets", description="offsets (equal bytes read) or dtw (published); or a registered aligner"
+    )
+    vocabulary: Literal["exact", "min_edit", "statistics", "first_token"] = Field(
+        default="min_edit", description="how source tokens are mapped to target tokens"
+    )
+    max_distance: int | None = Field(
+        default=None,
+        ge=0,
+        description="largest edit distance of a mapped pair; null for no limit (min_edit, statistics)",
+    )
+
+
+class PairArgs(_Strict):
+    """Which preference pairs `fusion_plugins.multi_source_dpo` builds."""
+
+    rule: str = Field(
+        default="same_source", description="same_source, across_sources, verdict, or a registered pair rule"
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the rule")
+    min_gap: float | None = Field(default=0.01, description="smallest reward gap, inclusive; null for no limit")
+    max_gap: float | None = Field(default=0.1, description="largest reward gap, inclusive; null for no limit")
+    gap_unit: Literal["reward", "quantile"] = Field(
+        default="reward",
+        description="limits are rewards (of ArmoRM, as published), or quantiles of the gaps that occur",
+    )
+    gap_exempt: list[str] = Field(
+        default_factory=lambda: ["code"], description="domains where the verdict alone decides"
+    )
+    per_prompt: int = Field(default=1, ge=1, description="most pairs per prompt")
+
+    def window(self) -> GapWindow:
+        """Return the limits in core's form; raises ConfigError for limits that contradict each other."""
+        return GapWindow(self.min_gap, self.max_gap, self.gap_unit, frozenset(self.gap_exempt))
+
+
+class SftArgs(_Strict):
+    """Which answer `fusion_plugins.axolotl.best_of_sources` learns from."""
+
+    rule: str = Field(default="reward", description="reward (highest, among correct ones where verified) or verdict")
+
+
+class SplitArgs(_Strict):
+    """Which prompts train which stage; without this block every prompt trains whichever stage reads it."""
+
+    sft_share: float = Field(default=0.4, ge=0, le=1, description="share of prompts with a pair that go to SFT")
+    verified_dpo_share: float = Field(
+        default=1.0, ge=0, le=1, description="share of maths and code prompts with a pair that go to DPO"
+    )
+    unpaired: Literal["drop", "sft"] = Field(
+        default="drop", description="what becomes of an unverified prompt without a pair"
+    )
+    sft_only: list[str] = Field(default_factory=lambda: ["chinese"], description="domains that never go to DPO")
+    seed: int = Field(default=0, description="another seed gives another, equally fixed, division")
+
+    def rule(self) -> SplitRule:
+        """Return the rule in core's form."""
+        return SplitRule(self.sft_share, self.verified_dpo_share, self.unpaired, frozenset(self.sft_only), self.seed)
+
+
+class FusionBlock(_Strict):
+    """Everything under ``fusion:``."""
+
+    sources: list[SourceArgs] = Field(
+        default_factory=list, description="source models, for data sets of type fusion_plugins.axolotl.fused"
+    )
+    alignment: AlignmentArgs = Field(default_factory=AlignmentArgs, description="how sources reach the target's tokens")
+    rule: str = Field(default="min_ce", description="min_ce, avg_ce, token_min_ce, or a registered fusion rule")
+    rule_options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the rule")
+    top_k: int = Field(default=10, ge=1, description="entries kept per fused row")
+    loss: str = Field(default="ce", description="ce, kl, reverse_kl, jsd, or a registered loss")
+    lm_loss_weight: float = Field(
+        default=0.9, ge=0, le=1, description="weight of the language-model loss; the fusion loss has the rest"
+    )
+    lm_loss_schedule: Literal["constant", "decay"] = Field(
+        default="constant", description="decay: the weight of the language-model loss rises linearly to 1 (published)"
+    )
+    temperature: float = Field(default=1.0, gt=0, description="softens the fused rows, not the trained model's")
+    pairs: PairArgs | None = Field(default=None, description="rules of preference pairs; the published ones if absent")
+    sft: SftArgs | None = Field(default=None, description="rule of the best answer; the published one if absent")
+    keep_truncated: bool = Field(
+        default=False, description="use responses that stopped only at the length limit (finish_reason length)"
+    )
+    split: SplitArgs | None = Field(default=None, description="division of the prompts between SFT and DPO")
+
+    @model_validator(mode="after")
+    def _together(self) -> "FusionBlock":
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _problems(self) -> Any:
+        names = [source.name for source in self.sources]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            yield f"source name {name!r} stands twice; names are unique, because reports go by them"
+        targets = [source.name for source in self.sources if source.is_target]
+        if len(targets) > 1:
+            yield f"is_target is true for {', '.join(targets)}; only one store can be the target model's own"
+        if self.pairs is not None:
+            try:
+                self.pairs.window()
+            except ConfigError as error:
+                yield f"pairs: {error}"
+        if not self.sources and self.pairs is None and self.sft is None:
+            yield "nothing to do: give sources (type fusion_plugins.axolotl.fused), sft or pairs"
+
+
+class FusionArgs(BaseModel):
+    """What axolotl mixes into its configuration schema."""
+
+    fusion: FusionBlock | None = Field(default=None, description="LLM fusion; see docs/axolotl.md of fusion_plugins")
+
+
+def fusion_block(cfg: Any) -> FusionBlock:
+    """Return the checked ``fusion:`` block of an axolotl configuration, raw or validated.
+
+    Raises:
+        ConfigError: the block is missing, or wrong; every wrong key is named.
+    """
+    block = cfg.get("fusion")
+    if block is None:
+        raise ConfigError(
+            "the plugin fusion_plugins.axolotl.FusionPlugin is configured, but there is no `fusion:` block: nothing "
+            "would be fused. Add the block, or remove the plugin."
+        )
+    if not isinstance(block, dict):
+        raise ConfigError(f"`fusion:` must be a mapping, came {type(block).__name__}")
+    return validate(FusionBlock, block.to_dict() if hasattr(block, "to_dict") else block, where="fusion")

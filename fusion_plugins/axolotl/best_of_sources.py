@@ -1,0 +1,65 @@
+"""Data set type ``fusion_plugins.axolotl.best_of_sources``: fine-tuning on the best response of any source.
+
+First stage of FuseChat-3.0 (arXiv 2503.04222): the data set is the output of `fusion score`; the rules stand in
+``fusion.sft`` and ``fusion.split``.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from axolotl.prompt_tokenizers import DatasetWrappingStrategy
+from datasets import Dataset
+
+from fusion_plugins.axolotl.args import FusionBlock
+from fusion_plugins.axolotl.guards import BEST, require_plugin
+from fusion_plugins.axolotl.rows import TargetTokenizer
+from fusion_plugins.axolotl.selection import choose_best, write_report
+
+__all__ = ["BestOfSources", "load"]
+
+
+def load(tokenizer: Any, cfg: Any, ds_cfg: Any = None) -> "BestOfSources":
+    """Return the strategy; axolotl calls this for the data set type.
+
+    Raises:
+        PluginError: the plugin is not configured or not loaded.
+        ConfigError: the ``fusion:`` block is missing or wrong.
+    """
+    block = require_plugin(cfg, BEST)
+    return BestOfSources(TargetTokenizer.of(tokenizer, cfg), block, Path(cfg.output_dir) / "fusion_sft.json")
+
+
+class BestOfSources(DatasetWrappingStrategy):
+    """Scored responses -> one supervised conversation per prompt."""
+
+    def __init__(self, target: TargetTokenizer, block: FusionBlock, report: Path) -> None:
+        self._target, self._block, self._report = target, block, report
+
+    def wrap_dataset(
+        self, dataset: Any, process_count: int | None = None, keep_in_memory: bool | None = False, **kwargs: Any
+    ) -> Dataset:
+        """Choose the responses and tokenize them; see :meth:`TargetTokenizer.answer`."""
+        chosen, report = choose_best(dataset.to_dict(), self._block)
+        write_report(report, self._report, "best responses")
+        rows = Dataset.from_list([{"prompt": _wrapped(best.prompt), "response": best.response} for best in chosen])
+        return rows.map(
+            self._tokenize,
+            num_proc=process_count,
+            remove_columns=rows.column_names,
+            keep_in_memory=bool(keep_in_memory),
+            load_from_cache_file=False,
+            desc="Tokenizing best responses",
+        )
+
+    def _tokenize(self, row: dict[str, Any]) -> dict[str, Any]:
+        tokens, labels = self._target.answer(_unwrapped(row["prompt"]), row["response"])
+        return {"input_ids": tokens.input_ids, "attention_mask": [1] * len(labels), "labels": labels}
+
+
+def _wrapped(prompt: Any) -> dict[str, Any]:
+    """Text and chats in columns of one type each."""
+    return {"text": prompt, "messages": None} if isinstance(prompt, str) else {"text": None, "messages": prompt}
+
+
+def _unwrapped(prompt: dict[str, Any]) -> Any:
+    return prompt["text"] if prompt["text"] is not None else prompt["messages"]

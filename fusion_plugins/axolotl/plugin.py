@@ -1,0 +1,63 @@
+"""The plugin that axolotl loads: checks the configuration, and hands over schema, trainer and collator."""
+
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+
+from fusion_plugins.axolotl.fingerprint import stamp_data_sets
+from fusion_plugins.axolotl.guards import check_config
+
+__all__ = ["FusionPlugin"]
+
+
+class FusionPlugin(BasePlugin):
+    """LLM fusion in axolotl; ``plugins: [fusion_plugins.axolotl.FusionPlugin]`` and a ``fusion:`` block."""
+
+    def register(self, cfg: Any) -> None:
+        """Check the raw configuration and let its content reach the hash of the prepared data set.
+
+        Raises:
+            ConfigError: naming every problem.
+        """
+        stamp_data_sets(cfg, check_config(cfg))
+
+    def get_input_args(self) -> str:
+        """Return where the schema of the ``fusion:`` block stands."""
+        return "fusion_plugins.axolotl.args.FusionArgs"
+
+    def get_trainer_cls(self, cfg: Any) -> Any:
+        """Return the trainer of runs with fused targets; None leaves axolotl's own (preference runs, plain SFT)."""
+        if not _has_targets(cfg):
+            return None
+        from fusion_plugins.axolotl.trainer import FusionTrainer
+
+        return FusionTrainer
+
+    def get_collator_cls_and_kwargs(self, cfg: Any, is_eval: bool = False) -> Any:
+        """Return the collator of runs with fused targets, and which of axolotl's it stands in for."""
+        if not _has_targets(cfg):
+            return None
+        from fusion_plugins.axolotl.collator import FusionCollator
+
+        return FusionCollator, {
+            "inner": _stock_collator(cfg, packed=cfg.eval_sample_packing if is_eval else cfg.sample_packing)
+        }
+
+
+def _stock_collator(cfg: Any, *, packed: bool) -> type:
+    """The collator that axolotl would choose without us."""
+    from axolotl.monkeypatch.multipack import SUPPORTED_MULTIPACK_MODEL_TYPES
+    from axolotl.utils import collators
+
+    if not packed:
+        return collators.DataCollatorForSeq2Seq
+    numbered = (
+        cfg.attn_implementation == "flex_attention"
+        or cfg.model_config_type in SUPPORTED_MULTIPACK_MODEL_TYPES
+        or (cfg.model_config_type == "llama" and cfg.attn_implementation != "flash_attention_2")
+    )
+    return collators.V2BatchSamplerDataCollatorForSeq2Seq if numbered else collators.BatchSamplerDataCollatorForSeq2Seq
+
+
+def _has_targets(cfg: Any) -> bool:
+    return not cfg.rl and bool(cfg.fusion and cfg.fusion.get("sources"))
