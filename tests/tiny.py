@@ -42,6 +42,11 @@ CHAT = [
     {"role": "assistant", "content": "四十二个苹果。 Café!"},
 ]
 
+TEKKEN_SPECIALS = (
+    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] "
+    "<pad> [PREFIX] [MIDDLE] [SUFFIX]"
+).split()
+
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGIT_SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -166,8 +171,7 @@ def tekken() -> PreTrainedTokenizerFast:
         splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
         known = [(rank[left], rank[right]) for left, right in splits if left in rank and right in rank]
         merges += [(names[left], names[right]) for left, right in sorted(known)]
-    known_specials = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
-    specials = known_specials + [f"<SPECIAL_{index}>" for index in range(len(known_specials), shift)]
+    specials = [*TEKKEN_SPECIALS, *(f"<SPECIAL_{index}>" for index in range(len(TEKKEN_SPECIALS), shift))]
     vocab = {name: index for index, name in enumerate(specials)} | {
         name: index + shift for index, name in enumerate(names)
     }
@@ -197,8 +201,8 @@ def mistral_v1() -> PreTrainedTokenizerFast:
     names = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
     vocab = {name: index for index, name in enumerate(names)}
     merges = []
-    # Ids of merged pieces follow the order of the merges.
-    for name in names:
+    # The piece with the higher score is merged first.
+    for name in sorted(names, key=lambda name: -processor.get_score(vocab[name])):
         splits = [(name[:cut], name[cut:]) for cut in range(1, len(name))]
         known = [(vocab[left], vocab[right]) for left, right in splits if left in vocab and right in vocab]
         merges += [(names[left], names[right]) for left, right in sorted(known)]
