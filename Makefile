@@ -5,8 +5,8 @@ PYTHON     ?= $(shell command -v python3.11 || command -v python3.12 || command 
 VENV       ?= .venv
 TORCH      ?= torch==2.13.0
 EXTRAS     ?= axolotl,mergekit,ray,report,score,server
-# uv does not read pip's configuration: hand over the wheel folder that pip would look into.
-FIND_LINKS ?= $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
+# uv does not read pip's settings: hand over the wheel folder that pip would look into.
+FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
