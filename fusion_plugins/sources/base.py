@@ -14,11 +14,24 @@ from pydantic import BaseModel, ConfigDict, Field
 from fusion_plugins.core.types import FloatArray, IntArray, TokenizedText
 from fusion_plugins.errors import ConfigError
 
-__all__ = ["BACKENDS", "Response", "Rows", "SampleRequest", "Sampling", "Source", "SourceSettings", "open_source"]
+__all__ = [
+    "BACKENDS",
+    "Purpose",
+    "Response",
+    "Rows",
+    "SampleRequest",
+    "Sampling",
+    "Source",
+    "SourceSettings",
+    "open_source",
+]
 
 BackendName = Literal["transformers", "vllm", "openai", "ray"]
 
-#: backend -> module that defines ``open_source(settings) -> Source``
+#: what a source is opened for; an engine sets its memory accordingly
+Purpose = Literal["capture", "sample"]
+
+#: backend -> module that defines ``open_source(settings, purpose) -> Source``
 BACKENDS: dict[str, str] = {
     "transformers": "fusion_plugins.sources.transformers_local",
     "vllm": "fusion_plugins.sources.vllm_engine",
@@ -141,8 +154,12 @@ class Source(Protocol):
         ...
 
 
-def open_source(settings: SourceSettings) -> Source:
+def open_source(settings: SourceSettings, purpose: Purpose) -> Source:
     """Start the source that ``settings`` describe.
+
+    Args:
+        settings: model and backend.
+        purpose: which of the two methods will be called.
 
     Raises:
         ConfigError: the backend's packages are not installed here.
@@ -155,5 +172,5 @@ def open_source(settings: SourceSettings) -> Source:
             f"backend {settings.backend!r} of source {settings.source_name!r} needs {NEEDS[settings.backend]}, but "
             f"{error.name!r} is not installed here; install it, or choose another of {', '.join(BACKENDS)}"
         ) from error
-    source: Source = module.open_source(settings)
+    source: Source = module.open_source(settings, purpose)
     return source

@@ -74,7 +74,7 @@ def capture_texts(config: CaptureConfig) -> CaptureReport:
     """
     texts = read_texts(config.texts)
     chosen = texts[: config.limit]
-    source = open_source(config)
+    source = open_source(config, "capture")
     try:
         job = _Job(config, source, texts)
         skipped = _check_lengths(job, chosen)
@@ -98,7 +98,7 @@ def estimate_capture(config: CaptureConfig) -> dict[str, float]:
     sample = next(plan_units(texts, lambda text: text.n_bytes, PROBE_BYTES), [])
     if not sample:
         raise DataError(f"{config.texts}: expected at least one text, found none")
-    source = open_source(config)
+    source = open_source(config, "capture")
     try:
         job = _Job(config, source, texts)
         skipped = _check_lengths(job, sample)

@@ -5,9 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from fusion_plugins.errors import ConfigError, SourceError
-from fusion_plugins.sources.base import SourceSettings
+from fusion_plugins.sources.base import Sampling, SourceSettings
 
-__all__ = ["chat_template_hash", "load_tokenizer", "prompt_text", "vocabulary_size", "weights_fingerprint"]
+__all__ = [
+    "chat_template_hash",
+    "load_tokenizer",
+    "prompt_ids",
+    "prompt_text",
+    "vocabulary_size",
+    "weights_fingerprint",
+]
 
 SAMPLED_BLOCKS = 64
 BLOCK_BYTES = 65_536
@@ -103,3 +110,24 @@ def prompt_text(
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), False
     except Exception as error:  # templates raise what they like; Jinja's own errors are not enough
         raise SourceError(f"the chat template of {tokenizer.name_or_path!r} refuses a prompt: {error}") from error
+
+
+def prompt_ids(
+    tokenizer: Any, content: str | list[dict[str, Any]], sampling: Sampling, max_length: int | None
+) -> list[int]:
+    """Render and tokenize a prompt so that a model goes on from there.
+
+    Raises:
+        SourceError: prompt and response together exceed ``max_length`` tokens.
+    """
+    text, special = prompt_text(tokenizer, content, sampling.template, sampling.system)
+    ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
+    # Some tokenizers end every text with EOS; a prompt goes on.
+    while special and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
+    if max_length is not None and len(ids) + sampling.max_tokens > max_length:
+        raise SourceError(
+            f"a prompt of {len(ids)} tokens and max_tokens {sampling.max_tokens} exceed the model's {max_length} "
+            f"tokens; lower max_tokens or drop the prompt: {text!r:.80}"
+        )
+    return ids

@@ -170,7 +170,7 @@ def estimate_samples(config: SampleConfig) -> dict[str, dict[str, float]]:
         items = _items(config, settings, prompts)
         if not items:
             continue
-        source = open_source(settings)
+        source = open_source(settings, "sample")
         try:
             requests = [_request(config, settings, item) for item in items[:PROBE_REQUESTS]]
             with meter(f"probe {settings.source_name}", len(requests)) as progress:
@@ -219,7 +219,7 @@ def _items(config: SampleConfig, settings: SampledSource, prompts: Sequence[Prom
 
 def _run(config: SampleConfig, settings: SampledSource, rows: RowWriter, items: list[_Item]) -> SampleReport:
     name = settings.source_name
-    source = open_source(settings)
+    source = open_source(settings, "sample")
     try:
         mark = _fingerprint(settings, source)
         _check_fingerprint(rows, name, mark)

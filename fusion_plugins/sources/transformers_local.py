@@ -20,8 +20,8 @@ from transformers.generation.logits_process import (
 from fusion_plugins.config import validate
 from fusion_plugins.core.types import TokenizedText
 from fusion_plugins.errors import SourceError
-from fusion_plugins.sources.base import Response, Rows, SampleRequest, Sampling, SourceSettings
-from fusion_plugins.sources.loading import load_tokenizer, prompt_text, vocabulary_size
+from fusion_plugins.sources.base import Purpose, Response, Rows, SampleRequest, Sampling, SourceSettings
+from fusion_plugins.sources.loading import load_tokenizer, prompt_ids, vocabulary_size
 from fusion_plugins.sources.topk import top_k_rows
 
 __all__ = ["TransformersOptions", "TransformersSource", "open_source"]
@@ -38,7 +38,7 @@ class TransformersOptions(BaseModel):
     attn_implementation: str | None = Field(None, description="eager, sdpa, flash_attention_2, ...")
 
 
-def open_source(settings: SourceSettings) -> "TransformersSource":
+def open_source(settings: SourceSettings, purpose: Purpose) -> "TransformersSource":
     """Load the model and its tokenizer; see :func:`fusion_plugins.sources.base.open_source`."""
     return TransformersSource(settings)
 
@@ -70,7 +70,9 @@ class TransformersSource:
 
     def sample(self, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, Response]]:
         """Yield the responses; each has its own random numbers, so batching does not change what is drawn."""
-        prompts = [self._prompt_ids(request) for request in requests]
+        prompts = [
+            prompt_ids(self.tokenizer, request.content, request.sampling, self.max_length) for request in requests
+        ]
         by_sampling: dict[Sampling, list[int]] = {}
         for index, request in enumerate(requests):
             by_sampling.setdefault(request.sampling, []).append(index)
@@ -107,20 +109,6 @@ class TransformersSource:
             np.concatenate([logprobs.numpy(), np.full((1, width), -np.inf, np.float32)]),
             np.append(gold_logprobs.numpy(), np.float32(np.nan)),
         )
-
-    def _prompt_ids(self, request: SampleRequest) -> list[int]:
-        sampling = request.sampling
-        text, special = prompt_text(self.tokenizer, request.content, sampling.template, sampling.system)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
-        # Some tokenizers end every text with EOS; a prompt goes on.
-        while special and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
-            ids = ids[:-1]
-        if self.max_length is not None and len(ids) + sampling.max_tokens > self.max_length:
-            raise SourceError(
-                f"a prompt of {len(ids)} tokens and max_tokens {sampling.max_tokens} exceed the model's "
-                f"{self.max_length} tokens; lower max_tokens or drop the prompt: {text!r:.80}"
-            )
-        return ids
 
     @torch.inference_mode()
     def _generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Response]:
