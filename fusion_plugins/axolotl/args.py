@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fusion_plugins.config import validate
 from fusion_plugins.core.pairs import GapWindow
+from fusion_plugins.core.project import ProjectionOptions
 from fusion_plugins.core.split import SplitRule
 from fusion_plugins.errors import ConfigError
 
@@ -44,16 +45,40 @@ class AlignmentArgs(_Strict):
     """How a source's rows become rows over the target's vocabulary."""
 
     method: str = Field(
-        default="offsets", description="offsets (equal bytes read) or dtw (published); or a registered aligner"
+        default="offsets",
+        description="offsets (rows that have read the same bytes), offsets_strict (and whose next tokens end at the "
+        "same byte), dtw (published), or a registered aligner",
     )
-    vocabulary: Literal["exact", "min_edit", "statistics", "first_token"] = Field(
-        default="min_edit", description="how source tokens are mapped to target tokens"
+    vocabulary: Literal["first_token", "min_edit", "exact", "statistics"] = Field(
+        default="first_token",
+        description="source token -> target token: the first of the target's own encoding, the nearest by edits "
+        "(published by FuseLLM), equal bytes only, or the one most often aligned with it (FuseChat)",
     )
     max_distance: int | None = Field(
         default=None,
         ge=0,
-        description="largest edit distance of a mapped pair; null for no limit (min_edit, statistics)",
+        description="largest edit distance of a mapped pair, in bytes; null for no limit",
     )
+    chain: bool = Field(
+        default=True,
+        description="where source and target split the text differently, give the next token the probability that the "
+        "source gave to its bytes",
+    )
+    tail: Literal["renormalize", "ignore", "bucket"] = Field(
+        default="renormalize",
+        description="mass that no entry holds: scale the entries to sum to 1, or leave them as they are (bucket: for "
+        "the losses reverse_kl and jsd)",
+    )
+    min_mass: float = Field(
+        default=0.0, ge=0, le=1, description="rows that keep less probability than this are not used"
+    )
+    fallback: Literal["mask", "next_label"] = Field(
+        default="mask", description="unused rows: no target, or probability 1 on the next token (FuseChat)"
+    )
+
+    def projection(self) -> ProjectionOptions:
+        """Return the options in core's form."""
+        return ProjectionOptions(chain=self.chain, tail=self.tail, min_mass=self.min_mass, fallback=self.fallback)
 
 
 class PairArgs(_Strict):
@@ -109,9 +134,15 @@ class FusionBlock(_Strict):
     sources: list[SourceArgs] = Field(
         default_factory=list, description="source models, for data sets of type fusion_plugins.axolotl.fused"
     )
+    missing_texts: Literal["stop", "drop"] = Field(
+        default="stop", description="rows of the data set that a store lacks: stop, or train without them"
+    )
     alignment: AlignmentArgs = Field(default_factory=AlignmentArgs, description="how sources reach the target's tokens")
     rule: str = Field(default="min_ce", description="min_ce, avg_ce, token_min_ce, or a registered fusion rule")
     rule_options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the rule")
+    metric: Literal["byte", "token"] = Field(
+        default="byte", description="cross-entropy per byte of the text, or per token of the source (published)"
+    )
     top_k: int = Field(default=10, ge=1, description="entries kept per fused row")
     loss: str = Field(default="ce", description="ce, kl, reverse_kl, jsd, or a registered loss")
     lm_loss_weight: float = Field(

@@ -52,8 +52,8 @@ class BestOfSources(DatasetWrappingStrategy):
         )
 
     def _tokenize(self, row: dict[str, Any]) -> dict[str, Any]:
-        tokens, labels = self._target.answer(_unwrapped(row["prompt"]), row["response"])
-        return {"input_ids": tokens.input_ids, "attention_mask": [1] * len(labels), "labels": labels}
+        text = self._target.answer(_unwrapped(row["prompt"]), row["response"])
+        return {"input_ids": text.tokens.input_ids, "attention_mask": [1] * len(text.labels), "labels": text.labels}
 
 
 def _wrapped(prompt: Any) -> dict[str, Any]:

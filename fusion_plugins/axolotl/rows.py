@@ -12,12 +12,27 @@ from fusion_plugins.core.tokens import Role, TokenTable, tokenize
 from fusion_plugins.core.types import IntArray, TokenizedText
 from fusion_plugins.errors import DataError
 
-__all__ = ["IGNORED", "TargetTokenizer"]
+__all__ = ["IGNORED", "EncodedText", "TargetTokenizer"]
 
 IGNORED = -100
 _ENDS_TURN = (Role.EOS, Role.END_OF_TURN)
 
 Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """One text or chat as the target model reads it.
+
+    Attributes:
+        tokens: T tokens.
+        labels: (T,) int32 token ids, :data:`IGNORED` where nothing is supervised.
+        raw: the bytes that the tokens count: the text, or the rendered chat.
+    """
+
+    tokens: TokenizedText
+    labels: IntArray
+    raw: bytes
 
 
 @dataclass(frozen=True)
@@ -40,27 +55,20 @@ class TargetTokenizer:
         options = cfg.get("chat_template_kwargs") or {}
         return cls(tokenizer, TokenTable.from_tokenizer(tokenizer), dict(options))
 
-    def text(self, text: str) -> tuple[TokenizedText, IntArray]:
-        """Tokenize BOS + text + EOS, as far as the tokenizer has them; every token but the first is supervised.
-
-        Returns:
-            The tokens and (T,) int32 labels.
-        """
+    def text(self, text: str) -> EncodedText:
+        """Tokenize BOS + text + EOS, as far as the tokenizer has them; every token but the first is supervised."""
         tokens = tokenize(self.tokenizer, self.table, text)
         labels = tokens.input_ids.copy()
         # Nothing predicts the first token; in a packed sequence the document before it would.
         labels[:1] = IGNORED
-        return tokens, labels
+        return EncodedText(tokens, labels, text.encode())
 
-    def chat(self, messages: Sequence[Message], *, last_only: bool = False) -> tuple[TokenizedText, IntArray]:
+    def chat(self, messages: Sequence[Message], *, last_only: bool = False) -> EncodedText:
         """Tokenize a chat in the target's template; assistant contents and their end of turn are supervised.
 
         Args:
             messages: role and content of each turn.
             last_only: supervise only the last assistant message.
-
-        Returns:
-            The tokens and (T,) int32 labels.
 
         Raises:
             DataError: there is no template, or the chat cannot be rendered; see :func:`render_chat`.
@@ -68,16 +76,15 @@ class TargetTokenizer:
         text, spans, _ = render_chat(self._renderer(), messages)
         spans = spans[-1:] if last_only else spans
         tokens = tokenize(self.tokenizer, self.table, text, spans=spans, special_tokens=False, append_eos=False)
-        return tokens, self._labels(tokens)
+        return EncodedText(tokens, self._labels(tokens), text.encode())
 
-    def answer(self, prompt: str | Sequence[Message], response: str) -> tuple[TokenizedText, IntArray]:
+    def answer(self, prompt: str | Sequence[Message], response: str) -> EncodedText:
         """Tokenize a prompt and one response to it; the response and its end of turn are supervised."""
         if self.tokenizer.chat_template is not None:
             return self.chat([*_messages(prompt), {"role": "assistant", "content": response}], last_only=True)
-        text = _plain(prompt)
-        spans = [(len(text.encode()), len((text + response).encode()))]
-        tokens = tokenize(self.tokenizer, self.table, text + response, spans=spans)
-        return tokens, self._labels(tokens)
+        head, raw = _plain(prompt), (_plain(prompt) + response).encode()
+        tokens = tokenize(self.tokenizer, self.table, head + response, spans=[(len(head.encode()), len(raw))])
+        return EncodedText(tokens, self._labels(tokens), raw)
 
     def prompt_and_completion(self, prompt: str | Sequence[Message], response: str) -> tuple[str, str]:
         """Return the two parts of a conversation as text, the completion with its end of turn.

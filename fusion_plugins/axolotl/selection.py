@@ -40,8 +40,8 @@ def choose_pairs(columns: Mapping[str, Sequence[Any]], block: FusionBlock) -> tu
     if not pairs:
         raise DataError(
             f"no preference pair is left: {json.dumps(facts)}. The limits 0.01 and 0.1 of the reward gap belong to "
-            "ArmoRM; for another reward model set fusion.pairs.min_gap and max_gap, or `gap_unit: quantile`; for verdicts "
-            "without rewards `rule: verdict`."
+            "ArmoRM; for another reward model set fusion.pairs.min_gap and max_gap, or `gap_unit: quantile`; for "
+            "verdicts without rewards `rule: verdict`."
         )
     return pairs, facts
 
