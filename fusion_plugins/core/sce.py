@@ -18,8 +18,8 @@ divided by the surviving ``eta``    no              yes                   yes
 
 Two rules hold for all three. Elements of equal variance are selected in the order of their index, and an element of
 variance 0 never is, unless ``select_topk`` is 1, which turns the selection off. Thresholds are relative only: the
-absolute 1e-6, under which mergekit's ``sce`` gives light fine-tunes equal weights, is left out. Arithmetic is in float64
-over chunks, the variance is ranked in float32.
+absolute 1e-6, under which mergekit's ``sce`` gives light fine-tunes equal weights, is left out. Arithmetic is in
+float64 over chunks; the variance is ranked in float32.
 
 References:
     FuseChat: Knowledge Fusion of Chat Models, arXiv 2408.07990, algorithm 1.
@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusion_plugins.core.varm import CHUNK_ELEMENTS, accumulator_of
+from fusion_plugins.core.deltas import accumulator_of, chunks
 from fusion_plugins.errors import ConfigError
 
 __all__ = ["VARIANTS", "SceResult", "sce", "sce_merge"]
@@ -48,11 +48,13 @@ class SceResult:
     Attributes:
         merged: in the shape and dtype of the base.
         weights: (J,) float64 ``eta``, on the CPU; not finite if an input is not.
+        values: (J,) float64 mean over the elements of the squared, selected deltas.
         selected: number of elements that the selection kept.
     """
 
     merged: Tensor
     weights: Tensor
+    values: Tensor
     selected: int
 
 
@@ -87,14 +89,16 @@ def sce(base: Tensor, tuned: Sequence[Tensor], *, select_topk: float = 1.0, vari
         raise ConfigError(f"SCE: select_topk: expected a share between 0 and 1; got {select_topk!r}")
     flat = [tensor.reshape(-1) for tensor in (base, *tuned)]
     mask = None if select_topk == 1 else _select(flat, select_topk, of_all=variant == "paper")
-    weights = _calculate(flat, mask, uniform=variant == "fusechat")
+    squares = _squares(flat, mask)
+    weights = _shares(squares, uniform=variant == "fusechat")
     merged = torch.empty_like(flat[0])
     for where, anchor, deltas in _chunks(flat):
         if mask is not None and variant != "fusechat":
             deltas = deltas * mask[where]
         merged[where] = anchor + _update(deltas, weights, divide=variant != "paper")
     selected = base.numel() if mask is None else int(mask.sum())
-    return SceResult(merged.reshape(base.shape), weights.cpu().double(), selected)
+    values = squares.cpu().double() / max(base.numel(), 1)
+    return SceResult(merged.reshape(base.shape), weights.cpu().double(), values, selected)
 
 
 def _select(flat: Sequence[Tensor], share: float, *, of_all: bool) -> Tensor:
@@ -122,16 +126,21 @@ def _kth_largest(values: Tensor, k: int) -> float:
     return float(torch.kthvalue(values, rank + 1).values)
 
 
-def _calculate(flat: Sequence[Tensor], mask: Tensor | None, *, uniform: bool) -> Tensor:
-    """(J,) shares of the squared, selected deltas; all zero: equal shares if ``uniform``, else zeros."""
+def _squares(flat: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    """(J,) sums of the squared, selected deltas."""
     sums = torch.zeros(len(flat) - 1, dtype=accumulator_of(flat[0]), device=flat[0].device)
     for where, _, deltas in _chunks(flat):
         kept = deltas if mask is None else deltas * mask[where]
         sums += kept.square().sum(dim=1)
-    total = sums.sum()
+    return sums
+
+
+def _shares(squares: Tensor, *, uniform: bool) -> Tensor:
+    """(J,) ``eta``; where nothing moved: equal shares if ``uniform``, else zeros."""
+    total = squares.sum()
     if not bool(total == 0):
-        return sums / total
-    return torch.full_like(sums, 1 / len(sums)) if uniform else sums
+        return squares / total
+    return torch.full_like(squares, 1 / len(squares)) if uniform else squares
 
 
 def _update(deltas: Tensor, weights: Tensor, *, divide: bool) -> Tensor:
@@ -148,8 +157,5 @@ def _update(deltas: Tensor, weights: Tensor, *, divide: bool) -> Tensor:
 
 def _chunks(flat: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield where a chunk lies, the base's part (n,) and the deltas (J, n), in the accumulator's dtype."""
-    dtype = accumulator_of(flat[0])
-    for start in range(0, flat[0].numel(), CHUNK_ELEMENTS):
-        where = slice(start, start + CHUNK_ELEMENTS)
-        anchor = flat[0][where].to(dtype)
-        yield where, anchor, torch.stack([tensor[where].to(dtype) for tensor in flat[1:]]) - anchor
+    for (_, where), (anchor, *others) in chunks([tensor.unsqueeze(0) for tensor in flat]):
+        yield where, anchor[0], torch.cat(others) - anchor

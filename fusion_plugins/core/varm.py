@@ -7,8 +7,8 @@ For a unit ``m`` (a tensor, by default) and tuned model ``j``, with ``delta[j] =
     merged       = base + sum_j weight[j, m] * delta[j]
 
 The weights of a unit sum to 1, except where no model moved: then they are 0 and the base stays as it is. Only ratios
-enter, so deltas of 1e-7 are weighed like deltas of 1e-1. All arithmetic is in float64 over chunks of
-:data:`CHUNK_ELEMENTS` elements; the result is rounded once, to the dtype of the base.
+enter, so deltas of 1e-7 are weighed like deltas of 1e-1. All arithmetic is in float64
+(:mod:`fusion_plugins.core.deltas`); the result is rounded once, to the dtype of the base.
 
 ``compat="fusechat"`` reproduces the released code for comparison, with what we take for its defects: modules and layers
 add the means of their tensors without regard to size, tensors outside layers get equal weights at layer granularity, a
@@ -19,27 +19,24 @@ References:
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
+from fusion_plugins.core.deltas import MEASURES, accumulator_of, chunks, combine, delta_sums, measured, require_finite
 from fusion_plugins.errors import ConfigError, MergeError
 
 __all__ = [
     "GRANULARITIES",
-    "MEASURES",
     "NORMALIZATIONS",
+    "RowMerge",
     "VarmRule",
     "VarmSettings",
-    "accumulator_of",
-    "combine",
-    "delta_sums",
     "layer_of",
     "merge_rows",
-    "require_finite",
     "unit_of",
     "unit_values",
     "unit_weights",
@@ -48,11 +45,8 @@ __all__ = [
 ]
 
 GRANULARITIES = ("matrix", "row", "module", "layer", "model", "element")
-MEASURES = ("square", "abs")
 NORMALIZATIONS = ("ratio", "softmax")
 COMPATIBILITIES = ("none", "fusechat")
-#: Elements of one tensor that are held in float64 at a time: small enough to stay in the processor's cache.
-CHUNK_ELEMENTS = 1 << 17
 #: The released code's floor under the sum over models, element granularity.
 FUSECHAT_ELEMENT_FLOOR = 1e-13
 #: The first purely numeric part of a parameter's name is its layer: ``model.layers.3.mlp.up_proj.weight``.
@@ -148,25 +142,6 @@ def unit_of(name: str, granularity: str) -> str:
     return f"{layer}.{name[len(layer) + 1 :].partition('.')[0]}"
 
 
-def delta_sums(base: Tensor, tuned: Sequence[Tensor], measure: str = "square") -> Tensor:
-    """Return the sum over the elements of ``|tuned[j] - base| ** p``, p = 2 ("square") or 1 ("abs").
-
-    Args:
-        base: any shape, floating point.
-        tuned: J tensors of the same shape.
-        measure: one of :data:`MEASURES`.
-
-    Returns:
-        (J,) float64 on the CPU.
-    """
-    flat = [tensor.reshape(1, -1) for tensor in (base, *tuned)]
-    sums = torch.zeros(len(tuned), dtype=accumulator_of(base), device=base.device)
-    for _, (anchor, *others) in _chunks(flat):
-        for index, other in enumerate(others):
-            sums[index] += _measured(other - anchor, measure).sum()
-    return sums.cpu().double()
-
-
 def unit_weights(values: Tensor, rule: VarmRule) -> Tensor:
     """Turn the values of units into weights of models.
 
@@ -194,75 +169,49 @@ def unit_weights(values: Tensor, rule: VarmRule) -> Tensor:
     return torch.where(moved, shares / torch.where(moved, total, 1.0), 0.0)
 
 
-def combine(base: Tensor, tuned: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Return ``base + sum_j weights[j] * (tuned[j] - base)``, in the dtype of the base.
+@dataclass(frozen=True)
+class RowMerge:
+    """A tensor merged with one weight per row or element.
 
-    Args:
-        base: any shape, floating point.
-        tuned: J tensors of the same shape.
-        weights: (J,).
+    Attributes:
+        merged: in the shape and dtype of the base.
+        weights: (J, rows) float64 on the CPU; for ``element`` the mean over the elements, (J, 1).
+        values: (J,) float64, mean of the measure over the tensor; not finite if an input is not.
     """
-    flat = [tensor.reshape(1, -1) for tensor in (base, *tuned)]
-    merged = torch.empty_like(flat[0])
-    shares = weights.tolist()
-    for where, (anchor, *others) in _chunks(flat):
-        total = anchor.clone()
-        for share, other in zip(shares, others, strict=True):
-            total.add_(other - anchor, alpha=share)
-        merged[where] = total
-    return merged.reshape(base.shape)
+
+    merged: Tensor
+    weights: Tensor
+    values: Tensor
 
 
-def merge_rows(base: Tensor, tuned: Sequence[Tensor], rule: VarmRule) -> tuple[Tensor, Tensor]:
+def merge_rows(base: Tensor, tuned: Sequence[Tensor], rule: VarmRule) -> RowMerge:
     """Merge with one weight per row or per element, in a single pass.
 
     Args:
         base: any shape, floating point.
         tuned: J tensors of the same shape.
         rule: granularity ``row`` or ``element``.
-
-    Returns:
-        The merged tensor in the dtype of the base, and the weights: (J, rows) float64 on the CPU for ``row``, their
-        mean over the elements (J, 1) for ``element``.
     """
     views = [_rows(tensor, rule.granularity) for tensor in (base, *tuned)]
     merged = torch.empty_like(views[0])
     by_element = rule.granularity == "element"
+    published = by_element and rule.compat == "fusechat"
     kept = [torch.zeros(len(tuned), 0, dtype=accumulator_of(base), device=base.device)]
-    for where, (anchor, *others) in _chunks(views, whole_rows=True):
+    value_sums = kept[0].new_zeros(len(tuned))
+    for where, (anchor, *others) in chunks(views, whole_rows=True):
         deltas = [other - anchor for other in others]
-        values = torch.stack([_measured(delta, rule.measure).mean(dim=1) for delta in deltas])
+        values = torch.stack([measured(delta, rule.measure).mean(dim=1) for delta in deltas])
+        value_sums += values.sum(dim=1)
         weights = unit_weights(values, rule)  # (J, rows of this chunk)
-        published = by_element and rule.compat == "fusechat"
         total = anchor * weights.sum(dim=0).unsqueeze(1) if published else anchor.clone()
         for weight, delta in zip(weights, deltas, strict=True):
             total.addcmul_(weight.unsqueeze(1), delta)
         merged[where] = total
         kept.append(weights.sum(dim=1, keepdim=True) if by_element else weights)
-    summary = torch.cat(kept, dim=1).cpu().double()
+    shares = torch.cat(kept, dim=1).cpu().double()
     if by_element:
-        summary = summary.sum(dim=1, keepdim=True) / max(base.numel(), 1)
-    return merged.reshape(base.shape), summary
-
-
-def require_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse NaN and infinity.
-
-    Args:
-        name: of the parameter, for the message.
-        tensors: model -> its tensor.
-
-    Raises:
-        MergeError: names the parameter and the first model whose tensor has such a value.
-    """
-    for model, tensor in tensors.items():
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise MergeError(
-                f"tensor {name!r} of model {model!r}: expected finite values; {bad} of {tensor.numel()} are NaN or "
-                "infinite. The checkpoint is damaged or its training diverged: take another checkpoint of this model."
-            )
-    raise MergeError(f"tensor {name!r}: the differences between the models are too large for float64")
+        shares = shares.sum(dim=1, keepdim=True) / max(base.numel(), 1)
+    return RowMerge(merged.reshape(base.shape), shares, value_sums.cpu().double() / max(len(views[0]), 1))
 
 
 def varm_weights(
@@ -318,9 +267,10 @@ def varm_merge(
     merged: dict[str, Tensor] = {}
     for name, anchor in base.items():
         others = [model[name] for model in tuned]
-        merged[name], weight = merge_rows(anchor, others, rule)
-        if not bool(torch.isfinite(weight).all()):
+        result = merge_rows(anchor, others, rule)
+        if not bool(torch.isfinite(result.values).all()):
             require_finite(name, _labelled(anchor, others))
+        merged[name] = result.merged
     return merged
 
 
@@ -368,7 +318,7 @@ def _all_sums(
 def _row_weights(name: str, base: Tensor, tuned: Sequence[Tensor], rule: VarmRule) -> Tensor:
     """(J, rows) or (J, *shape), without chunks: the weights of elements are as large as the tensors anyway."""
     views = [_rows(tensor, rule.granularity).to(accumulator_of(base)) for tensor in (base, *tuned)]
-    values = torch.stack([_measured(other - views[0], rule.measure).mean(dim=1) for other in views[1:]])
+    values = torch.stack([measured(other - views[0], rule.measure).mean(dim=1) for other in views[1:]])
     if not bool(torch.isfinite(values).all()):
         require_finite(name, _labelled(base, tuned))
     weights = unit_weights(values, rule).cpu().double()
@@ -408,32 +358,8 @@ def _fusechat_zeros(values: Tensor, granularity: str) -> Tensor:
     return torch.where((values == 0).any(dim=0, keepdim=True), torch.ones_like(values), values)
 
 
-def _measured(delta: Tensor, measure: str) -> Tensor:
-    return delta.square() if measure == "square" else delta.abs()
-
-
-def accumulator_of(tensor: Tensor) -> torch.dtype:
-    """Return the dtype to compute in on the tensor's device."""
-    # Apple's GPUs have no float64.
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
-
-
 def _rows(tensor: Tensor, granularity: str) -> Tensor:
     """View as (units, elements per unit)."""
     if granularity == "element":
         return tensor.reshape(-1, 1)
     return tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(1, -1)
-
-
-def _chunks(
-    views: Sequence[Tensor], *, whole_rows: bool = False
-) -> Iterator[tuple[tuple[slice, slice], tuple[Tensor, ...]]]:
-    """Yield where a chunk lies and the chunk of every (R, C) view, in the accumulator's dtype."""
-    rows, columns = views[0].shape
-    dtype = accumulator_of(views[0])
-    width = columns if whole_rows else min(columns, CHUNK_ELEMENTS)
-    height = max(1, CHUNK_ELEMENTS // max(width, 1))
-    for top in range(0, rows, height):
-        for left in range(0, columns, max(width, 1)):
-            where = (slice(top, top + height), slice(left, left + width))
-            yield where, tuple(view[where].to(dtype) for view in views)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fusion_plugins.core import sce as module
+from fusion_plugins.core import deltas
 from fusion_plugins.core.sce import VARIANTS, sce, sce_merge
 from fusion_plugins.errors import ConfigError
 
@@ -107,7 +107,7 @@ def test_unchanged_models_keep_the_base_bit_for_bit(variant, dtype):
 def test_tensors_of_several_chunks_give_what_one_chunk_gives(variant, monkeypatch):
     base, tuned = random_tensors(3)
     whole = sce(base, tuned, select_topk=0.3, variant=variant)
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 7)
+    monkeypatch.setattr(deltas, "CHUNK_ELEMENTS", 7)
     parts = sce(base, tuned, select_topk=0.3, variant=variant)
     torch.testing.assert_close(parts.merged, whole.merged, rtol=1e-13, atol=1e-15)
     assert parts.selected == whole.selected

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion_plugins.core import varm
+from fusion_plugins.core import deltas, varm
 from fusion_plugins.core.varm import VarmRule, unit_of, unit_weights, varm_merge, varm_weights
 from fusion_plugins.errors import ConfigError, MergeError
 
@@ -122,7 +122,7 @@ def brute_merge(base, tuned, weights):
 
 
 @pytest.mark.parametrize("normalize", varm.NORMALIZATIONS)
-@pytest.mark.parametrize("measure", varm.MEASURES)
+@pytest.mark.parametrize("measure", deltas.MEASURES)
 @pytest.mark.parametrize("granularity", varm.GRANULARITIES)
 def test_weights_and_merge_equal_brute_force(granularity, measure, normalize):
     base, tuned = random_models(3)
@@ -175,7 +175,7 @@ def test_the_default_departs_from_the_released_code_only_where_something_is_unch
 
 
 @pytest.mark.parametrize("scale", [1e-1, 1e-3, 1e-5, 1e-7])
-@pytest.mark.parametrize("measure", varm.MEASURES)
+@pytest.mark.parametrize("measure", deltas.MEASURES)
 @pytest.mark.parametrize("granularity", varm.GRANULARITIES)
 def test_weights_do_not_depend_on_the_scale_of_the_change(granularity, measure, scale):
     base = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
@@ -235,7 +235,7 @@ def test_tensors_of_several_chunks_give_what_one_chunk_gives(monkeypatch):
     base, tuned = random_models(2)
     for granularity in varm.GRANULARITIES:
         whole = varm_merge(base, tuned, granularity=granularity)
-        monkeypatch.setattr(varm, "CHUNK_ELEMENTS", 5)
+        monkeypatch.setattr(deltas, "CHUNK_ELEMENTS", 5)
         parts = varm_merge(base, tuned, granularity=granularity)
         monkeypatch.undo()
         for name in base:
@@ -263,7 +263,7 @@ def test_priors_multiply_the_values():
 @given(
     st.lists(st.lists(st.floats(-8, 8, width=32), min_size=6, max_size=6), min_size=1, max_size=4),
     st.sampled_from(varm.GRANULARITIES),
-    st.sampled_from(varm.MEASURES),
+    st.sampled_from(deltas.MEASURES),
 )
 def test_weights_are_shares_and_the_merge_lies_between_the_models(moves, granularity, measure):
     base = {"layers.0.w": torch.zeros(2, 3)}

@@ -1,0 +1,136 @@
+"""What a planned merge gets from us: statistics of large units, and a record of the weights.
+
+mergekit plans a merge as a graph of tasks. :func:`extend_plan` takes the tasks of a merge with one of our methods and
+puts a :class:`FusionMergeTask` in the place of every merge task. That is mergekit's own task, run where the method can
+learn the sums of its unit and report its weights. A last task writes the record.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.graph import Task
+from mergekit.io.tasks import FinalizeModel, SaveTensor
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
+from pydantic import ConfigDict
+
+from fusion_plugins.core.varm import unit_of
+from fusion_plugins.mergekit.record import CurrentMerge, MergeRecord, merging
+from fusion_plugins.mergekit.statistics import Unit, UnitStatistics, UnitSums
+
+__all__ = ["FusionMergeTask", "WriteRecord", "extend_plan", "plan_units"]
+
+LARGE_UNITS = ("module", "layer", "model")
+
+
+class FusionMergeTask(ExecuteMergeMethodTask):
+    """mergekit's merge of one tensor, with our record and the statistics of the tensor's unit at hand."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    record: MergeRecord
+    statistics: UnitStatistics | None = None
+
+    def arguments(self) -> dict[str, Task]:
+        """Depend on the statistics of the unit, besides the tensors."""
+        unit = {"unit": self.statistics} if self.statistics is not None else {}
+        return super().arguments() | unit
+
+    def execute(
+        self, tensors: dict[ModelReference, torch.Tensor], unit: UnitSums | None = None, **_: Any
+    ) -> torch.Tensor | None:
+        """Merge."""
+        current = CurrentMerge(self.record)
+        if unit is not None and self.statistics is not None:
+            current = CurrentMerge(self.record, unit.sums, unit.sizes, self.statistics.unit.name)
+        with merging(current):
+            return super().execute(tensors)
+
+
+class WriteRecord(Task[None]):
+    """Writes the record when the checkpoint is complete."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    finalize: FinalizeModel
+    record: MergeRecord
+
+    def arguments(self) -> dict[str, Task]:
+        """Wait for the checkpoint."""
+        return {"_finalize": self.finalize}
+
+    def main_thread_only(self) -> bool:
+        """Run after the threads of a multi-GPU merge."""
+        return True
+
+    def execute(self, **_: Any) -> None:
+        """Write."""
+        self.record.write()
+
+
+def extend_plan(tasks: Sequence[Task], record: MergeRecord, device: str) -> list[Task]:
+    """Return the planned tasks with ours in the place of the merges, and the record's at the end.
+
+    Args:
+        tasks: what mergekit planned: one ``SaveTensor`` per output tensor, a ``FinalizeModel``, perhaps a tokenizer.
+        record: where the weights go.
+        device: where mergekit computes.
+    """
+    merges = [task.tensor_task for task in tasks if isinstance(task, SaveTensor)]
+    tokenizer = next((task for task in tasks if isinstance(task, BuildTokenizer)), None)
+    statistics = plan_units([merge for merge in merges if _merges(merge)], device, tokenizer)
+    saves: list[Task] = []
+    others: list[Task] = []
+    for task in tasks:
+        if isinstance(task, SaveTensor):
+            saves.append(task.model_copy(update={"tensor_task": _ours(task.tensor_task, record, statistics)}))
+        elif isinstance(task, FinalizeModel):
+            finalize = task.model_copy(update={"tensor_save_tasks": tuple(saves)})
+            others += [finalize, WriteRecord(finalize=finalize, record=record)]
+        else:
+            others.append(task)
+    return saves + others
+
+
+def plan_units(
+    merges: Sequence[ExecuteMergeMethodTask], device: str, tokenizer: BuildTokenizer | None
+) -> dict[str, UnitStatistics]:
+    """Return output tensor -> statistics of its unit, for the tensors whose unit is larger than a tensor.
+
+    A unit holds the tensors of one module, layer or model that are merged with the same granularity, the same measure
+    and the same models: a filter or a slice that changes one of these divides the unit.
+    """
+    units: dict[tuple[Any, ...], Unit] = {}
+    member_of: dict[str, tuple[Any, ...]] = {}
+    for merge in merges:
+        settings = dict(merge.parameters.items())
+        granularity = settings.get("granularity")
+        if granularity not in LARGE_UNITS or merge.base_model is None:
+            continue
+        name = merge.output_weight.name
+        key = (unit_of(name, granularity), granularity, settings["measure"], merge.model_order, merge.base_model)
+        unit = units.setdefault(key, Unit(key[0], settings["measure"], merge.model_order, merge.base_model, device))
+        unit.inputs[name] = merge.gather_tensors
+        member_of[name] = key
+    tasks = {
+        key: UnitStatistics(unit=unit, tokenizer=tokenizer if _permutes(unit) else None) for key, unit in units.items()
+    }
+    return {name: tasks[key] for name, key in member_of.items()}
+
+
+def _merges(task: Task) -> bool:
+    return isinstance(task, ExecuteMergeMethodTask)
+
+
+def _permutes(unit: Unit) -> bool:
+    return any(isinstance(task, PermutedVocabulary) for task in unit.inputs.values())
+
+
+def _ours(task: Task, record: MergeRecord, statistics: dict[str, UnitStatistics]) -> Task:
+    if not isinstance(task, ExecuteMergeMethodTask):
+        return task
+    fields = {name: getattr(task, name) for name in ExecuteMergeMethodTask.model_fields}
+    # Constructed, not validated: every value comes out of a validated task.
+    return FusionMergeTask.model_construct(**fields, record=record, statistics=statistics.get(task.output_weight.name))
