@@ -7,6 +7,8 @@ package ships: `tekken` (131,072 ids) and `mistral_v1` (32,000 ids). Each call r
 
 import base64
 import json
+import math
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -94,10 +96,11 @@ def sentencepiece_bpe(vocab_size: int = 560) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[*specials, *(f"<0x{byte:02X}>" for byte in range(256))],
-        limit_alphabet=90,
         show_progress=False,
     )
-    tokenizer.train_from_iterator([text.replace("\n", " ") for text in TEXTS], trainer)
+    # What is left out (newlines, other scripts, emoji) is spelled with byte tokens.
+    texts = ["".join(letter if " " <= letter < "\u0100" else " " for letter in text) for text in TEXTS]
+    tokenizer.train_from_iterator(texts, trainer)
     spec = json.loads(tokenizer.to_str())["model"]
     return _llama_style(spec["vocab"], [tuple(pair) for pair in spec["merges"]])
 
@@ -121,20 +124,32 @@ def _llama_style(vocab: dict[str, int], merges: list[tuple[str, str]]) -> PreTra
 @cache
 def unigram(vocab_size: int = 300) -> PreTrainedTokenizerFast:
     """Unigram as in T5, with a normaliser that changes the text: NFKC, control characters, runs of spaces."""
-    tokenizer = Tokenizer(models.Unigram())
+    specials = ["<unk>", "</s>", "<pad>"]
+    pieces = _frequent_pieces(vocab_size - len(specials))
+    tokenizer = Tokenizer(models.Unigram([*((name, 0.0) for name in specials), *pieces], unk_id=0))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Nmt(), normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-    trainer = trainers.UnigramTrainer(
-        vocab_size=vocab_size, special_tokens=["<unk>", "</s>", "<pad>"], unk_token="<unk>", show_progress=False
-    )
-    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in specials])
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
+
+
+def _frequent_pieces(size: int) -> list[tuple[str, float]]:
+    """Characters and frequent substrings of words with log frequencies; the library's trainer is not repeatable."""
+    words = ["▁" + word for text in TEXTS for word in text.split()]
+    found = Counter(
+        word[start:end]
+        for word in words
+        for start in range(len(word))
+        for end in range(start + 1, min(start + 6, len(word)) + 1)
+    )
+    ranked = sorted(found, key=lambda piece: (len(piece) > 1, -found[piece] * len(piece), piece))
+    return [(piece, math.log(found[piece] / found.total())) for piece in ranked[:size]]
 
 
 @cache

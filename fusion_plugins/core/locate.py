@@ -110,9 +110,12 @@ class _Found:
         begin, end = int(self.spans[left, 0]), max(int(self.spans[left:right, 1].max()), position)
         if self.by_bytes(left, right, position, end):
             return end
-        if begin > position and not self._spelled(left, right).startswith(self.raw[position:begin]):
-            self._drop(left, begin)
-            if self.by_bytes(left, right, begin, end):
+        gap, spelled = self.raw[position:begin], self._spelled(left, right)
+        # Offsets may leave out spaces that the token spells; what it does not spell of the gap was dropped.
+        dropped = next(cut for cut in range(len(gap) + 1) if spelled.startswith(gap[cut:]))
+        if dropped:
+            self._drop(left, position + dropped)
+            if self.by_bytes(left, right, position + dropped, end):
                 return end
         # The normaliser changed these characters: only the end of the whole group is a place in the text.
         self.ends[left:right] = self.spans[left:right, 1]

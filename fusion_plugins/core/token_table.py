@@ -200,18 +200,22 @@ def _has(spec: Mapping[str, Any], kind: str, *sections: str) -> bool:
 
 
 def _kind(spec: Mapping[str, Any]) -> Kind:
-    model = spec["model"].get("type", "BPE")
-    if model in ("BPE", "Unigram"):
+    model = spec["model"]
+    name = model.get("type", "BPE")
+    affix = model.get("end_of_word_suffix") or model.get("continuing_subword_prefix")
+    if name in ("BPE", "Unigram") and not affix:
         if _has(spec, "ByteLevel", "pre_tokenizer", "decoder", "normalizer"):
             return "byte_level"
-        if _space_marker(spec) is not None or spec["model"].get("byte_fallback"):
+        if _space_marker(spec) is not None or model.get("byte_fallback"):
             return "sentencepiece"
-    reason = {
-        "WordPiece": "its tokens drop the spaces between words, and often case and accents, so they do not spell the text",
-        "WordLevel": "a word-level vocabulary does not spell the text",
-    }.get(model, f"its {model} tokens have neither a byte alphabet nor a space marker, so their bytes are unknown")
+    if name in ("WordPiece", "WordLevel"):
+        reason = "its tokens drop the spaces between words, and often case and accents, so they do not spell the text"
+    elif affix:
+        reason = f"its tokens mark the parts of a word with {affix!r} instead of spelling the spaces"
+    else:
+        reason = "its tokens have neither a byte alphabet nor a mark for spaces, so their bytes are unknown"
     raise TokenizerError(
-        f"expected byte-level BPE or a SentencePiece-style tokenizer, got a {model} tokenizer: {reason}. "
+        f"expected byte-level BPE or a SentencePiece-style tokenizer, got a {name} tokenizer: {reason}. "
         "Use a model with another tokenizer."
     )
 
