@@ -4,6 +4,8 @@ It is the only file that is ever replaced, and replacing it is what commits a sh
 it asks :meth:`ManifestBase.require`, which refuses by name and with the values of both sides.
 """
 
+import hashlib
+import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -33,6 +35,7 @@ class ShardInfo(BaseModel):
     tokens: int = Field(description="tokens in a store of log-probabilities, 0 elsewhere")
     bytes: int = Field(description="size of the file")
     sha256: str = Field(description="of the file")
+    version: int = Field(default=1, description="of the layout of its columns")
 
 
 class ManifestBase(BaseModel):
@@ -46,7 +49,7 @@ class ManifestBase(BaseModel):
     VERSION: ClassVar[int] = 1
     OLDEST: ClassVar[int] = 1
 
-    schema_version: int = 1
+    schema_version: int = Field(default=1, description="the newest layout among the shards")
     complete: bool = Field(default=False, description="everything that was asked for is here")
     created: str = Field(default_factory=_now)
     made_by: str = f"fusion-plugins {fusion_plugins.__version__}"
@@ -67,6 +70,12 @@ class ManifestBase(BaseModel):
     def bytes(self) -> int:
         """Bytes of all shards."""
         return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of identity and shards: changes whenever the content does (and when shards are joined)."""
+        content = [self.identity(), sorted(shard.sha256 for shard in self.shards)]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def identity(self) -> dict[str, Any]:
         """Return what must be equal before anything may be added."""
@@ -140,6 +149,8 @@ class Manifest(ManifestBase):
         "texts_fingerprint",
         "template_hash",
     )
+
+    VERSION = 2
 
     kind: Literal["logprobs"] = "logprobs"
     model: str = Field(description="name or path of the source model")

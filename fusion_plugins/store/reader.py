@@ -5,9 +5,8 @@ time. A store can be pickled and forked: a worker opens the files anew.
 """
 
 import os
-from collections import OrderedDict
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Store", "open_store"]
 
 #: decoded row groups that a store keeps
-CACHED_GROUPS = 4
+CACHED_GROUPS = 8
 
 
 def open_store(path: str | Path) -> "Store":
@@ -52,15 +51,16 @@ class Store:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = Manifest.load(self.path)
-        self._forget()
+        self._open()
 
-    def _forget(self) -> None:
+    def _open(self) -> None:
+        """Start with no file open: at first, and again in a forked worker."""
         self._pid = os.getpid()
-        self._files: dict[int, pq.ParquetFile] = {}
-        self._groups: OrderedDict[tuple[int, int], RecordTable] = OrderedDict()
+        self._file = lru_cache(maxsize=None)(self._open_shard)
+        self._group = lru_cache(maxsize=CACHED_GROUPS)(self._decode_group)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Store, (str(self.path),)
+        return _reopen, (str(self.path.absolute()), self.manifest.fingerprint)
 
     @cached_property
     def table(self) -> "TokenTable":
@@ -96,23 +96,12 @@ class Store:
                 places.update((id, (shard, group, row)) for row, id in enumerate(ids))
         return places
 
-    def _file(self, shard: int) -> pq.ParquetFile:
-        if self._pid != os.getpid():
-            self._forget()
-        if shard not in self._files:
-            self._files[shard] = open_shard(self.path, self.manifest.shards[shard])
-        return self._files[shard]
+    def _open_shard(self, shard: int) -> pq.ParquetFile:
+        return open_shard(self.path, self.manifest.shards[shard])
 
-    def _group(self, shard: int, group: int) -> RecordTable:
-        file = self._file(shard)
-        place = (shard, group)
-        if place not in self._groups:
-            table = file.read_row_group(group, use_threads=False)
-            self._groups[place] = decode_records(table, self.manifest.schema_version)
-            if len(self._groups) > CACHED_GROUPS:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(place)
-        return self._groups[place]
+    def _decode_group(self, shard: int, group: int) -> RecordTable:
+        table = self._file(shard).read_row_group(group, use_threads=False)
+        return decode_records(table, self.manifest.shards[shard].version)
 
     def ids(self) -> list[str]:
         """Return all ids, in the order of the shards."""
@@ -127,6 +116,8 @@ class Store:
             shard, group, row = self._places[id]
         except KeyError:
             raise KeyError(f"{self.path} holds no record {id!r}") from None
+        if self._pid != os.getpid():
+            self._open()
         return self._group(shard, group).record(row)
 
     def __contains__(self, id: object) -> bool:
@@ -138,5 +129,14 @@ class Store:
     def __iter__(self) -> Iterator[Record]:
         for shard in range(len(self.manifest.shards)):
             for group in range(self._file(shard).num_row_groups):
-                records = self._group(shard, group)
-                yield from (records.record(row) for row in range(len(records.ids)))
+                yield from self._group(shard, group).records()
+
+
+def _reopen(path: str, fingerprint: str) -> Store:
+    store = Store(path)
+    if store.manifest.fingerprint != fingerprint:
+        raise MismatchError(
+            f"{path} changed while it was in use: fingerprint {fingerprint} became {store.manifest.fingerprint}. "
+            f"Let nothing write to a store that is being read, and start again."
+        )
+    return store

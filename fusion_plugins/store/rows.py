@@ -15,10 +15,11 @@ import pyarrow as pa
 
 from fusion_plugins.errors import DataError
 from fusion_plugins.store.manifest import RowManifest
-from fusion_plugins.store.shards import Codec, ShardWriter, read_shard
+from fusion_plugins.store.shard_writer import ShardWriter
+from fusion_plugins.store.shards import Codec, read_shard
 from fusion_plugins.store.writer import say_how_to_go_on
 
-__all__ = ["Row", "RowStore", "RowWriter", "open_rows"]
+__all__ = ["Row", "RowStore", "RowWriter", "open_rows", "row_codec"]
 
 Row = Mapping[str, Any]
 Key = tuple[Any, ...]
@@ -31,6 +32,17 @@ _ARROW = {
     "json": pa.string(),
 }
 _PYTHON: dict[str, tuple[type, ...]] = {"string": (str,), "int64": (int,), "float64": (float, int), "bool": (bool,)}
+
+
+def row_codec(manifest: RowManifest) -> Codec[Row]:
+    """Return how the rows of a folder are kept."""
+    return Codec(
+        encode=lambda rows: _encode(rows, manifest),
+        decode=lambda table, version: _decode(table, manifest),
+        key=lambda row: tuple(row[name] for name in manifest.key),
+        keys=lambda table: _keys(table, manifest.key),
+        key_columns=list(manifest.key),
+    )
 
 
 class RowWriter:
@@ -52,13 +64,7 @@ class RowWriter:
         missing = [name for name in manifest.key if name not in manifest.columns]
         if missing:
             raise DataError(f"{path}: key column {missing[0]!r} is not declared in columns {list(manifest.columns)}")
-        codec = Codec[Row](
-            encode=lambda rows: _encode(rows, manifest),
-            key=lambda row: tuple(row[name] for name in manifest.key),
-            keys=lambda rows: _keys(rows, manifest.key),
-            key_columns=list(manifest.key),
-        )
-        self._shards = ShardWriter(self.path, manifest, codec, flush_rows)
+        self._shards = ShardWriter(self.path, manifest, row_codec(manifest), flush_rows)
 
     @property
     def manifest(self) -> RowManifest:

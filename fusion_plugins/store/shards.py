@@ -1,188 +1,64 @@
-"""What stores and row folders share: shards that are committed through the manifest, on resume as on the first run."""
+"""Shards as files: what a kind of item tells us about them, and reading one after comparing it with its checksum."""
 
 import hashlib
 from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fusion_plugins.errors import DataError, MismatchError, StoreError
-from fusion_plugins.store.files import TEMPORARY_SUFFIX, FolderLock, interrupts_deferred, write_atomic
-from fusion_plugins.store.manifest import MANIFEST_NAME, ManifestBase, ShardInfo
+from fusion_plugins.errors import StoreError
+from fusion_plugins.store.manifest import ShardInfo
 
-__all__ = ["Codec", "ShardWriter", "read_shard"]
+__all__ = ["Codec", "open_shard", "parquet_bytes", "read_shard"]
 
 T = TypeVar("T")
-SHARD_SUFFIX = ".parquet"
-SHARD_PREFIX = "shard-"
 
 
+@dataclass(frozen=True)
 class Codec(Generic[T]):
-    """How items become table rows and how a row is named.
+    """How items of one kind become table rows, and back.
 
     Attributes:
         encode: items -> table.
-        key: item -> its name.
+        decode: table, version it was written with -> items.
+        key: item -> its name, unique within a folder.
         keys: table -> names of its rows.
-        tokens: item -> tokens in it.
         key_columns: the columns that ``keys`` needs.
+        tokens: item -> tokens in it.
+        version: the version that ``encode`` writes.
+        group_tokens: tokens per row group, the unit that is decoded at once.
         parquet: options of :func:`pyarrow.parquet.write_table`.
     """
 
-    def __init__(
-        self,
-        encode: Callable[[list[T]], pa.Table],
-        key: Callable[[T], Hashable],
-        keys: Callable[[pa.Table], list[Any]],
-        key_columns: list[str],
-        tokens: Callable[[T], int] = lambda item: 0,
-        parquet: dict[str, Any] | None = None,
-    ) -> None:
-        self.encode, self.key, self.keys, self.key_columns, self.tokens = encode, key, keys, key_columns, tokens
-        self.parquet = parquet or {}
+    encode: Callable[[list[T]], pa.Table]
+    decode: Callable[[pa.Table, int], Iterable[T]]
+    key: Callable[[T], Hashable]
+    keys: Callable[[pa.Table], list[Any]]
+    key_columns: list[str]
+    tokens: Callable[[T], int] = lambda item: 0
+    version: int = 1
+    group_tokens: int = 1
+    parquet: dict[str, Any] = field(default_factory=dict)
+
+    def items(self, folder: Path, shard: ShardInfo) -> Iterable[T]:
+        """Return the items of a shard, in order."""
+        return self.decode(read_shard(folder, shard), shard.version)
 
 
-class ShardWriter(Generic[T]):
-    """Buffers items, writes them as shards and commits each through the manifest.
-
-    Args:
-        folder: made if it does not exist.
-        manifest: what is about to be written; an existing manifest must have the same identity.
-        codec: how items become rows.
-        flush_rows: items after which a shard is written without being asked.
-        flush_tokens: the same for tokens.
-
-    Raises:
-        MismatchError: the folder holds something else.
-        StoreError: the folder is damaged, or another writer is at work.
-    """
-
-    def __init__(
-        self, folder: Path, manifest: ManifestBase, codec: Codec[T], flush_rows: int, flush_tokens: int = 1 << 62
-    ) -> None:
-        self.folder, self.codec = folder, codec
-        self._limits = (flush_rows, flush_tokens)
-        self._buffer: list[T] = []
-        self._buffered: set[Hashable] = set()
-        self._tokens = 0
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FolderLock(folder)
-        try:
-            self.manifest = self._resume(manifest)
-            self._remove_leftovers()
-            self.done = set(self._committed_keys())
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def _resume(self, wanted: ManifestBase) -> ManifestBase:
-        if not (self.folder / MANIFEST_NAME).exists():
-            shards = sorted(path.name for path in self.folder.glob(f"*{SHARD_SUFFIX}"))
-            if shards:
-                raise StoreError(
-                    f"{self.folder} has no {MANIFEST_NAME} but holds {shards[0]}. It is a damaged store or something "
-                    f"else: restore the manifest, or give an empty folder."
-                )
-            wanted.save(self.folder)
-            return wanted
-        found = type(wanted).load(self.folder)
-        found.require(
-            self.folder,
-            "Run with the settings it was made with, give another folder, or delete this one to start afresh.",
-            **wanted.identity(),
-        )
-        if found.schema_version != wanted.schema_version:
-            raise MismatchError(
-                f"{self.folder} has schema version {found.schema_version}; new shards have {wanted.schema_version}. "
-                f"Run `fusion store compact {self.folder}` first: it rewrites the shards."
-            )
-        return found
-
-    def _remove_leftovers(self) -> None:
-        """Delete what a killed writer left: temporary files, and shards that were never committed."""
-        known = {shard.name for shard in self.manifest.shards}
-        for path in self.folder.iterdir():
-            orphan = path.name.startswith(SHARD_PREFIX) and path.name not in known
-            if orphan or (path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX)):
-                path.unlink()
-
-    def _committed_keys(self) -> Iterable[Hashable]:
-        for shard in self.manifest.shards:
-            yield from self.codec.keys(read_shard(self.folder, shard, self.codec.key_columns))
-
-    def write(self, item: T) -> None:
-        """Take one item; a shard is written when enough have come.
-
-        Raises:
-            DataError: an item of that name is already here.
-        """
-        key = self.codec.key(item)
-        if key in self.done or key in self._buffered:
-            raise DataError(
-                f"{self.folder} already holds {key!r}. Names are unique: skip what is in `done` when you go on."
-            )
-        self._buffer.append(item)
-        self._buffered.add(key)
-        self._tokens += self.codec.tokens(item)
-        if len(self._buffer) >= self._limits[0] or self._tokens >= self._limits[1]:
-            self.flush()
-
-    def flush(self) -> None:
-        """Commit everything that was written so far."""
-        if not self._buffer:
-            return
-        with interrupts_deferred():
-            self.commit([(self.codec.encode(self._buffer), self._tokens)])
-            self.done |= self._buffered
-            self._buffer, self._buffered, self._tokens = [], set(), 0
-
-    def commit(self, tables: Iterable[tuple[pa.Table, int]], replaces: Iterable[ShardInfo] = ()) -> None:
-        """Write tables as shards and put them into the manifest in place of others, in one step."""
-        gone = {shard.name for shard in replaces}
-        added: list[ShardInfo] = []
-        number = 1 + max((_number(shard.name) for shard in self.manifest.shards), default=-1)
-        for table, tokens in tables:
-            added.append(self._write_shard(f"{SHARD_PREFIX}{number + len(added):06d}{SHARD_SUFFIX}", table, tokens))
-        kept = [shard for shard in self.manifest.shards if shard.name not in gone]
-        updated = self.manifest.model_copy(update={"shards": kept + added})
-        updated.save(self.folder)
-        self.manifest = updated
-        for name in gone:
-            (self.folder / name).unlink(missing_ok=True)
-
-    def _write_shard(self, name: str, table: pa.Table, tokens: int) -> ShardInfo:
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd", **self.codec.parquet)
-        data = memoryview(sink.getvalue())
-        write_atomic(self.folder / name, data)
-        digest = hashlib.sha256(data).hexdigest()
-        return ShardInfo(name=name, rows=table.num_rows, tokens=tokens, bytes=len(data), sha256=digest)
-
-    def finish(self) -> None:
-        """Commit, and note that everything that was asked for is here."""
-        self.flush()
-        if not self.manifest.complete:
-            updated = self.manifest.model_copy(update={"complete": True})
-            updated.save(self.folder)
-            self.manifest = updated
-
-    def close(self) -> None:
-        """Commit what is buffered and let the next writer in."""
-        try:
-            self.flush()
-        finally:
-            self._lock.release()
-
-    def abandon(self) -> None:
-        """Let the next writer in without committing what is buffered."""
-        self._buffer, self._buffered, self._tokens = [], set(), 0
-        self._lock.release()
+def parquet_bytes(codec: Codec[T], table: pa.Table, tokens: int) -> memoryview:
+    """Return a table as the bytes of a Parquet file."""
+    group_rows = max(1, table.num_rows * codec.group_tokens // tokens) if tokens else None
+    sink = pa.BufferOutputStream()
+    options: dict[str, Any] = {"compression": "zstd", "compression_level": 3} | codec.parquet
+    pq.write_table(table, sink, row_group_size=group_rows, **options)
+    return memoryview(sink.getvalue())
 
 
 def read_shard(folder: Path, shard: ShardInfo, columns: list[str] | None = None) -> pa.Table:
-    """Read a whole shard after comparing it with its checksum.
+    """Read a whole shard.
 
     Raises:
         StoreError: the shard is missing or damaged.
@@ -200,7 +76,9 @@ def open_shard(folder: Path, shard: ShardInfo) -> pq.ParquetFile:
     try:
         data = pa.memory_map(str(path)).read_buffer()
     except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error}. {_cure(folder)}") from error
+        raise StoreError(
+            f"{path} cannot be read: {error}. If the folder was compacted meanwhile, open it again. {_cure(folder)}"
+        ) from error
     if len(data) != shard.bytes:
         raise StoreError(f"{path} is damaged: {len(data)} bytes, the manifest says {shard.bytes}. {_cure(folder)}")
     if hashlib.sha256(data).hexdigest() != shard.sha256:
@@ -210,10 +88,6 @@ def open_shard(folder: Path, shard: ShardInfo) -> pq.ParquetFile:
 
 def _cure(folder: Path) -> str:
     return (
-        f"Restore the file from a copy, or run `fusion store verify {folder} --drop-damaged` and then the command that "
-        f"made the folder: it makes the lost rows again."
+        f"Restore the file from a copy; or run `fusion store verify {folder} --drop-damaged` and then the command that "
+        f"made the folder, which makes the lost rows again."
     )
-
-
-def _number(name: str) -> int:
-    return int(name.removeprefix(SHARD_PREFIX).removesuffix(SHARD_SUFFIX))

@@ -13,8 +13,8 @@ from fusion_plugins.core.types import Record
 from fusion_plugins.errors import DataError, MismatchError
 from fusion_plugins.store.files import write_atomic
 from fusion_plugins.store.manifest import Manifest
-from fusion_plugins.store.schema import PARQUET_OPTIONS, encode_records
-from fusion_plugins.store.shards import Codec, ShardWriter
+from fusion_plugins.store.schema import record_codec
+from fusion_plugins.store.shard_writer import ShardWriter
 
 if TYPE_CHECKING:
     from fusion_plugins.core.token_table import TokenTable
@@ -23,7 +23,7 @@ __all__ = ["StoreWriter"]
 
 TABLE_NAME = "tokens.parquet"
 #: log-probabilities per shard that is written without being asked; bounds the writer's memory
-FLUSH_VALUES = 1 << 22
+FLUSH_VALUES = 1 << 24
 
 
 class StoreWriter:
@@ -56,17 +56,8 @@ class StoreWriter:
                 f"{table.fingerprint}. Build both from the same tokenizer."
             )
         manifest = manifest.model_copy(update={"schema_version": Manifest.VERSION})
-        codec = Codec[Record](
-            encode=encode_records,
-            key=lambda record: record.id,
-            keys=lambda rows: rows["id"].to_pylist(),
-            key_columns=["id"],
-            tokens=lambda record: len(record.input_ids),
-            parquet=PARQUET_OPTIONS,
-        )
-        self._shards = ShardWriter(
-            self.path, manifest, codec, flush_records, flush_tokens=max(1, FLUSH_VALUES // manifest.top_k)
-        )
+        flush_tokens = max(1, FLUSH_VALUES // manifest.top_k)
+        self._shards = ShardWriter(self.path, manifest, record_codec(manifest), flush_records, flush_tokens)
         if not (self.path / TABLE_NAME).exists():
             _write_table(self.path / TABLE_NAME, table)
 
