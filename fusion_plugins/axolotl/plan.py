@@ -89,8 +89,8 @@ def _vocabulary(
     if source.is_target and not same:
         raise MismatchError(
             f"source {source.name!r} is said to be the target model's own (is_target: true), but the store "
-            f"{store.path} was captured with tokenizer {store.table.fingerprint[:16]} ({store.manifest.model}), and the "
-            f"target's is {target.table.fingerprint[:16]}. Capture it from `base_model`, or remove is_target."
+            f"{store.path} was captured with tokenizer {store.table.fingerprint[:16]} ({store.manifest.model}), and "
+            f"the target's is {target.table.fingerprint[:16]}. Capture it from `base_model`, or remove is_target."
         )
     if same:
         ids = np.arange(store.table.vocab_size, dtype=np.int32)
