@@ -1,4 +1,4 @@
-"""The command ``fusion report``: one self-contained HTML page about what a folder holds."""
+"""The commands ``fusion report`` and ``fusion doctor``."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ import typer
 
 from fusion_plugins.errors import ConfigError, DataError
 
-__all__ = ["KINDS", "report"]
+__all__ = ["KINDS", "doctor", "report"]
 
 
 def _merge(folder: Path) -> str:
@@ -50,3 +50,48 @@ def render(folder: Path) -> str:
                 ) from error
     known = ", ".join(f"{name} ({what})" for name, (what, _) in KINDS.items())
     raise DataError(f"{folder}: nothing to report on; expected one of: {known}")
+
+
+def doctor(
+    sources: Annotated[list[str], typer.Argument(help="Stores of the sources, or their tokenizers.")],
+    target: Annotated[str, typer.Option(help="Store of the target, or its tokenizer.")],
+    texts: Annotated[
+        str | None, typer.Option(help="JSONL or Parquet texts, where tokenizers stand for stores.")
+    ] = None,
+    vocabulary: Annotated[str, typer.Option(help="exact, min_edit or first_token.")] = "first_token",
+    chain: Annotated[bool, typer.Option(help="Use the text where the source splits it differently.")] = True,
+    limit: Annotated[int, typer.Option(min=1, help="Texts of the sample.")] = 200,
+    out: Annotated[Path, typer.Option(help="Folder for doctor.json, doctor.html and doctor.png.")] = Path("doctor"),
+) -> None:
+    """Say, before any training, what fusing the sources into the target can give and what to set otherwise."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from fusion_plugins.core.project import ProjectionOptions
+    from fusion_plugins.report.doctor import examine, open_side
+    from fusion_plugins.report.doctor_page import picture_png, render_doctor_page, show
+    from fusion_plugins.sources.texts import read_texts
+
+    contents = {text.id: text.content for text in read_texts(texts)} if texts is not None else None
+    sides = [open_side(path, contents) for path in (target, *sources)]
+    ticks = iter(track(range(limit * len(sources)), "examining", console=Console(stderr=True), transient=True))
+    found = examine(
+        sides[0],
+        sides[1:],
+        vocabulary=vocabulary,
+        options=ProjectionOptions(chain=chain),
+        limit=limit,
+        advance=lambda: next(ticks, None),
+    )
+    show(found, Console(soft_wrap=True))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "doctor.json").write_text(found.to_json(), encoding="utf-8")
+    try:
+        (out / "doctor.html").write_text(render_doctor_page(found), encoding="utf-8")
+        (out / "doctor.png").write_bytes(picture_png(found))
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{out / 'doctor.json'} is written; the page needs {error.name}, which is not installed: "
+            "pip install 'fusion-plugins[report]'"
+        ) from error
+    typer.echo(f"written to {out}")

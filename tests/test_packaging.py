@@ -1,0 +1,52 @@
+"""The wheel holds the package, the mergekit hook and nothing else."""
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    (path,) = out.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_wheel_has_the_package_and_the_hook_at_top_level(wheel):
+    tops = {name.split("/")[0] for name in wheel.namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"fusion_plugins", "fusion_plugins_mergekit.pth"}
+
+
+def test_wheel_has_every_module_and_the_type_marker(wheel):
+    names = set(wheel.namelist())
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fusion_plugins").rglob("*.py")}
+    assert len(modules) > 20
+    assert modules <= names
+    assert "fusion_plugins/py.typed" in names
+
+
+def test_hook_is_one_guarded_line_of_the_standard_library(wheel):
+    lines = wheel.read("fusion_plugins_mergekit.pth").decode().strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("import ")
+
+
+def test_base_dependencies_pull_in_no_host():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    base = " ".join(project["dependencies"])
+    assert not any(host in base for host in ("torch", "transformers", "axolotl", "mergekit", "vllm", "deepspeed"))
+
+
+def test_all_extra_names_every_extra_that_shares_the_environment():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (everything,) = extras["all"]
+    named = set(everything.split("[")[1].rstrip("]").split(","))
+    assert named == set(extras) - {"all", "vllm"}
