@@ -105,13 +105,16 @@ def align_offsets_strict(source_tokens: Tokens, target_tokens: Tokens, *, tie_or
     return align_offsets(source_tokens, target_tokens, tie_order=tie_order, strict=True)
 
 
-def align_dtw(source_tokens: Tokens, target_tokens: Tokens, *, tie_order: str = "fusellm") -> Alignment:
+def align_dtw(
+    source_tokens: Tokens, target_tokens: Tokens, *, tie_order: str = "fusellm", band: int | None = None
+) -> Alignment:
     """Align tokens by dynamic time warping over edit distances; see :func:`align_tokens`.
 
     A target row takes the last source token that it is matched with, if it is itself the last target token that this
-    source token is matched with: then the path says that both prefixes end together (it may be mistaken).
+    source token is matched with: then the path says that both prefixes end together (it may be mistaken). ``band``: see
+    :func:`fusion_plugins.core.dtw.dtw_path`; the result is the same.
     """
-    path, cost = dtw_path(source_tokens, target_tokens, tie_order=tie_order)
+    path, cost = dtw_path(source_tokens, target_tokens, tie_order=tie_order, band=band)
     target_ranges = path_ranges(path, axis=1, size=len(target_tokens))
     source_ranges = path_ranges(path, axis=0, size=len(source_tokens))
     last = target_ranges[:, 1]

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from fusion_plugins.core.jit import compiled
+from fusion_plugins.core.dtw_kernels import cheapest_way_out, diagonal_band, warp
 from fusion_plugins.core.surfaces import space_marker
 from fusion_plugins.core.types import IntArray
 from fusion_plugins.errors import AlignmentError
@@ -25,19 +25,30 @@ __all__ = ["TIE_ORDERS", "dtw_path", "path_ranges", "token_costs"]
 TIE_ORDERS = ("fusellm", "fusechat")
 
 Tokens = Sequence[str] | Sequence[bytes]
-_DIAGONAL, _UP, _LEFT = 0, 1, 2
+Index = npt.NDArray[np.uint32]
+# One direction byte per cell: 256 MB.
+_MAX_CELLS = 2**28
 
 
-def dtw_path(source_tokens: Tokens, target_tokens: Tokens, *, tie_order: str = "fusellm") -> tuple[IntArray, int]:
+def dtw_path(
+    source_tokens: Tokens, target_tokens: Tokens, *, tie_order: str = "fusellm", band: int | None = None
+) -> tuple[IntArray, int]:
     """Return the cheapest path, (P, 2) int32 from (0, 0) to the last pair, and its cost.
+
+    With ``band`` only cells within that many columns of the diagonal are looked at. The result is still that of the
+    whole matrix: it is returned when every path that leaves the band is proven to cost more
+    (:func:`~fusion_plugins.core.dtw_kernels.cheapest_way_out`); otherwise the band is doubled. Where the texts
+    correspond well this takes a fraction of the time and memory; where they do not it takes up to four times as long.
 
     Args:
         source_tokens: U tokens, str or bytes.
         target_tokens: T tokens, str or bytes.
         tie_order: ``fusellm`` or ``fusechat``; ``fusechat`` also compares tokens its own way (:func:`token_costs`).
+        band: half width of the first band, at least 1; ``None`` for the whole matrix.
 
     Raises:
-        AlignmentError: an empty list on one side only, or an unknown tie order.
+        AlignmentError: an empty list on one side only, an unknown tie order, or texts so long that the directions
+            would not fit 256 MB.
     """
     if tie_order not in TIE_ORDERS:
         raise AlignmentError(f"unknown tie order {tie_order!r}; expected one of {', '.join(TIE_ORDERS)}")
@@ -47,14 +58,26 @@ def dtw_path(source_tokens: Tokens, target_tokens: Tokens, *, tie_order: str = "
         raise AlignmentError(
             f"expected tokens on both sides; the source has {len(source_tokens)}, the target {len(target_tokens)}"
         )
-    costs, source_index, target_index = token_costs(source_tokens, target_tokens, tie_order=tie_order)
-    path, cost = _warp(costs, source_index, target_index, tie_order == "fusellm")
-    return path, int(cost)
+    arguments = token_costs(source_tokens, target_tokens, tie_order=tie_order)
+    n, m = len(source_tokens), len(target_tokens)
+    # A band must reach from each row to the next.
+    width = m if band is None else max(band, 1, -(-m // n))
+    while True:
+        low, high = diagonal_band(n, m, width)
+        if n * int((high - low).max() + 1) > _MAX_CELLS:
+            raise AlignmentError(
+                f"time warping of {n} x {m} tokens needs more than {_MAX_CELLS >> 20} MB. Use method='offsets', split "
+                "the text, or give a band if none was given."
+            )
+        path, cost = warp(*arguments, low, high, tie_order == "fusellm")
+        if width >= m or cheapest_way_out(*arguments, low, high) > cost:
+            return path, int(cost)
+        width *= 2
 
 
 def token_costs(
     source_tokens: Tokens, target_tokens: Tokens, *, tie_order: str = "fusellm"
-) -> tuple[npt.NDArray[np.uint16], IntArray, IntArray]:
+) -> tuple[npt.NDArray[np.uint16], Index, Index]:
     """Return the edit distances of the distinct tokens.
 
     Boundary characters are removed on each side before comparing. ``fusechat`` makes an exception: where one of the
@@ -63,7 +86,7 @@ def token_costs(
 
     Returns:
         (X, Y) uint16 Levenshtein distances of the X distinct source and the Y distinct target tokens; (U,) and (T,)
-        int32, which of them each token is.
+        uint32, which of them each token is.
     """
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cdist
@@ -89,10 +112,10 @@ def path_ranges(path: IntArray, *, axis: int, size: int) -> IntArray:
     return ranges
 
 
-def _distinct(tokens: Tokens) -> tuple[list[str | bytes], IntArray]:
+def _distinct(tokens: Tokens) -> tuple[list[str | bytes], Index]:
     index: dict[str | bytes, int] = {}
     positions = [index.setdefault(token, len(index)) for token in tokens]
-    return list(index), np.array(positions, np.int32)
+    return list(index), np.array(positions, np.uint32)
 
 
 def _without(token: str | bytes, mark: str) -> str | bytes:
@@ -109,44 +132,3 @@ def _compare_bare_marks(  # type: ignore[no-untyped-def]
         for y, bare_y in enumerate(bare_target):
             if not bare_x or not bare_y:
                 costs[x, y] = Levenshtein.distance(marked[x], target[y])
-
-
-@compiled
-def _warp(costs, source_index, target_index, up_first):  # type: ignore[no-untyped-def]
-    """Fill the matrix row by row, keep one direction per cell, walk back."""
-    n, m = len(source_index), len(target_index)
-    direction = np.empty((n, m), np.uint8)
-    above = np.full(m + 1, 2**30, np.int32)
-    above[0] = 0
-    for i in range(n):
-        cost_row = costs[source_index[i]]
-        diagonal = above[0]
-        above[0] = left = 2**30
-        for j in range(m):
-            up = above[j + 1]
-            if diagonal <= up and diagonal <= left:
-                best, step = diagonal, _DIAGONAL
-            elif up < left or (up == left and up_first):
-                best, step = up, _UP
-            else:
-                best, step = left, _LEFT
-            left = best + cost_row[target_index[j]]
-            diagonal = up
-            above[j + 1] = left
-            direction[i, j] = step
-    return _walk_back(direction), above[m]
-
-
-@compiled
-def _walk_back(direction):  # type: ignore[no-untyped-def]
-    i, j = direction.shape[0] - 1, direction.shape[1] - 1
-    path = np.empty((i + j + 1, 2), np.int32)
-    at = len(path)
-    while True:
-        at -= 1
-        path[at, 0], path[at, 1] = i, j
-        if i == 0 and j == 0:
-            return path[at:]
-        step = direction[i, j]
-        i -= step != _LEFT
-        j -= step != _UP
