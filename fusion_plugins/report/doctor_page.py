@@ -94,7 +94,7 @@ def picture_png(report: DoctorReport) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    figure = Figure(figsize=(11, 4.1), layout="constrained")
     FigureCanvasAgg(figure)
     coverage, gold = figure.subplots(1, 2)
     seen = [name for name in CLASSES if any(s.diagnosis.classes[name].rows for s in report.sources)]
@@ -114,7 +114,7 @@ def picture_png(report: DoctorReport) -> bytes:
         panel.set_xticks([place + width * (len(report.sources) - 1) / 2 for place in range(len(seen))], seen)
         panel.set_ylim(0, 1.05)
         panel.spines[["top", "right"]].set_visible(False)
-    coverage.legend(fontsize=8, frameon=False)
+    figure.legend(*coverage.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
