@@ -1,5 +1,6 @@
 """The byte of a text at which each token ends: by the tokens' bytes, and by offsets where a normaliser interfered."""
 
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -119,14 +120,20 @@ class _Found:
                 return end
         # The normaliser changed these characters: only the end of the whole group is a place in the text.
         self.ends[left:right] = self.spans[left:right, 1]
-        self.ends[right - 1] = end
-        self.exact[left : right - 1] = False
+        self.exact[left:right] = False
+        self._end(right - 1, end)
         return end
 
     def _drop(self, at: int, position: int) -> None:
         """Give the text before ``position``, which no token spells, to the token before token ``at``."""
         if at > 0:
-            self.ends[at - 1] = position
+            self._end(at - 1, position)
+
+    def _end(self, at: int, position: int) -> None:
+        """Let a token end beside changed or dropped text; a mark that joins the letter before it is no place to end."""
+        following = self.raw[position : position + 4].decode(errors="ignore")[:1]
+        self.ends[at] = position
+        self.exact[at] = not (following and unicodedata.combining(following))
 
     def _spelled(self, first: int, last: int) -> bytes:
         tokens = self.table.tokens

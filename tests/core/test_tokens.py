@@ -192,6 +192,13 @@ def test_characters_that_a_normaliser_composes_are_inexact_inside(trim_offsets):
     assert spelled[-1][1:] == (11, True)
 
 
+def test_a_mark_that_joins_the_letter_before_it_is_no_place_to_end(tables):
+    """NFKC turns a ligature of f and i and a grave accent into f and i with grave: no place lies between the two."""
+    tokenizer, table = tables["unigram"]
+    spelled = content(table, tokenize(tokenizer, table, "ﬁ\u0300"))
+    assert [(end, exact) for _, end, exact in spelled] == [(3, False), (5, True)]
+
+
 def test_dropped_text_belongs_to_the_token_before_it():
     tokenizer = with_normaliser(
         normalizers.Sequence([normalizers.Replace("#", ""), normalizers.Strip()]), trim_offsets=False
