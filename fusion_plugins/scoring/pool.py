@@ -1,18 +1,18 @@
 """Processes that answer one JSON line with one JSON line, each request within a time limit that is kept by killing.
 
-Threads with alarms (math-verify's own limit) fail inside long C calls and outside the main thread; a process can always
-be killed, and a killed one is replaced before the next request.
+Alarms and threads (math-verify's own limit) fail inside long C calls and outside the main thread; a process can always
+be killed, and a killed one is replaced before its next request. One thread waits for all of them.
 """
 
 import json
 import os
-import queue
 import selectors
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,16 @@ from fusion_plugins.errors import ScoringError
 __all__ = ["Failure", "Reply", "WorkerPool"]
 
 START_SECONDS = 300.0
+Request = Mapping[str, Any]
 Reply = dict[str, Any]
 
 
 class Failure(str):
-    """Why a request has no reply; the worker that had it is gone."""
+    """Why a request has no reply; the process that had it is gone."""
 
 
 class WorkerPool:
-    """A fixed number of worker processes, started when first needed.
+    """A fixed number of processes, started when first needed.
 
     Args:
         module: what ``python -m`` runs; it prints ``ready`` once it can serve.
@@ -39,104 +40,137 @@ class WorkerPool:
     """
 
     def __init__(self, module: str, *, workers: int, timeout: float) -> None:
-        self._free: queue.Queue[_Worker] = queue.Queue()
-        self._all = [_Worker(module, timeout) for _ in range(workers)]
-        for worker in self._all:
-            self._free.put(worker)
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix=module.rpartition(".")[2])
+        self._workers = [_Worker(module, timeout) for _ in range(workers)]
 
-    def map(self, requests: Sequence[Mapping[str, Any]]) -> list[Reply | Failure]:
+    def map(self, requests: Sequence[Request]) -> list[Reply | Failure]:
         """Return one reply or failure per request, in order.
 
         Raises:
-            ScoringError: the workers do not start.
+            ScoringError: the processes do not start.
         """
-        return list(self._threads.map(self._ask, requests))
+        replies: dict[int, Reply | Failure] = {}
+        waiting = deque(enumerate(requests))
+        while len(replies) < len(requests):
+            for worker in self._workers:
+                if waiting and worker.job is None:
+                    worker.take(*waiting.popleft())
+            replies.update(self._next_replies())
+        return [replies[index] for index in range(len(requests))]
 
     def close(self) -> None:
         """End all processes."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        for worker in self._all:
+        for worker in self._workers:
             worker.kill()
 
-    def _ask(self, request: Mapping[str, Any]) -> Reply | Failure:
-        worker = self._free.get()
-        try:
-            return worker.ask(request)
-        finally:
-            self._free.put(worker)
+    def _next_replies(self) -> Iterator[tuple[int, Reply | Failure]]:
+        """Wait until at least one process has something to say or is out of time."""
+        busy = [worker for worker in self._workers if worker.job is not None]
+        with selectors.DefaultSelector() as selector:
+            for worker in busy:
+                selector.register(worker.stdout, selectors.EVENT_READ, worker)
+            until = min(worker.deadline for worker in busy)
+            ready = [key.data for key, _ in selector.select(max(0.0, until - time.monotonic()))]
+        for worker in ready:
+            yield from worker.read()
+        for worker in busy:
+            if worker not in ready and worker.deadline <= time.monotonic():
+                yield from worker.give_up()
 
 
 class _Worker:
+    """One process and the request that it has. ``deadline`` is that of the start until it has said ``ready``."""
+
     def __init__(self, module: str, timeout: float) -> None:
-        # The worker's own alarm is for the case that this process was killed and can no longer kill.
+        # The process's own alarm is for the case that this one was killed and can no longer kill.
         self._command = [sys.executable, "-P", "-m", module, str(int(timeout) + 5)]
         self._timeout = timeout
         self._process: subprocess.Popen[bytes] | None = None
+        self._serves = False
         self._rest = b""
+        self.job: tuple[int, Request] | None = None
+        self.deadline = 0.0
 
-    def ask(self, request: Mapping[str, Any]) -> Reply | Failure:
-        if self._process is None or self._process.poll() is not None:
-            self._start()
+    @property
+    def stdout(self) -> int:
         assert self._process is not None
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-            line = self._read_line(self._timeout)
-        except BrokenPipeError:
-            line = None
-        if line is not None:
-            reply: Reply = json.loads(line)
-            return reply
-        ended = self._process.poll()
-        self.kill()
-        if ended is None:
-            return Failure(f"no verdict within {self._timeout:g} s")
-        return Failure(f"the verifier's process ended with status {ended}")
+        assert self._process.stdout is not None
+        return self._process.stdout.fileno()
 
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
+    def take(self, index: int, request: Request) -> None:
+        self.job = (index, request)
+        if self._process is not None and self._process.poll() is not None:
+            self.kill()
+        if self._process is None:
+            self._start()
+        else:
+            self._send(request)
+
+    def read(self) -> Iterator[tuple[int, Reply | Failure]]:
+        data = os.read(self.stdout, 1 << 16)
+        if not data:
+            yield from self.give_up()
+            return
+        self._rest += data
+        if b"\n" not in self._rest:
+            return
+        line, _, self._rest = self._rest.partition(b"\n")
+        assert self.job is not None
+        index, request = self.job
+        if self._serves:
+            self.job = None
+            yield index, json.loads(line)
+        else:
+            self._serves = True
+            self._send(request)
+
+    def give_up(self) -> Iterator[tuple[int, Reply | Failure]]:
+        assert self._process is not None
+        assert self.job is not None
+        index, _ = self.job
+        served, late = self._serves, self.deadline <= time.monotonic()
+        errors = self.kill()
+        if not served:
+            raise ScoringError(
+                f"the process {' '.join(self._command)} does not start: {errors[-1] if errors else 'no message'}. "
+                "Is everything installed that it imports? pip install 'fusion-plugins[score]'"
+            )
+        yield index, Failure(f"no verdict within {self._timeout:g} s" if late else "the verifier's process died")
+
+    def kill(self) -> list[str]:
+        """End the process; return the lines that it wrote to stderr."""
+        process, self._process, self.job = self._process, None, None
+        if process is None:
+            return []
+        process.kill()
+        process.communicate()
+        with self._errors as errors:
+            errors.seek(0)
+            return errors.read().decode(errors="replace").strip().splitlines()
 
     def _start(self) -> None:
         root = str(Path(fusion_plugins.__file__).parents[1])
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._serves, self._rest = False, b""
+        self.deadline = time.monotonic() + START_SECONDS
+        # A file, because nobody empties a pipe while the process works.
+        self._errors = tempfile.TemporaryFile()
         # A session of its own: Ctrl-C is for the driver, which then closes the pool.
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._errors,
             start_new_session=True,
             env=os.environ | {"PYTHONPATH": path},
         )
-        self._rest = b""
-        if self._read_line(START_SECONDS) != b"ready":
-            self._process.kill()
-            errors = self._process.communicate()[1].decode(errors="replace").strip().splitlines()
-            self._process = None
-            raise ScoringError(
-                f"the process {' '.join(self._command)} does not start: {errors[-1] if errors else 'no message'}. "
-                "Is everything installed that it imports? pip install 'fusion-plugins[score]'"
-            )
 
-    def _read_line(self, seconds: float) -> bytes | None:
-        """Return the next line of stdout, or None when the time is over or the process has ended."""
+    def _send(self, request: Request) -> None:
         assert self._process is not None
-        assert self._process.stdout is not None
-        deadline = time.monotonic() + seconds
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            while b"\n" not in self._rest:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    return None
-                data = os.read(self._process.stdout.fileno(), 1 << 16)
-                if not data:
-                    self._process.wait()
-                    return None
-                self._rest += data
-        line, _, self._rest = self._rest.partition(b"\n")
-        return line
+        assert self._process.stdin is not None
+        self.deadline = time.monotonic() + self._timeout
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            # It has just died: reading will find the end of its output.
+            pass
