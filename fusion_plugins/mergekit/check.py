@@ -1,0 +1,339 @@
+"""What can go wrong with a merge, found before it starts: the checks behind ``fusion merge-check``.
+
+Nothing is loaded or merged; a model on the hub that is not on this machine is described from its headers.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.merge_methods.registry import registered_methods
+from mergekit.options import MergeOptions
+
+from fusion_plugins.errors import ConfigError, FusionError, MergeError
+from fusion_plugins.mergekit.checkpoints import Checkpoint, TensorInfo, read_checkpoint, sample_bytes
+from fusion_plugins.mergekit.parameters import parameter_problems, unknown_keys
+
+__all__ = ["Finding", "MergeCheck", "check_merge"]
+
+SHAPE_KEYS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "hidden_act", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "max_position_embeddings",
+)  # fmt: skip
+SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token")
+WIDTH = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong or worth knowing.
+
+    Attributes:
+        level: an error makes the merge fail or its result wrong; a warning is for the user to decide.
+        text: what is the matter.
+        cure: what to do about it.
+    """
+
+    level: Literal["error", "warning"]
+    text: str
+    cure: str
+
+
+@dataclass
+class MergeCheck:
+    """The outcome of a check.
+
+    Attributes:
+        findings: what was found, in the order of the checks.
+        facts: what the merge will take and make, as (name, text).
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    facts: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no error."""
+        return not any(finding.level == "error" for finding in self.findings)
+
+    def error(self, text: str, cure: str) -> None:
+        """Add an error."""
+        self.findings.append(Finding("error", text, cure))
+
+    def warning(self, text: str, cure: str) -> None:
+        """Add a warning."""
+        self.findings.append(Finding("warning", text, cure))
+
+
+def check_merge(path: Path, *, out: Path | None = None, options: MergeOptions | None = None) -> MergeCheck:
+    """Check a configuration of ``mergekit-yaml``, or every document of one of ``mergekit-multi``.
+
+    Args:
+        path: the YAML file.
+        out: where the merged model will be written; the current folder by default.
+        options: mergekit's own flags, as far as they matter here.
+
+    Raises:
+        ConfigError: the file is missing or is no YAML mapping.
+    """
+    check, options = MergeCheck(), options or MergeOptions()
+    documents = _documents(path)
+    made_here = {document["name"] for document in documents if "name" in document}
+    for document in documents:
+        raw = {key: value for key, value in document.items() if key != "name" or len(documents) == 1}
+        config = _parse(raw, check)
+        if config is None:
+            continue
+        references = [reference for reference in _references(config) if reference.model.path not in made_here]
+        checkpoints = _read(references, options, check)
+        base = checkpoints.get(str(config.base_model)) or next(iter(checkpoints.values()), None)
+        if base is not None:
+            _compare(config, base, checkpoints, options, check)
+            _resources(config, base, len(_references(config)), out or Path(), options, check)
+        if len(checkpoints) == len(_references(config)):
+            _plan(config, options, check)
+    return check
+
+
+def _documents(path: Path) -> list[dict[str, Any]]:
+    try:
+        documents = [document for document in yaml.safe_load_all(path.read_text(encoding="utf-8")) if document]
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not documents or not all(isinstance(document, dict) for document in documents):
+        raise ConfigError(f"{path}: expected a merge configuration (a mapping)")
+    return documents
+
+
+def _parse(raw: dict[str, Any], check: MergeCheck) -> MergeConfiguration | None:
+    """Read one configuration and look for what mergekit would ignore."""
+    for problem in unknown_keys(raw, MergeConfiguration):
+        check.error(problem, "correct or remove it; mergekit ignores it in silence")
+    try:
+        config = MergeConfiguration.model_validate(raw)
+    except Exception as error:
+        check.error(f"mergekit cannot read the configuration: {_short(error)}", "correct what the message names")
+        return None
+    methods = {method.spec.name: method.spec for method in registered_methods()}
+    spec = methods.get(config.merge_method)
+    if spec is None:
+        close = get_close_matches(config.merge_method, methods, n=1)
+        check.error(
+            f"no merge method {config.merge_method!r}",
+            f"did you mean {close[0]!r}?" if close else f"take one of {', '.join(sorted(methods))}",
+        )
+        return None
+    for problem in parameter_problems(config.model_dump(mode="json", exclude_defaults=True), spec):
+        check.error(problem, "correct, move or remove it; mergekit ignores it in silence")
+    return config
+
+
+def _references(config: MergeConfiguration) -> list[ModelReference]:
+    return sorted(config.referenced_models(), key=str)
+
+
+def _read(references: Sequence[ModelReference], options: MergeOptions, check: MergeCheck) -> dict[str, Checkpoint]:
+    checkpoints = {}
+    for reference in references:
+        try:
+            checkpoint = read_checkpoint(reference, trust_remote_code=options.trust_remote_code)
+        except MergeError as error:
+            check.error(str(error), "correct the path or name, or download the model")
+            continue
+        checkpoints[checkpoint.name] = checkpoint
+        elements = sum(info.elements for info in checkpoint.tensors.values())
+        dtypes = "/".join(sorted({STORED.get(info.dtype, info.dtype) for info in checkpoint.tensors.values()}))
+        text = f"{_architecture(checkpoint)}, {elements:,} parameters, {dtypes}"
+        check.facts.append((checkpoint.name, text))
+        if checkpoint.adapter and not options.lora_merge_cache:
+            check.error(f"{checkpoint.name}: an adapter has to be merged first", "run with --lora-merge-cache FOLDER")
+    return checkpoints
+
+
+def _compare(
+    config: MergeConfiguration,
+    base: Checkpoint,
+    checkpoints: Mapping[str, Checkpoint],
+    options: MergeOptions,
+    check: MergeCheck,
+) -> None:
+    others = [checkpoint for checkpoint in checkpoints.values() if checkpoint is not base]
+    aligned = config.tokenizer is not None or config.tokenizer_source is not None
+    for other in others:
+        if _architecture(other) != _architecture(base):
+            check.error(
+                f"{other.name} is a {_architecture(other)}, {base.name} a {_architecture(base)}",
+                "merge models of one architecture; fuse others by training instead",
+            )
+            continue
+        for text, cure, level in _differences(base, other, aligned, sliced=bool(config.slices or config.modules)):
+            check.findings.append(Finding(level, text, cure))
+        _compare_tokenizers(base, other, aligned, bool(config.chat_template), check)
+    _find_identical([base, *others], check)
+    dtypes = {STORED.get(info.dtype, info.dtype) for one in checkpoints.values() for info in one.tensors.values()}
+    if config.dtype == "float16" and "bfloat16" in dtypes:
+        check.warning("dtype float16 narrows the range of bfloat16 weights", "set dtype: float32, out_dtype: bfloat16")
+    if config.dtype in ("bfloat16", "float16") and "float32" in dtypes:
+        check.warning(f"dtype {config.dtype} rounds float32 weights before merging", "set dtype: float32 and out_dtype")
+
+
+def _differences(
+    base: Checkpoint, other: Checkpoint, aligned: bool, *, sliced: bool
+) -> Iterator[tuple[str, str, Literal["error", "warning"]]]:
+    """Yield (what differs, cure, level) for configurations, tied weights and tensors."""
+    for key in SHAPE_KEYS:
+        ours, theirs = getattr(base.config, key, None), getattr(other.config, key, None)
+        if ours != theirs and not (sliced and key == "num_hidden_layers"):
+            text = f"{key} is {theirs!r} in {other.name} and {ours!r} in {base.name}"
+            yield text, "the merged model gets the base's; make sure that the weights mean the same", "warning"
+    tied = [bool(getattr(one.config, "tie_word_embeddings", False)) for one in (base, other)]
+    if tied[0] != tied[1]:
+        text = f"tie_word_embeddings is {tied[1]} in {other.name} and {tied[0]} in {base.name}"
+        yield text, "untie or tie both before merging: the merged model gets the base's setting", "error"
+    vocabulary: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+    shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+    for name in sorted(set(base.tensors) & set(other.tensors)):
+        ours, theirs = base.tensors[name].shape, other.tensors[name].shape
+        if ours != theirs:
+            (vocabulary if ours[1:] == theirs[1:] and _is_vocabulary(name) else shapes).append((name, ours, theirs))
+    if vocabulary and not aligned:
+        name, ours, theirs = vocabulary[0]
+        text = f"vocabularies differ: {name} is {list(theirs)} in {other.name} and {list(ours)} in {base.name}"
+        yield text, "add tokenizer: {source: base} (or union) to the configuration", "error"
+    for name, ours, theirs in shapes[:3]:
+        text = f"{name} is {list(theirs)} in {other.name} and {list(ours)} in {base.name}"
+        yield text, "only copies of one model can be merged", "error"
+    odd = sorted(set(base.tensors) ^ set(other.tensors))
+    if odd and tied[0] == tied[1] and not sliced:
+        text = f"{len(odd)} tensor(s) are in one of {base.name} and {other.name} only, such as {odd[0]}"
+        yield text, "mergekit stops if a tensor that is not optional is missing; save both with one program", "warning"
+
+
+def _compare_tokenizers(base: Checkpoint, other: Checkpoint, aligned: bool, templated: bool, check: MergeCheck) -> None:
+    if base.tokenizer is None or other.tokenizer is None:
+        absent = [one.name for one in (base, other) if one.tokenizer is None]
+        check.warning(f"no tokenizer in {', '.join(absent)}", "make sure that the models use the same one")
+        return
+    ours, theirs = base.tokenizer.get_vocab(), other.tokenizer.get_vocab()
+    moved = sum(1 for token, index in ours.items() if theirs.get(token, index) != index)
+    extra = len(set(theirs) ^ set(ours))
+    if moved and not aligned:
+        check.error(
+            f"{moved} tokens have another id in {other.name} than in {base.name}",
+            "add tokenizer: {source: base} (or union), which permutes the embeddings",
+        )
+    elif extra and not aligned:
+        check.warning(
+            f"{extra} tokens are in one of {base.name} and {other.name} only", "add tokenizer: {source: union}"
+        )
+    for name in SPECIALS:
+        mine, its = getattr(base.tokenizer, name, None), getattr(other.tokenizer, name, None)
+        if mine != its:
+            check.warning(
+                f"{name} is {its!r} in {other.name}, {mine!r} in {base.name}", "the merged model gets the base's"
+            )
+    if base.tokenizer.chat_template != other.tokenizer.chat_template and not templated:
+        check.warning(
+            f"{other.name} has another chat template than {base.name}",
+            "the merged model gets the base's; set chat_template to choose",
+        )
+
+
+def _find_identical(checkpoints: Sequence[Checkpoint], check: MergeCheck) -> None:
+    samples = [(checkpoint.name, sample_bytes(checkpoint)) for checkpoint in checkpoints if not checkpoint.adapter]
+    for index, (name, sample) in enumerate(samples):
+        for earlier, other in samples[:index]:
+            if sample and sample == other:
+                check.warning(
+                    f"{name} seems to hold the same weights as {earlier}",
+                    "check the paths: a copy of the base weighs nothing, a copy of another model counts twice",
+                )
+
+
+def _resources(
+    config: MergeConfiguration, base: Checkpoint, models: int, out: Path, options: MergeOptions, check: MergeCheck
+) -> None:
+    """Estimate what the merge takes; the merged model is assumed to be as large as the base."""
+    tensors = list(base.tensors.values())
+    width = WIDTH.get(config.out_dtype or config.dtype or "", 0)
+    size = sum(info.elements * width if width else info.size for info in tensors)
+    largest = max(tensors, key=lambda info: info.elements)
+    working = largest.elements * (WIDTH.get(config.dtype or "", 0) or _width(largest))
+    memory = working * (models + 1) + min(size, options.out_shard_size) + largest.size * models
+    free = shutil.disk_usage(_existing(out)).free
+    check.facts += [
+        ("merged model", f"{_bytes(size)} in {config.out_dtype or config.dtype or 'the dtype of the inputs'}"),
+        ("disk", f"{_bytes(free)} free at {_existing(out).resolve()}"),
+        ("memory", f"about {_bytes(memory)} besides the program; {_bytes(_memory())} on this machine"),
+    ]
+    if size > free:
+        check.error(f"the merged model takes {_bytes(size)}, {_bytes(free)} are free", "free or choose a disk")
+    if memory > _memory():
+        check.warning(
+            f"about {_bytes(memory)} of memory are needed, the machine has {_bytes(_memory())}",
+            "write smaller shards (--out-shard-size 1B) or leave out dtype: float32",
+        )
+
+
+def _plan(config: MergeConfiguration, options: MergeOptions, check: MergeCheck) -> None:
+    """Let mergekit plan the merge: this finds wrong values, missing parameters and slices that do not fit."""
+    from mergekit.architecture import get_architecture_info
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.merge import _model_out_config
+    from mergekit.plan import MergePlanner
+
+    if not all(Path(reference.model.path).is_dir() for reference in _references(config)):
+        return
+    if any(reference.lora for reference in _references(config)):
+        return
+    try:
+        LoaderCache().setup(options)
+        architecture = get_architecture_info(config, options)
+        out_config = _model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
+        planner = MergePlanner(config.model_copy(deep=True), architecture, options=options, out_model_config=out_config)
+        planner.plan_to_disk(out_path=os.devnull)  # the writer's folder would be made when the plan runs
+    except FusionError as error:
+        check.error(str(error), "correct the value")
+    except Exception as error:
+        check.error(f"mergekit cannot plan this merge: {_short(error)}", "correct what the message names")
+
+
+def _architecture(checkpoint: Checkpoint) -> str:
+    return ", ".join(getattr(checkpoint.config, "architectures", None) or [checkpoint.config.model_type])
+
+
+def _is_vocabulary(name: str) -> bool:
+    return any(part in name for part in ("embed", "lm_head", "wte", "output.weight"))
+
+
+def _width(info: TensorInfo) -> int:
+    return info.size // max(info.elements, 1)
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.resolve().parents) if folder.exists())
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
