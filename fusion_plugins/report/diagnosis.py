@@ -181,7 +181,7 @@ def advice(diagnosis: Diagnosis, options: ProjectionOptions, top_k: int) -> list
         )
     digits = diagnosis.classes.get("digits", ClassCount())
     if not options.chain and digits.used and digits.gold < digits.own:
-        found.append("on digits the projected rows are worse than the target: set alignment.chain_correction: true")
+        found.append("on digits the projected rows are worse than the target: set alignment.chain: true")
     if total.used and np.isfinite(diagnosis.target_ce_per_byte) and total.gold < total.own and not found:
         found.append(
             "on these texts the target itself gives the right token more probability than the source does: a larger "

@@ -168,7 +168,7 @@ def test_chain_correction_is_advised_where_digits_suffer():
     digits = {"digits": ClassCount(rows=10, used=10, gold=1.0, own=5.0)}
     report = ProjectionReport(rows=10, one_to_one=10, exact_mass=10.0)
     diagnosis = Diagnosis("a", 10, 8, 0.5, 0.7, 1.0, {}, report, digits)
-    assert any("chain_correction" in line for line in advice(diagnosis, ProjectionOptions(chain=False), 10))
+    assert any("alignment.chain" in line for line in advice(diagnosis, ProjectionOptions(chain=False), 10))
 
 
 def test_no_distribution_means_no_score(work):
