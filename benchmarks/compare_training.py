@@ -1,6 +1,6 @@
 """What the settings of the ``fusion:`` block are worth after training, over several seeds, with controls.
 
-Takes the models, stores and texts that ``make demo`` leaves behind (``demo_out/work``), continues the target on the same
+Takes the models, stores and texts that ``make demo`` leaves in ``demo_out/work``, continues the target on the same
 texts once per variant and seed, and measures held-out bits per byte per domain. The rows come from the package's own
 path (settings -> plan -> fused rows -> loss); only the training loop is a plain one, so that a run costs seconds. The
 seed decides the order of the texts. Prints a Markdown table; lower is better, +- is the standard deviation over seeds.
