@@ -99,8 +99,7 @@ class SparseDistributions:
     @property
     def rows(self) -> BoolArray:
         """(T,) bool, True where the row has at least one entry."""
-        usable: BoolArray = (self.ids >= 0).any(axis=-1)
-        return usable
+        return np.any(self.mask, axis=-1)
 
 
 @dataclass(frozen=True)
