@@ -10,7 +10,7 @@ __all__ = ["FusionReport", "ProjectionReport"]
 class ProjectionReport:
     """Counters of the projection of one source; two reports add up.
 
-    Every supervised row is counted once: ``rows`` = the used rows (``one_to_one`` .. ``special``) + the unused ones
+    Every supervised row is counted once: ``rows`` = the used rows (``one_to_one`` .. ``unchecked``) + the unused ones
     (``unaligned`` .. ``low_mass``). Every used row has a mass of 1, which the six masses share.
 
     Attributes:
@@ -20,6 +20,7 @@ class ProjectionReport:
         many_to_one: used; the source's next token is longer than the target's.
         crossing: used; the source's tokens end inside and beyond the target's next token.
         special: used; both expect the same special token (end of turn, end of text).
+        unchecked: used; ``dtw`` put together rows that do not end at the same byte.
         unaligned: no source row ends at the same byte.
         other_bytes: the next token stands for other bytes than the text's on one side.
         reaches_out: the target's next token reaches into the template.
@@ -44,6 +45,7 @@ class ProjectionReport:
     many_to_one: int = 0
     crossing: int = 0
     special: int = 0
+    unchecked: int = 0
     unaligned: int = 0
     other_bytes: int = 0
     reaches_out: int = 0
@@ -67,7 +69,8 @@ class ProjectionReport:
     @property
     def used(self) -> int:
         """Rows that carry a distribution of the source."""
-        return self.one_to_one + self.one_to_many + self.many_to_one + self.crossing + self.special
+        by_bytes = self.one_to_one + self.one_to_many + self.many_to_one + self.crossing
+        return by_bytes + self.special + self.unchecked
 
     @property
     def coverage(self) -> float:

@@ -73,8 +73,8 @@ def _directions(above, row, direction, up_first):  # type: ignore[no-untyped-def
 def cheapest_way_out(costs, source_index, target_index, low, high):  # type: ignore[no-untyped-def]
     """Return a cost that no path which leaves the band falls below.
 
-    Such a path has a last cell ``e`` before it first leaves and a first cell ``f`` after it last returns. Up to ``e`` it
-    costs at least ``F[e]``, the cheapest way inside the band from the start; from ``f`` on at least ``G[f]``, the
+    Such a path has a last cell ``e`` before it first leaves and a first cell ``f`` after it last returns. Up to ``e``
+    it costs at least ``F[e]``, the cheapest way inside the band from the start; from ``f`` on at least ``G[f]``, the
     cheapest way inside the band to the end; and it crosses every row between them, each for at least what this row's
     token costs against its nearest token of the other side.
     """

@@ -4,16 +4,18 @@ Align, project and fuse, step by step as the modules of that name say, and count
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from fusion_plugins.core.accounting import FusionReport
-from fusion_plugins.core.align import Alignment, align_texts
+from fusion_plugins.core.align import Alignment, align_texts, align_tokens
+from fusion_plugins.core.common_text import common_text
 from fusion_plugins.core.fuse import Rule, fuse, min_ce_choice, truncate
 from fusion_plugins.core.project import Projection, ProjectionOptions, project_record
+from fusion_plugins.core.record import stored_rows
 from fusion_plugins.core.token_table import TokenTable
 from fusion_plugins.core.types import Record, SparseDistributions, TokenizedText, VocabularyMap
 from fusion_plugins.errors import ConfigError, MismatchError
@@ -97,7 +99,7 @@ def fuse_text(
     fused = truncate(fused, plan.width, renormalize=plan.projection.tail == "renormalize")
     return fused, FusionReport(
         texts=1,
-        rows=projections[0].report.rows,
+        rows=int(stored_rows(target).sum()),
         fused_rows=int(fused.rows.sum()),
         chosen={s.name: int(index == chosen) for index, s in enumerate(plan.sources)},
         sources={s.name: p.report for s, p in zip(plan.sources, projections, strict=True)},
@@ -115,16 +117,39 @@ def _check_records(plan: FusionPlan, records: Sequence[Record]) -> None:
 
 
 def _project(plan: FusionPlan, source: SourcePlan, record: Record, target: TokenizedText) -> Projection:
-    alignment = align_texts(record, target, strict=plan.alignment == "offsets_strict")
+    record, target = common_text(record, target, source_table=source.table, target_table=plan.target_table)
     return project_record(
         record,
-        alignment,
+        _align(plan, source, record, target),
         source.vocabulary,
         target,
         source_table=source.table,
         target_table=plan.target_table,
         options=plan.projection,
     )
+
+
+def _align(plan: FusionPlan, source: SourcePlan, record: Record, target: TokenizedText) -> Alignment:
+    """Align by ends, or hand the tokens of each span to an aligner of tokens."""
+    by_ends = align_texts(record, target, strict=plan.alignment == "offsets_strict")
+    if plan.alignment in ("offsets", "offsets_strict"):
+        return by_ends
+    rows = np.full(len(target.ends), -1, np.int32)
+    for (start, stop), (t_start, t_stop) in zip(record.spans.tolist(), target.spans.tolist(), strict=True):
+        own = np.flatnonzero((record.offsets > start) & (record.offsets <= stop))
+        other = np.flatnonzero((target.ends > t_start) & (target.ends <= t_stop))
+        if own.size and other.size:
+            alignment = align_tokens(
+                [source.table.bytes_of(i) for i in record.input_ids[own].tolist()],
+                [plan.target_table.bytes_of(i) for i in target.input_ids[other].tolist()],
+                method=plan.alignment,
+            )
+            found = alignment.source_rows
+            rows[other] = np.where(found >= 0, own[found], -1)
+        # What predicts a span's first token stands before the span; only the ends can tell which row that is.
+        before = target.ends == t_start
+        rows[before] = by_ends.source_rows[before]
+    return replace(by_ends, source_rows=rows, coverage=float(np.mean(rows >= 0)))
 
 
 def _cross_entropies(

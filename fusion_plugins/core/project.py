@@ -19,7 +19,8 @@ In all four cases a candidate that begins with ``g`` and is no token of the targ
 nearest token by edit distance is a guess, the beginning is a fact. (A ``first_token`` map has asked the target's
 tokenizer already and is left alone.) So ``g`` gets the probability that the source's next bytes begin with ``g`` and
 are not one token of the target by themselves, up to segmentations that the source's tokenizer would not choose.
-Without the correction (``chain=False``) only the map speaks.
+Without the correction (``chain=False``) only the map speaks, and so it does where an alignment by ``dtw`` has put rows
+together that do not end at the same byte.
 
 **Masked rows.** A row is left out where the next token stands for other bytes than the text's on one side only (a dummy
 prefix, a character that a normaliser changed), where it reaches over the end of a message into the template, and
@@ -41,7 +42,7 @@ from fusion_plugins.core.projection_kernel import (
     Mapping,
     SourceRows,
     TargetRows,
-    limits,
+    places,
     project_rows,
 )
 from fusion_plugins.core.record import stored_rows
@@ -154,18 +155,20 @@ def project_record(
             f"expected an alignment of {n_source} source and {n_target} target tokens; it has rows for "
             f"{len(alignment.source_rows)} target tokens and names source row {alignment.source_rows.max(initial=-1)}"
         )
+    s_ends, t_ends = as_array(source.offsets, np.int32), as_array(target.ends, np.int32)
+    s_place, _ = places(s_ends, as_array(source.spans, np.int32))
+    t_place, t_left = places(t_ends, as_array(target.spans, np.int32))
     ids, logprobs, kept, label_logprobs, counts, masses = project_rows(
         as_array(alignment.source_rows, np.int32),
         SourceRows(
             as_array(source.input_ids, np.int32),
-            as_array(source.offsets, np.int32),
+            s_ends,
+            s_place,
             as_array(source.topk_ids, np.int32),
             as_array(source.topk_logprobs, np.float32),
             as_array(source.token_logprobs, np.float32),
         ),
-        TargetRows(
-            as_array(target.input_ids, np.int32), as_array(target.ends, np.int32), limits(target.ends, target.spans)
-        ),
+        TargetRows(as_array(target.input_ids, np.int32), t_ends, t_place, t_left),
         Mapping(
             as_array(vocabulary.target_ids, np.int32), vocabulary.distances == 0, vocabulary.method == "first_token"
         ),

@@ -9,17 +9,16 @@ from fusion_plugins.core.jit import compiled
 from fusion_plugins.core.token_bytes import is_prefix
 from fusion_plugins.core.types import BoolArray, FloatArray, IntArray
 
-__all__ = ["COUNTS", "MASSES", "ROW_KINDS", "Mapping", "SourceRows", "TargetRows", "limits", "project_rows"]
+__all__ = ["COUNTS", "MASSES", "ROW_KINDS", "Mapping", "SourceRows", "TargetRows", "places", "project_rows"]
 
-# What becomes of a row that has a source row: the first five are used, the others are masked.
-ONE_TO_ONE, ONE_TO_MANY, MANY_TO_ONE, CROSSING, SPECIAL, OTHER_BYTES, REACHES_OUT, OTHER_END, SOURCE_ENDS, LOW_MASS = (
-    range(10)
-)
+# What becomes of a row that has a source row: up to UNCHECKED it is used, the others are masked.
+ONE_TO_ONE, ONE_TO_MANY, MANY_TO_ONE, CROSSING, SPECIAL, UNCHECKED = range(6)
+OTHER_BYTES, REACHES_OUT, OTHER_END, SOURCE_ENDS, LOW_MASS = range(6, 11)
 # What becomes of a candidate.
-EXACT, EDITED, UNMAPPED = range(10, 13)
+EXACT, EDITED, UNMAPPED = range(11, 14)
 COUNTS = (
-    "one_to_one", "one_to_many", "many_to_one", "crossing", "special", "other_bytes", "reaches_out", "other_end",
-    "source_ends", "low_mass", "exact", "edited", "unmapped",
+    "one_to_one", "one_to_many", "many_to_one", "crossing", "special", "unchecked", "other_bytes", "reaches_out",
+    "other_end", "source_ends", "low_mass", "exact", "edited", "unmapped",
 )  # fmt: skip
 ROW_KINDS = COUNTS[:EXACT]
 GOLD_MASS, EXACT_MASS, EDITED_MASS, UNMAPPED_MASS, PREFIX_MASS, OUTSIDE_MASS = range(6)
@@ -27,20 +26,26 @@ MASSES = ("gold_mass", "exact_mass", "edited_mass", "unmapped_mass", "prefix_mas
 
 
 class SourceRows(NamedTuple):
-    """A record's arrays: ids (U,), ends (U,), topk_ids (U, K), topk_logprobs (U, K), gold (U,) log-probabilities."""
+    """A record's arrays.
+
+    ids (U,), ends (U,), place (U,) of each row (:func:`places`), topk_ids (U, K), topk_logprobs (U, K), gold (U,)
+    log-probabilities of the next tokens.
+    """
 
     ids: IntArray
     ends: IntArray
+    place: npt.NDArray[np.int64]
     topk_ids: IntArray
     topk_logprobs: FloatArray
     gold: FloatArray
 
 
 class TargetRows(NamedTuple):
-    """The target's arrays: ids (T,), ends (T,), and ``left`` (T,): bytes from the row to the end of its span."""
+    """The target's arrays: ids (T,), ends (T,), place (T,) and left (T,) of each row (:func:`places`)."""
 
     ids: IntArray
     ends: IntArray
+    place: npt.NDArray[np.int64]
     left: IntArray
 
 
@@ -70,7 +75,7 @@ def project_rows(rows, source, target, mapping, s_tokens, t_tokens, chain, min_m
         if u < 0:
             continue
         kind, last, logp = _kind(source, u, target, t, mapping, s_tokens, t_tokens)
-        if kind <= SPECIAL:
+        if kind <= UNCHECKED:
             row_masses[:] = 0.0
             size = _candidates(
                 source, u, target.ids[t + 1], kind, last, logp, mapping, s_tokens, t_tokens, chain, held, row_ids,
@@ -104,6 +109,8 @@ def _kind(source, u, target, t, mapping, s_tokens, t_tokens):  # type: ignore[no
     if not known or target.left[t] == 0 or t_tokens.special[label] or s_tokens.special[first]:
         same = known and mapping.target_ids[first] == label
         return (SPECIAL if same else OTHER_END), u + 1, 0.0
+    if source.place[u] != target.place[t]:
+        return UNCHECKED, u + 1, 0.0
     width = target.ends[t + 1] - target.ends[t]
     if width > target.left[t]:
         return REACHES_OUT, u + 1, 0.0
@@ -127,7 +134,7 @@ def _candidates(  # type: ignore[no-untyped-def]
 ):
     """Add the mass of every candidate of row ``u`` to the target tokens, and return how many of them there are."""
     size, inside, first = 0, 0.0, source.ids[u + 1]
-    by_bytes = chain and kind != SPECIAL and not np.isnan(source.gold[u]) and not np.isnan(logp)
+    by_bytes = chain and kind < SPECIAL and not np.isnan(source.gold[u]) and not np.isnan(logp)
     splits = kind == ONE_TO_MANY or kind == CROSSING
     first_mass = np.exp(np.float64(source.gold[u]))
     if by_bytes:
@@ -229,10 +236,17 @@ def _write(row_ids, held, ids, logprobs):  # type: ignore[no-untyped-def]
     return total
 
 
-def limits(ends: IntArray, spans: IntArray) -> npt.NDArray[np.int32]:
-    """Return (T,) int32: bytes from each row to the end of the span that it stands in, -1 outside the spans."""
-    left = np.full(len(ends), -1, np.int32)
-    for start, stop in spans:
-        inside = (ends >= start) & (ends <= stop)
-        left[inside] = stop - ends[inside]
-    return left
+@compiled
+def places(ends, spans):  # type: ignore[no-untyped-def]
+    """Return where each row stands, (T,) int64, equal for rows that correspond, and the bytes left of its span.
+
+    Both are -1 outside the spans. A row between two touching spans stands at the start of the later one.
+    """
+    place, left = np.full(len(ends), -1, np.int64), np.full(len(ends), -1, np.int32)
+    for m in range(len(spans)):
+        start, stop = spans[m]
+        t = np.searchsorted(ends, start)
+        while t < len(ends) and ends[t] <= stop:
+            place[t], left[t] = (m << 32) + ends[t] - start, stop - ends[t]
+            t += 1
+    return place, left
