@@ -27,7 +27,7 @@ from fusion_plugins.store import Manifest, StoreWriter
 __all__ = ["CaptureConfig", "CaptureReport", "capture_texts", "estimate_capture"]
 
 #: bytes of text that a dry run captures to learn the speed and the size
-PROBE_BYTES = 16_384
+PROBE_BYTES = 32_768
 
 
 class CaptureConfig(SourceSettings):
