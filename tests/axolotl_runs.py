@@ -14,7 +14,12 @@ import yaml
 PLUGIN = "fusion_plugins.axolotl.FusionPlugin"
 FUSED = "fusion_plugins.axolotl.fused"
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "AXOLOTL_DATASET_NUM_PROC": "0"}
+ENVIRONMENT = {
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "AXOLOTL_DATASET_NUM_PROC": "0",
+}
 
 CHATS = [
     [
