@@ -67,11 +67,6 @@ def pack(source: Sequence[str | bytes], target: Sequence[str | bytes]) -> tuple[
     )
 
 
-def search(rows: Packed, table: Packed, start: int, stop: int, limit: int, index: IntArray, distance: IntArray) -> None:
-    """Search for the packed source tokens ``start .. stop - 1``; write into ``index`` and ``distance``."""
-    _search(*rows[:5], *table[:6], table.alphabet, start, stop, limit, index, distance)
-
-
 def _by_length(tokens: Sequence[str | bytes]) -> IntArray:
     lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))
     return np.argsort(lengths, kind="stable").astype(np.int32)
@@ -133,10 +128,9 @@ def _myers(peq, size, units, begin, end):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _table(left, right, row):  # type: ignore[no-untyped-def]
-    """Distance by the plain recurrence, for pairs of which both have more than 64 units."""
-    for column in range(len(right) + 1):
-        row[column] = column
+def _plain(left, right):  # type: ignore[no-untyped-def]
+    """Distance by the recurrence over a table, for a source token of more than 64 units."""
+    row = np.arange(len(right) + 1)
     for line in range(len(left)):
         diagonal, row[0] = row[0], line + 1
         for column in range(len(right)):
@@ -148,62 +142,50 @@ def _table(left, right, row):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _search(  # type: ignore[no-untyped-def]  # noqa: C901
-    units,
-    starts,
-    order,
-    once,
-    twice,
-    t_units,
-    t_starts,
-    t_order,
-    t_once,
-    t_twice,
-    t_by_length,
-    alphabet,
-    start,
-    stop,
-    limit,
-    index,
-    distance,
-):
-    peq = np.zeros(alphabet, np.uint64)
-    longest = len(t_by_length) - 2
-    scratch = np.zeros(longest + 1, np.int64)
+def _scan(rows, row, table, length, masks, best):  # type: ignore[no-untyped-def]
+    """Look at all targets of one length; return the better of ``best`` and the best of them, as (distance, index)."""
+    distance, index = best
+    once, twice = rows.once[row], rows.twice[row]
+    begin, end = rows.starts[row], rows.starts[row + 1]
+    for at in range(table.by_length[length], table.by_length[length + 1]):
+        other, other_twice = table.once[at], table.twice[at]
+        bound = max(
+            _count(once & ~other) + _count(twice & ~other_twice), _count(other & ~once) + _count(other_twice & ~twice)
+        )
+        if bound > distance or (bound == distance and table.order[at] > index):
+            continue
+        left, right = table.starts[at], table.starts[at + 1]
+        if begin == end:
+            found = length
+        elif end - begin <= _WORD:
+            found = _myers(masks, end - begin, table.units, left, right)
+        else:
+            found = _plain(rows.units[begin:end], table.units[left:right])
+        if found < distance or (found == distance and table.order[at] < index):
+            distance, index = found, np.int64(table.order[at])
+    return distance, index
+
+
+@compiled
+def search(rows, table, start, stop, limit, index, distance):  # type: ignore[no-untyped-def]
+    """Search for the packed source tokens ``start .. stop - 1``; write into ``index`` and ``distance``."""
+    masks = np.zeros(table.alphabet, np.uint64)
+    longest = len(table.by_length) - 2
     for row in range(start, stop):
-        begin, end = starts[row], starts[row + 1]
+        begin, end = rows.starts[row], rows.starts[row + 1]
         size = end - begin
-        best, best_at = np.int64(limit) + 1, np.int64(-1)
-        if 0 < size <= _WORD:
+        if size <= _WORD:
             for place in range(begin, end):
-                peq[units[place]] |= _ONE << np.uint64(place - begin)
+                masks[rows.units[place]] |= _ONE << np.uint64(place - begin)
+        best = (np.int64(limit) + 1, np.int64(-1))
         delta = 0
-        while delta <= best and delta <= max(size, longest):
-            for side in range(2 if delta else 1):
-                length = size - delta if side == 0 else size + delta
-                if length < 0 or length > longest:
-                    continue
-                for at in range(t_by_length[length], t_by_length[length + 1]):
-                    mine, other = once[row], t_once[at]
-                    mine2, other2 = twice[row], t_twice[at]
-                    bound = max(
-                        _count(mine & ~other) + _count(mine2 & ~other2),
-                        _count(other & ~mine) + _count(other2 & ~mine2),
-                    )
-                    if bound > best or (bound == best and t_order[at] > best_at):
-                        continue
-                    t_begin, t_end = t_starts[at], t_starts[at + 1]
-                    if size == 0:
-                        found = length
-                    elif size <= _WORD:
-                        found = _myers(peq, size, t_units, t_begin, t_end)
-                    else:
-                        found = _table(units[begin:end], t_units[t_begin:t_end], scratch)
-                    if found < best or (found == best and t_order[at] < best_at):
-                        best, best_at = found, np.int64(t_order[at])
+        while delta <= best[0] and delta <= max(size, longest):
+            if delta <= size and size - delta <= longest:
+                best = _scan(rows, row, table, size - delta, masks, best)
+            if delta and size + delta <= longest:
+                best = _scan(rows, row, table, size + delta, masks, best)
             delta += 1
-        if 0 < size <= _WORD:
-            for place in range(begin, end):
-                peq[units[place]] = np.uint64(0)
-        if best_at >= 0:
-            index[order[row]], distance[order[row]] = best_at, best
+        for place in range(begin, end):
+            masks[rows.units[place]] = np.uint64(0)
+        if best[1] >= 0:
+            index[rows.order[row]], distance[rows.order[row]] = best[1], best[0]
