@@ -137,3 +137,9 @@ def begins_with(model, tokens, prefix, wanted):
         elif wanted.startswith(tokens[z]):
             total += p * begins_with(model, tokens, prefix + tokens[z], wanted[len(tokens[z]) :])
     return total
+
+
+def nearest_token(token, vocabulary):
+    """Index of and distance to the first token of a vocabulary at the least edit distance."""
+    distances = [levenshtein(token, other) for other in vocabulary]
+    return distances.index(min(distances)), min(distances)

@@ -56,6 +56,7 @@ def map_vocabulary(
 
     Raises:
         ConfigError: the method is unknown or lacks its counts, or the two vocabularies are not of one type.
+        MismatchError: the counts are of other vocabularies.
     """
     if method not in METHODS:
         raise ConfigError(f"unknown vocabulary method {method!r}; expected one of {', '.join(METHODS)}")

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from fusion_plugins.core.counts import AlignmentCounts
 from fusion_plugins.core.distance import pair_distances
 from fusion_plugins.core.types import IntArray
+from fusion_plugins.errors import MismatchError
 
 __all__ = ["by_count", "by_published_score"]
 
@@ -18,7 +19,10 @@ _MARKERS = ("\u2581", "\u0120")  # SentencePiece, byte-level BPE
 def by_count(
     source: Sequence[Any], target: Sequence[Any], counts: AlignmentCounts, allowed: npt.NDArray[np.bool_]
 ) -> IntArray:
-    """Choose the equal token if it was ever aligned, else the most frequent; then the nearest, then the lowest id.
+    """Choose the aligned target token that says most about what comes next.
+
+    In this order: the equal token; a token of which one begins with the other, because only such a pair can stand for
+    one and the same next text; the most frequent; the nearest; the lowest id.
 
     Args:
         source: (W,) source tokens.
@@ -29,9 +33,11 @@ def by_count(
     Returns:
         (W,) int32 target ids, -1 for source tokens that were never aligned with an allowed token.
     """
-    rows, columns, number = _pairs(counts, allowed)
-    distance = _distances(source, target, rows, columns)
-    return _choose(len(source), rows, np.lexsort((columns, distance, -number, distance > 0, rows)), columns)
+    rows, columns, number = _pairs(source, counts, allowed)
+    left, right = [source[row] for row in rows], [target[column] for column in columns]
+    distance = pair_distances(left, right)
+    apart = np.fromiter((not (a.startswith(b) or b.startswith(a)) for a, b in zip(left, right, strict=True)), np.bool_)
+    return _choose(len(source), rows, np.lexsort((columns, distance, -number, apart, distance > 0, rows)), columns)
 
 
 def by_published_score(
@@ -43,7 +49,7 @@ def by_published_score(
     replaced by the target's. The weight is 0.1 where one of the compared strings contains the other, else 1. Arguments
     and result are those of :func:`by_count`.
     """
-    rows, columns, number = _pairs(counts, allowed)
+    rows, columns, number = _pairs(source, counts, allowed)
     left, right = _marker(source), _marker(target)
     pairs = [_compared(source[row], target[column], left, right) for row, column in zip(rows, columns, strict=True)]
     distance = pair_distances([pair[0] for pair in pairs], [pair[1] for pair in pairs])
@@ -52,16 +58,19 @@ def by_published_score(
     return _choose(len(source), rows, np.lexsort((columns, score, rows)), columns)
 
 
-def _pairs(counts: AlignmentCounts, allowed: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], ...]:
+def _pairs(
+    source: Sequence[Any], counts: AlignmentCounts, allowed: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.int64], ...]:
+    """Return source ids, target ids and counts of the pairs whose target token is allowed."""
     rows, columns, number = counts.pairs()
+    if len(rows) and (rows.max() >= len(source) or columns.max() >= len(allowed)):
+        raise MismatchError(
+            f"expected counts of vocabularies of {len(source)} and {len(allowed)} tokens, got pairs up to "
+            f"({rows.max()}, {columns.max()}): they are of other tokenizers, or source and target are swapped. "
+            "Count again with these tokenizers."
+        )
     keep = allowed[columns]
     return rows[keep], columns[keep], number[keep]
-
-
-def _distances(
-    source: Sequence[Any], target: Sequence[Any], rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]
-) -> IntArray:
-    return pair_distances([source[row] for row in rows], [target[column] for column in columns])
 
 
 def _choose(
