@@ -56,7 +56,7 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
 
 
 class FolderLock:
-    """The right to write into a folder, held until :meth:`release` or the end of the process, however it ends.
+    """The right to write into a folder, held until :meth:`close` or the end of the process, however it ends.
 
     The lock belongs to an open file, so a killed process leaves none behind.
 
@@ -81,7 +81,7 @@ class FolderLock:
         self._file.flush()
         _HELD.add(self)
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Let the next writer in."""
         self._file.close()
 
@@ -92,7 +92,7 @@ _HELD: "weakref.WeakSet[FolderLock]" = weakref.WeakSet()
 def _close_in_child() -> None:
     # A forked worker shares the open file; were it kept, the worker would hold the lock after its parent was killed.
     for lock in list(_HELD):
-        lock.release()
+        lock.close()
 
 
 os.register_at_fork(after_in_child=_close_in_child)

@@ -16,13 +16,17 @@ import fusion_plugins
 from fusion_plugins.errors import MismatchError, StoreError
 from fusion_plugins.store.files import write_atomic
 
-__all__ = ["MANIFEST_NAME", "Manifest", "ManifestBase", "RowManifest", "ShardInfo"]
+__all__ = ["MANIFEST_NAME", "Manifest", "ManifestBase", "RowManifest", "ShardInfo", "load_manifest"]
 
 MANIFEST_NAME = "manifest.json"
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 class ShardInfo(BaseModel):
@@ -81,7 +85,7 @@ class ManifestBase(BaseModel):
         """Return what must be equal before anything may be added."""
         return {name: getattr(self, name) for name in self.IDENTITY}
 
-    def require(self, where: str | Path, cure: str = "", **expected: Any) -> None:
+    def require(self, where: str | Path, cure: str = "", /, **expected: Any) -> None:
         """Refuse when fields differ from what the next step expects.
 
         Args:
@@ -92,11 +96,12 @@ class ManifestBase(BaseModel):
         Raises:
             MismatchError: naming every field that differs, with both values.
         """
-        own = self.model_dump() | self.identity()
+        identity = self.identity()
+        pairs = {name: (identity.get(name, getattr(self, name, None)), value) for name, value in expected.items()}
         wrong = [
-            f"{name}: the folder has {own.get(name)!r}, expected {value!r}"
-            for name, value in expected.items()
-            if own.get(name) != value
+            f"{name}: the folder has {came!r}, expected {value!r}"
+            for name, (came, value) in pairs.items()
+            if _as_json(came) != _as_json(value)
         ]
         if wrong:
             raise MismatchError(f"{where} does not fit. " + "; ".join(wrong) + f". {cure}".rstrip())
@@ -183,3 +188,16 @@ class RowManifest(ManifestBase):
     def identity(self) -> dict[str, Any]:
         """Return stage, columns, key and facts, the facts under their own names."""
         return {"stage": self.stage, "columns": self.columns, "key": self.key} | self.facts
+
+
+def load_manifest(folder: Path) -> Manifest | RowManifest:
+    """Read the manifest of a folder of either kind.
+
+    Raises:
+        StoreError: there is none, or it is damaged.
+    """
+    try:
+        is_rows = json.loads((folder / MANIFEST_NAME).read_bytes()).get("kind") == "rows"
+    except (OSError, ValueError, AttributeError):
+        is_rows = False  # the next line says what is wrong
+    return RowManifest.load(folder) if is_rows else Manifest.load(folder)

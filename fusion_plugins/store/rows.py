@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from fusion_plugins.errors import DataError
 from fusion_plugins.store.manifest import RowManifest
-from fusion_plugins.store.shard_writer import ShardWriter
+from fusion_plugins.store.shard_writer import SHARD_ROWS, ShardWriter
 from fusion_plugins.store.shards import Codec, read_shard
 from fusion_plugins.store.writer import say_how_to_go_on
 
@@ -59,7 +59,7 @@ class RowWriter:
         DataError: the key names a column that is not declared.
     """
 
-    def __init__(self, path: str | Path, manifest: RowManifest, *, flush_rows: int = 1 << 14) -> None:
+    def __init__(self, path: str | Path, manifest: RowManifest, *, flush_rows: int = SHARD_ROWS) -> None:
         self.path = Path(path)
         missing = [name for name in manifest.key if name not in manifest.columns]
         if missing:

@@ -24,6 +24,8 @@ __all__ = ["RecordTable", "decode_records", "encode_records", "record_codec"]
 
 #: log-probabilities per row group: what one random access decodes
 GROUP_VALUES = 1 << 18
+#: log-probabilities per shard
+SHARD_VALUES = 1 << 24
 #: in `gold`: the value is the one that the top k hold for the gold token
 IN_TOP_K = 0xFFFF
 PARQUET_OPTIONS: dict[str, Any] = {
@@ -49,6 +51,7 @@ def record_codec(manifest: Manifest) -> Codec[Record]:
         key_columns=["id"],
         tokens=lambda record: len(record.input_ids),
         version=Manifest.VERSION,
+        shard_tokens=max(1, SHARD_VALUES // manifest.top_k),
         group_tokens=max(1, GROUP_VALUES // manifest.top_k),
         parquet=PARQUET_OPTIONS,
     )

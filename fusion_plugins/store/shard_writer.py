@@ -1,7 +1,7 @@
 """What stores and row folders share when they are written: the lock, the buffer, and commits through the manifest."""
 
 import hashlib
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -12,11 +12,14 @@ from fusion_plugins.store.files import TEMPORARY_SUFFIX, FolderLock, interrupts_
 from fusion_plugins.store.manifest import MANIFEST_NAME, ManifestBase, ShardInfo
 from fusion_plugins.store.shards import Codec, parquet_bytes, read_shard
 
-__all__ = ["ShardWriter"]
+__all__ = ["SHARD_ROWS", "ShardWriter"]
 
 T = TypeVar("T")
+Companions = Mapping[str, Callable[[], bytes | memoryview]]
 SHARD_SUFFIX = ".parquet"
 SHARD_PREFIX = "shard-"
+#: items per shard
+SHARD_ROWS = 1 << 14
 #: small shards after which they are joined without being asked, so that frequent commits stay cheap
 MANY_SMALL = 64
 
@@ -29,7 +32,7 @@ class ShardWriter(Generic[T]):
         manifest: what is about to be written; an existing manifest must have the same identity.
         codec: how items become rows.
         flush_rows: items after which a shard is written without being asked.
-        flush_tokens: the same for tokens.
+        companions: name -> content of files that every reader needs; they are there before the manifest is.
 
     Raises:
         MismatchError: the folder holds something else.
@@ -37,31 +40,38 @@ class ShardWriter(Generic[T]):
     """
 
     def __init__(
-        self, folder: Path, manifest: ManifestBase, codec: Codec[T], flush_rows: int, flush_tokens: int = 1 << 62
+        self,
+        folder: Path,
+        manifest: ManifestBase,
+        codec: Codec[T],
+        flush_rows: int = SHARD_ROWS,
+        companions: Companions | None = None,
     ) -> None:
         self.folder, self.codec = folder, codec
-        self._limits = (flush_rows, flush_tokens)
+        self._limits = (flush_rows, codec.shard_tokens)
         self._buffer: list[T] = []
         self._buffered: set[Hashable] = set()
         self._tokens = 0
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = FolderLock(folder)
         try:
-            self.manifest = self._resume(manifest)
+            self.manifest = self._resume(manifest, companions or {})
             self._remove_leftovers()
             self.done = set(self._committed_keys())
         except BaseException:
-            self._lock.release()
+            self._lock.close()
             raise
 
-    def _resume(self, wanted: ManifestBase) -> ManifestBase:
+    def _resume(self, wanted: ManifestBase, companions: Companions) -> ManifestBase:
         if not (self.folder / MANIFEST_NAME).exists():
-            shards = sorted(path.name for path in self.folder.glob(f"*{SHARD_SUFFIX}"))
+            shards = sorted(path.name for path in self.folder.glob(f"{SHARD_PREFIX}*"))
             if shards:
                 raise StoreError(
                     f"{self.folder} has no {MANIFEST_NAME} but holds {shards[0]}. It is a damaged store or something "
                     f"else: restore the manifest, or give an empty folder."
                 )
+            for name, content in companions.items():
+                write_atomic(self.folder / name, content())
             wanted.save(self.folder)
             return wanted
         found = type(wanted).load(self.folder)
@@ -85,6 +95,10 @@ class ShardWriter(Generic[T]):
         for shard in self.manifest.shards:
             yield from self.codec.keys(read_shard(self.folder, shard, self.codec.key_columns))
 
+    def holds(self, key: Hashable) -> bool:
+        """Return whether an item of that name was written, now or before."""
+        return key in self.done or key in self._buffered
+
     def write(self, item: T) -> None:
         """Take one item; a shard is written when enough have come.
 
@@ -92,7 +106,7 @@ class ShardWriter(Generic[T]):
             DataError: an item of that name is already here.
         """
         key = self.codec.key(item)
-        if key in self.done or key in self._buffered:
+        if self.holds(key):
             raise DataError(f"{self.folder} already holds {key!r}. Names are unique; skip what is done when you go on.")
         self._buffer.append(item)
         self._buffered.add(key)
@@ -179,7 +193,7 @@ class ShardWriter(Generic[T]):
         try:
             self.flush()
         finally:
-            self._lock.release()
+            self._lock.close()
 
 
 def _replaced(shards: list[ShardInfo], gone: set[str], added: ShardInfo) -> list[ShardInfo]:

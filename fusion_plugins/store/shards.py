@@ -29,6 +29,7 @@ class Codec(Generic[T]):
         key_columns: the columns that ``keys`` needs.
         tokens: item -> tokens in it.
         version: the version that ``encode`` writes.
+        shard_tokens: tokens after which a shard is written without being asked; bounds the writer's memory.
         group_tokens: tokens per row group, the unit that is decoded at once.
         parquet: options of :func:`pyarrow.parquet.write_table`.
     """
@@ -40,6 +41,7 @@ class Codec(Generic[T]):
     key_columns: list[str]
     tokens: Callable[[T], int] = lambda item: 0
     version: int = 1
+    shard_tokens: int = 1 << 62
     group_tokens: int = 1
     parquet: dict[str, Any] = field(default_factory=dict)
 

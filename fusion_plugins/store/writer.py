@@ -11,10 +11,9 @@ import pyarrow.parquet as pq
 
 from fusion_plugins.core.types import Record
 from fusion_plugins.errors import DataError, MismatchError
-from fusion_plugins.store.files import write_atomic
 from fusion_plugins.store.manifest import Manifest
 from fusion_plugins.store.schema import record_codec
-from fusion_plugins.store.shard_writer import ShardWriter
+from fusion_plugins.store.shard_writer import SHARD_ROWS, ShardWriter
 
 if TYPE_CHECKING:
     from fusion_plugins.core.token_table import TokenTable
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["StoreWriter"]
 
 TABLE_NAME = "tokens.parquet"
-#: log-probabilities per shard that is written without being asked; bounds the writer's memory
-FLUSH_VALUES = 1 << 24
 
 
 class StoreWriter:
@@ -47,7 +44,7 @@ class StoreWriter:
     """
 
     def __init__(
-        self, path: str | Path, manifest: Manifest, table: "TokenTable", *, flush_records: int = 1 << 14
+        self, path: str | Path, manifest: Manifest, table: "TokenTable", *, flush_records: int = SHARD_ROWS
     ) -> None:
         self.path = Path(path)
         if table.fingerprint != manifest.tokenizer_fingerprint:
@@ -56,10 +53,8 @@ class StoreWriter:
                 f"{table.fingerprint}. Build both from the same tokenizer."
             )
         manifest = manifest.model_copy(update={"schema_version": Manifest.VERSION})
-        flush_tokens = max(1, FLUSH_VALUES // manifest.top_k)
-        self._shards = ShardWriter(self.path, manifest, record_codec(manifest), flush_records, flush_tokens)
-        if not (self.path / TABLE_NAME).exists():
-            _write_table(self.path / TABLE_NAME, table)
+        companions = {TABLE_NAME: lambda: _table_bytes(table)}
+        self._shards = ShardWriter(self.path, manifest, record_codec(manifest), flush_records, companions)
 
     @property
     def manifest(self) -> Manifest:
@@ -127,7 +122,7 @@ def _check(record: Record, top_k: int) -> None:
         raise DataError(f"record {record.id!r}: topk_logprobs must descend within a row; sort ids and values together")
 
 
-def _write_table(path: Path, table: "TokenTable") -> None:
+def _table_bytes(table: "TokenTable") -> memoryview:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(table.to_columns()), sink, compression="zstd")
-    write_atomic(path, memoryview(sink.getvalue()))
+    return memoryview(sink.getvalue())

@@ -1,0 +1,134 @@
+"""Stores in other people's formats: plain Parquet folders that Hugging Face datasets and axolotl read as they are.
+
+``datasets`` has one row per record with the fields of :class:`~fusion_plugins.core.types.Record` as plain lists.
+``axolotl-kd`` has the columns of axolotl's own knowledge distillation (same tokenizer, one teacher), already tokenized.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fusion_plugins.core.types import Record
+from fusion_plugins.errors import ConfigError
+from fusion_plugins.store.files import write_atomic
+from fusion_plugins.store.reader import Store, open_store
+
+__all__ = ["FORMATS", "export", "kd_columns", "plain_columns"]
+
+#: log-probabilities per exported file
+FILE_VALUES = 1 << 23
+#: log-probability of an entry that is masked; axolotl's collator fills with the same
+MASKED = -1e9
+IGNORED_LABEL = -100
+
+
+def plain_columns(record: Record) -> dict[str, Any]:
+    """Return a record as plain lists; entries as in the store, -1 and -inf where there is none."""
+    return {
+        "id": record.id,
+        "input_ids": record.input_ids,
+        "ends": record.offsets,
+        "exact": record.exact,
+        "spans": record.spans,
+        "topk_ids": record.topk_ids,
+        "topk_logprobs": record.topk_logprobs,
+        "token_logprobs": record.token_logprobs,
+        "tail": record.tail,
+        "ce_per_token": record.ce_per_token,
+        "ce_per_byte": record.ce_per_byte,
+    }
+
+
+def kd_columns(record: Record, exponent: float = 1.0) -> dict[str, Any]:
+    """Return a record as a tokenized row of axolotl's knowledge distillation.
+
+    Row t of ``target_*`` belongs to the logits at position t, as in the store; axolotl shifts only the labels. Rows are
+    renormalised over their entries after probabilities were raised to ``exponent`` (temperature of the store over that
+    of the run). Labels are the tokens that stored rows predict.
+    """
+    held = record.topk_ids >= 0
+    scaled = record.topk_logprobs.astype(np.float64) * exponent
+    with np.errstate(divide="ignore"):
+        normaliser = np.log(np.exp(scaled).sum(axis=1, keepdims=True))
+    logprobs = np.where(held, scaled - np.where(np.isfinite(normaliser), normaliser, 0), MASKED)
+    predicted = np.concatenate([[False], held.any(axis=1)])[:-1]
+    return {
+        "input_ids": record.input_ids,
+        "attention_mask": np.ones(len(record.input_ids), np.int8),
+        "labels": np.where(predicted, record.input_ids, IGNORED_LABEL),
+        "target_logprobs": np.maximum(logprobs, MASKED).astype(np.float32),
+        "target_token_ids": np.where(held, record.topk_ids, 0),
+        "target_mask": held.astype(np.int8),
+    }
+
+
+FORMATS = ("datasets", "axolotl-kd")
+
+
+def export(path: str | Path, out: str | Path, *, format: str = "datasets", temperature: float = 1.0) -> int:
+    """Write a store as a folder of plain Parquet files.
+
+    Args:
+        path: the store.
+        out: a folder that does not exist or is empty.
+        format: one of :data:`FORMATS`.
+        temperature: for ``axolotl-kd``: the run's ``kd_temperature``.
+
+    Returns:
+        The number of records written.
+
+    Raises:
+        ConfigError: the format is unknown, the temperature is not positive, or the folder is not empty.
+        StoreError: the store is damaged, or the disk is full.
+    """
+    out = Path(out)
+    if format not in FORMATS:
+        raise ConfigError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
+    if temperature <= 0 or (temperature != 1.0 and format != "axolotl-kd"):
+        raise ConfigError(f"temperature {temperature}: it must be positive, and only axolotl-kd knows one")
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty; name a folder that is, so that old and new files do not mix")
+    out.mkdir(parents=True, exist_ok=True)
+    store = open_store(path)
+    count = 0
+    for number, records in enumerate(_portions(store)):
+        rows = [_columns(record, format, store.manifest.temperature / temperature) for record in records]
+        table = pa.table({name: _column([row[name] for row in rows]) for name in rows[0]})
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        write_atomic(out / f"data-{number:05d}.parquet", memoryview(sink.getvalue()))
+        count += len(records)
+    return count
+
+
+def _columns(record: Record, format: str, exponent: float) -> dict[str, Any]:
+    return kd_columns(record, exponent) if format == "axolotl-kd" else plain_columns(record)
+
+
+def _column(values: list[Any]) -> pa.Array:
+    """Return numbers and strings as they are, (U,) arrays as lists and (U, K) arrays as lists of lists."""
+    if not isinstance(values[0], np.ndarray):
+        return pa.array(values, from_pandas=False)
+    flat = pa.array(np.concatenate(values).ravel())
+    if values[0].ndim == 2:
+        width = values[0].shape[1]
+        flat = pa.ListArray.from_arrays(pa.array(np.arange(0, len(flat) + 1, width, dtype=np.int32)), flat)
+    starts = np.concatenate([[0], np.cumsum([len(value) for value in values])]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(starts), flat)
+
+
+def _portions(store: Store) -> Iterator[list[Record]]:
+    records: list[Record] = []
+    tokens = 0
+    for record in store:
+        records.append(record)
+        tokens += len(record.input_ids)
+        if tokens * store.manifest.top_k >= FILE_VALUES:
+            yield records
+            records, tokens = [], 0
+    if records:
+        yield records

@@ -1,0 +1,223 @@
+"""A store survives kill -9 anywhere, Ctrl-C, a full disk and a second writer; damage is refused by name."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import store_jobs
+from store_samples import manifest, record, table
+
+from fusion_plugins.core.types import Record
+from fusion_plugins.errors import MismatchError, StoreError
+from fusion_plugins.store import RowWriter, StoreWriter, open_rows, open_store
+from fusion_plugins.store.maintain import verify
+
+JOBS = str(Path(store_jobs.__file__))
+KILLS = 20
+
+
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
+def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, JOBS, *map(str, arguments)]
+    return subprocess.Popen(command, text=True, env=environment(), **options)
+
+
+class JobServer:
+    def __init__(self) -> None:
+        self.process = start("serve", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def run(self, kill_at: int, *arguments: object) -> tuple[int, int]:
+        """Run a job in a process of its own; return its status and the calls it made."""
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(" ".join(map(str, (kill_at, *arguments))) + "\n")
+        self.process.stdin.flush()
+        status, calls = self.process.stdout.readline().split()
+        return int(status), int(calls)
+
+
+@pytest.fixture(scope="module")
+def jobs() -> Iterator[JobServer]:
+    server = JobServer()
+    yield server
+    assert server.process.stdin
+    server.process.stdin.close()
+    server.process.wait()
+
+
+def record_bytes(item: Record) -> tuple[object, ...]:
+    fields = (getattr(item, name) for name in item.__dataclass_fields__)
+    return tuple(value.tobytes() if hasattr(value, "tobytes") else repr(value) for value in fields)
+
+
+def content(folder: Path) -> list[Any]:
+    """Everything a folder holds, up to the order of the shards; also proves that all of it can be read."""
+    assert verify(folder).problems == []
+    if "responses" in (folder / "manifest.json").read_text():
+        return sorted(open_rows(folder), key=lambda row: (row["prompt_id"], row["index"]))
+    return sorted(record_bytes(item) for item in open_store(folder))
+
+
+@pytest.mark.parametrize("job", ["write_store", "write_rows", "merge"])
+def test_killed_anywhere_the_next_run_ends_with_the_same_content(jobs: JobServer, tmp_path: Path, job: str) -> None:
+    parts: list[object] = []
+    if job == "merge":
+        parts = [tmp_path / "a", tmp_path / "b"]
+        for part, (first, last) in zip(parts, [(0, 14), (10, store_jobs.N_ITEMS)], strict=True):
+            assert jobs.run(-1, "write_store", part, first, last)[0] == 0
+    status, calls = jobs.run(-1, job, tmp_path / "whole", *parts)
+    assert status == 0
+    expected = content(tmp_path / "whole")
+    assert len(expected) == store_jobs.N_ITEMS
+    for kill_at in random.Random(job).sample(range(1, calls), KILLS):
+        folder = tmp_path / f"killed-{kill_at}"
+        assert jobs.run(kill_at, job, folder, *parts)[0] == -signal.SIGKILL
+        if (folder / "manifest.json").exists():
+            assert set(map(str, content(folder))) <= set(map(str, expected))
+        assert jobs.run(-1, job, folder, *parts)[0] == 0
+        assert content(folder) == expected
+        left = sorted(path.name for path in folder.iterdir() if path.name not in {"manifest.json", "tokens.parquet"})
+        assert left == [".lock", *sorted(shard.name for shard in store_or_rows(folder).manifest.shards)]
+
+
+def store_or_rows(folder: Path) -> Any:
+    return open_rows(folder) if "responses" in (folder / "manifest.json").read_text() else open_store(folder)
+
+
+def test_ctrl_c_keeps_the_batch_and_a_second_writer_is_refused(tmp_path: Path) -> None:
+    writer = start("write_store", tmp_path, 0, 300, 0.2, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert writer.stdout
+    writer.stdout.readline()
+    with pytest.raises(StoreError, match=rf"is being written by process {writer.pid} on "):
+        StoreWriter(tmp_path, manifest(), table())
+    writer.send_signal(signal.SIGINT)
+    _, errors = writer.communicate(timeout=60)
+    assert writer.returncode == 130
+    found = re.search(r"Stopped\. (\d+) records are safe in .*; run the same command again", errors)
+    assert found
+    assert int(found[1]) == len(open_store(tmp_path)) >= store_jobs.BATCH
+    StoreWriter(tmp_path, manifest(), table()).close()
+
+
+def test_a_full_disk_keeps_what_was_there_before(tmp_path: Path) -> None:
+    small = tmp_path / "limited"
+    full = start("fill_disk", small, 7000, stderr=subprocess.PIPE)
+    _, errors = full.communicate(timeout=60)
+    assert full.returncode == 1
+    assert re.search(
+        r"StoreError: cannot write .*shard-\d+.parquet: File too large\. What was written before is kept", errors
+    )
+    kept = open_store(small)
+    assert 0 < len(kept) < store_jobs.N_ITEMS or len(kept.manifest.shards) > 1
+    assert verify(small).problems == []
+    assert list(small.glob("*.tmp")) == list(small.glob(".*.tmp")) == []
+    store_jobs.write_store(str(small))
+    assert content(small) == sorted(record_bytes(read_back(tmp_path, number)) for number in range(store_jobs.N_ITEMS))
+
+
+def read_back(folder: Path, number: int) -> Record:
+    """A record as any store gives it back."""
+    one = folder / f"one-{number}"
+    with StoreWriter(one, manifest(), table()) as writer:
+        writer.write(record(number))
+    return open_store(one)[f"text-{number:04d}"]
+
+
+@pytest.fixture
+def sound(tmp_path: Path) -> Path:
+    folder = tmp_path / "store"
+    with StoreWriter(folder, manifest(), table(), flush_records=2) as writer:
+        for number in range(4):
+            writer.write(record(number))
+        writer.finish()
+    return folder
+
+
+def test_every_damaged_byte_of_a_shard_is_noticed(sound: Path) -> None:
+    shard = sound / "shard-000001.parquet"
+    data = shard.read_bytes()
+    for place in random.Random(0).sample(range(len(data)), 25):
+        shard.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(StoreError, match=r"shard-000001.parquet is damaged: its sha256 is not the one"):
+            list(open_store(sound))
+    shard.write_bytes(data)
+    assert len(list(open_store(sound))) == 4
+
+
+@pytest.mark.parametrize("damage", ["short", "gone", "changed"])
+def test_a_damaged_shard_is_refused_everywhere_and_can_be_made_again(sound: Path, damage: str) -> None:
+    whole = content(sound)
+    shard = sound / "shard-000000.parquet"
+    data = shard.read_bytes()
+    if damage == "gone":
+        shard.unlink()
+    else:
+        shard.write_bytes(data[:-1] if damage == "short" else data[:100] + b"x" + data[101:])
+    for use in (lambda: open_store(sound)["text-0001"], lambda: StoreWriter(sound, manifest(), table())):
+        with pytest.raises(StoreError, match=r"shard-000000.parquet (is damaged|cannot be read).*--drop-damaged"):
+            use()
+    verdict = verify(sound, drop_damaged=True)
+    assert [item.name for item in verdict.damaged] == ["shard-000000.parquet"]
+    assert open_store(sound).ids() == ["text-0002", "text-0003"]
+    assert not open_store(sound).manifest.complete
+    with StoreWriter(sound, manifest(), table()) as writer:
+        for number in range(4):
+            if f"text-{number:04d}" not in writer.done_ids:
+                writer.write(record(number))
+        writer.finish()
+    assert content(sound) == whole
+
+
+@pytest.mark.parametrize("length", [0, 1, 200, -3])
+def test_a_truncated_manifest_is_refused(sound: Path, length: int) -> None:
+    path = sound / "manifest.json"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(StoreError, match=r"manifest.json is damaged or not a Manifest: .* Restore it from a copy"):
+        open_store(sound)
+    with pytest.raises(StoreError, match="is damaged"):
+        StoreWriter(sound, manifest(), table())
+
+
+def test_a_missing_manifest_is_not_taken_for_an_empty_folder(sound: Path) -> None:
+    (sound / "manifest.json").unlink()
+    with pytest.raises(StoreError, match="it has no manifest.json"):
+        open_store(sound)
+    with pytest.raises(StoreError, match="holds shard-000000.parquet"):
+        StoreWriter(sound, manifest(), table())
+
+
+def test_the_token_table_of_another_store_is_refused(sound: Path, tmp_path: Path) -> None:
+    other = table(301)
+    wanted = manifest(tokenizer_fingerprint=other.fingerprint, vocab_size=301)
+    StoreWriter(tmp_path / "other", wanted, other).close()
+    (sound / "tokens.parquet").write_bytes((tmp_path / "other" / "tokens.parquet").read_bytes())
+    with pytest.raises(MismatchError, match="comes from another store"):
+        _ = open_store(sound).table
+    (sound / "tokens.parquet").write_bytes(b"PAR1")
+    with pytest.raises(StoreError, match="tokens.parquet cannot be read"):
+        _ = open_store(sound).table
+    assert "tokens.parquet" in verify(sound).problems[0]
+
+
+def test_rows_are_not_taken_for_log_probabilities(tmp_path: Path) -> None:
+    RowWriter(tmp_path, store_jobs.rows_manifest()).close()
+    with pytest.raises(StoreError, match="not a Manifest: .*kind"):
+        open_store(tmp_path)
+
+
+def test_a_reader_does_not_see_what_is_not_committed(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path, manifest(), table()) as writer:
+        writer.write(record(0))
+        assert len(open_store(tmp_path)) == 0
+        writer.flush()
+        assert open_store(tmp_path).ids() == ["text-0000"]
