@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from fusion_plugins.errors import ConfigError
 
-__all__ = ["PUBLISHED_MODES", "PublishedText", "published_rows"]
+__all__ = ["PUBLISHED_MODES", "PublishedText", "PublishedVocabulary", "published_rows"]
 
 PUBLISHED_MODES = {"fusellm": ("hard", "soft"), "fusechat": ("default", "default_matrix", "hard")}
 Row = tuple[list[float], list[int]]
