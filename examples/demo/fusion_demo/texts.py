@@ -1,0 +1,138 @@
+"""Code and technical prose from the Python sources and documents that are installed on this machine.
+
+Code is Python source without docstrings; prose is docstrings, Markdown, reStructuredText and package descriptions.
+Which split a text belongs to follows from the name of its file alone, so that copies of one file in several packages
+(vendored ones) never stand on both sides.
+"""
+
+import ast
+import hashlib
+import sysconfig
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["CHUNK_BYTES", "SPLITS", "harvest", "prose_and_code", "split_of"]
+
+#: Longest text in bytes; short enough to stay below 512 tokens of every tokenizer here.
+CHUNK_BYTES = 1000
+#: Shortest text in bytes.
+LEAST_BYTES = 200
+#: Split -> share of the files.
+SPLITS = {"heldout": 0.08, "common": 0.25, "pretrain": 0.67}
+#: At most this many files of one package and chunks of one file: no package rules the data.
+FILES_PER_PACKAGE = 60
+CHUNKS_PER_FILE = 12
+FILE_BYTES = 80_000
+FOLDERS_PASSED_OVER = {"test", "tests", "testing", "site-packages", "_vendor", "idlelib", "lib2to3", "__pycache__"}
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def split_of(path: Path) -> str:
+    """The split of a file, by its name (and for a package's METADATA by the package)."""
+    name = path.parent.name if path.name == "METADATA" else path.name
+    if name in {"__init__.py", "README.md"}:
+        name = f"{path.parent.name}/{name}"
+    place = int.from_bytes(_digest(name)[:4], "big") / 2**32
+    for split, share in SPLITS.items():
+        if place < share:
+            return split
+        place -= share
+    return split
+
+
+def prose_and_code(source: str) -> tuple[list[str], str]:
+    """Split Python source into its docstrings and what is left without them.
+
+    Raises:
+        SyntaxError: the source is no Python of this version.
+    """
+    lines, dropped, prose = source.splitlines(), set(), []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        text = ast.get_docstring(node)
+        if text:
+            prose.append(text)
+            statement = node.body[0]
+            dropped.update(range(statement.lineno - 1, statement.end_lineno or statement.lineno))
+    return prose, "\n".join(line for i, line in enumerate(lines) if i not in dropped)
+
+
+def _chunks(text: str, separator: str) -> list[str]:
+    """Cut at blank lines, then pack the paragraphs into texts of ``LEAST_BYTES`` to ``CHUNK_BYTES``; longer ones go."""
+    packed, current = [], ""
+    for part in text.split(separator):
+        part = part.strip("\n").rstrip()
+        joined = f"{current}{separator}{part}" if current else part
+        if len(joined.encode()) <= CHUNK_BYTES:
+            current = joined
+            continue
+        packed.append(current)
+        current = part if len(part.encode()) <= CHUNK_BYTES else ""
+    packed.append(current)
+    return [chunk for chunk in packed if len(chunk.encode()) >= LEAST_BYTES]
+
+
+def _texts_of(path: Path) -> dict[str, list[str]]:
+    """Domain -> texts of one file; empty where the file cannot be read or parsed."""
+    try:
+        content = path.read_text(encoding="utf-8")
+        if path.suffix != ".py":
+            body = content.partition("\n\n")[2] if path.name == "METADATA" else content
+            return {"prose": _chunks(body, "\n\n")}
+        docstrings, code = prose_and_code(content)
+    except (OSError, UnicodeDecodeError, SyntaxError, ValueError, RecursionError):
+        return {}
+    prose = [chunk for text in docstrings for chunk in _chunks(text, "\n\n")]
+    return {"prose": prose, "code": _chunks(code, "\n\n")}
+
+
+def _files() -> Iterator[Path]:
+    """Installed sources and documents, a bounded number of each package, in an order that the names decide."""
+    paths = sysconfig.get_paths()
+    packages: dict[str, list[Path]] = defaultdict(list)
+    for root in (Path(paths["stdlib"]), Path(paths["purelib"])):
+        for path in root.rglob("*"):
+            parts = path.relative_to(root).parts
+            wanted = path.suffix in {".py", ".md", ".rst"} or path.name == "METADATA"
+            if not wanted or FOLDERS_PASSED_OVER & set(parts) or "licenses" in parts:
+                continue
+            if not path.name.startswith("test_"):
+                packages[parts[0]].append(path)
+    chosen = []
+    for name, files in packages.items():
+        ranked = sorted((_digest(f"{name}/{p.relative_to(p.anchor).name}/{p.parent.name}"), p) for p in files)
+        chosen += ranked[:FILES_PER_PACKAGE]
+    yield from (path for _, path in sorted(chosen))
+
+
+def harvest(budgets: dict[str, int]) -> dict[tuple[str, str], list[str]]:
+    """Collect texts until every split has its bytes of each domain, or the files end.
+
+    Args:
+        budgets: split -> bytes wanted of each of the two domains.
+
+    Returns:
+        (split, domain) -> distinct texts; domain is ``code`` or ``prose``.
+    """
+    texts: dict[tuple[str, str], list[str]] = {(s, d): [] for s in budgets for d in ("code", "prose")}
+    left = {key: budgets[key[0]] for key in texts}
+    seen: set[bytes] = set()
+    for path in _files():
+        split = split_of(path)
+        if not any(left[split, domain] > 0 for domain in ("code", "prose")) or path.stat().st_size > FILE_BYTES:
+            continue
+        for domain, chunks in _texts_of(path).items():
+            for chunk in chunks[:CHUNKS_PER_FILE]:
+                key = _digest("".join(chunk.split()))
+                if left[split, domain] > 0 and key not in seen:
+                    seen.add(key)
+                    texts[split, domain].append(chunk)
+                    left[split, domain] -= len(chunk.encode())
+        if all(amount <= 0 for amount in left.values()):
+            break
+    return texts
