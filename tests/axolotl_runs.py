@@ -1,4 +1,4 @@
-"""Real axolotl runs at toy size: checkpoints, stores captured from them, configurations, and training in this process."""
+"""Real axolotl runs at toy size: checkpoints, stores captured from them, configurations, training in this process."""
 
 import json
 import os

@@ -99,8 +99,10 @@ def _data_sets(cfg: Any, block: FusionBlock) -> Iterator[str]:
     rl = cfg.get("rl")
     if block.sources and rl:
         yield f"fusion.sources is for supervised training, `rl: {rl}` would ignore it; remove one of the two"
-    elif block.sources and FUSED not in types:
-        yield f"fusion.sources is given, but no data set has `type: {FUSED}`"
+    elif block.sources:
+        others = sorted({*types, *data_set_types(cfg, "test_datasets")} - {FUSED})
+        if others:
+            yield f"a data set has `type: {', '.join(others)}` and so no fused targets; all must have `type: {FUSED}`"
     if not block.sources and FUSED in types:
         yield f"a data set has `type: {FUSED}`, but fusion.sources names no source"
     if DPO in types and rl not in ("dpo", "ipo", "simpo", "orpo"):
