@@ -17,5 +17,11 @@ def _math(**options: Any) -> Scorer:
     return MathScorer(**options)
 
 
+def _code(**options: Any) -> Scorer:
+    from fusion_plugins.scoring.code import CodeScorer
+
+    return CodeScorer(**options)
+
+
 #: name -> function from options to a scorer; :mod:`fusion_plugins.builtins` hands these to the plugin manager.
-SCORERS = {"math": _math}
+SCORERS = {"math": _math, "code": _code}

@@ -1,0 +1,266 @@
+"""Builds the walls of the sandbox, then starts the runner inside; a script of its own, standard library only.
+
+``python -I -S -B sandbox_launcher.py SPEC`` with SPEC a JSON object of ``parent`` (process id of whom to die with),
+``runner`` (source of what to run), ``visible`` (folders and files that may be read), ``path`` (folders for imports) and
+``limits``. Standard input and output belong to the runner.
+
+Walls, none of which may fail: new user, mount, process, network, IPC, host-name and control-group namespaces; a file
+system of its own with read-only copies of what is ``visible`` and a small writable ``/tmp``; an unprivileged user
+without capabilities; resource limits; a filter of system calls. As root, the user outside is 65534 ("nobody").
+"""
+
+import ctypes
+import json
+import os
+import platform
+import resource
+import signal
+import struct
+import sys
+from typing import Any, NoReturn
+
+FAILED = 70
+INSIDE = 1000
+NOBODY = 65534
+NEW_ROOT = "/tmp"
+
+NAMESPACES = {
+    "user": 0x10000000,
+    "mount": 0x00020000,
+    "process": 0x20000000,
+    "network": 0x40000000,
+    "IPC": 0x08000000,
+    "host name": 0x04000000,
+    "control group": 0x02000000,
+}
+ALL_NAMESPACES = sum(NAMESPACES.values())
+
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
+MNT_DETACH = 2
+AT_FDCWD, AT_RECURSIVE = -100, 0x8000
+ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV = 1, 2, 4
+SYS_MOUNT_SETATTR = 442
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
+
+#: machine -> (audit number, {system call: number}); what no program under test needs and what would lead out or eat
+#: memory that no limit counts.
+MACHINES: dict[str, tuple[int, dict[str, int]]] = {
+    "x86_64": (
+        0xC000003E,
+        {
+            "socket": 41, "unshare": 272, "setns": 308, "mount": 165, "umount2": 166, "pivot_root": 155, "ptrace": 101,
+            "process_vm_readv": 310, "process_vm_writev": 311, "bpf": 321, "perf_event_open": 298, "userfaultfd": 323,
+            "keyctl": 250, "add_key": 248, "request_key": 249, "shmget": 29, "msgget": 68, "semget": 64, "mq_open": 240,
+            "memfd_create": 319, "clone": 56,
+        },
+    ),
+    "aarch64": (
+        0xC00000B7,
+        {
+            "socket": 198, "unshare": 97, "setns": 268, "mount": 40, "umount2": 39, "pivot_root": 41, "ptrace": 117,
+            "process_vm_readv": 270, "process_vm_writev": 271, "bpf": 280, "perf_event_open": 241, "userfaultfd": 282,
+            "keyctl": 219, "add_key": 217, "request_key": 218, "shmget": 194, "msgget": 186, "semget": 190,
+            "mq_open": 180, "memfd_create": 279, "clone": 220,
+        },
+    ),
+}  # fmt: skip
+#: the same number on both: io_uring_setup, open_tree, move_mount, fsopen, fsconfig, fsmount, fspick, mount_setattr,
+#: memfd_secret
+EVERYWHERE = (425, 428, 429, 430, 431, 432, 433, 442, 447)
+SYS_CLONE3 = 435
+EPERM, ENOSYS = 1, 38
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def fail(what: str, error: BaseException | str) -> NoReturn:
+    """End with the status that means "no walls", and say why."""
+    sys.stderr.write(f"{what}: {error}")
+    sys.stderr.flush()
+    os._exit(FAILED)
+
+
+def call(what: str, name: str, *arguments: Any) -> int:
+    """Call a function of the C library; fail when it does."""
+    ctypes.set_errno(0)
+    result = getattr(libc, name)(*arguments)
+    if result < 0:
+        fail(what, os.strerror(ctypes.get_errno()))
+    return int(result)
+
+
+def mount(source: str | None, target: str, kind: str | None, flags: int, options: str = "") -> None:
+    """Mount, or fail."""
+    encoded = [None if text is None else text.encode() for text in (source, target, kind)]
+    call(f"mount {kind or source or 'private'} on {target}", "mount", *encoded, ctypes.c_ulong(flags), options.encode())
+
+
+def set_attributes(path: str, attributes: int, flags: int = AT_RECURSIVE) -> None:
+    """Add mount attributes to a mount, and by default to all below it."""
+    request = struct.pack("=QQQQ", attributes, 0, 0, 0)
+    call(
+        f"make {path} read-only",
+        "syscall",
+        ctypes.c_long(SYS_MOUNT_SETATTR),
+        ctypes.c_int(AT_FDCWD),
+        ctypes.c_char_p(path.encode()),
+        ctypes.c_uint(flags),
+        ctypes.c_char_p(request),
+        ctypes.c_size_t(len(request)),
+    )
+
+
+def enter_namespaces() -> None:
+    """Leave the host's namespaces and become an unprivileged user of our own."""
+    outside = (NOBODY, NOBODY) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+    if os.geteuid() == 0:
+        os.setgroups([])
+    ready_read, ready_write = os.pipe()
+    done_read, done_write = os.pipe()
+    launcher = os.getpid()
+    helper = os.fork()
+    if helper == 0:
+        # Only a process outside may say whom our user is outside. No byte: the launcher has failed.
+        os.close(ready_write)
+        if not os.read(ready_read, 1):
+            os._exit(0)
+        try:
+            for name, text in (
+                ("setgroups", "deny"),
+                ("uid_map", f"{INSIDE} {outside[0]} 1"),
+                ("gid_map", f"{INSIDE} {outside[1]} 1"),
+            ):
+                with open(f"/proc/{launcher}/{name}", "w") as file:
+                    file.write(text)
+            os.write(done_write, b"ok")
+        except OSError as error:
+            os.write(done_write, str(error).encode())
+        os._exit(0)
+    call(
+        "create namespaces (user, mount, process, network, IPC, host name, control group)",
+        "unshare",
+        ctypes.c_int(ALL_NAMESPACES),
+    )
+    os.write(ready_write, b"x")
+    answer = os.read(done_read, 1000)
+    os.waitpid(helper, 0)
+    if answer != b"ok":
+        fail("map the user of the new user namespace", answer.decode())
+    for descriptor in (ready_read, ready_write, done_read, done_write):
+        os.close(descriptor)
+
+
+def become_inside_user() -> None:
+    """Change to the one user that the namespace knows; capabilities inside the namespace stay until exec."""
+    try:
+        os.setresgid(INSIDE, INSIDE, INSIDE)
+        os.setresuid(INSIDE, INSIDE, INSIDE)
+    except OSError as error:
+        fail("become the unprivileged user", error)
+
+
+def build_root(visible: list[str], disk_bytes: int) -> None:
+    """Make a root with the visible paths read-only, three devices and an empty /tmp, and forget the old root."""
+    # Opened before the user changes: a path may lead through folders that only the present user may enter.
+    opened = [(path, os.open(path, os.O_PATH)) for path in visible if not os.path.islink(path)]
+    links = [(path, os.readlink(path)) for path in visible if os.path.islink(path)]
+    devices = [(f"/dev/{name}", os.open(f"/dev/{name}", os.O_PATH)) for name in ("null", "zero", "urandom")]
+    become_inside_user()
+    mount(None, "/", None, MS_REC | MS_PRIVATE)
+    mount("tmpfs", NEW_ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,nr_inodes=4k,mode=755")
+    # First, so that a visible folder may lie below it.
+    os.mkdir(NEW_ROOT + "/tmp")
+    options = f"size={disk_bytes},nr_inodes=4k,mode=700"
+    mount("tmpfs", NEW_ROOT + "/tmp", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
+    for path, descriptor in opened + devices:
+        place = NEW_ROOT + path
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            os.makedirs(place, exist_ok=True)
+        else:
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            open(place, "w").close()
+        mount(f"/proc/self/fd/{descriptor}", place, None, MS_BIND | MS_REC)
+        os.close(descriptor)
+        set_attributes(place, ATTR_RDONLY | ATTR_NOSUID | (0 if path.startswith("/dev/") else ATTR_NODEV))
+    for path, target in links:
+        os.symlink(target, NEW_ROOT + path)
+    os.chdir(NEW_ROOT)
+    call("change the root", "pivot_root", b".", b".")
+    call("leave the old root", "umount2", b".", MNT_DETACH)
+    set_attributes("/", ATTR_RDONLY, flags=0)
+    os.chdir("/tmp")
+
+
+def filter_system_calls() -> None:
+    """Deny the system calls of :data:`MACHINES`; irrevocable, and inherited by every child."""
+    machine = platform.machine()
+    if machine not in MACHINES or struct.calcsize("P") != 8:
+        fail("filter system calls", f"expected a machine out of {', '.join(MACHINES)}, this is {machine}")
+    audit, numbers = MACHINES[machine]
+    load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
+    deny, absent, allow, kill = 0x00050000 | EPERM, 0x00050000 | ENOSYS, 0x7FFF0000, 0x80000000
+    program = [(load, 0, 0, 4), (equal, 1, 0, audit), (give, 0, 0, kill), (load, 0, 0, 0)]
+    if machine == "x86_64":
+        # The second, 32-bit-pointer way to number system calls.
+        program += [(at_least, 0, 1, 0x40000000), (give, 0, 0, deny)]
+    for number in [number for name, number in numbers.items() if name != "clone"] + list(EVERYWHERE):
+        program += [(equal, 0, 1, number), (give, 0, 0, deny)]
+    # clone3 hides its flags in memory; without it the C library takes clone, whose flags can be seen.
+    program += [(equal, 0, 1, SYS_CLONE3), (give, 0, 0, absent)]
+    program += [(equal, 0, 3, numbers["clone"]), (load, 0, 0, 16), (any_bit, 0, 1, ALL_NAMESPACES), (give, 0, 0, deny)]
+    program += [(give, 0, 0, allow)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in program))
+    header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)))
+    call(
+        "filter system calls", "prctl", PR_SET_SECCOMP, ctypes.c_ulong(2), header, ctypes.c_ulong(0), ctypes.c_ulong(0)
+    )
+
+
+def set_limits(limits: dict[str, int]) -> None:
+    """Set hard limits; no child can raise them."""
+    for name in ("CORE", "MEMLOCK", "MSGQUEUE", "NICE", "RTPRIO"):
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (0, 0))
+    for name, key in (("AS", "memory"), ("NPROC", "processes"), ("FSIZE", "file_size"), ("NOFILE", "open_files")):
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limits[key], limits[key]))
+
+
+def die_with_parent() -> None:
+    """Be killed when the process above is."""
+    call("die with the parent", "prctl", PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+
+
+def run_inside(spec: dict[str, Any]) -> NoReturn:
+    """Become the runner, as process 1 of the namespace: when it ends, everything inside ends."""
+    die_with_parent()
+    set_limits(spec["limits"])
+    call("give up new privileges", "prctl", PR_SET_NO_NEW_PRIVS, ctypes.c_ulong(1), ctypes.c_ulong(0), 0, 0)
+    filter_system_calls()
+    environment = {"PATH": "/nowhere", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
+    os.execve(
+        sys.executable, [sys.executable, "-I", "-S", "-B", "-c", spec["runner"], json.dumps(spec["path"])], environment
+    )
+
+
+def main() -> NoReturn:
+    """Build the walls and run."""
+    spec = json.loads(sys.argv[1])
+    enter_namespaces()
+    build_root(spec["visible"], spec["limits"]["disk"])
+    # After the change of user, which would undo it.
+    die_with_parent()
+    child = os.fork()
+    if child == 0:
+        try:
+            run_inside(spec)
+        except BaseException as error:
+            fail("start the runner", error)
+    os.closerange(0, 2)
+    _, status = os.waitpid(child, 0)
+    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Exception as error:  # anything that was not foreseen is no wall either
+        fail(type(error).__name__, error)
