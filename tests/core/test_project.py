@@ -163,16 +163,15 @@ def test_without_the_chain_only_the_map_speaks():
 
 # Source vocabularies without a token that begins another: each text has one spelling, and the rule is exact.
 ALPHABET = "ab"
-prefix_free = st.sampled_from(
-    [
-        ["a", "b"],
-        ["aa", "ab", "b"],
-        ["aa", "ab", "ba", "bb"],
-        ["a", "baa", "bab", "bb"],
-        ["aaa", "aab", "ab", "ba", "bba", "bbb"],
-        ["a", "ba", "bba", "bbba", "bbbb"],
-    ]
-)
+PREFIX_FREE = [
+    ["a", "b"],
+    ["aa", "ab", "b"],
+    ["aa", "ab", "ba", "bb"],
+    ["a", "baa", "bab", "bb"],
+    ["aaa", "aab", "ab", "ba", "bba", "bbb"],
+    ["a", "ba", "bba", "bbba", "bbbb"],
+]
+prefix_free = st.sampled_from(PREFIX_FREE)
 pieces = st.lists(st.text(ALPHABET, min_size=2, max_size=3), max_size=5, unique=True)
 
 
@@ -194,10 +193,10 @@ def test_the_labels_mass_is_the_brute_force_probability_of_its_bytes(source_toke
 
 def test_the_random_worlds_hold_every_kind_of_row():
     total = ProjectionReport()
-    for seed in range(40):
+    for seed in range(60):
         random = Random(seed)
         longer = random.sample(["aa", "ab", "aab", "ba", "bb", "abb", "bab"], 3)
-        source, target, model, tokens = _world(["a", "ba", "bba", "bbba", "bbbb"], longer, random, seed)
+        source, target, model, tokens = _world(random.choice(PREFIX_FREE), longer, random, seed)
         total += project(*tokens, source, target, model).report
     assert min(total.one_to_one, total.one_to_many, total.many_to_one, total.crossing) > 5
 
