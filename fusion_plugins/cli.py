@@ -41,7 +41,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """LLM fusion inside axolotl and mergekit."""
 
@@ -58,17 +60,10 @@ def plugins() -> None:
     Console().print(table)
 
 
-def _add(group: typer.Typer, name: str, module: str) -> None:
-    try:
-        group.command(name)(getattr(import_module(module), name.replace("-", "_")))
-    except (ModuleNotFoundError, AttributeError):
-        return
-
-
 for _name, _module in COMMANDS.items():
-    _add(app, _name, _module)
+    app.command(_name)(getattr(import_module(_module), _name.replace("-", "_")))
 for _name in STORE_COMMANDS:
-    _add(store_app, _name, "fusion_plugins.store.commands")
+    store_app.command(_name)(getattr(import_module("fusion_plugins.store.commands"), _name))
 app.add_typer(store_app, name="store")
 
 
