@@ -1,0 +1,97 @@
+"""Exports are read by the programs they are made for."""
+
+from pathlib import Path
+
+import axolotl_runs
+import numpy as np
+import pytest
+from store_samples import manifest, record, table
+
+from fusion_plugins.errors import ConfigError
+from fusion_plugins.store import StoreWriter, open_store
+from fusion_plugins.store.export import export, kd_columns
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    with StoreWriter(tmp_path / "store", manifest(), table()) as writer:
+        for number in range(5):
+            writer.write(record(number))
+        writer.finish()
+    return tmp_path / "store"
+
+
+def test_hugging_face_datasets_reads_the_export(store: Path, tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    assert export(store, tmp_path / "out") == 5
+    rows = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(rows) == 5
+    for row, item in zip(rows, open_store(store), strict=True):
+        assert row["id"] == item.id
+        assert row["spans"] == item.spans.tolist()
+        for name, field in {
+            "input_ids": "input_ids",
+            "ends": "offsets",
+            "exact": "exact",
+            "topk_ids": "topk_ids",
+        }.items():
+            assert row[name] == getattr(item, field).tolist()
+        for name in ("topk_logprobs", "token_logprobs", "tail"):
+            np.testing.assert_array_equal(np.array(row[name], np.float32), getattr(item, name))
+
+
+def test_kd_rows_are_renormalised_masked_and_labelled(store: Path) -> None:
+    """Of record 2, row 1 is blank and row 2 half full: the token after row 1 is no label, empty entries are masked."""
+    item = open_store(store)["text-0002"]
+    row = kd_columns(item)
+    held = item.topk_ids >= 0
+    assert row["target_mask"].tolist() == held.astype(int).tolist()
+    sums = np.where(held, np.exp(row["target_logprobs"].astype(np.float64)), 0).sum(axis=1)
+    np.testing.assert_allclose(sums[held.any(axis=1)], 1, rtol=1e-6)
+    assert np.isfinite(row["target_logprobs"]).all()
+    assert (row["target_token_ids"] >= 0).all()
+    assert row["labels"][:4].tolist() == [-100, item.input_ids[1], -100, item.input_ids[3]]
+
+
+def test_kd_rows_at_another_temperature_are_the_powers_of_the_probabilities(store: Path) -> None:
+    item = open_store(store)["text-0002"]
+    p = np.exp(item.topk_logprobs[0].astype(np.float64)) ** 0.5
+    np.testing.assert_allclose(np.exp(kd_columns(item, 0.5)["target_logprobs"][0]), p / p.sum(), rtol=1e-5)
+
+
+def test_wrong_requests_are_refused(store: Path, tmp_path: Path) -> None:
+    for wanted, message in [
+        ({"format": "other"}, "unknown format 'other'; known: datasets, axolotl-kd"),
+        ({"temperature": 2.0}, "only axolotl-kd knows one"),
+        ({"format": "axolotl-kd", "temperature": 0.0}, "must be positive"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            export(store, tmp_path / "out", **wanted)  # type: ignore[arg-type]
+    export(store, tmp_path / "out")
+    with pytest.raises(ConfigError, match="out is not empty"):
+        export(store, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_axolotl_distils_from_the_export(material: axolotl_runs.Material, run_folder: Path) -> None:
+    """Distilled into itself, the loss is known: KL(p / m || p) = -log m for a row whose top k hold the mass m."""
+    store = material.folder / "texts-target"
+    export(store, run_folder / "kd", format="axolotl-kd")
+    settings = axolotl_runs.config(
+        material,
+        run_folder,
+        plugins=["axolotl.integrations.kd.KDPlugin"],
+        fusion=None,
+        datasets=[{"path": str(run_folder / "kd"), "type": None}],
+        kd_trainer=True,
+        kd_alpha=1.0,
+        kd_ce_alpha=0.0,
+        kd_temperature=1.0,
+        micro_batch_size=len(open_store(store)),
+        max_steps=1,
+    )
+    losses = axolotl_runs.logged(axolotl_runs.train(settings, run_folder))
+    masses = np.concatenate([1 - item.tail[item.topk_ids[:, 0] >= 0] for item in open_store(store)])
+    assert masses.max() < 0.9
+    assert losses == [pytest.approx(-np.log(masses).mean(), abs=2e-3)]

@@ -1,0 +1,146 @@
+"""verify, merge, compact and info: what they refuse, what they leave, what they say."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import store_jobs
+from store_samples import manifest, record, table
+from typer.testing import CliRunner
+
+from fusion_plugins.cli import app
+from fusion_plugins.errors import ConfigError, MismatchError, StoreError
+from fusion_plugins.store import RowWriter, Store, StoreWriter, open_rows, open_store
+from fusion_plugins.store.maintain import compact, merge, verify
+
+
+def make(folder: Path, numbers: Sequence[int], finish: bool = True, **changes: object) -> Path:
+    with StoreWriter(folder, manifest(**changes), table()) as writer:
+        for number in numbers:
+            writer.write(record(number))
+            writer.flush()
+        if finish:
+            writer.finish()
+    return folder
+
+
+def command(*arguments: object) -> str:
+    result = CliRunner().invoke(app, ["store", *map(str, arguments)])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0
+    return " ".join(result.output.split())
+
+
+def ids(store: Store) -> list[str]:
+    return [item.id for item in store]
+
+
+def test_merge_joins_the_parts_of_one_capture(tmp_path: Path) -> None:
+    parts = [make(tmp_path / "a", range(4)), make(tmp_path / "b", range(2, 7))]
+    command("merge", *parts, "--out", tmp_path / "all")
+    store = open_store(tmp_path / "all")
+    assert ids(store) == [f"text-{number:04d}" for number in range(7)]
+    assert store.manifest.complete
+    assert store.manifest.texts_fingerprint == manifest().texts_fingerprint
+    assert store.table == table()
+    assert store["text-0005"].topk_ids.tolist() == record(5).topk_ids.tolist()
+
+
+def test_merge_of_unfinished_parts_is_not_complete(tmp_path: Path) -> None:
+    parts = [make(tmp_path / "a", [1]), make(tmp_path / "b", [2], finish=False)]
+    assert not merge(parts, tmp_path / "all").complete
+
+
+def test_merge_of_other_texts_gets_a_fingerprint_of_its_own(tmp_path: Path) -> None:
+    parts = [make(tmp_path / "a", [1]), make(tmp_path / "b", [2], texts_fingerprint="others")]
+    first, second = merge(parts, tmp_path / "ab"), merge(parts[::-1], tmp_path / "ba")
+    assert first.texts_fingerprint == second.texts_fingerprint  # type: ignore[union-attr]
+    assert first.texts_fingerprint not in {"others", manifest().texts_fingerprint}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("name", "value"), [("model", "other"), ("dtype", "bfloat16"), ("template_hash", "x")])
+def test_merge_refuses_parts_with_other_settings(tmp_path: Path, name: str, value: str) -> None:
+    parts = [make(tmp_path / "a", [1]), make(tmp_path / "b", [2], **{name: value})]
+    with pytest.raises(MismatchError, match=f"b does not fit. {name}: the folder has '{value}'"):
+        merge(parts, tmp_path / "all")
+    assert not (tmp_path / "all").exists()
+
+
+def test_merge_refuses_parts_that_disagree_about_a_record(tmp_path: Path) -> None:
+    first = make(tmp_path / "a", [1, 2])
+    with StoreWriter(tmp_path / "b", manifest(), table()) as writer:
+        writer.write(replace(record(2), tail=record(2).tail / 2))
+    with pytest.raises(MismatchError, match="row 'text-0002' is not the same in .*a and in .*b"):
+        merge([first, tmp_path / "b"], tmp_path / "all")
+
+
+def test_merge_refuses_a_store_and_rows(tmp_path: Path) -> None:
+    RowWriter(tmp_path / "rows", store_jobs.rows_manifest()).close()
+    with pytest.raises(MismatchError, match="kind: the folder has 'rows', expected 'logprobs'"):
+        merge([make(tmp_path / "a", [1]), tmp_path / "rows"], tmp_path / "all")
+
+
+def test_merge_into_a_part_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="another one than"):
+        merge([make(tmp_path / "a", [1])], tmp_path / "a")
+
+
+def test_rows_are_merged_too(tmp_path: Path) -> None:
+    for name, numbers in {"a": range(5), "b": range(3, 9)}.items():
+        with RowWriter(tmp_path / name, store_jobs.rows_manifest()) as writer:
+            for number in numbers:
+                writer.write(store_jobs.row(number))
+    merge([tmp_path / "a", tmp_path / "b"], tmp_path / "all")
+    assert list(open_rows(tmp_path / "all")) == [store_jobs.row(number) for number in range(9)]
+
+
+def test_compact_joins_shards_and_keeps_the_records(tmp_path: Path) -> None:
+    make(tmp_path, range(5), finish=False)
+    assert len(open_store(tmp_path).manifest.shards) == 5
+    said = command("compact", tmp_path)
+    assert "5 shards became 1" in said
+    assert ids(open_store(tmp_path)) == [f"text-{number:04d}" for number in range(5)]
+    assert len(compact(tmp_path).shards) == 1
+
+
+def test_a_reader_of_a_compacted_store_is_told(tmp_path: Path) -> None:
+    before = open_store(make(tmp_path, range(3), finish=False))
+    compact(tmp_path)
+    with pytest.raises(StoreError, match="If the folder was compacted meanwhile, open it again"):
+        list(before)
+
+
+def test_verify_finds_rows_that_stand_twice(tmp_path: Path) -> None:
+    make(tmp_path, range(3), finish=False)
+    text = open_store(tmp_path).manifest
+    text.model_copy(update={"shards": [*text.shards, text.shards[1]]}).save(tmp_path)
+    assert verify(tmp_path).problems == ["1 rows stand twice, the first of them 'text-0001'. Make the folder again."]
+
+
+def test_verify_finds_counts_that_are_wrong(tmp_path: Path) -> None:
+    make(tmp_path, range(3))
+    text = open_store(tmp_path).manifest
+    wrong = text.shards[0].model_copy(update={"tokens": 1})
+    text.model_copy(update={"shards": [wrong]}).save(tmp_path)
+    with pytest.raises(StoreError, match="holds 3 rows of .* tokens; the manifest says 3 of 1"):
+        command("verify", tmp_path)
+
+
+def test_the_commands_say_what_they_found(tmp_path: Path) -> None:
+    folder = make(tmp_path / "store", range(3), finish=False)
+    said = command("info", folder)
+    for expected in ("top_k", "tiny", "3 in 3 shards", "bytes each", "no: run the command"):
+        assert expected in said
+    assert "3 rows in 3 shards, all sound" in command("verify", folder)
+    (folder / "shard-000001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(StoreError, match="1 problem"):
+        command("verify", folder)
+    assert "1 damaged shards with 1 rows were taken out" in command("verify", folder, "--drop-damaged")
+    assert "2 rows in 2 shards, all sound" in command("verify", folder)
+
+
+def test_a_folder_of_rows_has_info_too(tmp_path: Path) -> None:
+    RowWriter(tmp_path, store_jobs.rows_manifest()).close()
+    assert "responses" in command("info", tmp_path)
