@@ -6,21 +6,19 @@ First step of the way of the data: everything after it compares bytes, never the
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from fusion_plugins.core.tokenizer_json import Kind, adds_prefix_space, byte_token, decoder, kind_of, model_vocab
 from fusion_plugins.core.types import BoolArray, IntArray
 from fusion_plugins.errors import TokenizerError
 
 __all__ = ["Role", "TokenTable"]
-
-Kind = Literal["byte_level", "sentencepiece"]
 
 # Names of end-of-turn tokens, for tokenizers without a chat template that shows which one is meant.
 _END_OF_TURN_NAMES = (
@@ -32,7 +30,6 @@ _END_OF_TURN_NAMES = (
     "<|end|>",
     "<|END_OF_TURN_TOKEN|>",
 )
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SENTINEL = "fusionprobe"
 
 
@@ -64,6 +61,7 @@ class TokenTable:
         role_ids: role -> id. One id may serve several roles.
         prefix_space: whether the tokenizer puts a space of its own before a text.
         kind: ``byte_level`` or ``sentencepiece``.
+        byte_fallback: ids of the tokens that stand for single bytes of what has no token (``<0x41>``).
     """
 
     tokens: list[bytes]
@@ -71,6 +69,7 @@ class TokenTable:
     role_ids: Mapping[Role, int]
     prefix_space: bool
     kind: Kind
+    byte_fallback: frozenset[int] = frozenset()
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> "TokenTable":
@@ -90,17 +89,20 @@ class TokenTable:
                 "it to a tokenizer.json."
             )
         spec = json.loads(backend.to_str())
-        kind = _kind(spec)
+        kind = kind_of(spec)
         names = _names_by_id(backend.get_vocab(with_added_tokens=True))
         special = {entry["id"] for entry in spec["added_tokens"] if entry["special"]}
-        literal = {entry["id"] for entry in spec["added_tokens"]} - set(_model_vocab(spec).values()) | special
-        decode = _decoder(spec, kind)
+        literal = {entry["id"] for entry in spec["added_tokens"]} - set(model_vocab(spec).values()) | special
+        decode = decoder(spec, kind)
         tokens = [
             b"" if name is None else name.encode("utf-8", "surrogatepass") if index in literal else decode(name)
             for index, name in enumerate(names)
         ]
         role_ids, roles = _find_roles(tokenizer, names, special)
-        return cls(tokens, roles, role_ids, _adds_prefix_space(spec), kind)
+        fallback = frozenset(
+            index for index, name in enumerate(names) if name is not None and byte_token(spec, name) is not None
+        )
+        return cls(tokens, roles, role_ids, adds_prefix_space(spec), kind, fallback)
 
     @property
     def vocab_size(self) -> int:
@@ -126,6 +128,18 @@ class TokenTable:
     def special(self) -> BoolArray:
         """(W,) bool, True for special tokens."""
         return np.fromiter((role is not None for role in self.roles), np.bool_, len(self.roles))
+
+    @cached_property
+    def ordinary(self) -> BoolArray:
+        """(W,) bool, True for the tokens that the tokenizer uses for text.
+
+        Not for special tokens, ids without a token, and byte-fallback tokens of bytes that have a token of their own:
+        ``<0x41>`` never stands for the ``A`` of a text.
+        """
+        ordinary: BoolArray = ~self.special & (self.lengths > 0)
+        own = {self.tokens[index] for index in np.flatnonzero(ordinary).tolist() if index not in self.byte_fallback}
+        ordinary[[index for index in self.byte_fallback if self.tokens[index] in own]] = False
+        return ordinary
 
     def bytes_of(self, token_id: int) -> bytes:
         """Return the bytes of a token; empty for an id without a token, as in a padded output layer."""
@@ -160,6 +174,7 @@ class TokenTable:
             "roles": [",".join(names) for names in roles],
             "prefix_space": [self.prefix_space] * size,
             "kind": [self.kind] * size,
+            "byte_fallback": [index in self.byte_fallback for index in range(size)],
         }
 
     @classmethod
@@ -181,71 +196,9 @@ class TokenTable:
             found = [Role(name) for name in names.split(",")] if names else []
             role_ids.update({role: index for role in found if role is not Role.OTHER})
             roles.append(found[0] if found else None)
-        return cls(list(columns["token"]), roles, role_ids, bool(columns["prefix_space"][0]), columns["kind"][0])
-
-
-def _parts(spec: Mapping[str, Any], section: str) -> list[dict[str, Any]]:
-    """Flatten a section of a tokenizer.json (a part, a sequence of parts, or nothing)."""
-    node = spec.get(section)
-    if node is None:
-        return []
-    children = node.get("pretokenizers") or node.get("normalizers") or node.get("decoders")
-    if children is None:
-        return [node]
-    return [part for child in children for part in _parts({section: child}, section)]
-
-
-def _has(spec: Mapping[str, Any], kind: str, *sections: str) -> bool:
-    return any(part["type"] == kind for section in sections for part in _parts(spec, section))
-
-
-def _kind(spec: Mapping[str, Any]) -> Kind:
-    model = spec["model"]
-    name = model.get("type", "BPE")
-    affix = model.get("end_of_word_suffix") or model.get("continuing_subword_prefix")
-    if name in ("BPE", "Unigram") and not affix:
-        if _has(spec, "ByteLevel", "pre_tokenizer", "decoder", "normalizer"):
-            return "byte_level"
-        if _space_marker(spec) is not None or model.get("byte_fallback"):
-            return "sentencepiece"
-    if name in ("WordPiece", "WordLevel"):
-        reason = "its tokens drop the spaces between words, and often case and accents, so they do not spell the text"
-    elif affix:
-        reason = f"its tokens mark the parts of a word with {affix!r} instead of spelling the spaces"
-    else:
-        reason = "its tokens have neither a byte alphabet nor a mark for spaces, so their bytes are unknown"
-    raise TokenizerError(
-        f"expected byte-level BPE or a SentencePiece-style tokenizer, got a {name} tokenizer: {reason}. "
-        "Use a model with another tokenizer."
-    )
-
-
-def _space_marker(spec: Mapping[str, Any]) -> str | None:
-    for part in [*_parts(spec, "pre_tokenizer"), *_parts(spec, "decoder")]:
-        if part["type"] == "Metaspace":
-            return str(part["replacement"])
-    for part in _parts(spec, "normalizer"):
-        if part["type"] == "Replace" and part["pattern"] == {"String": " "}:
-            return str(part["content"])
-    return None
-
-
-def _adds_prefix_space(spec: Mapping[str, Any]) -> bool:
-    for part in [*_parts(spec, "normalizer"), *_parts(spec, "pre_tokenizer")]:
-        if part["type"] == "Prepend":
-            return True
-        if part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never":
-            return bool(part.get("add_prefix_space", True))
-        if part["type"] == "ByteLevel" and part.get("add_prefix_space"):
-            return True
-    return False
-
-
-def _model_vocab(spec: Mapping[str, Any]) -> dict[str, int]:
-    vocab = spec["model"]["vocab"]
-    if isinstance(vocab, dict):
-        return vocab
-    return {piece: index for index, (piece, _) in enumerate(vocab)}
+        prefix_space, kind = bool(columns["prefix_space"][0]), columns["kind"][0]
+        fallback = frozenset(np.flatnonzero(columns.get("byte_fallback", [])).tolist())
+        return cls(list(columns["token"]), roles, role_ids, prefix_space, kind, fallback)
 
 
 def _names_by_id(vocab: Mapping[str, int]) -> list[str | None]:
@@ -255,34 +208,6 @@ def _names_by_id(vocab: Mapping[str, int]) -> list[str | None]:
     for name, index in vocab.items():
         names[index] = name
     return names
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Character -> byte of byte-level BPE: printable Latin-1 stands for itself, the rest is shifted to 256 and up."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    alphabet = {chr(byte): byte for byte in printable}
-    shifted = [byte for byte in range(256) if chr(byte) not in alphabet]
-    return alphabet | {chr(256 + index): byte for index, byte in enumerate(shifted)}
-
-
-def _decoder(spec: Mapping[str, Any], kind: Kind) -> Any:
-    if kind == "byte_level":
-        alphabet = _byte_alphabet()
-
-        def byte_level(name: str) -> bytes:
-            # A name with a character outside the alphabet stands for itself, as in the tokenizer's own decoder.
-            values = [alphabet.get(character, -1) for character in name]
-            return name.encode() if -1 in values else bytes(values)
-
-        return byte_level
-    marker = _space_marker(spec) or "\u2581"
-    fallback = bool(spec["model"].get("byte_fallback")) or _has(spec, "ByteFallback", "decoder")
-
-    def sentencepiece(name: str) -> bytes:
-        match = _BYTE_TOKEN.fullmatch(name) if fallback else None
-        return bytes([int(match[1], 16)]) if match else name.replace(marker, " ").encode("utf-8", "surrogatepass")
-
-    return sentencepiece
 
 
 def _find_roles(

@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from fusion_plugins.core.counts import AlignmentCounts
 from fusion_plugins.core.distance import nearest_tokens, pair_distances
 from fusion_plugins.core.token_table import Role, TokenTable
-from fusion_plugins.core.types import IntArray, VocabularyMap
+from fusion_plugins.core.types import BoolArray, IntArray, VocabularyMap
 from fusion_plugins.core.vocab_statistics import by_count, by_published_score
 from fusion_plugins.errors import ConfigError
 
@@ -62,7 +61,7 @@ def map_vocabulary(
         raise ConfigError(f"unknown vocabulary method {method!r}; expected one of {', '.join(METHODS)}")
     left, right = _tokens(source), _tokens(target)
     _check_types(left, right)
-    rows, columns = _ordinary(source), _ordinary(target)
+    rows, columns = _mappable(source), _eligible(target)
     target_ids = np.full(len(left), -1, np.int32)
     distances = np.full(len(left), -1, np.int32)
     if method == "statistics":
@@ -88,15 +87,20 @@ def _tokens(vocabulary: Vocabulary) -> Sequence[Any]:
     return vocabulary.tokens if isinstance(vocabulary, TokenTable) else vocabulary
 
 
-def _ordinary(vocabulary: Vocabulary) -> npt.NDArray[np.bool_]:
+def _mappable(vocabulary: Vocabulary) -> BoolArray:
     """(W,) bool, True for tokens that are mapped by their text: not for special tokens and ids without a token."""
     if isinstance(vocabulary, TokenTable):
-        ordinary: npt.NDArray[np.bool_] = ~vocabulary.special & (vocabulary.lengths > 0)
-        return ordinary
+        mappable: BoolArray = ~vocabulary.special & (vocabulary.lengths > 0)
+        return mappable
     return np.ones(len(vocabulary), np.bool_)
 
 
-def _select(tokens: Sequence[Any], chosen: npt.NDArray[np.bool_]) -> list[Any]:
+def _eligible(vocabulary: Vocabulary) -> BoolArray:
+    """(V,) bool, True for tokens to which the text of another may be mapped."""
+    return vocabulary.ordinary if isinstance(vocabulary, TokenTable) else np.ones(len(vocabulary), np.bool_)
+
+
+def _select(tokens: Sequence[Any], chosen: BoolArray) -> list[Any]:
     return [tokens[index] for index in np.flatnonzero(chosen)]
 
 
@@ -110,7 +114,7 @@ def _check_types(left: Sequence[Text], right: Sequence[Text]) -> None:
 
 
 def _nearest(
-    left: Sequence[Any], right: Sequence[Any], columns: npt.NDArray[np.bool_], limit: int | None
+    left: Sequence[Any], right: Sequence[Any], columns: BoolArray, limit: int | None
 ) -> tuple[IntArray, IntArray]:
     """Take equal tokens first, then search for the rest; ids are those of the whole target vocabulary."""
     ids = np.flatnonzero(columns)
@@ -125,9 +129,7 @@ def _nearest(
     return np.where(index >= 0, ids[index] if len(ids) else -1, -1).astype(np.int32), distance
 
 
-def _first_tokens(
-    left: Sequence[Any], right: Sequence[Any], columns: npt.NDArray[np.bool_], encode: Encode | None
-) -> IntArray:
+def _first_tokens(left: Sequence[Any], right: Sequence[Any], columns: BoolArray, encode: Encode | None) -> IntArray:
     first = {right[index]: index for index in np.flatnonzero(columns)[::-1].tolist()}
 
     def choose(token: Any) -> int:

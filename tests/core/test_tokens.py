@@ -335,6 +335,14 @@ def test_ordinary_added_tokens_stand_for_themselves():
     assert_spells(table, found, text)
 
 
+def test_byte_tokens_are_ordinary_only_where_they_are_needed(tables):
+    tokenizer, table = tables["mistral_v1"]
+    ids = tokenizer.convert_tokens_to_ids(["<0x61>", "a", "<0x0A>", "<0xE2>", "</s>"])
+    assert [bool(table.ordinary[index]) for index in ids] == [False, True, True, True, False]
+    assert len(table.byte_fallback) == 256
+    assert not tables["tekken"][1].byte_fallback
+
+
 def test_wordpiece_is_refused_with_the_reason():
     with pytest.raises(TokenizerError, match="WordPiece tokenizer: its tokens drop the spaces.*another tokenizer"):
         table_of(tiny.wordpiece())

@@ -89,6 +89,26 @@ def test_bytes_are_compared_and_not_surfaces():
         assert target.tokens[found.target_ids[source.tokens.index(piece)]] == piece
 
 
+@pytest.mark.parametrize("method", ["exact", "min_edit", "first_token"])
+def test_letters_do_not_map_to_byte_tokens_that_the_target_never_uses(method):
+    """<0x61> has the bytes of a and a lower id; the tokenizer uses it for nothing."""
+    source, target = TokenTable.from_tokenizer(tiny.tekken()), TokenTable.from_tokenizer(tiny.mistral_v1())
+    small = TokenTable(source.tokens[:1400], source.roles[:1400], source.role_ids, False, "byte_level")
+    names = surfaces(tiny.mistral_v1())
+    found = map_vocabulary(small, target, method=method)
+    got = [names[found.target_ids[small.tokens.index(piece)]] for piece in (b"a", b"1", b"(", b"\n", b"\xe2")]
+    assert got == ["a", "1", "(", "<0x0A>", "<0xE2>"]
+
+
+def test_byte_tokens_map_as_sources():
+    table_of_bytes = TokenTable.from_tokenizer(tiny.mistral_v1())
+    found = map_vocabulary(table_of_bytes, table_of_bytes, method="exact")
+    names = surfaces(tiny.mistral_v1())
+    moved = {names[row]: names[column] for row, column in enumerate(found.target_ids.tolist()) if row != column}
+    assert moved["<0x61>"] == "a"
+    assert len(moved) == sum(chr(byte).replace(" ", "▁") in names for byte in range(128))
+
+
 def test_str_distances_count_code_points_and_bytes_distances_count_bytes():
     assert map_vocabulary(["né"], ["n"]).distances.tolist() == [1]
     assert map_vocabulary(["né".encode()], [b"n"]).distances.tolist() == [2]
