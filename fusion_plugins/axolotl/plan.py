@@ -10,12 +10,11 @@ from fusion_plugins.core.align import ALIGNERS, align_texts
 from fusion_plugins.core.counts import AlignmentCounts
 from fusion_plugins.core.fuse import RULES
 from fusion_plugins.core.pipeline import FusionPlan, SourcePlan
-from fusion_plugins.core.tokens import encoder
 from fusion_plugins.core.types import Record, TokenizedText, VocabularyMap
-from fusion_plugins.core.vocab import map_vocabulary
 from fusion_plugins.errors import MismatchError
 from fusion_plugins.plugins import lookup
 from fusion_plugins.store import Store
+from fusion_plugins.store.map_cache import cached_map
 
 __all__ = ["check_text", "make_plan"]
 
@@ -96,13 +95,13 @@ def _vocabulary(
         ids = np.arange(store.table.vocab_size, dtype=np.int32)
         return VocabularyMap(ids, np.zeros_like(ids), "identity")
     method = block.alignment.vocabulary
-    return map_vocabulary(
+    return cached_map(
         store.table,
         target.table,
         method=method,
         max_distance=block.alignment.max_distance,
         counts=_count(store, texts) if method == "statistics" else None,
-        encode=encoder(target.tokenizer, target.table) if method == "first_token" else None,
+        tokenizer=target.tokenizer,
     )
 
 
