@@ -23,5 +23,11 @@ def _code(**options: Any) -> Scorer:
     return CodeScorer(**options)
 
 
+def _reward(**options: Any) -> Scorer:
+    from fusion_plugins.scoring.reward import RewardScorer
+
+    return RewardScorer(**options)
+
+
 #: name -> function from options to a scorer; :mod:`fusion_plugins.builtins` hands these to the plugin manager.
-SCORERS = {"math": _math, "code": _code}
+SCORERS = {"math": _math, "code": _code, "reward": _reward}

@@ -1,0 +1,212 @@
+"""Rewards of a sequence-classification reward model, run by transformers: raw scores, no sigmoid.
+
+A reward model whose head was not in the checkpoint gives random numbers that look like rewards; such a model is refused
+here, as is one that gives everything the same reward.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import transformers
+from pydantic import BaseModel, ConfigDict, Field
+
+from fusion_plugins.config import validate
+from fusion_plugins.errors import ConfigError, DataError, ScoringError
+from fusion_plugins.scoring.base import Row, Score
+
+__all__ = ["RewardOptions", "RewardScorer"]
+
+#: told apart by any reward model that works
+PROBES = (
+    {"prompt": "What is 12 + 30?", "response": "12 + 30 = 42."},
+    {"prompt": "What is 12 + 30?", "response": "I refuse, and the sky is a fish fish fish."},
+)
+
+
+class RewardOptions(BaseModel):
+    """Options of the scorer ``reward``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(description="folder or hub name, for example RLHFlow/ArmoRM-Llama3-8B-v0.1")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="bfloat16 leaves three digits of a reward, so that near ones become equal"
+    )
+    device: str = Field("auto", description="auto: a GPU where there is one")
+    batch_size: int = Field(8, ge=1, description="responses per forward pass; 1 for a model without a padding token")
+    max_length: int | None = Field(
+        None,
+        ge=2,
+        description="longest prompt with response in tokens, default: the model's; what is longer gets no reward",
+    )
+    template: Literal["chat", "plain"] = Field(
+        "chat",
+        description="chat: the tokenizer's template; plain: prompt and response as the tokenizer joins two texts",
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model; ArmoRM needs it")
+    label: int | None = Field(None, ge=0, description="which output is the reward, for a head with several")
+
+
+class RewardScorer:
+    """Scores (prompt, response) with a reward model; the options are those of :class:`RewardOptions`.
+
+    Raises:
+        ConfigError: an option is wrong.
+        ScoringError: the model cannot be loaded, its head is not in the checkpoint, or it does not discriminate.
+    """
+
+    domains: frozenset[str] | None = None
+
+    def __init__(self, **options: Any) -> None:
+        self._options = chosen = validate(RewardOptions, options, where="scorers.reward")
+        self._device = ("cuda" if torch.cuda.is_available() else "cpu") if chosen.device == "auto" else chosen.device
+        self._model = _load_model(chosen).to(self._device)
+        self._tokenizer = _load_tokenizer(chosen)
+        text_config = self._model.config.get_text_config()
+        self._pad_id = text_config.pad_token_id
+        self._batch_size = chosen.batch_size if self._pad_id is not None else 1
+        self._max_length = chosen.max_length or getattr(text_config, "max_position_embeddings", None) or 1 << 30
+        self.facts = {
+            "model": chosen.model,
+            "revision": getattr(self._model.config, "_commit_hash", None) or chosen.revision,
+            "checkpoint": _checkpoint_fingerprint(chosen.model),
+            "dtype": chosen.dtype,
+            "template": chosen.template,
+            "label": chosen.label,
+            "max_length": self._max_length,
+            "transformers": transformers.__version__,
+        }
+        self._check_head()
+
+    def score(self, rows: Sequence[Row]) -> list[Score]:
+        """Return one reward per row; the order and company of the rows change it by rounding only."""
+        encoded = [self._encode(row) for row in rows]
+        scores = {
+            place: Score(reason=f"longer than {self._max_length} tokens")
+            for place, ids in enumerate(encoded)
+            if len(ids) > self._max_length
+        }
+        # Equal lengths together: less padding.
+        fitting = sorted((place for place in range(len(rows)) if place not in scores), key=lambda p: len(encoded[p]))
+        for batch in _chunks(fitting, self._batch_size):
+            for place, reward in zip(batch, self._forward([encoded[place] for place in batch]), strict=True):
+                fine = math.isfinite(reward)
+                scores[place] = Score(reward=reward) if fine else Score(reason=f"the reward is {reward}")
+        return [scores[place] for place in range(len(rows))]
+
+    def close(self) -> None:
+        """Give back the memory of the model."""
+        del self._model
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _encode(self, row: Row) -> list[int]:
+        if self._options.template == "plain":
+            prompt = row["prompt"] if isinstance(row["prompt"], str) else _contents(row["prompt"])
+            return list(self._tokenizer(prompt, row["response"])["input_ids"])
+        messages = [*_messages(row["prompt"]), {"role": "assistant", "content": row["response"]}]
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # templates are programs; they raise what they like
+            raise DataError(
+                f"prompt {row.get('prompt_id')!r}: the reward model's chat template refuses it: {error}"
+            ) from error
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _forward(self, encoded: Sequence[Sequence[int]]) -> list[float]:
+        width = max(len(ids) for ids in encoded)
+        pad = 0 if self._pad_id is None else self._pad_id
+        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in encoded], device=self._device)
+        lengths = torch.tensor([len(row) for row in encoded], device=self._device)
+        mask = (torch.arange(width, device=self._device)[None] < lengths[:, None]).long()
+        with torch.inference_mode():
+            output = self._model(input_ids=ids, attention_mask=mask)
+        return [float(reward) for reward in self._rewards(output).float()]
+
+    def _rewards(self, output: Any) -> torch.Tensor:
+        # ArmoRM's own code gives its gated preference score under this name; its logits are 19 objectives.
+        if getattr(output, "score", None) is not None:
+            return cast(torch.Tensor, output.score.flatten())
+        width, label = output.logits.shape[-1], self._options.label
+        if (width > 1 and label is None) or (label or 0) >= width:
+            raise ConfigError(
+                f"scorers.reward: the head of {self._options.model!r} has {width} outputs "
+                f"({self._model.config.id2label}), label is {label}; say with `label` which one is the reward"
+            )
+        return cast(torch.Tensor, output.logits[:, label or 0])
+
+    def _check_head(self) -> None:
+        rewards = [score.reward for score in self.score(PROBES)]
+        if None in rewards or rewards[0] == rewards[1]:
+            raise ScoringError(
+                f"reward model {self._options.model!r}: expected different finite rewards for a good and a senseless "
+                f"answer, got {rewards[0]} and {rewards[1]}. Its head, its dtype ({self._options.dtype}) or max_length "
+                f"({self._max_length}) is broken."
+            )
+
+
+def _load_model(options: RewardOptions) -> Any:
+    try:
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            options.model,
+            dtype=getattr(torch, options.dtype),
+            output_loading_info=True,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ScoringError(f"reward model {options.model!r} cannot be loaded: {error}") from error
+    missing = sorted({*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])})
+    if missing:
+        raise ScoringError(
+            f"reward model {options.model!r}: {', '.join(missing[:5])} is not in the checkpoint and was filled with "
+            "random numbers, so its rewards would be random. Expected a checkpoint of a sequence-classification model; "
+            f"left over in this one: {', '.join(sorted(info['unexpected_keys'])[:5]) or 'nothing'}. Does it need "
+            "trust_remote_code?"
+        )
+    return model.eval()
+
+
+def _load_tokenizer(options: RewardOptions) -> Any:
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ScoringError(f"the tokenizer of reward model {options.model!r} cannot be loaded: {error}") from error
+    if options.template == "chat" and not tokenizer.chat_template:
+        raise ConfigError(
+            f"reward model {options.model!r} has no chat template; set `template: plain` if it was trained on bare "
+            "pairs of prompt and response"
+        )
+    return tokenizer
+
+
+def _checkpoint_fingerprint(model: str) -> str | None:
+    """For a folder: a sha256 (hex) over its settings and the names and sizes of its weights; None for a hub name."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes() if path.suffix == ".json" else str(path.stat().st_size).encode()
+        digest.update(path.name.encode() + b"\0" + content + b"\0")
+    return digest.hexdigest()
+
+
+def _messages(prompt: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _contents(messages: list[dict[str, Any]]) -> str:
+    return "\n\n".join(str(message["content"]) for message in messages)
+
+
+def _chunks(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(places), size):
+        yield places[start : start + size]
