@@ -7,6 +7,7 @@ Which split a text belongs to follows from the name of its file alone, so that c
 
 import ast
 import hashlib
+import os
 import sysconfig
 from collections import defaultdict
 from collections.abc import Iterator
@@ -24,7 +25,9 @@ SPLITS = {"heldout": 0.08, "common": 0.25, "pretrain": 0.67}
 FILES_PER_PACKAGE = 60
 CHUNKS_PER_FILE = 12
 FILE_BYTES = 80_000
-FOLDERS_PASSED_OVER = {"test", "tests", "testing", "site-packages", "_vendor", "idlelib", "lib2to3", "__pycache__"}
+FOLDERS_PASSED_OVER = {
+    *("test", "tests", "testing", "site-packages", "_vendor", "idlelib", "lib2to3", "licenses", "__pycache__")
+}
 
 
 def _digest(text: str) -> bytes:
@@ -91,22 +94,24 @@ def _texts_of(path: Path) -> dict[str, list[str]]:
     return {"prose": prose, "code": _chunks(code, "\n\n")}
 
 
+def _wanted(root: Path) -> Iterator[tuple[str, Path]]:
+    """(top-level package, path) of the sources and documents below ``root``."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in FOLDERS_PASSED_OVER]
+        for name in names:
+            if (name.endswith((".py", ".md", ".rst")) or name == "METADATA") and not name.startswith("test_"):
+                path = Path(folder, name)
+                yield path.relative_to(root).parts[0], path
+
+
 def _files() -> Iterator[Path]:
     """Installed sources and documents, a bounded number of each package, in an order that the names decide."""
     paths = sysconfig.get_paths()
-    packages: dict[str, list[Path]] = defaultdict(list)
+    packages: dict[str, list[tuple[bytes, Path]]] = defaultdict(list)
     for root in (Path(paths["stdlib"]), Path(paths["purelib"])):
-        for path in root.rglob("*"):
-            parts = path.relative_to(root).parts
-            wanted = path.suffix in {".py", ".md", ".rst"} or path.name == "METADATA"
-            if not wanted or FOLDERS_PASSED_OVER & set(parts) or "licenses" in parts:
-                continue
-            if not path.name.startswith("test_"):
-                packages[parts[0]].append(path)
-    chosen = []
-    for name, files in packages.items():
-        ranked = sorted((_digest(f"{name}/{p.relative_to(p.anchor).name}/{p.parent.name}"), p) for p in files)
-        chosen += ranked[:FILES_PER_PACKAGE]
+        for package, path in _wanted(root):
+            packages[package].append((_digest(f"{package}/{path.parent.name}/{path.name}"), path))
+    chosen = [ranked for files in packages.values() for ranked in sorted(files)[:FILES_PER_PACKAGE]]
     yield from (path for _, path in sorted(chosen))
 
 
@@ -124,7 +129,9 @@ def harvest(budgets: dict[str, int]) -> dict[tuple[str, str], list[str]]:
     seen: set[bytes] = set()
     for path in _files():
         split = split_of(path)
-        if not any(left[split, domain] > 0 for domain in ("code", "prose")) or path.stat().st_size > FILE_BYTES:
+        if not any(left.get((split, domain), 0) > 0 for domain in ("code", "prose")):
+            continue
+        if path.stat().st_size > FILE_BYTES:
             continue
         for domain, chunks in _texts_of(path).items():
             for chunk in chunks[:CHUNKS_PER_FILE]:

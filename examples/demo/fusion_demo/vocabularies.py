@@ -62,7 +62,7 @@ TOKENIZERS = {
         _template("<|user|>\n", "<|assistant|>\n", "<|end|>\n", "<|end|>\n"),
         ("<|user|>", "<|assistant|>"),
     ),
-    "code": TokenizerSpec("sentencepiece", 6144, WORDS, "<s>", "</s>", _template("[INST] ", "", " [/INST] ", "</s>")),
+    "code": TokenizerSpec("sentencepiece", 6144, WORDS, "<s>", "</s>", _template("[INST] ", "", " [/INST]\n", "</s>")),
     "maths": TokenizerSpec(
         "byte_level",
         3072,
