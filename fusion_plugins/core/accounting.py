@@ -24,7 +24,8 @@ class ProjectionReport:
         unaligned: no source row ends at the same byte.
         other_bytes: the next token stands for other bytes than the text's on one side.
         reaches_out: the target's next token reaches into the template.
-        other_end: the two models expect different special tokens.
+        other_special: a special token on one side (an unknown character, the end of a turn) is something else on the
+            other.
         source_ends: the record ends before the target's next token does (it was truncated).
         low_mass: the candidates keep less than ``min_mass``.
         fallback: unused rows that got the next label.
@@ -49,7 +50,7 @@ class ProjectionReport:
     unaligned: int = 0
     other_bytes: int = 0
     reaches_out: int = 0
-    other_end: int = 0
+    other_special: int = 0
     source_ends: int = 0
     low_mass: int = 0
     fallback: int = 0

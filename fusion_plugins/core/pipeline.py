@@ -15,12 +15,12 @@ from fusion_plugins.core.align import Alignment, align_texts, align_tokens
 from fusion_plugins.core.common_text import common_text
 from fusion_plugins.core.fuse import Rule, fuse, min_ce_choice, truncate
 from fusion_plugins.core.project import Projection, ProjectionOptions, project_record
-from fusion_plugins.core.record import stored_rows
+from fusion_plugins.core.record import build_record, stored_rows
 from fusion_plugins.core.token_table import TokenTable
 from fusion_plugins.core.types import Record, SparseDistributions, TokenizedText, VocabularyMap
 from fusion_plugins.errors import ConfigError, MismatchError
 
-__all__ = ["FusionPlan", "SourcePlan", "fuse_text"]
+__all__ = ["FusionPlan", "SourcePlan", "fuse_text", "warm_up"]
 
 
 @dataclass(frozen=True)
@@ -162,3 +162,19 @@ def _cross_entropies(
 
 def _metric(plan: FusionPlan, records: Sequence[Record]) -> npt.NDArray[np.float64]:
     return np.array([record.ce_per_byte if plan.metric == "byte" else record.ce_per_token for record in records])
+
+
+def warm_up() -> None:
+    """Load every compiled kernel, or compile it once for the disk cache.
+
+    Call it before worker processes are forked, so that they neither compile nor load anything themselves.
+    """
+    table = TokenTable([b"a", b"b", b"ab"], [None, None, None], {}, False, "byte_level")
+    vocabulary = VocabularyMap(np.arange(3, dtype=np.int32), np.zeros(3, np.int32), "exact")
+    target = TokenizedText(
+        np.array([0, 1, 2], np.int32), np.array([1, 2, 4], np.int32), np.array([[0, 4]], np.int32), np.ones(3, np.bool_)
+    )
+    record = build_record("", target, np.ones((3, 1), np.int32), np.zeros((3, 1), np.float32), np.zeros(3, np.float32))
+    source = SourcePlan("a", table, vocabulary)
+    for rule, alignment in (("avg_ce", "dtw"), ("token_min_ce", "offsets")):
+        fuse_text(FusionPlan(table, (source, source), rule=rule, alignment=alignment), target, [record, record])

@@ -24,7 +24,8 @@ together that do not end at the same byte.
 
 **Masked rows.** A row is left out where the next token stands for other bytes than the text's on one side only (a dummy
 prefix, a character that a normaliser changed), where it reaches over the end of a message into the template, and
-where, at the end of a message, the two models do not expect the same special token.
+where a special token of one side is something else on the other. At the end of a message the tokens that end a turn or
+a text correspond, whatever their names.
 """
 
 from dataclasses import dataclass

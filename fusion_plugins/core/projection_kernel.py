@@ -13,12 +13,12 @@ __all__ = ["COUNTS", "MASSES", "ROW_KINDS", "Mapping", "SourceRows", "TargetRows
 
 # What becomes of a row that has a source row: up to UNCHECKED it is used, the others are masked.
 ONE_TO_ONE, ONE_TO_MANY, MANY_TO_ONE, CROSSING, SPECIAL, UNCHECKED = range(6)
-OTHER_BYTES, REACHES_OUT, OTHER_END, SOURCE_ENDS, LOW_MASS = range(6, 11)
+OTHER_BYTES, REACHES_OUT, OTHER_SPECIAL, SOURCE_ENDS, LOW_MASS = range(6, 11)
 # What becomes of a candidate.
 EXACT, EDITED, UNMAPPED = range(11, 14)
 COUNTS = (
     "one_to_one", "one_to_many", "many_to_one", "crossing", "special", "unchecked", "other_bytes", "reaches_out",
-    "other_end", "source_ends", "low_mass", "exact", "edited", "unmapped",
+    "other_special", "source_ends", "low_mass", "exact", "edited", "unmapped",
 )  # fmt: skip
 ROW_KINDS = COUNTS[:EXACT]
 GOLD_MASS, EXACT_MASS, EDITED_MASS, UNMAPPED_MASS, PREFIX_MASS, OUTSIDE_MASS = range(6)
@@ -108,7 +108,9 @@ def _kind(source, u, target, t, mapping, s_tokens, t_tokens):  # type: ignore[no
     known = label < len(t_tokens.special) and first < min(len(s_tokens.special), len(mapping.target_ids))
     if not known or target.left[t] == 0 or t_tokens.special[label] or s_tokens.special[first]:
         same = known and mapping.target_ids[first] == label
-        return (SPECIAL if same else OTHER_END), u + 1, 0.0
+        # One model's end of turn may be what another uses as the end of the text.
+        same |= known and target.left[t] == 0 and s_tokens.closing[first] and t_tokens.closing[label]
+        return (SPECIAL if same else OTHER_SPECIAL), u + 1, 0.0
     if source.place[u] != target.place[t]:
         return UNCHECKED, u + 1, 0.0
     width = target.ends[t + 1] - target.ends[t]
@@ -121,6 +123,8 @@ def _kind(source, u, target, t, mapping, s_tokens, t_tokens):  # type: ignore[no
     while v < len(source.ids) and source.ends[v] < goal:
         logp += source.gold[v - 1]
         v += 1
+        if v < len(source.ids) and (source.ids[v] >= len(s_tokens.special) or s_tokens.special[source.ids[v]]):
+            return OTHER_SPECIAL, v, logp
     if v == len(source.ids):
         return SOURCE_ENDS, v, logp
     if source.ends[v] == goal:
@@ -160,6 +164,8 @@ def _candidates(  # type: ignore[no-untyped-def]
             masses[PREFIX_MASS] += p
             continue
         to = mapping.target_ids[z] if z < len(mapping.target_ids) else -1
+        if kind == SPECIAL and z == first:
+            to = label
         exact = to >= 0 and mapping.exact[z]
         longer = by_bytes and not exact and not mapping.first_token and z < len(s_tokens.special)
         if longer and not s_tokens.special[z] and _strict(t_tokens, label, s_tokens, z):

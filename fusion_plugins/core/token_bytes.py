@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusion_plugins.core.jit import compiled
-from fusion_plugins.core.token_table import TokenTable
+from fusion_plugins.core.token_table import Role, TokenTable
 from fusion_plugins.core.types import BoolArray
 
 __all__ = ["TokenBytes", "is_prefix", "token_bytes"]
@@ -22,11 +22,13 @@ class TokenBytes(NamedTuple):
         flat: all bytes, uint8.
         starts: (W + 1,) int64.
         special: (W,) bool.
+        closing: (W,) bool, the tokens that end a turn or a text.
     """
 
     flat: npt.NDArray[np.uint8]
     starts: npt.NDArray[np.int64]
     special: BoolArray
+    closing: BoolArray
 
 
 def token_bytes(table: TokenTable) -> TokenBytes:
@@ -35,7 +37,9 @@ def token_bytes(table: TokenTable) -> TokenBytes:
     if found is None:
         flat = np.frombuffer(b"".join(table.tokens), np.uint8).copy()
         starts = np.concatenate([[0], np.cumsum(table.lengths, dtype=np.int64)])
-        found = TokenBytes(flat, starts, table.special.copy())
+        closing = np.zeros(table.vocab_size, np.bool_)
+        closing[[table.role_ids[role] for role in (Role.EOS, Role.END_OF_TURN) if role in table.role_ids]] = True
+        found = TokenBytes(flat, starts, table.special.copy(), closing)
         if len(_CACHE) >= _CACHED_TABLES:
             _CACHE.pop(next(iter(_CACHE)))
         _CACHE[table.fingerprint] = found

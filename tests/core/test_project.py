@@ -257,7 +257,7 @@ def test_no_mass_appears_or_disappears_unreported(shorter, longer, random, seed,
     held = np.exp(found.distributions.logprobs.astype(np.float64)).sum(axis=1)
     assert held.sum() == pytest.approx(report.gold_mass + report.exact_mass + report.edited_mass, rel=1e-5)
     np.testing.assert_allclose(held + found.distributions.leftover, 1.0, atol=1e-5)
-    unused = report.unaligned + report.other_bytes + report.reaches_out + report.other_end
+    unused = report.unaligned + report.other_bytes + report.reaches_out + report.other_special
     assert report.used + unused + report.source_ends + report.low_mass == report.rows == len(t_tokens) - 1
 
 
@@ -339,7 +339,7 @@ def test_the_end_of_turn_is_taught_by_role():
 
 def test_a_message_end_that_the_target_spells_otherwise_is_left_out():
     found, _ = end_of_turn(["<|im_end|>", "\n"], ["\n", "</s>"])
-    assert found.report.other_end == 1
+    assert found.report.other_special == 1
     assert not found.distributions.rows[1]
 
 
