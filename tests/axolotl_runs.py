@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -30,6 +31,18 @@ CHATS = [
     for b in (4, 27)
 ]
 
+SCORED_COLUMNS = {
+    "prompt_id": "string",
+    "source": "string",
+    "index": "int64",
+    "prompt": "json",
+    "response": "string",
+    "domain": "string",
+    "finish_reason": "string",
+    "reward": "float64",
+    "correct": "bool",
+}
+
 
 def texts(count: int = 24) -> list[str]:
     """Short texts that differ."""
@@ -47,6 +60,40 @@ def capture(texts: Path, model: Path, out: Path, top_k: int = 16) -> Path:
 
     capture_texts(CaptureConfig(texts=str(texts), model=str(model), out=str(out), top_k=top_k))
     return out
+
+
+def scored(prompts: int = 10) -> list[dict[str, Any]]:
+    """Three sources with three responses each; rewards differ by 0.03 from one to the next, those of "far" by 5."""
+    rows = []
+    for prompt in range(prompts):
+        for source, (name, step) in enumerate((("near", 0.03), ("also", 0.02), ("far", 5.0))):
+            rows += [
+                {
+                    "prompt_id": f"p{prompt}",
+                    "source": name,
+                    "index": index,
+                    "prompt": f"Say {prompt}!",
+                    "response": f"{name} says {prompt}, {'no ' * index}more.",
+                    "domain": "instruction",
+                    "finish_reason": "stop",
+                    "reward": 0.5 + source * 0.001 - step * index,
+                    "correct": None,
+                }
+                for index in range(3)
+            ]
+    return rows
+
+
+def row_folder(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write rows as `fusion score` does."""
+    from fusion_plugins.store import RowManifest, RowWriter
+
+    manifest = RowManifest(stage="scored", columns=SCORED_COLUMNS, key=("prompt_id", "source", "index"))
+    with RowWriter(folder, manifest) as writer:
+        for row in rows:
+            writer.write(row)
+        writer.finish()
+    return folder
 
 
 @dataclass(frozen=True)
@@ -173,3 +220,21 @@ def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.Comple
         text=True,
         timeout=600,
     )
+
+
+def one_process_group() -> dict[str, str]:
+    """Environment of a sharded run of one process on the CPU."""
+    return {
+        "DS_ACCELERATOR": "cpu",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as connection:
+        connection.bind(("127.0.0.1", 0))
+        return int(connection.getsockname()[1])

@@ -4,57 +4,14 @@ import json
 
 import pytest
 import tiny
-from axolotl_runs import config, logged, prepare, train, write_rows
+from axolotl_runs import config, logged, prepare, row_folder, scored, train, write_rows
 
 from fusion_plugins.axolotl.rows import TargetTokenizer
 from fusion_plugins.axolotl.scored import candidates_of
 from fusion_plugins.errors import ConfigError, DataError, PluginError
-from fusion_plugins.store import RowManifest, RowWriter
 
 BEST = "fusion_plugins.axolotl.best_of_sources"
 DPO = "fusion_plugins.multi_source_dpo"
-COLUMNS = {
-    "prompt_id": "string",
-    "source": "string",
-    "index": "int64",
-    "prompt": "json",
-    "response": "string",
-    "domain": "string",
-    "finish_reason": "string",
-    "reward": "float64",
-    "correct": "bool",
-}
-
-
-def scored(prompts=10):
-    """Three sources with three responses each; rewards differ by 0.03 from one to the next, those of "far" by 5."""
-    rows = []
-    for prompt in range(prompts):
-        for source, (name, step) in enumerate((("near", 0.03), ("also", 0.02), ("far", 5.0))):
-            rows += [
-                {
-                    "prompt_id": f"p{prompt}",
-                    "source": name,
-                    "index": index,
-                    "prompt": f"Say {prompt}!",
-                    "response": f"{name} says {prompt}, {'no ' * index}more.",
-                    "domain": "instruction",
-                    "finish_reason": "stop",
-                    "reward": 0.5 + source * 0.001 - step * index,
-                    "correct": None,
-                }
-                for index in range(3)
-            ]
-    return rows
-
-
-def row_folder(folder, rows):
-    manifest = RowManifest(stage="scored", columns=COLUMNS, key=("prompt_id", "source", "index"))
-    with RowWriter(folder, manifest) as writer:
-        for row in rows:
-            writer.write(row)
-        writer.finish()
-    return folder
 
 
 def preference(material, folder, path, **changes):

@@ -1,0 +1,125 @@
+"""The shipped recipes: valid for axolotl as they are, without misspelt keys, and trained for real at toy size."""
+
+import copy
+import shutil
+
+import axolotl_runs as runs
+import pytest
+import tiny
+import yaml
+from axolotl_runs import ROOT, forget_plugins, row_folder, scored
+
+RECIPES = sorted(path.name for path in (ROOT / "axolotl_configs").glob("*.yml"))
+H100 = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 8, "compute_capability": "sm_90"}
+#: what the machine demands: sizes and precision. Model paths come on top.
+SMALL = {
+    "bf16": False,
+    "tf32": False,
+    "attn_implementation": "sdpa",
+    "sequence_len": 128,
+    "micro_batch_size": 2,
+    "gradient_accumulation_steps": 1,
+    "max_steps": 2,
+    "optimizer": "adamw_torch",
+    "dataset_num_proc": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def workplace(material, tmp_path_factory):
+    """A folder with everything that the recipes name, at toy size: data, stores, and the model of the first stage."""
+    folder = tmp_path_factory.mktemp("recipes")
+    shutil.copytree(ROOT / "axolotl_configs", folder / "axolotl_configs")
+    (folder / "data").mkdir()
+    shutil.copy(material.texts, folder / "data" / "corpus.jsonl")
+    shutil.copy(material.chats, folder / "data" / "chats.jsonl")
+    row_folder(folder / "data" / "scored", scored(20))
+    (folder / "stores").mkdir()
+    runs.capture(material.chats, material.target, folder / "stores" / "openchat")
+    for store, made in {
+        "llama2": "texts-target",
+        "openllama": "texts-digits",
+        "mpt": "texts-digits",
+        "mixtral": "chats-digits",
+        "solar": "chats-digits",
+    }.items():
+        shutil.copytree(material.folder / made, folder / "stores" / store)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(material, workplace):
+    """Checkpoints whose tokenizers have the pad tokens that the recipes name."""
+    for name in ("llama", "qwen", "gemma"):
+        tokenizer = copy.deepcopy(tiny.byte_level())
+        tokenizer.add_special_tokens({"pad_token": read(f"fusechat3_{name}.yml")["special_tokens"]["pad_token"]})
+        tiny.llama_checkpoint(workplace / "models" / f"fusechat3-{name}-sft", tokenizer=tokenizer)
+    return workplace / "models"
+
+
+def read(name):
+    return yaml.safe_load((ROOT / "axolotl_configs" / name).read_text(encoding="utf-8"))
+
+
+def test_the_recipes_are_there():
+    assert {"fusellm_llama2.yml", "fusechat_openchat_mixtral.yml", "fusechat3_llama.yml"} <= set(RECIPES)
+    assert all(f"axolotl train axolotl_configs/{name}" in head(name) for name in RECIPES)
+
+
+def head(name):
+    lines = (ROOT / "axolotl_configs" / name).read_text(encoding="utf-8").splitlines()
+    return "\n".join(line for line in lines if line.startswith("#"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_axolotl_accepts_the_recipe_as_it_is(name, workplace, monkeypatch):
+    from axolotl.cli.config import prepare_plugins
+    from axolotl.utils.config import validate_config
+    from axolotl.utils.dict import DictDefault
+
+    monkeypatch.chdir(workplace)
+    forget_plugins()
+    cfg = DictDefault(read(name))
+    prepare_plugins(cfg)
+    checked = validate_config(cfg, capabilities=H100, env_capabilities={"torch_version": "2.13.0"})
+    assert checked.fusion
+    assert checked.micro_batch_size * checked.gradient_accumulation_steps * 8 == 128
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_key_is_misspelt(name):
+    """axolotl drops keys that it does not know, without a word."""
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+    from axolotl.utils.schemas.datasets import DPODataset, SFTDataset
+
+    settings = read(name)
+    assert settings.keys() - {*AxolotlInputConfig.model_fields, "fusion"} == set()
+    entry = DPODataset if settings.get("rl") else SFTDataset
+    for data_set in settings["datasets"]:
+        assert data_set.keys() - entry.model_fields.keys() == set()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipe_trains(name, workplace, models, material, run_folder, monkeypatch):
+    monkeypatch.chdir(workplace)
+    settings = read(name) | SMALL
+    if not settings["base_model"].startswith("models/"):
+        fused = settings["fusion"].get("sources")
+        settings["base_model"] = str(material.target if fused else models / f"fusechat3-{name.split('_')[1]}-sft")
+    # Sharding over GPUs: see the real command below.
+    del settings["deepspeed"]
+    trainer = runs.train(settings, run_folder)
+    assert trainer.state.global_step == 2
+    assert (workplace / settings["output_dir"] / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_flagship_command_runs_sharded(workplace, models):
+    """`axolotl train axolotl_configs/fusechat3_llama.yml` with ZeRO-3; sizes and precision on the command line."""
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items() if key != "dataset_num_proc"]
+    result = runs.command(
+        "train", "axolotl_configs/fusechat3_llama.yml", *flags, cwd=workplace, **runs.one_process_group()
+    )
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert "DeepSpeed" in result.stdout
+    assert (workplace / "models" / "fusechat3-llama" / "model.safetensors").exists()
