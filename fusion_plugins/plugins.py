@@ -50,7 +50,8 @@ def get_plugin_manager(*, load: list[str] | None = None) -> pluggy.PluginManager
     try:
         manager.check_pending()
     except pluggy.PluginValidationError as error:
-        raise PluginError(f"plugin {error.plugin!r}: {error}. The hooks are: {', '.join(_hook_names())}.") from error
+        name = manager.get_name(error.plugin)
+        raise PluginError(f"plugin {name!r}: {error}. The hooks are: {', '.join(_hook_names())}.") from error
     return manager
 
 
