@@ -124,13 +124,16 @@ def _parse(raw: dict[str, Any], check: MergeCheck) -> MergeConfiguration | None:
     except Exception as error:
         check.error(f"mergekit cannot read the configuration: {_short(error)}", "correct what the message names")
         return None
+    for key, dtype in (("dtype", config.dtype), ("out_dtype", config.out_dtype)):
+        if dtype is not None and dtype.removeprefix("torch.") not in WIDTH:
+            check.error(f"{key}: {dtype!r} is no dtype of mergekit", f"take one of {', '.join(WIDTH)}")
     methods = {method.spec.name: method.spec for method in registered_methods()}
     spec = methods.get(config.merge_method)
     if spec is None:
-        close = get_close_matches(config.merge_method, methods, n=1)
+        close = get_close_matches(config.merge_method, methods)
         check.error(
             f"no merge method {config.merge_method!r}",
-            f"did you mean {close[0]!r}?" if close else f"take one of {', '.join(sorted(methods))}",
+            f"did you mean {' or '.join(close)}?" if close else f"take one of {', '.join(sorted(methods))}",
         )
         return None
     for problem in parameter_problems(config.model_dump(mode="json", exclude_defaults=True), spec):
@@ -155,6 +158,12 @@ def _read(references: Sequence[ModelReference], options: MergeOptions, check: Me
         dtypes = "/".join(sorted({STORED.get(info.dtype, info.dtype) for info in checkpoint.tensors.values()}))
         text = f"{_architecture(checkpoint)}, {elements:,} parameters, {dtypes}"
         check.facts.append((checkpoint.name, text))
+        for part in filter(None, (reference.model.path, reference.lora and reference.lora.path)):
+            if Path(part).exists() and part[0] not in "/~." and part.count("/") < 2:
+                check.warning(
+                    f"{part} is a folder, but mergekit asks the hub about such a name when it writes the model card",
+                    f"write ./{part}: without network the merge would end with an error",
+                )
         if checkpoint.adapter and not options.lora_merge_cache:
             check.error(f"{checkpoint.name}: an adapter has to be merged first", "run with --lora-merge-cache FOLDER")
     return checkpoints

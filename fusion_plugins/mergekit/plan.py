@@ -14,7 +14,7 @@ from mergekit.graph import Task
 from mergekit.io.tasks import FinalizeModel, SaveTensor
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
-from pydantic import ConfigDict
+from pydantic import ConfigDict, SkipValidation
 
 from fusion_plugins.core.varm import unit_of
 from fusion_plugins.mergekit.record import CurrentMerge, MergeRecord, merging
@@ -30,7 +30,7 @@ class FusionMergeTask(ExecuteMergeMethodTask):
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    record: MergeRecord
+    record: SkipValidation[MergeRecord]
     statistics: UnitStatistics | None = None
 
     def arguments(self) -> dict[str, Task]:
@@ -55,7 +55,7 @@ class WriteRecord(Task[None]):
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     finalize: FinalizeModel
-    record: MergeRecord
+    record: SkipValidation[MergeRecord]
 
     def arguments(self) -> dict[str, Task]:
         """Wait for the checkpoint."""

@@ -18,7 +18,7 @@ from mergekit.common import ModelReference
 from mergekit.graph import Executor, Task, TaskUniverse
 from mergekit.merge_methods.task_adapter import MergeTensorInput
 from mergekit.tokenizer import BuildTokenizer
-from pydantic import ConfigDict
+from pydantic import ConfigDict, SkipValidation
 
 from fusion_plugins.core.deltas import delta_sums, require_finite
 from fusion_plugins.errors import MergeError
@@ -67,7 +67,7 @@ class UnitStatistics(Task[UnitSums]):
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    unit: Unit
+    unit: SkipValidation[Unit]
     tokenizer: BuildTokenizer | None = None
 
     def arguments(self) -> dict[str, Task]:
@@ -97,7 +97,7 @@ class DeltaSums(Task[tuple[torch.Tensor, int] | None]):
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    unit: Unit
+    unit: SkipValidation[Unit]
     name: str
     inputs: MergeTensorInput
 
