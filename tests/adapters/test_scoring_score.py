@@ -14,8 +14,11 @@ from typer.testing import CliRunner
 
 import fusion_plugins.scoring.score as score_module
 from fusion_plugins.cli import app
+from fusion_plugins.config import load_config
 from fusion_plugins.errors import ConfigError, FusionError, MismatchError, ScoringError, StoreError
+from fusion_plugins.plugins import get_registry
 from fusion_plugins.scoring.math import MathScorer
+from fusion_plugins.scoring.reward import RewardOptions
 from fusion_plugins.scoring.score import ScoreConfig, score_responses, summarize
 from fusion_plugins.store import RowManifest, RowWriter, open_rows
 
@@ -193,6 +196,18 @@ def test_unknown_keys_of_the_file_are_refused(responses, tmp_path):
     run = CliRunner().invoke(app, ["score", "-c", str(settings)])
     assert run.exit_code != 0
     assert "unknown key" in str(run.exception)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples").rglob("score*.yml")), ids=str)
+def test_shipped_settings_are_valid_and_name_scorers_that_exist(path):
+    settings = load_config(ScoreConfig, path, {})
+    assert set(settings.scorers) <= set(get_registry("scorers"))
+    reward = settings.scorers.get("reward")
+    assert reward is None or RewardOptions.model_validate(reward.model_extra)
+
+
+def test_recipes_are_found():
+    assert (Path(__file__).parents[2] / "examples" / "fusechat3" / "score.yml").exists()
 
 
 def start(*arguments):
