@@ -217,7 +217,7 @@ def test_the_plan_names_every_stage_before_it_is_needed():
         outputs += stage.outputs
         assert all(path.exists() for path in stage.code)
     assert len(outputs) == len(set(outputs))
-    assert {f"evaluate_{name}" for name in plan.EVALUATED} <= seen
+    assert {f"scores/{name}.json" for name in plan.EVALUATED} <= set(outputs)
 
 
 def test_both_sizes_have_keys_of_their_own():
@@ -245,7 +245,7 @@ def test_results_hold_the_measured_numbers_and_nothing_else(tmp_path):
         scores = {"bits_per_byte": bits, "accuracy": i / 20, "problems": 20}
         (tmp_path / "scores" / f"{name}.json").write_text(json.dumps(scores))
     console = Console(file=StringIO(), width=140)
-    results.write_results(tmp_path, tmp_path, "quick", {"data": 1.5}, 2.0, console)
+    results.write_results(tmp_path, tmp_path, "quick", {"data": stages.Spent(1.5, 1.0)}, 2.0, console)
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["models"]["fusellm"]["bits_per_byte"]["code"] == pytest.approx(2.06)
     assert written["settings"]["seed"] == QUICK.seed

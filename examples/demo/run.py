@@ -38,17 +38,22 @@ def main() -> int:
     out = arguments.out.resolve()
     work = out / ".cache" / size
     os.environ |= ENVIRONMENT
-    # The tools make their caches where the work is, not in the home folder.
+    # Caches stand where the work is, not in the home folder; compiled bytecode saves seconds of every import.
     os.environ["HF_HOME"] = str(work / "huggingface")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ.setdefault("PYTHONPYCACHEPREFIX", str(work / "bytecode"))
     console = Console()
     started = time.monotonic()
     write_configs(work, SIZES[size])
     try:
-        seconds = run_stages(make_plan(size), work, out / "logs", jobs=arguments.jobs, console=console)
+        spent = run_stages(make_plan(size), work, out / "logs", jobs=arguments.jobs, console=console)
     except StageFailed as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         return 1
-    write_results(out, work, size, seconds, time.monotonic() - started, console)
+    except KeyboardInterrupt:
+        console.print("stopped; the next run goes on after the stages that are finished")
+        return 130
+    write_results(out, work, size, spent, time.monotonic() - started, console)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""One step of the demonstration, in the work folder: ``step.py data|tokenizers|pretrain|evaluate --size SIZE ...``."""
+"""One step of the demonstration, in the work folder: ``step.py data|tokenizers|pretrain|evaluate [MODEL ...]``."""
 
 import argparse
 import json
@@ -11,8 +11,7 @@ def main() -> None:
     """Run the step that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("step", choices=("data", "tokenizers", "pretrain", "evaluate"))
-    parser.add_argument("name", nargs="?", help="of the model")
-    parser.add_argument("folder", nargs="?", type=Path, help="of the model to evaluate")
+    parser.add_argument("models", nargs="*", help="names of the models, for pretrain and evaluate")
     parser.add_argument("--size", choices=tuple(SIZES), default="full")
     arguments = parser.parse_args()
     settings = SIZES[arguments.size]
@@ -28,14 +27,16 @@ def main() -> None:
     elif arguments.step == "pretrain":
         from fusion_demo.pretrain import pretrain
 
-        pretrain(arguments.name, data, tokenizers, models / arguments.name, settings)
+        for name in arguments.models:
+            pretrain(name, data, tokenizers, models / name, settings)
     else:
         from fusion_demo.evaluate import evaluate
 
         Path("scores").mkdir(exist_ok=True)
-        scores = evaluate(arguments.folder, data)
-        Path("scores", f"{arguments.name}.json").write_text(json.dumps(scores, indent=1))
-        print(scores)
+        for name in arguments.models:
+            scores = evaluate(models / name, data)
+            Path("scores", f"{name}.json").write_text(json.dumps(scores, indent=1))
+            print(name, scores)
 
 
 if __name__ == "__main__":

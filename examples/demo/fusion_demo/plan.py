@@ -44,6 +44,13 @@ EVALUATED = {
     "sft": "FuseChat-3.0, SFT on best of sources (from FuseLLM 0.5)",
     "dpo": "FuseChat-3.0, then DPO on pairs of sources",
 }
+#: models that one process measures, because they are finished at about the same time
+EVALUATED_TOGETHER = (
+    (*SOURCES, "target"),
+    ("fusellm", "sft", "dpo"),
+    ("pair_code", "pair_maths", "merged"),
+    ("clm", "fusellm_paper"),
+)
 TITLES = {"merged": "mergekit-yaml varm", "sft": "axolotl train, SFT", "dpo": "axolotl train, DPO"}
 
 
@@ -106,25 +113,30 @@ def _code(*modules: str) -> tuple[Path, ...]:
 def _own_stages(size: str, settings: Settings) -> list[Stage]:
     """Texts, tokenizers, and the models that fusion is given."""
     installed = sorted(f"{d.name}=={d.version}" for d in distributions())
-    facts = asdict(settings) | {"installed": installed, "python": sys.version}
+    values = asdict(settings)
+    written = {
+        key: values[key] for key in ("seed", "heldout_problems", "prompts", *(k for k in values if "bytes" in k))
+    }
+    trained = {key: values[key] for key in ("seed", "source_tokens", "target_tokens", "source_share")}
+    installed = sorted(f"{d.name}=={d.version}" for d in distributions())
+    facts = {"installed": installed, "python": sys.version, **written}
+    code = _code("data", "texts", "problems")
     stages = [
-        Stage(
-            "data", "texts and problems", _step(size, "data"), ("data",), (), _code("data", "texts", "problems"), facts
-        ),
+        Stage("data", "texts and problems", _step(size, "data"), ("data",), code=code, facts=facts),
         Stage(
             "tokenizers",
             "4 tokenizers",
             _step(size, "tokenizers"),
             ("tokenizers",),
             ("data",),
-            _code("vocabularies", "pretrain"),
+            code=_code("vocabularies"),
         ),
     ]
     for name in ("maths", "code", "prose", "target"):
         what = "target" if name == "target" else f"source for {name}"
         command = _step(size, "pretrain", name)
         code = _code("models", "pretrain")
-        stages.append(Stage(name, f"train the {what}", command, (f"models/{name}",), ("tokenizers",), code, facts))
+        stages.append(Stage(name, f"train the {what}", command, (f"models/{name}",), ("tokenizers",), code, trained))
     return stages
 
 
@@ -147,10 +159,11 @@ def _axolotl(name: str, configs: dict[str, dict[str, Any]]) -> Stage:
     return Stage(name, title, command, outputs, tuple(dict.fromkeys(needs)), code, config)
 
 
-def _evaluation(name: str, size: str) -> Stage:
-    command = _step(size, "evaluate", name, f"./models/{name}")
+def _evaluation(models: tuple[str, ...], size: str) -> Stage:
+    outputs = tuple(f"scores/{name}.json" for name in models)
     code = _code("evaluate")
-    return Stage(f"evaluate_{name}", f"evaluate {name}", command, (f"scores/{name}.json",), (name,), code)
+    title = f"evaluate {', '.join(models)}"
+    return Stage(f"evaluate_{models[0]}", title, _step(size, "evaluate", *models), outputs, models, code)
 
 
 def make_plan(size: str) -> list[Stage]:
@@ -170,4 +183,4 @@ def make_plan(size: str) -> list[Stage]:
     needs = ("target", "pair_code", "pair_maths")
     stages.append(Stage("merged", TITLES["merged"], merge, ("models/merged",), needs, code, configs["merged"]))
     stages += [_axolotl(name, configs) for name in ("clm", "fusellm_paper")]
-    return stages + [_evaluation(name, size) for name in EVALUATED]
+    return stages + [_evaluation(models, size) for models in EVALUATED_TOGETHER]

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from fusion_demo.plan import EVALUATED
 from fusion_demo.settings import DOMAINS, SIZES, SOURCES
+from fusion_demo.stages import Spent
 
 __all__ = ["read_scores", "write_results"]
 
@@ -54,7 +55,7 @@ def _markdown(scores: Scores, facts: dict[str, Any]) -> str:
             *lines,
             "",
             f"Seed {facts['settings']['seed']}, one run each; {facts['machine']}, {facts['cores']} cores; "
-            f"{facts['stage_seconds_total']:.0f} s of stages, {facts['wall_seconds']:.0f} s of wall time in this run.",
+            f"{facts['wall_seconds']:.0f} s on the clock in this run, {facts['cpu_seconds']:.0f} s of CPU time in all.",
             "",
         ]
     )
@@ -87,7 +88,7 @@ def _plot(scores: Scores, path: Path) -> None:
 
 
 def write_results(
-    out: Path, work: Path, size: str, seconds: dict[str, float], wall: float, console: Console
+    out: Path, work: Path, size: str, spent: dict[str, Spent], wall: float, console: Console
 ) -> dict[str, Any]:
     """Print the table and write ``results.json``, ``results.md`` and ``results.png`` to ``out``."""
     scores = read_scores(work)
@@ -97,8 +98,8 @@ def write_results(
         "machine": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "wall_seconds": round(wall, 1),
-        "stage_seconds_total": round(sum(seconds.values()), 1),
-        "stage_seconds": seconds,
+        "cpu_seconds": round(sum(each.cpu for each in spent.values()), 1),
+        "stages": {name: each._asdict() for name, each in spent.items()},
     }
     _print(scores, console)
     results = {"models": {name: {"title": EVALUATED[name], **found} for name, found in scores.items()}, **facts}

@@ -29,14 +29,14 @@ class Settings:
     """
 
     seed: int = 20
-    pretrain_bytes: int = 2_600_000
-    common_bytes: int = 360_000
+    pretrain_bytes: int = 2_200_000
+    common_bytes: int = 280_000
     heldout_bytes: int = 90_000
-    source_tokens: int = 800_000
+    source_tokens: int = 650_000
     target_tokens: int = 350_000
     source_share: float = 0.8
-    heldout_problems: int = 200
-    prompts: int = 600
+    heldout_problems: int = 300
+    prompts: int = 900
     samples: int = 4
     top_k: int = 64
     max_steps: int | None = None

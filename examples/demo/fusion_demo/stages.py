@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -23,7 +23,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Stage", "StageFailed", "keys_of", "run_stages"]
+__all__ = ["Spent", "Stage", "StageFailed", "keys_of", "run_stages"]
 
 POLL_SECONDS = 0.25
 
@@ -53,6 +53,13 @@ class Stage:
     needs: tuple[str, ...] = ()
     code: tuple[Path, ...] = ()
     facts: Mapping[str, object] = field(default_factory=dict)
+
+
+class Spent(NamedTuple):
+    """What a stage took: seconds on the clock, and seconds of one CPU core (the processes that it started included)."""
+
+    wall: float
+    cpu: float
 
 
 @dataclass
@@ -91,7 +98,7 @@ class _Runner:
         self.stamps = work / "stamps"
         for folder in (self.stamps, logs):
             folder.mkdir(parents=True, exist_ok=True)
-        self.seconds: dict[str, float] = {}
+        self.spent: dict[str, Spent] = {}
         self.cached: set[str] = set()
         self.running: dict[str, _Running] = {}
         self.environment = os.environ | {
@@ -109,13 +116,13 @@ class _Runner:
             found = json.loads(stamp.read_text()) if stamp.exists() else {}
             present = all((self.work / output).exists() for output in stage.outputs)
             if found.get("key") == self.keys[stage.name] and present:
-                self.seconds[stage.name] = found["seconds"]
+                self.spent[stage.name] = Spent(found["wall"], found["cpu"])
                 self.cached.add(stage.name)
 
     def _ready(self) -> Iterator[Stage]:
         for stage in self.stages:
-            started = stage.name in self.seconds or stage.name in self.running
-            if not started and all(name in self.seconds for name in stage.needs):
+            started = stage.name in self.spent or stage.name in self.running
+            if not started and all(name in self.spent for name in stage.needs):
                 yield stage
 
     def start_ready(self) -> list[Stage]:
@@ -147,16 +154,21 @@ class _Runner:
         Raises:
             StageFailed: one of them failed.
         """
-        ended = [run for run in self.running.values() if run.process.poll() is not None]
-        for run in ended:
-            del self.running[run.stage.name]
+        ended = []
+        for run in list(self.running.values()):
+            pid, status, usage = os.wait4(run.process.pid, os.WNOHANG)
+            if not pid:
+                continue
+            run.process.returncode = os.waitstatus_to_exitcode(status)
             run.log.close()
+            del self.running[run.stage.name]
             self._check(run)
-            seconds = round(time.monotonic() - run.since, 1)
-            self.seconds[run.stage.name] = seconds
-            stamp = {"key": self.keys[run.stage.name], "seconds": seconds}
+            wall, cpu = time.monotonic() - run.since, usage.ru_utime + usage.ru_stime
+            self.spent[run.stage.name] = spent = Spent(round(wall, 1), round(cpu, 1))
+            stamp = {"key": self.keys[run.stage.name], **spent._asdict()}
             self._stamp(run.stage).write_text(json.dumps(stamp))
-        return [run.stage for run in ended]
+            ended.append(run.stage)
+        return ended
 
     def _check(self, run: _Running) -> None:
         log = self.logs / f"{run.stage.name}.log"
@@ -197,12 +209,12 @@ class _Runner:
             if stage.name in self.running:
                 seconds = time.monotonic() - self.running[stage.name].since
                 table.add_row("[cyan]>", stage.title, f"{seconds:.0f} s", Text(self.last_words(stage.name)))
-            elif stage.name in self.seconds:
+            elif stage.name in self.spent:
                 note = "from an earlier run" if stage.name in self.cached else ""
-                table.add_row("[green]+", f"[dim]{stage.title}", f"[dim]{self.seconds[stage.name]:.0f} s", note)
+                table.add_row("[green]+", f"[dim]{stage.title}", f"[dim]{self.spent[stage.name].wall:.0f} s", note)
             else:
                 table.add_row("[dim].", f"[dim]{stage.title}", "", "")
-        return Group(table, ProgressBar(total=len(self.stages), completed=len(self.seconds)))
+        return Group(table, ProgressBar(total=len(self.stages), completed=len(self.spent)))
 
 
 def _remove(path: Path) -> None:
@@ -212,11 +224,11 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def run_stages(stages: Sequence[Stage], work: Path, logs: Path, *, jobs: int, console: Console) -> dict[str, float]:
+def run_stages(stages: Sequence[Stage], work: Path, logs: Path, *, jobs: int, console: Console) -> dict[str, Spent]:
     """Run all stages that are not finished yet, ``jobs`` at a time.
 
     Returns:
-        Stage name -> seconds it took, now or in the earlier run that finished it.
+        Stage name -> what it took, now or in the earlier run that finished it.
 
     Raises:
         StageFailed: a stage failed; the others that ran are ended and run again next time.
@@ -225,16 +237,16 @@ def run_stages(stages: Sequence[Stage], work: Path, logs: Path, *, jobs: int, co
     runner.adopt_finished()
     try:
         with Live(runner.view(), console=console, refresh_per_second=2, transient=True) as live:
-            while len(runner.seconds) < len(stages):
+            while len(runner.spent) < len(stages):
                 for stage in runner.start_ready():
                     _say(console, f"start  {stage.title}")
                 for stage in runner.collect():
-                    _say(console, f"done   {stage.title}: {runner.seconds[stage.name]:.0f} s")
+                    _say(console, f"done   {stage.title}: {runner.spent[stage.name].wall:.0f} s")
                 live.update(runner.view())
                 time.sleep(POLL_SECONDS)
     finally:
         runner.stop()
-    return runner.seconds
+    return runner.spent
 
 
 def _say(console: Console, line: str) -> None:
