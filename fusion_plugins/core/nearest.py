@@ -107,12 +107,15 @@ def _count(word):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _myers(peq, size, units, begin, end):  # type: ignore[no-untyped-def]
-    """Distance between the pattern of ``size`` (1 to 64) units behind ``peq`` and ``units[begin:end]``."""
+def _myers(masks, size, units, begin, end, limit):  # type: ignore[no-untyped-def]
+    """Distance between the pattern of 1 to 64 units behind ``masks`` and ``units[begin:end]``.
+
+    Beyond the limit any number beyond the limit is returned.
+    """
     plus, minus, score = _ALL, np.uint64(0), size
     top = _ONE << np.uint64(size - 1)
     for place in range(begin, end):
-        equal = peq[units[place]]
+        equal = masks[units[place]]
         vertical = equal | minus
         horizontal = (((equal & plus) + plus) ^ plus) | equal
         up = minus | ~(horizontal | plus)
@@ -121,6 +124,8 @@ def _myers(peq, size, units, begin, end):  # type: ignore[no-untyped-def]
             score += 1
         if down & top:
             score -= 1
+        if score - (end - 1 - place) > limit:
+            return score
         up = (up << _ONE) | _ONE
         plus = (down << _ONE) | ~(vertical | up)
         minus = up & vertical
@@ -142,23 +147,30 @@ def _plain(left, right):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _scan(rows, row, table, length, masks, best):  # type: ignore[no-untyped-def]
+def _bound(once, twice, others, others_twice, bounds):  # type: ignore[no-untyped-def]
+    """Write the bounds from the signatures; a loop without branches, which the compiler turns into vector code."""
+    for at in range(len(others)):
+        mine = _count(once & ~others[at]) + _count(twice & ~others_twice[at])
+        theirs = _count(others[at] & ~once) + _count(others_twice[at] & ~twice)
+        bounds[at] = max(mine, theirs)
+
+
+@compiled
+def _scan(rows, row, table, length, masks, bounds, best):  # type: ignore[no-untyped-def]
     """Look at all targets of one length; return the better of ``best`` and the best of them, as (distance, index)."""
     distance, index = best
-    once, twice = rows.once[row], rows.twice[row]
     begin, end = rows.starts[row], rows.starts[row + 1]
-    for at in range(table.by_length[length], table.by_length[length + 1]):
-        other, other_twice = table.once[at], table.twice[at]
-        bound = max(
-            _count(once & ~other) + _count(twice & ~other_twice), _count(other & ~once) + _count(other_twice & ~twice)
-        )
+    first, last = table.by_length[length], table.by_length[length + 1]
+    _bound(rows.once[row], rows.twice[row], table.once[first:last], table.twice[first:last], bounds)
+    for at in range(first, last):
+        bound = bounds[at - first]
         if bound > distance or (bound == distance and table.order[at] > index):
             continue
         left, right = table.starts[at], table.starts[at + 1]
         if begin == end:
             found = length
         elif end - begin <= _WORD:
-            found = _myers(masks, end - begin, table.units, left, right)
+            found = _myers(masks, end - begin, table.units, left, right, distance)
         else:
             found = _plain(rows.units[begin:end], table.units[left:right])
         if found < distance or (found == distance and table.order[at] < index):
@@ -170,6 +182,7 @@ def _scan(rows, row, table, length, masks, best):  # type: ignore[no-untyped-def
 def search(rows, table, start, stop, limit, index, distance):  # type: ignore[no-untyped-def]
     """Search for the packed source tokens ``start .. stop - 1``; write into ``index`` and ``distance``."""
     masks = np.zeros(table.alphabet, np.uint64)
+    bounds = np.empty(len(table.order), np.uint8)
     longest = len(table.by_length) - 2
     for row in range(start, stop):
         begin, end = rows.starts[row], rows.starts[row + 1]
@@ -181,9 +194,9 @@ def search(rows, table, start, stop, limit, index, distance):  # type: ignore[no
         delta = 0
         while delta <= best[0] and delta <= max(size, longest):
             if delta <= size and size - delta <= longest:
-                best = _scan(rows, row, table, size - delta, masks, best)
+                best = _scan(rows, row, table, size - delta, masks, bounds, best)
             if delta and size + delta <= longest:
-                best = _scan(rows, row, table, size + delta, masks, best)
+                best = _scan(rows, row, table, size + delta, masks, bounds, best)
             delta += 1
         for place in range(begin, end):
             masks[rows.units[place]] = np.uint64(0)
