@@ -39,11 +39,14 @@ def score(
         flags["scorers"] = {name: {} for name in scorer}
     settings = load_config(ScoreConfig, config, flags, assign)
     report = score_responses(settings)
-    console = Console(soft_wrap=True)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
     console.print(_table(summarize(open_rows(report.out))))
     console.print(
         f"{report.scored} responses scored ({report.unscored} of them in a domain that no scorer takes), "
-        f"{report.present} were there: {report.out}"
+        f"{report.present} were there: {report.out}",
+        soft_wrap=True,
     )
 
 

@@ -4,9 +4,10 @@ The scored folder has the key of the responses, goes on where an earlier run sto
 settings. A response that no scorer takes (a domain that none names) is copied without a score, so that nothing is lost.
 """
 
+import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = ["GroupSummary", "ScoreConfig", "ScoreReport", "score_responses", "sum
 
 #: columns that scoring adds; ``scores`` holds scorer -> {reward, correct, reason, ...}
 ADDED_COLUMNS = {"reward": "float64", "correct": "bool", "scores": "json"}
+SECONDS_BETWEEN_LINES = 30.0
 NEEDED_COLUMNS = ("prompt_id", "source", "index", "prompt", "response", "domain")
 
 
@@ -119,15 +121,14 @@ def score_responses(config: ScoreConfig) -> ScoreReport:
         key = responses.manifest.key
         waiting = (row for row in responses if tuple(row[name] for name in key) not in writer.done_keys)
         wanted = max(0, config.limit - present) if config.limit is not None else None
-        bar = stack.enter_context(_progress())
-        task = bar.add_task("score", total=config.limit or len(responses), completed=present)
+        advance = stack.enter_context(_progress(config.limit or len(responses), present))
         for unit in _units(islice(waiting, wanted), config.unit_rows):
             for row, results in zip(unit, _score_unit(unit, running), strict=True):
                 writer.write(_merge(row, results))
                 unscored += not results
             writer.flush()
             scored += len(unit)
-            bar.update(task, advance=len(unit))
+            advance(len(unit))
         if present + scored == len(responses):
             writer.finish()
     return ScoreReport(Path(config.out), scored, present, unscored)
@@ -236,14 +237,25 @@ def _only(field: str, row: Mapping[str, Any], results: Mapping[str, Score]) -> A
     return next(iter(given.values()), row.get(field))
 
 
-def _progress() -> Progress:
+@contextmanager
+def _progress(total: int, done: int) -> Iterator[Callable[[int], None]]:
+    """Give a function that notes progress: a bar on a terminal, a line now and then elsewhere."""
     console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
+    if console.is_terminal:
+        columns = (TextColumn("score"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task("score", total=total, completed=done)
+            yield lambda count: bar.advance(task, count)
+        return
+    count, started = done, time.monotonic()
+    last = started
+
+    def advance(more: int) -> None:
+        nonlocal count, last
+        count += more
+        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            left = (last - started) / (count - done) * max(total - count, 0)
+            console.print(f"scored {count}/{total}, about {left:,.0f} s left")
+
+    yield advance

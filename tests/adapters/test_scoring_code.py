@@ -14,6 +14,7 @@ import fusion_plugins.scoring.sandbox as sandbox_module
 from fusion_plugins.errors import ConfigError, DataError, ScoringError
 from fusion_plugins.scoring.code import CodeScorer, extract_code, list_tests
 from fusion_plugins.scoring.sandbox import LAUNCHER, Limits, Sandbox
+from fusion_plugins.store import RowManifest, RowWriter, open_rows
 
 DATA = Path(__file__).parents[1] / "data"
 HUMANEVAL = [json.loads(line) for line in (DATA / "humaneval.jsonl").read_text().splitlines()]
@@ -285,6 +286,38 @@ def test_a_killed_driver_takes_its_programs_with_it():
     driver.wait()
     while time.monotonic() < deadline and any(_alive(child) for child in children):
         time.sleep(0.05)
+    assert not any(_alive(child) for child in children)
+
+
+def test_ctrl_c_keeps_what_is_scored_and_ends_the_programs(tmp_path):
+    columns = dict.fromkeys(("prompt_id", "source", "prompt", "response", "domain"), "string")
+    manifest = RowManifest(
+        stage="responses", columns={**columns, "index": "int64", "tests": "json"}, key=("prompt_id", "source", "index")
+    )
+    with RowWriter(tmp_path / "responses", manifest) as writer:
+        for index in range(40):
+            texts = {"prompt_id": "p", "source": "a", "prompt": "?", "domain": "code", "response": f"x = {index}"}
+            # From the fourth on they take longer than anybody waits.
+            writer.write({**texts, "index": index, "tests": [f"import time; time.sleep({0 if index < 4 else 60})"]})
+    command = [sys.executable, "-c", "import sys; from fusion_plugins.cli import main; sys.exit(main())", "score"]
+    command += ["--responses", str(tmp_path / "responses"), "--out", str(tmp_path / "scored"), "--set", "unit_rows=4"]
+    command += ["--set", "scorers.code={wall_seconds: 100, total_seconds: 100, workers: 2}"]
+    driver = subprocess.Popen(
+        command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and driver.poll() is None:
+        if (tmp_path / "scored" / "manifest.json").exists() and len(open_rows(tmp_path / "scored")) == 4:
+            break
+        time.sleep(0.1)
+    time.sleep(1)
+    children = _descendants(driver.pid)
+    assert children, driver.communicate()
+    driver.send_signal(signal.SIGINT)
+    _, errors = driver.communicate(timeout=30)
+    assert driver.returncode == 130
+    assert "4 rows are safe" in errors
+    assert len(open_rows(tmp_path / "scored")) == 4
     assert not any(_alive(child) for child in children)
 
 

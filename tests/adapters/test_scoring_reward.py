@@ -1,15 +1,20 @@
 """The reward scorer on reward models built from scratch and loaded by transformers as any other."""
 
+import itertools
 import json
 import random
 
 import pytest
 import tiny
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaForSequenceClassification
 
+from fusion_plugins.core.pairs import GapWindow, build_pairs
+from fusion_plugins.core.types import Candidate
 from fusion_plugins.errors import ConfigError, DataError, ScoringError
 from fusion_plugins.scoring.reward import RewardScorer
+from fusion_plugins.scoring.score import ScoreConfig, score_responses
+from fusion_plugins.store import RowManifest, RowWriter, open_rows
 
 REMOTE_CODE = """
 import torch
@@ -31,32 +36,9 @@ class GatedRewardModel(LlamaForSequenceClassification):
 """
 
 
-def reward_model(folder, *, labels=1, pad=True, tokenizer=None, **config):
-    tokenizer = tokenizer or tiny.byte_level()
-    torch.manual_seed(1)
-    sizes = {
-        "vocab_size": len(tokenizer) + 1,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 256,
-        "num_labels": labels,
-        "pad_token_id": len(tokenizer) if pad else None,
-    }
-    model = LlamaForSequenceClassification(LlamaConfig(**(sizes | config)))
-    # A freshly initialised head is nearly zero; a trained one is not.
-    with torch.no_grad():
-        model.score.weight.normal_()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return reward_model(tmp_path_factory.mktemp("reward") / "model")
+    return tiny.reward_checkpoint(tmp_path_factory.mktemp("reward") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +86,7 @@ def test_rewards_do_not_depend_on_order_or_batch(model, scorer):
 
 
 def test_a_model_without_padding_token_is_asked_one_by_one(tmp_path, scorer):
-    bare = RewardScorer(model=reward_model(tmp_path / "bare", pad=False), batch_size=8)
+    bare = RewardScorer(model=tiny.reward_checkpoint(tmp_path / "bare", pad=False), batch_size=8)
     expected = [score.reward for score in scorer.score(rows(5))]
     assert [score.reward for score in bare.score(rows(5))] == pytest.approx(expected, abs=1e-5)
 
@@ -126,7 +108,7 @@ def test_what_is_too_long_has_no_reward_and_a_reason(model):
 def test_what_a_reward_depends_on_is_in_the_facts(model, scorer, tmp_path):
     assert scorer.facts["model"] == model
     assert scorer.facts["dtype"] == "float32"
-    other = RewardScorer(model=reward_model(tmp_path / "other", intermediate_size=64))
+    other = RewardScorer(model=tiny.reward_checkpoint(tmp_path / "other", intermediate_size=64))
     assert other.facts["checkpoint"] != scorer.facts["checkpoint"]
 
 
@@ -140,7 +122,7 @@ def test_a_head_that_is_not_in_the_checkpoint_is_refused(tmp_path):
 
 
 def test_a_head_of_zeros_is_refused(tmp_path):
-    folder = reward_model(tmp_path / "zeros")
+    folder = tiny.reward_checkpoint(tmp_path / "zeros")
     loaded = LlamaForSequenceClassification.from_pretrained(folder)
     with torch.no_grad():
         loaded.score.weight.zero_()
@@ -150,7 +132,7 @@ def test_a_head_of_zeros_is_refused(tmp_path):
 
 
 def test_a_head_with_nan_is_refused(tmp_path):
-    folder = reward_model(tmp_path / "nan")
+    folder = tiny.reward_checkpoint(tmp_path / "nan")
     loaded = LlamaForSequenceClassification.from_pretrained(folder)
     with torch.no_grad():
         loaded.score.weight.fill_(float("nan"))
@@ -160,7 +142,7 @@ def test_a_head_with_nan_is_refused(tmp_path):
 
 
 def test_a_head_with_several_outputs_needs_a_label(tmp_path):
-    folder = reward_model(tmp_path / "labels", labels=3)
+    folder = tiny.reward_checkpoint(tmp_path / "labels", labels=3)
     with pytest.raises(ConfigError, match="3 outputs.*say with `label`"):
         RewardScorer(model=folder)
     with pytest.raises(ConfigError, match="label is 7"):
@@ -171,13 +153,16 @@ def test_a_head_with_several_outputs_needs_a_label(tmp_path):
 
 def test_a_model_with_its_own_code_gives_its_own_score(tmp_path):
     folder = tmp_path / "gated"
-    reward_model(folder, labels=3)
+    tiny.reward_checkpoint(folder, labels=3)
     (folder / "modeling_gated.py").write_text(REMOTE_CODE)
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoModelForSequenceClassification": "modeling_gated.GatedRewardModel"}
     (folder / "config.json").write_text(json.dumps(config))
     gated = RewardScorer(model=str(folder), trust_remote_code=True).score(rows(2))
-    labels = [RewardScorer(model=reward_model(tmp_path / "plain", labels=3), label=n).score(rows(2)) for n in range(3)]
+    labels = [
+        RewardScorer(model=tiny.reward_checkpoint(tmp_path / "plain", labels=3), label=n).score(rows(2))
+        for n in range(3)
+    ]
     expected = [sum(column[place].reward for column in labels) / 3 for place in range(2)]
     assert [score.reward for score in gated] == pytest.approx(expected, abs=1e-5)
 
@@ -187,7 +172,7 @@ def test_a_model_with_its_own_code_gives_its_own_score(tmp_path):
 
 def test_a_tokenizer_without_chat_template_needs_the_plain_one(tmp_path):
     tokenizer = tiny.unigram()
-    folder = reward_model(tmp_path / "bare", tokenizer=tokenizer)
+    folder = tiny.reward_checkpoint(tmp_path / "bare", tokenizer=tokenizer)
     with pytest.raises(ConfigError, match="no chat template; set `template: plain`"):
         RewardScorer(model=folder)
     (score,) = RewardScorer(model=folder, template="plain").score(rows(1))
@@ -213,3 +198,31 @@ def test_a_template_that_refuses_a_prompt_names_the_prompt(tmp_path, model):
 def test_wrong_options_are_named(options, error, message):
     with pytest.raises(error, match=message):
         RewardScorer(**options)
+
+
+# The whole step
+
+
+def test_rewards_and_verdicts_meet_in_one_folder_and_make_pairs(model, tmp_path):
+    columns = dict.fromkeys(("prompt_id", "source", "prompt", "response", "domain", "reference"), "string")
+    manifest = RowManifest(
+        stage="responses", columns={**columns, "index": "int64"}, key=("prompt_id", "source", "index")
+    )
+    with RowWriter(tmp_path / "responses", manifest) as writer:
+        for prompt, source, index in itertools.product(range(6), "ab", range(4)):
+            answer = prompt + index % 2
+            text = {"prompt_id": f"p{prompt}", "source": source, "prompt": f"What is {prompt} + 0?", "domain": "math"}
+            writer.write(
+                text | {"index": index, "reference": str(prompt), "response": f"{source} says {index}: {answer}"}
+            )
+    scorers = {"math": {"workers": 1, "timeout": 60}, "reward": {"model": model, "domains": ["math"]}}
+    score_responses(ScoreConfig(responses=str(tmp_path / "responses"), out=str(tmp_path / "scored"), scorers=scorers))
+    scored = list(open_rows(tmp_path / "scored"))
+    assert [row["correct"] for row in scored] == [row["index"] % 2 == 0 for row in scored]
+    assert all(isinstance(row["reward"], float) for row in scored)
+    assert scored[0]["scores"]["math"]["answer"] == "0"
+    names = ("prompt_id", "source", "index", "prompt", "response", "reward", "correct", "domain")
+    candidates = [Candidate(**{name: row[name] for name in names}) for row in scored]
+    pairs = build_pairs(candidates, window=GapWindow(None, None))
+    assert len(pairs) == 6
+    assert all(pair.chosen.correct and not pair.rejected.correct for pair in pairs)
