@@ -73,6 +73,8 @@ def _make_fusechat3(folder):
             {"id": "i", "messages": [_user("Say hello.")], "domain": "instruction"},
         ],
     )
+    config = yaml.safe_load((folder / "examples" / "fusechat3" / "score.yml").read_text())
+    tiny.reward_checkpoint(folder / config["scorers"]["reward"]["model"])
     path = folder / "examples" / "fusechat3" / "sample.yml"
     config = yaml.safe_load(path.read_text())
     for seed, source in enumerate(config["sources"]):

@@ -264,6 +264,33 @@ def llama_checkpoint(
     return folder
 
 
+def reward_checkpoint(folder: Path, *, labels: int = 1, pad: bool = True, tokenizer=None, **config) -> str:
+    """Save a two-layer reward model of width 32 with a byte-level tokenizer and return its folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    tokenizer = tokenizer or byte_level()
+    torch.manual_seed(1)
+    sizes = {
+        "vocab_size": len(tokenizer) + 1,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 256,
+        "num_labels": labels,
+        "pad_token_id": len(tokenizer) if pad else None,
+    }
+    model = LlamaForSequenceClassification(LlamaConfig(**(sizes | config)))
+    # A freshly initialised head is nearly zero; a trained one is not.
+    with torch.no_grad():
+        model.score.weight.normal_()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def tensors_of(folder: Path) -> dict:
     """All tensors of a checkpoint folder."""
     from safetensors.torch import load_file
