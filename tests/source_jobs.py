@@ -39,13 +39,16 @@ class Logged:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
 
-    def capture(self, texts, top_k):
-        self._note(len(texts))
-        return self._source.capture(texts, top_k)
+    def capture(self, units, top_k):
+        return self._source.capture(self._noted(units), top_k)
 
-    def sample(self, requests):
-        self._note(len(requests))
-        return self._source.sample(requests)
+    def sample(self, units):
+        return self._source.sample(self._noted(units))
+
+    def _noted(self, units):
+        for unit in units:
+            self._note(len(unit))
+            yield unit
 
 
 def run(kill_at: int, log: str, arguments: list[str]) -> int:
@@ -106,7 +109,7 @@ def serve() -> None:
 def warm_up(model: str) -> None:
     """Import what transformers imports late."""
     source = transformers_local.open_source(SourceSettings(model=model), "sample")
-    list(source.sample([SampleRequest("a", Sampling(max_tokens=2), 0)]))
+    list(source.sample([[SampleRequest("a", Sampling(max_tokens=2), 0)]]))
     source.tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     TokenTable.from_tokenizer(source.tokenizer)
     tokenize(source.tokenizer, TokenTable.from_tokenizer(source.tokenizer), "a")

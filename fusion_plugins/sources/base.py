@@ -1,13 +1,14 @@
 """What every source model offers, whatever runs it: top-k rows of texts, and responses to prompts.
 
-A backend is a function from settings to a :class:`Source`; :func:`open_source` picks it by name. Backends yield results
-as they come, with the index of the request, so that what is done is kept when the next one fails.
+A backend is a function from settings to a :class:`Source`; :func:`open_source` picks it by name. Work comes in units
+(see :mod:`fusion_plugins.sources.units`). Backends yield results as they come, each with its place, so that what is
+done is kept when the next one fails.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -30,6 +31,11 @@ BackendName = Literal["transformers", "vllm", "openai", "ray"]
 
 #: what a source is opened for; an engine sets its memory accordingly
 Purpose = Literal["capture", "sample"]
+
+#: number of the unit, index within it
+Place = tuple[int, int]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 #: backend -> module that defines ``open_source(settings, purpose) -> Source``
 BACKENDS: dict[str, str] = {
@@ -134,24 +140,36 @@ class Source(Protocol):
     Attributes:
         tokenizer: the source's Hugging Face tokenizer; None for a server that only samples.
         max_length: longest sequence in tokens, prompt and response together; None where unknown.
+        whole_units: whether numbers depend, in their last bits, on what is asked together. A unit of which something
+            is missing is then asked for again as a whole.
         facts: what the manifest records: engine, engine_version, dtype, logits_width, ...
     """
 
     tokenizer: Any
     max_length: int | None
+    whole_units: bool
     facts: dict[str, Any]
 
-    def capture(self, texts: Sequence[TokenizedText], top_k: int) -> Iterator[tuple[int, Rows]]:
-        """Yield (index of the text, its rows), in any order."""
+    def capture(self, units: Iterable[Sequence[TokenizedText]], top_k: int) -> Iterator[tuple[Place, Rows]]:
+        """Yield (place of the text, its rows), in any order. Units are taken as they are needed."""
         ...
 
-    def sample(self, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, Response]]:
-        """Yield (index of the request, its response), in any order."""
+    def sample(self, units: Iterable[Sequence[SampleRequest]]) -> Iterator[tuple[Place, Response]]:
+        """Yield (place of the request, its response), in any order."""
         ...
 
     def close(self) -> None:
         """Give back memory, processes and connections."""
         ...
+
+
+def in_turn(
+    units: Iterable[Sequence[Item]], answer: Callable[[Sequence[Item]], Iterator[tuple[int, Result]]]
+) -> Iterator[tuple[Place, Result]]:
+    """Answer one unit after the other; ``answer`` yields (index within the unit, result)."""
+    for number, unit in enumerate(units):
+        for index, result in answer(unit):
+            yield (number, index), result
 
 
 def open_source(settings: SourceSettings, purpose: Purpose) -> Source:

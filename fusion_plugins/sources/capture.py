@@ -17,11 +17,11 @@ from fusion_plugins.core.record import build_record
 from fusion_plugins.core.tokens import TokenTable, tokenize
 from fusion_plugins.core.types import Record, TokenizedText
 from fusion_plugins.errors import ConfigError, DataError
-from fusion_plugins.sources.base import Source, SourceSettings, open_source
+from fusion_plugins.sources.base import Place, Source, SourceSettings, open_source
 from fusion_plugins.sources.loading import chat_template_hash, weights_fingerprint
 from fusion_plugins.sources.progress import Meter, meter
 from fusion_plugins.sources.texts import Text, fingerprint, read_texts
-from fusion_plugins.sources.units import plan_units
+from fusion_plugins.sources.units import plan_units, run_units
 from fusion_plugins.store import Manifest, StoreWriter
 
 __all__ = ["CaptureConfig", "CaptureReport", "capture_texts", "estimate_capture"]
@@ -200,37 +200,39 @@ def _problem(job: _Job, text: Text) -> str | None:
 
 def _run(job: _Job, store: StoreWriter, texts: Sequence[Text], skipped: dict[str, str]) -> CaptureReport:
     done = set(store.done_ids)
-    present = sum(text.id in done for text in texts)
-    total = sum(text.n_bytes for text in texts)
+    units = list(plan_units(texts, lambda text: text.n_bytes, job.config.unit_bytes))
+    if not job.source.whole_units:
+        units = [[text for text in unit if text.id not in done] for unit in units]
+    units = [unit for unit in units if not all(text.id in done for text in unit)]
     ready = sum(text.n_bytes for text in texts if text.id in done)
-    with meter(f"capture {job.config.source_name}", total, ready) as progress:
-        for unit in plan_units(texts, lambda text: text.n_bytes, job.config.unit_bytes):
-            if not all(text.id in done for text in unit):
-                _capture_unit(job, store, unit, done, progress)
-    captured = len(texts) - present
-    return CaptureReport(store.path, captured, present, skipped, progress.tokens, progress.seconds)
+    with meter(f"capture {job.config.source_name}", sum(text.n_bytes for text in texts), ready) as progress:
+        records = _records(job, units, progress)
+        run_units(units, records, lambda _, unit: _commit(store, done, list(unit.values())))
+    present = sum(text.id in done for text in texts)
+    return CaptureReport(store.path, len(texts) - present, present, skipped, progress.tokens, progress.seconds)
 
 
-def _capture_unit(job: _Job, store: StoreWriter, unit: list[Text], done: set[str], progress: Meter) -> None:
-    records: dict[int, Record] = {}
-    try:
-        for index, record in _records(job, unit):
-            if unit[index].id not in done:
-                records[index] = record
-                progress.advance(unit[index].n_bytes, len(record.input_ids))
-    finally:  # also when the source failed or Ctrl-C was pressed: what is there is kept, in the order of the texts
-        for index in sorted(records):
-            store.write(records[index])
-        store.flush()
+def _records(job: _Job, units: list[list[Text]], progress: Meter) -> Iterator[tuple[Place, Record]]:
+    tokenized: dict[Place, TokenizedText] = {}
+
+    def tokenize_units() -> Iterator[list[TokenizedText]]:
+        for number, unit in enumerate(units):
+            texts = [job.tokenized(text) for text in unit]
+            tokenized.update({(number, index): text for index, text in enumerate(texts)})
+            yield texts
+
+    for place, rows in job.source.capture(tokenize_units(), job.manifest.top_k):
+        text = units[place[0]][place[1]]
+        tokens = tokenized.pop(place)
+        progress.advance(text.n_bytes, len(tokens.input_ids))
+        yield place, build_record(text.id, tokens, rows.topk_ids, rows.topk_logprobs, rows.token_logprobs)
 
 
-def _records(job: _Job, unit: list[Text]) -> Iterator[tuple[int, Record]]:
-    tokenized = [job.tokenized(text) for text in unit]
-    for index, rows in job.source.capture(tokenized, job.manifest.top_k):
-        yield (
-            index,
-            build_record(unit[index].id, tokenized[index], rows.topk_ids, rows.topk_logprobs, rows.token_logprobs),
-        )
+def _commit(store: StoreWriter, done: set[str], records: list[Record]) -> None:
+    for record in records:
+        if record.id not in done:
+            store.write(record)
+    store.flush()
 
 
 def describe_estimate(estimate: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ response does not depend on which others are drawn, nor on when.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fusion_plugins.errors import MismatchError
-from fusion_plugins.sources.base import Response, SampleRequest, Sampling, Source, SourceSettings, open_source
+from fusion_plugins.sources.base import Place, Response, SampleRequest, Sampling, Source, SourceSettings, open_source
 from fusion_plugins.sources.loading import chat_template_hash, weights_fingerprint
 from fusion_plugins.sources.presets import DEFAULT_SAMPLES, PRESETS, SAMPLES_PER_PROMPT
 from fusion_plugins.sources.progress import Meter, meter
 from fusion_plugins.sources.texts import Prompt, fingerprint, read_prompts
-from fusion_plugins.sources.units import plan_units
+from fusion_plugins.sources.units import plan_units, run_units
 from fusion_plugins.store import RowManifest, RowWriter
 
 __all__ = ["SampleConfig", "SampleReport", "SampledSource", "estimate_samples", "response_seed", "sample_prompts"]
@@ -122,6 +122,10 @@ class _Item:
     prompt: Prompt
     index: int
 
+    @property
+    def name(self) -> tuple[str, int]:
+        return self.prompt.text.id, self.index
+
 
 def response_seed(seed: int, prompt_id: str, source: str, index: int) -> int:
     """Return the seed of one response, in [0, 2**31); the same on every machine and in every run.
@@ -174,7 +178,7 @@ def estimate_samples(config: SampleConfig) -> dict[str, dict[str, float]]:
         try:
             requests = [_request(config, settings, item) for item in items[:PROBE_REQUESTS]]
             with meter(f"probe {settings.source_name}", len(requests)) as progress:
-                responses = [response for _, response in source.sample(requests)]
+                responses = [response for _, response in source.sample([requests])]
                 seconds = progress.seconds
         finally:
             source.close()
@@ -224,11 +228,15 @@ def _run(config: SampleConfig, settings: SampledSource, rows: RowWriter, items: 
         mark = _fingerprint(settings, source)
         _check_fingerprint(rows, name, mark)
         done = {(key[0], key[2]) for key in rows.done_keys if key[1] == name}
-        present = sum((item.prompt.text.id, item.index) in done for item in items)
+        present = sum(item.name in done for item in items)
+        units = list(plan_units(items, lambda item: 1, config.unit_requests))
+        if not source.whole_units:
+            units = [[item for item in unit if item.name not in done] for unit in units]
+        units = [unit for unit in units if not all(item.name in done for item in unit)]
         with meter(f"sample {name}", len(items), present) as progress:
-            for unit in plan_units(items, lambda item: 1, config.unit_requests):
-                if not all((item.prompt.text.id, item.index) in done for item in unit):
-                    _sample_unit(_Job(config, settings, source, mark, rows, progress), unit, done)
+            job = _Job(config, settings, mark, rows, done)
+            responses = _responses(job, source, units, progress)
+            run_units(units, responses, lambda number, unit: _commit(job, units[number], unit))
         return SampleReport(rows.path, len(items) - present, present, progress.tokens, progress.seconds)
     finally:
         source.close()
@@ -238,23 +246,25 @@ def _run(config: SampleConfig, settings: SampledSource, rows: RowWriter, items: 
 class _Job:
     config: SampleConfig
     settings: SampledSource
-    source: Source
     fingerprint: str
     rows: RowWriter
-    progress: Meter
+    done: set[tuple[str, int]]
 
 
-def _sample_unit(job: _Job, unit: list[_Item], done: set[tuple[str, int]]) -> None:
-    drawn: dict[int, Response] = {}
-    try:
-        for index, response in job.source.sample([_request(job.config, job.settings, item) for item in unit]):
-            if (unit[index].prompt.text.id, unit[index].index) not in done:
-                drawn[index] = response
-                job.progress.advance(1, response.n_tokens)
-    finally:  # also when the source failed or Ctrl-C was pressed: what is there is kept, in the order of the prompts
-        for index in sorted(drawn):
-            job.rows.write(_row(job, unit[index], drawn[index]))
-        job.rows.flush()
+def _responses(
+    job: _Job, source: Source, units: list[list[_Item]], progress: Meter
+) -> Iterator[tuple[Place, Response]]:
+    requests = ([_request(job.config, job.settings, item) for item in unit] for unit in units)
+    for place, response in source.sample(requests):
+        progress.advance(1, response.n_tokens)
+        yield place, response
+
+
+def _commit(job: _Job, unit: list[_Item], responses: Mapping[int, Response]) -> None:
+    for index, response in responses.items():
+        if unit[index].name not in job.done:
+            job.rows.write(_row(job, unit[index], response))
+    job.rows.flush()
 
 
 def _request(config: SampleConfig, settings: SampledSource, item: _Item) -> SampleRequest:

@@ -1,6 +1,6 @@
 """The ``transformers`` backend: any causal model on this machine's CPU or GPU, and the reference for the others."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from transformers.generation.logits_process import (
 from fusion_plugins.config import validate
 from fusion_plugins.core.types import TokenizedText
 from fusion_plugins.errors import SourceError
-from fusion_plugins.sources.base import Purpose, Response, Rows, SampleRequest, Sampling, SourceSettings
+from fusion_plugins.sources.base import Place, Purpose, Response, Rows, SampleRequest, Sampling, SourceSettings, in_turn
 from fusion_plugins.sources.loading import load_tokenizer, prompt_ids, vocabulary_size
 from fusion_plugins.sources.topk import top_k_rows
 
@@ -46,6 +46,8 @@ def open_source(settings: SourceSettings, purpose: Purpose) -> "TransformersSour
 class TransformersSource:
     """One causal language model in this process."""
 
+    whole_units = True
+
     def __init__(self, settings: SourceSettings) -> None:
         where = f"options of source {settings.source_name!r}"
         self._options = validate(TransformersOptions, settings.options, where=where)
@@ -63,13 +65,23 @@ class TransformersSource:
             "revision": getattr(self._model.config, "_commit_hash", None) or settings.revision,
         }
 
-    def capture(self, texts: Sequence[TokenizedText], top_k: int) -> Iterator[tuple[int, Rows]]:
+    def capture(self, units: Iterable[Sequence[TokenizedText]], top_k: int) -> Iterator[tuple[Place, Rows]]:
         """Yield the rows of each text; texts of like length share a forward pass, padded on the right."""
+        return in_turn(units, lambda texts: self._capture(texts, top_k))
+
+    def sample(self, units: Iterable[Sequence[SampleRequest]]) -> Iterator[tuple[Place, Response]]:
+        """Yield the responses; each has its own random numbers, so batching does not change what is drawn."""
+        return in_turn(units, self._sample)
+
+    def close(self) -> None:
+        """Drop the model."""
+        del self._model
+
+    def _capture(self, texts: Sequence[TokenizedText], top_k: int) -> Iterator[tuple[int, Rows]]:
         for batch in _batches([len(text.input_ids) for text in texts], self._options.batch_tokens):
             yield from zip(batch, self._forward([texts[i] for i in batch], top_k), strict=True)
 
-    def sample(self, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, Response]]:
-        """Yield the responses; each has its own random numbers, so batching does not change what is drawn."""
+    def _sample(self, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, Response]]:
         prompts = [
             prompt_ids(self.tokenizer, request.content, request.sampling, self.max_length) for request in requests
         ]
@@ -82,10 +94,6 @@ class TransformersSource:
                 batch = indices[start : start + self._options.batch_prompts]
                 seeds = [requests[index].seed for index in batch]
                 yield from zip(batch, self._generate([prompts[i] for i in batch], seeds, sampling), strict=True)
-
-    def close(self) -> None:
-        """Drop the model."""
-        del self._model
 
     @torch.inference_mode()
     def _forward(self, texts: list[TokenizedText], top_k: int) -> list[Rows]:

@@ -4,12 +4,14 @@ A unit is computed anew as a whole when any of it is missing, so that a run that
 numbers as one that was not: padding and batching, which change the last bits, depend on the unit alone.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-__all__ = ["plan_units"]
+__all__ = ["plan_units", "run_units"]
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def plan_units(items: Iterable[Item], size: Callable[[Item], int], budget: int) -> Iterator[list[Item]]:
@@ -29,3 +31,28 @@ def plan_units(items: Iterable[Item], size: Callable[[Item], int], budget: int) 
         total += size(item)
     if unit:
         yield unit
+
+
+def run_units(
+    units: Sequence[Sequence[Item]],
+    results: Iterable[tuple[tuple[int, int], Result]],
+    commit: Callable[[int, Mapping[int, Result]], None],
+) -> None:
+    """Collect results and commit each unit once it is complete.
+
+    When the results end early (a source failed, Ctrl-C), what has come of the open units is committed too.
+
+    Args:
+        units: what was asked for.
+        results: ((number of the unit, index within it), result), in any order.
+        commit: takes the unit's number, and index -> result in ascending order.
+    """
+    pending: dict[int, dict[int, Result]] = defaultdict(dict)
+    try:
+        for (number, index), result in results:
+            pending[number][index] = result
+            if len(pending[number]) == len(units[number]):
+                commit(number, dict(sorted(pending.pop(number).items())))
+    finally:
+        for number in sorted(pending):
+            commit(number, dict(sorted(pending[number].items())))

@@ -4,7 +4,7 @@ It imports nothing of the training hosts, so it runs in an environment of its ow
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from vllm import LLM, SamplingParams
 from fusion_plugins.config import validate
 from fusion_plugins.core.types import TokenizedText
 from fusion_plugins.errors import SourceError
-from fusion_plugins.sources.base import Purpose, Response, Rows, SampleRequest, Sampling, SourceSettings
+from fusion_plugins.sources.base import Place, Purpose, Response, Rows, SampleRequest, Sampling, SourceSettings, in_turn
 from fusion_plugins.sources.entries import rows_of_entries, spare_entries
 from fusion_plugins.sources.loading import load_tokenizer, prompt_ids, vocabulary_size
 from fusion_plugins.sources.units import plan_units
@@ -72,6 +72,8 @@ def capture_params(top_k: int) -> SamplingParams:
 class VllmSource:
     """One vLLM engine."""
 
+    whole_units = True
+
     def __init__(self, settings: SourceSettings, purpose: Purpose) -> None:
         where = f"options of source {settings.source_name!r}"
         self._options = validate(VllmOptions, settings.options, where=where)
@@ -90,8 +92,20 @@ class VllmSource:
             "revision": getattr(model.hf_config, "_commit_hash", None) or settings.revision,
         }
 
-    def capture(self, texts: Sequence[TokenizedText], top_k: int) -> Iterator[tuple[int, Rows]]:
+    def capture(self, units: Iterable[Sequence[TokenizedText]], top_k: int) -> Iterator[tuple[Place, Rows]]:
         """Yield the rows of each text."""
+        return in_turn(units, lambda texts: self._capture(texts, top_k))
+
+    def sample(self, units: Iterable[Sequence[SampleRequest]]) -> Iterator[tuple[Place, Response]]:
+        """Yield the responses; each request has its own seed."""
+        return in_turn(units, self._sample)
+
+    def close(self) -> None:
+        """Stop the engine and its process."""
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+
+    def _capture(self, texts: Sequence[TokenizedText], top_k: int) -> Iterator[tuple[int, Rows]]:
         asked = min(top_k + spare_entries(self._width, self._vocab_size), self._width)
         groups = plan_units(range(len(texts)), lambda i: len(texts[i].input_ids) * (asked + 1), ENTRIES_IN_FLIGHT)
         for group in groups:
@@ -100,8 +114,7 @@ class VllmSource:
             for index, output in zip(group, outputs, strict=True):
                 yield index, self._rows(output.prompt_logprobs, len(texts[index].input_ids), top_k)
 
-    def sample(self, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, Response]]:
-        """Yield the responses; each request has its own seed."""
+    def _sample(self, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, Response]]:
         prompts = [
             prompt_ids(self.tokenizer, request.content, request.sampling, self.max_length) for request in requests
         ]
@@ -113,11 +126,6 @@ class VllmSource:
         for index, output in enumerate(outputs):
             answer = output.outputs[0]
             yield index, Response(answer.text, answer.finish_reason, len(answer.token_ids), len(prompts[index]))
-
-    def close(self) -> None:
-        """Stop the engine and its process."""
-        self._llm.llm_engine.engine_core.shutdown()
-        del self._llm
 
     def _rows(self, logprobs: Any, n_tokens: int, top_k: int) -> Rows:
         # Position 0 is empty; every other one lists the token itself, then the most probable ones.

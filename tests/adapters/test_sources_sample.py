@@ -96,7 +96,7 @@ def test_temperature_zero_is_the_models_own_greedy_answer(models):
     texts = ["The quick", "def add(left"]
     sampling = Sampling(temperature=0, max_tokens=10, template="plain")
     requests = [SampleRequest(text, sampling, seed) for seed, text in enumerate(texts)]
-    for index, response in source(models["llama"]).sample(requests):
+    for (_, index), response in source(models["llama"]).sample([requests]):
         ids = tokenizer(texts[index], return_tensors="pt")["input_ids"]
         expected = model.generate(ids, max_new_tokens=10, do_sample=False)[0, ids.shape[1] :]
         assert response.text == tokenizer.decode(expected, skip_special_tokens=True)
@@ -109,7 +109,7 @@ def test_draws_follow_the_models_distribution(models, limits):
     text = "The quick brown"
     sampling = Sampling(**({"temperature": 1.0, "max_tokens": 1, "template": "plain"} | limits))
     requests = [SampleRequest(text, sampling, seed) for seed in range(2000)]
-    counts = Counter(response.text for _, response in source(models["llama"], batch_prompts=500).sample(requests))
+    counts = Counter(response.text for _, response in source(models["llama"], batch_prompts=500).sample([requests]))
     ids = np.array(tokenizer(text)["input_ids"])
     probs = np.exp(source_checks.reference_logprobs(models["llama"], ids)[-1])
     probs = probs ** (1 / sampling.temperature)
@@ -132,17 +132,17 @@ def test_padding_does_not_let_a_repetition_penalty_see_tokens_that_are_not_there
     sampling = Sampling(temperature=0, max_tokens=12, template="plain", repetition_penalty=1.8)
     texts = ["The quick brown fox jumps over the lazy dog. The dog sleeps", "return", "12 + 30 ="]
     requests = [SampleRequest(text, sampling, 0) for text in texts]
-    alone = {i: r.text for i, r in source(models["llama"], batch_prompts=1).sample(requests)}
-    together = {i: r.text for i, r in source(models["llama"], batch_prompts=3).sample(requests)}
+    alone = {i: r.text for i, r in source(models["llama"], batch_prompts=1).sample([requests])}
+    together = {i: r.text for i, r in source(models["llama"], batch_prompts=3).sample([requests])}
     assert alone == together
 
 
 def test_a_stop_string_ends_a_response_and_is_cut_off(models):
     free = Sampling(temperature=0, max_tokens=12, template="plain")
-    [(_, whole)] = source(models["llama"]).sample([SampleRequest("The quick", free, 0)])
+    [(_, whole)] = source(models["llama"]).sample([[SampleRequest("The quick", free, 0)]])
     stop = whole.text[3:5]
     [(_, cut)] = source(models["llama"]).sample(
-        [SampleRequest("The quick", free.model_copy(update={"stop": (stop,)}), 0)]
+        [[SampleRequest("The quick", free.model_copy(update={"stop": (stop,)}), 0)]]
     )
     assert cut.finish_reason == "stop"
     assert cut.text == whole.text[: whole.text.index(stop)]
@@ -160,14 +160,14 @@ def test_a_prompt_is_rendered_as_a_chat_with_the_system_prompt_unless_told_other
         SampleRequest(asked, base.model_copy(update={"system": "Be brief."}), 0),
         SampleRequest(chat, base.model_copy(update={"template": "plain"}), 0),
     ]
-    first, second = (response for _, response in sorted(source(models["llama"]).sample(requests)))
+    first, second = (response for _, response in sorted(source(models["llama"]).sample([requests])))
     assert first == second
 
 
 def test_a_prompt_that_leaves_no_room_for_the_answer_is_refused(models):
     sampling = Sampling(max_tokens=250, template="plain")
     with pytest.raises(SourceError, match="exceed the model's 256 tokens; lower max_tokens"):
-        list(source(models["llama"]).sample([SampleRequest("The quick brown fox", sampling, 0)]))
+        list(source(models["llama"]).sample([[SampleRequest("The quick brown fox", sampling, 0)]]))
 
 
 def test_what_the_checkpoint_says_about_sampling_does_not_act(models, tmp_path):
@@ -178,7 +178,7 @@ def test_what_the_checkpoint_says_about_sampling_does_not_act(models, tmp_path):
     values = json.loads(file.read_text()) | {"do_sample": True, "temperature": 5.0, "repetition_penalty": 3.0}
     file.write_text(json.dumps(values))
     request = SampleRequest("The quick", Sampling(temperature=0, max_tokens=12, template="plain"), 0)
-    assert list(source(folder).sample([request])) == list(source(models["llama"]).sample([request]))
+    assert list(source(folder).sample([[request]])) == list(source(models["llama"]).sample([[request]]))
 
 
 def test_a_run_that_stops_goes_on_and_draws_nothing_twice(models, prompts, tmp_path, monkeypatch):
