@@ -21,7 +21,7 @@ def main() -> None:
 
         print(write_data(data, settings))
     elif arguments.step == "tokenizers":
-        from fusion_demo.pretrain import train_all_tokenizers
+        from fusion_demo.vocabularies import train_all_tokenizers
 
         train_all_tokenizers(data, tokenizers)
     elif arguments.step == "pretrain":

@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import asdict
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import yaml
 
 from fusion_demo.settings import SIZES, SOURCES, Settings
 from fusion_demo.stages import Stage
+from fusion_demo.texts import versions
 
 __all__ = ["EVALUATED", "make_plan", "write_configs"]
 
@@ -112,14 +112,12 @@ def _code(*modules: str) -> tuple[Path, ...]:
 
 def _own_stages(size: str, settings: Settings) -> list[Stage]:
     """Texts, tokenizers, and the models that fusion is given."""
-    installed = sorted(f"{d.name}=={d.version}" for d in distributions())
     values = asdict(settings)
     written = {
         key: values[key] for key in ("seed", "heldout_problems", "prompts", *(k for k in values if "bytes" in k))
     }
     trained = {key: values[key] for key in ("seed", "source_tokens", "target_tokens", "source_share")}
-    installed = sorted(f"{d.name}=={d.version}" for d in distributions())
-    facts = {"installed": installed, "python": sys.version, **written}
+    facts = {"versions": versions(), **written}
     code = _code("data", "texts", "problems")
     stages = [
         Stage("data", "texts and problems", _step(size, "data"), ("data",), code=code, facts=facts),

@@ -1,4 +1,4 @@
-"""Second step: train tokenizers and models from scratch. The sources are given to fusion; they are no part of it."""
+"""Third step: train the models from scratch. The sources are given to fusion; they are no part of it."""
 
 import math
 import random
@@ -12,31 +12,15 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from fusion_demo.data import read_rows
 from fusion_demo.models import make_model
 from fusion_demo.settings import DOMAINS, SOURCES, Settings
-from fusion_demo.vocabularies import TOKENIZERS, train_tokenizer
 
-__all__ = ["encode", "pretrain", "shares_of", "train_all_tokenizers"]
+__all__ = ["encode", "pretrain", "shares_of"]
 
-#: Characters that each tokenizer is trained on.
-TOKENIZER_CHARACTERS = 2_000_000
 BLOCK, BATCH = 512, 4
 #: Train in bfloat16 where the CPU has instructions for it.
 HALF_PRECISION = torch.cpu._is_avx512_bf16_supported()
 MUON_RATE, ADAM_RATE = 0.02, 4e-3
 #: Share of the steps that warm up, and the last rate relative to the peak.
 WARM_UP, LAST_RATE = 0.05, 0.1
-
-
-def train_all_tokenizers(data: Path, folder: Path) -> None:
-    """Train the four tokenizers on a part of the pretraining pool; each goes to ``folder/<model>``."""
-    texts, characters = [], 0
-    for row in read_rows(data / "pretrain.jsonl"):
-        text = row["text"] if "text" in row else "\n".join(message["content"] for message in row["messages"])
-        texts.append(text)
-        characters += len(text)
-        if characters > TOKENIZER_CHARACTERS:
-            break
-    for name, spec in TOKENIZERS.items():
-        train_tokenizer(texts, spec).save_pretrained(folder / name)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[int]:

@@ -47,11 +47,12 @@ QUICK = Settings(
     pretrain_bytes=200_000,
     common_bytes=25_000,
     heldout_bytes=15_000,
-    source_tokens=40_000,
+    # Enough for a right answer now and then: without one there is nothing to fine-tune on.
+    source_tokens=140_000,
     target_tokens=20_000,
     heldout_problems=16,
-    prompts=60,
-    samples=2,
+    prompts=80,
+    samples=3,
     top_k=16,
     max_steps=4,
 )

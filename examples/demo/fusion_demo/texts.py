@@ -8,12 +8,13 @@ Which split a text belongs to follows from the name of its file alone, so that c
 import ast
 import hashlib
 import os
+import sys
 import sysconfig
-from collections import defaultdict
 from collections.abc import Iterator
+from importlib.metadata import distributions
 from pathlib import Path
 
-__all__ = ["CHUNK_BYTES", "SPLITS", "harvest", "prose_and_code", "split_of"]
+__all__ = ["CHUNK_BYTES", "SPLITS", "harvest", "prose_and_code", "split_of", "versions"]
 
 #: Longest text in bytes; short enough to stay below 512 tokens of every tokenizer here.
 CHUNK_BYTES = 1000
@@ -21,8 +22,14 @@ CHUNK_BYTES = 1000
 LEAST_BYTES = 200
 #: Split -> share of the files.
 SPLITS = {"heldout": 0.08, "common": 0.25, "pretrain": 0.67}
+#: What comes with the package and its hosts anyway: no text changes when something else is installed.
+PACKAGES = (
+    "accelerate aiohttp anyio axolotl click datasets fsspec httpx huggingface_hub jinja2 joblib matplotlib mergekit "
+    "mpmath networkx numba numpy packaging pandas peft PIL pluggy pyarrow pydantic pygments requests rich scipy "
+    "setuptools sklearn sympy torch tqdm transformers trl typer urllib3 werkzeug"
+).split()
 #: At most this many files of one package and chunks of one file: no package rules the data.
-FILES_PER_PACKAGE = 60
+FILES_PER_PACKAGE = 120
 CHUNKS_PER_FILE = 12
 FILE_BYTES = 80_000
 FOLDERS_PASSED_OVER = {
@@ -94,25 +101,35 @@ def _texts_of(path: Path) -> dict[str, list[str]]:
     return {"prose": prose, "code": _chunks(code, "\n\n")}
 
 
-def _wanted(root: Path) -> Iterator[tuple[str, Path]]:
-    """(top-level package, path) of the sources and documents below ``root``."""
-    for folder, folders, names in os.walk(root):
+def _below(folder: Path) -> Iterator[Path]:
+    """Sources and documents below ``folder``."""
+    for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name not in FOLDERS_PASSED_OVER]
         for name in names:
             if (name.endswith((".py", ".md", ".rst")) or name == "METADATA") and not name.startswith("test_"):
-                path = Path(folder, name)
-                yield path.relative_to(root).parts[0], path
+                yield Path(place, name)
 
 
 def _files() -> Iterator[Path]:
-    """Installed sources and documents, a bounded number of each package, in an order that the names decide."""
-    paths = sysconfig.get_paths()
-    packages: dict[str, list[tuple[bytes, Path]]] = defaultdict(list)
-    for root in (Path(paths["stdlib"]), Path(paths["purelib"])):
-        for package, path in _wanted(root):
-            packages[package].append((_digest(f"{package}/{path.parent.name}/{path.name}"), path))
-    chosen = [ranked for files in packages.values() for ranked in sorted(files)[:FILES_PER_PACKAGE]]
+    """Sources and documents, a bounded number of each package, in an order that the names decide."""
+    library, packages = (Path(sysconfig.get_paths()[key]) for key in ("stdlib", "purelib"))
+    groups = {"python": list(_below(library))}
+    for name in PACKAGES:
+        folders = [packages / name, *packages.glob(f"{name}-*.dist-info")]
+        groups[name] = [path for folder in folders for path in _below(folder)]
+    chosen = []
+    for name, files in groups.items():
+        ranked = sorted((_digest(f"{name}/{path.parent.name}/{path.name}"), path) for path in files)
+        # The standard library counts as ten packages.
+        chosen += ranked[: FILES_PER_PACKAGE * (10 if name == "python" else 1)]
     yield from (path for _, path in sorted(chosen))
+
+
+def versions() -> dict[str, str]:
+    """Package -> installed version, of all that the texts come from."""
+    found = {d.name.lower().replace("-", "_"): d.version for d in distributions()}
+    names = {"sklearn": "scikit_learn", "PIL": "pillow"}
+    return {"python": sys.version, **{name: found[names.get(name, name)] for name in PACKAGES}}
 
 
 def harvest(budgets: dict[str, int]) -> dict[tuple[str, str], list[str]]:

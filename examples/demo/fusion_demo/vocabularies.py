@@ -1,14 +1,19 @@
-"""Four tokenizers trained on the demo's own texts; they differ in kind, vocabulary and chat template."""
+"""Second step: four tokenizers trained on the demo's own texts; they differ in kind, vocabulary and chat template."""
 
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-__all__ = ["TOKENIZERS", "TokenizerSpec", "train_tokenizer"]
+from fusion_demo.data import read_rows
 
+__all__ = ["TOKENIZERS", "TokenizerSpec", "train_all_tokenizers", "train_tokenizer"]
+
+#: Characters that each tokenizer is trained on.
+TRAINED_ON = 2_000_000
 #: SentencePiece never merges across words, but keeps runs of the space mark (indentation) in one piece.
 WORDS = r"▁+(?=▁)|▁?\p{L}+|▁?\p{N}+|▁?[^▁\n\p{L}\p{N}]+|▁|\n"
 #: The pattern of GPT-2, without English contractions.
@@ -143,3 +148,16 @@ def train_tokenizer(texts: Iterable[str], spec: TokenizerSpec) -> PreTrainedToke
     )
     wrapped.chat_template = spec.template
     return wrapped
+
+
+def train_all_tokenizers(data: Path, folder: Path) -> None:
+    """Train the four tokenizers on a part of the pretraining pool; each goes to ``folder/<model>``."""
+    texts, characters = [], 0
+    for row in read_rows(data / "pretrain.jsonl"):
+        text = row["text"] if "text" in row else "\n".join(message["content"] for message in row["messages"])
+        texts.append(text)
+        characters += len(text)
+        if characters > TRAINED_ON:
+            break
+    for name, spec in TOKENIZERS.items():
+        train_tokenizer(texts, spec).save_pretrained(folder / name)
