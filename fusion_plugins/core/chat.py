@@ -41,12 +41,12 @@ def render_chat(render: Callable[[Messages], str], messages: Sequence[Mapping[st
             f"{[message.get('role') for message in chat]} with assistant contents of types "
             f"{[type(content).__name__ for content in contents]}. Leave such chats out."
         )
-    text = render(chat)
     originals = [str(content) for content in contents]
+    text = render(chat)
     pieces = _pieces(render, chat, places)
-    for chosen, unchanged in ((originals, True), ([content.strip() for content in originals], False)):
-        if _join(pieces, chosen) == text:
-            return text, _spans(pieces, chosen), unchanged
+    rendered = _rendered(text, pieces, originals)
+    if rendered is not None:
+        return text, _spans(pieces, rendered), rendered == originals
     raise DataError(
         "expected the chat template to leave assistant messages as they are or to strip them, but the rendered chat "
         f"has something else around or inside one of the {len(places)} messages (it begins {text[:80]!r}). Give the "
@@ -75,10 +75,27 @@ def _pieces(render: Callable[[Messages], str], chat: Messages, places: Sequence[
     return [*pieces, rest]
 
 
-def _join(pieces: Sequence[str], contents: Sequence[str]) -> str:
-    return "".join(piece + content for piece, content in zip(pieces, [*contents, ""], strict=True))
+def _rendered(text: str, pieces: Sequence[str], contents: Sequence[str]) -> list[str] | None:
+    """Return the contents as they stand in the text, ``None`` where one is neither there nor there stripped."""
+    before, position, found = pieces[0], len(pieces[0]), []
+    if not text.startswith(before):
+        return None
+    for content, after in zip(contents, pieces[1:], strict=True):
+        fitting = (form for form in _forms(content) if text.startswith(form + after, position))
+        form = next(fitting, None)
+        if form is None:
+            return None
+        found.append(form)
+        position += len(form) + len(after)
+    return found if position == len(text) else None
+
+
+def _forms(content: str) -> list[str]:
+    """Return a content as it is and as templates strip it, the longest first."""
+    forms = {cut(content, letters) for letters in ("\n", None) for cut in (str.rstrip, str.lstrip, str.strip)}
+    return [content, *sorted(forms, key=lambda form: (-len(form), form))]
 
 
 def _spans(pieces: Sequence[str], contents: Sequence[str]) -> IntArray:
-    widths = [len(part.encode()) for pair in zip(pieces, contents, strict=False) for part in pair]
+    widths = [len(part.encode()) for pair in zip(pieces[:-1], contents, strict=True) for part in pair]
     return np.cumsum(widths).astype(np.int32).reshape(-1, 2)

@@ -63,6 +63,22 @@ def test_stripped_answers_are_found_and_reported():
     assert contents(text, spans) == ["42"]
 
 
+@pytest.mark.parametrize(("cut", "expected"), [
+    (str.strip, "a\n b"),
+    (str.lstrip, "a\n b \n"),
+    (lambda content: content.rstrip("\n"), "\n a\n b "),
+    (lambda content: content.strip("\n"), " a\n b "),
+])  # fmt: skip
+def test_every_way_of_stripping_is_found(cut, expected):
+    def render(messages):
+        return "".join(f"<{message['role']}>\n{cut(message['content'])}<end>\n" for message in messages)
+
+    chat = [{"role": "assistant", "content": "\n a\n b \n"}, {"role": "assistant", "content": "plain"}]
+    text, spans, unchanged = render_chat(render, chat)
+    assert contents(text, spans) == [expected, "plain"]
+    assert not unchanged
+
+
 def test_an_answer_that_repeats_the_question_is_found_in_its_own_place():
     chat = [{"role": "user", "content": "same"}, {"role": "assistant", "content": "same"}]
     text, spans, _ = render_chat(renderer(tiny.byte_level()), chat)
