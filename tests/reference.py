@@ -53,13 +53,19 @@ def same_prefix_rows(source, target):
     return rows
 
 
-def project_row(candidates, gold, label, source, target, target_ids, exact, *, first_token=False):
+def longest_beginning(token, known):
+    """The longest of a set of tokens that a token begins with; empty for none."""
+    return next((token[:end] for end in range(len(token), 0, -1) if token[:end] in known), b"")
+
+
+def project_row(candidates, gold, label, source, target, target_ids, exact, *, known=None, first_token=False):
     """Project one row with the chain correction, as ``core/project.py`` describes it.
 
     ``candidates`` (source id -> probability of the row), ``gold`` (list of (source id, probability of it, candidates of
     the row that predicts it): the source's next tokens until the label's bytes are covered), ``label`` (target id),
     ``source`` and ``target`` (lists of bytes), ``target_ids`` and ``exact`` (source id -> target id or -1, -> bool).
     """
+    known = known or set(target)
     wanted = target[label]
     spelled = b"".join(source[y] for y, _, _ in gold)
     first = gold[0][0]
@@ -77,7 +83,7 @@ def project_row(candidates, gold, label, source, target, target_ids, exact, *, f
         if len(gold) > 1 and wanted.startswith(source[z]) and source[z] != wanted:
             continue
         to = target_ids[z]
-        if not exact[z] and not first_token and source[z].startswith(wanted) and source[z] != wanted:
+        if not exact[z] and not first_token and longest_beginning(source[z], known) == wanted:
             to = label
         if to >= 0:
             result[to] = result.get(to, 0.0) + q
@@ -96,7 +102,7 @@ def fuse_text(records, target_ids, target_ends, maps, source_tokens, target_toke
     ``records``: objects with the fields of a Record; ``maps``: (target_ids, exact) per source.
     """
     best = min(range(len(records)), key=lambda s: records[s].ce_per_byte)
-    fused = []
+    fused, known = [], set(target_tokens)
     for s, record in enumerate(records):
         projected = []
         row_at = {int(end): u for u, end in enumerate(record.offsets)}
@@ -114,7 +120,7 @@ def fuse_text(records, target_ids, target_ends, maps, source_tokens, target_toke
                     break
             row = project_row(
                 candidates(record, u),
-                gold, int(target_ids[t + 1]), source_tokens[s], target_tokens, *maps[s],
+                gold, int(target_ids[t + 1]), source_tokens[s], target_tokens, *maps[s], known=known,
             )  # fmt: skip
             kept = sorted(row.items(), key=lambda item: (-item[1], item[0]))[:width]
             total = sum(q for _, q in kept)

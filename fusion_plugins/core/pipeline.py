@@ -16,6 +16,7 @@ from fusion_plugins.core.common_text import common_text
 from fusion_plugins.core.fuse import Rule, fuse, min_ce_choice, truncate
 from fusion_plugins.core.project import Projection, ProjectionOptions, project_record
 from fusion_plugins.core.record import build_record, stored_rows
+from fusion_plugins.core.token_bytes import longest_beginnings
 from fusion_plugins.core.token_table import TokenTable
 from fusion_plugins.core.types import Record, SparseDistributions, TokenizedText, VocabularyMap
 from fusion_plugins.errors import ConfigError, MismatchError
@@ -72,6 +73,9 @@ class FusionPlan:
             raise ConfigError(f"width must be at least 1, not {self.width}")
         if self.metric not in ("byte", "token"):
             raise ConfigError(f"metric must be 'byte' or 'token', not {self.metric!r}")
+        for source in self.sources:
+            # Made here, before worker processes are forked.
+            longest_beginnings(source.table, self.target_table)
 
 
 def fuse_text(

@@ -15,10 +15,11 @@ next token and ``y1 y2 ...`` the source's next tokens at a usable row, ``p`` the
   ends with the probability, in that row, of all candidates that begin with what is left of ``g``.
 * **One to one.** ``g`` gets the source's stored probability of ``y1``, also where the top k missed it.
 
-In all four cases a candidate that begins with ``g`` and is no token of the target itself gives its mass to ``g``: a
-nearest token by edit distance is a guess, the beginning is a fact. (A ``first_token`` map has asked the target's
-tokenizer already and is left alone.) So ``g`` gets the probability that the source's next bytes begin with ``g`` and
-are not one token of the target by themselves, up to segmentations that the source's tokenizer would not choose.
+In all four cases a candidate that is no token of the target, and whose longest beginning that is one is ``g``, gives
+its mass to ``g``: a nearest token by edit distance is a guess, the beginning is what the target would say first. (A
+``first_token`` map has asked the target's tokenizer already and is left alone.) So ``g`` gets the probability that
+the target's first token for what the source says next is ``g``, for a target that takes the longest token it knows
+and up to segmentations that the source's tokenizer would not choose.
 Without the correction (``chain=False``) only the map speaks, and so it does where an alignment by ``dtw`` has put rows
 together that do not end at the same byte.
 
@@ -47,7 +48,7 @@ from fusion_plugins.core.projection_kernel import (
     project_rows,
 )
 from fusion_plugins.core.record import stored_rows
-from fusion_plugins.core.token_bytes import token_bytes
+from fusion_plugins.core.token_bytes import longest_beginnings, token_bytes
 from fusion_plugins.core.token_table import TokenTable
 from fusion_plugins.core.types import (
     BoolArray,
@@ -159,6 +160,10 @@ def project_record(
     s_ends, t_ends = as_array(source.offsets, np.int32), as_array(target.ends, np.int32)
     s_place, _ = places(s_ends, as_array(source.spans, np.int32))
     t_place, t_left = places(t_ends, as_array(target.spans, np.int32))
+    begins = longest_beginnings(source_table, target_table)
+    if vocabulary.method == "first_token":
+        # Such a map has asked the target's tokenizer, which knows better.
+        begins = np.full_like(begins, -1)
     ids, logprobs, kept, label_logprobs, counts, masses = project_rows(
         as_array(alignment.source_rows, np.int32),
         SourceRows(
@@ -170,9 +175,7 @@ def project_record(
             as_array(source.token_logprobs, np.float32),
         ),
         TargetRows(as_array(target.input_ids, np.int32), t_ends, t_place, t_left),
-        Mapping(
-            as_array(vocabulary.target_ids, np.int32), vocabulary.distances == 0, vocabulary.method == "first_token"
-        ),
+        Mapping(as_array(vocabulary.target_ids, np.int32), vocabulary.distances == 0, begins),
         token_bytes(source_table),
         token_bytes(target_table),
         options.chain,

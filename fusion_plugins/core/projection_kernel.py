@@ -50,11 +50,11 @@ class TargetRows(NamedTuple):
 
 
 class Mapping(NamedTuple):
-    """Source id -> target id (W,), whether that is exact (W,), and whether the target's tokenizer was asked."""
+    """Source id -> target id (W,), whether that is exact (W,), and the longest target token at its beginning (W,)."""
 
     target_ids: IntArray
     exact: BoolArray
-    first_token: bool
+    begins: IntArray
 
 
 @compiled
@@ -167,8 +167,7 @@ def _candidates(  # type: ignore[no-untyped-def]
         if kind == SPECIAL and z == first:
             to = label
         exact = to >= 0 and mapping.exact[z]
-        longer = by_bytes and not exact and not mapping.first_token and z < len(s_tokens.special)
-        if longer and not s_tokens.special[z] and _strict(t_tokens, label, s_tokens, z):
+        if by_bytes and not exact and z < len(mapping.begins) and mapping.begins[z] == label:
             size = _add(held, row_ids, size, label, p)
             masses[GOLD_MASS] += p
         elif to < 0:

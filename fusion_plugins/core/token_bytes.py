@@ -1,18 +1,19 @@
 """The bytes of a vocabulary in arrays, as compiled kernels read them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fusion_plugins.core.jit import compiled
 from fusion_plugins.core.token_table import Role, TokenTable
-from fusion_plugins.core.types import BoolArray
+from fusion_plugins.core.types import BoolArray, IntArray
 
-__all__ = ["TokenBytes", "is_prefix", "token_bytes"]
+__all__ = ["TokenBytes", "is_prefix", "longest_beginnings", "token_bytes"]
 
-_CACHE: dict[str, "TokenBytes"] = {}
-_CACHED_TABLES = 32
+_CACHED = 32
+_BYTES: dict[str, "TokenBytes"] = {}
+_BEGINNINGS: dict[tuple[str, str], IntArray] = {}
 
 
 class TokenBytes(NamedTuple):
@@ -33,17 +34,40 @@ class TokenBytes(NamedTuple):
 
 def token_bytes(table: TokenTable) -> TokenBytes:
     """Return the arrays of a table; made once per process and vocabulary."""
-    found = _CACHE.get(table.fingerprint)
+    found = _BYTES.get(table.fingerprint)
     if found is None:
         flat = np.frombuffer(b"".join(table.tokens), np.uint8).copy()
         starts = np.concatenate([[0], np.cumsum(table.lengths, dtype=np.int64)])
         closing = np.zeros(table.vocab_size, np.bool_)
         closing[[table.role_ids[role] for role in (Role.EOS, Role.END_OF_TURN) if role in table.role_ids]] = True
         found = TokenBytes(flat, starts, table.special.copy(), closing)
-        if len(_CACHE) >= _CACHED_TABLES:
-            _CACHE.pop(next(iter(_CACHE)))
-        _CACHE[table.fingerprint] = found
+        _keep(_BYTES, table.fingerprint, found)
     return found
+
+
+def longest_beginnings(source: TokenTable, target: TokenTable) -> IntArray:
+    """Return (W,) int32: the longest ordinary target token that each source token begins with, -1 for none.
+
+    Of equal target tokens the lowest id counts. Made once per process and pair of vocabularies.
+    """
+    key = source.fingerprint, target.fingerprint
+    found = _BEGINNINGS.get(key)
+    if found is None:
+        ids = {target.tokens[i]: i for i in np.flatnonzero(target.ordinary)[::-1].tolist()}
+        longest = int(target.lengths.max(initial=0))
+        found = np.full(source.vocab_size, -1, np.int32)
+        for row in np.flatnonzero(~source.special).tolist():
+            token = source.tokens[row]
+            ends = range(min(len(token), longest), 0, -1)
+            found[row] = next((ids[token[:end]] for end in ends if token[:end] in ids), -1)
+        _keep(_BEGINNINGS, key, found)
+    return found
+
+
+def _keep(cache: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(cache) >= _CACHED:
+        cache.pop(next(iter(cache)))
+    cache[key] = value
 
 
 @compiled
