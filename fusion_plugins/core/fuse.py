@@ -76,6 +76,8 @@ def min_ce(
         raise ConfigError(f"missing must be 'mask' or 'next_best', not {missing!r}")
     costs = _per_row(distributions, cross_entropies)
     if missing == "next_best":
+        # A row whose label has no probability is still a row: its cost is the highest number, not infinity.
+        costs = np.nan_to_num(costs, nan=np.finfo(np.float64).max)
         costs = np.where(np.stack([d.rows for d in distributions]), costs, np.inf)
     return _select(distributions, min_ce_choice(costs))
 

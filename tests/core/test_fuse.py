@@ -72,6 +72,11 @@ def test_token_min_ce_chooses_per_position_among_the_sources_with_a_row():
     assert as_dicts(fused) == [as_dicts(B)[0], as_dicts(A)[1], {}]
 
 
+def test_a_row_without_its_label_is_still_better_than_no_row():
+    costs = [[np.inf, np.inf, np.inf], [np.inf, np.nan, np.inf]]
+    assert as_dicts(fuse([B, A], costs, rule="token_min_ce")) == [as_dicts(B)[0], as_dicts(A)[1], {}]
+
+
 def test_token_min_ce_refuses_one_number_per_text():
     with pytest.raises(ConfigError, match="expected 2 axes, came 1"):
         fuse([A, B], [1.0, 2.0], rule="token_min_ce")
