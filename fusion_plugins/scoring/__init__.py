@@ -6,6 +6,7 @@ this package loads neither torch nor a verifier.
 
 from typing import Any
 
+from fusion_plugins.errors import ConfigError
 from fusion_plugins.scoring.base import Score, Scorer
 
 __all__ = ["SCORERS", "Score", "Scorer"]
@@ -24,8 +25,13 @@ def _code(**options: Any) -> Scorer:
 
 
 def _reward(**options: Any) -> Scorer:
-    from fusion_plugins.scoring.reward import RewardScorer
-
+    try:
+        from fusion_plugins.scoring.reward import RewardScorer
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the scorer 'reward' needs torch and transformers, but {error.name!r} is not installed here; the extra "
+            "'axolotl' brings both, or: pip install torch transformers"
+        ) from error
     return RewardScorer(**options)
 
 

@@ -1,8 +1,9 @@
 """Where the answer stands in a model's response and in a gold reference; plain text work, nothing is evaluated."""
 
 import re
+from decimal import Decimal
 
-__all__ = ["gold_answer", "last_number", "marked_answer", "strip_units"]
+__all__ = ["gold_answer", "last_number", "marked_answer", "strip_units", "write_out_exponents"]
 
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?(?:\s*\\?%)?", re.ASCII)
 _HASHES = re.compile(r"####[ \t]*(\S[^\n]*)")
@@ -17,6 +18,7 @@ _WITH_UNIT = re.compile(
 # "\boxed 3" is TeX for "\boxed{3}".
 _BOXED = re.compile(r"\\f?box(?:ed)?\s*(?:\{|(?<=\s)([^\s{}$.]+))")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_EXPONENT = re.compile(r"(?<![\w.])\d+(?:\.\d+)?[eE][-+]?\d{1,2}(?![\w.]*\w)")
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _CHINESE = re.compile(r"[\u3000-\u303f\u3400-\u4dbf\u4e00-\u9fff]+")
 
@@ -56,6 +58,16 @@ def last_number(text: str) -> str | None:
     """
     found = _NUMBER.findall(text.translate(_FULL_WIDTH))
     return found[-1].strip() if found else None
+
+
+def write_out_exponents(text: str) -> str:
+    """Write numbers such as 1.5e6 in full: to a verifier of mathematics, "e" is a symbol.
+
+    Example:
+        >>> write_out_exponents("It is 1.5e6, or 2E-3. (3e, x2e5)")
+        'It is 1500000, or 0.002. (3e, x2e5)'
+    """
+    return _EXPONENT.sub(lambda match: f"{Decimal(match[0]):f}", text)
 
 
 def strip_units(answer: str) -> str:

@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import Any
 
-from fusion_plugins.scoring.answers import gold_answer, last_number, marked_answer
+from fusion_plugins.scoring.answers import gold_answer, last_number, marked_answer, write_out_exponents
 
 __all__ = ["judge", "main"]
 
@@ -30,7 +30,7 @@ def judge(reference: str, response: str, *, marked_only: bool = False) -> dict[s
         ``correct`` (None where no verdict is possible), ``reason``, ``gold``, ``answer`` and ``found``: boxed, hashes,
         expression or number.
     """
-    gold_text = gold_answer(reference)
+    gold_text, response = gold_answer(write_out_exponents(reference)), write_out_exponents(response)
     reply: dict[str, Any] = {"correct": None, "reason": None, "gold": gold_text, "answer": None, "found": None}
     gold = _parse(rf"\boxed{{{gold_text}}}")
     if not _readable(gold):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import sys
 
 import pytest
 import tiny
@@ -12,6 +13,7 @@ from transformers import LlamaForSequenceClassification
 from fusion_plugins.core.pairs import GapWindow, build_pairs
 from fusion_plugins.core.types import Candidate
 from fusion_plugins.errors import ConfigError, DataError, ScoringError
+from fusion_plugins.scoring import SCORERS
 from fusion_plugins.scoring.reward import RewardScorer
 from fusion_plugins.scoring.score import ScoreConfig, score_responses
 from fusion_plugins.store import RowManifest, RowWriter, open_rows
@@ -226,3 +228,10 @@ def test_rewards_and_verdicts_meet_in_one_folder_and_make_pairs(model, tmp_path)
     pairs = build_pairs(candidates, window=GapWindow(None, None))
     assert len(pairs) == 6
     assert all(pair.chosen.correct and not pair.rejected.correct for pair in pairs)
+
+
+def test_without_transformers_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "fusion_plugins.scoring.reward")
+    with pytest.raises(ConfigError, match="'transformers' is not installed here"):
+        SCORERS["reward"](model="any")
