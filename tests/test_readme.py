@@ -58,10 +58,16 @@ def _write_lines(path, rows):
 
 
 def _make_merge_inputs(folder):
-    config = yaml.safe_load((folder / "mergekit_configs" / "varm.yml").read_text())
+    """The models of the merge, named as folders: mergekit asks the hub about names without ``./`` for its model card."""
+    path = folder / "mergekit_configs" / "varm.yml"
+    config = yaml.safe_load(path.read_text())
     base = tiny.llama_checkpoint(folder / config["base_model"], seed=7)
     for seed, entry in enumerate(config["models"]):
         tiny.llama_checkpoint(folder / entry["model"], seed=seed, base=base, moved=1e-3)
+    for entry in (*config["models"], config):
+        key = "base_model" if entry is config else "model"
+        entry[key] = f"./{entry[key]}"
+    path.write_text(yaml.safe_dump(config))
 
 
 def _make_fusechat3(folder):
