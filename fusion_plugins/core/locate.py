@@ -3,6 +3,7 @@
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -29,16 +30,17 @@ def locate(table: TokenTable, ids: IntArray, offsets: Positions, text: str, raw:
         (T,) int32 ends, non-decreasing, and (T,) bool exactness. Text that the tokenizer drops belongs to the token
         before it, so that a token always ends where the next one starts.
     """
-    found = _Found(
-        table, ids, _char_to_byte(text, raw)[offsets], raw, np.zeros(len(ids), np.int32), np.ones(len(ids), np.bool_)
-    )
+    spans = _char_to_byte(text, raw)[offsets]
+    size = len(ids)
+    found = _Found(table, ids.tolist(), spans[:, 0].tolist(), spans[:, 1].tolist(), raw, [0] * size, [True] * size)
     # A special token that the tokenizer added itself has no bytes of the text.
     content = np.flatnonzero(~table.special[ids] | (offsets[:, 0] < offsets[:, 1]))
     if content.size:
         first, last = int(content[0]), int(content[-1]) + 1
         if not found.by_bytes(first, last, 0, len(raw)):
             found.by_segments(first, last)
-    return np.maximum.accumulate(found.ends), found.exact
+    ends = np.maximum.accumulate(np.array(found.ends, np.int32))
+    return ends, np.array(found.exact, np.bool_)
 
 
 def _char_to_byte(text: str, raw: bytes) -> Positions:
@@ -57,11 +59,12 @@ class _Found:
     """
 
     table: TokenTable
-    ids: IntArray
-    spans: Positions  # (T, 2) byte ranges by the tokenizer's offsets
+    ids: list[int]
+    begins: list[int]  # first byte of each token by the tokenizer's offsets
+    stops: list[int]  # byte after the last, by the same
     raw: bytes
-    ends: IntArray
-    exact: BoolArray
+    ends: list[int]
+    exact: list[bool]
 
     def by_bytes(self, first: int, last: int, start: int, stop: int) -> bool:
         """Take running sums, if the tokens spell the bytes, perhaps behind one space of the tokenizer's own."""
@@ -71,7 +74,8 @@ class _Found:
             return False
         if extra == 1 and not (self.table.prefix_space and spelled.startswith(b" ")):
             return False
-        self.ends[first:last] = start - extra + np.cumsum(self.table.lengths[self.ids[first:last]])
+        lengths = [len(self.table.tokens[index]) for index in self.ids[first:last]]
+        self.ends[first:last] = list(accumulate(lengths, initial=start - extra))[1:]
         return True
 
     def by_segments(self, first: int, last: int) -> None:
@@ -80,8 +84,8 @@ class _Found:
         for at in range(first, last):
             if self.table.roles[self.ids[at]] in (None, Role.UNK):
                 continue
-            begin, end = self.spans[at].tolist()
-            self._segment(first, at, start, begin)
+            end = self.stops[at]
+            self._segment(first, at, start, self.begins[at])
             self.ends[at] = end
             first, start = at + 1, end
         self._segment(first, last, start, len(self.raw))
@@ -99,16 +103,16 @@ class _Found:
         """Cut where the offsets of neighbours do not overlap: tokens of one group share a character."""
         left, end = first, -1
         for at in range(first, last):
-            if at > left and self.spans[at, 0] >= end:
+            if at > left and self.begins[at] >= end:
                 yield left, at
                 left = at
-            end = max(end, int(self.spans[at, 1]))
+            end = max(end, self.stops[at])
         if left < last:
             yield left, last
 
     def _group(self, left: int, right: int, position: int) -> int:
         """Locate one group that starts at ``position`` or later, and return where it ends."""
-        begin, end = int(self.spans[left, 0]), max(int(self.spans[left:right, 1].max()), position)
+        begin, end = self.begins[left], max(position, *self.stops[left:right])
         if self.by_bytes(left, right, position, end):
             return end
         gap, spelled = self.raw[position:begin], self._spelled(left, right)
@@ -119,8 +123,8 @@ class _Found:
             if self.by_bytes(left, right, position + dropped, end):
                 return end
         # The normaliser changed these characters: only the end of the whole group is a place in the text.
-        self.ends[left:right] = self.spans[left:right, 1]
-        self.exact[left:right] = False
+        self.ends[left:right] = self.stops[left:right]
+        self.exact[left:right] = [False] * (right - left)
         self._end(right - 1, end)
         return end
 
@@ -137,4 +141,4 @@ class _Found:
 
     def _spelled(self, first: int, last: int) -> bytes:
         tokens = self.table.tokens
-        return b"".join([tokens[index] for index in self.ids[first:last].tolist()])
+        return b"".join([tokens[index] for index in self.ids[first:last]])

@@ -154,8 +154,11 @@ def _measure(
 
 def _map_roles(source: TokenTable, target: TokenTable, target_ids: IntArray, distances: IntArray) -> None:
     names = {target.tokens[index]: index for index in np.flatnonzero(target.special)[::-1].tolist()}
+    # A token that ends both turns and texts (</s> of Mistral's chat models) is the end of a turn to a target that has
+    # one: only a chat template gives it both roles.
+    end_of_turn = source.role_ids.get(Role.END_OF_TURN)
     for row in np.flatnonzero(source.special).tolist():
-        role = source.roles[row]
+        role = Role.END_OF_TURN if row == end_of_turn else source.roles[row]
         found = names.get(source.tokens[row]) if role in (None, Role.OTHER) else target.id_of_role(role)
         target_ids[row] = -1 if found is None else found
         distances[row] = -1 if found is None else 0

@@ -1,6 +1,7 @@
 """Vocabulary maps: the published results, special tokens by role, and each method's own rule."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,11 @@ def surfaces(tokenizer, size=None):
 
 def pairs(found, target):
     return [None if index < 0 else target[index] for index in found.target_ids.tolist()]
+
+
+@cache
+def real(make):
+    return TokenTable.from_tokenizer(make())
 
 
 def table(tokens, **roles):
@@ -72,7 +78,7 @@ def test_min_edit_is_the_reference(source, target):
 
 @pytest.mark.parametrize("method", ["exact", "min_edit", "first_token"])
 def test_a_vocabulary_maps_to_itself(method):
-    made = TokenTable.from_tokenizer(tiny.digit_splitting())
+    made = real(tiny.digit_splitting)
     found = map_vocabulary(made, made, method=method)
     assert found.target_ids.tolist() == list(range(made.vocab_size))
     assert not found.distances.any()
@@ -82,8 +88,8 @@ def test_a_vocabulary_maps_to_itself(method):
 
 def test_bytes_are_compared_and_not_surfaces():
     """A line break is Ċ for one tokenizer and <0x0A> for the other; a space is Ġ for one and ▁ for the other."""
-    source = TokenTable.from_tokenizer(tiny.byte_level())
-    target = TokenTable.from_tokenizer(tiny.sentencepiece_bpe())
+    source = real(tiny.byte_level)
+    target = real(tiny.sentencepiece_bpe)
     found = map_vocabulary(source, target, method="exact")
     for piece in (b"\n", b" the", b"\xe2", b"ing"):
         assert target.tokens[found.target_ids[source.tokens.index(piece)]] == piece
@@ -92,7 +98,7 @@ def test_bytes_are_compared_and_not_surfaces():
 @pytest.mark.parametrize("method", ["exact", "min_edit", "first_token"])
 def test_letters_do_not_map_to_byte_tokens_that_the_target_never_uses(method):
     """<0x61> has the bytes of a and a lower id; the tokenizer uses it for nothing."""
-    source, target = TokenTable.from_tokenizer(tiny.tekken()), TokenTable.from_tokenizer(tiny.mistral_v1())
+    source, target = real(tiny.tekken), real(tiny.mistral_v1)
     small = TokenTable(source.tokens[:1400], source.roles[:1400], source.role_ids, False, "byte_level")
     names = surfaces(tiny.mistral_v1())
     found = map_vocabulary(small, target, method=method)
@@ -101,7 +107,7 @@ def test_letters_do_not_map_to_byte_tokens_that_the_target_never_uses(method):
 
 
 def test_byte_tokens_map_as_sources():
-    table_of_bytes = TokenTable.from_tokenizer(tiny.mistral_v1())
+    table_of_bytes = real(tiny.mistral_v1)
     found = map_vocabulary(table_of_bytes, table_of_bytes, method="exact")
     names = surfaces(tiny.mistral_v1())
     moved = {names[row]: names[column] for row, column in enumerate(found.target_ids.tolist()) if row != column}
@@ -139,8 +145,17 @@ def test_special_tokens_map_by_role_and_only_by_role():
         assert found[2:] == [5, 4, -1, 5, 3]
 
 
+def test_a_token_that_ends_turns_and_texts_maps_to_the_end_of_a_turn():
+    both = TokenTable([b"</s>"], [Role.EOS], {Role.EOS: 0, Role.END_OF_TURN: 0}, False, "byte_level")
+    only_texts = TokenTable([b"</s>"], [Role.EOS], {Role.EOS: 0}, False, "byte_level")
+    target = table([], stop=Role.EOS, turn=Role.END_OF_TURN)
+    assert map_vocabulary(both, target).target_ids.tolist() == [1]
+    assert map_vocabulary(only_texts, target).target_ids.tolist() == [0]
+    assert map_vocabulary(target, both).target_ids.tolist() == [0, 0]
+
+
 def test_special_tokens_of_real_tokenizers_map_by_role():
-    source, target = TokenTable.from_tokenizer(tiny.tekken()), TokenTable.from_tokenizer(tiny.mistral_v1())
+    source, target = real(tiny.tekken), real(tiny.mistral_v1)
     found = map_vocabulary(source, target, method="exact")
     assert found.target_ids[:4].tolist() == [0, 1, 2, -1]
     assert found.distances[:4].tolist() == [0, 0, 0, -1]
@@ -171,7 +186,7 @@ def test_first_token_follows_the_encoding_of_the_target():
 
 
 def test_first_token_of_real_tokenizers_begins_the_source_token():
-    source, target = TokenTable.from_tokenizer(tiny.byte_level()), TokenTable.from_tokenizer(tiny.mistral_v1())
+    source, target = real(tiny.byte_level), real(tiny.mistral_v1)
     found = map_vocabulary(source, target, method="first_token", encode=encoder(tiny.mistral_v1(), target))
     for token, role, index in zip(source.tokens, source.roles, found.target_ids.tolist(), strict=True):
         assert role is not None or token.startswith(target.tokens[index])
