@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from fusion_plugins.core.accounting import ProjectionReport
 from fusion_plugins.core.align import align_texts
+from fusion_plugins.core.common_text import common_text
 from fusion_plugins.core.project import Projection, ProjectionOptions, project_record
 from fusion_plugins.core.record import stored_rows
 from fusion_plugins.core.token_table import TokenTable
@@ -111,6 +112,7 @@ def diagnose(
     report, n_texts, wins, ces = ProjectionReport(), 0, 0, []
     for source, own in pairs:
         target = TokenizedText(own.input_ids, own.offsets, own.spans, own.exact)
+        source, target = common_text(source, target, source_table=source_table, target_table=target_table)
         projection = project_record(
             source,
             align_texts(source, target),
