@@ -1,7 +1,7 @@
 """LLM fusion (FuseLLM, FuseChat, FuseChat-3.0) inside stock axolotl and mergekit.
 
-Importing this package loads neither torch nor a host. Public names: ``FusionError``, ``hookimpl`` and, resolved on first
-use because axolotl looks preference dataset types up as ``package.attribute``, ``multi_source_dpo``.
+Importing this package loads neither torch nor a host. Public names: ``FusionError``, ``hookimpl`` and, resolved on
+first use because axolotl looks preference dataset types up as ``package.attribute``, ``multi_source_dpo``.
 """
 
 from fusion_plugins.errors import FusionError

@@ -58,7 +58,7 @@ def _write_lines(path, rows):
 
 
 def _make_merge_inputs(folder):
-    """The models of the merge, named as folders: mergekit asks the hub about names without ``./`` for its model card."""
+    """The models of the merge, named as folders: for its card mergekit asks the hub about names without ``./``."""
     path = folder / "mergekit_configs" / "varm.yml"
     config = yaml.safe_load(path.read_text())
     base = tiny.llama_checkpoint(folder / config["base_model"], seed=7)

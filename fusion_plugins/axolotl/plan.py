@@ -91,7 +91,8 @@ def _vocabulary(
             f"{store.path} was captured with tokenizer {store.table.fingerprint[:16]} ({store.manifest.model}), and "
             f"the target's is {target.table.fingerprint[:16]}. Capture it from `base_model`, or remove is_target."
         )
-    if same:
+    # One vocabulary may end turns with other tokens in another template: those are mapped by role.
+    if source.is_target or (same and store.table.role_ids == target.table.role_ids):
         ids = np.arange(store.table.vocab_size, dtype=np.int32)
         return VocabularyMap(ids, np.zeros_like(ids), "identity")
     method = block.alignment.vocabulary

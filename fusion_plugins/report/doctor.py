@@ -16,12 +16,11 @@ from fusion_plugins.core.content import tokenize_content
 from fusion_plugins.core.project import ProjectionOptions
 from fusion_plugins.core.record import build_record
 from fusion_plugins.core.token_table import TokenTable
-from fusion_plugins.core.tokens import encoder
 from fusion_plugins.core.types import Record, TokenizedText, VocabularyMap
-from fusion_plugins.core.vocab import map_vocabulary
 from fusion_plugins.errors import ConfigError, MismatchError
 from fusion_plugins.report.diagnosis import Diagnosis, advice, diagnose, verdict
 from fusion_plugins.store import Store, open_store
+from fusion_plugins.store.map_cache import cached_map
 
 __all__ = ["DoctorReport", "Side", "SourceVerdict", "examine", "open_side"]
 
@@ -153,10 +152,9 @@ def examine(
         MismatchError: the sides have no text in common.
     """
     ids = _sample(target, sources, limit)
-    encode = encoder(target.tokenizer, target.table) if target.tokenizer is not None else None
     verdicts = []
     for source in sources:
-        mapping = _vocabulary(source.table, target.table, vocabulary, encode)
+        mapping = _vocabulary(source.table, target, vocabulary)
         pairs = ((source.record(id), target.record(id)) for id in ids)
         found = diagnose(source.name, pairs, (source.table, target.table), mapping, options, advance)
         problems = advice(found, options, source.top_k) if source.store else _tokenizer_advice(found)
@@ -186,11 +184,11 @@ def _sample(target: Side, sources: Sequence[Side], limit: int) -> list[str]:
     return common[::step][:limit]
 
 
-def _vocabulary(source: TokenTable, target: TokenTable, method: str, encode: Any) -> VocabularyMap:
-    if source.fingerprint == target.fingerprint:
+def _vocabulary(source: TokenTable, target: Side, method: str) -> VocabularyMap:
+    if source.fingerprint == target.table.fingerprint and source.role_ids == target.table.role_ids:
         ids = np.arange(source.vocab_size, dtype=np.int32)
         return VocabularyMap(ids, np.zeros_like(ids), "identity")
-    return map_vocabulary(source, target, method=method, encode=encode if method == "first_token" else None)
+    return cached_map(source, target.table, method=method, tokenizer=target.tokenizer)
 
 
 def _record_of_tokens(id: str, text: TokenizedText) -> Record:

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from fusion_plugins.core.chat import render_chat
+from fusion_plugins.core.content import tokenize_content
 from fusion_plugins.core.record import build_record
-from fusion_plugins.core.tokens import TokenTable, tokenize
+from fusion_plugins.core.tokens import TokenTable
 from fusion_plugins.core.types import Record, TokenizedText
 from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.sources.base import Place, Source, SourceSettings, open_source
@@ -136,13 +136,7 @@ class _Job:
 
     def tokenized(self, text: Text) -> TokenizedText:
         """Tokenize a text, or a chat rendered with the source's own template."""
-        tokenizer = self.source.tokenizer
-        if isinstance(text.content, str):
-            return tokenize(tokenizer, self.table, text.content)
-        rendered, spans, _ = render_chat(
-            lambda messages: tokenizer.apply_chat_template(messages, tokenize=False), text.content
-        )
-        return tokenize(tokenizer, self.table, rendered, spans=spans, special_tokens=False, append_eos=False)
+        return tokenize_content(self.source.tokenizer, self.table, text.content)[0]
 
 
 def _manifest(
