@@ -9,7 +9,7 @@ Letters: B batch, T tokens, V vocabulary, K entries per row, H hidden size, N ro
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -304,14 +304,34 @@ def _in_chunks(
 def _row_terms(
     states: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor | None, targets: _Targets, loss: RowLoss
 ) -> tuple[Tensor, Tensor]:
-    logits = head(states)
-    logits = logits if logits.dtype == torch.float64 else logits.float()  # (n, V)
-    normaliser = logits.logsumexp(-1, keepdim=True)  # (n, 1)
-    student = (logits.gather(-1, targets.ids) - normaliser).masked_fill(~targets.mask, 0.0)  # (n, K)
-    fusion = loss(student, targets.logprobs.to(logits.dtype), targets.mask)
-    if labels is None:
-        return torch.zeros_like(fusion), fusion
-    return (normaliser - logits.gather(-1, labels.unsqueeze(-1))).squeeze(-1), fusion
+    width = targets.ids.shape[-1]
+    ids = targets.ids if labels is None else torch.cat([targets.ids, labels.unsqueeze(-1)], -1)  # (n, K or K + 1)
+    logprobs = _LogprobsAt.apply(head(states), ids)
+    student = logprobs[:, :width].masked_fill(~targets.mask, 0.0)
+    fusion = loss(student, targets.logprobs.to(logprobs.dtype), targets.mask)
+    return (torch.zeros_like(fusion) if labels is None else -logprobs[:, width]), fusion
+
+
+class _LogprobsAt(torch.autograd.Function):
+    """``log softmax(logits)`` at some ids only: (n, V), (n, K) -> (n, K), float32 (float64 for float64).
+
+    Keeps the logits in their own dtype and nothing else of their size, and makes one buffer of their size in the
+    backward pass; the same by autograd's own rules takes about twice as much.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
+        wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
+        normaliser = logits.to(wide).logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(logits, ids, normaliser)
+        return logits.gather(-1, ids).to(wide) - normaliser
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, ids, normaliser = ctx.saved_tensors
+        # d log q_k / d z_v = [v = id_k] - q_v
+        out = (logits.to(normaliser.dtype) - normaliser).exp_().mul_(-gradient.sum(-1, keepdim=True))
+        return out.scatter_add_(-1, ids, gradient).to(logits.dtype), None
 
 
 def _default_chunk(states: Tensor, head: Callable[[Tensor], Tensor]) -> int:
