@@ -10,6 +10,7 @@ from fusion_plugins.core.align import ALIGNERS, align_texts
 from fusion_plugins.core.counts import AlignmentCounts
 from fusion_plugins.core.fuse import RULES
 from fusion_plugins.core.pipeline import FusionPlan, SourcePlan
+from fusion_plugins.core.token_table import Role
 from fusion_plugins.core.types import Record, TokenizedText, VocabularyMap
 from fusion_plugins.errors import MismatchError
 from fusion_plugins.plugins import lookup
@@ -92,7 +93,8 @@ def _vocabulary(
             f"the target's is {target.table.fingerprint[:16]}. Capture it from `base_model`, or remove is_target."
         )
     # One vocabulary may end turns with other tokens in another template: those are mapped by role.
-    if source.is_target or (same and store.table.role_ids == target.table.role_ids):
+    turn_ends = {table.id_of_role(Role.END_OF_TURN) for table in (store.table, target.table)}
+    if source.is_target or (same and len(turn_ends) == 1):
         ids = np.arange(store.table.vocab_size, dtype=np.int32)
         return VocabularyMap(ids, np.zeros_like(ids), "identity")
     method = block.alignment.vocabulary

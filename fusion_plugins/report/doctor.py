@@ -15,7 +15,7 @@ import numpy as np
 from fusion_plugins.core.content import tokenize_content
 from fusion_plugins.core.project import ProjectionOptions
 from fusion_plugins.core.record import build_record
-from fusion_plugins.core.token_table import TokenTable
+from fusion_plugins.core.token_table import Role, TokenTable
 from fusion_plugins.core.types import Record, TokenizedText, VocabularyMap
 from fusion_plugins.errors import ConfigError, MismatchError
 from fusion_plugins.report.diagnosis import Diagnosis, advice, diagnose, verdict
@@ -185,7 +185,8 @@ def _sample(target: Side, sources: Sequence[Side], limit: int) -> list[str]:
 
 
 def _vocabulary(source: TokenTable, target: Side, method: str) -> VocabularyMap:
-    if source.fingerprint == target.table.fingerprint and source.role_ids == target.table.role_ids:
+    turn_ends = {table.id_of_role(Role.END_OF_TURN) for table in (source, target.table)}
+    if source.fingerprint == target.table.fingerprint and len(turn_ends) == 1:
         ids = np.arange(source.vocab_size, dtype=np.int32)
         return VocabularyMap(ids, np.zeros_like(ids), "identity")
     return cached_map(source, target.table, method=method, tokenizer=target.tokenizer)
