@@ -44,6 +44,23 @@ def load_tokenizer(settings: SourceSettings) -> Any:
     return tokenizer
 
 
+def load_config(settings: SourceSettings) -> Any:
+    """Load the text configuration of a source's model: sizes and dtype, without weights.
+
+    Raises:
+        SourceError: it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise SourceError(f"source {settings.source_name!r}: cannot load {settings.model!r}: {error}") from error
+    return config.get_text_config()
+
+
 def chat_template_hash(tokenizer: Any) -> str | None:
     """Return the sha256 (hex) of the chat template, or None where there is none."""
     if tokenizer is None or not tokenizer.chat_template:

@@ -20,7 +20,7 @@ from fusion_plugins.core.types import TokenizedText
 from fusion_plugins.errors import SourceError
 from fusion_plugins.sources.base import Place, Purpose, Response, Rows, SampleRequest, Sampling, SourceSettings, in_turn
 from fusion_plugins.sources.entries import rows_of_entries, spare_entries
-from fusion_plugins.sources.loading import load_tokenizer, prompt_ids, vocabulary_size
+from fusion_plugins.sources.loading import load_config, load_tokenizer, prompt_ids, vocabulary_size
 from fusion_plugins.sources.units import plan_units
 
 __all__ = ["VllmOptions", "VllmSource", "capture_params", "open_source", "scheduled_tokens"]
@@ -160,7 +160,7 @@ def _start(settings: SourceSettings, options: VllmOptions, purpose: Purpose) -> 
         "load_format": "safetensors",
     }
     try:
-        config = _config(settings)
+        config = load_config(settings)
         # vLLM's own "auto" turns float32 checkpoints into bfloat16.
         stored = str(getattr(config, "dtype", None) or "auto").removeprefix("torch.")
         arguments["dtype"] = stored if settings.dtype == "auto" else settings.dtype
@@ -177,12 +177,3 @@ def _start(settings: SourceSettings, options: VllmOptions, purpose: Purpose) -> 
             f"source {settings.source_name!r}: vLLM cannot start {settings.model!r}: {error}. Arguments of the engine "
             "stand under `options: {engine: {...}}`; for data parallelism use the ray backend or several servers."
         ) from error
-
-
-def _config(settings: SourceSettings) -> Any:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(
-        settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-    )
-    return config.get_text_config()
