@@ -30,13 +30,13 @@ class Settings:
 
     seed: int = 20
     pretrain_bytes: int = 2_200_000
-    common_bytes: int = 280_000
-    heldout_bytes: int = 90_000
-    source_tokens: int = 650_000
+    common_bytes: int = 250_000
+    heldout_bytes: int = 75_000
+    source_tokens: int = 600_000
     target_tokens: int = 350_000
     source_share: float = 0.8
-    heldout_problems: int = 300
-    prompts: int = 900
+    heldout_problems: int = 250
+    prompts: int = 450
     samples: int = 4
     top_k: int = 64
     max_steps: int | None = None
