@@ -1,8 +1,8 @@
-"""Differences between a base and its fine-tuned copies, one tensor at a time, in float64 and in little memory.
+"""Differences between a base and its fine-tuned copies, one tensor at a time, in little memory.
 
 Both merges, :mod:`fusion_plugins.core.varm` and :mod:`fusion_plugins.core.sce`, are written with these. A tensor is
-worked through in chunks of :data:`CHUNK_ELEMENTS` elements that are widened to float64, so that the scratch memory is a
-few MB whatever the size and dtype of the tensors.
+worked through in chunks of :data:`CHUNK_ELEMENTS` elements that are widened to float32 (float64 stays float64), so that
+the scratch memory is a few MB whatever the size and dtype of the tensors. Sums over chunks are in float64.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,25 +15,26 @@ from fusion_plugins.errors import MergeError
 __all__ = [
     "CHUNK_ELEMENTS",
     "MEASURES",
-    "accumulator_of",
     "chunks",
     "combine",
+    "compute_dtype",
     "delta_sums",
     "measured",
     "require_finite",
 ]
 
 MEASURES = ("square", "abs")
-#: Elements of one tensor that are held in float64 at a time: small enough to stay in the processor's cache.
-CHUNK_ELEMENTS = 1 << 17
+#: Elements of one tensor that are widened at a time: small enough to stay in the processor's cache.
+CHUNK_ELEMENTS = 1 << 16
 #: An accelerator takes so many times more at once: there a call costs more than the memory.
-ACCELERATOR_FACTOR = 32
+ACCELERATOR_FACTOR = 64
+#: A sum of squares below this may have lost changes whose squares float32 cannot hold.
+UNDERFLOW = 1e-30
 
 
-def accumulator_of(tensor: Tensor) -> torch.dtype:
-    """Return the dtype to compute in on the tensor's device."""
-    # Apple's GPUs have no float64.
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
+def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """Return float64 if one of the tensors is, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def measured(delta: Tensor, measure: str) -> Tensor:
@@ -42,16 +43,17 @@ def measured(delta: Tensor, measure: str) -> Tensor:
 
 
 def chunks(
-    views: Sequence[Tensor], *, whole_rows: bool = False
+    views: Sequence[Tensor], *, whole_rows: bool = False, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[tuple[slice, slice], tuple[Tensor, ...]]]:
-    """Yield where a chunk lies and the chunk of every view, in the accumulator's dtype.
+    """Yield where a chunk lies and the chunk of every view.
 
     Args:
         views: (R, C) each, the base first.
         whole_rows: never divide a row.
+        dtype: of the chunks; :func:`compute_dtype` by default.
     """
     rows, columns = views[0].shape
-    dtype = accumulator_of(views[0])
+    dtype = dtype or compute_dtype(views)
     limit = CHUNK_ELEMENTS * (1 if views[0].device.type == "cpu" else ACCELERATOR_FACTOR)
     width = columns if whole_rows else min(columns, limit)
     height = max(1, limit // max(width, 1))
@@ -73,30 +75,46 @@ def delta_sums(base: Tensor, tuned: Sequence[Tensor], measure: str = "square") -
         (J,) float64 on the CPU.
     """
     flat = [tensor.reshape(1, -1) for tensor in (base, *tuned)]
-    sums = torch.zeros(len(tuned), dtype=accumulator_of(base), device=base.device)
-    for _, (anchor, *others) in chunks(flat):
-        for index, other in enumerate(others):
-            sums[index] += measured(other - anchor, measure).sum()
-    return sums.cpu().double()
+    sums = _delta_sums(flat, measure, compute_dtype(flat))
+    if compute_dtype(flat) == torch.float32 and base.device.type != "mps" and bool((sums < UNDERFLOW).any()):
+        return _delta_sums(flat, measure, torch.float64)
+    return sums
 
 
 def combine(base: Tensor, tuned: Sequence[Tensor], weights: Tensor) -> Tensor:
     """Return ``base + sum_j weights[j] * (tuned[j] - base)``, in the dtype of the base.
+
+    An element that no model changed is the base's, and a weight of 1 gives that model's tensor, bit for bit.
 
     Args:
         base: any shape, floating point.
         tuned: J tensors of the same shape.
         weights: (J,).
     """
-    flat = [tensor.reshape(1, -1) for tensor in (base, *tuned)]
+    ranked = sorted(zip(weights.tolist(), tuned, strict=True), key=lambda pair: -pair[0])
+    taken = [(share, tensor) for share, tensor in ranked if share != 0]
+    if not taken:
+        return base.clone()
+    flat = [tensor.reshape(1, -1) for tensor in (base, *(tensor for _, tensor in taken))]
     merged = torch.empty_like(flat[0])
-    shares = weights.tolist()
-    for where, (anchor, *others) in chunks(flat):
-        total = anchor.clone()
-        for share, other in zip(shares, others, strict=True):
+    (largest, _), *smaller = taken
+    for where, (anchor, first, *others) in chunks(flat):
+        slot = merged[where]
+        total = torch.lerp(anchor, first, largest, out=slot if slot.dtype == anchor.dtype else None)
+        for (share, _), other in zip(smaller, others, strict=True):
             total.add_(other - anchor, alpha=share)
-        merged[where] = total
+        if total is not slot:
+            slot.copy_(total)
     return merged.reshape(base.shape)
+
+
+def _delta_sums(flat: Sequence[Tensor], measure: str, dtype: torch.dtype) -> Tensor:
+    sums = torch.zeros(len(flat) - 1, dtype=torch.float64)
+    for _, (anchor, *others) in chunks(flat, dtype=dtype):
+        for index, other in enumerate(others):
+            delta = (other - anchor).flatten()
+            sums[index] += (torch.dot(delta, delta) if measure == "square" else delta.abs_().sum()).cpu()
+    return sums
 
 
 def require_finite(name: str, tensors: Mapping[str, Tensor]) -> None:

@@ -18,8 +18,8 @@ divided by the surviving ``eta``    no              yes                   yes
 
 Two rules hold for all three. Elements of equal variance are selected in the order of their index, and an element of
 variance 0 never is, unless ``select_topk`` is 1, which turns the selection off. Thresholds are relative only: the
-absolute 1e-6, under which mergekit's ``sce`` gives light fine-tunes equal weights, is left out. Arithmetic is in
-float64 over chunks; the variance is ranked in float32.
+absolute 1e-6, under which mergekit's ``sce`` gives light fine-tunes equal weights, is left out. Differences are taken
+in float32 (float64 for float64 inputs), added up in float64, and the variance is ranked in float32.
 
 References:
     FuseChat: Knowledge Fusion of Chat Models, arXiv 2408.07990, algorithm 1.
@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusion_plugins.core.deltas import accumulator_of, chunks
+from fusion_plugins.core.deltas import chunks
 from fusion_plugins.errors import ConfigError
 
 __all__ = ["VARIANTS", "SceResult", "sce", "sce_merge"]
@@ -97,8 +97,8 @@ def sce(base: Tensor, tuned: Sequence[Tensor], *, select_topk: float = 1.0, vari
             deltas = deltas * mask[where]
         merged[where] = anchor + _update(deltas, weights, divide=variant != "paper")
     selected = base.numel() if mask is None else int(mask.sum())
-    values = squares.cpu().double() / max(base.numel(), 1)
-    return SceResult(merged.reshape(base.shape), weights.cpu().double(), values, selected)
+    values = squares / max(base.numel(), 1)
+    return SceResult(merged.reshape(base.shape), weights, values, selected)
 
 
 def _select(flat: Sequence[Tensor], share: float, *, of_all: bool) -> Tensor:
@@ -128,10 +128,10 @@ def _kth_largest(values: Tensor, k: int) -> float:
 
 def _squares(flat: Sequence[Tensor], mask: Tensor | None) -> Tensor:
     """(J,) sums of the squared, selected deltas."""
-    sums = torch.zeros(len(flat) - 1, dtype=accumulator_of(flat[0]), device=flat[0].device)
+    sums = torch.zeros(len(flat) - 1, dtype=torch.float64)
     for where, _, deltas in _chunks(flat):
         kept = deltas if mask is None else deltas * mask[where]
-        sums += kept.square().sum(dim=1)
+        sums += kept.square().sum(dim=1).cpu()
     return sums
 
 
@@ -147,7 +147,7 @@ def _update(deltas: Tensor, weights: Tensor, *, divide: bool) -> Tensor:
     """Erase and add up: (J, n) deltas and (J,) weights to (n,)."""
     positive = deltas.sum(dim=0) >= 0
     survives = torch.where(positive, deltas > 0, deltas < 0)
-    shares = weights.unsqueeze(1) * survives  # (J, n)
+    shares = weights.to(deltas).unsqueeze(1) * survives  # (J, n)
     update = (shares * deltas).sum(dim=0)
     if not divide:
         return update
@@ -156,6 +156,6 @@ def _update(deltas: Tensor, weights: Tensor, *, divide: bool) -> Tensor:
 
 
 def _chunks(flat: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield where a chunk lies, the base's part (n,) and the deltas (J, n), in the accumulator's dtype."""
+    """Yield where a chunk lies, the base's part (n,) and the deltas (J, n)."""
     for (_, where), (anchor, *others) in chunks([tensor.unsqueeze(0) for tensor in flat]):
         yield where, anchor[0], torch.cat(others) - anchor

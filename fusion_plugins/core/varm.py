@@ -7,8 +7,8 @@ For a unit ``m`` (a tensor, by default) and tuned model ``j``, with ``delta[j] =
     merged       = base + sum_j weight[j, m] * delta[j]
 
 The weights of a unit sum to 1, except where no model moved: then they are 0 and the base stays as it is. Only ratios
-enter, so deltas of 1e-7 are weighed like deltas of 1e-1. All arithmetic is in float64
-(:mod:`fusion_plugins.core.deltas`); the result is rounded once, to the dtype of the base.
+enter, so deltas of 1e-7 are weighed like deltas of 1e-1. Differences are taken in float32 or better and added up in
+float64 (:mod:`fusion_plugins.core.deltas`); the result is rounded once, to the dtype of the base.
 
 ``compat="fusechat"`` reproduces the released code for comparison, with what we take for its defects: modules and layers
 add the means of their tensors without regard to size, tensors outside layers get equal weights at layer granularity, a
@@ -26,7 +26,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from fusion_plugins.core.deltas import MEASURES, accumulator_of, chunks, combine, delta_sums, measured, require_finite
+from fusion_plugins.core.deltas import MEASURES, chunks, combine, compute_dtype, delta_sums, measured, require_finite
 from fusion_plugins.errors import ConfigError, MergeError
 
 __all__ = [
@@ -196,22 +196,22 @@ def merge_rows(base: Tensor, tuned: Sequence[Tensor], rule: VarmRule) -> RowMerg
     merged = torch.empty_like(views[0])
     by_element = rule.granularity == "element"
     published = by_element and rule.compat == "fusechat"
-    kept = [torch.zeros(len(tuned), 0, dtype=accumulator_of(base), device=base.device)]
-    value_sums = kept[0].new_zeros(len(tuned))
+    kept = [torch.zeros(len(tuned), 0, dtype=torch.float64)]
+    value_sums = torch.zeros(len(tuned), dtype=torch.float64)
     for where, (anchor, *others) in chunks(views, whole_rows=True):
         deltas = [other - anchor for other in others]
         values = torch.stack([measured(delta, rule.measure).mean(dim=1) for delta in deltas])
-        value_sums += values.sum(dim=1)
-        weights = unit_weights(values, rule)  # (J, rows of this chunk)
+        value_sums += values.sum(dim=1).cpu()
+        weights = unit_weights(values if by_element else values.cpu().double(), rule).to(anchor)  # (J, rows)
         total = anchor * weights.sum(dim=0).unsqueeze(1) if published else anchor.clone()
         for weight, delta in zip(weights, deltas, strict=True):
             total.addcmul_(weight.unsqueeze(1), delta)
         merged[where] = total
-        kept.append(weights.sum(dim=1, keepdim=True) if by_element else weights)
-    shares = torch.cat(kept, dim=1).cpu().double()
+        kept.append((weights.sum(dim=1, keepdim=True) if by_element else weights).cpu().double())
+    shares = torch.cat(kept, dim=1)
     if by_element:
         shares = shares.sum(dim=1, keepdim=True) / max(base.numel(), 1)
-    return RowMerge(merged.reshape(base.shape), shares, value_sums.cpu().double() / max(len(views[0]), 1))
+    return RowMerge(merged.reshape(base.shape), shares, value_sums / max(len(views[0]), 1))
 
 
 def varm_weights(
@@ -317,7 +317,8 @@ def _all_sums(
 
 def _row_weights(name: str, base: Tensor, tuned: Sequence[Tensor], rule: VarmRule) -> Tensor:
     """(J, rows) or (J, *shape), without chunks: the weights of elements are as large as the tensors anyway."""
-    views = [_rows(tensor, rule.granularity).to(accumulator_of(base)) for tensor in (base, *tuned)]
+    dtype = compute_dtype((base, *tuned))
+    views = [_rows(tensor, rule.granularity).to(dtype) for tensor in (base, *tuned)]
     values = torch.stack([measured(other - views[0], rule.measure).mean(dim=1) for other in views[1:]])
     if not bool(torch.isfinite(values).all()):
         require_finite(name, _labelled(base, tuned))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from mergekit.common import ModelReference
 from mergekit.graph import Executor, Task, TaskUniverse
+from mergekit.io.tasks import GatherTensors, LoaderCache
 from mergekit.merge_methods.task_adapter import MergeTensorInput
 from mergekit.tokenizer import BuildTokenizer
 from pydantic import ConfigDict, SkipValidation
@@ -83,12 +84,16 @@ class UnitStatistics(Task[UnitSums]):
         unit = self.unit
         LOG.info("Statistics of %s over %d tensors", unit.name, len(unit.inputs))
         universe = TaskUniverse()
-        targets = [universe.add_task(DeltaSums(unit=unit, name=name, inputs=unit.inputs[name])) for name in unit.inputs]
+        targets = [
+            universe.add_task(DeltaSums(unit=unit, name=name, inputs=_unwidened(unit.inputs[name])))
+            for name in unit.inputs
+        ]
         cached = {}
         if self.tokenizer is not None:
             cached[universe.add_task(self.tokenizer)] = arguments["tokenizer_info"]
         executor = Executor(targets, math_device=unit.device, storage_device="cpu", cached_values=cached)
         found = [value for _, value in executor.run(quiet=True) if value is not None]
+        LoaderCache().flush_all()  # unmap the files: their pages count as memory of this process
         return UnitSums([sums for sums, _ in found], [size for _, size in found])
 
 
@@ -139,3 +144,10 @@ class DeltaSums(Task[tuple[torch.Tensor, int] | None]):
             labelled = {unit.base_model: base, **found}
             require_finite(self.name, {str(model): tensor for model, tensor in labelled.items()})
         return sums, base.numel()
+
+
+def _unwidened(inputs: Task) -> Task:
+    """Leave out a cast to float32: the sums widen a chunk at a time, and a widened copy takes time and memory."""
+    if isinstance(inputs, GatherTensors) and inputs.dtype == "float32":
+        return inputs.model_copy(update={"dtype": None})
+    return inputs

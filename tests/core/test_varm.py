@@ -188,6 +188,22 @@ def test_weights_do_not_depend_on_the_scale_of_the_change(granularity, measure, 
         torch.testing.assert_close(weights[name], expected[name], rtol=1e-5, atol=1e-7)
 
 
+def test_changes_whose_squares_float32_cannot_hold_are_weighed_too():
+    base = {"w": torch.zeros(100)}
+    tuned = [{"w": torch.full((100,), 1e-25)}, {"w": torch.full((100,), 3e-25)}]
+    assert varm_weights(base, tuned)["w"].tolist() == pytest.approx([0.1, 0.9], rel=1e-6)
+
+
+def test_float32_sums_of_a_million_elements_are_exact_to_six_digits():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(1 << 20, generator=generator)
+    tuned = base + 1e-3 * torch.randn(1 << 20, generator=generator)
+    for measure in deltas.MEASURES:
+        delta = tuned.double() - base.double()
+        expected = (delta**2 if measure == "square" else delta.abs()).sum()
+        torch.testing.assert_close(deltas.delta_sums(base, [tuned], measure)[0], expected, rtol=1e-6, atol=0)
+
+
 def test_the_worked_example_of_mean_squares():
     """Mean squares 3e-9 and 9e-9 weigh 1/4 and 3/4; softmax at temperature 1 cannot tell them apart."""
     values = torch.tensor([[3e-9], [9e-9]], dtype=torch.float64)
@@ -202,7 +218,9 @@ def test_an_unchanged_target_weighs_nothing_and_the_other_is_returned(granularit
     weights = varm_weights(base, [dict(base), tuned], granularity=granularity)
     for name in base:
         assert float(weights[name][0].abs().max()) == 0
-        torch.testing.assert_close(merged[name], tuned[name], rtol=0, atol=0)
+        # Rows and elements are added to the base in float32: one rounding.
+        exact = granularity not in ("row", "element")
+        torch.testing.assert_close(merged[name], tuned[name], rtol=0 if exact else 3e-7, atol=0 if exact else 1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -271,7 +289,7 @@ def test_weights_are_shares_and_the_merge_lies_between_the_models(moves, granula
     weights = varm_weights(base, tuned, granularity=granularity, measure=measure)["layers.0.w"]
     assert bool((weights >= 0).all())
     total = weights.sum(dim=0)
-    assert bool((((total - 1).abs() < 1e-9) | (total == 0)).all())
+    assert bool((((total - 1).abs() < 1e-6) | (total == 0)).all())
     merged = varm_merge(base, tuned, granularity=granularity, measure=measure)["layers.0.w"]
     stacked = torch.stack([model["layers.0.w"] for model in tuned] + [base["layers.0.w"]])
     assert bool((merged <= stacked.amax(dim=0) + 1e-5).all())
