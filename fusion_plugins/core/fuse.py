@@ -77,7 +77,7 @@ def min_ce(
     costs = _per_row(distributions, cross_entropies)
     if missing == "next_best":
         # A row whose label has no probability is still a row: its cost is the highest number, not infinity.
-        costs = np.nan_to_num(costs, nan=np.finfo(np.float64).max)
+        costs = np.nan_to_num(costs, nan=float(np.finfo(np.float64).max))
         costs = np.where(np.stack([d.rows for d in distributions]), costs, np.inf)
     return _select(distributions, min_ce_choice(costs))
 

@@ -42,6 +42,7 @@ from fusion_plugins.core.projection_kernel import (
     MASSES,
     ROW_KINDS,
     Mapping,
+    Sides,
     SourceRows,
     TargetRows,
     places,
@@ -157,29 +158,16 @@ def project_record(
             f"expected an alignment of {n_source} source and {n_target} target tokens; it has rows for "
             f"{len(alignment.source_rows)} target tokens and names source row {alignment.source_rows.max(initial=-1)}"
         )
-    s_ends, t_ends = as_array(source.offsets, np.int32), as_array(target.ends, np.int32)
-    s_place, _ = places(s_ends, as_array(source.spans, np.int32))
-    t_place, t_left = places(t_ends, as_array(target.spans, np.int32))
-    begins = longest_beginnings(source_table, target_table)
-    if vocabulary.method == "first_token":
-        # Such a map has asked the target's tokenizer, which knows better.
-        begins = np.full_like(begins, -1)
-    ids, logprobs, kept, label_logprobs, counts, masses = project_rows(
-        as_array(alignment.source_rows, np.int32),
-        SourceRows(
-            as_array(source.input_ids, np.int32),
-            s_ends,
-            s_place,
-            as_array(source.topk_ids, np.int32),
-            as_array(source.topk_logprobs, np.float32),
-            as_array(source.token_logprobs, np.float32),
-        ),
-        TargetRows(as_array(target.input_ids, np.int32), t_ends, t_place, t_left),
-        Mapping(as_array(vocabulary.target_ids, np.int32), vocabulary.distances == 0, begins),
+    sides = Sides(
+        _source_rows(source),
+        _target_rows(target),
+        _mapping(vocabulary, source_table, target_table),
         token_bytes(source_table),
         token_bytes(target_table),
         options.chain,
-        options.min_mass,
+    )
+    ids, logprobs, kept, label_logprobs, counts, masses = project_rows(
+        as_array(alignment.source_rows, np.int32), sides, float(options.min_mass)
     )
     supervised = stored_rows(target)
     distributions = _finish(ids, logprobs, kept, options)
@@ -188,6 +176,32 @@ def project_record(
         _put_labels(distributions, empty, target)
     report = _report(supervised, empty, counts, masses, options)
     return Projection(distributions, label_logprobs, report)
+
+
+def _source_rows(source: Record) -> SourceRows:
+    ends = as_array(source.offsets, np.int32)
+    place, _ = places(ends, as_array(source.spans, np.int32))
+    return SourceRows(
+        as_array(source.input_ids, np.int32),
+        ends,
+        place,
+        as_array(source.topk_ids, np.int32),
+        as_array(source.topk_logprobs, np.float32),
+        as_array(source.token_logprobs, np.float32),
+    )
+
+
+def _target_rows(target: TokenizedText) -> TargetRows:
+    ends = as_array(target.ends, np.int32)
+    return TargetRows(as_array(target.input_ids, np.int32), ends, *places(ends, as_array(target.spans, np.int32)))
+
+
+def _mapping(vocabulary: VocabularyMap, source_table: TokenTable, target_table: TokenTable) -> Mapping:
+    begins = longest_beginnings(source_table, target_table)
+    if vocabulary.method == "first_token":
+        # Such a map has asked the target's tokenizer, which knows better.
+        begins = np.full_like(begins, -1)
+    return Mapping(as_array(vocabulary.target_ids, np.int32), vocabulary.distances == 0, begins)
 
 
 def _finish(ids: IntArray, logprobs: FloatArray, kept: FloatArray, options: ProjectionOptions) -> SparseDistributions:

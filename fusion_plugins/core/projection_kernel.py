@@ -1,20 +1,20 @@
 """The compiled part of the projection; :mod:`fusion_plugins.core.project` says what it does and why."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fusion_plugins.core.jit import compiled
-from fusion_plugins.core.token_bytes import is_prefix
+from fusion_plugins.core.token_bytes import TokenBytes, is_prefix
 from fusion_plugins.core.types import BoolArray, FloatArray, IntArray
 
-__all__ = ["COUNTS", "MASSES", "ROW_KINDS", "Mapping", "SourceRows", "TargetRows", "places", "project_rows"]
+__all__ = ["COUNTS", "MASSES", "ROW_KINDS", "Mapping", "Sides", "SourceRows", "TargetRows", "places", "project_rows"]
 
 # What becomes of a row that has a source row: up to UNCHECKED it is used, the others are masked.
 ONE_TO_ONE, ONE_TO_MANY, MANY_TO_ONE, CROSSING, SPECIAL, UNCHECKED = range(6)
 OTHER_BYTES, REACHES_OUT, OTHER_SPECIAL, SOURCE_ENDS, LOW_MASS = range(6, 11)
-# What becomes of a candidate.
+# What becomes of a candidate, in the order of the masses below.
 EXACT, EDITED, UNMAPPED = range(11, 14)
 COUNTS = (
     "one_to_one", "one_to_many", "many_to_one", "crossing", "special", "unchecked", "other_bytes", "reaches_out",
@@ -57,35 +57,57 @@ class Mapping(NamedTuple):
     begins: IntArray
 
 
+class Sides(NamedTuple):
+    """Everything about one source and one target that the kernel reads."""
+
+    source: SourceRows
+    target: TargetRows
+    mapping: Mapping
+    s_tokens: TokenBytes
+    t_tokens: TokenBytes
+    chain: bool
+
+
+class Row(NamedTuple):
+    """One usable row.
+
+    ``u`` is the source row, ``label`` the target's next token; ``kind`` says how the next tokens lie to each other,
+    ``last`` is the source token in which the label ends, ``logp`` the log-probability of the source tokens before it.
+    """
+
+    u: Any
+    label: Any
+    kind: int
+    last: Any
+    logp: float
+
+
 @compiled
-def project_rows(rows, source, target, mapping, s_tokens, t_tokens, chain, min_mass):  # type: ignore[no-untyped-def]
+def project_rows(rows, sides, min_mass):  # type: ignore[no-untyped-def]
     """Project every usable row.
 
     Returns:
         ids (T, K + 1), logprobs (T, K + 1), kept mass (T,), log-probability of the label (T,), counts, masses.
     """
-    n, width = len(target.ids), source.topk_ids.shape[1] + 1
+    n, width = len(sides.target.ids), sides.source.topk_ids.shape[1] + 1
     ids, logprobs = np.full((n, width), -1, np.int32), np.full((n, width), -np.inf, np.float32)
     kept, gold = np.zeros(n), np.full(n, -np.inf, np.float32)
     counts, masses = np.zeros(len(COUNTS), np.int64), np.zeros(len(MASSES))
-    held = np.zeros(len(t_tokens.special))
+    held = np.zeros(len(sides.t_tokens.special))
     row_ids, row_masses = np.empty(width, np.int32), np.zeros(len(MASSES))
     for t in range(n - 1):
-        u = rows[t]
-        if u < 0:
+        if rows[t] < 0:
             continue
-        kind, last, logp = _kind(source, u, target, t, mapping, s_tokens, t_tokens)
+        row = _row(sides, rows[t], t)
+        kind = row.kind
         if kind <= UNCHECKED:
             row_masses[:] = 0.0
-            size = _candidates(
-                source, u, target.ids[t + 1], kind, last, logp, mapping, s_tokens, t_tokens, chain, held, row_ids,
-                counts, row_masses,
-            )  # fmt: skip
+            size = _candidates(sides, row, held, row_ids, counts, row_masses)
             total = _write(row_ids[:size], held, ids[t], logprobs[t])
             if total > 0.0 and total >= min_mass:
                 kept[t] = total
-                if target.ids[t + 1] < len(held) and held[target.ids[t + 1]] > 0.0:
-                    gold[t] = np.log(held[target.ids[t + 1]])
+                if row.label < len(held) and held[row.label] > 0.0:
+                    gold[t] = np.log(held[row.label])
                 masses += row_masses
             else:
                 kind = LOW_MASS
@@ -96,110 +118,128 @@ def project_rows(rows, source, target, mapping, s_tokens, t_tokens, chain, min_m
 
 
 @compiled
-def _kind(source, u, target, t, mapping, s_tokens, t_tokens):  # type: ignore[no-untyped-def]
-    """How the next tokens lie to each other.
-
-    Returns:
-        The kind; the source token in which the label ends; the log-probability of the source tokens before that one.
-    """
+def _row(sides, u, t):  # type: ignore[no-untyped-def]
+    """How the next tokens after source row ``u`` and target row ``t`` lie to each other."""
+    source, target, label = sides.source, sides.target, np.int64(sides.target.ids[t + 1])
+    u = np.int64(u)
     if u + 1 >= len(source.ids):
-        return SOURCE_ENDS, u, 0.0
-    label, first = target.ids[t + 1], source.ids[u + 1]
-    known = label < len(t_tokens.special) and first < min(len(s_tokens.special), len(mapping.target_ids))
-    if not known or target.left[t] == 0 or t_tokens.special[label] or s_tokens.special[first]:
-        same = known and mapping.target_ids[first] == label
-        # One model's end of turn may be what another uses as the end of the text.
-        same |= known and target.left[t] == 0 and s_tokens.closing[first] and t_tokens.closing[label]
-        return (SPECIAL if same else OTHER_SPECIAL), u + 1, 0.0
-    if source.place[u] != target.place[t]:
-        return UNCHECKED, u + 1, 0.0
-    width = target.ends[t + 1] - target.ends[t]
+        return Row(u, label, SOURCE_ENDS, u, 0.0)
+    if _ordinary(sides.t_tokens, label) and _ordinary(sides.s_tokens, source.ids[u + 1]) and target.left[t] != 0:
+        if source.place[u] != target.place[t]:
+            return Row(u, label, UNCHECKED, u + 1, 0.0)
+        return _row_by_bytes(sides, u, t, label)
+    same = _same_special(sides, source.ids[u + 1], label, target.left[t])
+    return Row(u, label, SPECIAL if same else OTHER_SPECIAL, u + 1, 0.0)
+
+
+@compiled
+def _same_special(sides, first, label, left):  # type: ignore[no-untyped-def]
+    if first >= len(sides.mapping.target_ids) or label >= len(sides.t_tokens.closing):
+        return False
+    # One model's end of turn may be what another uses as the end of the text.
+    closing = left == 0 and sides.s_tokens.closing[first] and sides.t_tokens.closing[label]
+    return closing or sides.mapping.target_ids[first] == label
+
+
+@compiled
+def _row_by_bytes(sides, u, t, label):  # type: ignore[no-untyped-def]
+    source, target = sides.source, sides.target
+    width, source_width = target.ends[t + 1] - target.ends[t], source.ends[u + 1] - source.ends[u]
     if width > target.left[t]:
-        return REACHES_OUT, u + 1, 0.0
-    source_width = source.ends[u + 1] - source.ends[u]
-    if _length(t_tokens, label) - width != _length(s_tokens, first) - source_width or width <= 0:
-        return OTHER_BYTES, u + 1, 0.0
+        return Row(u, label, REACHES_OUT, u + 1, 0.0)
+    added = _length(sides.t_tokens, label) - width
+    if width <= 0 or added != _length(sides.s_tokens, source.ids[u + 1]) - source_width:
+        return Row(u, label, OTHER_BYTES, u + 1, 0.0)
     goal, v, logp = source.ends[u] + width, u + 1, 0.0
     while v < len(source.ids) and source.ends[v] < goal:
         logp += source.gold[v - 1]
         v += 1
-        if v < len(source.ids) and (source.ids[v] >= len(s_tokens.special) or s_tokens.special[source.ids[v]]):
-            return OTHER_SPECIAL, v, logp
+        if v < len(source.ids) and not _ordinary(sides.s_tokens, source.ids[v]):
+            return Row(u, label, OTHER_SPECIAL, v, logp)
     if v == len(source.ids):
-        return SOURCE_ENDS, v, logp
+        return Row(u, label, SOURCE_ENDS, v, logp)
     if source.ends[v] == goal:
-        return (ONE_TO_ONE if v == u + 1 else ONE_TO_MANY), v, logp
-    return (MANY_TO_ONE if v == u + 1 else CROSSING), v, logp
+        return Row(u, label, ONE_TO_ONE if v == u + 1 else ONE_TO_MANY, v, logp)
+    return Row(u, label, MANY_TO_ONE if v == u + 1 else CROSSING, v, logp)
 
 
 @compiled
-def _candidates(  # type: ignore[no-untyped-def]
-    source, u, label, kind, last, logp, mapping, s_tokens, t_tokens, chain, held, row_ids, counts, masses
-):
-    """Add the mass of every candidate of row ``u`` to the target tokens, and return how many of them there are."""
-    size, inside, first = 0, 0.0, source.ids[u + 1]
-    by_bytes = chain and kind < SPECIAL and not np.isnan(source.gold[u]) and not np.isnan(logp)
-    splits = kind == ONE_TO_MANY or kind == CROSSING
-    first_mass = np.exp(np.float64(source.gold[u]))
+def _candidates(sides, row, held, row_ids, counts, masses):  # type: ignore[no-untyped-def]
+    """Add the mass of every candidate of the row to the target tokens, and return how many of them there are."""
+    source, first = sides.source, sides.source.ids[row.u + 1]
+    first_mass = np.exp(np.float64(source.gold[row.u]))
+    size, inside = 0, 0.0
+    by_bytes = sides.chain and row.kind < SPECIAL and not np.isnan(first_mass + row.logp)
     if by_bytes:
-        mass = _gold_mass(source, u, label, last, logp, kind, s_tokens, t_tokens)
-        size = _add(held, row_ids, size, label, mass)
+        mass = _label_mass(sides, row)
+        size = _add(held, row_ids, size, row.label, mass)
         masses[GOLD_MASS] += mass
         masses[PREFIX_MASS] += max(first_mass - mass, 0.0)
         inside += first_mass
-    seen = by_bytes
+    # A prefix of the label is what the chain, or what comes after it, has explained.
+    splits = by_bytes and (row.kind == ONE_TO_MANY or row.kind == CROSSING)
+    seen, mapping, s_tokens, t_tokens = by_bytes, sides.mapping, sides.s_tokens, sides.t_tokens
     for k in range(source.topk_ids.shape[1] + 1):
         if k == source.topk_ids.shape[1]:
             # A special token that the top k missed: its probability is stored all the same.
-            if seen or not chain or np.isnan(first_mass):
+            if seen or not sides.chain or np.isnan(first_mass):
                 break
             z, p = first, first_mass
         else:
-            z, p = source.topk_ids[u, k], np.exp(np.float64(source.topk_logprobs[u, k]))
+            z, p = source.topk_ids[row.u, k], np.exp(np.float64(source.topk_logprobs[row.u, k]))
             if z < 0 or (z == first and by_bytes):
                 continue
         seen |= z == first
         inside += p
-        if by_bytes and splits and z < len(s_tokens.special) and _strict(s_tokens, z, t_tokens, label):
+        if splits and _ordinary(s_tokens, z) and _strict(s_tokens, z, t_tokens, row.label):
             masses[PREFIX_MASS] += p
             continue
-        to = mapping.target_ids[z] if z < len(mapping.target_ids) else -1
-        if kind == SPECIAL and z == first:
-            to = label
-        exact = to >= 0 and mapping.exact[z]
-        if by_bytes and not exact and z < len(mapping.begins) and mapping.begins[z] == label:
-            size = _add(held, row_ids, size, label, p)
-            masses[GOLD_MASS] += p
-        elif to < 0:
-            counts[UNMAPPED] += 1
-            masses[UNMAPPED_MASS] += p
-        else:
-            size = _add(held, row_ids, size, to, p)
-            counts[EXACT if exact else EDITED] += 1
-            masses[EXACT_MASS if exact else EDITED_MASS] += p
+        to, share = _destination(mapping, z, row.label, by_bytes)
+        if row.kind == SPECIAL and z == first:
+            to, share = row.label, EXACT_MASS
+        masses[share] += p
+        if share != GOLD_MASS:
+            counts[EXACT + share - EXACT_MASS] += 1
+        size = _add(held, row_ids, size, to, p)
     masses[OUTSIDE_MASS] += max(1.0 - inside, 0.0)
     return size
 
 
 @compiled
-def _gold_mass(source, u, label, last, logp, kind, s_tokens, t_tokens):  # type: ignore[no-untyped-def]
+def _destination(mapping, z, label, by_bytes):  # type: ignore[no-untyped-def]
+    """The target token of a candidate, -1 for none, and which share of the mass it counts to."""
+    to = np.int64(mapping.target_ids[z]) if z < len(mapping.target_ids) else np.int64(-1)
+    if to >= 0 and mapping.exact[z]:
+        return to, EXACT_MASS
+    if by_bytes and z < len(mapping.begins) and mapping.begins[z] == label:
+        return label, GOLD_MASS
+    return to, EDITED_MASS if to >= 0 else UNMAPPED_MASS
+
+
+@compiled
+def _label_mass(sides, row):  # type: ignore[no-untyped-def]
     """Probability that the source goes on with the bytes of the label, along the text's own tokens."""
-    row = last - 1
-    if kind != CROSSING:
-        return np.exp(logp + source.gold[row])
+    source, before = sides.source, row.last - 1
+    if row.kind != CROSSING:
+        return np.exp(row.logp + source.gold[before])
     # What is left of the label after the source tokens inside it may begin any token of the last row.
-    used = source.ends[row] - source.ends[u] + _length(s_tokens, source.ids[u + 1])
-    used -= source.ends[u + 1] - source.ends[u]
+    added = _length(sides.s_tokens, source.ids[row.u + 1]) - (source.ends[row.u + 1] - source.ends[row.u])
+    used = source.ends[before] - source.ends[row.u] + added
     total, seen = 0.0, False
     for k in range(source.topk_ids.shape[1]):
-        z = source.topk_ids[row, k]
-        if 0 <= z < len(s_tokens.special) and not s_tokens.special[z]:
-            seen |= z == source.ids[last]
-            if is_prefix(t_tokens, label, s_tokens, z, used):
-                total += np.exp(np.float64(source.topk_logprobs[row, k]))
+        z = source.topk_ids[before, k]
+        if z >= 0 and _ordinary(sides.s_tokens, z):
+            seen |= z == source.ids[row.last]
+            if is_prefix(sides.t_tokens, row.label, sides.s_tokens, z, used):
+                total += np.exp(np.float64(source.topk_logprobs[before, k]))
     if not seen:
-        total += np.exp(np.float64(source.gold[row]))
-    return np.exp(logp) * total
+        total += np.exp(np.float64(source.gold[before]))
+    return np.exp(row.logp) * total
+
+
+@compiled
+def _ordinary(tokens, token):  # type: ignore[no-untyped-def]
+    return token < len(tokens.special) and not tokens.special[token]
 
 
 @compiled
@@ -215,7 +255,7 @@ def _length(tokens, token):  # type: ignore[no-untyped-def]
 @compiled
 def _add(held, row_ids, size, token, mass):  # type: ignore[no-untyped-def]
     """Sum the mass of a target token; note its id when it is new in this row."""
-    if mass <= 0.0 or token >= len(held):
+    if mass <= 0.0 or not 0 <= token < len(held):
         return size
     if held[token] == 0.0:
         row_ids[size] = token
