@@ -1,9 +1,10 @@
 """What the fault tests run in processes of their own.
 
 ``python store_jobs.py JOB FOLDER ...`` runs one job. ``python store_jobs.py serve`` forks a process for each line of
-its input, ``KILL_AT JOB FOLDER ...``, and answers with a line ``STATUS CALLS``: a process kills itself (SIGKILL) at its
-KILL_AT-th call or return of a function, of Python or of C, so that every point between two calls can be hit. Only numpy
-and pyarrow are imported.
+its input, ``KILL_AT JOB FOLDER ...``, and answers with a line ``STATUS CALLS FILE_CALLS``: a process kills itself
+(SIGKILL) at its KILL_AT-th call or return of a function, of Python or of C, so that every point between two calls can
+be hit; at the KILL_AT-th call or return of one that changes files if KILL_AT begins with ``f``. Only numpy and pyarrow
+are imported.
 """
 
 import os
@@ -23,6 +24,7 @@ from fusion_plugins.store import RowManifest, RowWriter, StoreWriter
 from fusion_plugins.store.maintain import merge
 
 N_ITEMS = 24
+CHANGES_FILES = {"open", "write", "flush", "close", "fsync", "replace", "unlink", "mkdir"}
 BATCH = 3
 COLUMNS = {"prompt_id": "string", "index": "int64", "response": "string", "extra": "json"}
 
@@ -72,20 +74,21 @@ def run(job: str, folder: str, *rest: str) -> None:
         {"write_store": write_store, "write_rows": write_rows, "fill_disk": fill_disk}[job](folder, *rest)
 
 
-def run_until(kill_at: int, arguments: list[str]) -> int:
-    """Run a job and return how many calls and returns it took; -1 in ``kill_at`` lets it live."""
-    count = 0
+def run_until(kill_at: str, arguments: list[str]) -> str:
+    """Run a job and return how many calls and returns it took, of any function and of those that change files."""
+    count = file_count = 0
 
     def on_event(frame: FrameType, event: str, argument: object) -> None:
-        nonlocal count
+        nonlocal count, file_count
         count += 1
-        if count == kill_at:
+        file_count += getattr(argument, "__name__", "") in CHANGES_FILES
+        if kill_at in (str(count), f"f{file_count}"):
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.setprofile(on_event)
     run(*arguments)
     sys.setprofile(None)
-    return count
+    return f"{count} {file_count}"
 
 
 def serve() -> None:
@@ -95,11 +98,11 @@ def serve() -> None:
         receive, send = os.pipe()
         child = os.fork()
         if child == 0:
-            os.write(send, str(run_until(int(kill_at), arguments)).encode())
+            os.write(send, run_until(kill_at, arguments).encode())
             os._exit(0)
         os.close(send)
         _, status = os.waitpid(child, 0)
-        calls = os.read(receive, 100).decode() or "0"
+        calls = os.read(receive, 100).decode() or "0 0"
         os.close(receive)
         print(os.waitstatus_to_exitcode(status), calls, flush=True)  # noqa: T201
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Store", "open_store"]
 
 #: decoded row groups that a store keeps
-CACHED_GROUPS = 8
+CACHED_GROUPS = 16
 
 
 def open_store(path: str | Path) -> "Store":

@@ -23,12 +23,15 @@ from fusion_plugins.store.shards import Codec
 __all__ = ["RecordTable", "decode_records", "encode_records", "record_codec"]
 
 #: log-probabilities per row group: what one random access decodes
-GROUP_VALUES = 1 << 18
+GROUP_VALUES = 1 << 17
 #: log-probabilities per shard
 SHARD_VALUES = 1 << 24
 #: in `gold`: the value is the one that the top k hold for the gold token
 IN_TOP_K = 0xFFFF
+#: bit pattern -> log-probability; numpy's own conversion takes five times as long
+_LOGPROBS = -np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 PARQUET_OPTIONS: dict[str, Any] = {
+    "compression_level": 9,
     "use_dictionary": False,
     "write_statistics": False,
     "column_encoding": {
@@ -96,7 +99,7 @@ def _float16_bits(logprobs: Any) -> Any:
 
 
 def _from_bits(bits: Any) -> Any:
-    return -bits.view(np.float16).astype(np.float32)
+    return _LOGPROBS.take(bits)
 
 
 def _gold_in_top_k(inputs: Any, ids: Any, values: Any) -> tuple[Any, Any]:

@@ -54,7 +54,7 @@ def parquet_bytes(codec: Codec[T], table: pa.Table, tokens: int) -> memoryview:
     """Return a table as the bytes of a Parquet file."""
     group_rows = max(1, table.num_rows * codec.group_tokens // tokens) if tokens else None
     sink = pa.BufferOutputStream()
-    options: dict[str, Any] = {"compression": "zstd", "compression_level": 3} | codec.parquet
+    options: dict[str, Any] = {"compression": "zstd"} | codec.parquet
     pq.write_table(table, sink, row_group_size=group_rows, **options)
     return memoryview(sink.getvalue())
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import pickle
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -215,3 +216,13 @@ def test_a_worker_notices_that_the_store_changed(tmp_path: Path) -> None:
     write(tmp_path, [record(2)])
     with pytest.raises(MismatchError, match="changed while it was in use"):
         pickle.loads(pickled)
+
+
+def test_ids_in_order_are_read_at_more_than_2000_records_per_second(tmp_path: Path) -> None:
+    """CPU seconds, so that a busy machine does not decide."""
+    store = write(tmp_path, [replace(record(number % 20, 10, 100), id=str(number)) for number in range(600)])
+    ids = store.ids()
+    start = time.process_time()
+    for id in ids:
+        _ = store[id]
+    assert len(ids) / (time.process_time() - start) > 2000
