@@ -18,6 +18,19 @@ __all__ = ["read_scores", "write_results"]
 
 Scores = dict[str, dict[str, Any]]
 COLUMNS = (*DOMAINS, "mean")
+COLOURS = {"code": "#4477aa", "prose": "#ccbb44", "maths": "#228833", "mean": "#333333"}
+#: What the plot calls the models.
+SHORT = {
+    "target": "before fusion",
+    "clm": "CLM",
+    "fusellm_paper": "FuseLLM 0.9",
+    "fusellm": "FuseLLM 0.5",
+    "pair_code": "pair: code",
+    "pair_maths": "pair: maths",
+    "merged": "merged (VaRM)",
+    "sft": "SFT",
+    "dpo": "SFT + DPO",
+}
 
 
 def read_scores(work: Path) -> Scores:
@@ -31,17 +44,17 @@ def _cells(scores: dict[str, Any]) -> list[str]:
 
 
 def _print(scores: Scores, console: Console) -> None:
-    table = Table(title="Held-out bits per byte (lower is better) and verified accuracy on held-out problems")
-    table.add_column("model", no_wrap=True)
-    for column in (*COLUMNS, "accuracy"):
-        table.add_column(column, justify="right")
+    table = Table(title="Held-out bits per byte (lower is better), and held-out problems solved (verified)")
+    table.add_column("model")
+    for column in (*COLUMNS, "solved"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, found in scores.items():
         table.add_row(EVALUATED[name], *_cells(found), end_section=name in (SOURCES[-1], "target", "fusellm", "merged"))
     console.print(table)
 
 
 def _markdown(scores: Scores, facts: dict[str, Any]) -> str:
-    rows = [["model", *COLUMNS, "accuracy"], ["---", *["---:"] * (len(COLUMNS) + 1)]]
+    rows = [["model", *COLUMNS, "solved"], ["---", *["---:"] * (len(COLUMNS) + 1)]]
     rows += [[EVALUATED[name], *_cells(found)] for name, found in scores.items()]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     problems = next(iter(scores.values()))["problems"]
@@ -67,19 +80,23 @@ def _plot(scores: Scores, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [name for name in scores if name not in SOURCES]
     figure, (bits, solved) = pyplot.subplots(1, 2, figsize=(12, 4.5), width_ratios=(2.2, 1), layout="constrained")
     base = scores["target"]["bits_per_byte"]
-    compared = [name for name in shown if name != "target"]
+    compared = [name for name in SHORT if name != "target"]
     width = 0.8 / len(COLUMNS)
     for i, column in enumerate(COLUMNS):
         saved = [base[column] - scores[name]["bits_per_byte"][column] for name in compared]
-        bits.bar([x + (i - 1.5) * width for x in range(len(compared))], saved, width, label=column)
+        places = [x + (i - 1.5) * width for x in range(len(compared))]
+        bits.bar(places, saved, width, label=column, color=COLOURS[column])
     bits.axhline(0, color="black", linewidth=0.8)
     bits.set_ylabel("bits per byte saved against the target before fusion")
-    bits.set_xticks(range(len(compared)), compared, rotation=30, ha="right")
+    bits.set_xticks(range(len(compared)), [SHORT[name] for name in compared], rotation=30, ha="right")
     bits.legend(title="held-out texts")
-    solved.barh(shown[::-1], [100 * scores[name]["accuracy"] for name in shown[::-1]], color="tab:gray")
+    accuracies = [100 * scores[name]["accuracy"] for name in SHORT]
+    bars = solved.barh([*SHORT.values()], accuracies, color="tab:gray")
+    solved.bar_label(bars, fmt="%.1f", padding=3)
+    solved.invert_yaxis()
+    solved.set_xlim(0, max(1.0, *accuracies) * 1.15)
     solved.set_xlabel("held-out word problems solved, %")
     for side in (bits, solved):
         side.spines[["top", "right"]].set_visible(False)
