@@ -67,6 +67,7 @@ class ServerSource:
         key = _api_key(self._options)
         self._pool = ServerPool(
             [_client(url, key, self._options) for url in urls],
+            concurrency=self._options.concurrency,
             rest_after=self._options.rest_after,
             rest_seconds=self._options.rest_seconds,
             patience=self._options.patience,

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import openai
@@ -20,6 +20,8 @@ __all__ = ["Server", "ServerPool", "Trouble"]
 #: answers that another attempt may turn into good ones; all other errors are final
 RETRIED_STATUS = (408, 409, 425, 429, 500, 502, 503, 504)
 LONGEST_WAIT = 30.0
+#: seconds between looks for a free place while other servers rest
+BUSY_PAUSE = 0.05
 
 
 class Trouble(Exception):
@@ -45,7 +47,6 @@ class Server:
     in_flight: int = 0
     failures: int = 0
     resting_until: float = 0.0
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def address(self) -> str:
@@ -58,6 +59,7 @@ class ServerPool:
 
     Args:
         clients: one per server, with their own retries turned off.
+        concurrency: requests in flight per server, at most.
         rest_after: failures in a row after which a server is left alone for a while (circuit breaker).
         rest_seconds: how long.
         patience: seconds after which a request that always fails ends the run.
@@ -68,13 +70,15 @@ class ServerPool:
         self,
         clients: list[openai.OpenAI],
         *,
+        concurrency: int,
         rest_after: int,
         rest_seconds: float,
         patience: float,
         redact: Callable[[str], str],
     ) -> None:
         self.servers = [Server(client) for client in clients]
-        self._rest_after, self._rest_seconds, self._patience = rest_after, rest_seconds, patience
+        self._concurrency, self._patience = concurrency, patience
+        self._rest_after, self._rest_seconds = rest_after, rest_seconds
         self._redact = redact
         self._stopped = threading.Event()
         self._choosing = threading.Lock()
@@ -160,14 +164,15 @@ class ServerPool:
             with self._choosing:
                 now = time.monotonic()
                 awake = [server for server in self.servers if server.resting_until <= now]
-                if awake:
-                    server = min(awake, key=lambda server: server.in_flight)
+                free = [server for server in awake if server.in_flight < self._concurrency]
+                if free:
+                    server = min(free, key=lambda server: server.in_flight)
                     server.in_flight += 1
                     if server.failures >= self._rest_after:
                         # Its rest is over: one request tries it, the others wait for the outcome.
                         server.resting_until = now + self._rest_seconds
                     return server
-                pause = min(server.resting_until for server in self.servers) - now
+                pause = BUSY_PAUSE if awake else min(server.resting_until for server in self.servers) - now
             if self._stopped.wait(pause):
                 raise SourceError("stopped")
 

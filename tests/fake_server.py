@@ -1,0 +1,133 @@
+"""An OpenAI-compatible server of a few lines that can misbehave in every way that a real one was seen to."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+Answer = Callable[["Handler", dict], None]
+
+
+class FakeServer(ThreadingHTTPServer):
+    """Answers chats with their last message, reversed. ``trouble(number, body)`` may name what goes wrong instead."""
+
+    daemon_threads = True
+
+    def __init__(self, trouble: Callable[[int, dict], str | None] = lambda number, body: None) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.trouble = trouble
+        self.requests: list[dict] = []
+        self.keys: set[str | None] = set()
+        self.most_at_once = self.at_once = 0
+        self.lock = threading.Lock()
+        self.tokenize: Callable[[str], list[int]] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+    def send(self, status: int, value: object, headers: dict[str, str] | None = None, cut: int = 0) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        for name, text in (headers or {}).items():
+            self.send_header(name, text)
+        self.end_headers()
+        self.wfile.write(data[: len(data) - cut])
+        self.close_connection = bool(cut)
+
+    def do_GET(self) -> None:
+        if self.path == "/v1/models":
+            self.send(200, {"data": [{"id": "served", "owned_by": "fake", "max_model_len": 128}]})
+        else:
+            self.send(404, {"error": {"message": "not here"}})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        server: FakeServer = self.server
+        if self.path == "/tokenize" and server.tokenize is not None:
+            self.send(200, {"tokens": server.tokenize(body["prompt"])})
+            return
+        if not self.path.endswith("completions"):
+            self.send(404, {"error": {"message": "not here"}})
+            return
+        with server.lock:
+            number = len(server.requests)
+            server.requests.append(body)
+            server.keys.add(self.headers.get("authorization"))
+            server.at_once += 1
+            server.most_at_once = max(server.most_at_once, server.at_once)
+        try:
+            time.sleep(0.01)
+            getattr(self, server.trouble(number, body) or "good")(body)
+        finally:
+            with server.lock:
+                server.at_once -= 1
+
+    def good(self, body: dict) -> None:
+        said = body["messages"][-1]["content"] if "messages" in body else str(body["prompt"])
+        answer = {"index": 0, "finish_reason": "stop"}
+        answer |= (
+            {"message": {"role": "assistant", "content": said[::-1]}} if "messages" in body else {"text": said[::-1]}
+        )
+        self.send(200, {"choices": [answer], "usage": {"completion_tokens": 3, "prompt_tokens": 2}})
+
+    def overloaded(self, body: dict) -> None:
+        self.send(429, {"error": {"message": "slow down"}}, {"retry-after": "0.3"})
+
+    def broken(self, body: dict) -> None:
+        self.send(500, {"error": {"message": "out of memory"}})
+
+    def half(self, body: dict) -> None:
+        self.send(200, {"choices": [{"message": {"content": "half of it"}, "finish_reason": "stop"}]}, cut=20)
+
+    def unfinished(self, body: dict) -> None:
+        self.send(200, {"choices": [{"message": {"content": "half of"}, "finish_reason": None}]})
+
+    def empty(self, body: dict) -> None:
+        self.send(200, {"choices": []})
+
+    def no_json(self, body: dict) -> None:
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", "6")
+        self.end_headers()
+        self.wfile.write(b"<html>")
+
+    def dropped(self, body: dict) -> None:
+        self.close_connection = True
+        self.connection.close()
+
+    def slow(self, body: dict) -> None:
+        time.sleep(1.5)
+        self.good(body)
+
+    def refused(self, body: dict) -> None:
+        self.send(400, {"error": {"message": "max_tokens is too large"}})
+
+    def unauthorized(self, body: dict) -> None:
+        self.send(401, {"error": {"message": f"wrong key {self.headers.get('authorization')}"}})
+
+
+@contextmanager
+def running(trouble: Callable[[int, dict], str | None] = lambda number, body: None) -> Iterator[FakeServer]:
+    """A fake server on a free port of this machine."""
+    server = FakeServer(trouble)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
