@@ -5,6 +5,7 @@ What is finished is kept in OUT/.cache and passed over the next time; logs stand
 
 import argparse
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -42,6 +43,8 @@ def main() -> int:
     os.environ["HF_HOME"] = str(work / "huggingface")
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ.setdefault("PYTHONPYCACHEPREFIX", str(work / "bytecode"))
+    # Stages run in sessions of their own: a terminated run must still end them.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     console = Console()
     started = time.monotonic()
     write_configs(work, SIZES[size])
