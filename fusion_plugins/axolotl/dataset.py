@@ -18,13 +18,13 @@ from datasets import Dataset, Features, List, Value
 
 from fusion_plugins.axolotl.args import FusionBlock
 from fusion_plugins.axolotl.collator import FUSED_IDS, FUSED_LOGPROBS
-from fusion_plugins.axolotl.plan import check_text, make_plan
+from fusion_plugins.axolotl.plan import make_plan
 from fusion_plugins.axolotl.report import read_counters, show_report, write_report
 from fusion_plugins.axolotl.rows import EncodedText, TargetTokenizer
 from fusion_plugins.core.accounting import FusionReport
-from fusion_plugins.core.pipeline import FusionPlan, fuse_text
-from fusion_plugins.core.texts import content_id, texts_fingerprint
-from fusion_plugins.errors import DataError, MismatchError
+from fusion_plugins.core.pipeline import FusionPlan, fuse_text, warm_up
+from fusion_plugins.core.texts import content_id
+from fusion_plugins.errors import AlignmentError, DataError, MismatchError
 from fusion_plugins.store import Store, open_store
 
 __all__ = ["FusedRows"]
@@ -80,11 +80,12 @@ class FusedRows(DatasetWrappingStrategy):
             DataError: a row is no text and no chat.
         """
         stores = [open_store(source.store) for source in self._block.sources]
-        dataset, checked = self._joined(dataset, stores)
+        dataset = self._joined(dataset, stores)
         texts = ((self._reader.id(row), self._reader.encoded(row).tokens) for row in dataset)
         plan = make_plan(self._block, stores, self._reader.target, texts)
+        warm_up()
         rows = dataset.map(
-            _Fuse(self._reader, plan, stores, checked),
+            _Fuse(self._reader, plan, stores),
             batched=True,
             batch_size=BATCH,
             num_proc=process_count,
@@ -101,26 +102,24 @@ class FusedRows(DatasetWrappingStrategy):
         write_report(self._report, self._path, report, too_long, fresh=self._first)
         return rows.remove_columns(COUNTERS)
 
-    def _joined(self, dataset: Any, stores: list[Store]) -> tuple[Any, list[bool]]:
-        """Return the rows that all stores have, and per store whether it was captured from exactly these texts."""
-        contents = [(self._reader.id(row), content_id(self._reader.content(row))) for row in dataset]
-        kept = set(range(len(contents)))
+    def _joined(self, dataset: Any, stores: list[Store]) -> Any:
+        """Return the rows that all stores have."""
+        ids = [self._reader.id(row) for row in dataset]
+        kept = set(range(len(ids)))
         for store in stores:
-            absent = [index for index, (id, _) in enumerate(contents) if id not in store]
+            absent = [index for index, id in enumerate(ids) if id not in store]
             kept -= set(absent)
             if absent and (self._block.missing_texts == "stop" or not kept):
                 raise MismatchError(
-                    f"the store {store.path} ({len(store)} texts) lacks {len(absent)} of the {len(contents)} rows of "
-                    f"{self._path}, the first of them {contents[absent[0]][0]!r}: it was captured from other texts, or "
+                    f"the store {store.path} ({len(store)} texts) lacks {len(absent)} of the {len(ids)} rows of "
+                    f"{self._path}, the first of them {ids[absent[0]]!r}: it was captured from other texts, or "
                     f"not to the end (complete: {store.manifest.complete}). Capture the store from the texts that you "
                     "train on, or set fusion.missing_texts: drop."
                 )
-        fingerprint = texts_fingerprint(contents)
-        checked = [store.manifest.texts_fingerprint == fingerprint for store in stores]
-        if len(kept) < len(contents):
-            LOG.warning(f"fusion: {len(contents) - len(kept)} of {len(contents)} rows are missing in a store; dropped")
-            dataset = dataset.select(sorted(kept))
-        return dataset, checked
+        if len(kept) == len(ids):
+            return dataset
+        LOG.warning(f"fusion: {len(ids) - len(kept)} of {len(ids)} rows are missing in a store; dropped")
+        return dataset.select(sorted(kept))
 
 
 class _Reader:
@@ -154,8 +153,8 @@ class _Reader:
 class _Fuse:
     """What runs in each worker: a batch of rows in, columns out."""
 
-    def __init__(self, reader: _Reader, plan: FusionPlan, stores: list[Store], checked: list[bool]) -> None:
-        self._reader, self._plan, self._stores, self._checked = reader, plan, stores, checked
+    def __init__(self, reader: _Reader, plan: FusionPlan, stores: list[Store]) -> None:
+        self._reader, self._plan, self._stores = reader, plan, stores
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         names = list(batch)
@@ -174,10 +173,10 @@ class _Fuse:
     def _row(self, row: Row) -> tuple[dict[str, Any], FusionReport]:
         text = self._reader.encoded(row)
         records = [store[self._reader.id(row)] for store in self._stores]
-        for record, store, checked in zip(records, self._stores, self._checked, strict=True):
-            if not checked:
-                check_text(record, store, text)
-        fused, report = fuse_text(self._plan, text.tokens, records)
+        try:
+            fused, report = fuse_text(self._plan, text.tokens, records)
+        except AlignmentError as error:
+            raise MismatchError(str(error)) from error
         return {
             "input_ids": text.tokens.input_ids,
             "attention_mask": np.ones(len(text.labels), np.int8),

@@ -5,19 +5,19 @@ from collections.abc import Iterable
 import numpy as np
 
 from fusion_plugins.axolotl.args import FusionBlock, SourceArgs
-from fusion_plugins.axolotl.rows import EncodedText, TargetTokenizer
+from fusion_plugins.axolotl.rows import TargetTokenizer
 from fusion_plugins.core.align import ALIGNERS, align_texts
 from fusion_plugins.core.counts import AlignmentCounts
 from fusion_plugins.core.fuse import RULES
 from fusion_plugins.core.pipeline import FusionPlan, SourcePlan
 from fusion_plugins.core.token_table import Role
-from fusion_plugins.core.types import Record, TokenizedText, VocabularyMap
+from fusion_plugins.core.types import TokenizedText, VocabularyMap
 from fusion_plugins.errors import MismatchError
 from fusion_plugins.plugins import lookup
 from fusion_plugins.store import Store
 from fusion_plugins.store.map_cache import cached_map
 
-__all__ = ["check_text", "make_plan"]
+__all__ = ["make_plan"]
 
 #: (id, the target's tokens) of every text, for the maps that need statistics
 Texts = Iterable[tuple[str, TokenizedText]]
@@ -44,42 +44,6 @@ def make_plan(block: FusionBlock, stores: list[Store], target: TargetTokenizer, 
         alignment=method if method in ALIGNERS else lookup("aligners", method),
         projection=block.alignment.projection(),
     )
-
-
-def check_text(record: Record, store: Store, text: EncodedText) -> None:
-    """Refuse a record of another text.
-
-    Args:
-        record: what the store holds under the text's id.
-        store: where it comes from.
-        text: the text in the target's tokens.
-
-    Raises:
-        MismatchError: the two texts differ.
-    """
-    spans = text.tokens.spans
-    if len(record.spans) != len(spans):
-        raise MismatchError(
-            f"{store.path}: record {record.id!r} has {len(record.spans)} supervised piece(s), the data set's text of "
-            f"that id has {len(spans)}. Capture the store again from the texts that you train on."
-        )
-    begins = np.concatenate([record.offsets[:1] * 0, record.offsets[:-1]])
-    for (start, stop), (t_start, t_stop) in zip(record.spans.tolist(), spans.tolist(), strict=True):
-        inside = np.flatnonzero((begins >= start) & (record.offsets <= stop) & (record.offsets > begins))
-        if not inside.size or not record.exact[inside].all():
-            continue
-        widths = record.offsets[inside] - begins[inside]
-        tokens = zip(record.input_ids[inside].tolist(), widths.tolist(), strict=True)
-        found = b"".join(store.table.tokens[id][-width:] for id, width in tokens)
-        offset = int(begins[inside[0]]) - start
-        wanted = text.raw[t_start:t_stop][offset : offset + len(found)]
-        if found != wanted:
-            at = next((i for i, pair in enumerate(zip(found, wanted, strict=False)) if pair[0] != pair[1]), len(wanted))
-            raise MismatchError(
-                f"{store.path}: record {record.id!r} is of another text than the data set's row of that id; at byte "
-                f"{at} of a supervised piece the store has {found[at : at + 40]!r}, the data set "
-                f"{wanted[at : at + 40]!r}. Capture the store again from the texts that you train on."
-            )
 
 
 def _vocabulary(

@@ -27,12 +27,10 @@ class EncodedText:
     Attributes:
         tokens: T tokens.
         labels: (T,) int32 token ids, :data:`IGNORED` where nothing is supervised.
-        raw: the bytes that the tokens count: the text, or the rendered chat.
     """
 
     tokens: TokenizedText
     labels: IntArray
-    raw: bytes
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class TargetTokenizer:
         labels = tokens.input_ids.copy()
         # Nothing predicts the first token; in a packed sequence the document before it would.
         labels[:1] = IGNORED
-        return EncodedText(tokens, labels, text.encode())
+        return EncodedText(tokens, labels)
 
     def chat(self, messages: Sequence[Message], *, last_only: bool = False) -> EncodedText:
         """Tokenize a chat in the target's template; assistant contents and their end of turn are supervised.
@@ -76,15 +74,15 @@ class TargetTokenizer:
         text, spans, _ = render_chat(self._renderer(), messages)
         spans = spans[-1:] if last_only else spans
         tokens = tokenize(self.tokenizer, self.table, text, spans=spans, special_tokens=False, append_eos=False)
-        return EncodedText(tokens, self._labels(tokens), text.encode())
+        return EncodedText(tokens, self._labels(tokens))
 
     def answer(self, prompt: str | Sequence[Message], response: str) -> EncodedText:
         """Tokenize a prompt and one response to it; the response and its end of turn are supervised."""
         if self.tokenizer.chat_template is not None:
             return self.chat([*_messages(prompt), {"role": "assistant", "content": response}], last_only=True)
-        head, raw = _plain(prompt), (_plain(prompt) + response).encode()
-        tokens = tokenize(self.tokenizer, self.table, head + response, spans=[(len(head.encode()), len(raw))])
-        return EncodedText(tokens, self._labels(tokens), raw)
+        head, text = _plain(prompt), _plain(prompt) + response
+        tokens = tokenize(self.tokenizer, self.table, text, spans=[(len(head.encode()), len(text.encode()))])
+        return EncodedText(tokens, self._labels(tokens))
 
     def prompt_and_completion(self, prompt: str | Sequence[Message], response: str) -> tuple[str, str]:
         """Return the two parts of a conversation as text, the completion with its end of turn.

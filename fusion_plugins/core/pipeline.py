@@ -19,7 +19,7 @@ from fusion_plugins.core.record import build_record, stored_rows
 from fusion_plugins.core.token_bytes import longest_beginnings
 from fusion_plugins.core.token_table import TokenTable
 from fusion_plugins.core.types import Record, SparseDistributions, TokenizedText, VocabularyMap
-from fusion_plugins.errors import ConfigError, MismatchError
+from fusion_plugins.errors import AlignmentError, ConfigError, MismatchError
 
 __all__ = ["FusionPlan", "SourcePlan", "fuse_text", "warm_up"]
 
@@ -121,7 +121,10 @@ def _check_records(plan: FusionPlan, records: Sequence[Record]) -> None:
 
 
 def _project(plan: FusionPlan, source: SourcePlan, record: Record, target: TokenizedText) -> Projection:
-    record, target = common_text(record, target, source_table=source.table, target_table=plan.target_table)
+    try:
+        record, target = common_text(record, target, source_table=source.table, target_table=plan.target_table)
+    except AlignmentError as error:
+        raise AlignmentError(f"source {source.name!r}: {error}") from error
     return project_record(
         record,
         _align(plan, source, record, target),
