@@ -19,7 +19,7 @@ from fusion_plugins.store.rows import row_codec
 from fusion_plugins.store.schema import record_codec
 from fusion_plugins.store.shard_writer import ShardWriter
 from fusion_plugins.store.shards import Codec, parquet_bytes, read_shard
-from fusion_plugins.store.writer import TABLE_NAME
+from fusion_plugins.store.writer import TABLE_NAME, say_how_to_go_on
 
 __all__ = ["Verdict", "codec_of", "compact", "merge", "verify"]
 
@@ -154,9 +154,14 @@ def merge(parts: Sequence[str | Path], out: str | Path) -> AnyManifest:
     codec = codec_of(joined)
     _refuse_conflicts(folders, manifests, codec)
     with closing(_writer(out, joined, folders[0])) as writer:
-        for folder, manifest in zip(folders, manifests, strict=True):
-            for shard in manifest.shards:
-                _copy_rows(folder, shard, codec, writer)
+        try:
+            for folder, manifest in zip(folders, manifests, strict=True):
+                for shard in manifest.shards:
+                    _copy_rows(folder, shard, codec, writer)
+        except KeyboardInterrupt:
+            writer.flush()
+            say_how_to_go_on(out, len(writer.done), "rows")
+            raise
         if all(manifest.complete for manifest in manifests):
             writer.finish()
         writer.flush()

@@ -1,7 +1,7 @@
 """Reading a store of log-probabilities: by id, or from the first shard to the last.
 
 Shards are mapped into memory, compared with their checksums when they are first touched, and decoded a row group at a
-time. A store can be pickled and forked: a worker opens the files anew.
+time. A store can be pickled and forked: a worker opens the files anew, and trusts what its parent has compared.
 """
 
 import os
@@ -51,6 +51,7 @@ class Store:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = Manifest.load(self.path)
+        self._checked: set[int] = set()
         self._open()
 
     def _open(self) -> None:
@@ -60,7 +61,7 @@ class Store:
         self._group = lru_cache(maxsize=CACHED_GROUPS)(self._decode_group)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (str(self.path.absolute()), self.manifest.fingerprint)
+        return _reopen, (str(self.path.absolute()), self.manifest.fingerprint, self._checked)
 
     @cached_property
     def table(self) -> "TokenTable":
@@ -91,13 +92,16 @@ class Store:
         places: dict[str, tuple[int, int, int]] = {}
         for shard in range(len(self.manifest.shards)):
             file = self._file(shard)
+            ids = iter(file.read(columns=["id"], use_threads=False)["id"].to_pylist())
             for group in range(file.num_row_groups):
-                ids = file.read_row_group(group, columns=["id"], use_threads=False)["id"].to_pylist()
-                places.update((id, (shard, group, row)) for row, id in enumerate(ids))
+                n_rows = file.metadata.row_group(group).num_rows
+                places.update((next(ids), (shard, group, row)) for row in range(n_rows))
         return places
 
     def _open_shard(self, shard: int) -> pq.ParquetFile:
-        return open_shard(self.path, self.manifest.shards[shard])
+        file = open_shard(self.path, self.manifest.shards[shard], checked=shard in self._checked)
+        self._checked.add(shard)
+        return file
 
     def _decode_group(self, shard: int, group: int) -> RecordTable:
         table = self._file(shard).read_row_group(group, use_threads=False)
@@ -132,8 +136,9 @@ class Store:
                 yield from self._group(shard, group).records()
 
 
-def _reopen(path: str, fingerprint: str) -> Store:
+def _reopen(path: str, fingerprint: str, checked: set[int]) -> Store:
     store = Store(path)
+    store._checked = checked  # by the process that pickled it: not every worker needs to read the whole store
     if store.manifest.fingerprint != fingerprint:
         raise MismatchError(
             f"{path} changed while it was in use: fingerprint {fingerprint} became {store.manifest.fingerprint}. "

@@ -1,6 +1,7 @@
 """A store survives kill -9 anywhere, Ctrl-C, a full disk and a second writer; damage is refused by name."""
 
 import os
+import pickle
 import random
 import re
 import signal
@@ -224,3 +225,12 @@ def test_a_reader_does_not_see_what_is_not_committed(tmp_path: Path) -> None:
         assert len(open_store(tmp_path)) == 0
         writer.flush()
         assert open_store(tmp_path).ids() == ["text-0000"]
+
+
+def test_a_worker_checks_what_its_parent_did_not(sound: Path) -> None:
+    pickled = pickle.dumps(open_store(sound))
+    shard = sound / "shard-000001.parquet"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:100] + b"x" + data[101:])
+    with pytest.raises(StoreError, match="shard-000001.parquet is damaged"):
+        pickle.loads(pickled).ids()

@@ -1,8 +1,10 @@
 """verify, merge, compact and info: what they refuse, what they leave, what they say."""
 
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import store_jobs
@@ -11,7 +13,7 @@ from typer.testing import CliRunner
 
 from fusion_plugins.cli import app
 from fusion_plugins.errors import ConfigError, MismatchError, StoreError
-from fusion_plugins.store import RowWriter, Store, StoreWriter, open_rows, open_store
+from fusion_plugins.store import RowWriter, Store, StoreWriter, maintain, open_rows, open_store
 from fusion_plugins.store.maintain import compact, merge, verify
 
 
@@ -144,3 +146,24 @@ def test_the_commands_say_what_they_found(tmp_path: Path) -> None:
 def test_a_folder_of_rows_has_info_too(tmp_path: Path) -> None:
     RowWriter(tmp_path, store_jobs.rows_manifest()).close()
     assert "responses" in command("info", tmp_path)
+
+
+def test_an_interrupted_merge_keeps_its_rows_and_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = [make(tmp_path / "a", range(3)), make(tmp_path / "b", range(3, 6))]
+    copy = maintain._copy_rows
+
+    def press_ctrl_c(folder: Path, *rest: Any) -> None:
+        if folder == parts[1]:
+            signal.raise_signal(signal.SIGINT)
+        copy(folder, *rest)
+
+    monkeypatch.setattr(maintain, "_copy_rows", press_ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        merge(parts, tmp_path / "all")
+    assert "3 rows are safe in" in capsys.readouterr().err
+    assert ids(open_store(tmp_path / "all")) == [f"text-{number:04d}" for number in range(3)]
+    monkeypatch.undo()
+    merge(parts, tmp_path / "all")
+    assert len(open_store(tmp_path / "all")) == 6
