@@ -13,6 +13,7 @@ Folder = Annotated[Path, typer.Argument(help="A store, or a folder of responses 
 def info(folder: Folder) -> None:
     """Say what a folder holds: how it was made, how much is in it, and what it costs per token."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from fusion_plugins.store.manifest import load_manifest
@@ -20,7 +21,7 @@ def info(folder: Folder) -> None:
     manifest = load_manifest(folder)
     table = Table("", str(folder), show_header=True)
     for name, value in manifest.identity().items():
-        table.add_row(name, str(value))
+        table.add_row(name, escape(str(value)))
     rows = {
         "made by": f"{manifest.made_by}, {manifest.created}",
         "complete": "yes" if manifest.complete else "no: run the command that made it again to go on",
@@ -31,7 +32,7 @@ def info(folder: Folder) -> None:
         rows["tokens"] = f"{manifest.tokens:,}, {manifest.bytes / manifest.tokens:.1f} bytes each"
     rows |= {str(name): str(value) for name, value in manifest.provenance.items()}
     for name, text in rows.items():
-        table.add_row(name, text)
+        table.add_row(name, escape(text))
     Console().print(table)
 
 
@@ -50,7 +51,7 @@ def verify(
     verdict = run(folder, drop_damaged=drop_damaged)
     if verdict.dropped:
         lost = sum(shard.rows for shard in verdict.damaged)
-        Console(soft_wrap=True).print(
+        Console(soft_wrap=True, markup=False).print(
             f"{len(verdict.damaged)} damaged shards with {lost} rows were taken out of {folder}; "
             f"{verdict.manifest.rows} rows are left. Run the command that made it again."
         )
@@ -58,7 +59,9 @@ def verify(
     if verdict.problems:
         raise StoreError(f"{folder}: {len(verdict.problems)} problem(s). " + " ".join(verdict.problems))
     count = len(verdict.manifest.shards)
-    Console(soft_wrap=True).print(f"{folder}: {verdict.manifest.rows:,} rows in {count} shards, all sound")
+    Console(soft_wrap=True, markup=False).print(
+        f"{folder}: {verdict.manifest.rows:,} rows in {count} shards, all sound"
+    )
 
 
 def merge(
@@ -71,7 +74,7 @@ def merge(
     from fusion_plugins.store.maintain import merge as run
 
     manifest = run(parts, out)
-    Console(soft_wrap=True).print(f"{out}: {manifest.rows:,} rows in {len(manifest.shards)} shards")
+    Console(soft_wrap=True, markup=False).print(f"{out}: {manifest.rows:,} rows in {len(manifest.shards)} shards")
 
 
 def compact(folder: Folder) -> None:
@@ -83,7 +86,7 @@ def compact(folder: Folder) -> None:
 
     before = load_manifest(folder)
     after = run(folder)
-    Console(soft_wrap=True).print(
+    Console(soft_wrap=True, markup=False).print(
         f"{folder}: {len(before.shards)} shards became {len(after.shards)}, {before.bytes:,} bytes {after.bytes:,}"
     )
 
@@ -100,4 +103,4 @@ def export(
     from fusion_plugins.store.export import export as run
 
     count = run(folder, out, format=format, temperature=temperature)
-    Console(soft_wrap=True).print(f"{out}: {count:,} records as {format}")
+    Console(soft_wrap=True, markup=False).print(f"{out}: {count:,} records as {format}")

@@ -42,6 +42,7 @@ def ids(store: Store) -> list[str]:
 def test_merge_joins_the_parts_of_one_capture(tmp_path: Path) -> None:
     parts = [make(tmp_path / "a", range(4)), make(tmp_path / "b", range(2, 7))]
     command("merge", *parts, "--out", tmp_path / "all")
+    assert "merged ['" in command("info", tmp_path / "all").replace("│ ", "")
     store = open_store(tmp_path / "all")
     assert ids(store) == [f"text-{number:04d}" for number in range(7)]
     assert store.manifest.complete
