@@ -129,6 +129,17 @@ def prompt_text(
         raise SourceError(f"the chat template of {tokenizer.name_or_path!r} refuses a prompt: {error}") from error
 
 
+def response_text(tokenizer: Any, token_ids: list[int], stop: tuple[str, ...]) -> tuple[str, bool]:
+    """Return the text of generated tokens, cut before the first stop string, and whether there was one.
+
+    Engines decode as they go, which spells bytes that are no UTF-8 in other ways; one function for all of them makes
+    their answers comparable.
+    """
+    text: str = tokenizer.decode(token_ids, skip_special_tokens=True)
+    cut = min((text.find(string) for string in stop if string in text), default=None)
+    return (text, False) if cut is None else (text[:cut], True)
+
+
 def prompt_ids(
     tokenizer: Any, content: str | list[dict[str, Any]], sampling: Sampling, max_length: int | None
 ) -> list[int]:

@@ -44,6 +44,7 @@ class ServerOptions(BaseModel):
     patience: float = Field(900.0, gt=0, description="seconds of failures after which the run ends")
     rest_after: int = Field(5, ge=1, description="failures in a row after which a server is left alone")
     rest_seconds: float = Field(20.0, gt=0, description="how long it is left alone")
+    send_seed: bool = Field(True, description="off for servers that refuse `seed`; responses then do not repeat")
     extra_body: dict[str, Any] = Field(default_factory=dict, description="more fields of every sampling request")
 
 
@@ -122,8 +123,9 @@ class ServerSource:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_tokens,
-            "seed": request.seed,
         }
+        if self._options.send_seed:
+            body["seed"] = request.seed
         if sampling.stop:
             body["stop"] = list(sampling.stop)
         # Not every server knows these two: they are sent only where they say something.

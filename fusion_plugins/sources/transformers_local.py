@@ -21,7 +21,7 @@ from fusion_plugins.config import validate
 from fusion_plugins.core.types import TokenizedText
 from fusion_plugins.errors import SourceError
 from fusion_plugins.sources.base import Place, Purpose, Response, Rows, SampleRequest, Sampling, SourceSettings, in_turn
-from fusion_plugins.sources.loading import load_tokenizer, prompt_ids, vocabulary_size
+from fusion_plugins.sources.loading import load_tokenizer, prompt_ids, response_text, vocabulary_size
 from fusion_plugins.sources.topk import top_k_rows
 
 __all__ = ["TransformersOptions", "TransformersSource", "open_source"]
@@ -146,13 +146,11 @@ class TransformersSource:
         ]
 
     def _response(self, tokens: list[int], n_prompt_tokens: int, sampling: Sampling) -> Response:
-        end = next((position for position, token in enumerate(tokens) if token in self._stop_ids), None)
-        reason = "length" if end is None else "stop"
-        text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
-        cut = min((text.find(stop) for stop in sampling.stop if stop in text), default=None)
-        if cut is not None:
-            text, reason = text[:cut], "stop"
-        return Response(text, reason, len(tokens[:end]), n_prompt_tokens)
+        # Rows of a batch that ended early are padded; the end token itself was generated.
+        end = next((position for position, token in enumerate(tokens) if token in self._stop_ids), len(tokens))
+        text, stopped = response_text(self.tokenizer, tokens[:end], sampling.stop)
+        reason = "stop" if stopped or end < len(tokens) else "length"
+        return Response(text, reason, min(end + 1, len(tokens)), n_prompt_tokens)
 
 
 class _SeededNoise(LogitsProcessor):

@@ -14,13 +14,14 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import vllm
 from vllm import LLM, SamplingParams
+from vllm.platforms import current_platform
 
 from fusion_plugins.config import validate
 from fusion_plugins.core.types import TokenizedText
 from fusion_plugins.errors import SourceError
 from fusion_plugins.sources.base import Place, Purpose, Response, Rows, SampleRequest, Sampling, SourceSettings, in_turn
 from fusion_plugins.sources.entries import rows_of_entries, spare_entries
-from fusion_plugins.sources.loading import load_config, load_tokenizer, prompt_ids, vocabulary_size
+from fusion_plugins.sources.loading import load_config, load_tokenizer, prompt_ids, response_text, vocabulary_size
 from fusion_plugins.sources.units import plan_units
 
 __all__ = ["VllmOptions", "VllmSource", "capture_params", "open_source", "scheduled_tokens"]
@@ -125,7 +126,8 @@ class VllmSource:
         )
         for index, output in enumerate(outputs):
             answer = output.outputs[0]
-            yield index, Response(answer.text, answer.finish_reason, len(answer.token_ids), len(prompts[index]))
+            text, _ = response_text(self.tokenizer, list(answer.token_ids), requests[index].sampling.stop)
+            yield index, Response(text, answer.finish_reason, len(answer.token_ids), len(prompts[index]))
 
     def _rows(self, logprobs: Any, n_tokens: int, top_k: int) -> Rows:
         # Position 0 is empty; every other one lists the token itself, then the most probable ones.
@@ -144,6 +146,7 @@ def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
         repetition_penalty=sampling.repetition_penalty,
         max_tokens=sampling.max_tokens,
         stop=list(sampling.stop) or None,
+        detokenize=bool(sampling.stop),  # only to find the stop strings
         seed=seed,
     )
 
@@ -168,6 +171,9 @@ def _start(settings: SourceSettings, options: VllmOptions, purpose: Purpose) -> 
             arguments["max_num_batched_tokens"] = scheduled_tokens(config.vocab_size, options.logits_gib)
             arguments["enable_chunked_prefill"] = True
             arguments["enable_prefix_caching"] = False
+        elif current_platform.is_cpu():
+            # A request with a seed of its own ends vLLM's CPU engine when its prompt is cut into chunks.
+            arguments["enable_chunked_prefill"] = False
         if settings.max_length is not None:
             context = getattr(config, "max_position_embeddings", None) or settings.max_length + 1
             arguments["max_model_len"] = min(settings.max_length + (purpose == "capture"), context)
