@@ -209,29 +209,32 @@ def logged(trainer: Any, name: str = "loss") -> list[float]:
 
 def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the real `axolotl` command; output of both streams together."""
-    program = str(Path(sys.executable).with_name("axolotl"))
+    return _run([str(Path(sys.executable).with_name("axolotl")), *arguments], cwd, environment)
+
+
+def _run(arguments: list[str], cwd: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
-        [program, *arguments],
+        arguments,
         cwd=cwd,
         env=os.environ | ENVIRONMENT | {"PATH": path} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=900,
     )
 
 
-def one_process_group() -> dict[str, str]:
-    """Environment of a sharded run of one process on the CPU."""
-    return {
-        "DS_ACCELERATOR": "cpu",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-    }
+def sharded_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run `axolotl` with DeepSpeed in one process on the CPU.
+
+    For one process axolotl asks for NCCL, which only GPUs have; it takes a process group that is there already.
+    """
+    program = (
+        "import sys; from torch.distributed import init_process_group as start; from axolotl.cli.main import cli; "
+        f"start('gloo', init_method='tcp://127.0.0.1:{free_port()}', rank=0, world_size=1); cli(sys.argv[1:])"
+    )
+    return _run([sys.executable, "-c", program, *arguments, "--launcher", "python"], cwd, {"DS_ACCELERATOR": "cpu"})
 
 
 def free_port() -> int:
