@@ -81,8 +81,8 @@ def delta_sums(base: Tensor, tuned: Sequence[Tensor], measure: str = "square") -
     return sums
 
 
-def combine(base: Tensor, tuned: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Return ``base + sum_j weights[j] * (tuned[j] - base)``, in the dtype of the base.
+def combine(base: Tensor, tuned: Sequence[Tensor], weights: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Return ``base + sum_j weights[j] * (tuned[j] - base)``.
 
     An element that no model changed is the base's, and a weight of 1 gives that model's tensor, bit for bit.
 
@@ -90,13 +90,14 @@ def combine(base: Tensor, tuned: Sequence[Tensor], weights: Tensor) -> Tensor:
         base: any shape, floating point.
         tuned: J tensors of the same shape.
         weights: (J,).
+        dtype: of the result; the base's by default.
     """
     ranked = sorted(zip(weights.tolist(), tuned, strict=True), key=lambda pair: -pair[0])
     taken = [(share, tensor) for share, tensor in ranked if share != 0]
     if not taken:
-        return base.clone()
+        return base.to(dtype or base.dtype, copy=True)
     flat = [tensor.reshape(1, -1) for tensor in (base, *(tensor for _, tensor in taken))]
-    merged = torch.empty_like(flat[0])
+    merged = torch.empty_like(flat[0], dtype=dtype)
     (largest, _), *smaller = taken
     for where, (anchor, first, *others) in chunks(flat):
         slot = merged[where]

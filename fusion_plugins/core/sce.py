@@ -46,7 +46,7 @@ class SceResult:
     """A merged tensor and how it came about.
 
     Attributes:
-        merged: in the shape and dtype of the base.
+        merged: in the shape of the base.
         weights: (J,) float64 ``eta``, on the CPU; not finite if an input is not.
         values: (J,) float64 mean over the elements of the squared, selected deltas.
         selected: number of elements that the selection kept.
@@ -81,8 +81,26 @@ def sce_merge(base: Tensor, tuned: Sequence[Tensor], *, select_topk: float = 1.0
     return sce(base, tuned, select_topk=select_topk, variant=variant).merged
 
 
-def sce(base: Tensor, tuned: Sequence[Tensor], *, select_topk: float = 1.0, variant: str = "paper") -> SceResult:
-    """Merge one tensor with SCE and report the weights; arguments and errors as :func:`sce_merge`."""
+def sce(
+    base: Tensor,
+    tuned: Sequence[Tensor],
+    *,
+    select_topk: float = 1.0,
+    variant: str = "paper",
+    dtype: torch.dtype | None = None,
+) -> SceResult:
+    """Merge one tensor with SCE and report the weights.
+
+    Args:
+        base: as for :func:`sce_merge`, as are the next three.
+        tuned: J tensors.
+        select_topk: share of the elements to select.
+        variant: one of :data:`VARIANTS`.
+        dtype: of the result; the base's by default.
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
     if variant not in VARIANTS:
         raise ConfigError(f"SCE: variant: expected one of {', '.join(VARIANTS)}; got {variant!r}")
     if not 0 <= select_topk <= 1:
@@ -91,7 +109,7 @@ def sce(base: Tensor, tuned: Sequence[Tensor], *, select_topk: float = 1.0, vari
     mask = None if select_topk == 1 else _select(flat, select_topk, of_all=variant == "paper")
     squares = _squares(flat, mask)
     weights = _shares(squares, uniform=variant == "fusechat")
-    merged = torch.empty_like(flat[0])
+    merged = torch.empty_like(flat[0], dtype=dtype)
     for where, anchor, deltas in _chunks(flat):
         if mask is not None and variant != "fusechat":
             deltas = deltas * mask[where]

@@ -174,7 +174,7 @@ class RowMerge:
     """A tensor merged with one weight per row or element.
 
     Attributes:
-        merged: in the shape and dtype of the base.
+        merged: in the shape of the base.
         weights: (J, rows) float64 on the CPU; for ``element`` the mean over the elements, (J, 1).
         values: (J,) float64, mean of the measure over the tensor; not finite if an input is not.
     """
@@ -184,16 +184,17 @@ class RowMerge:
     values: Tensor
 
 
-def merge_rows(base: Tensor, tuned: Sequence[Tensor], rule: VarmRule) -> RowMerge:
+def merge_rows(base: Tensor, tuned: Sequence[Tensor], rule: VarmRule, *, dtype: torch.dtype | None = None) -> RowMerge:
     """Merge with one weight per row or per element, in a single pass.
 
     Args:
         base: any shape, floating point.
         tuned: J tensors of the same shape.
         rule: granularity ``row`` or ``element``.
+        dtype: of the result; the base's by default.
     """
     views = [_rows(tensor, rule.granularity) for tensor in (base, *tuned)]
-    merged = torch.empty_like(views[0])
+    merged = torch.empty_like(views[0], dtype=dtype)
     by_element = rule.granularity == "element"
     published = by_element and rule.compat == "fusechat"
     kept = [torch.zeros(len(tuned), 0, dtype=torch.float64)]

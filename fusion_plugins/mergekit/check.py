@@ -99,7 +99,7 @@ def check_merge(path: Path, *, out: Path | None = None, options: MergeOptions | 
             _compare(config, base, checkpoints, options, check)
             _resources(config, base, len(_references(config)), out or Path(), options, check)
         if len(checkpoints) == len(_references(config)):
-            _plan(config, options, check)
+            _plan(config, base, options, check)
     return check
 
 
@@ -294,7 +294,7 @@ def _resources(
         )
 
 
-def _plan(config: MergeConfiguration, options: MergeOptions, check: MergeCheck) -> None:
+def _plan(config: MergeConfiguration, base: Checkpoint | None, options: MergeOptions, check: MergeCheck) -> None:
     """Let mergekit plan the merge: this finds wrong values, missing parameters and slices that do not fit."""
     from mergekit.architecture import get_architecture_info
     from mergekit.io.tasks import LoaderCache
@@ -315,6 +315,22 @@ def _plan(config: MergeConfiguration, options: MergeOptions, check: MergeCheck) 
         check.error(str(error), "correct the value")
     except Exception as error:
         check.error(f"mergekit cannot plan this merge: {_short(error)}", "correct what the message names")
+    else:
+        _find_unknown_tensors(architecture, base, check)
+
+
+def _find_unknown_tensors(architecture: Any, base: Checkpoint | None, check: MergeCheck) -> None:
+    """Find what mergekit will leave out: it writes the tensors that it knows of the architecture, and no others."""
+    if base is None:
+        return
+    weights = architecture.all_weights(base.config)
+    known = {name for weight in weights for name in (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))}
+    unknown = sorted(name for name in base.tensors if name not in known and not name.endswith("inv_freq"))
+    if unknown:
+        check.warning(
+            f"mergekit does not know {len(unknown)} tensor(s) of {base.name}, such as {unknown[0]}",
+            "they will be missing from the merged model: merge the files with mergekit-pytorch instead",
+        )
 
 
 def _architecture(checkpoint: Checkpoint) -> str:

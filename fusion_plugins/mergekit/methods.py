@@ -94,7 +94,7 @@ def varm(
     values = core.unit_values(sums, sizes, rule, _name(group))
     weights = core.unit_weights(values, rule)
     _report(group, weights, values, unit=core.unit_of(_name(group), granularity))
-    return combine(_base(group), _tuned(group), weights)
+    return combine(_base(group), _tuned(group), weights, dtype=_result_dtype())
 
 
 @merge_method(
@@ -122,7 +122,7 @@ def fusechat_sce(
     Raises:
         MergeError: a checkpoint holds NaN or infinity.
     """
-    result = sce(_base(group), _tuned(group), select_topk=select_topk, variant=variant)
+    result = sce(_base(group), _tuned(group), select_topk=select_topk, variant=variant, dtype=_result_dtype())
     _check(group, result.weights)
     _report(group, result.weights, result.values, unit=_name(group), selected=result.selected)
     return result.merged
@@ -138,7 +138,7 @@ def register_methods(registry: ModuleType) -> None:
 
 
 def _merge_rows(group: TensorGroup, rule: core.VarmRule) -> torch.Tensor:
-    result = core.merge_rows(_base(group), _tuned(group), rule)
+    result = core.merge_rows(_base(group), _tuned(group), rule, dtype=_result_dtype())
     _check(group, result.values)
     details = {}
     if rule.granularity == "row" and result.weights.shape[1] > 1:
@@ -177,6 +177,12 @@ def _report(group: TensorGroup, weights: torch.Tensor, values: torch.Tensor, **d
         shares = dict(zip(models, weights.tolist(), strict=True))
         measures = dict(zip(models, values.tolist(), strict=True))
         current.record.add(_name(group), shares, measures, elements=_base(group).numel(), **details)
+
+
+def _result_dtype() -> torch.dtype | None:
+    """The configured dtype where the plan left the inputs narrower; else None, for the dtype of the base."""
+    current = current_merge()
+    return current.dtype if current is not None else None
 
 
 def _base(group: TensorGroup) -> torch.Tensor:

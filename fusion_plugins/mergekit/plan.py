@@ -18,7 +18,7 @@ from pydantic import ConfigDict, SkipValidation
 
 from fusion_plugins.core.varm import unit_of
 from fusion_plugins.mergekit.record import CurrentMerge, MergeRecord, merging
-from fusion_plugins.mergekit.statistics import Unit, UnitStatistics, UnitSums
+from fusion_plugins.mergekit.statistics import Unit, UnitStatistics, UnitSums, unwidened
 
 __all__ = ["FusionMergeTask", "WriteRecord", "extend_plan", "plan_units"]
 
@@ -32,6 +32,7 @@ class FusionMergeTask(ExecuteMergeMethodTask):
 
     record: SkipValidation[MergeRecord]
     statistics: UnitStatistics | None = None
+    widen: bool = False  # the inputs are left as they are stored, the result is to be float32
 
     def arguments(self) -> dict[str, Task]:
         """Depend on the statistics of the unit, besides the tensors."""
@@ -42,11 +43,14 @@ class FusionMergeTask(ExecuteMergeMethodTask):
         self, tensors: dict[ModelReference, torch.Tensor], unit: UnitSums | None = None, **_: Any
     ) -> torch.Tensor | None:
         """Merge."""
-        current = CurrentMerge(self.record)
+        dtype = torch.float32 if self.widen else None
+        current = CurrentMerge(self.record, dtype=dtype)
         if unit is not None and self.statistics is not None:
-            current = CurrentMerge(self.record, unit.sums, unit.sizes, self.statistics.unit.name)
+            current = CurrentMerge(self.record, unit.sums, unit.sizes, self.statistics.unit.name, dtype)
         with merging(current):
-            return super().execute(tensors)
+            merged = super().execute(tensors)
+        # What mergekit copies without asking the method has the dtype of the checkpoint.
+        return merged.to(dtype) if dtype and merged is not None and merged.is_floating_point() else merged
 
 
 class WriteRecord(Task[None]):
@@ -132,5 +136,11 @@ def _ours(task: Task, record: MergeRecord, statistics: dict[str, UnitStatistics]
     if not isinstance(task, ExecuteMergeMethodTask):
         return task
     fields = {name: getattr(task, name) for name in ExecuteMergeMethodTask.model_fields}
+    fields["gather_tensors"] = unwidened(task.gather_tensors)
     # Constructed, not validated: every value comes out of a validated task.
-    return FusionMergeTask.model_construct(**fields, record=record, statistics=statistics.get(task.output_weight.name))
+    return FusionMergeTask.model_construct(
+        **fields,
+        record=record,
+        statistics=statistics.get(task.output_weight.name),
+        widen=fields["gather_tensors"] is not task.gather_tensors,
+    )

@@ -91,12 +91,14 @@ class CurrentMerge:
         sums: (J,) float64 per tensor of the unit, where the unit is larger than a tensor.
         sizes: their numbers of elements.
         unit: name of that unit.
+        dtype: of the result, where it is not that of the inputs.
     """
 
     record: MergeRecord
     sums: Sequence[torch.Tensor] | None = None
     sizes: Sequence[int] | None = None
     unit: str | None = None
+    dtype: torch.dtype | None = None
 
 
 _current: ContextVar[CurrentMerge | None] = ContextVar("fusion_plugins_current_merge", default=None)

@@ -24,7 +24,7 @@ from pydantic import ConfigDict, SkipValidation
 from fusion_plugins.core.deltas import delta_sums, require_finite
 from fusion_plugins.errors import MergeError
 
-__all__ = ["Unit", "UnitStatistics", "UnitSums"]
+__all__ = ["Unit", "UnitStatistics", "UnitSums", "unwidened"]
 
 LOG = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class UnitStatistics(Task[UnitSums]):
         LOG.info("Statistics of %s over %d tensors", unit.name, len(unit.inputs))
         universe = TaskUniverse()
         targets = [
-            universe.add_task(DeltaSums(unit=unit, name=name, inputs=_unwidened(unit.inputs[name])))
+            universe.add_task(DeltaSums(unit=unit, name=name, inputs=unwidened(unit.inputs[name])))
             for name in unit.inputs
         ]
         cached = {}
@@ -146,8 +146,8 @@ class DeltaSums(Task[tuple[torch.Tensor, int] | None]):
         return sums, base.numel()
 
 
-def _unwidened(inputs: Task) -> Task:
-    """Leave out a cast to float32: the sums widen a chunk at a time, and a widened copy takes time and memory."""
+def unwidened(inputs: Task) -> Task:
+    """Leave out a cast to float32: our kernels widen a chunk at a time, a widened copy takes time and memory."""
     if isinstance(inputs, GatherTensors) and inputs.dtype == "float32":
         return inputs.model_copy(update={"dtype": None})
     return inputs

@@ -135,6 +135,15 @@ def test_missing_and_damaged_models_are_named(models, tmp_path):
     assert f"{tmp_path / 'weightless'}: no weights there" in found
 
 
+def test_tensors_that_mergekit_drops_are_named(tmp_path):
+    """Its description of Llama has no biases."""
+    models = merging.make_models(tmp_path / "models", attention_bias=True)
+    warned = texts(check_of(tmp_path, config_of(models, "one", "two")), "warning")
+    assert len(warned) == 1
+    assert "does not know 8 tensor(s) of" in warned[0]
+    assert "model.layers.0.self_attn.k_proj.bias" in warned[0]
+
+
 def test_copies_are_noticed(models, tmp_path):
     shutil.copytree(models["one"], tmp_path / "copy")
     config = config_of(models | {"copy": tmp_path / "copy"}, "one", "copy", "two")

@@ -250,6 +250,46 @@ def test_without_dtype_the_result_has_the_widest_dtype_of_the_inputs(models, tmp
     assert {tensor.dtype for tensor in merged.values()} == {torch.float32}
 
 
+def test_inputs_stay_as_narrow_as_they_are_stored_and_the_result_has_the_dtype_of_the_configuration(tmp_path):
+    """In bfloat16, float32 results of bfloat16 inputs would be rounded."""
+    base = tiny.llama_checkpoint(tmp_path / "base", dtype="bfloat16")
+    narrow = {"base": base}
+    for seed, name in enumerate(("one", "two"), start=1):
+        narrow[name] = tiny.llama_checkpoint(tmp_path / name, seed=seed, moved=1e-2, base=base, dtype="bfloat16")
+    for granularity in GRANULARITIES:
+        config = config_of(narrow, "one", "two", dtype="float32", parameters={"granularity": granularity})
+        merged = merge(tmp_path, config, name=granularity)
+        assert {tensor.dtype for tensor in merged.values()} == {torch.float32}
+        wide = {name: tiny.tensors_of(folder) for name, folder in narrow.items()}
+        wide = {name: {key: tensor.float() for key, tensor in model.items()} for name, model in wide.items()}
+        assert_same(merged, varm_merge(wide["base"], [wide["one"], wide["two"]], granularity=granularity))
+
+
+def test_an_optional_tensor_that_only_the_base_has_is_copied(models, tmp_path):
+    """Granite's biases are optional; apart from them its tensors are named as Llama's."""
+    from safetensors.torch import save_file
+
+    name = "model.layers.0.self_attn.q_proj.bias"
+    granite = {}
+    for model in ("base", "one", "two"):
+        tensors = tiny.tensors_of(models[model])
+        if model == "base":
+            tensors[name] = torch.full((32,), 0.5, dtype=torch.bfloat16)
+        granite[model] = tmp_path / model
+        granite[model].mkdir()
+        save_file(tensors, granite[model] / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((models[model] / "config.json").read_text())
+        config |= {"architectures": ["GraniteForCausalLM"], "model_type": "granite"}
+        (granite[model] / "config.json").write_text(json.dumps(config))
+    for granularity in ("matrix", "layer"):
+        config = config_of(granite, "one", "two", dtype="float32", parameters={"granularity": granularity})
+        merged = merge(tmp_path, config, name=granularity)
+        copied = merged.pop(name)
+        assert copied.dtype == torch.float32
+        assert copied.unique().tolist() == [0.5]
+        assert_same(merged, expected_of(models, "one", "two", granularity=granularity))
+
+
 def test_a_plan_gives_the_same_result_when_threads_share_it(models, tmp_path):
     """As a multi-GPU merge does: statistics first, then tensors in several threads at a time."""
     from mergekit.architecture import get_architecture_info
