@@ -157,16 +157,13 @@ def unit_weights(values: Tensor, rule: VarmRule) -> Tensor:
     """
     if rule.compat == "fusechat":
         values = _fusechat_zeros(values, rule.granularity)
-    prior = _prior(rule, values)
-    if rule.normalize == "softmax":
-        shares = torch.softmax(values / rule.temperature, dim=0) * prior
-    else:
-        shares = values * prior
+    shares = torch.softmax(values / rule.temperature, dim=0) if rule.normalize == "softmax" else values
+    if rule.prior is not None:
+        shares = shares * _prior(rule.prior, values)
     total = shares.sum(dim=0, keepdim=True)
     if rule.compat == "fusechat" and rule.granularity == "element":
         return shares / total.clamp(min=FUSECHAT_ELEMENT_FLOOR)
-    moved = total != 0  # so that NaN comes through
-    return torch.where(moved, shares / torch.where(moved, total, 1.0), 0.0)
+    return shares / torch.where(total == 0, 1.0, total)  # NaN comes through
 
 
 @dataclass(frozen=True)
@@ -201,7 +198,7 @@ def merge_rows(base: Tensor, tuned: Sequence[Tensor], rule: VarmRule, *, dtype: 
     value_sums = torch.zeros(len(tuned), dtype=torch.float64)
     for where, (anchor, *others) in chunks(views, whole_rows=True):
         deltas = [other - anchor for other in others]
-        values = torch.stack([measured(delta, rule.measure).mean(dim=1) for delta in deltas])
+        values = torch.stack([_row_means(measured(delta, rule.measure)) for delta in deltas])
         value_sums += values.sum(dim=1).cpu()
         weights = unit_weights(values if by_element else values.cpu().double(), rule).to(anchor)  # (J, rows)
         total = anchor * weights.sum(dim=0).unsqueeze(1) if published else anchor.clone()
@@ -346,18 +343,20 @@ def _require_same(base: Mapping[str, Tensor], tuned: Sequence[Mapping[str, Tenso
                 )
 
 
-def _prior(rule: VarmRule, values: Tensor) -> Tensor:
-    if rule.prior is None:
-        return values.new_ones((values.shape[0],) + (1,) * (values.ndim - 1))
-    if len(rule.prior) != values.shape[0]:
-        raise ConfigError(f"prior: expected {values.shape[0]} values, one per tuned model; got {len(rule.prior)}")
-    return values.new_tensor(list(rule.prior)).reshape((-1,) + (1,) * (values.ndim - 1))
+def _prior(prior: Sequence[float], values: Tensor) -> Tensor:
+    if len(prior) != values.shape[0]:
+        raise ConfigError(f"prior: expected {values.shape[0]} values, one per tuned model; got {len(prior)}")
+    return values.new_tensor(list(prior)).reshape((-1,) + (1,) * (values.ndim - 1))
 
 
 def _fusechat_zeros(values: Tensor, granularity: str) -> Tensor:
     if granularity not in ("matrix", "module"):
         return values
     return torch.where((values == 0).any(dim=0, keepdim=True), torch.ones_like(values), values)
+
+
+def _row_means(values: Tensor) -> Tensor:
+    return values.squeeze(1) if values.shape[1] == 1 else values.mean(dim=1)
 
 
 def _rows(tensor: Tensor, granularity: str) -> Tensor:

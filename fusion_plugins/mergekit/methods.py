@@ -85,7 +85,7 @@ def varm(
         measure=measure,
         normalize=normalize,
         temperature=temperature,
-        prior=tuple(weight.values_for(group.non_base)),
+        prior=_prior(weight.values_for(group.non_base)),
         compat=compat,
     )
     if granularity in ("row", "element"):
@@ -177,6 +177,10 @@ def _report(group: TensorGroup, weights: torch.Tensor, values: torch.Tensor, **d
         shares = dict(zip(models, weights.tolist(), strict=True))
         measures = dict(zip(models, values.tolist(), strict=True))
         current.record.add(_name(group), shares, measures, elements=_base(group).numel(), **details)
+
+
+def _prior(weights: list[float]) -> list[float] | None:
+    return None if all(weight == 1 for weight in weights) else weights
 
 
 def _result_dtype() -> torch.dtype | None:
