@@ -142,7 +142,10 @@ class _Reader:
 
     def id(self, row: Row) -> str:
         """Return the id of a row: its own, or that of its content."""
-        return str(row["id"]) if row.get("id") is not None else content_id(self.content(row))
+        content = self.content(
+            row
+        )  # also where there is an id: a row without content is told apart from an unknown one
+        return str(row["id"]) if row.get("id") is not None else content_id(content)
 
     def encoded(self, row: Row) -> EncodedText:
         """Return the text or chat of a row as the target reads it."""
