@@ -26,7 +26,7 @@ from fusion_plugins.sources import base
 from fusion_plugins.sources.base import Place, Purpose, Response, Rows, SampleRequest, SourceSettings
 from fusion_plugins.sources.loading import load_config, load_tokenizer
 
-__all__ = ["RayOptions", "RaySource", "open_source"]
+__all__ = ["RayOptions", "RaySource", "connect", "open_source"]
 
 START_ATTEMPTS = 3
 
@@ -97,7 +97,7 @@ class RaySource:
         }
         self._started = not ray.is_initialized()
         if self._started:
-            _connect(self._options.address)
+            connect(self._options.address)
 
     def capture(self, units: Iterable[Sequence[TokenizedText]], top_k: int) -> Iterator[tuple[Place, Rows]]:
         """Yield the rows of each text, unit by unit as the actors finish them."""
@@ -136,7 +136,12 @@ class RaySource:
             raise SourceError(f"Ray gave up: {str(error).strip().splitlines()[-1]}") from error
 
 
-def _connect(address: str | None) -> None:
+def connect(address: str | None) -> None:
+    """Join the cluster at ``address``, or start a local one.
+
+    Raises:
+        SourceError: it does not answer.
+    """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
