@@ -20,6 +20,7 @@ __all__ = ["app", "main"]
 
 #: command -> module that defines a function of that name (dashes become underscores)
 COMMANDS = {
+    "cut": "fusion_plugins.sources.commands",
     "capture": "fusion_plugins.sources.commands",
     "sample": "fusion_plugins.sources.commands",
     "score": "fusion_plugins.scoring.commands",

@@ -170,7 +170,7 @@ def _check_lengths(job: _Job, texts: Sequence[Text]) -> dict[str, str]:
             continue
         if job.config.unusable == "stop":
             raise DataError(
-                f"text {text.id!r}: {problem}; cut the texts shorter (`fusion split`), or leave such texts out with "
+                f"text {text.id!r}: {problem}; cut the texts shorter (`fusion cut`), or leave such texts out with "
                 "`unusable: skip`"
             )
         problems[text.id] = problem

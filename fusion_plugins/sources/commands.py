@@ -1,10 +1,10 @@
-"""The commands ``fusion capture`` and ``fusion sample``."""
+"""The commands ``fusion cut``, ``fusion capture`` and ``fusion sample``."""
 
 from typing import Annotated, Any
 
 import typer
 
-__all__ = ["capture", "sample"]
+__all__ = ["capture", "cut", "sample"]
 
 ConfigFile = Annotated[str | None, typer.Option("--config", "-c", help="YAML file with the settings.")]
 Assignments = Annotated[
@@ -85,6 +85,27 @@ def sample(
         f"{report.drawn} responses drawn ({report.tokens:,} tokens, {_speed(report):,.0f} tokens/s), "
         f"{report.present} were there: {report.out}"
     )
+
+
+def cut(
+    config: ConfigFile = None,
+    texts: Annotated[str | None, typer.Option(help="JSONL or Parquet file or folder with the texts.")] = None,
+    out: Annotated[str | None, typer.Option(help="JSONL file to write.")] = None,
+    tokenizer: Annotated[
+        list[str] | None, typer.Option(help="Folder or hub name of a tokenizer (several: of all sources and targets).")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest piece in tokens.")] = None,
+    assign: Assignments = None,
+) -> None:
+    """Cut long texts into pieces that every tokenizer's model can take."""
+    from rich.console import Console
+
+    from fusion_plugins.config import load_config
+    from fusion_plugins.sources.cut import CutConfig, cut_texts
+
+    flags = {"texts": texts, "out": out, "tokenizers": tokenizer or None, "max_length": max_length}
+    report = cut_texts(load_config(CutConfig, config, flags, assign))
+    Console(stderr=True, soft_wrap=True).print(f"{report.texts} texts cut into {report.pieces}: {report.out}")
 
 
 def _speed(report: Any) -> float:

@@ -1,0 +1,148 @@
+"""``fusion cut``: long texts -> pieces that the context of every model takes, whatever its tokenizer.
+
+Sources and target must see the same pieces, so texts are cut once, before anything is captured or trained on. A piece
+ends where tokenizers end a token anyway (behind an empty line, behind a line, before a space), never inside a
+character or before a mark that joins the one before, and each is tokenized by every model before it is written.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fusion_plugins.core.content import tokenize_content
+from fusion_plugins.core.tokens import TokenTable
+from fusion_plugins.errors import DataError
+from fusion_plugins.sources.base import SourceSettings
+from fusion_plugins.sources.loading import load_tokenizer
+from fusion_plugins.sources.texts import Text, read_texts
+
+__all__ = ["CutConfig", "CutReport", "cut_text", "cut_texts"]
+
+Count = Callable[[str], int]
+#: good places to end a piece, the best first
+PLACES = (re.compile(r"\n[ \t]*\n+"), re.compile(r"\n"), re.compile(r"(?=(?<! ) )"))
+#: a good place is taken when it leaves at least this share of what would fit
+LEAST_SHARE = 0.5
+#: where the search for the first piece starts
+CHARACTERS_PER_TOKEN = 8
+
+
+class CutConfig(BaseModel):
+    """Keys of the YAML file of ``fusion cut``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    texts: str | list[str] = Field(description=".jsonl or .parquet files, or folders of them")
+    out: str = Field(description=".jsonl file to write")
+    tokenizers: list[str] = Field(min_length=1, description="folders or hub names of all sources and targets")
+    max_length: int = Field(ge=16, description="longest piece in tokens, begin and end tokens included")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with a tokenizer")
+
+
+@dataclass(frozen=True)
+class CutReport:
+    """What was written.
+
+    Attributes:
+        out: the file.
+        texts: texts read.
+        pieces: rows written.
+    """
+
+    out: Path
+    texts: int
+    pieces: int
+
+
+def cut_texts(config: CutConfig) -> CutReport:
+    """Cut a set of texts. What fits keeps its id; the pieces of ``x`` are ``x#0``, ``x#1``, ...
+
+    Raises:
+        DataError: a chat is too long (it has no good place to cut), or a piece cannot be made short enough.
+    """
+    texts = read_texts(config.texts)
+    counters = [_counter(name, config) for name in config.tokenizers]
+    out = Path(config.out)
+    temporary = out.with_name(f".{out.name}.tmp")
+    pieces = 0
+    with temporary.open("w", encoding="utf-8") as file:
+        for text in texts:
+            for row in _rows(text, counters, config):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                pieces += 1
+    temporary.replace(out)
+    return CutReport(out, len(texts), pieces)
+
+
+def cut_text(text: str, max_length: int, counters: Sequence[Count]) -> Iterator[str]:
+    """Yield the pieces of a text; together they are the text.
+
+    Args:
+        text: the text.
+        max_length: most tokens of a piece.
+        counters: one function per tokenizer, from text to number of tokens.
+
+    Raises:
+        DataError: not even a few characters fit.
+    """
+    reach = CHARACTERS_PER_TOKEN * max_length
+    while text:
+        size = len(text) if len(text) <= reach else _end(text, reach)
+        while (longest := max(count(text[:size]) for count in counters)) > max_length:
+            # Aim a little below what the share of tokens says, so that few rounds are needed.
+            size = _end(text, min(size - 1, int(size * max_length / longest * 0.95)))
+            if size < 1:
+                raise DataError(
+                    f"expected that a few characters fit into {max_length} tokens, but {text[:8]!r} takes more; "
+                    "raise max_length"
+                )
+        yield text[:size]
+        text = text[size:]
+        reach = max(2 * size, max_length)
+
+
+def _counter(name: str, config: CutConfig) -> Callable[[Any], int]:
+    tokenizer = load_tokenizer(
+        SourceSettings.model_validate({"model": name, "trust_remote_code": config.trust_remote_code})
+    )
+    table = TokenTable.from_tokenizer(tokenizer)
+    return lambda content: len(tokenize_content(tokenizer, table, content)[0].input_ids)
+
+
+def _rows(text: Text, counters: Sequence[Callable[[Any], int]], config: CutConfig) -> Iterator[dict[str, Any]]:
+    if not isinstance(text.content, str):
+        longest = max(count(text.content) for count in counters)
+        if longest > config.max_length:
+            raise DataError(
+                f"chat {text.id!r}: expected at most {config.max_length} tokens, came {longest}; chats are not cut: "
+                "leave it out or raise max_length"
+            )
+        yield {"id": text.id, "messages": text.content}
+        return
+    pieces = list(cut_text(text.content, config.max_length, counters))
+    for number, piece in enumerate(pieces):
+        yield {"id": text.id if len(pieces) == 1 else f"{text.id}#{number}", "text": piece}
+
+
+def _end(text: str, limit: int) -> int:
+    """Return the best place to end a piece of at most ``limit`` characters."""
+    least = int(limit * LEAST_SHARE)
+    for pattern in PLACES:
+        ends = [match.end() for match in pattern.finditer(text, 0, limit + 1) if least <= match.end() <= limit]
+        if ends:
+            return ends[-1]
+    while limit > 0 and _joins(text, limit):
+        limit -= 1
+    return limit
+
+
+def _joins(text: str, place: int) -> bool:
+    """Whether the character at ``place`` belongs to the one before it (marks, joiners, variation selectors)."""
+    after, before = text[place], text[place - 1]
+    return unicodedata.category(after) in ("Mn", "Me", "Mc") or "\u200d" in (before, after) or before == "\r"
