@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import pkgutil
+import re
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,6 @@ def test_examples_in_core_docstrings_run(name):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_between_documents_lead_somewhere(path):
-    import re
-
-    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text()):
+    prose = "\n".join(line for line in path.read_text().splitlines() if not line.startswith((">>>", "...")))
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", prose):
         assert (path.parent / target).exists(), f"{path.name} links to {target}"

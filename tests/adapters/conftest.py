@@ -1,6 +1,7 @@
 """What the adapter tests share. Hosts read their environment when they are imported, so it is set here, first."""
 
 import os
+import signal
 import sys
 
 import axolotl_runs
@@ -13,6 +14,14 @@ os.environ.update(axolotl_runs.ENVIRONMENT)
 def material(tmp_path_factory):
     """Checkpoints and stores for axolotl runs."""
     return axolotl_runs.make_material(tmp_path_factory.mktemp("material"))
+
+
+@pytest.fixture(autouse=True)
+def _own_interrupts():
+    """axolotl leaves a handler of SIGINT behind that ends the process with status 0."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture

@@ -39,7 +39,11 @@ def test_the_command_line_merges_the_shipped_recipe_with_other_models(models, tm
     path.write_text(yaml.safe_dump(config))
     done = subprocess.run([BIN / "mergekit-yaml", path, tmp_path / "out"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert_same(tiny.tensors_of(tmp_path / "out"), expected_of(models, "one", "two"), torch.bfloat16)
+    merged, expected = tiny.tensors_of(tmp_path / "out"), expected_of(models, "one", "two")
+    assert set(merged) == set(expected)
+    for name, tensor in expected.items():
+        # Another process may sum with other threads: the last bit of bfloat16 may fall the other way.
+        torch.testing.assert_close(merged[name], tensor.to(torch.bfloat16), rtol=2**-7, atol=0.0)
     from transformers import AutoModelForCausalLM
 
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() > 0
