@@ -8,6 +8,8 @@ import axolotl_runs
 import pytest
 
 os.environ.update(axolotl_runs.ENVIRONMENT)
+# A run in the background of a shell ignores Ctrl-C, and so would everything that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
@@ -19,9 +21,8 @@ def material(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _own_interrupts():
     """axolotl leaves a handler of SIGINT behind that ends the process with status 0."""
-    handler = signal.getsignal(signal.SIGINT)
     yield
-    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
