@@ -134,9 +134,8 @@ def main() -> int:
         else:
             source = open_source(SourceSettings(model=str(model)), "capture")
             speeds = {"transformers": measure(source, texts, arguments.top_k, arguments.runs)}
-    print(
-        f"{sum(len(text.input_ids) for text in texts):,} tokens, K = {arguments.top_k}, vocabulary {len(tokenizer):,}, {os.cpu_count()} CPUs"
-    )
+    tokens = sum(len(text.input_ids) for text in texts)
+    print(f"{tokens:,} tokens, K = {arguments.top_k}, vocabulary {len(tokenizer):,}, {os.cpu_count()} CPUs")
     for name, speed in speeds.items():
         print(f"{name:28}{speed:12,.0f} tokens/s")
     if "vllm" not in speeds:
