@@ -85,7 +85,7 @@ def _configs(settings: Settings) -> dict[str, dict[str, Any]]:
     configs["merged"] = _laid_over(_read(ROOT / "mergekit_configs" / "varm.yml"), _read(CONFIGS / "varm.yml"))
     configs["sample"] = _read(CONFIGS / "sample.yml")
     for source in configs["sample"]["sources"]:
-        source |= {"n": settings.samples, "temperature": 0.8, "top_p": 0.95, "max_tokens": 120}
+        source |= {"n": settings.samples, "temperature": 0.6, "top_p": 0.95, "max_tokens": 120}
         source["options"] = {"batch_prompts": 64}
     return configs
 

@@ -36,7 +36,7 @@ class Settings:
     target_tokens: int = 350_000
     source_share: float = 0.8
     heldout_problems: int = 200
-    prompts: int = 450
+    prompts: int = 900
     samples: int = 4
     top_k: int = 128
     max_steps: int | None = None
