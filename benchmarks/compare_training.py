@@ -1,14 +1,15 @@
 """What the settings of the ``fusion:`` block are worth after training, over several seeds, with controls.
 
-Takes the models, stores and texts that ``make demo`` leaves in ``demo_out/work``, continues the target on the same
-texts once per variant and seed, and measures held-out bits per byte per domain. The rows come from the package's own
-path (settings -> plan -> fused rows -> loss); only the training loop is a plain one, so that a run costs seconds. The
-seed decides the order of the texts. Prints a Markdown table; lower is better, +- is the standard deviation over seeds.
+Takes the models, stores and texts that ``make demo`` leaves in ``demo_out/.cache/full``, continues the target on the
+same texts once per variant and seed, and measures held-out bits per byte per domain. The rows come from the package's
+own path (settings -> plan -> fused rows -> loss); only the training loop is a plain one, so that a run costs seconds.
+The seed decides the order of the texts. Prints a Markdown table; lower is better, +- is the standard deviation over
+seeds.
 
 Controls: continued training without fusion; the same with as many more steps as the capture of all sources costs;
 label smoothing; and the target's own rows alone (self-distillation).
 
-    python benchmarks/compare_training.py demo_out/work --seeds 3 --texts 0.5
+    python benchmarks/compare_training.py demo_out/.cache/full --seeds 3 --texts 0.5
 """
 
 import argparse
