@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from fusion_plugins.errors import ConfigError
 
-__all__ = ["PUBLISHED_MODES", "PublishedText", "PublishedVocabulary", "published_rows"]
+__all__ = ["PUBLISHED_MODES", "PublishedText", "PublishedVocabulary", "published_matches", "published_rows"]
 
 PUBLISHED_MODES = {"fusellm": ("hard", "soft"), "fusechat": ("default", "default_matrix", "hard")}
 Row = tuple[list[float], list[int]]
@@ -69,24 +69,33 @@ def published_rows(text: PublishedText, vocabulary: PublishedVocabulary, *, fami
     Raises:
         ConfigError: an unknown family or mode.
     """
-    if mode not in PUBLISHED_MODES.get(family, ()):
-        known = "; ".join(f"{name}: {', '.join(modes)}" for name, modes in PUBLISHED_MODES.items())
-        raise ConfigError(f"the published code has no mode {mode!r} of {family!r}; known: {known}")
-    fusellm = family == "fusellm"
     rows: list[Row] = []
-    for t, matched in enumerate(text.target_to_source):
-        if fusellm:
-            j = _fusellm_match(text, vocabulary, t, matched, mode)
-        else:
-            j = _fusechat_match(text, t, matched, mode)
+    for t, j in enumerate(published_matches(text, vocabulary, family=family, mode=mode)):
         if isinstance(j, int):
             rows.append(_transfer(text, vocabulary, j, family, mode))
         elif j == "empty":
             rows.append(([], []))
         else:
-            label = t if fusellm else min(t + 1, len(text.target_ids) - 1)
+            label = t if family == "fusellm" else min(t + 1, len(text.target_ids) - 1)
             rows.append(([1.0], [text.target_ids[label]]))
     return rows
+
+
+def published_matches(
+    text: PublishedText, vocabulary: PublishedVocabulary, *, family: str, mode: str
+) -> list[int | str]:
+    """Return for each target position the source row that the published code transfers, or what stands there instead.
+
+    That is ``one-hot``, or ``empty`` for a row without entries (``default_matrix`` only). Arguments and errors are
+    those of :func:`published_rows`; the top k of the text are not looked at.
+    """
+    if mode not in PUBLISHED_MODES.get(family, ()):
+        known = "; ".join(f"{name}: {', '.join(modes)}" for name, modes in PUBLISHED_MODES.items())
+        raise ConfigError(f"the published code has no mode {mode!r} of {family!r}; known: {known}")
+    pairs = enumerate(text.target_to_source)
+    if family == "fusellm":
+        return [_fusellm_match(text, vocabulary, t, matched, mode) for t, matched in pairs]
+    return [_fusechat_match(text, t, matched, mode) for t, matched in pairs]
 
 
 def _fusellm_match(
