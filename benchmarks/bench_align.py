@@ -3,9 +3,9 @@
     python benchmarks/bench_align.py [--tokens 2048]
 
 `dtw` is held against two references in the same process: the plain one in Python (tests/reference.py), and Python
-loops with one compiled edit distance per cell, as the published code works. `offsets` is held against a Python loop over
-the ends. Times are core seconds, the best of several runs.
-Exits 1 when a result differs or a figure of the table is missed.
+loops with one compiled edit distance per cell, as the published code works. `offsets` is held against a Python loop
+over the ends. Times are core seconds, the best of several runs. Exits 1 when a result differs or a figure is
+missed.
 """
 
 import argparse
