@@ -9,6 +9,7 @@ Letters: B batch, T tokens, V vocabulary, K entries per row, H hidden size, N ro
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -161,7 +162,7 @@ def fusion_loss(
 
 def chunked_fusion_loss(
     hidden: Tensor,
-    head: Callable[[Tensor], Tensor],
+    head: Callable[[Tensor], Tensor] | Tensor,
     target_ids: Tensor,
     target_logprobs: Tensor,
     target_mask: Tensor,
@@ -179,6 +180,7 @@ def chunked_fusion_loss(
     Args:
         hidden: (B, T, H) last hidden states.
         head: maps (n, H) to logits (n, V); called once per chunk, so sharded weights are gathered by its own forward.
+            Or the weight (V, H) of a linear head without bias.
         target_ids: as in :func:`fusion_loss`, like all that follow.
         target_logprobs: (B, T, K).
         target_mask: (B, T, K).
@@ -198,6 +200,8 @@ def chunked_fusion_loss(
     _check_shapes(hidden, target_ids, target_logprobs, target_mask, loss_mask)
     if reduction not in ("mean", "sum", "none"):
         raise ConfigError(f"reduction is mean, sum or none, not {reduction!r}")
+    if isinstance(head, Tensor):
+        head = partial(torch.nn.functional.linear, weight=head)
     rows = loss_mask.bool()
     targets = _Targets.of(target_ids[rows], target_logprobs[rows], target_mask[rows], temperature)
     _, per_row = _in_chunks(hidden[rows], head, None, targets, _row_loss(kind), chunk_size)

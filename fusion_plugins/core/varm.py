@@ -20,8 +20,7 @@ References:
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, TypedDict, Unpack
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,7 +33,6 @@ __all__ = [
     "NORMALIZATIONS",
     "RowMerge",
     "VarmRule",
-    "VarmSettings",
     "layer_of",
     "merge_rows",
     "unit_of",
@@ -51,17 +49,6 @@ COMPATIBILITIES = ("none", "fusechat")
 FUSECHAT_ELEMENT_FLOOR = 1e-13
 #: The first purely numeric part of a parameter's name is its layer: ``model.layers.3.mlp.up_proj.weight``.
 _LAYER = re.compile(r"^(?:.*?\.)??\d+(?=\.)")
-
-
-class VarmSettings(TypedDict, total=False):
-    """The keyword arguments of :func:`varm_weights` and :func:`varm_merge`; see :class:`VarmRule`."""
-
-    granularity: str
-    measure: str
-    normalize: str
-    temperature: float
-    prior: Sequence[float] | None
-    compat: str
 
 
 @dataclass(frozen=True)
@@ -213,14 +200,27 @@ def merge_rows(base: Tensor, tuned: Sequence[Tensor], rule: VarmRule, *, dtype: 
 
 
 def varm_weights(
-    base: Mapping[str, Tensor], tuned: Sequence[Mapping[str, Tensor]], **settings: Unpack[VarmSettings]
+    base: Mapping[str, Tensor],
+    tuned: Sequence[Mapping[str, Tensor]],
+    *,
+    granularity: str = "matrix",
+    measure: str = "square",
+    normalize: str = "ratio",
+    temperature: float = 1.0,
+    prior: Sequence[float] | None = None,
+    compat: str | None = None,
 ) -> dict[str, Tensor]:
     """Return the weight of every tuned model for every parameter.
 
     Args:
         base: name -> tensor.
         tuned: J such, with the same names and shapes.
-        **settings: the fields of :class:`VarmRule`.
+        granularity: see :class:`VarmRule`, as are the next four.
+        measure: ``square`` or ``abs``.
+        normalize: ``ratio`` or ``softmax``.
+        temperature: of the softmax.
+        prior: (J,) non-negative factors.
+        compat: ``"fusechat"`` for the released code's statistics; None (or ``"none"``) for ours.
 
     Returns:
         name -> float64 weights: (J,); (J, rows) for ``row``; (J, *shape) for ``element``.
@@ -234,34 +234,34 @@ def varm_weights(
         >>> varm_weights(base, [{"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([1.0, 1.0]) * 3**0.5}])["w"]
         tensor([0.2500, 0.7500], dtype=torch.float64)
     """
-    rule = _rule(settings)
+    rule = VarmRule(granularity, measure, normalize, temperature, prior, compat or "none")
     _require_same(base, tuned)
     if rule.granularity in ("row", "element"):
         return {name: _row_weights(name, base[name], [model[name] for model in tuned], rule) for name in base}
-    sums, sizes = _all_sums(base, tuned, rule)
-    units: dict[str, list[str]] = {}
-    for name in base:
-        units.setdefault(unit_of(name, rule.granularity), []).append(name)
-    weights: dict[str, Tensor] = {}
-    for names in units.values():
-        shared = unit_weights(unit_values([sums[n] for n in names], [sizes[n] for n in names], rule, names[0]), rule)
-        weights.update(dict.fromkeys(names, shared))
-    return {name: weights[name] for name in base}
+    return _shared_weights(base, tuned, rule)
 
 
 def varm_merge(
-    base: Mapping[str, Tensor], tuned: Sequence[Mapping[str, Tensor]], **settings: Unpack[VarmSettings]
+    base: Mapping[str, Tensor],
+    tuned: Sequence[Mapping[str, Tensor]],
+    *,
+    granularity: str = "matrix",
+    measure: str = "square",
+    normalize: str = "ratio",
+    temperature: float = 1.0,
+    prior: Sequence[float] | None = None,
+    compat: str | None = None,
 ) -> dict[str, Tensor]:
     """Merge whole state dicts in memory; the same arguments and errors as :func:`varm_weights`.
 
     Returns:
         name -> tensor, in the dtype of the base.
     """
-    rule = _rule(settings)
-    if rule.granularity not in ("row", "element"):
-        weights = varm_weights(base, tuned, **settings)
-        return {name: combine(base[name], [model[name] for model in tuned], weights[name]) for name in base}
+    rule = VarmRule(granularity, measure, normalize, temperature, prior, compat or "none")
     _require_same(base, tuned)
+    if rule.granularity not in ("row", "element"):
+        weights = _shared_weights(base, tuned, rule)
+        return {name: combine(base[name], [model[name] for model in tuned], weights[name]) for name in base}
     merged: dict[str, Tensor] = {}
     for name, anchor in base.items():
         others = [model[name] for model in tuned]
@@ -293,12 +293,19 @@ def unit_values(sums: Sequence[Tensor], sizes: Sequence[int], rule: VarmRule, na
     return torch.stack(list(sums)).sum(dim=0) / max(sum(sizes), 1)
 
 
-def _rule(settings: Mapping[str, Any]) -> VarmRule:
-    known = {field.name for field in fields(VarmRule)}
-    unknown = sorted(set(settings) - known)
-    if unknown:
-        raise ConfigError(f"VaRM settings: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    return VarmRule(**settings)
+def _shared_weights(
+    base: Mapping[str, Tensor], tuned: Sequence[Mapping[str, Tensor]], rule: VarmRule
+) -> dict[str, Tensor]:
+    """One weight per model for each unit of whole tensors."""
+    sums, sizes = _all_sums(base, tuned, rule)
+    units: dict[str, list[str]] = {}
+    for name in base:
+        units.setdefault(unit_of(name, rule.granularity), []).append(name)
+    weights: dict[str, Tensor] = {}
+    for names in units.values():
+        shared = unit_weights(unit_values([sums[n] for n in names], [sizes[n] for n in names], rule, names[0]), rule)
+        weights.update(dict.fromkeys(names, shared))
+    return {name: weights[name] for name in base}
 
 
 def _all_sums(

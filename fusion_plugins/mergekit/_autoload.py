@@ -67,7 +67,15 @@ def _call_after(loader, hook):
     loader.exec_module = exec_module
 
 
+def _importing(name):
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return getattr(spec, "_initializing", False)
+
+
 def _run(hook, module):
+    if _importing(hook[0]):
+        # It was imported before mergekit and is what imports mergekit now; it acts on mergekit itself when it is done.
+        return
     try:
         ours = __import__(hook[0], fromlist=[hook[1]])
         getattr(ours, hook[1])(module)

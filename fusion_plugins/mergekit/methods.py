@@ -4,6 +4,7 @@ A method here unpacks mergekit's group of tensors, calls :mod:`fusion_plugins.co
 parameters are checked when mergekit plans the merge, with messages that name the parameter.
 """
 
+import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Annotated, Any
@@ -132,9 +133,14 @@ METHODS = (varm, fusechat_sce)
 
 
 def register_methods(registry: ModuleType) -> None:
-    """Register our methods in mergekit's registry module, which may still be importing."""
+    """Register those of our methods that mergekit's registry module does not have yet.
+
+    Raises:
+        ValueError: another package's method has one of their names.
+    """
     for method in METHODS:
-        registry.register(method)
+        if method not in registry.registered_methods():
+            registry.register(method)
 
 
 def _merge_rows(group: TensorGroup, rule: core.VarmRule) -> torch.Tensor:
@@ -205,3 +211,8 @@ def _models(group: TensorGroup) -> list[str]:
 
 def _name(group: TensorGroup) -> str:
     return group.metadata.name or "(unnamed)"
+
+
+# Whoever imports this module before mergekit gets the methods all the same.
+if "mergekit.merge_methods.registry" in sys.modules:
+    register_methods(sys.modules["mergekit.merge_methods.registry"])

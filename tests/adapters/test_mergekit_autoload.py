@@ -218,3 +218,11 @@ def test_installing_adds_the_hook_and_uninstalling_leaves_nothing(tool, kind, wh
 
 def test_the_file_name_of_the_hook_sorts_after_the_editable_install():
     assert "_editable_impl_fusion_plugins.pth" < "fusion_plugins_mergekit.pth"
+
+
+@pytest.mark.parametrize("first", ["fusion_plugins.mergekit.methods", "mergekit.merge_methods.registry"])
+def test_the_order_of_imports_does_not_matter(first):
+    code = f"import {first}\nfrom mergekit.merge_methods import registry\nimport fusion_plugins.mergekit.methods\n"
+    code += "print(*(registry.get(name).spec.name for name in ('varm', 'fusechat_sce')))"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "varm fusechat_sce\n"), done.stderr

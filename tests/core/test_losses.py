@@ -127,6 +127,13 @@ def test_chunked_form_has_the_same_value_and_gradients(kind, reduction):
             torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-12)
 
 
+def test_a_head_may_be_a_weight():
+    _, ids, logprobs, mask, loss_mask = batch(b=2, t=5, v=13)
+    hidden, weight = torch.randn(2, 5, 4, dtype=torch.float64), torch.randn(13, 4, dtype=torch.float64)
+    expected = fusion_loss(hidden @ weight.T, ids, logprobs, mask, loss_mask)
+    torch.testing.assert_close(chunked_fusion_loss(hidden, weight, ids, logprobs, mask, loss_mask), expected)
+
+
 def test_chunked_gradients_are_right_in_float64():
     _, ids, logprobs, mask, loss_mask = batch(b=1, t=5, v=6, k=3)
     weight = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)

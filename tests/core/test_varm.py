@@ -329,7 +329,7 @@ def test_wrong_settings_are_named_together():
         ConfigError, match="granularity: expected one of matrix.*temperature: expected a number above 0"
     ):
         VarmRule(granularity="tensor", temperature=0)
-    with pytest.raises(ConfigError, match="unknown granularty"):
+    with pytest.raises(TypeError, match="granularty"):
         varm_weights({}, [{}], granularty="row")
     with pytest.raises(ConfigError, match="expected 1 values, one per tuned model; got 2"):
         varm_weights({"w": torch.zeros(1)}, [{"w": torch.ones(1)}], prior=[1, 2])
