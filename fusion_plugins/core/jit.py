@@ -4,7 +4,11 @@ Kernels release the GIL. Whoever wants several threads gives each its own slice 
 are not used, because they do not survive the ``fork`` of data workers.
 """
 
+import contextlib
+import hashlib
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
@@ -25,8 +29,24 @@ def compiled(function: Kernel) -> Kernel:
     try:
         kernel = numba.njit(cache=True, nogil=True)(function)
     except RuntimeError:
-        kernel = numba.njit(nogil=True)(function)
+        return numba.njit(nogil=True)(function)  # type: ignore[no-any-return]
+    # numba looks only at the time and size of the kernel's own file. Code that it calls in other files is compiled
+    # into it, and files of an installed package may all have one time.
+    with contextlib.suppress(AttributeError):
+        file = kernel._cache._cache_file
+        file._source_stamp = file._source_stamp, _sources()
     return kernel  # type: ignore[no-any-return]
+
+
+@cache
+def _sources() -> str:
+    """Sha256 (hex) over the files of all kernels."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        source = path.read_bytes()
+        if b"@compiled" in source:
+            digest.update(source)
+    return digest.hexdigest()
 
 
 def as_array(array: npt.ArrayLike, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
