@@ -58,6 +58,9 @@ def doctor(
     texts: Annotated[
         str | None, typer.Option(help="JSONL or Parquet texts, where tokenizers stand for stores.")
     ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer of the target's store, where its model's folder is gone.")
+    ] = None,
     vocabulary: Annotated[str, typer.Option(help="exact, min_edit or first_token.")] = "first_token",
     chain: Annotated[bool, typer.Option(help="Use the text where the source splits it differently.")] = True,
     limit: Annotated[int, typer.Option(min=1, help="Texts of the sample.")] = 200,
@@ -68,12 +71,12 @@ def doctor(
     from rich.progress import track
 
     from fusion_plugins.core.project import ProjectionOptions
-    from fusion_plugins.report.doctor import examine, open_side
+    from fusion_plugins.report.doctor import examine, open_side, open_target
     from fusion_plugins.report.doctor_page import picture_png, render_doctor_page, show
     from fusion_plugins.sources.texts import read_texts
 
     contents = {text.id: text.content for text in read_texts(texts)} if texts is not None else None
-    sides = [open_side(path, contents) for path in (target, *sources)]
+    sides = [open_target(target, contents, tokenizer), *(open_side(path, contents) for path in sources)]
     ticks = iter(track(range(limit * len(sources)), "examining", console=Console(stderr=True), transient=True))
     found = examine(
         sides[0],

@@ -4,7 +4,7 @@ Every text of the sample goes the way that training will send it (align, project
 counted by what the target's next token is: digits, CJK, white space, special tokens, the rest.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,12 +17,14 @@ from fusion_plugins.core.project import Projection, ProjectionOptions, project_r
 from fusion_plugins.core.record import stored_rows
 from fusion_plugins.core.token_table import TokenTable
 from fusion_plugins.core.types import Record, TokenizedText, VocabularyMap
+from fusion_plugins.report.label_classes import CLASSES, label_classes, token_classes
 
-__all__ = ["CLASSES", "ClassCount", "Diagnosis", "advice", "diagnose", "label_classes", "verdict", "vocabulary_overlap"]
+__all__ = ["ClassCount", "Diagnosis", "diagnose", "figures", "vocabulary_overlap"]
 
-CLASSES = ("special", "digits", "cjk", "white space", "other")
-#: rows of CJK scripts, kana and hangul as code points
-CJK = ((0x2E80, 0x9FFF), (0xAC00, 0xD7AF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
+#: mean difference of two models' log-probabilities of the same tokens, in nats, below which they are one model: what
+#: another precision or batch leaves
+SAME_MODEL = 0.02
+ROW_KINDS = ("one_to_one", "one_to_many", "many_to_one", "crossing", "special")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class ClassCount:
     Attributes:
         rows: supervised rows.
         used: those with a distribution of the source.
-        gold: sum over used rows of the probability that the projected, renormalised row gives the label.
+        gold: sum over used rows of the probability that the source gives the label, before renormalisation.
         own: sum over used rows of the probability that the target itself gives the label.
         top1: used rows whose most probable entry is the label.
     """
@@ -67,6 +69,12 @@ class Diagnosis:
         mapped: shares of the source's vocabulary: exact, edited, unmapped.
         projection: what became of rows and mass.
         classes: label class -> counts.
+        vocabulary: method of the vocabulary map; ``identity`` where the tokenizers are the same.
+        vocab_size: tokens of the source's vocabulary.
+        top_k: entries per row of the source.
+        tokens: the source's tokens of the sample.
+        n_bytes: bytes of the sample, with what the source's template adds.
+        is_target: the source's rows are the target's own.
     """
 
     name: str
@@ -78,6 +86,17 @@ class Diagnosis:
     mapped: dict[str, float]
     projection: ProjectionReport
     classes: dict[str, ClassCount] = field(default_factory=dict)
+    vocabulary: str = "first_token"
+    vocab_size: int = 0
+    top_k: int = 1
+    tokens: int = 0
+    n_bytes: int = 0
+    is_target: bool = False
+
+    @property
+    def compared(self) -> bool:
+        """Whether both sides have distributions."""
+        return bool(np.isfinite([self.ce_per_byte, self.target_ce_per_byte]).all())
 
     @property
     def total(self) -> ClassCount:
@@ -107,11 +126,10 @@ def diagnose(
         AlignmentError: two records are not of the same text.
     """
     source_table, target_table = tables
-    classes = label_classes(target_table)
-    counts = {name: ClassCount() for name in CLASSES}
-    report, n_texts, wins, ces = ProjectionReport(), 0, 0, []
+    by_token, tally = token_classes(target_table), _Tally()
     for source, own in pairs:
         target = TokenizedText(own.input_ids, own.offsets, own.spans, own.exact)
+        tally.compare(source, own)
         source, target = common_text(source, target, source_table=source_table, target_table=target_table)
         projection = project_record(
             source,
@@ -122,33 +140,57 @@ def diagnose(
             target_table=target_table,
             options=options,
         )
-        for index, label_class in enumerate(CLASSES):
-            counts[label_class] += _count(projection, target, own, classes == index)
-        report += projection.report
-        n_texts += 1
-        wins += source.ce_per_byte < own.ce_per_byte
-        ces.append((source.ce_per_byte, own.ce_per_byte))
+        tally.count(projection, target, own, label_classes(target, target_table, by_token))
         advance()
-    means = np.nanmean(ces, axis=0) if np.isfinite(ces).any() else (np.nan, np.nan)
     return Diagnosis(
         name=name,
-        texts=n_texts,
-        wins=wins,
-        ce_per_byte=float(means[0]),
-        target_ce_per_byte=float(means[1]),
+        texts=len(tally.ces),
+        wins=sum(source < own for source, own in tally.ces),
+        ce_per_byte=_mean([source for source, _ in tally.ces]),
+        target_ce_per_byte=_mean([own for _, own in tally.ces]),
         overlap=vocabulary_overlap(source_table, target_table),
         mapped=_mapped(vocabulary, source_table),
-        projection=report,
-        classes=counts,
+        projection=tally.report,
+        classes=tally.classes,
+        vocabulary=vocabulary.method,
+        vocab_size=source_table.vocab_size,
+        top_k=tally.top_k,
+        tokens=tally.tokens,
+        n_bytes=tally.n_bytes,
+        is_target=source_table.fingerprint == target_table.fingerprint and tally.same_rows,
     )
 
 
-def label_classes(table: TokenTable) -> npt.NDArray[np.uint8]:
-    """Return (V,) the index into :data:`CLASSES` of every token.
+def figures(diagnosis: Diagnosis) -> dict[str, float]:
+    """Return the figures that stand in the table, name -> value; shares in [0, 1], cross-entropies in nats/byte.
 
-    Digits win over everything, then CJK, then white space; ids without bytes count as special.
+    ``fallback`` is the share of supervised rows without a distribution: masked, or taught the label alone. What needs
+    distributions that are not there is nan.
     """
-    return np.array([_label_class(table, index) for index in range(table.vocab_size)], np.uint8)
+    report, total = diagnosis.projection, diagnosis.total
+    rows, used = max(report.rows, 1), max(report.used, 1)
+    return {
+        "coverage": report.coverage,
+        "fallback": 1.0 - report.coverage,
+        **{f"rows {kind.replace('_', '-')}": getattr(report, kind) / rows for kind in ROW_KINDS},
+        "mass kept": report.mass_kept,
+        "mass by the text": report.gold_mass / used,
+        "mass exact": report.exact_mass / used,
+        "mass edited": report.edited_mass / used,
+        "mass unmapped": report.unmapped_mass / used,
+        "mass outside top k": report.outside_mass / used if np.isfinite(diagnosis.ce_per_byte) else float("nan"),
+        "label is top 1": total.top1 / max(total.used, 1),
+        "label probability": total.gold / max(total.used, 1),
+        "label probability, target": total.own / max(total.used, 1),
+        "vocabulary exact": diagnosis.mapped["exact"],
+        "vocabulary edited": diagnosis.mapped["edited"],
+        "vocabulary unmapped": diagnosis.mapped["unmapped"],
+        "vocabulary overlap": diagnosis.overlap,
+        "CE per byte": diagnosis.ce_per_byte,
+        "CE per byte, target": diagnosis.target_ce_per_byte,
+        "texts won": diagnosis.wins / max(diagnosis.texts, 1) if diagnosis.compared else float("nan"),
+        "bytes of text per token": diagnosis.n_bytes / max(diagnosis.tokens, 1),
+    }
 
 
 def vocabulary_overlap(source: TokenTable, target: TokenTable) -> float:
@@ -157,80 +199,58 @@ def vocabulary_overlap(source: TokenTable, target: TokenTable) -> float:
     return len(own & others) / len(own) if own else 0.0
 
 
-def advice(diagnosis: Diagnosis, options: ProjectionOptions, top_k: int) -> list[str]:
-    """Return what stands in the way of this source and the setting that would improve it, worst first."""
-    found = []
-    report, total = diagnosis.projection, diagnosis.total
-    if diagnosis.texts and np.isfinite(diagnosis.ce_per_byte) and diagnosis.wins < 0.05 * diagnosis.texts:
-        found.append(
-            f"the source is better than the target on only {diagnosis.wins} of {diagnosis.texts} texts: min_ce will "
-            "hardly choose it; leave it out, or capture texts of its own field"
-        )
-    if report.coverage < 0.5:
-        found.append(
-            f"only {report.coverage:.0%} of the rows can be taught, because the tokenizers end at different bytes: "
-            "expect a weak signal"
-        )
-    if report.used and report.outside_mass / report.used > 0.2:
-        found.append(
-            f"{report.outside_mass / report.used:.0%} of the mass lies outside the stored top {top_k}: capture with a "
-            f"larger top_k ({min(4 * top_k, 256)})"
-        )
-    if report.used and report.unmapped_mass / report.used > 0.1:
-        found.append(
-            f"{report.unmapped_mass / report.used:.0%} of the mass has no counterpart in the target's vocabulary: use "
-            "alignment.vocabulary: first_token"
-        )
-    digits = diagnosis.classes.get("digits", ClassCount())
-    if not options.chain and digits.used and digits.gold < digits.own:
-        found.append("on digits the projected rows are worse than the target: set alignment.chain: true")
-    if total.used and np.isfinite(diagnosis.target_ce_per_byte) and total.gold < total.own and not found:
-        found.append(
-            "on these texts the target itself gives the right token more probability than the source does: a larger "
-            "lm_loss_weight, or token_min_ce as the rule, limits the harm"
-        )
-    return found
+class _Tally:
+    """What the texts seen so far add up to."""
 
+    def __init__(self) -> None:
+        self.report = ProjectionReport()
+        self.classes = {label_class: ClassCount() for label_class in CLASSES}
+        self.ces: list[tuple[float, float]] = []
+        self.top_k = self.tokens = self.n_bytes = self._rows = 0
+        self._difference = 0.0
 
-def verdict(diagnosis: Diagnosis, found: Sequence[str]) -> str:
-    """Return ``good``, ``fair`` or ``poor``.
+    @property
+    def same_rows(self) -> bool:
+        """Whether source and target gave their tokens, which are the same, the same probabilities."""
+        return self._rows > 0 and self._difference < SAME_MODEL * self._rows
 
-    Good is a source without complaints. Poor is one with less than half of the rows usable, or one that is better than
-    the target on less than one text in twenty.
-    """
-    if not found:
-        return "good"
-    scored = np.isfinite(diagnosis.ce_per_byte)
-    hopeless = diagnosis.projection.coverage < 0.5 or (scored and diagnosis.wins < 0.05 * diagnosis.texts)
-    return "poor" if hopeless else "fair"
+    def compare(self, source: Record, own: Record) -> None:
+        self.ces.append((source.ce_per_byte, own.ce_per_byte))
+        self.top_k = max(self.top_k, source.topk_ids.shape[1])
+        self.tokens += len(source.input_ids)
+        self.n_bytes += int(source.offsets[-1])
+        self._rows += len(own.input_ids) - 1
+        if np.array_equal(source.input_ids, own.input_ids):
+            self._difference += float(np.abs(source.token_logprobs[:-1] - own.token_logprobs[:-1]).sum())
+        else:
+            self._difference = float("inf")
+
+    def count(self, projection: Projection, target: TokenizedText, own: Record, classes: npt.NDArray[np.uint8]) -> None:
+        self.report += projection.report
+        for index, label_class in enumerate(CLASSES):
+            self.classes[label_class] += _count(projection, target, own, classes[1:] == index)
 
 
 def _count(projection: Projection, target: TokenizedText, own: Record, of_class: npt.NDArray[np.bool_]) -> ClassCount:
-    labels = target.input_ids[1:]
-    rows = stored_rows(target)[:-1] & of_class[labels]
+    rows = stored_rows(target)[:-1] & of_class
     used = rows & projection.distributions.rows[:-1]
-    ids, logprobs = projection.distributions.ids[:-1][used], projection.distributions.logprobs[:-1][used]
-    hits = ids == labels[used][:, None]
-    gold = np.where(hits, np.exp(logprobs), 0.0).sum()
     return ClassCount(
         rows=int(rows.sum()),
         used=int(used.sum()),
-        gold=float(gold),
-        own=float(np.exp(own.token_logprobs[:-1][used].astype(np.float64)).sum()),
-        top1=int(hits[:, 0].sum()),
+        gold=_probability(projection.label_logprobs[:-1][used]),
+        own=_probability(own.token_logprobs[:-1][used]),
+        top1=int((projection.distributions.ids[:-1, 0][used] == target.input_ids[1:][used]).sum()),
     )
 
 
-def _label_class(table: TokenTable, index: int) -> int:
-    data = table.tokens[index]
-    if not data or table.role_of(index) is not None:
-        return CLASSES.index("special")
-    text = data.decode(errors="replace")
-    if any(character.isdigit() for character in text):
-        return CLASSES.index("digits")
-    if any(low <= ord(character) <= high for character in text for low, high in CJK):
-        return CLASSES.index("cjk")
-    return CLASSES.index("white space" if text.isspace() else "other")
+def _probability(logprobs: npt.NDArray[np.float32]) -> float:
+    return float(np.exp(logprobs.astype(np.float64)).sum())
+
+
+def _mean(values: list[float]) -> float:
+    """Return the mean of the finite values, nan where there are none."""
+    finite = [value for value in values if np.isfinite(value)]
+    return float(np.mean(finite)) if finite else float("nan")
 
 
 def _ordinary(table: TokenTable) -> set[bytes]:

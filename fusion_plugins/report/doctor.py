@@ -17,15 +17,18 @@ from fusion_plugins.core.project import ProjectionOptions
 from fusion_plugins.core.record import build_record
 from fusion_plugins.core.token_table import Role, TokenTable
 from fusion_plugins.core.types import Record, TokenizedText, VocabularyMap
-from fusion_plugins.errors import ConfigError, MismatchError
-from fusion_plugins.report.diagnosis import Diagnosis, advice, diagnose, verdict
+from fusion_plugins.errors import ConfigError, FusionError, MismatchError
+from fusion_plugins.report.advice import advice, verdict
+from fusion_plugins.report.diagnosis import Diagnosis, diagnose, figures
 from fusion_plugins.store import Store, open_store
 from fusion_plugins.store.map_cache import cached_map
 
-__all__ = ["DoctorReport", "Side", "SourceVerdict", "examine", "open_side"]
+__all__ = ["DoctorReport", "Side", "SourceVerdict", "examine", "open_side", "open_target"]
 
-#: training step that the memory estimate is for
-BATCH, TOKENS = 1, 2048
+#: training step that the memory estimate is for; ENTRIES is the default of `fusion.top_k`
+BATCH, TOKENS, ENTRIES = 1, 2048, 10
+#: bytes on disk per token that `fusion capture` can be expected to write at its default top_k of 64
+EXPECTED_BYTES = 117.0
 
 
 class Side:
@@ -37,14 +40,9 @@ class Side:
         self.name, self.table, self.store, self.tokenizer, self._texts = name, table, store, tokenizer, texts
 
     @property
-    def top_k(self) -> int:
-        """Entries per row; 1 where there are no distributions."""
-        return self.store.manifest.top_k if self.store else 1
-
-    @property
     def bytes_per_token(self) -> float:
-        """Bytes on disk per stored token; nan where there is no store."""
-        return self.store.manifest.bytes / max(self.store.manifest.tokens, 1) if self.store else float("nan")
+        """Bytes on disk per stored token; what is to be expected where there is no store yet."""
+        return self.store.manifest.bytes / max(self.store.manifest.tokens, 1) if self.store else EXPECTED_BYTES
 
     def ids(self) -> list[str]:
         """Return the ids of all texts."""
@@ -60,13 +58,26 @@ class Side:
 
 @dataclass(frozen=True)
 class SourceVerdict:
-    """What was found about one source: the figures, the verdict in a word and the advice."""
+    """What was found about one source.
+
+    Attributes:
+        diagnosis: the counts.
+        verdict: good, fair, poor, or own for the target's own store.
+        advice: what stands in the way, and what to set.
+        captured: whether there is a store, or a tokenizer alone.
+        bytes_per_token: bytes on disk per token; an estimate where there is no store.
+    """
 
     diagnosis: Diagnosis
     verdict: str
     advice: list[str]
+    captured: bool
     bytes_per_token: float
-    top_k: int
+
+    @property
+    def store_per_text(self) -> float:
+        """Bytes of the store per byte of text."""
+        return self.bytes_per_token * self.diagnosis.tokens / max(self.diagnosis.n_bytes, 1)
 
 
 @dataclass(frozen=True)
@@ -76,23 +87,23 @@ class DoctorReport:
     Attributes:
         target: name of the target's side.
         texts: texts of the sample.
-        scored: whether distributions were there, or tokenizers alone.
         vocabulary: method of the vocabulary maps.
         sources: one verdict per source.
-        sparse_bytes: memory of the fused targets of one step of 1 x 2048 tokens.
+        sparse_bytes: memory of the fused targets of one step of 1 x 2048 tokens with 10 entries per row.
         dense_bytes: memory of the same targets as a dense float32 tensor.
+        notes: what the figures leave out.
     """
 
     target: str
     texts: int
-    scored: bool
     vocabulary: str
     sources: list[SourceVerdict]
     sparse_bytes: int
     dense_bytes: int
+    notes: list[str]
 
     def to_json(self) -> str:
-        """Return everything as JSON; figures that do not exist are null."""
+        """Return everything as JSON, per source also the figures of the table; what does not exist is null."""
 
         def clean(value: Any) -> Any:
             if isinstance(value, dict):
@@ -101,7 +112,10 @@ class DoctorReport:
                 return [clean(item) for item in value]
             return None if isinstance(value, float) and not np.isfinite(value) else value
 
-        return json.dumps(clean(asdict(self)), indent=1, ensure_ascii=False)
+        fields = asdict(self)
+        for source, found in zip(fields["sources"], self.sources, strict=True):
+            source["figures"] = figures(found.diagnosis) | {"store bytes per byte of text": found.store_per_text}
+        return json.dumps(clean(fields), indent=1, ensure_ascii=False)
 
 
 def open_side(path: str, texts: dict[str, Any] | None) -> Side:
@@ -120,13 +134,28 @@ def open_side(path: str, texts: dict[str, Any] | None) -> Side:
             f"{path} is not a store (it has no manifest.json). Give the folder that `fusion capture` wrote, or a "
             "tokenizer together with --texts."
         )
-    from transformers import AutoTokenizer
+    tokenizer, table = _load_tokenizer(path)
+    return Side(name, table, None, tokenizer, texts)
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is neither a store nor a tokenizer: {error}") from error
-    return Side(name, TokenTable.from_tokenizer(tokenizer), None, tokenizer, texts)
+
+def open_target(path: str, texts: dict[str, Any] | None, tokenizer: str | None = None) -> Side:
+    """Open the target's side, with a tokenizer for the ``first_token`` maps wherever one can be had.
+
+    Args:
+        path: a store or a tokenizer, as for :func:`open_side`.
+        texts: as for :func:`open_side`.
+        tokenizer: the tokenizer of the store; by default that of the captured model, if its folder is still there.
+
+    Raises:
+        ConfigError: as for :func:`open_side`, or ``tokenizer`` is none, or ``path`` is a tokenizer itself.
+        MismatchError: the store was captured with another tokenizer.
+    """
+    side = open_side(path, texts)
+    if side.store is not None:
+        side.tokenizer = _tokenizer_of(side.store, tokenizer)
+    elif tokenizer is not None:
+        raise ConfigError(f"the target {path} is a tokenizer itself: leave out --tokenizer {tokenizer}")
+    return side
 
 
 def examine(
@@ -157,18 +186,26 @@ def examine(
         mapping = _vocabulary(source.table, target, vocabulary)
         pairs = ((source.record(id), target.record(id)) for id in ids)
         found = diagnose(source.name, pairs, (source.table, target.table), mapping, options, advance)
-        problems = advice(found, options, source.top_k) if source.store else _tokenizer_advice(found)
-        verdicts.append(SourceVerdict(found, verdict(found, problems), problems, source.bytes_per_token, source.top_k))
-    width = max(source.top_k for source in sources)
+        problems, captured = advice(found, options), source.store is not None
+        verdicts.append(SourceVerdict(found, verdict(found, problems), problems, captured, source.bytes_per_token))
     return DoctorReport(
         target=target.name,
         texts=len(ids),
-        scored=all(side.store for side in (target, *sources)),
         vocabulary=vocabulary,
         sources=verdicts,
-        sparse_bytes=BATCH * TOKENS * width * (np.dtype(np.int32).itemsize + np.dtype(np.float32).itemsize),
+        sparse_bytes=BATCH * TOKENS * ENTRIES * (np.dtype(np.int32).itemsize + np.dtype(np.float32).itemsize),
         dense_bytes=BATCH * TOKENS * target.table.vocab_size * np.dtype(np.float32).itemsize,
+        notes=_notes(verdicts, target),
     )
+
+
+def _notes(verdicts: Sequence[SourceVerdict], target: Side) -> list[str]:
+    if target.tokenizer is not None or all(found.diagnosis.vocabulary != "first_token" for found in verdicts):
+        return []
+    return [
+        "The first_token map was made without the target's tokenizer, from the bytes of its tokens: the figures may "
+        "differ slightly from training's. Name the tokenizer with --tokenizer."
+    ]
 
 
 def _sample(target: Side, sources: Sequence[Side], limit: int) -> list[str]:
@@ -180,8 +217,38 @@ def _sample(target: Side, sources: Sequence[Side], limit: int) -> list[str]:
             f"expected texts that all of {names} have; they have none in common. Capture every store from the same "
             "texts: records are joined by id."
         )
-    step = max(len(common) // limit, 1)
-    return common[::step][:limit]
+    size = min(limit, len(common))
+    return [common[index * len(common) // size] for index in range(size)]
+
+
+def _load_tokenizer(path: str) -> tuple[Any, TokenTable]:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is neither a store nor a tokenizer: {error}") from error
+    return tokenizer, TokenTable.from_tokenizer(tokenizer)
+
+
+def _tokenizer_of(store: Store, named: str | None) -> Any:
+    """Load the tokenizer of a store; None where none was named and that of the captured model is gone."""
+    if named is None and not Path(store.manifest.model).is_dir():
+        return None
+    try:
+        tokenizer, table = _load_tokenizer(named or store.manifest.model)
+    except FusionError:
+        if named is None:
+            return None
+        raise
+    if table.fingerprint == store.manifest.tokenizer_fingerprint:
+        return tokenizer
+    if named is None:
+        return None
+    raise MismatchError(
+        f"{store.path} was captured with tokenizer {store.manifest.tokenizer_fingerprint[:16]} "
+        f"({store.manifest.model}); --tokenizer {named} is {table.fingerprint[:16]}. Name the one it was captured with."
+    )
 
 
 def _vocabulary(source: TokenTable, target: Side, method: str) -> VocabularyMap:
@@ -198,8 +265,3 @@ def _record_of_tokens(id: str, text: TokenizedText) -> Record:
     return build_record(
         id, text, following, np.where(following >= 0, 0.0, -np.inf), np.full(len(text.input_ids), np.nan, np.float32)
     )
-
-
-def _tokenizer_advice(found: Diagnosis) -> list[str]:
-    coverage = found.projection.coverage
-    return [f"only {coverage:.0%} of the rows can be taught by this tokenizer"] if coverage < 0.5 else []

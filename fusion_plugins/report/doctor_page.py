@@ -2,79 +2,68 @@
 
 import math
 from base64 import b64encode
+from collections.abc import Callable
 from io import BytesIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from fusion_plugins.report.diagnosis import CLASSES, ClassCount, Diagnosis
-from fusion_plugins.report.doctor import DoctorReport
+from fusion_plugins.report.diagnosis import ClassCount, figures
+from fusion_plugins.report.doctor import DoctorReport, SourceVerdict
+from fusion_plugins.report.label_classes import CLASSES
 
-__all__ = ["figures", "render_doctor_page", "show"]
+__all__ = ["picture_png", "render_doctor_page", "sections", "show"]
 
-KINDS = ("one_to_one", "one_to_many", "many_to_one", "crossing", "special")
+#: parts of the table -> how the names of their figures begin
+PARTS = {
+    "rows of the target": ("coverage", "fallback", "rows"),
+    "probability mass of the rows with a distribution": ("mass",),
+    "what the rows say of the label": ("label",),
+    "tokens of the source in the target's vocabulary": ("vocabulary",),
+    "whole texts": ("CE", "texts", "bytes"),
+}
+NOTHING = "-"
 
-
-def figures(diagnosis: Diagnosis) -> dict[str, float]:
-    """Return the figures that stand in the table, name -> value; shares in [0, 1], cross-entropies in nats/byte.
-
-    ``fallback`` is the share of supervised rows without a distribution: masked, or taught the label alone.
-    """
-    report, total = diagnosis.projection, diagnosis.total
-    used = max(report.used, 1)
-    return {
-        "coverage": report.coverage,
-        **{f"rows {kind.replace('_', '-')}": getattr(report, kind) / max(report.rows, 1) for kind in KINDS},
-        "fallback": 1.0 - report.coverage,
-        "mass kept": report.mass_kept,
-        "mass outside top k": report.outside_mass / used,
-        "mass unmapped": report.unmapped_mass / used,
-        "label is top 1": total.top1 / max(total.used, 1),
-        "label probability": total.gold / max(total.used, 1),
-        "label probability, target": total.own / max(total.used, 1),
-        "vocabulary exact": diagnosis.mapped["exact"],
-        "vocabulary edited": diagnosis.mapped["edited"],
-        "vocabulary unmapped": diagnosis.mapped["unmapped"],
-        "vocabulary overlap": diagnosis.overlap,
-        "CE per byte": diagnosis.ce_per_byte,
-        "CE per byte, target": diagnosis.target_ce_per_byte,
-        "texts won": diagnosis.wins / max(diagnosis.texts, 1),
-    }
+#: (figure, one text per source)
+Row = tuple[str, list[str]]
 
 
-#: figures that need distributions on both sides
-SCORED = ("CE per byte", "CE per byte, target", "texts won", "label probability, target", "mass outside top k")
-
-
-def rows(report: DoctorReport) -> list[tuple[str, list[str]]]:
-    """Return (figure, one text per source) in the order of the table."""
+def sections(report: DoctorReport) -> list[tuple[str, list[Row]]]:
+    """Return the parts of the table, title and rows. What no source has is left out."""
     columns = [figures(source.diagnosis) for source in report.sources]
-    names = [name for name in columns[0] if report.scored or name not in SCORED]
-    table = [(name, [_text(name, column[name]) for column in columns]) for name in names]
-    per_class = [
-        (f"{name}: coverage", [_class_text(s.diagnosis.classes[name]) for s in report.sources]) for name in CLASSES
+    texts = [(name, [_text(name, column[name]) for column in columns]) for name in columns[0]]
+    parts = [(title, [row for row in texts if row[0].startswith(names)]) for title, names in PARTS.items()]
+    parts += [
+        ("rows with a distribution, by kind of label", _by_class(report, _class_coverage)),
+        ("probability of the label, by kind of label", _by_class(report, _class_probability)),
+        ("vocabulary map and store", [("map", [_map_text(source) for source in report.sources]), *_sizes(report)]),
     ]
-    sizes = [("bytes per stored token", [_number(source.bytes_per_token, ".1f") for source in report.sources])]
-    return table + per_class + (sizes if report.scored else [])
+    return [(title, [row for row in rows if set(row[1]) != {NOTHING}]) for title, rows in parts]
 
 
 def show(report: DoctorReport, console: Console) -> None:
     """Print the table, the memory of a training step, and a verdict with its advice per source."""
-    table = Table("", *(source.diagnosis.name for source in report.sources), title=f"fusion into {report.target}")
-    for name, values in rows(report):
-        table.add_row(name, *values)
+    names = [escape(source.diagnosis.name) for source in report.sources]
+    table = Table("", *names, title=f"fusion into {escape(report.target)}")
+    for title, rows in sections(report):
+        table.add_row(f"[bold]{title}[/]")
+        for name, values in rows:
+            table.add_row(f"  {name}", *values)
+        table.add_section()
     console.print(table)
-    console.print(memory_line(report))
-    for source in report.sources:
-        console.print(f"{source.diagnosis.name}: [bold]{source.verdict}[/]")
+    for line in (memory_line(report), *report.notes):
+        console.print(escape(line))
+    for name, source in zip(names, report.sources, strict=True):
+        console.print(f"{name}: [bold]{source.verdict}[/]")
         for line in source.advice:
-            console.print(f"  - {line}")
+            console.print(f"  - {escape(line)}")
 
 
 def memory_line(report: DoctorReport) -> str:
     """Return one sentence on the memory of the fused targets."""
     return (
-        f"{report.texts} texts examined. Fused targets of one step of 1 x 2048 tokens: "
+        f"{report.texts} texts examined. Fused targets of one step of 1 x 2048 tokens, 10 entries per row: "
         f"{report.sparse_bytes / 1e6:.2f} MB (as a dense tensor {report.dense_bytes / 1e6:,.0f} MB)."
     )
 
@@ -85,7 +74,7 @@ def render_doctor_page(report: DoctorReport) -> str:
 
     environment = Environment(loader=PackageLoader("fusion_plugins.report"), autoescape=True)
     return environment.get_template("doctor.html").render(
-        report=report, rows=rows(report), memory=memory_line(report), picture=_picture(report)
+        report=report, sections=sections(report), memory=memory_line(report), picture=_picture(report)
     )
 
 
@@ -104,11 +93,10 @@ def picture_png(report: DoctorReport) -> bytes:
         places = [place + index * width for place in range(len(seen))]
         coverage.bar(places, [_share(c.used, c.rows) for c in classes], width, label=source.diagnosis.name)
         gold.bar(places, [_share(c.gold, c.used) for c in classes], width, label=source.diagnosis.name)
-        if report.scored:
-            gold.scatter(places, [_share(c.own, c.used) for c in classes], color="black", marker="_", s=120, zorder=3)
+        gold.scatter(places, [_share(c.own, c.used) for c in classes], color="black", marker="_", s=120, zorder=3)
     for panel, title in (
         (coverage, "rows with a distribution"),
-        (gold, "probability of the label (bar: target's own)"),
+        (gold, "probability of the label (black mark: target's own)"),
     ):
         panel.set_title(title, fontsize=10)
         panel.set_xticks([place + width * (len(report.sources) - 1) / 2 for place in range(len(seen))], seen)
@@ -128,13 +116,38 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def _class_text(count: ClassCount) -> str:
-    return f"{count.used / count.rows:.1%} of {count.rows:,}" if count.rows else "-"
+def _by_class(report: DoctorReport, text: Callable[[ClassCount], str]) -> list[Row]:
+    return [(name, [text(source.diagnosis.classes[name]) for source in report.sources]) for name in CLASSES]
+
+
+def _class_coverage(count: ClassCount) -> str:
+    return f"{count.used / count.rows:.1%} of {count.rows:,}" if count.rows else NOTHING
+
+
+def _class_probability(count: ClassCount) -> str:
+    if not count.used:
+        return NOTHING
+    own = "" if math.isnan(count.own) else f" (target {count.own / count.used:.3f})"
+    return f"{count.gold / count.used:.3f}{own}"
+
+
+def _map_text(source: SourceVerdict) -> str:
+    method = source.diagnosis.vocabulary
+    return "none needed: the same tokenizer" if method == "identity" else method
+
+
+def _sizes(report: DoctorReport) -> list[Row]:
+    expected = [("" if source.captured else "about ") for source in report.sources]
+    return [
+        (name, [f"{about}{getattr(source, field):.1f}" for about, source in zip(expected, report.sources, strict=True)])
+        for name, field in (
+            ("store, bytes per token", "bytes_per_token"),
+            ("store, bytes per byte of text", "store_per_text"),
+        )
+    ]
 
 
 def _text(name: str, value: float) -> str:
-    return _number(value, ".3f" if name.startswith("CE") or "probability" in name else ".1%")
-
-
-def _number(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else format(value, form)
+    if math.isnan(value):
+        return NOTHING
+    return f"{value:.3f}" if name.startswith(("CE", "bytes")) or "probability" in name else f"{value:.1%}"
