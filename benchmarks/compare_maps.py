@@ -19,6 +19,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from fusion_demo.data import read_rows  # noqa: E402
 from fusion_demo.evaluate import load  # noqa: E402
 
 from fusion_plugins.axolotl.args import FusionBlock  # noqa: E402
+from fusion_plugins.axolotl.counting import count_texts  # noqa: E402
 from fusion_plugins.axolotl.plan import make_plan  # noqa: E402
 from fusion_plugins.axolotl.rows import TargetTokenizer  # noqa: E402
 from fusion_plugins.core.align import align_texts  # noqa: E402
@@ -136,7 +138,7 @@ def plan_of(name: str, work: Path, target: TargetTokenizer, method: str, chain: 
             "top_k": 1024,
         }
     )
-    return make_plan(block, [open_store(work / "stores" / name)], target, texts)
+    return make_plan(block, [open_store(work / "stores" / name)], target, partial(count_texts, texts, target.table))
 
 
 def spread(fused: SparseDistributions, row: int, vocab_size: int) -> np.ndarray:

@@ -8,6 +8,7 @@ joined by id, and every text is compared with what the store was captured from. 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from datasets import Dataset, Features, List, Value
 
 from fusion_plugins.axolotl.args import FusionBlock
 from fusion_plugins.axolotl.collator import FUSED_IDS, FUSED_LOGPROBS
+from fusion_plugins.axolotl.counting import Row, count_alignments, rows_of
 from fusion_plugins.axolotl.plan import make_plan
 from fusion_plugins.axolotl.report import read_counters, show_report, write_report
 from fusion_plugins.axolotl.rows import EncodedText, TargetTokenizer
 from fusion_plugins.core.accounting import FusionReport
 from fusion_plugins.core.pipeline import FusionPlan, fuse_text, warm_up
 from fusion_plugins.core.texts import content_id
+from fusion_plugins.core.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, DataError, MismatchError
 from fusion_plugins.store import Store, open_store
 
@@ -43,8 +46,6 @@ FEATURES = Features(
 )
 #: rows per call; bounds what a worker holds
 BATCH = 32
-
-Row = Mapping[str, Any]
 
 
 class FusedRows(DatasetWrappingStrategy):
@@ -81,9 +82,10 @@ class FusedRows(DatasetWrappingStrategy):
         """
         stores = [open_store(source.store) for source in self._block.sources]
         dataset = self._joined(dataset, stores)
-        texts = ((self._reader.id(row), self._reader.encoded(row).tokens) for row in dataset)
-        plan = make_plan(self._block, stores, self._reader.target, texts)
         warm_up()
+        target = self._reader.target
+        count = partial(count_alignments, dataset, self._reader.tokens, target.table, process_count=process_count)
+        plan = make_plan(self._block, stores, target, count)
         rows = dataset.map(
             _Fuse(self._reader, plan, stores),
             batched=True,
@@ -152,6 +154,10 @@ class _Reader:
         content = self.content(row)
         return self.target.text(content) if isinstance(content, str) else self.target.chat(content)
 
+    def tokens(self, row: Row) -> tuple[str, TokenizedText]:
+        """Return the id of a row and its tokens."""
+        return self.id(row), self.encoded(row).tokens
+
 
 class _Fuse:
     """What runs in each worker: a batch of rows in, columns out."""
@@ -160,8 +166,7 @@ class _Fuse:
         self._reader, self._plan, self._stores = reader, plan, stores
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        names = list(batch)
-        rows = [dict(zip(names, values, strict=True)) for values in zip(*(batch[name] for name in names), strict=True)]
+        rows = rows_of(batch)
         columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
         total = FusionReport()
         for row in rows:

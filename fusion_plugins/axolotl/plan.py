@@ -1,17 +1,17 @@
 """From the ``fusion:`` block and the stores to core's plan, after checking that they belong together."""
 
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import numpy as np
 
 from fusion_plugins.axolotl.args import FusionBlock, SourceArgs
 from fusion_plugins.axolotl.rows import TargetTokenizer
-from fusion_plugins.core.align import ALIGNERS, align_texts
+from fusion_plugins.core.align import ALIGNERS
 from fusion_plugins.core.counts import AlignmentCounts
 from fusion_plugins.core.fuse import RULES
 from fusion_plugins.core.pipeline import FusionPlan, SourcePlan
 from fusion_plugins.core.token_table import Role
-from fusion_plugins.core.types import TokenizedText, VocabularyMap
+from fusion_plugins.core.types import VocabularyMap
 from fusion_plugins.errors import MismatchError
 from fusion_plugins.plugins import lookup
 from fusion_plugins.store import Store
@@ -19,24 +19,29 @@ from fusion_plugins.store.map_cache import cached_map
 
 __all__ = ["make_plan"]
 
-#: (id, the target's tokens) of every text, for the maps that need statistics
-Texts = Iterable[tuple[str, TokenizedText]]
+#: stores -> how often their tokens stand where the target's do, for the maps that need statistics
+Count = Callable[[list[Store]], list[AlignmentCounts]]
 
 
-def make_plan(block: FusionBlock, stores: list[Store], target: TargetTokenizer, texts: Texts) -> FusionPlan:
-    """Return core's plan; ``texts`` is read only for ``vocabulary: statistics``.
+def make_plan(block: FusionBlock, stores: list[Store], target: TargetTokenizer, count: Count) -> FusionPlan:
+    """Return core's plan; ``count`` is called once at most, and only for ``vocabulary: statistics``.
 
     Raises:
         MismatchError: the store that is said to be the target's own has another tokenizer.
     """
-    sources = tuple(
-        SourcePlan(source.name, store.table, _vocabulary(block, source, store, target, texts))
-        for source, store in zip(block.sources, stores, strict=True)
-    )
+    same = [_same_tokens(source, store, target) for source, store in zip(block.sources, stores, strict=True)]
+    mapped = [store for store, is_same in zip(stores, same, strict=True) if not is_same]
+    counted = mapped and block.alignment.vocabulary == "statistics"
+    counts = iter(count(mapped) if counted else [None] * len(mapped))
     method = block.alignment.method
     return FusionPlan(
         target_table=target.table,
-        sources=sources,
+        sources=tuple(
+            SourcePlan(
+                source.name, store.table, _identity(store) if is_same else _map(block, store, target, next(counts))
+            )
+            for source, store, is_same in zip(block.sources, stores, same, strict=True)
+        ),
         rule=block.rule if block.rule in RULES else lookup("fusion_rules", block.rule),
         rule_options=block.rule_options,
         metric=block.metric,
@@ -46,36 +51,33 @@ def make_plan(block: FusionBlock, stores: list[Store], target: TargetTokenizer, 
     )
 
 
-def _vocabulary(
-    block: FusionBlock, source: SourceArgs, store: Store, target: TargetTokenizer, texts: Texts
-) -> VocabularyMap:
-    same = store.table.fingerprint == target.table.fingerprint
+def _same_tokens(source: SourceArgs, store: Store, target: TargetTokenizer) -> bool:
+    """Whether the source's ids are the target's; tokens that were added to the target for the run do no harm."""
+    same = target.table.extends(store.table)
     if source.is_target and not same:
         raise MismatchError(
             f"source {source.name!r} is said to be the target model's own (is_target: true), but the store "
             f"{store.path} was captured with tokenizer {store.table.fingerprint[:16]} ({store.manifest.model}), and "
-            f"the target's is {target.table.fingerprint[:16]}. Capture it from `base_model`, or remove is_target."
+            f"the target's is {target.table.fingerprint[:16]}. A run may add tokens behind the others, but not have "
+            "other tokens or other BOS and EOS tokens. Capture it from `base_model`, or remove is_target: its rows are "
+            "then mapped."
         )
     # One vocabulary may end turns with other tokens in another template: those are mapped by role.
     turn_ends = {table.id_of_role(Role.END_OF_TURN) for table in (store.table, target.table)}
-    if source.is_target or (same and len(turn_ends) == 1):
-        ids = np.arange(store.table.vocab_size, dtype=np.int32)
-        return VocabularyMap(ids, np.zeros_like(ids), "identity")
-    method = block.alignment.vocabulary
+    return source.is_target or (same and len(turn_ends) == 1)
+
+
+def _identity(store: Store) -> VocabularyMap:
+    ids = np.arange(store.table.vocab_size, dtype=np.int32)
+    return VocabularyMap(ids, np.zeros_like(ids), "identity")
+
+
+def _map(block: FusionBlock, store: Store, target: TargetTokenizer, counts: AlignmentCounts | None) -> VocabularyMap:
     return cached_map(
         store.table,
         target.table,
-        method=method,
+        method=block.alignment.vocabulary,
         max_distance=block.alignment.max_distance,
-        counts=_count(store, texts) if method == "statistics" else None,
+        counts=counts,
         tokenizer=target.tokenizer,
     )
-
-
-def _count(store: Store, texts: Texts) -> AlignmentCounts:
-    counts = AlignmentCounts()
-    for id, tokens in texts:
-        record = store[id]
-        alignment = align_texts(record, tokens)
-        counts.add(record.input_ids.tolist(), tokens.input_ids.tolist(), alignment.target_to_source)
-    return counts

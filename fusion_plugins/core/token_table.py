@@ -7,7 +7,7 @@ First step of the way of the data: everything after it compares bytes, never the
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -140,6 +140,11 @@ class TokenTable:
         own = {self.tokens[index] for index in np.flatnonzero(ordinary).tolist() if index not in self.byte_fallback}
         ordinary[[index for index in self.byte_fallback if self.tokens[index] in own]] = False
         return ordinary
+
+    def extends(self, other: "TokenTable") -> bool:
+        """Whether this is the other table, or the other one with more tokens behind its own."""
+        size = other.vocab_size
+        return replace(self, tokens=self.tokens[:size], roles=self.roles[:size]).fingerprint == other.fingerprint
 
     def bytes_of(self, token_id: int) -> bytes:
         """Return the bytes of a token; empty for an id without a token, as in a padded output layer."""

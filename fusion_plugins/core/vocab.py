@@ -65,9 +65,10 @@ def map_vocabulary(
     target_ids = np.full(len(left), -1, np.int32)
     distances = np.full(len(left), -1, np.int32)
     if method == "statistics":
-        if counts is None:
+        if not counts:
             raise ConfigError(
-                "method 'statistics' expects `counts`, the AlignmentCounts of the two tokenizers, got None"
+                "method 'statistics' expects `counts`, the AlignmentCounts of the two tokenizers, got "
+                f"{'none' if counts is None else 'empty ones'}. Count aligned texts first."
             )
         choose = by_published_score if compat == "fusechat" else by_count
         target_ids = np.where(rows, choose(left, right, counts, columns), -1).astype(np.int32)

@@ -259,6 +259,8 @@ def test_wrong_calls_say_what_is_expected():
         map_vocabulary(["a"], ["b"], method="nearest")
     with pytest.raises(ConfigError, match="expects `counts`"):
         map_vocabulary(["a"], ["b"], method="statistics")
+    with pytest.raises(ConfigError, match="got empty ones. Count aligned texts first"):
+        map_vocabulary(["a"], ["b"], method="statistics", counts=AlignmentCounts())
     with pytest.raises(ConfigError, match="all str or all bytes.*got bytes and str"):
         map_vocabulary(["a"], [b"b"])
     assert set(METHODS) == {"exact", "min_edit", "first_token", "statistics"}

@@ -1,0 +1,104 @@
+"""Which tokens of the sources stand where the target's do, counted over a data set, for ``vocabulary: statistics``."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from datasets import Features, List, Value
+
+from fusion_plugins.core.align import align_texts
+from fusion_plugins.core.common_text import common_text
+from fusion_plugins.core.counts import AlignmentCounts
+from fusion_plugins.core.token_table import TokenTable
+from fusion_plugins.core.types import Record, TokenizedText
+from fusion_plugins.errors import AlignmentError, MismatchError
+from fusion_plugins.store import Store
+
+__all__ = ["Row", "count_alignments", "count_texts", "rows_of"]
+
+Row = Mapping[str, Any]
+Read = Callable[[Row], tuple[str, TokenizedText]]
+
+#: texts whose counts are handed back together
+BATCH = 1000
+FEATURES = Features(
+    {
+        "store": Value("int32"),
+        "source_ids": List(Value("int32")),
+        "target_ids": List(Value("int32")),
+        "counts": List(Value("int64")),
+    }
+)
+
+
+def count_alignments(
+    dataset: Any, read: Read, table: TokenTable, stores: list[Store], *, process_count: int | None
+) -> list[AlignmentCounts]:
+    """Count over the rows of a data set, in ``process_count`` processes.
+
+    Args:
+        dataset: rows that every store has.
+        read: row -> its id and the target's tokens.
+        table: the target's token table.
+        stores: the sources.
+        process_count: as for ``dataset.map``.
+
+    Raises:
+        MismatchError: a store was captured from other texts.
+    """
+    parts = dataset.map(
+        _Count(read, table, stores),
+        batched=True,
+        batch_size=BATCH,
+        num_proc=process_count,
+        remove_columns=dataset.column_names,
+        features=FEATURES,
+        load_from_cache_file=False,
+        desc="Counting aligned tokens",
+    )
+    counts = [AlignmentCounts() for _ in stores]
+    for part in parts:
+        counts[part["store"]].merge(AlignmentCounts.from_pairs(part["source_ids"], part["target_ids"], part["counts"]))
+    return counts
+
+
+def count_texts(
+    texts: Iterable[tuple[str, TokenizedText]], table: TokenTable, stores: list[Store]
+) -> list[AlignmentCounts]:
+    """Count over texts, given by id and in the target's tokens; see :func:`count_alignments`."""
+    counts = [AlignmentCounts() for _ in stores]
+    for id, tokens in texts:
+        for store, found in zip(stores, counts, strict=True):
+            _add(found, store, store[id], tokens, table)
+    return counts
+
+
+def rows_of(batch: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    """Return the rows of a batch of columns."""
+    names = list(batch)
+    return [dict(zip(names, values, strict=True)) for values in zip(*(batch[name] for name in names), strict=True)]
+
+
+class _Count:
+    """What runs in each worker: a batch of rows in, one row of counts per store out."""
+
+    def __init__(self, read: Read, table: TokenTable, stores: list[Store]) -> None:
+        self._read, self._table, self._stores = read, table, stores
+
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        counts = count_texts(map(self._read, rows_of(batch)), self._table, self._stores)
+        source_ids, target_ids, numbers = zip(*(found.pairs() for found in counts), strict=True)
+        return {
+            "store": list(range(len(counts))),
+            "source_ids": list(source_ids),
+            "target_ids": list(target_ids),
+            "counts": list(numbers),
+        }
+
+
+def _add(counts: AlignmentCounts, store: Store, record: Record, tokens: TokenizedText, table: TokenTable) -> None:
+    """Count one text, without what only one side's template or maximum length left of it."""
+    try:
+        record, tokens = common_text(record, tokens, source_table=store.table, target_table=table)
+    except AlignmentError as error:
+        raise MismatchError(f"{store.path}: {error}") from error
+    counts.add(record.input_ids.tolist(), tokens.input_ids.tolist(), align_texts(record, tokens).target_to_source)
