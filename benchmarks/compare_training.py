@@ -17,7 +17,7 @@ import random
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from fusion_demo.data import read_rows  # noqa: E402
 from fusion_demo.evaluate import bits_per_byte, load  # noqa: E402
 
 from fusion_plugins.axolotl.args import FusionBlock  # noqa: E402
+from fusion_plugins.axolotl.counting import count_texts  # noqa: E402
 from fusion_plugins.axolotl.plan import make_plan  # noqa: E402
 from fusion_plugins.axolotl.rows import TargetTokenizer  # noqa: E402
 from fusion_plugins.core.losses import fusion_loss  # noqa: E402
@@ -101,7 +102,7 @@ def examples(name: str, work: Path, share: float) -> tuple[list[dict[str, Any]],
         return made, 1.0
     stores = [open_store(source.store) for source in block.sources]
     pairs = ((row["id"], text.tokens) for row, text in zip(rows, encoded, strict=True))
-    plan = make_plan(block, stores, target, pairs)
+    plan = make_plan(block, stores, target, partial(count_texts, pairs, target.table))
     for row, text, example in zip(rows, encoded, made, strict=True):
         fused, _ = fuse_text(plan, text.tokens, [store[row["id"]] for store in stores])
         example |= {"target_ids": fused.ids, "target_logprobs": fused.logprobs}
