@@ -7,7 +7,7 @@ First step of the way of the data: everything after it compares bytes, never the
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -103,6 +103,12 @@ class TokenTable:
             index for index, name in enumerate(names) if name is not None and byte_token(spec, name) is not None
         )
         return cls(tokens, roles, role_ids, adds_prefix_space(spec), kind, fallback)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Data workers get the table; a pickle of one object per token takes seconds.
+        roles = {index: role for index, role in enumerate(self.roles) if role is not None}
+        rest = tuple(getattr(self, field.name) for field in fields(self)[2:])
+        return _unpack, (b"".join(self.tokens), self.lengths, roles, rest, self.fingerprint)
 
     @property
     def vocab_size(self) -> int:
@@ -204,6 +210,17 @@ class TokenTable:
         prefix_space, kind = bool(columns["prefix_space"][0]), columns["kind"][0]
         fallback = frozenset(np.flatnonzero(columns.get("byte_fallback", [])).tolist())
         return cls(list(columns["token"]), roles, role_ids, prefix_space, kind, fallback)
+
+
+def _unpack(
+    flat: bytes, lengths: IntArray, roles: Mapping[int, Role], rest: tuple[Any, ...], fingerprint: str
+) -> TokenTable:
+    """Rebuild a table from its pickle; the fingerprint need not be computed again."""
+    stops = np.cumsum(lengths, dtype=np.int64).tolist()
+    tokens = [flat[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
+    table = TokenTable(tokens, [roles.get(index) for index in range(len(tokens))], *rest)
+    table.__dict__["fingerprint"] = fingerprint
+    return table
 
 
 def _names_by_id(vocab: Mapping[str, int]) -> list[str | None]:

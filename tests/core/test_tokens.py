@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -443,6 +444,16 @@ def test_fingerprint_sees_ids_bytes_and_roles_but_not_the_settings_of_a_run():
         assert other.fingerprint != base
     padded = TokenTable(tokens, [None, None, Role.BOS, Role.PAD], {Role.BOS: 2, Role.PAD: 3}, False, "byte_level")
     assert padded.fingerprint == base
+
+
+@pytest.mark.parametrize("name", TINY | REAL)
+def test_a_pickled_table_is_the_same(tables, name):
+    table = tables[name][1]
+    again = pickle.loads(pickle.dumps(table))
+    assert again == table
+    known = again.fingerprint
+    del again.__dict__["fingerprint"]
+    assert again.fingerprint == known == table.fingerprint
 
 
 @pytest.mark.parametrize("name", TINY | REAL)
