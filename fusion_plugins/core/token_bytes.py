@@ -12,8 +12,8 @@ from fusion_plugins.core.types import BoolArray, IntArray
 __all__ = ["TokenBytes", "is_prefix", "longest_beginnings", "token_bytes"]
 
 _CACHED = 32
-_BYTES: dict[str, "TokenBytes"] = {}
-_BEGINNINGS: dict[tuple[str, str], IntArray] = {}
+_BYTES: dict[Any, "TokenBytes"] = {}
+_BEGINNINGS: dict[Any, IntArray] = {}
 
 
 class TokenBytes(NamedTuple):
@@ -34,14 +34,15 @@ class TokenBytes(NamedTuple):
 
 def token_bytes(table: TokenTable) -> TokenBytes:
     """Return the arrays of a table; made once per process and vocabulary."""
-    found = _BYTES.get(table.fingerprint)
+    key = _key(table)
+    found = _BYTES.get(key)
     if found is None:
         flat = np.frombuffer(b"".join(table.tokens), np.uint8).copy()
         starts = np.concatenate([[0], np.cumsum(table.lengths, dtype=np.int64)])
         closing = np.zeros(table.vocab_size, np.bool_)
-        closing[[table.role_ids[role] for role in (Role.EOS, Role.END_OF_TURN) if role in table.role_ids]] = True
+        closing[_closing_ids(table)] = True
         found = TokenBytes(flat, starts, table.special.copy(), closing)
-        _keep(_BYTES, table.fingerprint, found)
+        _keep(_BYTES, key, found)
     return found
 
 
@@ -50,7 +51,7 @@ def longest_beginnings(source: TokenTable, target: TokenTable) -> IntArray:
 
     Of equal target tokens the lowest id counts. Made once per process and pair of vocabularies.
     """
-    key = source.fingerprint, target.fingerprint
+    key = _key(source), _key(target)
     found = _BEGINNINGS.get(key)
     if found is None:
         ids = {target.tokens[i]: i for i in np.flatnonzero(target.ordinary)[::-1].tolist()}
@@ -62,6 +63,15 @@ def longest_beginnings(source: TokenTable, target: TokenTable) -> IntArray:
             found[row] = next((ids[token[:end]] for end in ends if token[:end] in ids), -1)
         _keep(_BEGINNINGS, key, found)
     return found
+
+
+def _closing_ids(table: TokenTable) -> list[int]:
+    return [table.role_ids[role] for role in (Role.EOS, Role.END_OF_TURN) if role in table.role_ids]
+
+
+def _key(table: TokenTable) -> tuple[Any, ...]:
+    """What the arrays depend on: besides the fingerprint, which leaves out the end of a turn, what it leaves out."""
+    return table.fingerprint, table.byte_fallback, *_closing_ids(table)
 
 
 def _keep(cache: dict[Any, Any], key: Any, value: Any) -> None:

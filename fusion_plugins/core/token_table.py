@@ -62,6 +62,8 @@ class TokenTable:
         prefix_space: whether the tokenizer puts a space of its own before a text.
         kind: ``byte_level`` or ``sentencepiece``.
         byte_fallback: ids of the tokens that stand for single bytes of what has no token (``<0x41>``).
+        plain_turn_end: whether the tokenizer takes the token that ends a turn for an ordinary one: it was added without
+            being declared special, and is special here because the chat template writes it behind an answer.
     """
 
     tokens: list[bytes]
@@ -70,6 +72,7 @@ class TokenTable:
     prefix_space: bool
     kind: Kind
     byte_fallback: frozenset[int] = frozenset()
+    plain_turn_end: bool = False
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> "TokenTable":
@@ -92,17 +95,20 @@ class TokenTable:
         kind = kind_of(spec)
         names = _names_by_id(backend.get_vocab(with_added_tokens=True))
         special = {entry["id"] for entry in spec["added_tokens"] if entry["special"]}
-        literal = {entry["id"] for entry in spec["added_tokens"]} - set(model_vocab(spec).values()) | special
+        added = {entry["id"] for entry in spec["added_tokens"]}
+        literal = added - set(model_vocab(spec).values()) | special
         decode = decoder(spec, kind)
         tokens = [
             b"" if name is None else name.encode("utf-8", "surrogatepass") if index in literal else decode(name)
             for index, name in enumerate(names)
         ]
-        role_ids, roles = _find_roles(tokenizer, names, special)
+        role_ids, roles = _find_roles(tokenizer, names, special, added)
         fallback = frozenset(
             index for index, name in enumerate(names) if name is not None and byte_token(spec, name) is not None
         )
-        return cls(tokens, roles, role_ids, adds_prefix_space(spec), kind, fallback)
+        others = {found for role, found in role_ids.items() if role is not Role.END_OF_TURN}
+        plain = role_ids.get(Role.END_OF_TURN, -1) in added - special - others
+        return cls(tokens, roles, role_ids, adds_prefix_space(spec), kind, fallback, plain)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Data workers get the table; a pickle of one object per token takes seconds.
@@ -120,7 +126,8 @@ class TokenTable:
         """Sha256 (hex) over ids, bytes and roles; the same in every process and on every machine."""
         digest = hashlib.sha256(b"fusion token table 1\n")
         for token, role in zip(self.tokens, self.roles, strict=True):
-            name = "" if role is None else _FINGERPRINT_ROLE.get(role, role).value
+            ordinary = role is None or (role is Role.END_OF_TURN and self.plain_turn_end)
+            name = "" if ordinary else _FINGERPRINT_ROLE.get(role, role).value
             digest.update(f"{len(token)} {name} ".encode())
             digest.update(token)
         return digest.hexdigest()
@@ -186,6 +193,7 @@ class TokenTable:
             "prefix_space": [self.prefix_space] * size,
             "kind": [self.kind] * size,
             "byte_fallback": [index in self.byte_fallback for index in range(size)],
+            "plain_turn_end": [self.plain_turn_end] * size,
         }
 
     @classmethod
@@ -209,7 +217,8 @@ class TokenTable:
             roles.append(found[0] if found else None)
         prefix_space, kind = bool(columns["prefix_space"][0]), columns["kind"][0]
         fallback = frozenset(np.flatnonzero(columns.get("byte_fallback", [])).tolist())
-        return cls(list(columns["token"]), roles, role_ids, prefix_space, kind, fallback)
+        plain = bool(columns.get("plain_turn_end", [False])[0])
+        return cls(list(columns["token"]), roles, role_ids, prefix_space, kind, fallback, plain)
 
 
 def _unpack(
@@ -233,14 +242,14 @@ def _names_by_id(vocab: Mapping[str, int]) -> list[str | None]:
 
 
 def _find_roles(
-    tokenizer: Any, names: Sequence[str | None], special: set[int]
+    tokenizer: Any, names: Sequence[str | None], special: set[int], added: set[int]
 ) -> tuple[dict[Role, int], list[Role | None]]:
     role_ids: dict[Role, int] = {}
     for role in (Role.BOS, Role.EOS, Role.PAD, Role.UNK):
         found = getattr(tokenizer, f"{role.value}_token_id", None)
         if found is not None and 0 <= found < len(names) and names[found] is not None:
             role_ids[role] = int(found)
-    end_of_turn = _end_of_turn(tokenizer, names, special | set(role_ids.values()))
+    end_of_turn = _end_of_turn(tokenizer, names, special | added | set(role_ids.values()))
     if end_of_turn is not None:
         role_ids[Role.END_OF_TURN] = end_of_turn
     roles: list[Role | None] = [None] * len(names)
@@ -252,9 +261,13 @@ def _find_roles(
     return role_ids, roles
 
 
-def _end_of_turn(tokenizer: Any, names: Sequence[str | None], special: set[int]) -> int | None:
-    """Find the special token that closes an assistant message: by the chat template, else by a well-known name."""
-    by_name = {name: index for index in special if (name := names[index]) is not None}
+def _end_of_turn(tokenizer: Any, names: Sequence[str | None], added: set[int]) -> int | None:
+    """Find the token that closes an assistant message: by the chat template, else by a well-known name.
+
+    Tokens that were added without being declared special count as well, because ``tokens:`` of an axolotl
+    configuration adds them so.
+    """
+    by_name = {name: index for index in added if (name := names[index])}
     after = _after_assistant(tokenizer)
     if after is not None:
         found = [name for name in by_name if after.startswith(name)]

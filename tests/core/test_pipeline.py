@@ -1,3 +1,4 @@
+import copy
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 import reference
 import tiny
+from tokenizers import AddedToken
 
 from fusion_plugins.core.accounting import FusionReport, ProjectionReport
 from fusion_plugins.core.align import align_tokens
 from fusion_plugins.core.chat import render_chat
+from fusion_plugins.core.content import tokenize_content
 from fusion_plugins.core.pipeline import FusionPlan, SourcePlan, fuse_text, warm_up
 from fusion_plugins.core.project import ProjectionOptions
 from fusion_plugins.core.record import build_record
@@ -119,6 +122,21 @@ def test_in_chats_of_two_templates_each_message_teaches_its_own_tokens(source, t
     assert report.used > 10
     # Both messages end with a token that ends a turn, whatever it is called.
     assert report.special == 2
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_the_end_of_a_turn_is_taught_however_its_token_was_added(special):
+    tokenizer = copy.deepcopy(tiny.byte_level())
+    tokenizer.add_tokens([AddedToken("<turn>", special=special)], special_tokens=special)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<turn>\n{% endfor %}"
+    table, source_table = TokenTable.from_tokenizer(tokenizer), load("sentencepiece_bpe")[1]
+    source = SourcePlan("a", source_table, map_vocabulary(source_table, table, method="exact"))
+    target, _ = tokenize_content(tokenizer, table, tiny.CHAT)
+    fused, report = fuse_text(FusionPlan(table, (source,)), target, [knows(chat("sentencepiece_bpe"))[0]])
+    assert report.sources["a"].special == 2
+    end = tokenizer.convert_tokens_to_ids("<turn>")
+    assert np.count_nonzero(fused.ids[:, 0] == end) == 2
+    assert (target.input_ids[1:][fused.ids[:-1, 0] == end] == end).all()
 
 
 def test_a_template_that_strips_a_message_keeps_the_rest_of_it_aligned():

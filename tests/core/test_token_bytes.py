@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import tiny
 
 from fusion_plugins.core.token_bytes import is_prefix, longest_beginnings, token_bytes
@@ -22,6 +24,21 @@ def test_the_arrays_hold_every_token():
 def test_the_arrays_of_a_vocabulary_are_made_once():
     assert token_bytes(table("a", "b")) is token_bytes(table("a", "b"))
     assert longest_beginnings(table("a"), table("a", "b")) is longest_beginnings(table("a"), table("a", "b"))
+
+
+def test_what_the_fingerprint_leaves_out_is_told_apart():
+    """One vocabulary ends turns with other tokens in another chat template."""
+    names, roles = [b"a", b"<x>", b"</s>"], [None, Role.OTHER, Role.EOS]
+    plain = TokenTable(names, roles, {Role.EOS: 2}, False, "byte_level")
+    chat = replace(plain, roles=[None, Role.END_OF_TURN, Role.EOS], role_ids={Role.EOS: 2, Role.END_OF_TURN: 1})
+    assert plain.fingerprint == chat.fingerprint
+    for table in (plain, chat, plain):
+        assert token_bytes(table).closing.tolist() == [False, table is chat, True]
+    twins = TokenTable([b"a", b"a"], [None, None], {}, False, "sentencepiece")
+    fallback = replace(twins, byte_fallback=frozenset({0}))
+    assert twins.fingerprint == fallback.fingerprint
+    assert longest_beginnings(twins, twins).tolist() == [0, 0]
+    assert longest_beginnings(twins, fallback).tolist() == [1, 1]
 
 
 def test_a_prefix_is_compared_after_the_bytes_that_are_skipped():

@@ -1,5 +1,6 @@
 """Token bytes, roles and exact ends: cases worked by hand, and what holds for every text and tokenizer."""
 
+import copy
 import json
 import os
 import pickle
@@ -282,6 +283,25 @@ def test_end_of_turn_is_what_the_chat_template_writes_after_an_answer(tables):
     _, inst = tables["sentencepiece_bpe"]
     assert inst.id_of_role(Role.END_OF_TURN) == inst.id_of_role(Role.EOS) == 2
     assert inst.role_of(2) is Role.EOS
+
+
+def test_a_plain_added_token_ends_turns_where_the_template_writes_it(tables):
+    tokenizer = copy.deepcopy(tiny.byte_level())
+    tokenizer.add_tokens([AddedToken("<turn>", special=False), AddedToken("<other>", special=False)])
+    before = table_of(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<turn>\n{% endfor %}"
+    table = table_of(tokenizer)
+    found = tokenizer.convert_tokens_to_ids("<turn>")
+    assert (before.role_of(found), table.role_of(found)) == (None, Role.END_OF_TURN)
+    assert table.role_of(found + 1) is None
+    assert table.id_of_role(Role.END_OF_TURN) == found
+    assert bool(table.special[found])
+    assert not table.ordinary[found]
+    # The template is a setting of the run; the vocabulary is the same.
+    assert table.fingerprint == before.fingerprint
+    again = TokenTable.from_columns(table.to_columns())
+    assert again == table
+    assert again.fingerprint == table.fingerprint
 
 
 @pytest.mark.parametrize("name", ["<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end_of_turn|>"])
