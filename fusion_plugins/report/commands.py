@@ -90,8 +90,9 @@ def doctor(
     out.mkdir(parents=True, exist_ok=True)
     (out / "doctor.json").write_text(found.to_json(), encoding="utf-8")
     try:
-        (out / "doctor.html").write_text(render_doctor_page(found), encoding="utf-8")
-        (out / "doctor.png").write_bytes(picture_png(found))
+        picture = picture_png(found)
+        (out / "doctor.png").write_bytes(picture)
+        (out / "doctor.html").write_text(render_doctor_page(found, picture), encoding="utf-8")
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"{out / 'doctor.json'} is written; the page needs {error.name}, which is not installed: "

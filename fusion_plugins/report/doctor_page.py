@@ -68,13 +68,16 @@ def memory_line(report: DoctorReport) -> str:
     )
 
 
-def render_doctor_page(report: DoctorReport) -> str:
-    """Return the page."""
+def render_doctor_page(report: DoctorReport, picture: bytes) -> str:
+    """Return the page, which holds the picture (a PNG) itself."""
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("fusion_plugins.report"), autoescape=True)
     return environment.get_template("doctor.html").render(
-        report=report, sections=sections(report), memory=memory_line(report), picture=_picture(report)
+        report=report,
+        sections=sections(report),
+        memory=memory_line(report),
+        picture="data:image/png;base64," + b64encode(picture).decode(),
     )
 
 
@@ -106,10 +109,6 @@ def picture_png(report: DoctorReport) -> bytes:
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
-
-
-def _picture(report: DoctorReport) -> str:
-    return "data:image/png;base64," + b64encode(picture_png(report)).decode()
 
 
 def _share(part: float, whole: float) -> float:
