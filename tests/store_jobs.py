@@ -51,9 +51,9 @@ def write_store(folder: str, start: str = "0", stop: str = str(N_ITEMS), pause: 
         writer.finish()
 
 
-def write_rows(folder: str) -> None:
+def write_rows(folder: str, n_items: int = N_ITEMS) -> None:
     with RowWriter(folder, rows_manifest()) as writer:
-        todo = [number for number in range(N_ITEMS) if (f"p{number // 4}", number % 4) not in writer.done_keys]
+        todo = [number for number in range(n_items) if (f"p{number // 4}", number % 4) not in writer.done_keys]
         for place in range(0, len(todo), BATCH):
             for number in todo[place : place + BATCH]:
                 writer.write(row(number))

@@ -4,6 +4,8 @@
 ``axolotl-kd`` has the columns of axolotl's own knowledge distillation (same tokenizer, one teacher), already tokenized.
 """
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fusion_plugins.core.types import Record
-from fusion_plugins.errors import ConfigError
-from fusion_plugins.store.files import write_atomic
+from fusion_plugins.errors import ConfigError, StoreError
+from fusion_plugins.store.files import TEMPORARY_SUFFIX, make_folder, write_atomic
 from fusion_plugins.store.reader import Store, open_store
 
 __all__ = ["FORMATS", "export", "kd_columns", "plain_columns"]
@@ -70,7 +72,7 @@ FORMATS = ("datasets", "axolotl-kd")
 
 
 def export(path: str | Path, out: str | Path, *, format: str = "datasets", temperature: float = 1.0) -> int:
-    """Write a store as a folder of plain Parquet files.
+    """Write a store as a folder of plain Parquet files, which stays empty until all of them are there.
 
     Args:
         path: the store.
@@ -83,24 +85,38 @@ def export(path: str | Path, out: str | Path, *, format: str = "datasets", tempe
 
     Raises:
         ConfigError: the format is unknown, the temperature is not positive, or the folder is not empty.
-        StoreError: the store is damaged, or the disk is full.
+        StoreError: the path is no store of log-probabilities, or it is damaged; or the disk is full.
     """
-    out = Path(out)
+    out = Path(out).absolute()
     if format not in FORMATS:
         raise ConfigError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
     if temperature <= 0 or (temperature != 1.0 and format != "axolotl-kd"):
         raise ConfigError(f"temperature {temperature}: it must be positive, and only axolotl-kd knows one")
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty; name a folder that is, so that old and new files do not mix")
-    out.mkdir(parents=True, exist_ok=True)
     store = open_store(path)
+    make_folder(out)
+    if any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty; name a folder that is, so that old and new files do not mix")
+    unfinished = out.with_name(f".{out.name}{TEMPORARY_SUFFIX}")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
+    make_folder(unfinished)
+    try:
+        count = _write(store, unfinished, format, store.manifest.temperature / temperature)
+        os.replace(unfinished, out)
+    except OSError as error:
+        raise StoreError(f"cannot write {out}: {error.strerror or error}. Name another folder.") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return count
+
+
+def _write(store: Store, folder: Path, format: str, exponent: float) -> int:
     count = 0
     for number, records in enumerate(_portions(store)):
-        rows = [_columns(record, format, store.manifest.temperature / temperature) for record in records]
+        rows = [_columns(record, format, exponent) for record in records]
         table = pa.table({name: _column([row[name] for row in rows]) for name in rows[0]})
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
-        write_atomic(out / f"data-{number:05d}.parquet", memoryview(sink.getvalue()))
+        write_atomic(folder / f"data-{number:05d}.parquet", memoryview(sink.getvalue()))
         count += len(records)
     return count
 

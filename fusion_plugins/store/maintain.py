@@ -18,7 +18,7 @@ from fusion_plugins.store.reader import Store
 from fusion_plugins.store.rows import row_codec
 from fusion_plugins.store.schema import record_codec
 from fusion_plugins.store.shard_writer import ShardWriter
-from fusion_plugins.store.shards import Codec, parquet_bytes, read_shard
+from fusion_plugins.store.shards import Codec, parquet_bytes, read_keys
 from fusion_plugins.store.writer import TABLE_NAME, say_how_to_go_on
 
 __all__ = ["Verdict", "codec_of", "compact", "merge", "verify"]
@@ -170,7 +170,7 @@ def merge(parts: Sequence[str | Path], out: str | Path) -> AnyManifest:
 
 
 def _copy_rows(folder: Path, shard: ShardInfo, codec: Codec[Any], writer: ShardWriter[Any]) -> None:
-    keys = codec.keys(read_shard(folder, shard, codec.key_columns))
+    keys = read_keys(folder, shard, codec)
     if all(writer.holds(key) for key in keys):
         return
     for item in codec.items(folder, shard):
@@ -198,7 +198,7 @@ def _joined_manifest(folders: Sequence[Path], manifests: Sequence[AnyManifest]) 
 def _refuse_conflicts(folders: Sequence[Path], manifests: Sequence[AnyManifest], codec: Codec[Any]) -> None:
     """Compare the rows that several parts hold, before anything is written."""
     shards = [(folder, shard) for folder, manifest in zip(folders, manifests, strict=True) for shard in manifest.shards]
-    keys = [codec.keys(read_shard(folder, shard, codec.key_columns)) for folder, shard in shards]
+    keys = [read_keys(folder, shard, codec) for folder, shard in shards]
     counts = Counter(key for part in keys for key in part)
     shared = {key for key, count in counts.items() if count > 1}
     digests: dict[Hashable, tuple[str, Path]] = {}

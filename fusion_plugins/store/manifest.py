@@ -85,6 +85,11 @@ class ManifestBase(BaseModel):
         """Return what must be equal before anything may be added."""
         return {name: getattr(self, name) for name in self.IDENTITY}
 
+    @property
+    def identity_digest(self) -> str:
+        """sha256 of the identity; every shard carries it."""
+        return hashlib.sha256(_as_json(self.identity()).encode()).hexdigest()
+
     def require(self, where: str | Path, cure: str = "", /, **expected: Any) -> None:
         """Refuse when fields differ from what the next step expects.
 
@@ -114,25 +119,20 @@ class ManifestBase(BaseModel):
             StoreError: there is none, it is damaged, it is of another kind, or of a version that we cannot read.
         """
         path = folder / MANIFEST_NAME
+        found = _read_json(path)
+        _refuse_other_kinds(path, found, cls.model_fields["kind"].default)
+        version, maker = found.get("schema_version"), found.get("made_by", "it does not say which")
+        if isinstance(version, int) and not cls.OLDEST <= version <= cls.VERSION:
+            raise StoreError(
+                f"{path} has schema version {version}; this version of fusion-plugins reads {cls.OLDEST} to "
+                f"{cls.VERSION}. The folder is sound: use the version that wrote it ({maker}), or a newer one."
+            )
         try:
-            text = path.read_bytes()
-        except FileNotFoundError:
-            raise StoreError(f"{folder} is no store: it has no {MANIFEST_NAME}. Check the path.") from None
-        try:
-            manifest = cls.model_validate_json(text)
+            return cls.model_validate(found)
         except ValidationError as error:
             problem = error.errors()[0]
             at = ".".join(str(part) for part in problem["loc"])
-            raise StoreError(
-                f"{path} is damaged or not a {cls.__name__}: {at}{': ' if at else ''}{problem['msg']}. "
-                f"Restore it from a copy, or delete the folder and make it again."
-            ) from error
-        if not cls.OLDEST <= manifest.schema_version <= cls.VERSION:
-            raise StoreError(
-                f"{path} has schema version {manifest.schema_version}; this version of fusion-plugins reads "
-                f"{cls.OLDEST} to {cls.VERSION}. Install the version that wrote it ({manifest.made_by})."
-            )
-        return manifest
+            raise _damaged(path, f"{at}: {problem['msg']}") from error
 
     def save(self, folder: Path) -> None:
         """Replace the manifest of a folder atomically."""
@@ -196,8 +196,38 @@ def load_manifest(folder: Path) -> Manifest | RowManifest:
     Raises:
         StoreError: there is none, or it is damaged.
     """
-    try:
-        is_rows = json.loads((folder / MANIFEST_NAME).read_bytes()).get("kind") == "rows"
-    except (OSError, ValueError, AttributeError):
-        is_rows = False  # the next line says what is wrong
+    is_rows = _read_json(folder / MANIFEST_NAME).get("kind") == "rows"
     return RowManifest.load(folder) if is_rows else Manifest.load(folder)
+
+
+_KINDS = {"logprobs": "a store of log-probabilities", "rows": "a folder of responses or scored responses"}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreError(f"{path.parent} is no store: it has no {MANIFEST_NAME}. Check the path.") from None
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(found, dict):
+        raise _damaged(path, f"expected a JSON object, came {type(found).__name__}")
+    return found
+
+
+def _refuse_other_kinds(path: Path, found: dict[str, Any], expected: str) -> None:
+    kind = found.get("kind")
+    if kind == expected:
+        return
+    if kind in _KINDS:
+        raise StoreError(f"{path.parent} is {_KINDS[kind]}, expected {_KINDS[expected]}. Name the other folder.")
+    raise StoreError(f"{path} is no manifest of a store: its kind is {kind!r}. Check the path.")
+
+
+def _damaged(path: Path, problem: str) -> StoreError:
+    return StoreError(
+        f"{path} is damaged: {problem}. Restore it from a copy: an older one will do, because rows of shards that it "
+        f"does not list are taken in by the next run. Without a copy, make the folder again under another name."
+    )

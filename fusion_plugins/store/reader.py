@@ -1,7 +1,8 @@
 """Reading a store of log-probabilities: by id, or from the first shard to the last.
 
-Shards are mapped into memory, compared with their checksums when they are first touched, and decoded a row group at a
-time. A store can be pickled and forked: a worker opens the files anew, and trusts what its parent has compared.
+Shards are mapped into memory and decoded a row group at a time. The list of ids costs a look at each shard's size and
+ids; a shard's checksum is compared before its first record is handed out. A store can be pickled and forked: a worker
+opens the files anew, and trusts what its parent has compared.
 """
 
 import os
@@ -16,7 +17,7 @@ from fusion_plugins.core.types import Record
 from fusion_plugins.errors import MismatchError, StoreError
 from fusion_plugins.store.manifest import Manifest
 from fusion_plugins.store.schema import RecordTable, decode_records
-from fusion_plugins.store.shards import open_shard
+from fusion_plugins.store.shards import compare_checksum, open_shard, read_columns
 from fusion_plugins.store.writer import TABLE_NAME
 
 if TYPE_CHECKING:
@@ -92,18 +93,19 @@ class Store:
         places: dict[str, tuple[int, int, int]] = {}
         for shard in range(len(self.manifest.shards)):
             file = self._file(shard)
-            ids = iter(file.read(columns=["id"], use_threads=False)["id"].to_pylist())
+            ids = iter(read_columns(self.path, self.manifest.shards[shard], file, ["id"])["id"].to_pylist())
             for group in range(file.num_row_groups):
                 n_rows = file.metadata.row_group(group).num_rows
                 places.update((next(ids), (shard, group, row)) for row in range(n_rows))
         return places
 
     def _open_shard(self, shard: int) -> pq.ParquetFile:
-        file = open_shard(self.path, self.manifest.shards[shard], checked=shard in self._checked)
-        self._checked.add(shard)
-        return file
+        return open_shard(self.path, self.manifest.shards[shard])
 
     def _decode_group(self, shard: int, group: int) -> RecordTable:
+        if shard not in self._checked:
+            compare_checksum(self.path, self.manifest.shards[shard])
+            self._checked.add(shard)
         table = self._file(shard).read_row_group(group, use_threads=False)
         return decode_records(table, self.manifest.shards[shard].version)
 

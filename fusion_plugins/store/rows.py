@@ -16,7 +16,7 @@ import pyarrow as pa
 from fusion_plugins.errors import DataError
 from fusion_plugins.store.manifest import RowManifest
 from fusion_plugins.store.shard_writer import SHARD_ROWS, ShardWriter
-from fusion_plugins.store.shards import Codec, read_shard
+from fusion_plugins.store.shards import Codec, read_keys, read_shard
 from fusion_plugins.store.writer import say_how_to_go_on
 
 __all__ = ["Row", "RowStore", "RowWriter", "open_rows", "row_codec"]
@@ -120,6 +120,8 @@ def open_rows(path: str | Path) -> "RowStore":
 class RowStore:
     """A folder of rows, read-only: iteration over dicts in the order of the shards, ``rows[key]``, ``key in rows``.
 
+    Iteration holds one shard in memory, ``key in rows`` all keys, ``rows[key]`` all rows: iterate over what is large.
+
     Attributes:
         path: the folder.
         manifest: columns, key, facts and counts.
@@ -143,17 +145,20 @@ class RowStore:
     def _by_key(self) -> dict[Key, dict[str, Any]]:
         return {tuple(row[name] for name in self.manifest.key): row for row in self}
 
+    @cached_property
+    def _key_set(self) -> set[Key]:
+        return set(self.keys())
+
     def keys(self) -> list[Key]:
         """Return the key of every row, in the order of the shards."""
-        key = self.manifest.key
-        tables = (read_shard(self.path, shard, list(key)) for shard in self.manifest.shards)
-        return [name for table in tables for name in _keys(table, key)]
+        codec = row_codec(self.manifest)
+        return [key for shard in self.manifest.shards for key in read_keys(self.path, shard, codec)]
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         return self._by_key[key]
 
     def __contains__(self, key: object) -> bool:
-        return key in self._by_key
+        return key in self._key_set
 
 
 def _check(row: Row, manifest: RowManifest) -> None:

@@ -1,16 +1,27 @@
 """What stores and row folders share when they are written: the lock, the buffer, and commits through the manifest."""
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Mapping
+import re
+import sys
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import pyarrow as pa
 
 from fusion_plugins.errors import DataError, StoreError
-from fusion_plugins.store.files import TEMPORARY_SUFFIX, FolderLock, interrupts_deferred, write_atomic
+from fusion_plugins.store.files import (
+    TEMPORARY_SUFFIX,
+    FolderLock,
+    interrupts_deferred,
+    make_folder,
+    sync_folder,
+    write_atomic,
+)
 from fusion_plugins.store.manifest import MANIFEST_NAME, ManifestBase, ShardInfo
-from fusion_plugins.store.shards import Codec, parquet_bytes, read_shard
+from fusion_plugins.store.shards import Codec, parquet_bytes, read_keys, read_unlisted, stamped
 
 __all__ = ["SHARD_ROWS", "ShardWriter"]
 
@@ -18,6 +29,9 @@ T = TypeVar("T")
 Companions = Mapping[str, Callable[[], bytes | memoryview]]
 SHARD_SUFFIX = ".parquet"
 SHARD_PREFIX = "shard-"
+SHARD_NAME = re.compile(rf"{SHARD_PREFIX}(\d+){re.escape(SHARD_SUFFIX)}")
+#: before the name of a file that looks like a shard and is none of this folder's
+ASIDE_PREFIX = "orphan-"
 #: items per shard
 SHARD_ROWS = 1 << 14
 #: small shards after which they are joined without being asked, so that frequent commits stay cheap
@@ -52,14 +66,20 @@ class ShardWriter(Generic[T]):
         self._buffer: list[T] = []
         self._buffered: set[Hashable] = set()
         self._tokens = 0
-        folder.mkdir(parents=True, exist_ok=True)
+        self._failed = False
+        make_folder(folder)
         self._lock = FolderLock(folder)
         try:
             self.manifest = self._resume(manifest, companions or {})
-            self._remove_leftovers()
-            self.done = set(self._committed_keys())
-        except BaseException:
+            # What is listed is looked at first: while a shard is missing, an unlisted one may be all that is left.
+            self.done: set[Hashable] = set()
+            for shard in self.manifest.shards:
+                self.done.update(read_keys(folder, shard, codec))
+            self._settle_leftovers()
+        except BaseException as error:
             self._lock.close()
+            if isinstance(error, OSError):
+                raise StoreError(f"cannot clear up {folder}: {error}. Nothing is lost; repair the disk.") from error
             raise
 
     def _resume(self, wanted: ManifestBase, companions: Companions) -> ManifestBase:
@@ -83,17 +103,35 @@ class ShardWriter(Generic[T]):
         # The folder may have been written by an older version; its shards say so themselves.
         return found.model_copy(update={"schema_version": wanted.schema_version})
 
-    def _remove_leftovers(self) -> None:
-        """Delete what a killed writer left: temporary files, and shards that were never committed."""
-        known = {shard.name for shard in self.manifest.shards}
-        for path in self.folder.iterdir():
-            orphan = path.name.startswith(SHARD_PREFIX) and path.name not in known
-            if orphan or (path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX)):
-                path.unlink()
+    def _settle_leftovers(self) -> None:
+        """Delete temporary files, and take in the rows of shards that the manifest does not list.
 
-    def _committed_keys(self) -> Iterable[Hashable]:
-        for shard in self.manifest.shards:
-            yield from self.codec.keys(read_shard(self.folder, shard, self.codec.key_columns))
+        There are such shards when a writer was stopped before it could list or delete them, and when an older manifest
+        was put back. Nothing is deleted unless its rows are here.
+        """
+        listed = {shard.name for shard in self.manifest.shards}
+        held = len(self.done)
+        for path in sorted(self.folder.iterdir()):
+            if path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX):
+                path.unlink()
+            elif path.name.startswith(SHARD_PREFIX) and path.name not in listed:
+                self._take_in(path)
+        if len(self.done) > held:
+            _say(f"{self.folder}: took in {len(self.done) - held} rows of shards that were not in the manifest.")
+
+    def _take_in(self, path: Path) -> None:
+        items = read_unlisted(path, self.codec, self.manifest.identity_digest)
+        if items is None:
+            aside = _free_name(path.with_name(f"{ASIDE_PREFIX}{path.name}"))
+            path.rename(aside)
+            _say(f"{path} is not in the manifest, and damaged or made with other settings. It is now {aside.name}.")
+            return
+        for item in items:
+            if not self.holds(self.codec.key(item)):
+                self.write(item)
+        self.flush()
+        sync_folder(self.folder)  # also the manifest that an earlier run could not flush
+        path.unlink()
 
     def holds(self, key: Hashable) -> bool:
         """Return whether an item of that name was written, now or before."""
@@ -149,21 +187,36 @@ class ShardWriter(Generic[T]):
                 groups[-1] = together
         return [group for group in groups if len(group) > 1 or any(s.version < self.codec.version for s in group)]
 
+    @contextmanager
+    def _committing(self) -> Iterator[None]:
+        """Let only the next writer go on when the block fails, because it looks at what the disk holds then."""
+        if self._failed:
+            raise StoreError(f"{self.folder}: an earlier write failed. Run the same command again to go on.")
+        with interrupts_deferred():
+            try:
+                yield
+            except BaseException:
+                self._failed = True
+                raise
+
     def _commit(self, items: list[T], tokens: int, replaces: Iterable[ShardInfo] = ()) -> None:
         """Write items as a shard and put it into the manifest, in place of others if they are named."""
-        number = 1 + max((_number(shard.name) for shard in self.manifest.shards), default=-1)
         gone = {shard.name for shard in replaces}
-        with interrupts_deferred():
-            added = self._write_shard(f"{SHARD_PREFIX}{number:06d}{SHARD_SUFFIX}", self.codec.encode(items), tokens)
-            try:
-                self._update(shards=_replaced(self.manifest.shards, gone, added))
-            except BaseException:
-                (self.folder / added.name).unlink(missing_ok=True)
-                raise
-            for name in gone:
+        with self._committing():
+            added = self._write_shard(self._new_name(), self.codec.encode(items), tokens)
+            self._update(shards=_replaced(self.manifest.shards, gone, added))
+        for name in gone:
+            with suppress(OSError):  # the next writer deletes it
                 (self.folder / name).unlink(missing_ok=True)
 
+    def _new_name(self) -> str:
+        """Return a name that no file has: a shard that the manifest does not list may still hold rows."""
+        names = [shard.name for shard in self.manifest.shards] + [path.name for path in self.folder.iterdir()]
+        numbers = [int(match[1]) for match in map(SHARD_NAME.fullmatch, names) if match]
+        return f"{SHARD_PREFIX}{1 + max(numbers, default=-1):06d}{SHARD_SUFFIX}"
+
     def _write_shard(self, name: str, table: pa.Table, tokens: int) -> ShardInfo:
+        table = stamped(table, self.manifest.identity_digest, self.codec.version)
         data = parquet_bytes(self.codec, table, tokens)
         write_atomic(self.folder / name, data)
         return ShardInfo(
@@ -177,6 +230,8 @@ class ShardWriter(Generic[T]):
 
     def _update(self, **changes: object) -> None:
         updated = self.manifest.model_copy(update=changes)
+        if updated.rows != self.manifest.rows:
+            updated.complete = False  # until finish() says so: what is being added may be stopped half way
         updated.save(self.folder)
         self.manifest = updated
 
@@ -185,13 +240,14 @@ class ShardWriter(Generic[T]):
         self.flush()
         self.compact()
         if not self.manifest.complete:
-            with interrupts_deferred():
+            with self._committing():
                 self._update(complete=True)
 
     def close(self) -> None:
         """Commit what is buffered and let the next writer in."""
         try:
-            self.flush()
+            if not self._failed:
+                self.flush()
         finally:
             self._lock.close()
 
@@ -202,5 +258,11 @@ def _replaced(shards: list[ShardInfo], gone: set[str], added: ShardInfo) -> list
     return [*shards[:place], added, *(shard for shard in shards[place:] if shard.name not in gone)]
 
 
-def _number(name: str) -> int:
-    return int(name.removeprefix(SHARD_PREFIX).removesuffix(SHARD_SUFFIX))
+def _free_name(path: Path) -> Path:
+    """Return the name, or one like it that no file has."""
+    names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(1))
+    return next(name for name in chain([path], names) if not name.exists())
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")

@@ -1,6 +1,9 @@
 """Exports are read by the programs they are made for."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import axolotl_runs
@@ -8,8 +11,8 @@ import numpy as np
 import pytest
 from store_samples import manifest, record, table
 
-from fusion_plugins.errors import ConfigError
-from fusion_plugins.store import StoreWriter, open_store
+from fusion_plugins.errors import ConfigError, StoreError
+from fusion_plugins.store import RowManifest, RowWriter, StoreWriter, open_store
 from fusion_plugins.store.export import export, kd_columns
 
 
@@ -72,6 +75,38 @@ def test_wrong_requests_are_refused(store: Path, tmp_path: Path) -> None:
     export(store, tmp_path / "out")
     with pytest.raises(ConfigError, match="out is not empty"):
         export(store, tmp_path / "out")
+
+
+def test_an_export_that_is_killed_leaves_nothing_that_looks_whole(store: Path, tmp_path: Path) -> None:
+    """The process kills itself where the second of three files is about to be written."""
+    script = """
+import os, sys
+from fusion_plugins.store import export as module
+module.FILE_VALUES = 1
+real, made = module.write_atomic, []
+def write(path, data):
+    made.append(path)
+    os.kill(os.getpid(), 9) if len(made) == 2 else real(path, data)
+module.write_atomic = write
+module.export(*sys.argv[1:])
+"""
+    out = tmp_path / "out"
+    killed = subprocess.run([sys.executable, "-c", script, str(store), str(out)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(out.rglob("*.parquet")) == []
+    assert export(store, out) == 5
+    assert [path.name for path in out.iterdir()] == ["data-00000.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "store"]
+
+
+def test_what_is_no_store_or_no_folder_is_named(store: Path, tmp_path: Path) -> None:
+    RowWriter(tmp_path / "rows", RowManifest(stage="responses", columns={"a": "string"}, key=("a",))).close()
+    with pytest.raises(StoreError, match="rows is a folder of responses or scored responses, expected a store"):
+        export(tmp_path / "rows", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="expected a folder, or a name for a new one: .*file"):
+        export(store, tmp_path / "file")
 
 
 @pytest.mark.slow

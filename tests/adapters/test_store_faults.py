@@ -1,5 +1,6 @@
 """A store survives kill -9 anywhere, Ctrl-C, a full disk and a second writer; damage is refused by name."""
 
+import json
 import os
 import pickle
 import random
@@ -13,12 +14,14 @@ from typing import Any
 
 import pytest
 import store_jobs
+from store_contents import content, record_bytes, store_or_rows
 from store_samples import manifest, record, table
 
 from fusion_plugins.core.types import Record
 from fusion_plugins.errors import MismatchError, StoreError
 from fusion_plugins.store import RowWriter, StoreWriter, open_rows, open_store
-from fusion_plugins.store.maintain import verify
+from fusion_plugins.store.maintain import merge, verify
+from fusion_plugins.store.manifest import load_manifest
 
 JOBS = str(Path(store_jobs.__file__))
 KILLS = 20
@@ -56,19 +59,6 @@ def jobs() -> Iterator[JobServer]:
     server.process.wait()
 
 
-def record_bytes(item: Record) -> tuple[object, ...]:
-    fields = (getattr(item, name) for name in item.__dataclass_fields__)
-    return tuple(value.tobytes() if hasattr(value, "tobytes") else repr(value) for value in fields)
-
-
-def content(folder: Path) -> list[Any]:
-    """Everything a folder holds, up to the order of the shards; also proves that all of it can be read."""
-    assert verify(folder).problems == []
-    if "responses" in (folder / "manifest.json").read_text():
-        return sorted(open_rows(folder), key=lambda row: (row["prompt_id"], row["index"]))
-    return sorted(record_bytes(item) for item in open_store(folder))
-
-
 @pytest.mark.parametrize("job", ["write_store", "write_rows", "merge"])
 def test_killed_anywhere_the_next_run_ends_with_the_same_content(jobs: JobServer, tmp_path: Path, job: str) -> None:
     parts: list[object] = []
@@ -92,10 +82,6 @@ def test_killed_anywhere_the_next_run_ends_with_the_same_content(jobs: JobServer
         assert content(folder) == expected
         left = sorted(path.name for path in folder.iterdir() if path.name not in {"manifest.json", "tokens.parquet"})
         assert left == [".lock", *sorted(shard.name for shard in store_or_rows(folder).manifest.shards)]
-
-
-def store_or_rows(folder: Path) -> Any:
-    return open_rows(folder) if "responses" in (folder / "manifest.json").read_text() else open_store(folder)
 
 
 def test_ctrl_c_keeps_the_batch_and_a_second_writer_is_refused(tmp_path: Path) -> None:
@@ -152,7 +138,7 @@ def test_every_damaged_byte_of_a_shard_is_noticed(sound: Path) -> None:
     data = shard.read_bytes()
     for place in random.Random(0).sample(range(len(data)), 25):
         shard.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-        with pytest.raises(StoreError, match=r"shard-000001.parquet is damaged: its sha256 is not the one"):
+        with pytest.raises(StoreError, match=r"shard-000001.parquet is damaged: "):
             list(open_store(sound))
     shard.write_bytes(data)
     assert len(list(open_store(sound))) == 4
@@ -167,7 +153,10 @@ def test_a_damaged_shard_is_refused_everywhere_and_can_be_made_again(sound: Path
         shard.unlink()
     else:
         shard.write_bytes(data[:-1] if damage == "short" else data[:100] + b"x" + data[101:])
-    for use in (lambda: open_store(sound)["text-0001"], lambda: StoreWriter(sound, manifest(), table())):
+    uses = [lambda: open_store(sound)["text-0001"], lambda: merge([sound], sound.with_name("merged"))]
+    if damage != "changed":  # opening for writing does not read all bytes
+        uses.append(lambda: StoreWriter(sound, manifest(), table()))
+    for use in uses:
         with pytest.raises(StoreError, match=r"shard-000000.parquet (is damaged|cannot be read).*--drop-damaged"):
             use()
     verdict = verify(sound, drop_damaged=True)
@@ -182,11 +171,36 @@ def test_a_damaged_shard_is_refused_everywhere_and_can_be_made_again(sound: Path
     assert content(sound) == whole
 
 
+def test_the_list_of_ids_costs_no_checksum_and_no_row_of_a_damaged_shard_is_handed_out(sound: Path) -> None:
+    flip(sound / "shard-000001.parquet", b"PAR1", 1500)
+    store = open_store(sound)
+    assert store.ids() == [f"text-{number:04d}" for number in range(4)]
+    assert store["text-0001"].id == "text-0001"
+    for use in (lambda: store["text-0002"], lambda: store.get("text-0003"), lambda: list(store)):
+        with pytest.raises(StoreError, match="shard-000001.parquet is damaged: its sha256"):
+            use()
+
+
+def test_a_damaged_id_is_noticed_when_ids_are_listed(sound: Path) -> None:
+    """It would be missing without a word otherwise."""
+    flip(sound / "shard-000001.parquet", b"text-0002", 5)
+    for use in (lambda: "text-0000" in open_store(sound), lambda: StoreWriter(sound, manifest(), table())):
+        with pytest.raises(StoreError, match="shard-000001.parquet is damaged: "):
+            use()
+
+
+def flip(path: Path, near: bytes, distance: int) -> None:
+    """Change one bit at a distance from the first place where some bytes stand."""
+    data = bytearray(path.read_bytes())
+    data[data.index(near) + distance] ^= 1
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize("length", [0, 1, 200, -3])
 def test_a_truncated_manifest_is_refused(sound: Path, length: int) -> None:
     path = sound / "manifest.json"
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(StoreError, match=r"manifest.json is damaged or not a Manifest: .* Restore it from a copy"):
+    with pytest.raises(StoreError, match=r"manifest.json is damaged: .* Restore it from a copy"):
         open_store(sound)
     with pytest.raises(StoreError, match="is damaged"):
         StoreWriter(sound, manifest(), table())
@@ -213,10 +227,23 @@ def test_the_token_table_of_another_store_is_refused(sound: Path, tmp_path: Path
     assert "tokens.parquet" in verify(sound).problems[0]
 
 
-def test_rows_are_not_taken_for_log_probabilities(tmp_path: Path) -> None:
-    RowWriter(tmp_path, store_jobs.rows_manifest()).close()
-    with pytest.raises(StoreError, match="not a Manifest: .*kind"):
-        open_store(tmp_path)
+def test_a_folder_of_the_other_kind_is_refused_as_what_it_is(sound: Path, tmp_path: Path) -> None:
+    RowWriter(tmp_path / "rows", store_jobs.rows_manifest()).close()
+    with pytest.raises(StoreError, match="rows is a folder of responses or scored responses, expected a store of log"):
+        open_store(tmp_path / "rows")
+    with pytest.raises(StoreError, match="store is a store of log-probabilities, expected a folder of responses"):
+        open_rows(sound)
+    (sound / "manifest.json").write_text('{"kind": "other", "schema_version": 1}')
+    with pytest.raises(StoreError, match="is no manifest of a store: its kind is 'other'"):
+        load_manifest(sound)
+
+
+@pytest.mark.parametrize("kind", ["logprobs", "rows"])
+def test_a_sound_folder_of_a_later_version_is_not_called_damaged(tmp_path: Path, kind: str) -> None:
+    newer = {"kind": kind, "schema_version": 9, "made_by": "fusion-plugins 7.0", "something_new": 1}
+    (tmp_path / "manifest.json").write_text(json.dumps(newer))
+    with pytest.raises(StoreError, match=r"has schema version 9; .* sound: use the version that wrote it \(.* 7.0\)"):
+        load_manifest(tmp_path)
 
 
 def test_a_reader_does_not_see_what_is_not_committed(tmp_path: Path) -> None:
@@ -233,4 +260,4 @@ def test_a_worker_checks_what_its_parent_did_not(sound: Path) -> None:
     data = shard.read_bytes()
     shard.write_bytes(data[:100] + b"x" + data[101:])
     with pytest.raises(StoreError, match="shard-000001.parquet is damaged"):
-        pickle.loads(pickled).ids()
+        _ = pickle.loads(pickled)["text-0002"]

@@ -1,5 +1,8 @@
 """A store goes on where it stopped, and only as what it was."""
 
+import errno
+import fcntl
+import os
 from pathlib import Path
 
 import pytest
@@ -77,11 +80,51 @@ def test_a_second_writer_is_refused_by_name(tmp_path: Path) -> None:
     StoreWriter(tmp_path, manifest(), table()).close()
 
 
-def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+def test_temporary_files_of_a_killed_writer_are_removed_and_a_broken_shard_is_set_aside(tmp_path: Path) -> None:
     StoreWriter(tmp_path, manifest(), table()).close()
-    orphan, temporary = tmp_path / "shard-000007.parquet", tmp_path / ".manifest.json.tmp"
-    orphan.write_bytes(b"half")
+    broken, temporary = tmp_path / "shard-000007.parquet", tmp_path / ".manifest.json.tmp"
+    broken.write_bytes(b"half")
     temporary.write_bytes(b"half")
     StoreWriter(tmp_path, manifest(), table()).close()
-    assert not orphan.exists()
+    assert not broken.exists()
+    assert (tmp_path / "orphan-shard-000007.parquet").read_bytes() == b"half"
     assert not temporary.exists()
+
+
+def test_a_complete_store_that_grows_is_not_complete_until_it_is_finished_again(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path, manifest(), table()) as writer:
+        writer.write(record(1))
+        writer.finish()
+    with StoreWriter(tmp_path, manifest(), table()) as writer:
+        assert open_store(tmp_path).manifest.complete
+        writer.write(record(2))
+        writer.flush()
+        assert not open_store(tmp_path).manifest.complete
+        writer.finish()
+    assert open_store(tmp_path).manifest.complete
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """No such file system can be mounted here: the answer of the kernel is all that is replaced."""
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(StoreError, match=rf"gives no locks \({os.strerror(code)}\).*Lustre: the option flock"):
+        StoreWriter(tmp_path / "store", manifest(), table())
+
+
+@pytest.mark.parametrize("below", ["", "store"])
+def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"expected a folder, or a name for a new one: .*file"):
+        StoreWriter(tmp_path / "file" / below, manifest(), table())
+    with pytest.raises(StoreError, match=r"file.* is no store: it has no manifest.json"):
+        open_store(tmp_path / "file" / below)
+
+
+def test_a_folder_that_may_not_be_made_is_named() -> None:
+    with pytest.raises(StoreError, match="cannot make the folder /proc/store: "):
+        StoreWriter("/proc/store", manifest(), table())
