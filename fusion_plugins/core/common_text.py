@@ -6,18 +6,20 @@ that the two were not made from the same text, and that is an error.
 """
 
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from fusion_plugins.core.jit import as_array, compiled
+from fusion_plugins.core.record import cross_entropy
 from fusion_plugins.core.token_bytes import TokenBytes, token_bytes
 from fusion_plugins.core.token_table import TokenTable
-from fusion_plugins.core.types import Record, TokenizedText
+from fusion_plugins.core.types import IntArray, Record, TokenizedText
 from fusion_plugins.errors import AlignmentError
 
-__all__ = ["common_text"]
+__all__ = ["common_text", "comparable"]
 
 _UNKNOWN = -1
 _CONTEXT = 24
@@ -66,6 +68,39 @@ def common_text(
     if source_spans is record.spans:
         return record, target
     return replace(record, spans=source_spans), replace(target, spans=target_spans)
+
+
+def comparable(records: Sequence[Record], common: Sequence[tuple[Record, TokenizedText]]) -> list[Record]:
+    """Measure the cross-entropies of several sources over the same bytes.
+
+    A source that read only the beginning of a text was spared its end. Sources without a supervised token have no
+    cross-entropy, and limit nobody else's.
+
+    Args:
+        records: what S sources said about one text.
+        common: what :func:`common_text` made of each of them and the target.
+
+    Returns:
+        The records, with new cross-entropies where a source has read supervised bytes that another has not.
+    """
+    if all(own is record for record, (own, _) in zip(records, common, strict=True)):
+        return list(records)
+    read = [text.spans for record, (_, text) in zip(records, common, strict=True) if not np.isnan(record.ce_per_byte)]
+    if not read:
+        return list(records)
+    start, stop = np.max(read, axis=0)[:, 0], np.min(read, axis=0)[:, 1]
+    return [_measured(record, *sides, start, stop) for record, sides in zip(records, common, strict=True)]
+
+
+def _measured(record: Record, own: Record, target: TokenizedText, start: IntArray, stop: IntArray) -> Record:
+    """Measure one source over the bytes from ``start`` to ``stop`` of the target's text, both (M,)."""
+    shift = own.spans[:, 0] - target.spans[:, 0]
+    spans = np.stack([start + shift, np.maximum(start, stop) + shift], axis=1).astype(np.int32)
+    if np.array_equal(spans, record.spans):
+        return record
+    text = TokenizedText(record.input_ids, record.offsets, spans, record.exact)
+    ce_per_token, ce_per_byte = cross_entropy(text, record.token_logprobs)
+    return replace(record, ce_per_token=ce_per_token, ce_per_byte=ce_per_byte)
 
 
 def _spell(text: TokenizedText, tokens: TokenBytes) -> Spelling:

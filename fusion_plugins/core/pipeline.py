@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fusion_plugins.core.accounting import FusionReport
 from fusion_plugins.core.align import Alignment, align_texts, align_tokens
-from fusion_plugins.core.common_text import common_text
+from fusion_plugins.core.common_text import common_text, comparable
 from fusion_plugins.core.fuse import Rule, fuse, min_ce_choice, truncate
 from fusion_plugins.core.project import Projection, ProjectionOptions, project_record
 from fusion_plugins.core.record import build_record, stored_rows
@@ -96,7 +96,9 @@ def fuse_text(
         AlignmentError: source and target did not read the same text.
     """
     _check_records(plan, records)
-    projections = [_project(plan, source, record, target) for source, record in zip(plan.sources, records, strict=True)]
+    common = [_common(plan, source, record, target) for source, record in zip(plan.sources, records, strict=True)]
+    projections = [_project(plan, source, *sides) for source, sides in zip(plan.sources, common, strict=True)]
+    records = comparable(records, common)
     distributions = [p.distributions for p in projections]
     chosen = int(min_ce_choice(_metric(plan, records)))
     fused = fuse(distributions, _cross_entropies(plan, records, projections), rule=plan.rule, **plan.rule_options)
@@ -120,11 +122,16 @@ def _check_records(plan: FusionPlan, records: Sequence[Record]) -> None:
         raise MismatchError(f"expected records of one text; came {found}. Join stores by id, never by row number.")
 
 
-def _project(plan: FusionPlan, source: SourcePlan, record: Record, target: TokenizedText) -> Projection:
+def _common(
+    plan: FusionPlan, source: SourcePlan, record: Record, target: TokenizedText
+) -> tuple[Record, TokenizedText]:
     try:
-        record, target = common_text(record, target, source_table=source.table, target_table=plan.target_table)
+        return common_text(record, target, source_table=source.table, target_table=plan.target_table)
     except AlignmentError as error:
         raise AlignmentError(f"source {source.name!r}: {error}") from error
+
+
+def _project(plan: FusionPlan, source: SourcePlan, record: Record, target: TokenizedText) -> Projection:
     return project_record(
         record,
         _align(plan, source, record, target),

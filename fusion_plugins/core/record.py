@@ -7,7 +7,7 @@ import numpy as np
 
 from fusion_plugins.core.types import BoolArray, FloatArray, IntArray, Record, TokenizedText
 
-__all__ = ["build_record", "stored_rows", "supervised_tokens", "tail_mass"]
+__all__ = ["build_record", "cross_entropy", "stored_rows", "supervised_tokens", "tail_mass"]
 
 
 def stored_rows(text: TokenizedText) -> BoolArray:
@@ -43,6 +43,22 @@ def tail_mass(topk_logprobs: FloatArray) -> FloatArray:
     return np.clip(1.0 - held, 0.0, 1.0).astype(np.float32)
 
 
+def cross_entropy(text: TokenizedText, token_logprobs: FloatArray) -> tuple[float, float]:
+    """Return the mean cross-entropy of the supervised tokens, in nats per token and in nats per supervised byte.
+
+    Args:
+        text: T tokens.
+        token_logprobs: (T,) log-probability of the next token; the last one is ignored.
+
+    Returns:
+        Two numbers; NaN where no token is supervised.
+    """
+    n_bytes = supervised_tokens(text)
+    nats = -float(token_logprobs[:-1].astype(np.float64)[n_bytes[1:] > 0].sum())
+    n_tokens = int((n_bytes > 0).sum())
+    return (nats / n_tokens, nats / int(n_bytes.sum())) if n_tokens else (float("nan"), float("nan"))
+
+
 def build_record(
     id: str, text: TokenizedText, topk_ids: IntArray, topk_logprobs: FloatArray, token_logprobs: FloatArray
 ) -> Record:
@@ -60,9 +76,7 @@ def build_record(
     logprobs = np.where(ids >= 0, topk_logprobs, -np.inf).astype(np.float32)
     gold = token_logprobs.astype(np.float32).copy()
     gold[-1:] = np.nan
-    n_bytes = supervised_tokens(text)
-    nats = -float(gold[:-1].astype(np.float64)[n_bytes[1:] > 0].sum())
-    n_tokens = int((n_bytes > 0).sum())
+    ce_per_token, ce_per_byte = cross_entropy(text, gold)
     return Record(
         id=id,
         input_ids=text.input_ids,
@@ -73,6 +87,6 @@ def build_record(
         topk_logprobs=logprobs,
         token_logprobs=gold,
         tail=tail_mass(logprobs),
-        ce_per_token=nats / n_tokens if n_tokens else float("nan"),
-        ce_per_byte=nats / int(n_bytes.sum()) if n_tokens else float("nan"),
+        ce_per_token=ce_per_token,
+        ce_per_byte=ce_per_byte,
     )

@@ -125,9 +125,9 @@ class TokenTable:
     def fingerprint(self) -> str:
         """Sha256 (hex) over ids, bytes and roles; the same in every process and on every machine."""
         digest = hashlib.sha256(b"fusion token table 1\n")
+        plain = Role.END_OF_TURN if self.plain_turn_end else None
         for token, role in zip(self.tokens, self.roles, strict=True):
-            ordinary = role is None or (role is Role.END_OF_TURN and self.plain_turn_end)
-            name = "" if ordinary else _FINGERPRINT_ROLE.get(role, role).value
+            name = "" if role is None or role is plain else _FINGERPRINT_ROLE.get(role, role).value
             digest.update(f"{len(token)} {name} ".encode())
             digest.update(token)
         return digest.hexdigest()

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import tiny
 
-from fusion_plugins.core.common_text import common_text
+from fusion_plugins.core.common_text import common_text, comparable
 from fusion_plugins.core.record import build_record
 from fusion_plugins.core.tokens import TokenTable, tokenize
 from fusion_plugins.errors import AlignmentError
@@ -88,3 +88,22 @@ def test_another_number_of_messages_is_refused():
     record, target, tables = sides("ab cd", "ab cd", spans=([(0, 2)], [(0, 2), (3, 5)]))
     with pytest.raises(AlignmentError, match="has 1 supervised spans, the target's text 2"):
         common_text(record, target, **tables)
+
+
+def test_cross_entropies_are_those_of_the_bytes_that_every_source_has_read():
+    tokenizer, text = tiny.byte_level(), "the quick fox 12 the lazy dog"
+    table = TokenTable.from_tokenizer(tokenizer)
+    target = tokenize(tokenizer, table, text)
+
+    def read(max_length):
+        tokens = tokenize(tokenizer, table, text, max_length=max_length)
+        gold = -np.arange(len(tokens.input_ids), dtype=np.float32)
+        return build_record("r", tokens, np.zeros((len(gold), 1), np.int32), gold[:, None], gold)
+
+    records = [read(length) for length in (None, 6, 9)]
+    common = [common_text(record, target, source_table=table, target_table=table) for record in records]
+    found = comparable(records, common)
+    assert found[1] is records[1]
+    assert [r.ce_per_byte for r in found] == [pytest.approx(records[1].ce_per_byte)] * 3
+    assert [r.ce_per_token for r in found] == [pytest.approx(records[1].ce_per_token)] * 3
+    assert comparable(records[:1], common[:1])[0] is records[0]

@@ -277,6 +277,35 @@ def test_the_metric_decides_between_sources(metric):
     assert report.chosen == {"digit_splitting-0": int(metric == "token"), "sentencepiece_bpe-1": int(metric == "byte")}
 
 
+def hard_at_the_end(tokens, easy):
+    """A source for which the end of a text is hard, and the beginning ``easy`` nats a token."""
+    n = len(tokens.input_ids)
+    gold = np.where(np.arange(n) < 11, -easy, -6.0).astype(np.float32)
+    return build_record("text", tokens, np.append(tokens.input_ids[1:], 0)[:, None], gold[:, None], gold)
+
+
+@pytest.mark.parametrize("metric", ["byte", "token"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_sources_are_compared_over_the_bytes_that_all_have_read(metric, order):
+    """A source whose text was cut before its hard part is not the better one for it."""
+    whole, cut = (
+        hard_at_the_end(plain("digit_splitting"), 0.4),
+        hard_at_the_end(plain("digit_splitting", max_length=9), 0.5),
+    )
+    assert cut.ce_per_byte < whole.ce_per_byte
+    plan = plan_of("byte_level", *["digit_splitting"] * 2, metric=metric)
+    _, report = fuse_text(plan, plain("byte_level"), [whole, cut][::order])
+    assert [report.chosen[source.name] for source in plan.sources][::order] == [1, 0]
+
+
+def test_a_source_that_read_nothing_limits_no_other():
+    whole, worse = hard_at_the_end(plain("digit_splitting"), 0.4), hard_at_the_end(plain("digit_splitting"), 0.5)
+    nothing = hard_at_the_end(plain("digit_splitting", max_length=1), 0.5)
+    plan = plan_of("byte_level", *["digit_splitting"] * 3)
+    _, report = fuse_text(plan, plain("byte_level"), [nothing, worse, whole])
+    assert list(report.chosen.values()) == [0, 0, 1]
+
+
 @pytest.mark.parametrize("aligner", ["dtw", align_tokens])
 def test_aligners_of_tokens_work_message_by_message(aligner):
     source, target = chat("byte_level"), chat("sentencepiece_bpe")
