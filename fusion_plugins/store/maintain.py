@@ -26,6 +26,8 @@ __all__ = ["Verdict", "codec_of", "compact", "merge", "verify"]
 AnyManifest = Manifest | RowManifest
 #: parts of one capture agree in these, unless they cover different texts
 _TEXT_SETS = ("texts_fingerprint", "prompts_fingerprint")
+#: parts may differ in these
+_ENGINE = ("engine", "engine_version")
 
 
 def codec_of(manifest: AnyManifest) -> Codec[Any]:
@@ -189,10 +191,18 @@ def _joined_manifest(folders: Sequence[Path], manifests: Sequence[AnyManifest]) 
         expected = {name: value for name, value in first.identity().items() if name not in changes}
         cure = f"Only parts that were made with the same settings can be merged; the first is {folders[0]}."
         manifest.require(folder, cure, kind=first.kind, **expected)
-    provenance = {"merged": [str(folder) for folder in folders], "first": first.provenance}
+    provenance = {"merged": [_origin(folder, part) for folder, part in zip(folders, manifests, strict=True)]}
     if isinstance(first, Manifest):
+        for name in _ENGINE:
+            changes[name] = " + ".join(sorted({getattr(manifest, name) for manifest in manifests}))
         return first.model_copy(update=changes | {"provenance": provenance})
     return first.model_copy(update={"facts": first.facts | changes, "provenance": provenance})
+
+
+def _origin(folder: Path, manifest: AnyManifest) -> dict[str, Any]:
+    """Return what a part says about how it was made and nothing checks; the joined manifest keeps it."""
+    names = (*(name for name in _ENGINE if hasattr(manifest, name)), "created", "made_by", "provenance")
+    return {"folder": str(folder), **{name: getattr(manifest, name) for name in names}}
 
 
 def _refuse_conflicts(folders: Sequence[Path], manifests: Sequence[AnyManifest], codec: Codec[Any]) -> None:

@@ -15,6 +15,7 @@ from fusion_plugins.cli import app
 from fusion_plugins.errors import ConfigError, MismatchError, StoreError
 from fusion_plugins.store import RowWriter, Store, StoreWriter, maintain, open_rows, open_store
 from fusion_plugins.store.maintain import compact, merge, verify
+from fusion_plugins.store.manifest import load_manifest
 
 
 def make(folder: Path, numbers: Sequence[int], finish: bool = True, **changes: object) -> Path:
@@ -42,7 +43,7 @@ def ids(store: Store) -> list[str]:
 def test_merge_joins_the_parts_of_one_capture(tmp_path: Path) -> None:
     parts = [make(tmp_path / "a", range(4)), make(tmp_path / "b", range(2, 7))]
     command("merge", *parts, "--out", tmp_path / "all")
-    assert "merged ['" in command("info", tmp_path / "all").replace("│ ", "")
+    assert "merged [{'folder': '" in command("info", tmp_path / "all").replace("│ ", "")
     store = open_store(tmp_path / "all")
     assert ids(store) == [f"text-{number:04d}" for number in range(7)]
     assert store.manifest.complete
@@ -61,6 +62,21 @@ def test_merge_of_other_texts_gets_a_fingerprint_of_its_own(tmp_path: Path) -> N
     first, second = merge(parts, tmp_path / "ab"), merge(parts[::-1], tmp_path / "ba")
     assert first.texts_fingerprint == second.texts_fingerprint  # type: ignore[union-attr]
     assert first.texts_fingerprint not in {"others", manifest().texts_fingerprint}  # type: ignore[union-attr]
+
+
+def test_merge_keeps_how_every_part_was_made(tmp_path: Path) -> None:
+    parts = [
+        make(tmp_path / "a", [1], provenance={"texts": "a.jsonl"}),
+        make(tmp_path / "b", [2], provenance={"texts": "b.jsonl"}, engine="vllm", engine_version="0.9"),
+    ]
+    joined = merge(parts, tmp_path / "all")
+    assert joined.engine == "test + vllm"  # type: ignore[union-attr]
+    kept = load_manifest(tmp_path / "all").provenance["merged"]
+    assert [(part["folder"], part["engine"], part["engine_version"], part["provenance"]) for part in kept] == [
+        (str(parts[0]), "test", "1", {"texts": "a.jsonl"}),
+        (str(parts[1]), "vllm", "0.9", {"texts": "b.jsonl"}),
+    ]
+    assert all(part["created"] and part["made_by"] for part in kept)
 
 
 @pytest.mark.parametrize(("name", "value"), [("model", "other"), ("dtype", "bfloat16"), ("template_hash", "x")])
