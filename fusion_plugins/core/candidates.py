@@ -41,9 +41,7 @@ def clean(candidates: Iterable[Candidate]) -> tuple[dict[str, list[Candidate]], 
 def _usable(group: Iterable[Candidate], dropped: Counter[str]) -> list[Candidate]:
     kept: dict[tuple[str, str], Candidate] = {}
     # Of equal responses of one source the one that knows more stays, then the lowest index.
-    for candidate in sorted(
-        group, key=lambda c: (c.source, c.correct is None, c.reward is None, c.index, tie_order(c))
-    ):
+    for candidate in sorted(group, key=_most_known_first):
         text = candidate.response.strip()
         if not text:
             dropped["empty_response"] += 1

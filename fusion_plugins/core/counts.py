@@ -51,6 +51,11 @@ class AlignmentCounts:
             )
         widths = np.fromiter(map(len, target_to_source), np.int64, len(target_ids))
         positions = np.fromiter((at for group in target_to_source for at in group), np.int64, int(widths.sum()))
+        if positions.size and not 0 <= positions.min() <= positions.max() < len(source_ids):
+            raise DataError(
+                f"expected an alignment with positions of {len(source_ids)} source tokens, got {positions.min()} to "
+                f"{positions.max()}. Align the same tokens that are counted."
+            )
         rows = np.asarray(source_ids, np.int64)[positions]
         columns = np.repeat(np.arange(len(target_ids)), widths)
         # Distinct (target position, source id) pairs.

@@ -4,17 +4,15 @@ With a tokenizer, :mod:`fusion_plugins.core.tokens` knows its bytes. Here are on
 and tests hold them: decoded text, SentencePiece surfaces (``▁``, ``<0x0A>``) or byte-level surfaces (``Ġ``).
 """
 
-import re
 from collections.abc import Sequence
-from functools import cache
 
+from fusion_plugins.core.tokenizer_json import BYTE_TOKEN, byte_alphabet
 from fusion_plugins.errors import AlignmentError
 
 __all__ = ["BYTE_LEVEL_SPACE", "SENTENCEPIECE_SPACE", "common_bytes", "space_marker"]
 
 SENTENCEPIECE_SPACE = "▁"
 BYTE_LEVEL_SPACE = "Ġ"
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _CONTEXT = 24
 
 Tokens = Sequence[str] | Sequence[bytes]
@@ -84,22 +82,14 @@ def _without_prefix(tokens: list[bytes]) -> list[bytes]:
 
 
 def _sentencepiece_bytes(token: str) -> bytes:
-    match = _BYTE_TOKEN.fullmatch(token)
+    match = BYTE_TOKEN.fullmatch(token)
     if match:
         return bytes([int(match[1], 16)])
     return token.replace(SENTENCEPIECE_SPACE, " ").encode("utf-8", "surrogatepass")
 
 
 def _byte_level_bytes(token: str) -> bytes:
-    alphabet = _byte_of_character()
+    alphabet = byte_alphabet()
     if all(character in alphabet for character in token):
         return bytes(alphabet[character] for character in token)
     return token.encode("utf-8", "surrogatepass")
-
-
-@cache
-def _byte_of_character() -> dict[str, int]:
-    """The byte-level alphabet: printable Latin-1 bytes are themselves, the others follow from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

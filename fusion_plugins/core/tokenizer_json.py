@@ -5,16 +5,27 @@ The file is a pipeline (normaliser, pre-tokenizer, model, decoder); each section
 
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, Literal
 
 from fusion_plugins.errors import TokenizerError
 
-__all__ = ["Kind", "adds_prefix_space", "byte_token", "decoder", "kind_of", "model_vocab"]
+__all__ = [
+    "BYTE_TOKEN",
+    "Kind",
+    "adds_prefix_space",
+    "byte_alphabet",
+    "byte_token",
+    "decoder",
+    "kind_of",
+    "model_vocab",
+]
 
 Spec = Mapping[str, Any]
 Kind = Literal["byte_level", "sentencepiece"]
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+"""A byte-fallback token."""
 
 
 def _parts(spec: Spec, section: str) -> list[dict[str, Any]]:
@@ -88,8 +99,9 @@ def model_vocab(spec: Spec) -> dict[str, int]:
     return {piece: index for index, (piece, _) in enumerate(vocab)}
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """Character -> byte of byte-level BPE: printable Latin-1 stands for itself, the rest is shifted to 256 and up."""
+@cache
+def byte_alphabet() -> dict[str, int]:
+    """Return character -> byte of byte-level BPE: printable Latin-1 is itself, the rest is shifted to 256 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(byte): byte for byte in printable}
     shifted = [byte for byte in range(256) if chr(byte) not in alphabet]
@@ -110,7 +122,7 @@ def decoder(spec: Spec, kind: Kind) -> Callable[[str], bytes]:
 
 
 def _byte_level_decoder() -> Callable[[str], bytes]:
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
 
     def decode(name: str) -> bytes:
         # A name with a character outside the alphabet stands for itself, as in the tokenizer's own decoder.
@@ -122,7 +134,7 @@ def _byte_level_decoder() -> Callable[[str], bytes]:
 
 def byte_token(spec: Spec, name: str) -> int | None:
     """Return the byte that a byte-fallback token such as ``<0x0A>`` stands for, ``None`` for any other token."""
-    match = _BYTE_TOKEN.fullmatch(name)
+    match = BYTE_TOKEN.fullmatch(name)
     if match is None or not (spec["model"].get("byte_fallback") or _has(spec, "ByteFallback", "decoder")):
         return None
     return int(match[1], 16)

@@ -5,6 +5,7 @@ point into a text that its normaliser changed. The bytes of the tokens are exact
 text, the ends are running sums. Offsets only serve to find the piece around what the normaliser changed.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,8 +79,13 @@ def encoder(tokenizer: Any, table: TokenTable) -> Callable[[bytes], list[int]]:
 
     The piece is encoded behind an anchor, because a tokenizer may put a space of its own before the start of a text.
     Bytes that are not UTF-8 (a fragment of a character), and pieces that grow together with every anchor, give ``[]``.
+    A special token's name inside a piece is ordinary text. What other calls or a file have set in the tokenizer
+    (padding, truncation) does not matter.
     """
-    backend = tokenizer.backend_tokenizer
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True
 
     def encode(piece: bytes) -> list[int]:
         try:

@@ -41,7 +41,8 @@ def map_vocabulary(
     Args:
         source: (W,) tokens, ``str`` or ``bytes``, or a token table.
         target: (V,) tokens of the same type, or a token table.
-        method: one of :data:`METHODS`.
+        method: one of :data:`METHODS`. The default is the papers' method; a configuration takes ``first_token`` unless
+            it says otherwise (``fusion.alignment.vocabulary``).
         max_distance: leave a token unmapped when its counterpart is farther than this (in bytes; in code points for
             ``str``).
         counts: how often tokens were aligned, for ``statistics``.

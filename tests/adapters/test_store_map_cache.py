@@ -76,6 +76,14 @@ def test_a_damaged_file_is_made_again(tables, damage):
     assert files()[0].read_bytes() != damage
 
 
+def test_a_file_with_any_byte_changed_is_made_again_or_right(tables):
+    made = cached_map(*tables, method="exact")
+    good = files()[0].read_bytes()
+    for at in range(0, len(good), 11):
+        files()[0].write_bytes(good[:at] + bytes([good[at] ^ 0xFF]) + good[at + 1 :])
+        assert same(cached_map(*tables, method="exact"), made)
+
+
 def test_a_file_of_another_vocabulary_size_is_made_again(tables):
     made = cached_map(*tables)
     np.savez(files()[0], target_ids=np.zeros(3, np.int32), distances=np.zeros(3, np.int32))

@@ -476,6 +476,19 @@ def test_a_pickled_table_is_the_same(tables, name):
     assert again.fingerprint == known == table.fingerprint
 
 
+def test_encoder_does_not_depend_on_the_settings_of_the_tokenizer():
+    tokenizer = copy.deepcopy(tiny.sentencepiece_bpe())
+    table = table_of(tokenizer)
+    pieces = (b" the", b" the quick brown fox", b"<s>x")
+    expected = [encoder(tokenizer, table)(piece) for piece in pieces]
+    assert all(table.role_of(token) is None for ids in expected for token in ids)
+    tokenizer("x", split_special_tokens=False)
+    tokenizer.backend_tokenizer.enable_padding(length=16, pad_id=2, pad_token="</s>")
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    assert [encoder(tokenizer, table)(piece) for piece in pieces] == expected
+    assert tokenizer.backend_tokenizer.padding is not None
+
+
 @pytest.mark.parametrize("name", TINY | REAL)
 def test_encoder_encodes_as_inside_a_text(tables, name):
     tokenizer, table = tables[name]

@@ -248,6 +248,12 @@ def test_counts_of_another_alignment_are_refused():
         AlignmentCounts().add([1], [1, 2], [[0]])
 
 
+@pytest.mark.parametrize("position", [-1, 2])
+def test_positions_that_no_token_has_are_refused(position):
+    with pytest.raises(DataError, match=f"positions of 2 source tokens, got .*{position}"):
+        AlignmentCounts().add([1, 2], [5, 6], [[0], [1, position]])
+
+
 def test_counts_of_other_vocabularies_are_refused():
     counts = AlignmentCounts.from_pairs([5], [0], [1])
     with pytest.raises(MismatchError, match="2 and 1 tokens, got pairs up to"):
