@@ -45,7 +45,7 @@ from fusion_plugins.core.types import Record, SparseDistributions, TokenizedText
 from fusion_plugins.store import Store, open_store  # noqa: E402
 
 SOURCES = ("code", "maths", "prose")
-MAPS = ("exact", "min_edit", "first_token", "statistics")
+MAPS = ("exact", "min_edit", "first_token", "statistics", "one_to_many")
 #: smallest share of a row that counts as not held by any entry
 FLOOR = 1e-3
 #: source tokens of a continuation, and the longest text before it
@@ -134,7 +134,7 @@ def plan_of(name: str, work: Path, target: TargetTokenizer, method: str, chain: 
     block = FusionBlock.model_validate(
         {
             "sources": [{"name": name, "store": str(work / "stores" / name)}],
-            "alignment": {"vocabulary": method, "chain": chain, "tail": "bucket"},
+            "alignment": {"vocabulary": method, "chain": chain, "tail": "bucket", "min_mass": 0.0},
             "top_k": 1024,
         }
     )

@@ -49,10 +49,20 @@ class AlignmentArgs(_Strict):
         description="offsets (rows that have read the same bytes), offsets_strict (and whose next tokens end at the "
         "same byte), dtw (published), or a registered aligner",
     )
-    vocabulary: Literal["first_token", "min_edit", "exact", "statistics"] = Field(
+    tie_order: Literal["fusellm", "fusechat"] = Field(
+        default="fusellm", description="which of equally cheap paths dtw takes: that of FuseLLM's or FuseChat's code"
+    )
+    band: int | None = Field(
+        default=None,
+        ge=1,
+        description="dtw looks only this many tokens to both sides of the diagonal at first, which saves time and "
+        "memory; the result is the same",
+    )
+    vocabulary: Literal["first_token", "min_edit", "exact", "statistics", "one_to_many"] = Field(
         default="first_token",
         description="source token -> target token: the first of the target's own encoding, the nearest by edits "
-        "(published by FuseLLM), equal bytes only, or the one most often aligned with it (FuseChat)",
+        "(published by FuseLLM), equal bytes only, the one most often aligned with it (FuseChat), or all those, each "
+        "with its share",
     )
     max_distance: int | None = Field(
         default=None,
@@ -70,7 +80,7 @@ class AlignmentArgs(_Strict):
         "the losses reverse_kl and jsd)",
     )
     min_mass: float = Field(
-        default=0.0, ge=0, le=1, description="rows that keep less probability than this are not used"
+        default=0.1, ge=0, le=1, description="rows that keep less probability than this are not used"
     )
     fallback: Literal["mask", "next_label"] = Field(
         default="mask", description="unused rows: no target, or probability 1 on the next token (FuseChat)"

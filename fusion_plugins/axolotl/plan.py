@@ -1,17 +1,19 @@
 """From the ``fusion:`` block and the stores to core's plan, after checking that they belong together."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
-from fusion_plugins.axolotl.args import FusionBlock, SourceArgs
+from fusion_plugins.axolotl.args import AlignmentArgs, FusionBlock, SourceArgs
 from fusion_plugins.axolotl.rows import TargetTokenizer
-from fusion_plugins.core.align import ALIGNERS
+from fusion_plugins.core.align import ALIGNERS, Alignment, align_dtw
 from fusion_plugins.core.counts import AlignmentCounts
 from fusion_plugins.core.fuse import RULES
 from fusion_plugins.core.pipeline import FusionPlan, SourcePlan
 from fusion_plugins.core.token_table import Role
 from fusion_plugins.core.types import VocabularyMap
+from fusion_plugins.core.vocab import COUNTED
 from fusion_plugins.errors import MismatchError
 from fusion_plugins.plugins import lookup
 from fusion_plugins.store import Store
@@ -24,16 +26,15 @@ Count = Callable[[list[Store]], list[AlignmentCounts]]
 
 
 def make_plan(block: FusionBlock, stores: list[Store], target: TargetTokenizer, count: Count) -> FusionPlan:
-    """Return core's plan; ``count`` is called once at most, and only for ``vocabulary: statistics``.
+    """Return core's plan; ``count`` is called once at most, and only for maps that go by counts.
 
     Raises:
         MismatchError: the store that is said to be the target's own has another tokenizer.
     """
     same = [_same_tokens(source, store, target) for source, store in zip(block.sources, stores, strict=True)]
     mapped = [store for store, is_same in zip(stores, same, strict=True) if not is_same]
-    counted = mapped and block.alignment.vocabulary == "statistics"
+    counted = mapped and block.alignment.vocabulary in COUNTED
     counts = iter(count(mapped) if counted else [None] * len(mapped))
-    method = block.alignment.method
     return FusionPlan(
         target_table=target.table,
         sources=tuple(
@@ -46,9 +47,17 @@ def make_plan(block: FusionBlock, stores: list[Store], target: TargetTokenizer, 
         rule_options=block.rule_options,
         metric=block.metric,
         width=block.top_k,
-        alignment=method if method in ALIGNERS else lookup("aligners", method),
+        alignment=_aligner(block.alignment),
         projection=block.alignment.projection(),
+        tie_order=block.alignment.tie_order,
     )
+
+
+def _aligner(options: AlignmentArgs) -> str | Callable[..., Alignment]:
+    if options.method == "dtw":
+        return partial(align_dtw, band=options.band)
+    aligner: Callable[..., Alignment] = lookup("aligners", options.method)
+    return options.method if options.method in ALIGNERS else aligner
 
 
 def _same_tokens(source: SourceArgs, store: Store, target: TargetTokenizer) -> bool:

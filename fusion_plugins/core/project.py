@@ -20,6 +20,8 @@ its mass to ``g``: a nearest token by edit distance is a guess, the beginning is
 ``first_token`` map has asked the target's tokenizer already and is left alone.) So ``g`` gets the probability that
 the target's first token for what the source says next is ``g``, for a target that takes the longest token it knows
 and up to segmentations that the source's tokenizer would not choose.
+A one-to-many map takes another way with prefixes of ``g``: what the chain does not explain is shared out among the
+other target tokens that stand where the source token does.
 Without the correction (``chain=False``) only the map speaks, and so it does where an alignment by ``dtw`` has put rows
 together that do not end at the same byte.
 
@@ -56,6 +58,7 @@ from fusion_plugins.core.types import (
     FloatArray,
     IntArray,
     Record,
+    Shares,
     SparseDistributions,
     TokenizedText,
     VocabularyMap,
@@ -74,14 +77,14 @@ class ProjectionOptions:
         tail: what becomes of the mass that no entry holds. ``renormalize``: the entries are scaled to sum to 1.
             ``ignore`` and ``bucket``: the entries keep their true probabilities and the rest is ``leftover``; a loss
             with a bucket for everything else counts it, plain cross-entropy ignores it.
-        min_mass: a row that keeps less than this probability is not used.
+        min_mass: a row that keeps less than this probability is not used: what little is left would be scaled up.
         fallback: what stands on a supervised row that is not used. ``mask``: nothing. ``next_label``: probability 1 on
             the target's next token.
     """
 
     chain: bool = True
     tail: Literal["renormalize", "ignore", "bucket"] = "renormalize"
-    min_mass: float = 0.0
+    min_mass: float = 0.1
     fallback: Literal["mask", "next_label"] = "mask"
 
     def __post_init__(self) -> None:
@@ -101,7 +104,8 @@ class Projection:
     """One record projected.
 
     Attributes:
-        distributions: (T, K + 1) rows over the target's vocabulary, by descending probability, ties by lowest id.
+        distributions: (T, K + 1) rows (wider for a one-to-many map) over the target's vocabulary, by descending
+            probability, ties by lowest id.
         label_logprobs: (T,) float32 log-probability that the source gives the target's next token, before
             renormalisation; -inf where the row is not used or does not hold it.
         report: what became of rows, candidates and mass.
@@ -196,12 +200,25 @@ def _target_rows(target: TokenizedText) -> TargetRows:
     return TargetRows(as_array(target.input_ids, np.int32), ends, *places(ends, as_array(target.spans, np.int32)))
 
 
+_NO_SHARES = Shares(np.zeros(1, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
+
+
 def _mapping(vocabulary: VocabularyMap, source_table: TokenTable, target_table: TokenTable) -> Mapping:
     begins = longest_beginnings(source_table, target_table)
-    if vocabulary.method == "first_token":
+    if vocabulary.method in ("first_token", "one_to_many"):
         # Such a map has asked the target's tokenizer, which knows better.
         begins = np.full_like(begins, -1)
-    return Mapping(as_array(vocabulary.target_ids, np.int32), vocabulary.distances == 0, begins)
+    shares = vocabulary.shares or _NO_SHARES
+    starts = as_array(shares.starts, np.int32)
+    return Mapping(
+        as_array(vocabulary.target_ids, np.int32),
+        vocabulary.distances == 0,
+        begins,
+        starts,
+        as_array(shares.target_ids, np.int32),
+        as_array(shares.weights, np.float32),
+        int(np.diff(starts).max(initial=1)),
+    )
 
 
 def _finish(ids: IntArray, logprobs: FloatArray, kept: FloatArray, options: ProjectionOptions) -> SparseDistributions:

@@ -50,11 +50,19 @@ class TargetRows(NamedTuple):
 
 
 class Mapping(NamedTuple):
-    """Source id -> target id (W,), whether that is exact (W,), and the longest target token at its beginning (W,)."""
+    """Source id -> target id (W,), whether that is exact (W,), and the longest target token at its beginning (W,).
+
+    ``starts`` (W + 1,), ``share_ids`` (E,) and ``weights`` (E,) are :class:`~fusion_plugins.core.types.Shares`, empty
+    for a one-to-one map; ``most`` is the largest number of entries of a source token, at least 1.
+    """
 
     target_ids: IntArray
     exact: BoolArray
     begins: IntArray
+    starts: IntArray
+    share_ids: IntArray
+    weights: FloatArray
+    most: int
 
 
 class Sides(NamedTuple):
@@ -82,37 +90,50 @@ class Row(NamedTuple):
     logp: float
 
 
+class Out(NamedTuple):
+    """What a row is added up in.
+
+    held (V,) mass of each target token, ids (L,) those that have any, counts and masses: of the outcomes.
+    """
+
+    held: npt.NDArray[np.float64]
+    ids: IntArray
+    counts: npt.NDArray[np.int64]
+    masses: npt.NDArray[np.float64]
+
+
 @compiled
 def project_rows(rows, sides, min_mass):  # type: ignore[no-untyped-def]
     """Project every usable row.
 
     Returns:
-        ids (T, K + 1), logprobs (T, K + 1), kept mass (T,), log-probability of the label (T,), counts, masses.
+        ids (T, L), logprobs (T, L), kept mass (T,), log-probability of the label (T,), counts, masses. L is K + 1 times
+        the number of entries that a source token has at most.
     """
-    n, width = len(sides.target.ids), sides.source.topk_ids.shape[1] + 1
+    n, width = len(sides.target.ids), (sides.source.topk_ids.shape[1] + 1) * sides.mapping.most
     ids, logprobs = np.full((n, width), -1, np.int32), np.full((n, width), -np.inf, np.float32)
     kept, gold = np.zeros(n), np.full(n, -np.inf, np.float32)
     counts, masses = np.zeros(len(COUNTS), np.int64), np.zeros(len(MASSES))
     held = np.zeros(len(sides.t_tokens.special))
-    row_ids, row_masses = np.empty(width, np.int32), np.zeros(len(MASSES))
+    out = Out(held, np.empty(width, np.int32), counts, np.zeros(len(MASSES)))
     for t in range(n - 1):
         if rows[t] < 0:
             continue
         row = _row(sides, rows[t], t)
         kind = row.kind
         if kind <= UNCHECKED:
-            row_masses[:] = 0.0
-            size = _candidates(sides, row, held, row_ids, counts, row_masses)
-            total = _write(row_ids[:size], held, ids[t], logprobs[t])
+            out.masses[:] = 0.0
+            size = _candidates(sides, row, out)
+            total = _write(out.ids[:size], held, ids[t], logprobs[t])
             if total > 0.0 and total >= min_mass:
                 kept[t] = total
                 if row.label < len(held) and held[row.label] > 0.0:
                     gold[t] = np.log(held[row.label])
-                masses += row_masses
+                masses += out.masses
             else:
                 kind = LOW_MASS
                 ids[t], logprobs[t] = -1, -np.inf
-            held[row_ids[:size]] = 0.0
+            held[out.ids[:size]] = 0.0
         counts[kind] += 1
     return ids, logprobs, kept, gold, counts, masses
 
@@ -164,21 +185,15 @@ def _row_by_bytes(sides, u, t, label):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _candidates(sides, row, held, row_ids, counts, masses):  # type: ignore[no-untyped-def]
+def _candidates(sides, row, out):  # type: ignore[no-untyped-def]
     """Add the mass of every candidate of the row to the target tokens, and return how many of them there are."""
     source, first = sides.source, sides.source.ids[row.u + 1]
     first_mass = np.exp(np.float64(source.gold[row.u]))
-    size, inside = 0, 0.0
     by_bytes = sides.chain and row.kind < SPECIAL and not np.isnan(first_mass + row.logp)
+    size, inside, seen = 0, 0.0, by_bytes
     if by_bytes:
-        mass = _label_mass(sides, row)
-        size = _add(held, row_ids, size, row.label, mass)
-        masses[GOLD_MASS] += mass
-        masses[PREFIX_MASS] += max(first_mass - mass, 0.0)
-        inside += first_mass
-    # A prefix of the label is what the chain, or what comes after it, has explained.
-    splits = by_bytes and (row.kind == ONE_TO_MANY or row.kind == CROSSING)
-    seen, mapping, s_tokens, t_tokens = by_bytes, sides.mapping, sides.s_tokens, sides.t_tokens
+        size = _label(sides, row, first_mass, out)
+        inside = first_mass
     for k in range(source.topk_ids.shape[1] + 1):
         if k == source.topk_ids.shape[1]:
             # A special token that the top k missed: its probability is stored all the same.
@@ -191,18 +206,66 @@ def _candidates(sides, row, held, row_ids, counts, masses):  # type: ignore[no-u
                 continue
         seen |= z == first
         inside += p
-        if splits and _ordinary(s_tokens, z) and _strict(s_tokens, z, t_tokens, row.label):
-            masses[PREFIX_MASS] += p
-            continue
-        to, share = _destination(mapping, z, row.label, by_bytes)
-        if row.kind == SPECIAL and z == first:
-            to, share = row.label, EXACT_MASS
-        masses[share] += p
-        if share != GOLD_MASS:
-            counts[EXACT + share - EXACT_MASS] += 1
-        size = _add(held, row_ids, size, to, p)
-    masses[OUTSIDE_MASS] += max(1.0 - inside, 0.0)
+        size = _candidate(sides, row, by_bytes, z, p, out, size)
+    out.masses[OUTSIDE_MASS] += max(1.0 - inside, 0.0)
     return size
+
+
+@compiled
+def _label(sides, row, first_mass, out):  # type: ignore[no-untyped-def]
+    """Give the label what the text's own tokens say of it."""
+    mass = _label_mass(sides, row)
+    out.masses[GOLD_MASS] += mass
+    size = _add(out, 0, row.label, mass)
+    return _unexplained(sides, row, sides.source.ids[row.u + 1], max(first_mass - mass, 0.0), out, size)
+
+
+@compiled
+def _candidate(sides, row, by_bytes, z, p, out, size):  # type: ignore[no-untyped-def]
+    """Add one candidate that is not the text's own next token."""
+    splits = by_bytes and (row.kind == ONE_TO_MANY or row.kind == CROSSING)
+    if splits and _ordinary(sides.s_tokens, z) and _strict(sides.s_tokens, z, sides.t_tokens, row.label):
+        return _unexplained(sides, row, z, p, out, size)
+    to, share = _destination(sides.mapping, z, row.label, by_bytes)
+    if row.kind == SPECIAL and z == sides.source.ids[row.u + 1]:
+        return _count(out, _add(out, size, row.label, p), EXACT_MASS, p)
+    if share == GOLD_MASS:
+        out.masses[GOLD_MASS] += p
+        return _add(out, size, to, p)
+    size, shared = _share_out(out, size, sides.mapping, z, p, -1)
+    return _count(out, size if shared else _add(out, size, to, p), share, p)
+
+
+@compiled
+def _count(out, size, share, mass):  # type: ignore[no-untyped-def]
+    out.masses[share] += mass
+    out.counts[EXACT + share - EXACT_MASS] += 1
+    return size
+
+
+@compiled
+def _unexplained(sides, row, z, mass, out, size):  # type: ignore[no-untyped-def]
+    """A prefix of the label, without what the chain explains: a one-to-many map shares it out, else it is lost."""
+    size, shared = _share_out(out, size, sides.mapping, z, mass, row.label)
+    out.masses[EDITED_MASS if shared else PREFIX_MASS] += mass
+    return size
+
+
+@compiled
+def _share_out(out, size, mapping, z, mass, label):  # type: ignore[no-untyped-def]
+    """Share the mass of a candidate out among its entries other than the label; False where it has none."""
+    total = 0.0
+    if z + 1 < len(mapping.starts):
+        for entry in range(mapping.starts[z], mapping.starts[z + 1]):
+            if mapping.share_ids[entry] != label:
+                total += mapping.weights[entry]
+    if total == 0.0:
+        return size, False
+    for entry in range(mapping.starts[z], mapping.starts[z + 1]):
+        to = np.int64(mapping.share_ids[entry])
+        if to != label:
+            size = _add(out, size, to, mass * mapping.weights[entry] / total)
+    return size, True
 
 
 @compiled
@@ -253,14 +316,14 @@ def _length(tokens, token):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _add(held, row_ids, size, token, mass):  # type: ignore[no-untyped-def]
+def _add(out, size, token, mass):  # type: ignore[no-untyped-def]
     """Sum the mass of a target token; note its id when it is new in this row."""
-    if mass <= 0.0 or not 0 <= token < len(held):
+    if mass <= 0.0 or not 0 <= token < len(out.held):
         return size
-    if held[token] == 0.0:
-        row_ids[size] = token
+    if out.held[token] == 0.0:
+        out.ids[size] = token
         size += 1
-    held[token] += mass
+    out.held[token] += mass
     return size
 
 

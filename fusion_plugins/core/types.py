@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Candidate", "Pair", "Record", "SparseDistributions", "TokenizedText", "VocabularyMap"]
+__all__ = ["Candidate", "Pair", "Record", "Shares", "SparseDistributions", "TokenizedText", "VocabularyMap"]
 
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
@@ -103,6 +103,21 @@ class SparseDistributions:
 
 
 @dataclass(frozen=True)
+class Shares:
+    """How the probability of each of W source tokens is shared out among several target tokens (a sparse matrix).
+
+    Attributes:
+        starts: (W + 1,) int32; source token ``s`` has the entries ``starts[s]`` to ``starts[s + 1]``, or none.
+        target_ids: (E,) int32 target tokens, distinct within a source token.
+        weights: (E,) float32, positive; those of one source token sum to 1.
+    """
+
+    starts: IntArray
+    target_ids: IntArray
+    weights: FloatArray
+
+
+@dataclass(frozen=True)
 class VocabularyMap:
     """Source token id -> target token id.
 
@@ -110,11 +125,13 @@ class VocabularyMap:
         target_ids: (W,) int32, -1 where the source token has no counterpart.
         distances: (W,) int32 edit distance of the pair; 0 for an exact match, -1 where unmapped.
         method: how it was made.
+        shares: of a one-to-many map; a source token without entries there goes to its one ``target_ids``.
     """
 
     target_ids: IntArray
     distances: IntArray
     method: str
+    shares: Shares | None = None
 
 
 @dataclass(frozen=True)

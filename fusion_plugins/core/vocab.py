@@ -3,7 +3,7 @@
 Ordinary tokens are compared as bytes, special tokens go by their role. ``exact`` maps equal bytes only; ``min_edit`` is
 the papers' method; ``first_token`` sends a source token to the first token of the target's own encoding of its bytes,
 which is what the source's next-token distribution says about the target's next token; ``statistics`` goes by which
-tokens were aligned on real texts.
+tokens were aligned on real texts; ``one_to_many`` shares a token's probability out among those, by how often each was.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,15 +15,17 @@ from fusion_plugins.core.counts import AlignmentCounts
 from fusion_plugins.core.distance import nearest_tokens, pair_distances
 from fusion_plugins.core.token_table import Role, TokenTable
 from fusion_plugins.core.types import BoolArray, IntArray, VocabularyMap
-from fusion_plugins.core.vocab_statistics import by_count, by_published_score
+from fusion_plugins.core.vocab_statistics import by_count, by_published_score, shares_by_count
 from fusion_plugins.errors import ConfigError
 
-__all__ = ["METHODS", "map_vocabulary"]
+__all__ = ["COUNTED", "METHODS", "map_vocabulary"]
 
 Text = str | bytes
 Vocabulary = Sequence[str] | Sequence[bytes] | TokenTable
 Encode = Callable[[Any], Sequence[int]]
-METHODS = ("min_edit", "exact", "statistics", "first_token")
+METHODS = ("min_edit", "exact", "statistics", "one_to_many", "first_token")
+#: methods that need the counts of aligned tokens
+COUNTED = ("statistics", "one_to_many")
 
 
 def map_vocabulary(
@@ -45,14 +47,15 @@ def map_vocabulary(
             it says otherwise (``fusion.alignment.vocabulary``).
         max_distance: leave a token unmapped when its counterpart is farther than this (in bytes; in code points for
             ``str``).
-        counts: how often tokens were aligned, for ``statistics``.
+        counts: how often tokens were aligned, for ``statistics`` and ``one_to_many``.
         encode: bytes (or ``str``) -> ids of the target's own encoding, for ``first_token``. Without it, or where it
             answers with nothing, the longest target token that the source token starts with is taken.
         compat: ``fusechat`` makes ``statistics`` choose by the published score.
 
     Returns:
         The map. Among equally good target tokens the lowest id wins. Where both sides are tables, special tokens are
-        mapped by role (``other`` by name) and ordinary tokens only to ordinary tokens.
+        mapped by role (``other`` by name) and ordinary tokens only to ordinary tokens. ``one_to_many`` also has
+        ``shares``; its ``target_ids`` are those of ``first_token``, for the tokens that were never aligned.
 
     Raises:
         ConfigError: the method is unknown or lacks its counts, or the two vocabularies are not of one type.
@@ -65,24 +68,31 @@ def map_vocabulary(
     rows, columns = _mappable(source), _eligible(target)
     target_ids = np.full(len(left), -1, np.int32)
     distances = np.full(len(left), -1, np.int32)
+    shares, counted = None, _checked_counts(counts, method)
     if method == "statistics":
-        if not counts:
-            raise ConfigError(
-                "method 'statistics' expects `counts`, the AlignmentCounts of the two tokenizers, got "
-                f"{'none' if counts is None else 'empty ones'}. Count aligned texts first."
-            )
         choose = by_published_score if compat == "fusechat" else by_count
-        target_ids = np.where(rows, choose(left, right, counts, columns), -1).astype(np.int32)
-    elif method == "first_token":
+        target_ids = np.where(rows, choose(left, right, counted, columns), -1).astype(np.int32)
+    elif method in ("first_token", "one_to_many"):
         target_ids[rows] = _first_tokens(_select(left, rows), right, columns, encode)
     else:
         limit = 0 if method == "exact" else max_distance
         target_ids[rows], distances[rows] = _nearest(_select(left, rows), _select(right, columns), columns, limit)
-    if method in ("statistics", "first_token"):
+    if method == "one_to_many":
+        shares = shares_by_count(left, right, counted, columns)
+    if method not in ("exact", "min_edit"):
         _measure(left, right, target_ids, distances, max_distance)
     if isinstance(source, TokenTable) and isinstance(target, TokenTable):
         _map_roles(source, target, target_ids, distances)
-    return VocabularyMap(target_ids, distances, method)
+    return VocabularyMap(target_ids, distances, method, shares)
+
+
+def _checked_counts(counts: AlignmentCounts | None, method: str) -> AlignmentCounts:
+    if method in COUNTED and not counts:
+        raise ConfigError(
+            f"method {method!r} expects `counts`, the AlignmentCounts of the two tokenizers, got "
+            f"{'none' if counts is None else 'empty ones'}. Count aligned texts first."
+        )
+    return AlignmentCounts() if counts is None else counts
 
 
 def _tokens(vocabulary: Vocabulary) -> Sequence[Any]:

@@ -1,4 +1,4 @@
-"""Choose a target token for each source token from how often the two were aligned."""
+"""Choose a target token, or several, for each source token from how often they were aligned."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,10 +8,13 @@ import numpy.typing as npt
 
 from fusion_plugins.core.counts import AlignmentCounts
 from fusion_plugins.core.distance import pair_distances
-from fusion_plugins.core.types import IntArray
+from fusion_plugins.core.types import IntArray, Shares
 from fusion_plugins.errors import MismatchError
 
-__all__ = ["by_count", "by_published_score"]
+__all__ = ["by_count", "by_published_score", "shares_by_count"]
+
+#: target tokens that a source token is shared out among, at most
+MOST_SHARES = 16
 
 _MARKERS = ("\u2581", "\u0120")  # SentencePiece, byte-level BPE
 
@@ -36,8 +39,36 @@ def by_count(
     rows, columns, number = _pairs(source, counts, allowed)
     left, right = [source[row] for row in rows], [target[column] for column in columns]
     distance = pair_distances(left, right)
-    apart = np.fromiter((not (a.startswith(b) or b.startswith(a)) for a, b in zip(left, right, strict=True)), np.bool_)
+    apart = np.fromiter((not _begins(a, b) for a, b in zip(left, right, strict=True)), np.bool_)
     return _choose(len(source), rows, np.lexsort((columns, distance, -number, apart, distance > 0, rows)), columns)
+
+
+def shares_by_count(
+    source: Sequence[Any], target: Sequence[Any], counts: AlignmentCounts, allowed: npt.NDArray[np.bool_]
+) -> Shares:
+    """Share each source token out among the target tokens it was aligned with, in proportion to the counts.
+
+    Only pairs of which one begins with the other count (see :func:`by_count`): a digit is shared out among the numbers
+    that begin with it. Of more than :data:`MOST_SHARES` the most frequent stay, then the lowest ids. Arguments are
+    those of :func:`by_count`.
+    """
+    rows, columns, number = _pairs(source, counts, allowed)
+    starts_same = np.fromiter(
+        (_begins(source[row], target[column]) for row, column in zip(rows, columns, strict=True)), np.bool_, len(rows)
+    )
+    rows, columns, number = rows[starts_same], columns[starts_same], number[starts_same]
+    order = np.lexsort((columns, -number, rows))
+    rows, columns, number = rows[order], columns[order], number[order]
+    place = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    rows, columns, number = (array[place < MOST_SHARES] for array in (rows, columns, number))
+    totals = np.bincount(rows, weights=number, minlength=len(source))
+    starts = np.searchsorted(rows, np.arange(len(source) + 1)).astype(np.int32)
+    return Shares(starts, columns.astype(np.int32), (number / totals[rows]).astype(np.float32))
+
+
+def _begins(left: Any, right: Any) -> bool:
+    found: bool = left.startswith(right) or right.startswith(left)
+    return found
 
 
 def by_published_score(

@@ -18,7 +18,7 @@ from fusion_plugins.core.counts import AlignmentCounts
 from fusion_plugins.core.token_table import TokenTable
 from fusion_plugins.core.tokens import encoder
 from fusion_plugins.core.types import VocabularyMap
-from fusion_plugins.core.vocab import map_vocabulary
+from fusion_plugins.core.vocab import COUNTED, map_vocabulary
 
 __all__ = ["cached_map", "map_folder"]
 
@@ -47,15 +47,15 @@ def cached_map(
         source: the source's table.
         target: the target's table.
         method: one of ``core.vocab.METHODS``; the default is the published one, while a configuration's is
-            ``first_token``. A map by ``statistics`` is always made: it depends on the texts.
+            ``first_token``. A map that needs counts is always made: it depends on the texts.
         max_distance: as for ``map_vocabulary``.
         counts: as for ``map_vocabulary``.
         tokenizer: the target's fast tokenizer, whose encoding ``first_token`` follows.
     """
     options: dict[str, Any] = {"method": method, "max_distance": max_distance}
-    if method == "statistics":
-        return map_vocabulary(source, target, counts=counts, **options)
-    encode = encoder(tokenizer, target) if method == "first_token" and tokenizer is not None else None
+    encode = encoder(tokenizer, target) if method in ("first_token", "one_to_many") and tokenizer is not None else None
+    if method in COUNTED:
+        return map_vocabulary(source, target, counts=counts, encode=encode, **options)
     path = map_folder() / f"{_key(source, target, options, tokenizer if encode else None)}.npz"
     found = _read(path, source.vocab_size, method)
     if found is None:

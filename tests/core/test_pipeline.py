@@ -11,6 +11,7 @@ import reference
 import tiny
 from tokenizers import AddedToken
 
+from fusion_plugins.core import pipeline
 from fusion_plugins.core.accounting import FusionReport, ProjectionReport
 from fusion_plugins.core.align import align_tokens
 from fusion_plugins.core.chat import render_chat
@@ -25,7 +26,7 @@ from fusion_plugins.errors import AlignmentError, ConfigError, MismatchError
 
 NAMES = ("byte_level", "digit_splitting", "sentencepiece_bpe", "unigram")
 TEXT = "The 120 apples cost 35 €, said Zoë:\n\tthe theory of 数学题 and 🎉 needs 1234 or 5 cafés."
-TRUE = ProjectionOptions(tail="ignore")
+TRUE = ProjectionOptions(tail="ignore", min_mass=0.0)
 
 
 def load(name):
@@ -321,6 +322,49 @@ def test_aligners_of_tokens_work_message_by_message(aligner):
         assert report.sources["byte_level-0"].unchecked > 0
     else:
         np.testing.assert_array_equal(by_ends.ids, by_tokens.ids)
+
+
+def test_aligners_of_tokens_get_the_tie_order():
+    seen = []
+
+    def aligner(source, target, *, tie_order):
+        seen.append(tie_order)
+        return align_tokens(source, target, method="dtw", tie_order=tie_order)
+
+    plan = plan_of("sentencepiece_bpe", "byte_level", alignment=aligner, tie_order="fusechat")
+    fuse_text(plan, chat("sentencepiece_bpe"), [knows(chat("byte_level"))[0]])
+    assert seen == ["fusechat"] * 2
+
+
+def test_coverage_is_that_of_the_rows_that_could_match():
+    """A prompt and a template cannot be aligned, whatever the aligner."""
+    target, (record, _) = chat("byte_level"), knows(chat("byte_level"))
+    plan = plan_of("byte_level", "byte_level", alignment="dtw")
+    assert pipeline._align(plan, plan.sources[0], record, target).coverage == 1.0
+
+
+@pytest.mark.parametrize("rule", ["min_ce", "avg_ce", "token_min_ce"])
+def test_the_fallback_stands_only_where_no_source_has_a_row(rule):
+    """One source has a row everywhere; the other, of a coarser tokenizer, does not."""
+    target = plain("digit_splitting")
+    records = [knows(plain(name))[0] for name in ("digit_splitting", "sentencepiece_bpe")]
+    settings = {"rule": rule, "rule_options": {"missing": "next_best"} if rule == "min_ce" else {}, "width": 9}
+    names = ("digit_splitting", "sentencepiece_bpe")
+    mask, label = (
+        fuse_text(plan_of("digit_splitting", *names, projection=ProjectionOptions(fallback=f), **settings), target, records)
+        for f in ("mask", "next_label")
+    )
+    assert mask[1].sources["sentencepiece_bpe-1"].unaligned > 5
+    np.testing.assert_array_equal(mask[0].ids, label[0].ids)
+    np.testing.assert_array_equal(mask[0].logprobs, label[0].logprobs)
+    alone, report = fuse_text(
+        plan_of("digit_splitting", names[1], projection=ProjectionOptions(fallback="next_label"), width=9),
+        target,
+        records[1:],
+    )
+    source = report.sources["sentencepiece_bpe-0"]
+    assert alone.rows[:-1].all()
+    assert source.fallback == source.rows - source.used > 5
 
 
 def test_strict_offsets_use_only_rows_with_the_same_next_token():

@@ -1,4 +1,5 @@
 import hashlib
+from dataclasses import replace
 from functools import cache
 from random import Random
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from fusion_plugins.core.accounting import ProjectionReport
 from fusion_plugins.core.align import align_texts
+from fusion_plugins.core.counts import AlignmentCounts
 from fusion_plugins.core.project import ProjectionOptions, project_distributions, project_record
 from fusion_plugins.core.record import build_record
 from fusion_plugins.core.tokens import Role, TokenTable
@@ -17,7 +19,7 @@ from fusion_plugins.core.types import TokenizedText
 from fusion_plugins.core.vocab import map_vocabulary
 from fusion_plugins.errors import AlignmentError, ConfigError
 
-TRUE = ProjectionOptions(tail="ignore")
+TRUE = ProjectionOptions(tail="ignore", min_mass=0.0)
 
 
 def table(tokens, **special):
@@ -103,6 +105,41 @@ def test_the_source_splits_finer_by_the_worked_numbers():
     report = found.report
     assert (report.one_to_many, report.one_to_one, report.rows) == (1, 1, 2)
     assert report.prefix_mass == pytest.approx(0.3, rel=1e-5)
+
+
+def test_a_one_to_many_map_shares_out_what_the_chain_does_not_explain():
+    """Source "1" "2" (p .6 * .5) against targets "12", "13", "1": the rest of "1", .3, goes half to "13", half to "1".
+
+    The counts are those of texts of this source, so the projected row is the true distribution of the target's next
+    token: "12" .3, "13" .15, "1" .15; "a" .4 is no digit and stays where it is.
+    """
+    source, target = table(["x", "1", "2", "3", "a"]), table(["x", "12", "13", "1", "2", "3", "a"])
+    model = fixed({"x": {1: 0.6, 4: 0.4}, "x1": {2: 0.5, 3: 0.25, 4: 0.25}, "x12": {4: 1.0}})
+    texts = text_of(["x", "1", "2"], source), text_of(["x", "12"], target)
+    record = record_of(texts[0], source, _thick(model), 4)
+    counts = AlignmentCounts.from_pairs([1, 1, 1, 2, 3, 4], [1, 2, 3, 1, 2, 6], [50, 25, 25, 50, 25, 99])
+    found = project_record(
+        record,
+        align_texts(record, texts[1]),
+        map_vocabulary(source, target, method="one_to_many", counts=counts),
+        texts[1],
+        source_table=source,
+        target_table=target,
+        options=TRUE,
+    )
+    assert as_dict(found, 0, target) == {"12": 0.3, "13": 0.15, "1": 0.15, "a": 0.4}
+    report = found.report
+    assert report.gold_mass + report.exact_mass + report.edited_mass == pytest.approx(1.0, rel=1e-5)
+    assert report.prefix_mass == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_distractor_does_not_take_over_a_row_of_which_little_is_known():
+    """The source says "the" (.97) and then almost surely not "re"; "there" is next, and "x" had .02."""
+    source, target = table(["a", "the", "re", "x"]), table(["a", "there", "x"])
+    model = fixed({"a": {1: 0.97, 3: 0.02, 0: 0.01}, "athe": {2: 0.001, 3: 0.999}, "athere": {3: 1.0}})
+    row = ["a", "the", "re"], ["a", "there"], source, target, _thick(model)
+    assert not project(*row, ProjectionOptions(), k=2).distributions.rows[0]
+    assert as_dict(project(*row, ProjectionOptions(min_mass=0), k=2), 0, target)["x"] == pytest.approx(0.954, abs=1e-3)
 
 
 def _thick(model):
@@ -308,9 +345,8 @@ def test_unusable_rows_are_empty_or_hold_the_next_label():
     model = model_of(2, 1)
     masked = project(["ab", "c"], ["a", "b", "c"], source, target, model)
     assert masked.distributions.rows.tolist() == [False, True, False]
-    filled = project(
-        ["ab", "c"], ["a", "b", "c"], source, target, model, ProjectionOptions(tail="ignore", fallback="next_label")
-    )
+    options = replace(TRUE, fallback="next_label")
+    filled = project(["ab", "c"], ["a", "b", "c"], source, target, model, options)
     assert filled.distributions.ids[0].tolist()[:2] == [target.tokens.index(b"b"), -1]
     assert filled.distributions.logprobs[0, 0] == 0.0
     assert filled.report.fallback == 1

@@ -200,6 +200,26 @@ def test_statistics_prefer_the_equal_then_a_beginning_then_the_frequent():
     assert found.distances.tolist() == [1, 0, 2, -1]
 
 
+def test_one_to_many_shares_by_count_among_tokens_that_begin_alike():
+    source, target = [b"1", b"2", b"cd", b"12x"], [b"1", b"12", b"13", b"2", b"c"]
+    counts = AlignmentCounts.from_pairs([0, 0, 0, 1, 1, 2], [0, 1, 2, 1, 3, 0], [2, 5, 1, 9, 4, 7])
+    found = map_vocabulary(source, target, method="one_to_many", counts=counts)
+    shares = found.shares
+    assert shares.starts.tolist() == [0, 3, 4, 4, 4]
+    assert shares.target_ids.tolist() == [1, 0, 2, 3]
+    assert shares.weights.tolist() == [0.625, 0.25, 0.125, 1.0]
+    # Tokens that were never aligned go where `first_token` sends them.
+    assert found.target_ids.tolist() == [0, 3, 4, 1]
+
+
+def test_one_to_many_keeps_the_most_frequent():
+    target = [b"a" * n for n in range(1, 31)]
+    counts = AlignmentCounts.from_pairs([0] * 30, range(30), range(1, 31))
+    shares = map_vocabulary([b"a"], target, method="one_to_many", counts=counts).shares
+    assert shares.target_ids.tolist() == list(range(29, 13, -1))
+    assert shares.weights.sum() == pytest.approx(1.0)
+
+
 def test_statistics_never_choose_a_special_token_for_an_ordinary_one():
     source, target = table([b"a", b"b"], eos=Role.EOS), table([b"x"], eos=Role.EOS)
     counts = AlignmentCounts.from_pairs([0, 0, 1], [1, 0, 1], [9, 1, 9])
@@ -261,7 +281,9 @@ def test_counts_of_other_vocabularies_are_refused():
 
 
 def test_wrong_calls_say_what_is_expected():
-    with pytest.raises(ConfigError, match="'nearest'; expected one of min_edit, exact, statistics, first_token"):
+    with pytest.raises(
+        ConfigError, match="'nearest'; expected one of min_edit, exact, statistics, one_to_many, first_token"
+    ):
         map_vocabulary(["a"], ["b"], method="nearest")
     with pytest.raises(ConfigError, match="expects `counts`"):
         map_vocabulary(["a"], ["b"], method="statistics")
@@ -269,7 +291,7 @@ def test_wrong_calls_say_what_is_expected():
         map_vocabulary(["a"], ["b"], method="statistics", counts=AlignmentCounts())
     with pytest.raises(ConfigError, match="all str or all bytes.*got bytes and str"):
         map_vocabulary(["a"], [b"b"])
-    assert set(METHODS) == {"exact", "min_edit", "first_token", "statistics"}
+    assert set(METHODS) == {"exact", "min_edit", "first_token", "statistics", "one_to_many"}
 
 
 def test_empty_vocabularies_map_to_nothing():
