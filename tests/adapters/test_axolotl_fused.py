@@ -233,7 +233,7 @@ def test_the_same_tokenizer_is_not_mapped(material, run_folder):
         assert set(fused[position]) <= {*record.topk_ids[position], row["input_ids"][position + 1]}
 
 
-@pytest.mark.parametrize("vocabulary", ["min_edit", "exact", "statistics"])
+@pytest.mark.parametrize("vocabulary", ["min_edit", "exact", "statistics", "one_to_many"])
 def test_every_way_of_mapping_runs(material, run_folder, vocabulary):
     alignment = {"vocabulary": vocabulary, "fallback": "next_label"}
     _, rows = prepare(config(material, run_folder, fusion={"alignment": alignment}), run_folder)

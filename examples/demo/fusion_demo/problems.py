@@ -1,7 +1,7 @@
 """Arithmetic word problems with worked solutions and gold answers.
 
-A problem tells how a number of things changes in one to three steps. Numbers stay below 60, so that a model of a few
-million parameters can learn the sums, and some of the models can fail them.
+A problem tells how a number of things changes in one to three steps. Numbers stay at or below 20, so that a model of a
+few million parameters can learn the sums in minutes, and one that has seen little of them fails.
 """
 
 import random
@@ -52,24 +52,24 @@ class Problem:
 
 def _start(rng: random.Random, steps: int) -> tuple[str, int, str, dict[str, int]]:
     if steps == 1 or rng.random() < 0.5:
-        n = rng.randint(3, 20)
+        n = rng.randint(3, 12)
         return rng.choice(HAVE), n, "", {"n": n}
-    k, n = rng.randint(2, 5), rng.randint(2, 9)
+    k, n = rng.randint(2, 4), rng.randint(2, 5)
     return rng.choice(PACKED), k * n, f"{k} * {n} = {k * n}", {"k": k, "n": n}
 
 
 def _step(rng: random.Random, value: int, last: bool) -> tuple[str, int, str, dict[str, int]]:
     """One change of ``value``: its sentence, the new value, the sum, and the numbers of the sentence."""
     divisors = [k for k in range(2, 7) if value % k == 0 and value > k] if last else []
-    weights = {"gain": 3 * (value <= 40), "lose": 3 * (value > 3), "times": int(value <= 12), "share": len(divisors)}
+    weights = {"gain": 3 * (value <= 14), "lose": 3 * (value > 3), "times": int(value <= 6), "share": len(divisors)}
     kind = rng.choices(list(weights), weights=list(weights.values()))[0]
     if kind == "gain":
-        n = rng.randint(2, 9)
+        n = rng.randint(2, 6)
         return rng.choice(GAIN), value + n, f"{value} + {n} = {value + n}", {"n": n}
     if kind == "lose":
-        n = rng.randint(2, min(9, value - 1))
+        n = rng.randint(2, min(6, value - 1))
         return rng.choice(LOSE), value - n, f"{value} - {n} = {value - n}", {"n": n}
-    k = rng.choice(divisors) if kind == "share" else rng.randint(2, 4)
+    k = rng.choice(divisors) if kind == "share" else rng.randint(2, 3)
     if kind == "share":
         return rng.choice(SHARE), value // k, f"{value} / {k} = {value // k}", {"k": k}
     return rng.choice(TIMES), value * k, f"{value} * {k} = {value * k}", {"k": k}

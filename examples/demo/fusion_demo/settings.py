@@ -32,11 +32,11 @@ class Settings:
     pretrain_bytes: int = 2_200_000
     common_bytes: int = 250_000
     heldout_bytes: int = 60_000
-    source_tokens: int = 600_000
+    source_tokens: int = 750_000
     target_tokens: int = 350_000
     source_share: float = 0.8
     heldout_problems: int = 200
-    prompts: int = 900
+    prompts: int = 600
     samples: int = 4
     top_k: int = 128
     max_steps: int | None = None
