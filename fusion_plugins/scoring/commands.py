@@ -14,7 +14,7 @@ __all__ = ["score"]
 
 def score(
     config: Annotated[str | None, typer.Option("--config", "-c", help="YAML file with the settings.")] = None,
-    responses: Annotated[str | None, typer.Option(help="Folder of responses.")] = None,
+    responses: Annotated[str | None, typer.Option(help="Folder of responses, or a .jsonl or .parquet file.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder to write into; an unfinished one is continued.")] = None,
     scorer: Annotated[
         list[str] | None,
@@ -45,7 +45,7 @@ def score(
     console.print(_table(summarize(open_rows(report.out))))
     console.print(
         f"{report.scored} responses scored ({report.unscored} of them in a domain that no scorer takes), "
-        f"{report.present} were there: {report.out}",
+        f"{report.present} were there, {report.renewed} of those scored had changed: {report.out}",
         soft_wrap=True,
     )
 

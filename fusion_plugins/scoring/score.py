@@ -2,6 +2,7 @@
 
 The scored folder has the key of the responses, goes on where an earlier run stopped, and refuses scorers with other
 settings. A response that no scorer takes (a domain that none names) is copied without a score, so that nothing is lost.
+Rows whose prompt, gold answer or tests were corrected since are scored anew.
 """
 
 import time
@@ -21,14 +22,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fusion_plugins.errors import ConfigError, ScoringError
 from fusion_plugins.plugins import lookup
 from fusion_plugins.scoring.base import Score, Scorer
-from fusion_plugins.store import RowManifest, RowStore, RowWriter, open_rows
+from fusion_plugins.scoring.responses import Responses, key_of, open_responses, outdated
+from fusion_plugins.store import RowManifest, RowWriter, open_rows
 
 __all__ = ["GroupSummary", "ScoreConfig", "ScoreReport", "score_responses", "summarize"]
 
 #: columns that scoring adds; ``scores`` holds scorer -> {reward, correct, reason, ...}
 ADDED_COLUMNS = {"reward": "float64", "correct": "bool", "scores": "json"}
 SECONDS_BETWEEN_LINES = 30.0
-NEEDED_COLUMNS = ("prompt_id", "source", "index", "prompt", "response", "domain")
 
 
 class ScorerSettings(BaseModel):
@@ -44,7 +45,10 @@ class ScoreConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    responses: str = Field(description="folder of responses, or of responses that other scorers have scored")
+    responses: str | list[str] = Field(
+        min_length=1,
+        description="folder of responses, or of responses that other scorers have scored; or .jsonl or .parquet files",
+    )
     out: str = Field(description="folder of the scored responses")
     scorers: dict[str, ScorerSettings] = Field(min_length=1, description="name of a scorer -> domains and its options")
     limit: int | None = Field(None, ge=1, description="score the first so many responses only")
@@ -60,12 +64,14 @@ class ScoreReport:
         scored: rows written by this run.
         present: rows that were there before.
         unscored: rows written by this run that no scorer takes.
+        renewed: rows that were there but are scored anew, because what they were scored with has changed.
     """
 
     out: Path
     scored: int
     present: int
     unscored: int
+    renewed: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,24 +108,24 @@ class _Running:
 
 
 def score_responses(config: ScoreConfig) -> ScoreReport:
-    """Score a folder of responses.
+    """Score a folder or files of responses.
 
     Raises:
         ConfigError: a scorer's options are wrong, or the folder lacks a column.
+        DataError: a row of a file is wrong.
         MismatchError: ``out`` holds rows that other scorers or settings made, or rows of other prompts.
         ScoringError: a scorer cannot work at all (missing package, model or isolation).
     """
-    responses = open_rows(config.responses)
-    _check_columns(responses)
-    if Path(config.out).resolve() == Path(config.responses).resolve():
+    responses = open_responses(config.responses)
+    if Path(config.out).resolve() == Path(responses.path).resolve():
         raise ConfigError(f"out: expected another folder than that of the responses, got {config.out!r} for both")
     with ExitStack() as stack:
         running = [_start(name, settings, stack) for name, settings in config.scorers.items()]
         writer = stack.enter_context(RowWriter(config.out, _manifest(responses, running)))
+        renewed = _drop_outdated(responses, writer, config.scorers)
         present = len(writer.done_keys)
         scored = unscored = 0
-        key = responses.manifest.key
-        waiting = (row for row in responses if tuple(row[name] for name in key) not in writer.done_keys)
+        waiting = (row for row in responses if key_of(row, responses.manifest) not in writer.done_keys)
         wanted = max(0, config.limit - present) if config.limit is not None else None
         advance = stack.enter_context(_progress(config.limit or len(responses), present))
         for unit in _units(islice(waiting, wanted), config.unit_rows):
@@ -129,9 +135,26 @@ def score_responses(config: ScoreConfig) -> ScoreReport:
             writer.flush()
             scored += len(unit)
             advance(len(unit))
-        if present + scored == len(responses):
+        if next(waiting, None) is None:
             writer.finish()
-    return ScoreReport(Path(config.out), scored, present, unscored)
+    return ScoreReport(Path(config.out), scored, present, unscored, renewed)
+
+
+def _drop_outdated(responses: Responses, writer: RowWriter, scorers: Iterable[str]) -> int:
+    """Take rows out that were scored with what no longer holds, and say so; return their number."""
+    if not writer.done_keys:
+        return 0
+    changed = outdated(responses, open_rows(writer.path), scorers)
+    if changed:
+        columns = Counter(name for names in changed.values() for name in names)
+        key = next(iter(changed))
+        Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(
+            f"{len(changed)} rows of {writer.path} are scored anew, because what they were scored with has changed: "
+            f"{', '.join(f'{name} in {count}' for name, count in columns.items())}. The first: "
+            + ", ".join(f"{name} {value!r}" for name, value in zip(responses.manifest.key, key, strict=True))
+        )
+        writer.drop(changed)
+    return len(changed)
 
 
 def summarize(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], GroupSummary]:
@@ -164,15 +187,6 @@ def _reason(row: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _check_columns(responses: RowStore) -> None:
-    missing = [name for name in NEEDED_COLUMNS if name not in responses.manifest.columns]
-    if missing:
-        raise ConfigError(
-            f"{responses.path}: expected columns {', '.join(NEEDED_COLUMNS)}, but {', '.join(missing)} is missing. "
-            "Give the folder that `fusion sample` wrote."
-        )
-
-
 def _start(name: str, settings: ScorerSettings, stack: ExitStack) -> _Running:
     try:
         scorer: Scorer = lookup("scorers", name)(**(settings.model_extra or {}))
@@ -182,7 +196,7 @@ def _start(name: str, settings: ScorerSettings, stack: ExitStack) -> _Running:
     return _Running(name, scorer, frozenset(settings.domains) if settings.domains is not None else scorer.domains)
 
 
-def _manifest(responses: RowStore, running: Sequence[_Running]) -> RowManifest:
+def _manifest(responses: Responses, running: Sequence[_Running]) -> RowManifest:
     made_by = {
         one.name: {"domains": None if one.domains is None else sorted(one.domains), **one.scorer.facts}
         for one in running

@@ -5,7 +5,7 @@ which :class:`RowStore` turns back into what was written.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -84,6 +84,10 @@ class RowWriter:
         """
         _check(row, self.manifest)
         self._shards.write(dict(row))
+
+    def drop(self, keys: Collection[Key]) -> None:
+        """Take rows out, so that they can be written anew."""
+        self._shards.drop(keys)
 
     def flush(self) -> None:
         """Commit the rows that came so far as a shard of their own."""

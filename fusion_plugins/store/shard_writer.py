@@ -3,7 +3,7 @@
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
@@ -169,6 +169,16 @@ class ShardWriter(Generic[T]):
             items = [item for shard in group for item in self.codec.items(self.folder, shard)]
             self._commit(items, sum(shard.tokens for shard in group), replaces=group)
 
+    def drop(self, keys: Collection[Hashable]) -> None:
+        """Take items out, a shard at a time. A writer that is killed between may bring some of them back."""
+        self.flush()
+        gone = set(keys)
+        for shard in self.manifest.shards:
+            if not gone.isdisjoint(read_keys(self.folder, shard, self.codec)):
+                kept = [item for item in self.codec.items(self.folder, shard) if self.codec.key(item) not in gone]
+                self._commit(kept, sum(map(self.codec.tokens, kept)), replaces=[shard])
+        self.done -= gone
+
     def _is_small(self, shard: ShardInfo) -> bool:
         return 2 * shard.rows < self._limits[0] and 2 * shard.tokens < self._limits[1]
 
@@ -203,7 +213,7 @@ class ShardWriter(Generic[T]):
         """Write items as a shard and put it into the manifest, in place of others if they are named."""
         gone = {shard.name for shard in replaces}
         with self._committing():
-            added = self._write_shard(self._new_name(), self.codec.encode(items), tokens)
+            added = [self._write_shard(self._new_name(), self.codec.encode(items), tokens)] if items else []
             self._update(shards=_replaced(self.manifest.shards, gone, added))
         for name in gone:
             with suppress(OSError):  # the next writer deletes it
@@ -252,10 +262,10 @@ class ShardWriter(Generic[T]):
             self._lock.close()
 
 
-def _replaced(shards: list[ShardInfo], gone: set[str], added: ShardInfo) -> list[ShardInfo]:
+def _replaced(shards: list[ShardInfo], gone: set[str], added: list[ShardInfo]) -> list[ShardInfo]:
     """Return the list with ``added`` where the first of ``gone`` stood, or at the end."""
     place = next((index for index, shard in enumerate(shards) if shard.name in gone), len(shards))
-    return [*shards[:place], added, *(shard for shard in shards[place:] if shard.name not in gone)]
+    return [*shards[:place], *added, *(shard for shard in shards[place:] if shard.name not in gone)]
 
 
 def _free_name(path: Path) -> Path:

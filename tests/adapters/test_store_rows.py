@@ -58,3 +58,19 @@ def test_rows_go_on_where_they_stopped(tmp_path: Path) -> None:
 def test_a_row_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
     with RowWriter(tmp_path, manifest()) as writer, pytest.raises(DataError, match=message):
         writer.write(ROWS[0] | change)
+
+
+def test_rows_can_be_taken_out_and_written_anew(tmp_path: Path) -> None:
+    with RowWriter(tmp_path, manifest(), flush_rows=2) as writer:
+        for row in ROWS:
+            writer.write(row)
+        writer.finish()
+    with RowWriter(tmp_path, manifest(), flush_rows=2) as writer:
+        writer.drop([("a", 0), ("b", 0), ("unknown", 0)])
+        assert writer.done_keys == {("a", 1)}
+        rows = open_rows(tmp_path)
+        assert list(rows) == [ROWS[1]]
+        assert not rows.manifest.complete
+        assert len(list(tmp_path.glob("shard-*"))) == len(rows.manifest.shards) == 1
+        writer.write(ROWS[0] | {"reward": 9.5})
+    assert [row["reward"] for row in open_rows(tmp_path)] == [None, 9.5]

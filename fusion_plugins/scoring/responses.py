@@ -1,0 +1,195 @@
+"""What is scored: a folder of responses, or files of them; and which scored rows it has left behind.
+
+Files come from other tools. Their rows need ``prompt_id``, ``source``, ``prompt`` (or ``messages``) and ``response``;
+the other columns that `fusion sample` writes may be there, and whatever else is there is left out.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from fusion_plugins.errors import ConfigError, DataError
+from fusion_plugins.store.manifest import RowManifest
+from fusion_plugins.store.row_files import SUFFIXES, read_row_file
+from fusion_plugins.store.rows import RowStore, open_rows
+
+__all__ = ["Key", "ResponseFiles", "Responses", "key_of", "open_responses", "outdated"]
+
+Row = Mapping[str, Any]
+Key = tuple[Any, ...]
+
+FILE_COLUMNS: dict[str, Literal["string", "int64", "float64", "bool", "json"]] = {
+    "prompt_id": "string",
+    "source": "string",
+    "index": "int64",
+    "prompt": "json",
+    "response": "string",
+    "domain": "string",
+    "reference": "string",
+    "tests": "json",
+    "dataset": "string",
+    "finish_reason": "string",
+}
+EXPECTED = (
+    "prompt_id, source, prompt (a text or messages; or a field messages) and response; optional are index, domain, "
+    "reference, tests, dataset and finish_reason"
+)
+FOLDER_COLUMNS = ("prompt_id", "source", "index", "prompt", "response", "domain")
+#: what a score depends on
+SCORED_BY = ("prompt", "response", "domain", "reference", "tests")
+
+
+class ResponseFiles:
+    """Responses in JSONL or Parquet files. Every row is checked before the first is handed out.
+
+    Attributes:
+        path: the files, for messages.
+        manifest: columns and key, as a folder of responses has them.
+
+    Raises:
+        DataError: a file is broken, or a row lacks a field, has a wrong one, or stands twice; its line is named.
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.path = ", ".join(paths)
+        self.manifest = RowManifest(stage="responses", columns=FILE_COLUMNS, key=("prompt_id", "source", "index"))
+        self._paths = paths
+        self._count = sum(1 for _ in self)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        counts: Counter[tuple[str, str]] = Counter()
+        seen: dict[Key, str] = {}
+        for path in self._paths:
+            for where, found in read_row_file(path):
+                row = _clean(found, where)
+                group = row["prompt_id"], row["source"]
+                row["index"] = _index(found.get("index"), counts[group], where)
+                counts[group] += 1
+                other = seen.setdefault((*group, row["index"]), where)
+                if other != where:
+                    raise DataError(
+                        f"{where}: index {row['index']} of prompt {group[0]!r}, source {group[1]!r} stands already at "
+                        f"{other}. Number the responses of a source to a prompt, or leave index out in all rows."
+                    )
+                yield row
+
+
+Responses = RowStore | ResponseFiles
+
+
+def open_responses(where: str | Sequence[str]) -> Responses:
+    """Open a folder of responses, or one or several files of them.
+
+    Raises:
+        ConfigError: the folder lacks a column.
+        StoreError: the folder holds no rows, or it is damaged.
+        DataError: a file or one of its rows is wrong.
+    """
+    paths = [where] if isinstance(where, str) else list(where)
+    path = Path(paths[0])
+    if len(paths) > 1 or path.is_file() or (path.suffix in SUFFIXES and not path.is_dir()):
+        return ResponseFiles(paths)
+    responses = open_rows(path)
+    missing = [name for name in FOLDER_COLUMNS if name not in responses.manifest.columns]
+    if missing:
+        raise ConfigError(
+            f"{path}: expected columns {', '.join(FOLDER_COLUMNS)}, but {', '.join(missing)} is missing. "
+            "Give the folder that `fusion sample` wrote."
+        )
+    return responses
+
+
+def key_of(row: Row, manifest: RowManifest) -> Key:
+    """Return what names a row."""
+    return tuple(row[name] for name in manifest.key)
+
+
+def outdated(responses: Responses, scored: Iterable[Row], scorers: Iterable[str]) -> dict[Key, list[str]]:
+    """Find scored rows that were scored with something else than what the responses say now.
+
+    Args:
+        responses: what is to be scored.
+        scored: rows that were scored before, with the same key.
+        scorers: names of the scorers at work; what others said before them belongs to what is scored.
+
+    Returns:
+        key -> the columns that changed.
+    """
+    names, ours = (*SCORED_BY, "scores"), frozenset(scorers)
+    before = {key_of(row, responses.manifest): _marks(row, ours) for row in scored}
+    changed = {}
+    for row in responses if before else ():
+        key = key_of(row, responses.manifest)
+        marks = _marks(row, ours)
+        if before.get(key, marks) != marks:
+            changed[key] = [name for name, old, new in zip(names, before[key], marks, strict=True) if old != new]
+    return changed
+
+
+def _marks(row: Row, ours: frozenset[str]) -> tuple[int, ...]:
+    """Return one number per column; equal columns have equal numbers within this process."""
+    others = {name: said for name, said in (row.get("scores") or {}).items() if name not in ours}
+    values = [*(row.get(name) for name in SCORED_BY), others]
+    return tuple(hash(json.dumps(value, sort_keys=True)) for value in values)
+
+
+def _clean(found: Row, where: str) -> dict[str, Any]:
+    missing = [name for name in ("prompt_id", "source", "response") if found.get(name) is None]
+    given = [name for name in ("prompt", "messages") if found.get(name) is not None]
+    if not given:
+        missing.append("prompt or messages")
+    if len(given) > 1:
+        raise DataError(f"{where}: the row has both prompt and messages. Expected are {EXPECTED}.")
+    if missing:
+        raise DataError(f"{where}: the row has no {', no '.join(missing)}. Expected are {EXPECTED}.")
+    row = {
+        "prompt_id": _text("prompt_id", found, where),
+        "source": _text("source", found, where),
+        "prompt": _prompt(found[given[0]], where),
+        "response": _text("response", found, where),
+        "domain": _text("domain", found, where) or "instruction",
+        "tests": found.get("tests"),
+        **{name: _text(name, found, where) for name in ("reference", "dataset", "finish_reason")},
+    }
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: expected values that JSON and UTF-8 can write: {error}") from error
+    return row
+
+
+def _text(name: str, found: Row, where: str) -> str | None:
+    """Return a field as text; numbers are taken where they may name something or be an answer."""
+    value = found.get(name)
+    numbers = (int, float) if name == "reference" else int if name == "prompt_id" else ()
+    if isinstance(value, numbers) and not isinstance(value, bool):
+        return str(value)
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{where}: expected text in {name!r}, came {value!r:.60}")
+    return value
+
+
+def _prompt(value: Any, where: str) -> Any:
+    if isinstance(value, str) and value:
+        return value
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: expected a text or a list of messages as the prompt, came {value!r:.60}")
+    for message in value:
+        if not (isinstance(message, dict) and {type(message.get(name)) for name in ("role", "content")} == {str}):
+            raise DataError(f"{where}: expected messages with role and content as text, came {message!r:.80}")
+    if value[-1]["role"] == "assistant":
+        raise DataError(f"{where}: the prompt ends with the assistant's message; move that message into 'response'")
+    return [{name: part for name, part in message.items() if part is not None} for message in value]
+
+
+def _index(value: Any, default: int, where: str) -> int:
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise DataError(f"{where}: expected a number from 0 in 'index', came {value!r:.60}")
+    return value
