@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from fusion_plugins.errors import ConfigError
 
-__all__ = ["load_config", "validate"]
+__all__ = ["as_defaults", "load_config", "validate"]
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -35,6 +35,22 @@ def load_config(
     return validate(model, values, where=str(path) if path is not None else "the command line")
 
 
+def as_defaults(context: Any, path: str | None) -> str | None:
+    """Take a YAML file's values for the flags and arguments that were not given; for typer's ``callback``.
+
+    Raises:
+        ConfigError: the file is missing or no mapping, or it has a key that is no flag or argument of the command.
+    """
+    if path is None:
+        return None
+    values = _read_yaml(Path(path))
+    known = {parameter.name for parameter in context.command.params} - {"config", "help"}
+    if unknown := sorted(set(values) - known):
+        raise ConfigError(f"{path}: unknown key {', '.join(unknown)}; known keys: {', '.join(sorted(known))}")
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
 def validate(model: type[Settings], values: Mapping[str, Any], *, where: str) -> Settings:
     """Build ``model`` from ``values``.
 
@@ -43,9 +59,10 @@ def validate(model: type[Settings], values: Mapping[str, Any], *, where: str) ->
     """
     try:
         return model.model_validate(dict(values))
+    # pydantic's own error repeats whole groups of settings, and with them a key that does not belong there.
     except ValidationError as error:
         lines = [_describe(model, problem) for problem in error.errors()]
-        raise ConfigError(f"{where}: {len(lines)} wrong setting(s): " + "; ".join(lines)) from error
+        raise ConfigError(f"{where}: {len(lines)} wrong setting(s): " + "; ".join(lines)) from None
 
 
 def _describe(model: type[BaseModel], problem: Any) -> str:
@@ -53,7 +70,9 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         known = f"; known keys: {', '.join(sorted(model.model_fields))}" if len(problem["loc"]) == 1 else ""
         return f"{key}: unknown key{known}"
-    came = "" if problem["type"] == "missing" else f", came {problem['input']!r}"
+    value = problem["input"]
+    group = isinstance(value, Mapping | BaseModel)
+    came = "" if problem["type"] == "missing" or group else f", came {value!r}"
     return f"{key}: {problem['msg']}{came}"
 
 
