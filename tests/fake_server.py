@@ -15,7 +15,9 @@ class FakeServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, trouble: Callable[[int, dict], str | None] = lambda number, body: None) -> None:
+    request_queue_size = 64
+
+    def __init__(self, trouble: Callable[[int, dict], str | int | None] = lambda number, body: None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.trouble = trouble
         self.requests: list[dict] = []
@@ -23,6 +25,7 @@ class FakeServer(ThreadingHTTPServer):
         self.most_at_once = self.at_once = 0
         self.lock = threading.Lock()
         self.tokenize: Callable[[str], list[int]] | None = None
+        self.closing = threading.Event()
 
     @property
     def url(self) -> str:
@@ -69,7 +72,11 @@ class Handler(BaseHTTPRequestHandler):
             server.most_at_once = max(server.most_at_once, server.at_once)
         try:
             time.sleep(0.01)
-            getattr(self, server.trouble(number, body) or "good")(body)
+            trouble = server.trouble(number, body) or "good"
+            if isinstance(trouble, int):
+                self.send(trouble, {"error": {"message": f"status {trouble}"}})
+            else:
+                getattr(self, trouble)(body)
         finally:
             with server.lock:
                 server.at_once -= 1
@@ -80,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
         answer |= (
             {"message": {"role": "assistant", "content": said[::-1]}} if "messages" in body else {"text": said[::-1]}
         )
-        self.send(200, {"choices": [answer], "usage": {"completion_tokens": 3, "prompt_tokens": 2}})
+        self.send(200, {"choices": [answer], "usage": {"completion_tokens": len(said), "prompt_tokens": 2}})
 
     def overloaded(self, body: dict) -> None:
         self.send(429, {"error": {"message": "slow down"}}, {"retry-after": "0.3"})
@@ -97,6 +104,24 @@ class Handler(BaseHTTPRequestHandler):
     def empty(self, body: dict) -> None:
         self.send(200, {"choices": []})
 
+    def aborted(self, body: dict) -> None:
+        self.send(200, {"choices": [{"message": {"content": "half of"}, "finish_reason": "abort"}]})
+
+    def failed(self, body: dict) -> None:
+        self.send(200, {"choices": [{"message": {"content": "half of"}, "finish_reason": "error"}]})
+
+    def no_message(self, body: dict) -> None:
+        self.send(200, {"choices": [{"message": None, "finish_reason": "stop"}]})
+
+    def no_text(self, body: dict) -> None:
+        self.send(200, {"choices": [{"message": {"content": ["a"]}, "finish_reason": "stop"}]})
+
+    def no_choice(self, body: dict) -> None:
+        self.send(200, {"choices": [None]})
+
+    def no_object(self, body: dict) -> None:
+        self.send(200, [1, 2])
+
     def no_json(self, body: dict) -> None:
         self.send_response(200)
         self.send_header("content-type", "application/json")
@@ -108,9 +133,16 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.connection.close()
 
+    def slowly(self, body: dict) -> None:
+        time.sleep(0.1)
+        self.good(body)
+
     def slow(self, body: dict) -> None:
         time.sleep(1.5)
         self.good(body)
+
+    def hangs(self, body: dict) -> None:
+        self.server.closing.wait(60)
 
     def refused(self, body: dict) -> None:
         self.send(400, {"error": {"message": "max_tokens is too large"}})
@@ -118,9 +150,13 @@ class Handler(BaseHTTPRequestHandler):
     def unauthorized(self, body: dict) -> None:
         self.send(401, {"error": {"message": f"wrong key {self.headers.get('authorization')}"}})
 
+    def talkative(self, body: dict) -> None:
+        """Words without end, with the key at every place where they may be cut."""
+        self.send(400, {"error": {"message": f"{self.headers.get('authorization')} " * 60}})
+
 
 @contextmanager
-def running(trouble: Callable[[int, dict], str | None] = lambda number, body: None) -> Iterator[FakeServer]:
+def running(trouble: Callable[[int, dict], str | int | None] = lambda number, body: None) -> Iterator[FakeServer]:
     """A fake server on a free port of this machine."""
     server = FakeServer(trouble)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
@@ -128,6 +164,7 @@ def running(trouble: Callable[[int, dict], str | None] = lambda number, body: No
     try:
         yield server
     finally:
+        server.closing.set()
         server.shutdown()
         server.server_close()
         thread.join()

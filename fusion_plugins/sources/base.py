@@ -18,12 +18,16 @@ from fusion_plugins.errors import ConfigError
 __all__ = [
     "BACKENDS",
     "Purpose",
+    "Refusal",
     "Response",
     "Rows",
     "SampleRequest",
     "Sampling",
     "Source",
     "SourceSettings",
+    "Units",
+    "in_turn",
+    "least",
     "open_source",
 ]
 
@@ -36,6 +40,7 @@ Purpose = Literal["capture", "sample"]
 Place = tuple[int, int]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Content = TypeVar("Content", covariant=True)
 
 #: backend -> module that defines ``open_source(settings, purpose) -> Source``
 BACKENDS: dict[str, str] = {
@@ -134,6 +139,29 @@ class Rows:
     token_logprobs: FloatArray
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Takes the place of a result that a source cannot give, now or later; the others go on.
+
+    Attributes:
+        reason: why, without the name of the text or prompt.
+    """
+
+    reason: str
+
+
+class Units(Protocol[Content]):
+    """Units of work, made as they are taken; how many there are is known."""
+
+    def __len__(self) -> int:
+        """Their number."""
+        ...
+
+    def __iter__(self) -> Iterator[Sequence[Content]]:
+        """Make them, one after the other."""
+        ...
+
+
 class Source(Protocol):
     """A source model, ready to be asked.
 
@@ -150,17 +178,22 @@ class Source(Protocol):
     whole_units: bool
     facts: dict[str, Any]
 
-    def capture(self, units: Iterable[Sequence[TokenizedText]], top_k: int) -> Iterator[tuple[Place, Rows]]:
+    def capture(self, units: Units[TokenizedText], top_k: int) -> Iterator[tuple[Place, Rows | Refusal]]:
         """Yield (place of the text, its rows), in any order. Units are taken as they are needed."""
         ...
 
-    def sample(self, units: Iterable[Sequence[SampleRequest]]) -> Iterator[tuple[Place, Response]]:
+    def sample(self, units: Units[SampleRequest]) -> Iterator[tuple[Place, Response | Refusal]]:
         """Yield (place of the request, its response), in any order."""
         ...
 
     def close(self) -> None:
         """Give back memory, processes and connections."""
         ...
+
+
+def least(*limits: int | None) -> int | None:
+    """Return the smallest of the limits that are known."""
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def in_turn(

@@ -10,19 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fusion_plugins.core.content import tokenize_content
 from fusion_plugins.core.record import build_record
 from fusion_plugins.core.tokens import TokenTable
 from fusion_plugins.core.types import Record, TokenizedText
-from fusion_plugins.errors import ConfigError, DataError
-from fusion_plugins.sources.base import Place, Source, SourceSettings, open_source
-from fusion_plugins.sources.loading import chat_template_hash, weights_fingerprint
+from fusion_plugins.errors import ConfigError, DataError, SourceError
+from fusion_plugins.sources.base import Place, Refusal, Source, SourceSettings, least, open_source
+from fusion_plugins.sources.identity import revision_of
+from fusion_plugins.sources.loading import capture_tokenizer, chat_template_hash
 from fusion_plugins.sources.progress import Meter, meter
 from fusion_plugins.sources.texts import Text, fingerprint, read_texts
-from fusion_plugins.sources.units import plan_units, run_units
+from fusion_plugins.sources.units import MadeUnits, plan_units, run_units
 from fusion_plugins.store import Manifest, StoreWriter
+from fusion_plugins.store.files import FolderLock
+from fusion_plugins.store.manifest import MANIFEST_NAME
 
 __all__ = ["CaptureConfig", "CaptureReport", "capture_texts", "estimate_capture"]
 
@@ -41,6 +44,13 @@ class CaptureConfig(SourceSettings):
     unusable: Literal["stop", "skip"] = Field(
         "stop", description="texts that are too long, or chats that the template changes: stop, or leave them out"
     )
+
+    @field_validator("top_k")
+    @classmethod
+    def _check_top_k(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("expected a number of entries, at least 1, or 'all'")
+        return value
 
 
 @dataclass(frozen=True)
@@ -74,12 +84,14 @@ def capture_texts(config: CaptureConfig) -> CaptureReport:
     """
     texts = read_texts(config.texts)
     chosen = texts[: config.limit]
+    plan = _Plan(config, texts)
+    _check_folder(plan)
     source = open_source(config, "capture")
     try:
-        job = _Job(config, source, texts)
+        job = _Job(plan, source)
         skipped = _check_lengths(job, chosen)
         usable = [text for text in chosen if text.id not in skipped]
-        with StoreWriter(config.out, job.manifest, job.table) as store:
+        with StoreWriter(config.out, job.manifest, plan.table) as store:
             report = _run(job, store, usable, skipped)
             if config.limit is None:
                 store.finish()
@@ -98,11 +110,12 @@ def estimate_capture(config: CaptureConfig) -> dict[str, float]:
     sample = next(plan_units(texts, lambda text: text.n_bytes, PROBE_BYTES), [])
     if not sample:
         raise DataError(f"{config.texts}: expected at least one text, found none")
+    plan = _Plan(config, texts)
     source = open_source(config, "capture")
     try:
-        job = _Job(config, source, texts)
+        job = _Job(plan, source)
         skipped = _check_lengths(job, sample)
-        with tempfile.TemporaryDirectory() as folder, StoreWriter(folder, job.manifest, job.table) as store:
+        with tempfile.TemporaryDirectory() as folder, StoreWriter(folder, job.manifest, plan.table) as store:
             report = _run(job, store, [text for text in sample if text.id not in skipped], skipped)
             store.flush()
             stored = store.manifest.bytes
@@ -120,45 +133,63 @@ def estimate_capture(config: CaptureConfig) -> dict[str, float]:
     }
 
 
-class _Job:
-    """One source, its token table and what the manifest says."""
+class _Plan:
+    """What is known before the model is loaded: its tokenizer, and most of what the manifest will say."""
 
-    def __init__(self, config: CaptureConfig, source: Source, texts: Sequence[Text]) -> None:
-        self.config, self.source = config, source
-        self.table = TokenTable.from_tokenizer(source.tokenizer)
+    def __init__(self, config: CaptureConfig, texts: Sequence[Text]) -> None:
+        self.config = config
+        self.tokenizer = capture_tokenizer(config)
+        self.table = TokenTable.from_tokenizer(self.tokenizer)
         has_chats = any(not isinstance(text.content, str) for text in texts)
-        if has_chats and not source.tokenizer.chat_template:
+        if has_chats and not self.tokenizer.chat_template:
             raise ConfigError(
                 f"{config.texts} holds chats, but the tokenizer of source {config.source_name!r} has no chat template; "
                 "name a file with one in `chat_template`"
             )
-        self.manifest = _manifest(config, source, self.table, texts, has_chats)
+        size = self.table.vocab_size
+        self.identity: dict[str, Any] = {
+            "model": config.model,
+            "tokenizer_fingerprint": self.table.fingerprint,
+            "vocab_size": size,
+            "top_k": size if config.top_k == "all" else min(config.top_k, size),
+            "texts_fingerprint": fingerprint(texts),
+            "template_hash": chat_template_hash(self.tokenizer) if has_chats else None,
+        }
 
     def tokenized(self, text: Text) -> TokenizedText:
         """Tokenize a text, or a chat rendered with the source's own template."""
-        return tokenize_content(self.source.tokenizer, self.table, text.content)[0]
+        return tokenize_content(self.tokenizer, self.table, text.content)[0]
 
 
-def _manifest(
-    config: CaptureConfig, source: Source, table: TokenTable, texts: Sequence[Text], has_chats: bool
-) -> Manifest:
-    facts = dict(source.facts)
-    weights = weights_fingerprint(config.model)
-    width = facts.pop("logits_width", None) or table.vocab_size
-    return Manifest(
-        model=config.model,
-        revision=facts.pop("revision", None) or (f"weights:{weights[:32]}" if weights else None),
-        tokenizer_fingerprint=table.fingerprint,
-        vocab_size=table.vocab_size,
-        logits_width=width,
-        top_k=table.vocab_size if config.top_k == "all" else min(config.top_k, table.vocab_size),
-        dtype=facts.pop("dtype"),
-        texts_fingerprint=fingerprint(texts),
-        template_hash=chat_template_hash(source.tokenizer) if has_chats else None,
-        engine=facts.pop("engine"),
-        engine_version=facts.pop("engine_version"),
-        provenance={"source": config.source_name, "texts": config.texts, **facts},
-    )
+class _Job:
+    """A plan and the source that carries it out."""
+
+    def __init__(self, plan: _Plan, source: Source) -> None:
+        self.plan, self.config, self.source = plan, plan.config, source
+        facts = dict(source.facts)
+        # What else changes the numbers stands beside the dtype: `bfloat16 quantization=fp8`.
+        options = [f"{name}={value}" for name, value in facts.pop("options", {}).items()]
+        self.manifest = Manifest(
+            **plan.identity,
+            revision=revision_of(plan.config, facts.pop("revision", None)),
+            logits_width=facts.pop("logits_width", None) or plan.table.vocab_size,
+            dtype=" ".join([facts.pop("dtype"), *options]),
+            engine=facts.pop("engine"),
+            engine_version=facts.pop("engine_version"),
+            provenance={"source": plan.config.source_name, "texts": plan.config.texts, **facts},
+        )
+
+
+def _check_folder(plan: _Plan) -> None:
+    """Refuse what the store would refuse anyway, before hours are spent on loading the model."""
+    folder = Path(plan.config.out)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"out: expected a folder, came {plan.config.out!r}, which is a file")
+    if not (folder / MANIFEST_NAME).exists():
+        return
+    FolderLock(folder).close()
+    cure = "Run with the settings it was made with, give another folder, or delete this one to start afresh."
+    Manifest.load(folder).require(folder, cure, **plan.identity)
 
 
 def _check_lengths(job: _Job, texts: Sequence[Text]) -> dict[str, str]:
@@ -178,13 +209,13 @@ def _check_lengths(job: _Job, texts: Sequence[Text]) -> dict[str, str]:
 
 
 def _problem(job: _Job, text: Text) -> str | None:
-    limit = job.config.max_length or job.source.max_length
+    limit = least(job.config.max_length, job.source.max_length)
     plain = isinstance(text.content, str)
     # A token is a byte at least, so most plain texts need no second look. Templates may add much and refuse chats.
     if plain and (limit is None or text.n_bytes + 8 <= limit):
         return None
     try:
-        length = len(job.tokenized(text).input_ids)
+        length = len(job.plan.tokenized(text).input_ids)
     except DataError as error:
         return str(error)
     if limit is not None and length > limit:
@@ -200,31 +231,40 @@ def _run(job: _Job, store: StoreWriter, texts: Sequence[Text], skipped: dict[str
     units = [unit for unit in units if not all(text.id in done for text in unit)]
     ready = sum(text.n_bytes for text in texts if text.id in done)
     with meter(f"capture {job.config.source_name}", sum(text.n_bytes for text in texts), ready) as progress:
-        records = _records(job, units, progress)
+        records = _records(job, units, progress, skipped)
         run_units(units, records, lambda _, unit: _commit(store, done, list(unit.values())))
     present = sum(text.id in done for text in texts)
-    return CaptureReport(store.path, len(texts) - present, present, skipped, progress.tokens, progress.seconds)
+    captured = sum(text.id in store.done_ids for text in texts) - present
+    return CaptureReport(store.path, captured, present, skipped, progress.tokens, progress.seconds)
 
 
-def _records(job: _Job, units: list[list[Text]], progress: Meter) -> Iterator[tuple[Place, Record]]:
+def _records(
+    job: _Job, units: list[list[Text]], progress: Meter, skipped: dict[str, str]
+) -> Iterator[tuple[Place, Record | None]]:
+    """Yield records; None for a text that the source refuses (``unusable: skip`` only)."""
     tokenized: dict[Place, TokenizedText] = {}
 
-    def tokenize_units() -> Iterator[list[TokenizedText]]:
-        for number, unit in enumerate(units):
-            texts = [job.tokenized(text) for text in unit]
-            tokenized.update({(number, index): text for index, text in enumerate(texts)})
-            yield texts
+    def tokenize_unit(number: int, unit: Sequence[Text]) -> list[TokenizedText]:
+        texts = [job.plan.tokenized(text) for text in unit]
+        tokenized.update({(number, index): text for index, text in enumerate(texts)})
+        return texts
 
-    for place, rows in job.source.capture(tokenize_units(), job.manifest.top_k):
+    for place, rows in job.source.capture(MadeUnits(units, tokenize_unit), job.manifest.top_k):
         text = units[place[0]][place[1]]
         tokens = tokenized.pop(place)
+        if isinstance(rows, Refusal):
+            if job.config.unusable == "stop":
+                raise SourceError(f"text {text.id!r}: {rows.reason}; or leave such texts out with `unusable: skip`")
+            skipped[text.id] = rows.reason
+            yield place, None
+            continue
         progress.advance(text.n_bytes, len(tokens.input_ids))
         yield place, build_record(text.id, tokens, rows.topk_ids, rows.topk_logprobs, rows.token_logprobs)
 
 
-def _commit(store: StoreWriter, done: set[str], records: list[Record]) -> None:
+def _commit(store: StoreWriter, done: set[str], records: list[Record | None]) -> None:
     for record in records:
-        if record.id not in done:
+        if record is not None and record.id not in done:
             store.write(record)
     store.flush()
 

@@ -85,6 +85,8 @@ def sample(
         f"{report.drawn} responses drawn ({report.tokens:,} tokens, {_speed(report):,.0f} tokens/s), "
         f"{report.present} were there: {report.out}"
     )
+    for (source, prompt), reason in report.skipped.items():
+        console.print(f"left out {prompt} of {source}: {reason}")
 
 
 def cut(

@@ -2,7 +2,8 @@
 
 Sources and target must see the same pieces, so texts are cut once, before anything is captured or trained on. A piece
 ends where tokenizers end a token anyway (behind an empty line, behind a line, before a space), never inside a
-character or before a mark that joins the one before, and each is tokenized by every model before it is written.
+character, and before a mark that joins the one before only where such a run alone is too long. Each piece is tokenized
+by every model before it is written.
 """
 
 import json
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fusion_plugins.core.content import tokenize_content
 from fusion_plugins.core.tokens import TokenTable
-from fusion_plugins.errors import DataError
+from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.sources.base import SourceSettings
 from fusion_plugins.sources.loading import load_tokenizer
 from fusion_plugins.sources.texts import Text, read_texts
@@ -64,11 +65,14 @@ def cut_texts(config: CutConfig) -> CutReport:
     """Cut a set of texts. What fits keeps its id; the pieces of ``x`` are ``x#0``, ``x#1``, ...
 
     Raises:
+        ConfigError: ``out`` cannot be a file.
         DataError: a chat is too long (it has no good place to cut), or a piece cannot be made short enough.
     """
     texts = read_texts(config.texts)
     counters = [_counter(name, config) for name in config.tokenizers]
     out = Path(config.out)
+    if out.is_dir() or not out.parent.is_dir():
+        raise ConfigError(f"out: expected a file to write in a folder that exists, came {config.out!r}")
     temporary = out.with_name(f".{out.name}.tmp")
     pieces = 0
     with temporary.open("w", encoding="utf-8") as file:
@@ -96,7 +100,7 @@ def cut_text(text: str, max_length: int, counters: Sequence[Count]) -> Iterator[
         size = len(text) if len(text) <= reach else _end(text, reach)
         while (longest := max(count(text[:size]) for count in counters)) > max_length:
             # Aim a little below what the share of tokens says, so that few rounds are needed.
-            size = _end(text, min(size - 1, int(size * max_length / longest * 0.95)))
+            size = _end(text, min(size - 1, max(1, int(size * max_length / longest * 0.95))))
             if size < 1:
                 raise DataError(
                     f"expected that a few characters fit into {max_length} tokens, but {text[:8]!r} takes more; "
@@ -137,9 +141,10 @@ def _end(text: str, limit: int) -> int:
         ends = [match.end() for match in pattern.finditer(text, 0, limit + 1) if least <= match.end() <= limit]
         if ends:
             return ends[-1]
-    while limit > 0 and _joins(text, limit):
-        limit -= 1
-    return limit
+    end = limit
+    while end > 0 and _joins(text, end):
+        end -= 1
+    return end or limit  # all of it is one run of marks: it is cut where it must be
 
 
 def _joins(text: str, place: int) -> bool:

@@ -1,27 +1,29 @@
-"""Tokenizers, chat templates and the identity of weights: what all local backends need before they load a model."""
+"""Tokenizers, chat templates and sizes: what all local backends need before they load a model."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fusion_plugins.errors import ConfigError, SourceError
-from fusion_plugins.sources.base import Sampling, SourceSettings
+from fusion_plugins.sources.base import Refusal, SampleRequest, Sampling, SourceSettings
 
 __all__ = [
+    "capture_tokenizer",
     "chat_template_hash",
+    "load_config",
     "load_tokenizer",
     "prompt_ids",
     "prompt_text",
+    "split_prompts",
     "vocabulary_size",
-    "weights_fingerprint",
 ]
-
-SAMPLED_BLOCKS = 64
-BLOCK_BYTES = 65_536
 
 
 def load_tokenizer(settings: SourceSettings) -> Any:
     """Load the tokenizer of a source, with the chat template that the settings name.
+
+    ``revision`` is the model's: a tokenizer of another repository comes from its main branch.
 
     Raises:
         SourceError: it cannot be loaded.
@@ -30,10 +32,9 @@ def load_tokenizer(settings: SourceSettings) -> Any:
     from transformers import AutoTokenizer
 
     name = settings.tokenizer or settings.model
+    revision = settings.revision if name == settings.model else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise SourceError(f"source {settings.source_name!r}: cannot load the tokenizer {name!r}: {error}") from error
     if settings.chat_template is not None:
@@ -42,6 +43,20 @@ def load_tokenizer(settings: SourceSettings) -> Any:
         except OSError as error:
             raise ConfigError(f"cannot read chat_template {settings.chat_template!r}: {error.strerror}") from error
     return tokenizer
+
+
+def capture_tokenizer(settings: SourceSettings) -> Any:
+    """Load the tokenizer that texts are captured with.
+
+    Raises:
+        SourceError, ConfigError: as :func:`load_tokenizer`; or a server whose tokenizer is not named.
+    """
+    if settings.backend == "openai" and settings.tokenizer is None:
+        raise ConfigError(
+            f"source {settings.source_name!r}: capture through a server needs `tokenizer`, the folder or hub name of "
+            "the served model's tokenizer"
+        )
+    return load_tokenizer(settings)
 
 
 def load_config(settings: SourceSettings) -> Any:
@@ -58,7 +73,9 @@ def load_config(settings: SourceSettings) -> Any:
         )
     except (OSError, ValueError, ImportError) as error:
         raise SourceError(f"source {settings.source_name!r}: cannot load {settings.model!r}: {error}") from error
-    return config.get_text_config()
+    text_config = config.get_text_config()
+    text_config._commit_hash = getattr(config, "_commit_hash", None)
+    return text_config
 
 
 def chat_template_hash(tokenizer: Any) -> str | None:
@@ -71,26 +88,6 @@ def chat_template_hash(tokenizer: Any) -> str | None:
 def vocabulary_size(tokenizer: Any) -> int:
     """Return one more than the highest id that the tokenizer knows; the model's output may be wider."""
     return max(tokenizer.get_vocab().values()) + 1
-
-
-def weights_fingerprint(folder: str | Path) -> str | None:
-    """Return a sha256 (hex) that changes when a local model is trained on or replaced; None where there is no folder.
-
-    Sizes and evenly spaced blocks of each safetensors file are hashed, so that a model of hundreds of gigabytes
-    costs milliseconds.
-    """
-    files = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size};".encode())
-        with file.open("rb") as stream:
-            for block in range(SAMPLED_BLOCKS):
-                stream.seek(block * size // SAMPLED_BLOCKS)
-                digest.update(stream.read(BLOCK_BYTES))
-    return digest.hexdigest()
 
 
 def prompt_text(
@@ -159,3 +156,21 @@ def prompt_ids(
             f"tokens; lower max_tokens or drop the prompt: {text!r:.80}"
         )
     return ids
+
+
+def split_prompts(
+    tokenizer: Any, requests: Sequence[SampleRequest], max_length: int | None
+) -> tuple[dict[int, list[int]], dict[int, Refusal]]:
+    """Tokenize prompts.
+
+    Returns:
+        Index -> ids of those that a model can answer, and index -> why for the others.
+    """
+    prompts: dict[int, list[int]] = {}
+    refused: dict[int, Refusal] = {}
+    for index, request in enumerate(requests):
+        try:
+            prompts[index] = prompt_ids(tokenizer, request.content, request.sampling, max_length)
+        except SourceError as error:
+            refused[index] = Refusal(str(error))
+    return prompts, refused

@@ -6,9 +6,11 @@ completions: prompts of token ids, and the top k of every prompt position.
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from itertools import islice
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -19,15 +21,29 @@ from pydantic import BaseModel, ConfigDict, Field
 from fusion_plugins.config import validate
 from fusion_plugins.core.types import TokenizedText
 from fusion_plugins.errors import ConfigError, SourceError
-from fusion_plugins.sources.base import Place, Purpose, Response, Rows, SampleRequest, SourceSettings
+from fusion_plugins.sources.base import (
+    Place,
+    Purpose,
+    Refusal,
+    Response,
+    Rows,
+    SampleRequest,
+    SourceSettings,
+    Units,
+    least,
+)
 from fusion_plugins.sources.entries import rows_of_entries, spare_entries
-from fusion_plugins.sources.loading import load_tokenizer, vocabulary_size
-from fusion_plugins.sources.servers import ServerPool, Trouble
+from fusion_plugins.sources.loading import capture_tokenizer, vocabulary_size
+from fusion_plugins.sources.servers import Refused, ServerPool, Trouble
 
 __all__ = ["ServerOptions", "ServerSource", "open_source"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+#: what ends an answer for good, by server; anything else ("abort", "error", nothing) was cut short by an accident
+FINAL_REASONS = ("stop", "length", "content_filter", "eos_token", "stop_sequence", "model_length")
+#: settings of local sources; capture renders and cuts here, and records what it is told about dtype and revision
+SERVERS_OWN = ("chat_template", "dtype", "revision", "max_length")
 PROBE_TEXT = "Zoë's 1,234 naïve tests:\n\tdef f(x): return x  # 数学"
 
 
@@ -62,7 +78,9 @@ class ServerSource:
         where = f"options of source {settings.source_name!r}"
         self._options = validate(ServerOptions, settings.options, where=where)
         self._settings = settings
-        self.tokenizer = _tokenizer(settings, purpose)
+        if purpose == "sample":
+            _check_settings(settings)
+        self.tokenizer = capture_tokenizer(settings) if purpose == "capture" else None
         self._vocab_size = vocabulary_size(self.tokenizer) if self.tokenizer is not None else 0
         urls = [self._options.base_url] if isinstance(self._options.base_url, str) else self._options.base_url
         key = _api_key(self._options)
@@ -72,12 +90,12 @@ class ServerSource:
             rest_after=self._options.rest_after,
             rest_seconds=self._options.rest_seconds,
             patience=self._options.patience,
-            redact=lambda message: message.replace(key, "***") if key else message,
+            key=key,
         )
         described = [_describe(server.client, settings.model) for server in self._pool.servers]
         known = [length for length, _ in described if length is not None]
         context = min(known) - (purpose == "capture") if known else None
-        self.max_length: int | None = settings.max_length or context
+        self.max_length = least(settings.max_length, context)
         width = _logits_width(settings) if purpose == "capture" else None
         self._width = width or self._vocab_size
         if purpose == "capture":
@@ -89,15 +107,16 @@ class ServerSource:
             "dtype": settings.dtype,
             "logits_width": self._width,
             "revision": settings.revision,
+            "seeded": self._options.send_seed and "seed" not in self._options.extra_body,
             "servers": [server.address for server in self._pool.servers],
         }
 
-    def capture(self, units: Iterable[Sequence[TokenizedText]], top_k: int) -> Iterator[tuple[Place, Rows]]:
+    def capture(self, units: Units[TokenizedText], top_k: int) -> Iterator[tuple[Place, Rows | Refusal]]:
         """Yield the rows of each text."""
         asked = min(top_k + spare_entries(self._width, self._vocab_size), self._width)
         return self._all(units, lambda text: self._capture_one(text, top_k, asked))
 
-    def sample(self, units: Iterable[Sequence[SampleRequest]]) -> Iterator[tuple[Place, Response]]:
+    def sample(self, units: Units[SampleRequest]) -> Iterator[tuple[Place, Response | Refusal]]:
         """Yield the responses as they come; each request has its own seed."""
         return self._all(units, self._sample_one)
 
@@ -113,8 +132,9 @@ class ServerSource:
             "temperature": 0,
             "prompt_logprobs": asked,
         }
-        positions = self._pool.post("/completions", body, lambda answer: _positions(answer, text.input_ids))
-        return _rows(positions, text.input_ids, top_k, self._vocab_size)
+        return self._pool.post(
+            "/completions", body, lambda answer: _prompt_rows(answer, text.input_ids, top_k, self._vocab_size)
+        )
 
     def _sample_one(self, request: SampleRequest) -> Response:
         sampling = request.sampling
@@ -145,81 +165,138 @@ class ServerSource:
             messages = [{"role": "system", "content": sampling.system}, *messages]
         return self._pool.post("/chat/completions", body | {"messages": messages}, _response)
 
-    def _all(self, units: Iterable[Sequence[Item]], answer: Callable[[Item], Result]) -> Iterator[tuple[Place, Result]]:
-        """Keep as many requests in flight as allowed, across units; the first error ends all."""
+    def _all(
+        self, units: Iterable[Sequence[Item]], answer: Callable[[Item], Result]
+    ) -> Iterator[tuple[Place, Result | Refusal]]:
+        """Keep as many requests in flight as allowed, across units; the first error ends all.
+
+        When it ends early, what has come is still handed out, and nobody waits for the requests under way.
+        """
         waiting = (((number, index), item) for number, unit in enumerate(units) for index, item in enumerate(unit))
-        in_flight = self._options.concurrency * len(self._pool.servers)
-        running: dict[Future[Result], Place] = {}
-        with ThreadPoolExecutor(in_flight) as executor:
-            try:
-                while True:
-                    for place, item in islice(waiting, in_flight - len(running)):
-                        running[executor.submit(answer, item)] = place
-                    if not running:
-                        return
-                    done = wait(running, return_when=FIRST_COMPLETED).done
-                    for future in sorted(done, key=lambda future: future.exception() is not None):
-                        yield running.pop(future), future.result()
-            except BaseException:
-                self._pool.stop()
-                raise
+        most = self._options.concurrency * len(self._pool.servers)
+        finished: SimpleQueue[tuple[Place, Future[Result | Refusal]]] = SimpleQueue()
+        running = 0
+        try:
+            while True:
+                for place, item in islice(waiting, most - running):
+                    # Threads of an executor would hold the process up until slow servers have answered.
+                    Thread(target=_work, args=(answer, item, place, finished), daemon=True).start()
+                    running += 1
+                if not running:
+                    return
+                place, future = finished.get()
+                running -= 1
+                yield place, future.result()
+        except GeneratorExit:
+            self._pool.stop()
+            raise
+        except BaseException:
+            self._pool.stop()
+            while not finished.empty():
+                place, future = finished.get()
+                if future.exception() is None:
+                    yield place, future.result()
+            raise
+
+
+def _work(
+    answer: Callable[[Item], Result], item: Item, place: Place, finished: SimpleQueue[tuple[Place, Future[Any]]]
+) -> None:
+    future: Future[Result | Refusal] = Future()
+    try:
+        future.set_result(answer(item))
+    except Refused as refused:
+        future.set_result(Refusal(str(refused)))
+    except BaseException as error:
+        future.set_exception(error)
+    finished.put((place, future))
+
+
+def _first_choice(answer: dict[str, Any]) -> dict[str, Any]:
+    choices = answer.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    if not isinstance(choice, dict):
+        raise Trouble(f"half an answer: no choices in {answer!r:.200}")
+    return choice
 
 
 def _response(answer: dict[str, Any]) -> Response:
-    choices = answer.get("choices") or [{}]
-    reason = choices[0].get("finish_reason")
-    if reason is None:
-        raise Trouble("half an answer: no finish_reason")
-    text = choices[0]["message"].get("content") if "message" in choices[0] else choices[0].get("text")
-    usage = answer.get("usage") or {}
-    return Response(text or "", reason, usage.get("completion_tokens") or 0, usage.get("prompt_tokens") or 0)
+    choice = _first_choice(answer)
+    reason = choice.get("finish_reason")
+    if reason not in FINAL_REASONS:
+        raise Trouble(f"half an answer: expected finish_reason {', '.join(FINAL_REASONS)}, came {reason!r:.80}")
+    said = choice.get("message") if "message" in choice else {"content": choice.get("text")}
+    text = said.get("content") if isinstance(said, dict) else said
+    if not isinstance(said, dict) or not isinstance(text, str | None):
+        raise Trouble(f"half an answer: expected a text, came {text!r:.80}")
+    return Response(text or "", reason, _count(answer, "completion_tokens"), _count(answer, "prompt_tokens"))
 
 
-def _positions(answer: dict[str, Any], input_ids: np.ndarray) -> list[dict[str, Any]]:
-    choices = answer.get("choices") or [{}]
-    positions = choices[0].get("prompt_logprobs")
-    if choices[0] and "prompt_logprobs" not in choices[0]:
+def _count(answer: dict[str, Any], name: str) -> int:
+    usage = answer.get("usage")
+    count = usage.get(name) if isinstance(usage, dict) else None
+    return count if isinstance(count, int) else 0
+
+
+def _prompt_rows(answer: dict[str, Any], input_ids: np.ndarray, top_k: int, vocab_size: int) -> Rows:
+    choice = _first_choice(answer)
+    if "prompt_logprobs" not in choice:
         raise SourceError(
             "the server gives no prompt_logprobs: capture needs vLLM's server (or the `vllm` or `transformers` backend)"
         )
-    if positions is None or len(positions) != len(input_ids):
-        raise Trouble(f"half an answer: {0 if positions is None else len(positions)} positions of {len(input_ids)}")
-    if any(str(token) not in position for token, position in zip(input_ids[1:], positions[1:], strict=True)):
+    positions = choice["prompt_logprobs"]
+    count = len(positions) if isinstance(positions, list) else 0
+    if count != len(input_ids):
+        raise Trouble(f"half an answer: {count} positions of {len(input_ids)}")
+    try:
+        entries = [
+            {int(token): float(entry["logprob"]) for token, entry in position.items()} for position in positions[1:]
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Trouble(f"half an answer: a position is no mapping of ids to log-probabilities ({error})") from None
+    if any(token not in entry for token, entry in zip(input_ids[1:].tolist(), entries, strict=True)):
         raise Trouble("half an answer: a position lacks its own token")
-    return positions[1:]
+    return _rows(entries, input_ids, top_k, vocab_size)
 
 
-def _rows(positions: list[dict[str, Any]], input_ids: np.ndarray, top_k: int, vocab_size: int) -> Rows:
+def _rows(positions: list[dict[int, float]], input_ids: np.ndarray, top_k: int, vocab_size: int) -> Rows:
     width = max((len(position) for position in positions), default=0)
     ids = np.full((len(positions), width), -1, np.int32)
     logprobs = np.full((len(positions), width), -np.inf, np.float32)
-    gold = np.empty(len(positions), np.float32)
     for row, position in enumerate(positions):
-        entries = position.items()
-        ids[row, : len(position)] = [int(token) for token, _ in entries]
-        logprobs[row, : len(position)] = [entry["logprob"] for _, entry in entries]
-        gold[row] = position[str(input_ids[row + 1])]["logprob"]
-    return rows_of_entries(ids, logprobs, gold, top_k, vocab_size)
+        ids[row, : len(position)] = list(position)
+        logprobs[row, : len(position)] = list(position.values())
+    gold = [position[token] for token, position in zip(input_ids[1:].tolist(), positions, strict=True)]
+    return rows_of_entries(ids, logprobs, np.array(gold, np.float32), top_k, vocab_size)
 
 
-def _tokenizer(settings: SourceSettings, purpose: Purpose) -> Any:
-    if purpose == "sample" and settings.tokenizer is None:
-        return None
-    if settings.tokenizer is None:
+def _check_settings(settings: SourceSettings) -> None:
+    """Refuse what a server decides by itself when it samples."""
+    ignored = [name for name in SERVERS_OWN if getattr(settings, name) != SourceSettings.model_fields[name].default]
+    if ignored:
         raise ConfigError(
-            f"source {settings.source_name!r}: capture through a server needs `tokenizer`, the folder or hub name of "
-            "the served model's tokenizer"
+            f"source {settings.source_name!r}: {', '.join(ignored)} cannot be chosen here when a server samples; drop "
+            "the setting and start the server with it"
         )
-    return load_tokenizer(settings)
 
 
 def _api_key(options: ServerOptions) -> str:
     if options.api_key_file is None:
-        return os.environ.get(options.api_key_env, "")
-    try:
-        return Path(options.api_key_file).read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise ConfigError(f"cannot read api_key_file {options.api_key_file!r}: {error.strerror}") from error
+        where, key = f"environment variable {options.api_key_env!r}", os.environ.get(options.api_key_env, "")
+    else:
+        where = f"api_key_file {options.api_key_file!r}"
+        try:
+            key = Path(options.api_key_file).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot read {where}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"{where}: expected text, came bytes that are no UTF-8") from None
+    key = key.strip()
+    if not all("!" <= character <= "~" for character in key):
+        raise ConfigError(
+            f"{where}: expected one key of printable ASCII characters without spaces, came something else"
+        )
+    return key
 
 
 def _client(url: str, key: str, options: ServerOptions) -> openai.OpenAI:
@@ -276,7 +353,7 @@ def _logits_width(settings: SourceSettings) -> int | None:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(settings.tokenizer, revision=settings.revision)
+        config = AutoConfig.from_pretrained(settings.tokenizer)
     except (OSError, ValueError):
         return None
     return getattr(config.get_text_config(), "vocab_size", None)

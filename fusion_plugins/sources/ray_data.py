@@ -1,14 +1,18 @@
 """The ``ray`` backend: Ray Data maps units of work over actors that each hold one local source.
 
 The actors run the ``transformers`` or the ``vllm`` backend, on this machine or on a cluster. This process only
-tokenizes, hands units out and commits what comes back.
+tokenizes, hands units out and commits what comes back: the data set is one of tickets, and a feeder holds the few units
+that are under way, so that a corpus is never in memory as a whole.
 """
 
+import asyncio
 import logging
 import os
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from typing import Any, Literal
 
 # Ray would otherwise make an environment of its own for the workers when the driver was started through uv.
@@ -23,12 +27,25 @@ from fusion_plugins.config import validate
 from fusion_plugins.core.types import TokenizedText
 from fusion_plugins.errors import FusionError, SourceError
 from fusion_plugins.sources import base
-from fusion_plugins.sources.base import Place, Purpose, Response, Rows, SampleRequest, SourceSettings
+from fusion_plugins.sources.base import (
+    Place,
+    Purpose,
+    Refusal,
+    Response,
+    Rows,
+    SampleRequest,
+    SourceSettings,
+    Units,
+    least,
+)
+from fusion_plugins.sources.identity import numeric_options, stored_dtype
 from fusion_plugins.sources.loading import load_config, load_tokenizer
 
 __all__ = ["RayOptions", "RaySource", "connect", "open_source"]
 
 START_ATTEMPTS = 3
+#: units per actor that are tokenized and wait, are worked on, or come back
+UNITS_PER_ACTOR = 4
 
 
 class RayOptions(BaseModel):
@@ -51,24 +68,57 @@ def open_source(settings: SourceSettings, purpose: Purpose) -> "RaySource":
     return RaySource(settings, purpose)
 
 
+class _Feeder:
+    """Holds the units under way. A ticket is worth the next unit, and the same one again when its actor was lost."""
+
+    def __init__(self) -> None:
+        self._units: dict[int, bytes] = {}
+        self._waiting: deque[int] = deque()
+        self._taken: dict[int, int] = {}
+        self._changed = asyncio.Condition()
+
+    async def put(self, number: int, unit: bytes) -> None:
+        async with self._changed:
+            self._units[number] = unit
+            self._waiting.append(number)
+            self._changed.notify_all()
+
+    async def take(self, ticket: int) -> tuple[int, bytes | None]:
+        async with self._changed:
+            while ticket not in self._taken:
+                if self._waiting:
+                    self._taken[ticket] = self._waiting.popleft()
+                else:
+                    await self._changed.wait()
+            number = self._taken[ticket]
+            return number, self._units.get(number)
+
+    async def drop(self, number: int) -> None:
+        self._units.pop(number, None)
+
+
 class _Worker:
     """What an actor runs: one source, asked for one unit at a time."""
 
-    def __init__(self, settings: dict[str, Any], purpose: Purpose, top_k: int) -> None:
+    def __init__(self, settings: dict[str, Any], purpose: Purpose, top_k: int, feeder: Any) -> None:
         self._source = base.open_source(SourceSettings(**settings), purpose)
-        self._purpose, self._top_k = purpose, top_k
+        self._purpose, self._top_k, self._feeder = purpose, top_k, feeder
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        unit = pickle.loads(batch["unit"][0])
+        number, packed = ray.get(self._feeder.take.remote(int(batch["ticket"][0])))
+        # Nothing is left of a unit whose results have come and whose ticket is worked off again all the same.
+        unit = pickle.loads(packed) if packed is not None else []
+        return {"number": np.array([number]), "result": np.array([pickle.dumps(self._work(unit))], dtype=object)}
+
+    def _work(self, unit: list[Any]) -> Any:
         try:
             if self._purpose == "capture":
                 answers: Any = self._source.capture([unit], self._top_k)
             else:
                 answers = self._source.sample([unit])
-            result: Any = [(index, answer) for (_, index), answer in answers]
+            return [(index, answer) for (_, index), answer in answers]
         except FusionError as error:
-            result = error  # its type would be lost on the way
-        return {"number": batch["number"], "result": np.array([pickle.dumps(result)], dtype=object)}
+            return error  # its type would be lost on the way
 
 
 class RaySource:
@@ -86,12 +136,12 @@ class RaySource:
         config = load_config(settings)
         context = getattr(config, "max_position_embeddings", None)
         room = self._options.backend == "vllm" and purpose == "capture"
-        self.max_length: int | None = settings.max_length or (context and context - room)
-        stored = str(getattr(config, "dtype", None) or "auto").removeprefix("torch.")
+        self.max_length = least(settings.max_length, context and context - room)
         self.facts: dict[str, Any] = {
             "engine": f"ray:{self._options.backend}",
             "engine_version": f"ray {ray.__version__}, {_version(self._options.backend)}",
-            "dtype": stored if settings.dtype == "auto" else settings.dtype,
+            "dtype": stored_dtype(settings, config),
+            "options": numeric_options(settings),
             "logits_width": config.vocab_size,
             "revision": getattr(config, "_commit_hash", None) or settings.revision,
         }
@@ -99,11 +149,11 @@ class RaySource:
         if self._started:
             connect(self._options.address)
 
-    def capture(self, units: Iterable[Sequence[TokenizedText]], top_k: int) -> Iterator[tuple[Place, Rows]]:
+    def capture(self, units: Units[TokenizedText], top_k: int) -> Iterator[tuple[Place, Rows | Refusal]]:
         """Yield the rows of each text, unit by unit as the actors finish them."""
         return self._map(units, top_k)
 
-    def sample(self, units: Iterable[Sequence[SampleRequest]]) -> Iterator[tuple[Place, Response]]:
+    def sample(self, units: Units[SampleRequest]) -> Iterator[tuple[Place, Response | Refusal]]:
         """Yield the responses, unit by unit as the actors finish them."""
         return self._map(units, 0)
 
@@ -112,28 +162,44 @@ class RaySource:
         if self._started:
             ray.shutdown()
 
-    def _map(self, units: Iterable[Sequence[Any]], top_k: int) -> Iterator[tuple[Place, Any]]:
-        rows = [{"number": number, "unit": pickle.dumps(list(unit))} for number, unit in enumerate(units)]
-        if not rows:
+    def _map(self, units: Units[Any], top_k: int) -> Iterator[tuple[Place, Any]]:
+        if not len(units):
             return
-        # One block per unit: a block is what Ray hands to an actor, and does again when the actor is lost.
-        data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            _Worker,
-            fn_constructor_args=(self._settings, self._purpose, top_k),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(self._options.actors, len(rows))),
-            num_cpus=self._options.num_cpus,
-            num_gpus=self._options.num_gpus or None,
-        )
+        actors = min(self._options.actors, len(units))
+        feeder: Any = ray.remote(_Feeder).options(num_cpus=0).remote()
+        packed = ((number, pickle.dumps(list(unit))) for number, unit in enumerate(units))
         try:
-            for row in data.iter_rows():
-                result = pickle.loads(row["result"])
+            _feed(feeder, islice(packed, UNITS_PER_ACTOR * actors))
+            for row in self._tickets(len(units), actors, top_k, feeder).iter_rows():
+                number, result = int(row["number"]), pickle.loads(row["result"])
                 if isinstance(result, FusionError):
                     raise result
                 for index, answer in result:
-                    yield (int(row["number"]), index), answer
+                    yield (number, index), answer
+                feeder.drop.remote(number)
+                _feed(feeder, islice(packed, 1))
         except ray.exceptions.RayError as error:
             raise SourceError(f"Ray gave up: {str(error).strip().splitlines()[-1]}") from error
+        finally:
+            ray.kill(feeder)
+
+    def _tickets(self, count: int, actors: int, top_k: int, feeder: Any) -> Any:
+        # One block per ticket: a block is what Ray hands to an actor, and does again when the actor is lost.
+        return ray.data.from_items(
+            [{"ticket": ticket} for ticket in range(count)], override_num_blocks=count
+        ).map_batches(
+            _Worker,
+            fn_constructor_args=(self._settings, self._purpose, top_k, feeder),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            num_cpus=self._options.num_cpus,
+            num_gpus=self._options.num_gpus or None,
+        )
+
+
+def _feed(feeder: Any, packed: Iterator[tuple[int, bytes]]) -> None:
+    for number, unit in packed:
+        feeder.put.remote(number, unit)
 
 
 def connect(address: str | None) -> None:

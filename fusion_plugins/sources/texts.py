@@ -1,9 +1,11 @@
 """Texts and prompts from JSONL or Parquet files.
 
-First step of the way of the data. A row has ``text`` or ``messages`` and usually an ``id``; without one, the content's
-sha256 is the id. Prompts may also have ``domain``, ``reference`` (gold answer) and ``tests`` (code).
+First step of the way of the data. All of them are held in memory: their ids and what they hold together decide whether
+a run may go on, before anything is loaded. A row has ``text`` or ``messages`` and usually an ``id``; without one, the
+content's sha256 is the id. Prompts may also have ``domain``, ``reference`` (gold answer) and ``tests`` (code).
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from typing import Any
 from fusion_plugins.core.texts import content_id, texts_fingerprint
 from fusion_plugins.errors import DataError
 
-__all__ = ["Prompt", "Text", "fingerprint", "read_prompts", "read_texts"]
+__all__ = ["Prompt", "Text", "fingerprint", "prompts_fingerprint", "read_prompts", "read_texts"]
 
 Messages = list[dict[str, Any]]
 SUFFIXES = (".jsonl", ".parquet")
@@ -102,6 +104,16 @@ def fingerprint(texts: Sequence[Text]) -> str:
     return texts_fingerprint((text.id, text.digest) for text in texts)
 
 
+def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
+    """Return the fingerprint of a set of prompts: also domains, references and tests, which rows are scored by."""
+    return texts_fingerprint((prompt.text.id, _prompt_digest(prompt)) for prompt in prompts)
+
+
+def _prompt_digest(prompt: Prompt) -> str:
+    beside = [prompt.text.digest, prompt.domain, prompt.reference, prompt.tests]
+    return hashlib.sha256(json.dumps(beside, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def _read(path: str | Path | Sequence[str | Path], limit: int | None) -> Iterator[tuple[Text, dict[str, Any], str]]:
     seen: dict[str, str] = {}
     for where, row in _rows([path] if isinstance(path, str | Path) else path):
@@ -134,7 +146,10 @@ def _text(row: dict[str, Any], where: str) -> Text:
         digest = content_id(content)
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: expected text that UTF-8 can write, came a lone surrogate: {error}") from error
-    return Text(str(row["id"]) if row.get("id") is not None else digest, content, digest)
+    name = str(row["id"]) if row.get("id") is not None else digest
+    if not name.isprintable() and any("\ud800" <= character <= "\udfff" for character in name):
+        raise DataError(f"{where}: expected an id that UTF-8 can write, came one with a lone surrogate: {name!r:.80}")
+    return Text(name, content, digest)
 
 
 def _messages(messages: Any, where: str) -> Messages:
@@ -166,13 +181,15 @@ def _files(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def _jsonl_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             where = f"{file}:{number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where}: expected UTF-8: {error}; convert the file") from error
             except json.JSONDecodeError as error:
                 raise DataError(f"{where}: expected one JSON object per line: {error}") from error
             if not isinstance(row, dict):

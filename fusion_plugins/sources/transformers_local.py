@@ -1,6 +1,6 @@
 """The ``transformers`` backend: any causal model on this machine's CPU or GPU, and the reference for the others."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,20 @@ from transformers.generation.logits_process import (
 from fusion_plugins.config import validate
 from fusion_plugins.core.types import TokenizedText
 from fusion_plugins.errors import SourceError
-from fusion_plugins.sources.base import Place, Purpose, Response, Rows, SampleRequest, Sampling, SourceSettings, in_turn
-from fusion_plugins.sources.loading import load_tokenizer, prompt_ids, response_text, vocabulary_size
+from fusion_plugins.sources.base import (
+    Place,
+    Purpose,
+    Refusal,
+    Response,
+    Rows,
+    SampleRequest,
+    Sampling,
+    SourceSettings,
+    Units,
+    in_turn,
+    least,
+)
+from fusion_plugins.sources.loading import load_tokenizer, response_text, split_prompts, vocabulary_size
 from fusion_plugins.sources.topk import top_k_rows
 
 __all__ = ["TransformersOptions", "TransformersSource", "open_source"]
@@ -54,7 +66,7 @@ class TransformersSource:
         self.tokenizer = load_tokenizer(settings)
         self._model = _load_model(settings, self._options)
         config = self._model.config.get_text_config()
-        self.max_length: int | None = settings.max_length or getattr(config, "max_position_embeddings", None)
+        self.max_length = least(settings.max_length, getattr(config, "max_position_embeddings", None))
         self._vocab_size = vocabulary_size(self.tokenizer)
         self._stop_ids = _stop_ids(self._model, self.tokenizer)
         self.facts: dict[str, Any] = {
@@ -65,11 +77,11 @@ class TransformersSource:
             "revision": getattr(self._model.config, "_commit_hash", None) or settings.revision,
         }
 
-    def capture(self, units: Iterable[Sequence[TokenizedText]], top_k: int) -> Iterator[tuple[Place, Rows]]:
+    def capture(self, units: Units[TokenizedText], top_k: int) -> Iterator[tuple[Place, Rows]]:
         """Yield the rows of each text; texts of like length share a forward pass, padded on the right."""
         return in_turn(units, lambda texts: self._capture(texts, top_k))
 
-    def sample(self, units: Iterable[Sequence[SampleRequest]]) -> Iterator[tuple[Place, Response]]:
+    def sample(self, units: Units[SampleRequest]) -> Iterator[tuple[Place, Response | Refusal]]:
         """Yield the responses; each has its own random numbers, so batching does not change what is drawn."""
         return in_turn(units, self._sample)
 
@@ -81,13 +93,12 @@ class TransformersSource:
         for batch in _batches([len(text.input_ids) for text in texts], self._options.batch_tokens):
             yield from zip(batch, self._forward([texts[i] for i in batch], top_k), strict=True)
 
-    def _sample(self, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, Response]]:
-        prompts = [
-            prompt_ids(self.tokenizer, request.content, request.sampling, self.max_length) for request in requests
-        ]
+    def _sample(self, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, Response | Refusal]]:
+        prompts, refused = split_prompts(self.tokenizer, requests, self.max_length)
+        yield from refused.items()
         by_sampling: dict[Sampling, list[int]] = {}
-        for index, request in enumerate(requests):
-            by_sampling.setdefault(request.sampling, []).append(index)
+        for index in prompts:
+            by_sampling.setdefault(requests[index].sampling, []).append(index)
         for sampling, indices in by_sampling.items():
             indices.sort(key=lambda index: (len(prompts[index]), index))
             for start in range(0, len(indices), self._options.batch_prompts):

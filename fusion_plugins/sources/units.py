@@ -6,11 +6,12 @@ numbers as one that was not: padding and batching, which change the last bits, d
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Generic, TypeVar
 
-__all__ = ["plan_units", "run_units"]
+__all__ = ["MadeUnits", "plan_units", "run_units"]
 
 Item = TypeVar("Item")
+Content = TypeVar("Content")
 Result = TypeVar("Result")
 
 
@@ -31,6 +32,25 @@ def plan_units(items: Iterable[Item], size: Callable[[Item], int], budget: int) 
         total += size(item)
     if unit:
         yield unit
+
+
+class MadeUnits(Generic[Item, Content]):
+    """Units in the form that a source takes, made when they are asked for, so that few are in memory.
+
+    Args:
+        units: what they are made of.
+        make: takes the unit's number and its items.
+    """
+
+    def __init__(self, units: Sequence[Sequence[Item]], make: Callable[[int, Sequence[Item]], list[Content]]) -> None:
+        self._units, self._make = units, make
+
+    def __len__(self) -> int:
+        return len(self._units)
+
+    def __iter__(self) -> Iterator[list[Content]]:
+        for number, unit in enumerate(self._units):
+            yield self._make(number, unit)
 
 
 def run_units(

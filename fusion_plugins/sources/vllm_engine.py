@@ -4,7 +4,7 @@ It imports nothing of the training hosts, so it runs in an environment of its ow
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,32 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 import vllm
 from vllm import LLM, SamplingParams
 from vllm.platforms import current_platform
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from fusion_plugins.config import validate
 from fusion_plugins.core.types import TokenizedText
 from fusion_plugins.errors import SourceError
-from fusion_plugins.sources.base import Place, Purpose, Response, Rows, SampleRequest, Sampling, SourceSettings, in_turn
+from fusion_plugins.sources.base import (
+    Place,
+    Purpose,
+    Refusal,
+    Response,
+    Rows,
+    SampleRequest,
+    Sampling,
+    SourceSettings,
+    Units,
+    in_turn,
+)
 from fusion_plugins.sources.entries import rows_of_entries, spare_entries
-from fusion_plugins.sources.loading import load_config, load_tokenizer, prompt_ids, response_text, vocabulary_size
+from fusion_plugins.sources.identity import numeric_options, stored_dtype
+from fusion_plugins.sources.loading import load_config, load_tokenizer, response_text, split_prompts, vocabulary_size
 from fusion_plugins.sources.units import plan_units
+
+try:
+    from vllm.exceptions import VLLMClientError
+except ImportError:  # versions that raise ValueError for it
+    VLLMClientError = ValueError
 
 __all__ = ["VllmOptions", "VllmSource", "capture_params", "open_source", "scheduled_tokens"]
 
@@ -30,6 +48,8 @@ __all__ = ["VllmOptions", "VllmSource", "capture_params", "open_source", "schedu
 SCRATCH_BYTES = 12
 #: log-probabilities that wait in Python lists at a time (about 100 bytes each)
 ENTRIES_IN_FLIGHT = 1 << 22
+#: of one text, at most: about 6 GB
+MOST_ENTRIES = 1 << 26
 
 
 class VllmOptions(BaseModel):
@@ -89,15 +109,16 @@ class VllmSource:
             "engine": "vllm",
             "engine_version": vllm.__version__,
             "dtype": str(model.dtype).removeprefix("torch."),
+            "options": numeric_options(settings),
             "logits_width": self._width,
             "revision": getattr(model.hf_config, "_commit_hash", None) or settings.revision,
         }
 
-    def capture(self, units: Iterable[Sequence[TokenizedText]], top_k: int) -> Iterator[tuple[Place, Rows]]:
+    def capture(self, units: Units[TokenizedText], top_k: int) -> Iterator[tuple[Place, Rows | Refusal]]:
         """Yield the rows of each text."""
         return in_turn(units, lambda texts: self._capture(texts, top_k))
 
-    def sample(self, units: Iterable[Sequence[SampleRequest]]) -> Iterator[tuple[Place, Response]]:
+    def sample(self, units: Units[SampleRequest]) -> Iterator[tuple[Place, Response | Refusal]]:
         """Yield the responses; each request has its own seed."""
         return in_turn(units, self._sample)
 
@@ -106,28 +127,47 @@ class VllmSource:
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
 
-    def _capture(self, texts: Sequence[TokenizedText], top_k: int) -> Iterator[tuple[int, Rows]]:
+    def _capture(self, texts: Sequence[TokenizedText], top_k: int) -> Iterator[tuple[int, Rows | Refusal]]:
         asked = min(top_k + spare_entries(self._width, self._vocab_size), self._width)
-        groups = plan_units(range(len(texts)), lambda i: len(texts[i].input_ids) * (asked + 1), ENTRIES_IN_FLIGHT)
-        for group in groups:
-            prompts = [{"prompt_token_ids": texts[index].input_ids.tolist()} for index in group]
-            outputs = self._llm.generate(prompts, capture_params(asked), use_tqdm=False)
-            for index, output in zip(group, outputs, strict=True):
-                yield index, self._rows(output.prompt_logprobs, len(texts[index].input_ids), top_k)
+        sizes = [len(text.input_ids) * (asked + 1) for text in texts]
+        for group in plan_units(range(len(texts)), sizes.__getitem__, ENTRIES_IN_FLIGHT):
+            if sizes[group[0]] > MOST_ENTRIES:  # it stands alone
+                yield group[0], Refusal(_too_much(len(texts[group[0]].input_ids), asked))
+                continue
+            prompts = [texts[index].input_ids.tolist() for index in group]
+            for index, output in zip(group, self._generate(prompts, [capture_params(asked)] * len(group)), strict=True):
+                if isinstance(output, Refusal):
+                    yield index, output
+                else:
+                    yield index, self._rows(output.prompt_logprobs, len(texts[index].input_ids), top_k)
 
-    def _sample(self, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, Response]]:
-        prompts = [
-            prompt_ids(self.tokenizer, request.content, request.sampling, self.max_length) for request in requests
-        ]
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": ids} for ids in prompts],
-            [_sampling_params(request.sampling, request.seed) for request in requests],
-            use_tqdm=False,
-        )
-        for index, output in enumerate(outputs):
+    def _sample(self, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, Response | Refusal]]:
+        prompts, refused = split_prompts(self.tokenizer, requests, self.max_length)
+        yield from refused.items()
+        params = [_sampling_params(requests[index].sampling, requests[index].seed) for index in prompts]
+        for index, output in zip(prompts, self._generate(list(prompts.values()), params), strict=True):
+            if isinstance(output, Refusal):
+                yield index, output
+                continue
             answer = output.outputs[0]
+            if answer.finish_reason not in ("stop", "length"):
+                raise SourceError(f"vLLM ended a response with {answer.finish_reason!r} instead of 'stop' or 'length'")
             text, _ = response_text(self.tokenizer, list(answer.token_ids), requests[index].sampling.stop)
             yield index, Response(text, answer.finish_reason, len(answer.token_ids), len(prompts[index]))
+
+    def _generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
+        """Ask for all at once; when vLLM refuses one of them, ask one by one, to learn which."""
+        if not prompts:
+            return []
+        asked = [{"prompt_token_ids": ids} for ids in prompts]
+        try:
+            return self._llm.generate(asked, params, use_tqdm=False)
+        except EngineDeadError as error:
+            raise SourceError(f"vLLM's engine died: {error}; its log is above") from error
+        except (ValueError, VLLMClientError) as error:
+            if len(prompts) == 1:
+                return [Refusal(f"vLLM refuses it: {error}")]
+        return [self._generate([ids], [param])[0] for ids, param in zip(prompts, params, strict=True)]
 
     def _rows(self, logprobs: Any, n_tokens: int, top_k: int) -> Rows:
         # Position 0 is empty; every other one lists the token itself, then the most probable ones.
@@ -136,6 +176,13 @@ class VllmSource:
         values = np.array(logprobs.logprobs, np.float32).reshape(shape)
         gold = values[:, 0] if n_tokens > 1 else np.empty(0, np.float32)
         return rows_of_entries(ids[:, 1:], values[:, 1:], gold, top_k, self._vocab_size)
+
+
+def _too_much(n_tokens: int, asked: int) -> str:
+    return (
+        f"vLLM hands {n_tokens} tokens x {asked} log-probabilities over as Python numbers, about "
+        f"{n_tokens * asked * 100 / 1e9:.0f} GB; lower top_k, cut the texts shorter, or take the transformers backend"
+    )
 
 
 def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
@@ -165,8 +212,7 @@ def _start(settings: SourceSettings, options: VllmOptions, purpose: Purpose) -> 
     try:
         config = load_config(settings)
         # vLLM's own "auto" turns float32 checkpoints into bfloat16.
-        stored = str(getattr(config, "dtype", None) or "auto").removeprefix("torch.")
-        arguments["dtype"] = stored if settings.dtype == "auto" else settings.dtype
+        arguments["dtype"] = stored_dtype(settings, config)
         if purpose == "capture":
             arguments["max_num_batched_tokens"] = scheduled_tokens(config.vocab_size, options.logits_gib)
             arguments["enable_chunked_prefill"] = True

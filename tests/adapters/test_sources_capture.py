@@ -9,12 +9,17 @@ import torch
 from typer.testing import CliRunner
 
 from fusion_plugins.cli import app
+from fusion_plugins.config import validate
 from fusion_plugins.core.tokens import TokenTable, tokenize
-from fusion_plugins.errors import ConfigError, DataError, FusionError, MismatchError, SourceError
+from fusion_plugins.errors import ConfigError, DataError, FusionError, MismatchError, SourceError, StoreError
 from fusion_plugins.sources import capture as capture_module
+from fusion_plugins.sources.base import Refusal, SourceSettings, open_source
 from fusion_plugins.sources.capture import CaptureConfig, capture_texts, estimate_capture
+from fusion_plugins.sources.identity import weights_fingerprint
+from fusion_plugins.sources.loading import load_tokenizer
 from fusion_plugins.sources.topk import top_k_rows
 from fusion_plugins.store import open_store
+from fusion_plugins.store.files import FolderLock
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +210,105 @@ def test_a_text_that_is_too_long_stops_the_run_before_it_starts_or_is_left_out(m
     assert "long" not in open_store(tmp_path / "store")
 
 
+def test_the_shorter_of_the_setting_and_the_context_is_the_limit(model, texts, tmp_path):
+    with texts.open("a") as lines:
+        lines.write(json.dumps({"id": "long", "text": "z" * 300}) + "\n")
+    for asked, limit in ((4096, 256), (200, 200)):
+        with pytest.raises(DataError, match=f"text 'long': expected at most {limit} tokens"):
+            capture_texts(config(model, texts, tmp_path / "store", max_length=asked))
+
+
+def test_a_text_that_the_source_refuses_is_named_or_left_out(model, texts, tmp_path, monkeypatch):
+    class Refusing:
+        def __init__(self, source):
+            self.source = source
+
+        def __getattr__(self, name):
+            return getattr(self.source, name)
+
+        def capture(self, units, top_k):
+            for place, rows in self.source.capture(units, top_k):
+                yield place, Refusal("the engine does not take it") if place == (0, 3) else rows
+
+    monkeypatch.setattr(capture_module, "open_source", lambda s, p: Refusing(open_source(s, p)))
+    with pytest.raises(SourceError, match="text 't0-3': the engine does not take it; .*`unusable: skip`"):
+        capture_texts(config(model, texts, tmp_path / "store"))
+    report = capture_texts(config(model, texts, tmp_path / "other", unusable="skip"))
+    assert report.skipped == {"t0-3": "the engine does not take it"}
+    assert report.captured == len(open_store(tmp_path / "other")) == len(tiny.TEXTS) - 1
+
+
+def test_what_can_be_refused_without_the_model_is_refused_before_it_is_loaded(model, texts, tmp_path, monkeypatch):
+    capture_texts(config(model, texts, tmp_path / "store"))
+    chats = source_checks.chats(tmp_path / "chats.jsonl")
+    opened = []
+    monkeypatch.setattr(capture_module, "open_source", lambda s, p: opened.append(s))
+    with pytest.raises(MismatchError, match="top_k: the folder has 8, expected 9"):
+        capture_texts(config(model, texts, tmp_path / "store", top_k=9))
+    with pytest.raises(MismatchError, match="texts_fingerprint"):
+        capture_texts(config(model, chats, tmp_path / "store"))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="out: expected a folder, came .*file"):
+        capture_texts(config(model, texts, tmp_path / "file"))
+    lock = FolderLock(tmp_path / "store")
+    with pytest.raises(StoreError, match="is being written by"):
+        capture_texts(config(model, texts, tmp_path / "store"))
+    lock.close()
+    assert opened == []
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_k_is_at_least_one(top_k):
+    with pytest.raises(ConfigError, match=f"top_k: .*at least 1, or 'all', came {top_k}"):
+        validate(CaptureConfig, {"model": "m", "texts": "t", "out": "o", "top_k": top_k}, where="here")
+
+
+@pytest.mark.parametrize("size", [50_000_000, 300_000_000])
+def test_small_changes_of_the_weights_are_noticed(tmp_path, size):
+    file = tmp_path / "model.safetensors"
+    with file.open("wb") as stream:
+        stream.truncate(size)
+    marks = [weights_fingerprint(tmp_path)]
+    for place in (0, 400_000, size - 300_000):
+        with file.open("r+b") as stream:
+            stream.seek(place)
+            stream.write(b"\1" * 300_000)
+        marks.append(weights_fingerprint(tmp_path))
+    (tmp_path / "config.json").write_text('{"rope_theta": 5}')
+    marks.append(weights_fingerprint(tmp_path))
+    assert len(set(marks)) == len(marks)
+
+
+def test_what_changes_the_numbers_of_an_engine_stands_beside_the_dtype(model, texts, tmp_path, monkeypatch):
+    capture_texts(config(model, texts, tmp_path / "store"))
+    assert open_store(tmp_path / "store").manifest.dtype == "float32"
+
+    def open_quantized(settings, purpose):
+        source = open_source(settings, purpose)
+        source.facts["options"] = {"quantization": "fp8"}
+        return source
+
+    monkeypatch.setattr(capture_module, "open_source", open_quantized)
+    with pytest.raises(MismatchError, match="dtype: the folder has 'float32', expected 'float32 quantization=fp8'"):
+        capture_texts(config(model, texts, tmp_path / "store"))
+
+
+def test_the_models_revision_is_not_asked_of_another_repository_with_the_tokenizer(model, monkeypatch):
+    import transformers
+
+    asked = []
+    load = transformers.AutoTokenizer.from_pretrained
+
+    def recorded(name, revision, **arguments):
+        asked.append(revision)
+        return load(name, **arguments)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", recorded)
+    load_tokenizer(SourceSettings(model="org/model", tokenizer=str(model), revision="v2"))
+    load_tokenizer(SourceSettings(model=str(model), revision="v2"))
+    assert asked == [None, "v2"]
+
+
 def test_weights_that_are_no_safetensors_are_refused(model, texts, tmp_path):
     folder = shutil.copytree(model, tmp_path / "pickled")
     from safetensors.torch import load_file
@@ -251,5 +355,5 @@ def test_the_command_reads_yaml_lets_flags_win_and_refuses_unknown_keys(model, t
     assert isinstance(result.exception, ConfigError)
     assert "tpo_k: unknown key; known keys: backend" in str(result.exception)
     assert "dtype: Input should be" in str(result.exception)
-    result = CliRunner().invoke(app, ["capture", "-c", str(file), "--set", "options.batch_tokns=64"])
+    result = CliRunner().invoke(app, ["capture", "-c", str(file), "--top-k", "3", "--set", "options.batch_tokns=64"])
     assert "batch_tokns: unknown key; known keys: attn_implementation, batch_prompts" in str(result.exception)

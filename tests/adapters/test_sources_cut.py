@@ -1,4 +1,5 @@
 import json
+from itertools import islice
 
 import pytest
 import source_checks
@@ -49,6 +50,24 @@ def test_a_letter_stays_with_its_marks():
     text = "e\u0301" * 20 + "👩\u200d👧" * 10
     for piece in cut_text(text, 7, [len]):
         assert piece[0] in "e👩"
+
+
+@pytest.mark.parametrize(
+    "text", ["a" + "\u0301" * 300, "\r" * 300, "x" * 100 + "\r" * 400, "\u200d" * 200 + "a", "y" * 40 + "\r" * 5000]
+)
+def test_a_run_that_never_ends_is_cut_at_the_limit(text):
+    pieces = list(islice(cut_text(text, 16, [lambda piece: len(piece.encode())]), 1000))
+    assert "".join(pieces) == text
+    assert all(0 < len(piece.encode()) <= 16 for piece in pieces)
+
+
+@given(
+    st.text(st.sampled_from("a \r\n\u0301\u200d\ufe0f\U0001f469"), max_size=200), st.integers(16, 60), st.integers(0, 9)
+)
+def test_nothing_is_lost_of_texts_that_are_all_marks_and_begin_tokens_count_too(text, most, begin):
+    pieces = list(islice(cut_text(text, most, [lambda piece: begin + len(piece.encode()), len]), 1000))
+    assert "".join(pieces) == text
+    assert all(piece and begin + len(piece.encode()) <= most for piece in pieces)
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=300), st.integers(16, 60))

@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 from fusion_plugins.cli import app
 from fusion_plugins.errors import ConfigError, MismatchError, SourceError
-from fusion_plugins.sources.base import SampleRequest, Sampling, SourceSettings, open_source
+from fusion_plugins.sources import sample as sample_module
+from fusion_plugins.sources.base import Response, SampleRequest, Sampling, SourceSettings, open_source
+from fusion_plugins.sources.identity import sampling_fingerprint
 from fusion_plugins.sources.presets import PRESETS
 from fusion_plugins.sources.sample import SampleConfig, SampledSource, estimate_samples, sample_prompts
 from fusion_plugins.store import open_rows
@@ -164,10 +166,89 @@ def test_a_prompt_is_rendered_as_a_chat_with_the_system_prompt_unless_told_other
     assert first == second
 
 
-def test_a_prompt_that_leaves_no_room_for_the_answer_is_refused(models):
-    sampling = Sampling(max_tokens=250, template="plain")
-    with pytest.raises(SourceError, match="exceed the model's 256 tokens; lower max_tokens"):
-        list(source(models["llama"]).sample([[SampleRequest("The quick brown fox", sampling, 0)]]))
+def test_a_prompt_that_leaves_no_room_for_the_answer_is_refused_and_the_others_are_answered(models):
+    sampling = Sampling(max_tokens=252, template="plain")
+    requests = [SampleRequest(text, sampling, 0) for text in ("The", "The quick brown fox")]
+    results = dict(source(models["llama"]).sample([requests]))
+    assert isinstance(results[0, 0], Response)
+    assert "exceed the model's 256 tokens; lower max_tokens" in results[0, 1].reason
+
+
+def test_a_prompt_that_is_too_long_stops_the_run_before_it_starts_or_is_left_out(models, prompts, tmp_path):
+    with prompts.open("a") as lines:
+        lines.write(json.dumps({"id": "long", "text": "z" * 300}) + "\n")
+    settings = config(models, prompts, tmp_path / "out", only=["llama"])
+    with pytest.raises(SourceError, match="prompt 'long', source 'llama': .*exceed the model's 256 tokens"):
+        sample_prompts(settings)
+    assert len(open_rows(tmp_path / "out")) == 0
+    report = sample_prompts(settings.model_copy(update={"unusable": "skip"}))
+    assert list(report.skipped) == [("llama", "long")]
+    assert report.drawn == len(open_rows(tmp_path / "out")) == 12
+
+
+def test_a_source_whose_responses_are_all_there_is_not_loaded_again(models, prompts, tmp_path, monkeypatch):
+    sample_prompts(config(models, prompts, tmp_path / "out", only=["llama"]))
+    opened = []
+    load = sample_module.open_source
+    monkeypatch.setattr(sample_module, "open_source", lambda s, p: opened.append(s.source_name) or load(s, p))
+    report = sample_prompts(config(models, prompts, tmp_path / "out"))
+    assert opened == ["other"]
+    assert (report.present, report.drawn) == (12, 12)
+
+
+def test_a_folder_is_no_longer_complete_while_a_source_is_added(models, prompts, tmp_path, monkeypatch):
+    from fusion_plugins.sources.transformers_local import TransformersSource
+
+    def settings(n):
+        return config({"llama": models["llama"]}, prompts, tmp_path / "out", n=n, unit_requests=2)
+
+    sample_prompts(settings(1))
+    assert open_rows(tmp_path / "out").manifest.complete
+    generate, calls = TransformersSource._generate, []
+
+    def failing(self, *arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise SourceError("the engine died")
+        return generate(self, *arguments)
+
+    monkeypatch.setattr(TransformersSource, "_generate", failing)
+    with pytest.raises(SourceError, match="the engine died"):
+        sample_prompts(settings(3))
+    assert not open_rows(tmp_path / "out").manifest.complete
+    monkeypatch.setattr(TransformersSource, "_generate", generate)
+    sample_prompts(settings(3))
+    assert open_rows(tmp_path / "out").manifest.complete
+
+
+def test_a_corrected_reference_another_domain_and_other_tests_are_other_prompts(models, tmp_path):
+    row = {"id": "p", "text": "What is 9 + 9?", "domain": "math", "reference": "18"}
+    only = {"llama": models["llama"]}
+    prompts = source_checks.write_rows(tmp_path / "prompts.jsonl", [row])
+    sample_prompts(config(only, prompts, tmp_path / "out"))
+    for change in ({"reference": "19"}, {"domain": "code"}, {"tests": ["assert True"]}):
+        source_checks.write_rows(prompts, [row | change])
+        with pytest.raises(MismatchError, match="prompts_fingerprint"):
+            sample_prompts(config(only, prompts, tmp_path / "out"))
+
+
+def test_what_changes_the_numbers_changes_the_fingerprint_and_what_changes_the_speed_does_not(models):
+    def mark(**settings):
+        return sampling_fingerprint(SourceSettings(model=str(models["llama"]), **settings), Sampling(), None)
+
+    plain = mark()
+    assert plain == mark(dtype="float32")  # as stored
+    assert plain == mark(backend="vllm", options={"engine": {"tensor_parallel_size": 2, "max_num_seqs": 4}})
+    different = [
+        mark(dtype="bfloat16"),
+        mark(backend="vllm", options={"engine": {"quantization": "fp8"}}),
+        mark(backend="vllm", options={"engine": {"kv_cache_dtype": "fp8"}}),
+        mark(backend="vllm", options={"engine": {"dtype": "float16"}}),
+        mark(backend="openai", options={"extra_body": {"min_p": 0.2}}),
+    ]
+    assert len({plain, *different}) == 6
+    ray = {"backend": "vllm", "options": {"engine": {"quantization": "fp8"}}}
+    assert mark(backend="ray", options=ray) == different[1]
 
 
 def test_what_the_checkpoint_says_about_sampling_does_not_act(models, tmp_path):

@@ -73,6 +73,12 @@ def test_what_is_no_json_and_what_is_no_text_is_refused(tmp_path):
     (tmp_path / "y.jsonl").write_text('{"text": "\\ud800"}\n')
     with pytest.raises(DataError, match="lone surrogate"):
         read_texts(tmp_path / "y.jsonl")
+    (tmp_path / "i.jsonl").write_text('{"id": "a\\ud800", "text": "a"}\n')
+    with pytest.raises(DataError, match=r"i\.jsonl:1: expected an id that UTF-8 can write"):
+        read_texts(tmp_path / "i.jsonl")
+    (tmp_path / "u.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
+    with pytest.raises(DataError, match=r"u\.jsonl:2: expected UTF-8"):
+        read_texts(tmp_path / "u.jsonl")
     (tmp_path / "z.parquet").write_bytes(b"nothing")
     with pytest.raises(DataError, match="no readable Parquet"):
         read_texts(tmp_path / "z.parquet")
