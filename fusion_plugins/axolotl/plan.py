@@ -56,8 +56,8 @@ def make_plan(block: FusionBlock, stores: list[Store], target: TargetTokenizer, 
 def _aligner(options: AlignmentArgs) -> str | Callable[..., Alignment]:
     if options.method == "dtw":
         return partial(align_dtw, band=options.band)
-    aligner: Callable[..., Alignment] = lookup("aligners", options.method)
-    return options.method if options.method in ALIGNERS else aligner
+    aligner: str | Callable[..., Alignment] = options.method
+    return aligner if aligner in ALIGNERS else lookup("aligners", options.method)
 
 
 def _same_tokens(source: SourceArgs, store: Store, target: TargetTokenizer) -> bool:

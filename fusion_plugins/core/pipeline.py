@@ -18,7 +18,7 @@ from fusion_plugins.core.project import Projection, ProjectionOptions, project_r
 from fusion_plugins.core.record import build_record, stored_rows
 from fusion_plugins.core.token_bytes import longest_beginnings
 from fusion_plugins.core.token_table import TokenTable
-from fusion_plugins.core.types import Record, SparseDistributions, TokenizedText, VocabularyMap
+from fusion_plugins.core.types import BoolArray, Record, SparseDistributions, TokenizedText, VocabularyMap
 from fusion_plugins.errors import AlignmentError, ConfigError, MismatchError
 
 __all__ = ["FusionPlan", "SourcePlan", "fuse_text", "warm_up"]
@@ -53,7 +53,8 @@ class FusionPlan:
         metric: cross-entropy per text in nats per ``byte`` (comparable across tokenizers) or per source ``token``.
         width: entries per fused row.
         alignment: ``offsets``, ``offsets_strict``, or an aligner of tokens (see ``core.align.ALIGNERS``).
-        projection: options of the projection, for every source.
+        projection: options of the projection, for every source; its fallback stands where the fused row is empty.
+        tie_order: for aligners of tokens; see :func:`~fusion_plugins.core.align.align_tokens`.
     """
 
     target_table: TokenTable
@@ -65,6 +66,7 @@ class FusionPlan:
     width: int = 10
     alignment: str | Callable[..., Alignment] = "offsets"
     projection: ProjectionOptions = ProjectionOptions()
+    tie_order: str = "fusellm"
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -103,12 +105,17 @@ def fuse_text(
     chosen = int(min_ce_choice(_metric(plan, records)))
     fused = fuse(distributions, _cross_entropies(plan, records, projections), rule=plan.rule, **plan.rule_options)
     fused = truncate(fused, plan.width, renormalize=plan.projection.tail == "renormalize")
+    labelled = stored_rows(target) & ~fused.rows & (plan.projection.fallback == "next_label")
+    fused = _with_labels(fused, labelled, target)
     return fused, FusionReport(
         texts=1,
         rows=int(stored_rows(target).sum()),
         fused_rows=int(fused.rows.sum()),
         chosen={s.name: int(index == chosen) for index, s in enumerate(plan.sources)},
-        sources={s.name: p.report for s, p in zip(plan.sources, projections, strict=True)},
+        sources={
+            s.name: replace(p.report, fallback=int((labelled & ~p.distributions.rows).sum()))
+            for s, p in zip(plan.sources, projections, strict=True)
+        },
     )
 
 
@@ -132,6 +139,7 @@ def _common(
 
 
 def _project(plan: FusionPlan, source: SourcePlan, record: Record, target: TokenizedText) -> Projection:
+    """Project one source, without the fallback: a label must not be mixed into, or chosen before, a source's row."""
     return project_record(
         record,
         _align(plan, source, record, target),
@@ -139,7 +147,7 @@ def _project(plan: FusionPlan, source: SourcePlan, record: Record, target: Token
         target,
         source_table=source.table,
         target_table=plan.target_table,
-        options=plan.projection,
+        options=replace(plan.projection, fallback="mask"),
     )
 
 
@@ -148,7 +156,7 @@ def _align(plan: FusionPlan, source: SourcePlan, record: Record, target: Tokeniz
     by_ends = align_texts(record, target, strict=plan.alignment == "offsets_strict")
     if plan.alignment in ("offsets", "offsets_strict"):
         return by_ends
-    rows = np.full(len(target.ends), -1, np.int32)
+    rows, could = np.full(len(target.ends), -1, np.int32), 0
     for (start, stop), (t_start, t_stop) in zip(record.spans.tolist(), target.spans.tolist(), strict=True):
         own = np.flatnonzero((record.offsets > start) & (record.offsets <= stop))
         other = np.flatnonzero((target.ends > t_start) & (target.ends <= t_stop))
@@ -157,13 +165,24 @@ def _align(plan: FusionPlan, source: SourcePlan, record: Record, target: Tokeniz
                 [source.table.bytes_of(i) for i in record.input_ids[own].tolist()],
                 [plan.target_table.bytes_of(i) for i in target.input_ids[other].tolist()],
                 method=plan.alignment,
+                tie_order=plan.tie_order,
             )
             found = alignment.source_rows
             rows[other] = np.where(found >= 0, own[found], -1)
         # What predicts a span's first token stands before the span; only the ends can tell which row that is.
         before = target.ends == t_start
         rows[before] = by_ends.source_rows[before]
-    return replace(by_ends, source_rows=rows, coverage=float(np.mean(rows >= 0)))
+        could += len(other) + int(before.any())
+    return replace(by_ends, source_rows=rows, coverage=float((rows >= 0).sum() / could) if could else 1.0)
+
+
+def _with_labels(fused: SparseDistributions, rows: BoolArray, target: TokenizedText) -> SparseDistributions:
+    """Put probability 1 on the next token of some empty rows."""
+    if not rows.any():
+        return fused
+    ids, logprobs, leftover = fused.ids.copy(), fused.logprobs.copy(), fused.leftover.copy()
+    ids[rows, 0], logprobs[rows, 0], leftover[rows] = np.append(target.input_ids[1:], -1)[rows], 0.0, 0.0
+    return SparseDistributions(ids, logprobs, leftover)
 
 
 def _cross_entropies(

@@ -13,7 +13,9 @@ from fusion_plugins.axolotl.args import FusionBlock
 from fusion_plugins.axolotl.counting import count_alignments, count_texts
 from fusion_plugins.axolotl.plan import make_plan
 from fusion_plugins.axolotl.rows import TargetTokenizer
+from fusion_plugins.core.align import align_dtw
 from fusion_plugins.core.content import tokenize_content
+from fusion_plugins.core.pipeline import fuse_text
 from fusion_plugins.core.record import build_record
 from fusion_plugins.core.tokens import TokenTable
 from fusion_plugins.errors import MismatchError
@@ -108,6 +110,17 @@ def own_plan(material, tokenizer, **alignment):
         {"sources": [{"name": "own", "store": str(store.path), "is_target": True}], "alignment": alignment}
     )
     return make_plan(block, [store], target_of(tokenizer), never)
+
+
+def test_the_settings_of_time_warping_reach_it(material):
+    plan = own_plan(material, tiny.sentencepiece_bpe(), method="dtw", tie_order="fusechat", band=8)
+    assert (plan.alignment.func, plan.alignment.keywords, plan.tie_order) == (align_dtw, {"band": 8}, "fusechat")
+    target = target_of(tiny.sentencepiece_bpe()).text("The fox has 12 apples.").tokens
+    text, _ = tokenize_content(tiny.sentencepiece_bpe(), plan.target_table, "The fox has 12 apples.")
+    zeros = np.full(len(text.input_ids), -0.5, np.float32)
+    record = build_record("r", text, np.append(text.input_ids[1:], 0)[:, None], zeros[:, None], zeros)
+    fused, _ = fuse_text(plan, target, [record])
+    assert fused.rows[1:-1].all()
 
 
 def test_tokens_added_for_the_run_leave_the_targets_own_store_usable(material):

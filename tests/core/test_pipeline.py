@@ -345,13 +345,15 @@ def test_coverage_is_that_of_the_rows_that_could_match():
 
 @pytest.mark.parametrize("rule", ["min_ce", "avg_ce", "token_min_ce"])
 def test_the_fallback_stands_only_where_no_source_has_a_row(rule):
-    """One source has a row everywhere; the other, of a coarser tokenizer, does not."""
+    """One source has a row everywhere; the other, better one, of a coarser tokenizer, does not."""
     target = plain("digit_splitting")
-    records = [knows(plain(name))[0] for name in ("digit_splitting", "sentencepiece_bpe")]
+    records = [noisy("digit_splitting", 0, strength=1.0), noisy("sentencepiece_bpe", 1, strength=5.0)]
     settings = {"rule": rule, "rule_options": {"missing": "next_best"} if rule == "min_ce" else {}, "width": 9}
     names = ("digit_splitting", "sentencepiece_bpe")
     mask, label = (
-        fuse_text(plan_of("digit_splitting", *names, projection=ProjectionOptions(fallback=f), **settings), target, records)
+        fuse_text(
+            plan_of("digit_splitting", *names, projection=ProjectionOptions(fallback=f), **settings), target, records
+        )
         for f in ("mask", "next_label")
     )
     assert mask[1].sources["sentencepiece_bpe-1"].unaligned > 5
