@@ -6,9 +6,15 @@ from typing import Annotated
 
 import typer
 
+from fusion_plugins.config import as_defaults
 from fusion_plugins.errors import ConfigError, DataError
 
 __all__ = ["KINDS", "doctor", "report"]
+
+Config = Annotated[
+    str | None,
+    typer.Option("--config", "-c", is_eager=True, callback=as_defaults, help="YAML file with the settings."),
+]
 
 
 def _merge(folder: Path) -> str:
@@ -26,6 +32,7 @@ KINDS: dict[str, tuple[str, Callable[[Path], str]]] = {
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder to report on, such as a merged model.")],
     out: Annotated[Path | None, typer.Option(help="HTML file to write; fusion_report.html in the folder.")] = None,
+    config: Config = None,
 ) -> None:
     """Write one self-contained HTML page about what a folder holds."""
     target = out or folder / "fusion_report.html"
@@ -54,7 +61,9 @@ def render(folder: Path) -> str:
 
 def doctor(
     sources: Annotated[list[str], typer.Argument(help="Stores of the sources, or their tokenizers.")],
-    target: Annotated[str, typer.Option(help="Store of the target, or its tokenizer.")],
+    target: Annotated[
+        str | None, typer.Option(help="Store of the target, or its tokenizer. Without it, the last of the stores.")
+    ] = None,
     texts: Annotated[
         str | None, typer.Option(help="JSONL or Parquet texts, where tokenizers stand for stores.")
     ] = None,
@@ -65,6 +74,7 @@ def doctor(
     chain: Annotated[bool, typer.Option(help="Use the text where the source splits it differently.")] = True,
     limit: Annotated[int, typer.Option(min=1, help="Texts of the sample.")] = 200,
     out: Annotated[Path, typer.Option(help="Folder for doctor.json, doctor.html and doctor.png.")] = Path("doctor"),
+    config: Config = None,
 ) -> None:
     """Say, before any training, what fusing the sources into the target can give and what to set otherwise."""
     from rich.console import Console
@@ -75,6 +85,11 @@ def doctor(
     from fusion_plugins.report.doctor_page import picture_png, render_doctor_page, show
     from fusion_plugins.sources.texts import read_texts
 
+    if target is None:
+        *sources, target = sources
+        typer.echo(f"target: {target}", err=True)
+    if not sources:
+        raise ConfigError("fusion doctor expects a target and at least one source; came one store. Give both.")
     contents = {text.id: text.content for text in read_texts(texts)} if texts is not None else None
     sides = [open_target(target, contents, tokenizer), *(open_side(path, contents) for path in sources)]
     ticks = iter(track(range(limit * len(sources)), "examining", console=Console(stderr=True), transient=True))

@@ -350,3 +350,16 @@ def test_no_distribution_means_no_score(work):
     record = side.record("0")
     assert math.isnan(record.ce_per_byte)
     assert np.isnan(record.token_logprobs).all()
+
+
+def test_settings_may_come_from_a_file_and_the_last_store_is_the_target(work):
+    stores = work / "stores"
+    config = work / "doctor.yml"
+    config.write_text(f"sources: [{stores / 'a'}, {stores / 'target'}]\nlimit: 2\nout: {work / 'from-file'}\n")
+    result = _doctor("--config", config, "--limit", 3)
+    assert result.exit_code == 0, result.output
+    found = json.loads((work / "from-file" / "doctor.json").read_text())
+    assert (found["target"], found["texts"]) == ("target", 3)
+    config.write_text("sorces: []\n")
+    assert "unknown key sorces; known keys: chain, limit, out" in str(_doctor("--config", config).exception)
+    assert "at least one source" in str(_doctor(stores / "a").exception)
