@@ -80,7 +80,10 @@ class AlignmentArgs(_Strict):
         "the losses reverse_kl and jsd)",
     )
     min_mass: float = Field(
-        default=0.1, ge=0, le=1, description="rows that keep less probability than this are not used"
+        default=0.1,
+        ge=0,
+        le=1,
+        description="rows that keep less than this share of the stored probability are not used",
     )
     fallback: Literal["mask", "next_label"] = Field(
         default="mask", description="unused rows: no target, or probability 1 on the next token (FuseChat)"

@@ -27,7 +27,7 @@ class ProjectionReport:
         other_special: a special token on one side (an unknown character, the end of a turn) is something else on the
             other.
         source_ends: the record ends before the target's next token does (it was truncated).
-        low_mass: the candidates keep less than ``min_mass``.
+        low_mass: the candidates keep less than the share ``min_mass`` of what the record stores.
         fallback: unused rows that got the next label.
         exact: candidates that are a token of the target.
         edited: candidates mapped to another token of the target.

@@ -77,7 +77,8 @@ class ProjectionOptions:
         tail: what becomes of the mass that no entry holds. ``renormalize``: the entries are scaled to sum to 1.
             ``ignore`` and ``bucket``: the entries keep their true probabilities and the rest is ``leftover``; a loss
             with a bucket for everything else counts it, plain cross-entropy ignores it.
-        min_mass: a row that keeps less than this probability is not used: what little is left would be scaled up.
+        min_mass: a row that keeps less than this share of the probability that its stored entries have is not used:
+            what little is left would be scaled up.
         fallback: what stands on a supervised row that is not used. ``mask``: nothing. ``next_label``: probability 1 on
             the target's next token.
     """

@@ -125,7 +125,7 @@ def project_rows(rows, sides, min_mass):  # type: ignore[no-untyped-def]
             out.masses[:] = 0.0
             size = _candidates(sides, row, out)
             total = _write(out.ids[:size], held, ids[t], logprobs[t])
-            if total > 0.0 and total >= min_mass:
+            if total > 0.0 and total >= min_mass * (1.0 - out.masses[OUTSIDE_MASS]):
                 kept[t] = total
                 if row.label < len(held) and held[row.label] > 0.0:
                     gold[t] = np.log(held[row.label])
