@@ -231,3 +231,24 @@ def test_a_corrected_verdict_of_an_earlier_scorer_reaches_the_later_one(
         "p2": (True, 1.0),
     }
     assert scorers["long"].asked == ["p1", "p2", "p1"]
+
+
+@pytest.mark.parametrize("killed", ["while rows are taken out", "after they were scored anew"])
+def test_a_run_that_is_killed_over_corrected_rows_leaves_no_old_verdict(
+    tmp_path: Path, scorers: dict[str, Equal], killed: str
+) -> None:
+    """What a killed run leaves is the old shard, which no manifest lists."""
+    out = tmp_path / "scored"
+    score(write_lines(tmp_path / "before.jsonl", [ROW, ROW | {"prompt_id": "p2"}]), out)
+    (shard,) = out.glob("shard-*")
+    old = shard.read_bytes()
+    after = write_lines(tmp_path / "after.jsonl", [ROW | {"reference": "9"}, ROW | {"prompt_id": "p2"}])
+    if killed == "while rows are taken out":
+        with RowWriter(out, open_rows(out).manifest) as writer:
+            writer.drop([("p1", "a", 0)])
+    else:
+        score(after, out)
+    shard.write_bytes(old)
+    score(after, out)
+    assert {row["prompt_id"]: row["correct"] for row in open_rows(out)} == {"p1": False, "p2": True}
+    assert not shard.exists()
