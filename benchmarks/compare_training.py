@@ -198,11 +198,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
-    jobs = list(product(arguments.only, range(arguments.seeds)))
+    jobs = list(product(range(arguments.seeds), arguments.only))
     found: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.only}
     with ProcessPoolExecutor(arguments.workers) as pool:
-        futures = [pool.submit(train, name, seed, arguments.work, arguments.texts) for name, seed in jobs]
-        for (name, seed), future in zip(jobs, futures, strict=True):
+        futures = [pool.submit(train, name, seed, arguments.work, arguments.texts) for seed, name in jobs]
+        for (seed, name), future in zip(jobs, futures, strict=True):
             found[name].append(future.result())
             print(f"{name}, seed {seed}: {found[name][-1]['mean']:.4f}", file=sys.stderr, flush=True)
     domains = [*sorted(set(found[arguments.only[0]][0]) - {"mean"}), "mean"]
