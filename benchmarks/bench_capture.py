@@ -1,6 +1,7 @@
 """Tokens per second of capture, by backend, and of vLLM as it comes (prompt_logprobs with its default settings).
 
     python benchmarks/bench_capture.py                                # transformers
+    python benchmarks/bench_capture.py --backend ray                  # the same in one actor of Ray Data
     .venv-vllm/bin/python benchmarks/bench_capture.py --backend vllm  # vLLM offline, ours and default, and its server
 
 The model is tiny: what is compared is the way of the numbers out of the engine. A CPU with a vocabulary of 32,000
@@ -115,7 +116,7 @@ def bench_vllm(model: Path, texts: list[TokenizedText], top_k: int, runs: int) -
 def main() -> int:
     """Print a table; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backend", choices=["transformers", "vllm"], default="transformers")
+    parser.add_argument("--backend", choices=["transformers", "ray", "vllm"], default="transformers")
     parser.add_argument("--vocabulary", type=int, choices=[4096, 32_000], default=4096)
     parser.add_argument("--texts", type=int, default=12)
     parser.add_argument("--top-k", type=int, default=64)
@@ -132,8 +133,9 @@ def main() -> int:
         if arguments.backend == "vllm":
             speeds = bench_vllm(model, texts, arguments.top_k, arguments.runs)
         else:
-            source = open_source(SourceSettings(model=str(model)), "capture")
-            speeds = {"transformers": measure(source, texts, arguments.top_k, arguments.runs)}
+            source = open_source(SourceSettings(model=str(model), backend=arguments.backend), "capture")
+            speeds = {arguments.backend: measure(source, texts, arguments.top_k, arguments.runs)}
+            source.close()
     tokens = sum(len(text.input_ids) for text in texts)
     print(f"{tokens:,} tokens, K = {arguments.top_k}, vocabulary {len(tokenizer):,}, {os.cpu_count()} CPUs")
     for name, speed in speeds.items():
