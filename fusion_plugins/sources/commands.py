@@ -67,7 +67,8 @@ def sample(
     from rich.console import Console
 
     from fusion_plugins.config import load_config
-    from fusion_plugins.sources.sample import SampleConfig, estimate_samples, sample_prompts
+    from fusion_plugins.sources.estimate import estimate_samples
+    from fusion_plugins.sources.sample import SampleConfig, sample_prompts
 
     flags = {"prompts": prompts, "out": out, "only": only or None, "limit": limit}
     settings = load_config(SampleConfig, config, flags, assign)

@@ -6,12 +6,9 @@ response does not depend on which others are drawn, nor on when.
 
 import hashlib
 import json
-import random
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -35,7 +32,17 @@ from fusion_plugins.sources.texts import Prompt, prompts_fingerprint, read_promp
 from fusion_plugins.sources.units import MadeUnits, plan_units, run_units
 from fusion_plugins.store import RowManifest, RowWriter
 
-__all__ = ["SampleConfig", "SampleReport", "SampledSource", "estimate_samples", "response_seed", "sample_prompts"]
+__all__ = [
+    "Item",
+    "SampleConfig",
+    "SampleReport",
+    "SampledSource",
+    "chosen_sources",
+    "items_of",
+    "request_of",
+    "response_seed",
+    "sample_prompts",
+]
 
 KEY = ("prompt_id", "source", "index", "fingerprint")
 COLUMNS = {
@@ -54,8 +61,6 @@ COLUMNS = {
     "model": "string",
     "fingerprint": "string",
 }
-#: a dry run draws so many responses, then four times as many, ... while the next round ends within so many seconds
-PROBE_REQUESTS, PROBE_SECONDS = 4, 20.0
 
 
 class SampledSource(SourceSettings, Sampling):
@@ -136,12 +141,20 @@ class SampleReport:
 
 
 @dataclass(frozen=True)
-class _Item:
+class Item:
+    """One response to draw.
+
+    Attributes:
+        prompt: to which prompt.
+        index: which of several.
+    """
+
     prompt: Prompt
     index: int
 
     @property
     def name(self) -> tuple[str, int]:
+        """What tells it from the others of its source."""
         return self.prompt.text.id, self.index
 
 
@@ -171,7 +184,7 @@ def sample_prompts(config: SampleConfig) -> SampleReport:
     seconds = 0.0
     with RowWriter(config.out, _manifest(config, prompts)) as rows:
         # Nothing is loaded before all settings were compared with what is there.
-        jobs = [_job(config, settings, rows, prompts[: config.limit], skipped) for settings in _chosen(config)]
+        jobs = [_job(config, settings, rows, prompts[: config.limit], skipped) for settings in chosen_sources(config)]
         for job in jobs:
             present += sum(item.name in job.done for item in job.items)
             _run(job)
@@ -179,78 +192,6 @@ def sample_prompts(config: SampleConfig) -> SampleReport:
         if config.limit is None and config.only is None:
             rows.finish()
     return SampleReport(Path(config.out), drawn, present, skipped, tokens, seconds)
-
-
-def estimate_samples(config: SampleConfig) -> dict[str, dict[str, float]]:
-    """Draw some responses of each source, keep none, and say what all of them will take.
-
-    Rounds grow up to the width of a unit, so that the speed is that of a real run.
-
-    Returns:
-        source -> ``responses``, ``tokens``, ``bytes``, ``hours``, ``tokens_per_second``; estimates but for the first.
-    """
-    prompts = read_prompts(config.prompts, config.limit)
-    estimates = {}
-    for settings in _chosen(config):
-        items = _items(config, settings, prompts)
-        if not items:
-            continue
-        source = open_source(settings, "sample")
-        try:
-            probed, speed = _probe(config, settings, source, items)
-        finally:
-            source.close()
-        tokens = _extrapolated(items, probed, lambda response: response.n_tokens)
-        estimates[settings.source_name] = {
-            "responses": len(items),
-            "tokens": tokens,
-            "bytes": _extrapolated(items, probed, lambda response: len(response.text.encode())),
-            "hours": tokens / max(speed, 1e-9) / 3600,
-            "tokens_per_second": speed,
-        }
-    return estimates
-
-
-Probed = list[tuple[_Item, Response]]
-
-
-def _probe(config: SampleConfig, settings: SampledSource, source: Source, items: list[_Item]) -> tuple[Probed, float]:
-    """Return what was drawn, and the tokens per second of the widest round."""
-    order = _spread(items)
-    domains = len({item.prompt.domain for item in items})
-    probed: Probed = []
-    start, width = 0, max(PROBE_REQUESTS, domains)
-    while True:
-        part = order[start : start + width]
-        with meter(f"probe {settings.source_name}", len(part)) as progress:
-            results = list(source.sample([[_request(config, settings, item) for item in part]]))
-            seconds = progress.seconds
-        drawn = [(part[index], response) for (_, index), response in results if isinstance(response, Response)]
-        probed += drawn
-        speed = sum(response.n_tokens for _, response in drawn) / max(seconds, 1e-9)
-        start += width
-        width = min(4 * width, config.unit_requests)
-        # As if nothing ran side by side: the next round may take four times as long.
-        if start >= len(order) or 4 * seconds > PROBE_SECONDS or len(part) >= config.unit_requests:
-            return probed, speed
-
-
-def _spread(items: list[_Item]) -> list[_Item]:
-    """Return the items at random, always in the same way, one of each domain first."""
-    mixed = random.Random(0).sample(items, len(items))
-    first = {item.prompt.domain: item for item in reversed(mixed)}
-    chosen = {item.name for item in first.values()}
-    return [*first.values(), *(item for item in mixed if item.name not in chosen)]
-
-
-def _extrapolated(items: list[_Item], probed: Probed, size: Callable[[Response], int]) -> float:
-    """Sum of the sizes of all responses: those of a domain are as large as the drawn ones of it are on average."""
-    sizes = defaultdict(list)
-    for item, response in probed:
-        sizes[item.prompt.domain].append(size(response))
-    overall = fmean(value for values in sizes.values() for value in values) if sizes else 0.0
-    means = {domain: fmean(values) for domain, values in sizes.items()}
-    return sum(means.get(item.prompt.domain, overall) for item in items)
 
 
 def _manifest(config: SampleConfig, prompts: Sequence[Prompt]) -> RowManifest:
@@ -263,18 +204,20 @@ def _manifest(config: SampleConfig, prompts: Sequence[Prompt]) -> RowManifest:
     )
 
 
-def _chosen(config: SampleConfig) -> list[SampledSource]:
+def chosen_sources(config: SampleConfig) -> list[SampledSource]:
+    """Return the sources of this run."""
     return [source for source in config.sources if config.only is None or source.source_name in config.only]
 
 
-def _items(config: SampleConfig, settings: SampledSource, prompts: Sequence[Prompt]) -> list[_Item]:
+def items_of(config: SampleConfig, settings: SampledSource, prompts: Sequence[Prompt]) -> list[Item]:
+    """Return what one source has to draw."""
     n = config.n if settings.n is None else settings.n
     items = []
     for prompt in prompts:
         if settings.domains is not None and prompt.domain not in settings.domains:
             continue
         count = n if isinstance(n, int) else n.get(prompt.domain, DEFAULT_SAMPLES)
-        items += [_Item(prompt, index) for index in range(count)]
+        items += [Item(prompt, index) for index in range(count)]
     return items
 
 
@@ -284,7 +227,7 @@ class _Job:
 
     config: SampleConfig
     settings: SampledSource
-    items: list[_Item]
+    items: list[Item]
     tokenizer: Any
     fingerprint: str
     rows: RowWriter
@@ -295,7 +238,7 @@ class _Job:
     tokens: int = 0
     seconds: float = 0.0
 
-    def refuse(self, item: _Item, reason: str) -> None:
+    def refuse(self, item: Item, reason: str) -> None:
         """Note that there will be no response, or end the run."""
         prompt, name = item.prompt.text.id, self.settings.source_name
         if self.config.unusable == "stop":
@@ -317,7 +260,7 @@ def _job(
     name = settings.source_name
     _check_fingerprint(rows, name, mark)
     done = {(key[0], key[2]) for key in rows.done_keys if key[1] == name}
-    return _Job(config, settings, _items(config, settings, prompts), tokenizer, mark, rows, done, skipped)
+    return _Job(config, settings, items_of(config, settings, prompts), tokenizer, mark, rows, done, skipped)
 
 
 def _run(job: _Job) -> None:
@@ -341,12 +284,12 @@ def _run(job: _Job) -> None:
         source.close()
 
 
-def _usable(job: _Job, source: Source) -> list[_Item]:
+def _usable(job: _Job, source: Source) -> list[Item]:
     """Leave out prompts that are too long, or refuse them, before hours are spent on the others."""
     if job.tokenizer is None:
         return job.items
     ids = {item.prompt.text.id: item for item in job.items}
-    requests = [_request(job.config, job.settings, item) for item in ids.values()]
+    requests = [request_of(job.config, job.settings, item) for item in ids.values()]
     _, refused = split_prompts(job.tokenizer, requests, source.max_length)
     firsts = list(ids.values())
     for index, refusal in refused.items():
@@ -356,9 +299,9 @@ def _usable(job: _Job, source: Source) -> list[_Item]:
 
 
 def _responses(
-    job: _Job, source: Source, units: list[list[_Item]], progress: Meter
+    job: _Job, source: Source, units: list[list[Item]], progress: Meter
 ) -> Iterator[tuple[Place, Response | Refusal]]:
-    requests = MadeUnits(units, lambda _, unit: [_request(job.config, job.settings, item) for item in unit])
+    requests = MadeUnits(units, lambda _, unit: [request_of(job.config, job.settings, item) for item in unit])
     for place, response in source.sample(requests):
         if isinstance(response, Refusal):
             job.refuse(units[place[0]][place[1]], response.reason)
@@ -367,7 +310,7 @@ def _responses(
         yield place, response
 
 
-def _commit(job: _Job, unit: list[_Item], responses: Mapping[int, Response | Refusal]) -> None:
+def _commit(job: _Job, unit: list[Item], responses: Mapping[int, Response | Refusal]) -> None:
     for index, response in responses.items():
         if isinstance(response, Response) and unit[index].name not in job.done:
             job.rows.write(_row(job, unit[index], response))
@@ -375,14 +318,15 @@ def _commit(job: _Job, unit: list[_Item], responses: Mapping[int, Response | Ref
     job.rows.flush()
 
 
-def _request(config: SampleConfig, settings: SampledSource, item: _Item) -> SampleRequest:
+def request_of(config: SampleConfig, settings: SampledSource, item: Item) -> SampleRequest:
+    """Return what the source is asked for."""
     text = item.prompt.text
     return SampleRequest(
         text.content, settings.sampling, response_seed(config.seed, text.id, settings.source_name, item.index)
     )
 
 
-def _row(job: _Job, item: _Item, response: Response) -> dict[str, Any]:
+def _row(job: _Job, item: Item, response: Response) -> dict[str, Any]:
     prompt = item.prompt
     return {
         "prompt_id": prompt.text.id,
@@ -396,7 +340,7 @@ def _row(job: _Job, item: _Item, response: Response) -> dict[str, Any]:
         "finish_reason": response.finish_reason,
         "n_tokens": response.n_tokens,
         "n_prompt_tokens": response.n_prompt_tokens,
-        "seed": _request(job.config, job.settings, item).seed if job.seeded else None,
+        "seed": request_of(job.config, job.settings, item).seed if job.seeded else None,
         "model": job.settings.model,
         "fingerprint": job.fingerprint,
     }

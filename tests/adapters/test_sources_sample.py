@@ -13,9 +13,10 @@ from fusion_plugins.cli import app
 from fusion_plugins.errors import ConfigError, MismatchError, SourceError
 from fusion_plugins.sources import sample as sample_module
 from fusion_plugins.sources.base import Response, SampleRequest, Sampling, SourceSettings, open_source
+from fusion_plugins.sources.estimate import estimate_samples
 from fusion_plugins.sources.identity import sampling_fingerprint
 from fusion_plugins.sources.presets import PRESETS
-from fusion_plugins.sources.sample import SampleConfig, SampledSource, estimate_samples, sample_prompts
+from fusion_plugins.sources.sample import SampleConfig, SampledSource, sample_prompts
 from fusion_plugins.store import open_rows
 
 

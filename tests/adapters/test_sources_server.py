@@ -21,7 +21,8 @@ from fake_server import running
 from fusion_plugins.config import validate
 from fusion_plugins.errors import ConfigError, MismatchError, SourceError
 from fusion_plugins.sources.capture import CaptureConfig, capture_texts
-from fusion_plugins.sources.sample import SampleConfig, estimate_samples, sample_prompts
+from fusion_plugins.sources.estimate import estimate_samples
+from fusion_plugins.sources.sample import SampleConfig, sample_prompts
 from fusion_plugins.sources.servers import hidden
 from fusion_plugins.store import open_rows
 
