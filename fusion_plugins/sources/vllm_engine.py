@@ -130,10 +130,11 @@ class VllmSource:
     def _capture(self, texts: Sequence[TokenizedText], top_k: int) -> Iterator[tuple[int, Rows | Refusal]]:
         asked = min(top_k + spare_entries(self._width, self._vocab_size), self._width)
         sizes = [len(text.input_ids) * (asked + 1) for text in texts]
-        for group in plan_units(range(len(texts)), sizes.__getitem__, ENTRIES_IN_FLIGHT):
-            if sizes[group[0]] > MOST_ENTRIES:  # it stands alone
-                yield group[0], Refusal(_too_much(len(texts[group[0]].input_ids), asked))
-                continue
+        for index, size in enumerate(sizes):
+            if size > MOST_ENTRIES:
+                yield index, Refusal(_too_much(len(texts[index].input_ids), asked))
+        possible = [index for index, size in enumerate(sizes) if size <= MOST_ENTRIES]
+        for group in plan_units(possible, sizes.__getitem__, ENTRIES_IN_FLIGHT):
             prompts = [texts[index].input_ids.tolist() for index in group]
             for index, output in zip(group, self._generate(prompts, [capture_params(asked)] * len(group)), strict=True):
                 if isinstance(output, Refusal):

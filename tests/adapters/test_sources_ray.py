@@ -10,12 +10,14 @@ import pytest
 import source_checks
 
 from fusion_plugins.errors import ConfigError, SourceError
-from fusion_plugins.sources.base import SourceSettings, open_source
+from fusion_plugins.sources.base import SampleRequest, Sampling, SourceSettings, open_source
 from fusion_plugins.sources.capture import CaptureConfig, capture_texts
 from fusion_plugins.sources.sample import SampleConfig, sample_prompts
+from fusion_plugins.sources.units import MadeUnits
 from fusion_plugins.store import open_rows, open_store
 
 pytestmark = pytest.mark.slow
+UNITS_PER_ACTOR = 4
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,22 @@ def test_an_error_in_an_actor_keeps_its_name_and_its_message(model, cluster, tmp
     entry = {"name": "s", "model": str(model), "backend": "ray", "max_tokens": 255}
     with pytest.raises(SourceError, match="exceed the model's 256 tokens; lower max_tokens"):
         sample_prompts(SampleConfig(prompts=str(prompts), out=str(tmp_path / "out"), n=1, sources=[entry]))
+
+
+def test_only_a_few_units_are_made_before_their_turn(model, cluster):
+    """However large the corpus is, the driver holds the units under way and no others."""
+    made = []
+
+    def request(number, unit):
+        made.append(number)
+        return [SampleRequest("The quick", Sampling(max_tokens=1, template="plain"), number)]
+
+    source = open_source(SourceSettings(model=str(model), backend="ray"), "sample")
+    came = []
+    for (number, _), _ in source.sample(MadeUnits([[0]] * 40, request)):
+        came.append(number)
+        assert len(made) <= len(came) + UNITS_PER_ACTOR
+    assert sorted(came) == list(range(40))
 
 
 def test_wrong_options_are_refused_before_a_cluster_is_started(model):

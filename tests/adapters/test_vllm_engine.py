@@ -116,6 +116,42 @@ def test_a_text_longer_than_the_context_is_refused_before_anything_runs(model, s
         captured(model, texts, tmp_path / "store", "vllm")
 
 
+def test_a_text_that_the_engine_refuses_is_named_and_the_others_are_captured(model, shared, tmp_path, monkeypatch):
+    """With the checks before it switched off, the engine itself refuses a text of 300 tokens and one of no room."""
+    rows = [
+        {"id": "a", "text": "The quick brown fox"},
+        {"id": "long", "text": "\u00df" * 300},
+        {"id": "b", "text": "dog"},
+    ]
+    texts = source_checks.write_rows(tmp_path / "t.jsonl", rows)
+    monkeypatch.setattr(capture, "_check_lengths", lambda job, texts: {})
+    with pytest.raises(SourceError, match="text 'long': vLLM refuses it: .*`unusable: skip`"):
+        captured(model, texts, tmp_path / "stop", "vllm", top_k=8)
+    store = captured(model, texts, tmp_path / "skip", "vllm", top_k=8, unusable="skip")
+    assert sorted(store.ids()) == ["a", "b"]
+
+
+def test_log_probabilities_that_would_fill_the_memory_as_python_numbers_are_refused(
+    model, shared, tmp_path, monkeypatch
+):
+    from fusion_plugins.sources import vllm_engine
+
+    monkeypatch.setattr(vllm_engine, "MOST_ENTRIES", 64 * 100)
+    rows = [{"id": "short", "text": "The quick"}, {"id": "long", "text": "The quick brown fox " * 10}]
+    texts = source_checks.write_rows(tmp_path / "t.jsonl", rows)
+    with pytest.raises(
+        SourceError, match=r"text 'long': vLLM hands \d+ tokens x \d+ log-prob.*lower top_k, cut the texts"
+    ):
+        captured(model, texts, tmp_path / "store", "vllm", top_k="all")
+
+
+def test_quantization_is_part_of_what_a_store_is(model):
+    engine = vllm_checks.ENGINE | {"hf_overrides": {"rms_norm_eps": 1e-5}}
+    source = base.open_source(SourceSettings(model=str(model), backend="vllm", options={"engine": engine}), "capture")
+    source.close()
+    assert source.facts["options"] == {"hf_overrides": {"rms_norm_eps": 1e-5}}
+
+
 def test_flat_log_probabilities_are_those_of_vllms_default_format(engines):
     engine = engines.get("capture")
     from vllm import SamplingParams
