@@ -9,7 +9,7 @@ import psutil
 import pytest
 import source_checks
 
-from fusion_plugins.errors import ConfigError, SourceError
+from fusion_plugins.errors import ConfigError
 from fusion_plugins.sources.base import SampleRequest, Sampling, SourceSettings, open_source
 from fusion_plugins.sources.capture import CaptureConfig, capture_texts
 from fusion_plugins.sources.sample import SampleConfig, sample_prompts
@@ -80,11 +80,11 @@ def test_actors_draw_the_same_responses(model, cluster, tmp_path):
     assert len(by_key[0]) == 12
 
 
-def test_an_error_in_an_actor_keeps_its_name_and_its_message(model, cluster, tmp_path):
-    prompts = source_checks.prompts(tmp_path / "prompts.jsonl")
-    entry = {"name": "s", "model": str(model), "backend": "ray", "max_tokens": 255}
-    with pytest.raises(SourceError, match="exceed the model's 256 tokens; lower max_tokens"):
-        sample_prompts(SampleConfig(prompts=str(prompts), out=str(tmp_path / "out"), n=1, sources=[entry]))
+def test_an_error_in_an_actor_keeps_its_name_and_its_message(model, cluster):
+    source = open_source(SourceSettings(model=str(model), backend="ray"), "sample")
+    plain = Sampling(template="plain", max_tokens=1)
+    with pytest.raises(ConfigError, match="template 'plain' takes prompts with 'text'"):
+        list(source.sample([[SampleRequest([{"role": "user", "content": "hi"}], plain, 0)]]))
 
 
 def test_only_a_few_units_are_made_before_their_turn(model, cluster):
