@@ -187,72 +187,59 @@ def _row_by_bytes(sides, u, t, label):  # type: ignore[no-untyped-def]
 @compiled
 def _candidates(sides, row, out):  # type: ignore[no-untyped-def]
     """Add the mass of every candidate of the row to the target tokens, and return how many of them there are."""
-    source, first = sides.source, sides.source.ids[row.u + 1]
+    # Taken apart here, once per row: each look into one of the tuples costs as much as a candidate.
+    source, mapping, s_tokens, t_tokens = sides.source, sides.mapping, sides.s_tokens, sides.t_tokens
+    held, ids, counts, masses = out.held, out.ids, out.counts, out.masses
+    first, label, many = source.ids[row.u + 1], row.label, len(mapping.starts) > 1
     first_mass = np.exp(np.float64(source.gold[row.u]))
     by_bytes = sides.chain and row.kind < SPECIAL and not np.isnan(first_mass + row.logp)
-    size, inside, seen = 0, 0.0, by_bytes
+    size, inside = 0, 0.0
     if by_bytes:
-        size = _label(sides, row, first_mass, out)
+        mass = _label_mass(sides, row)
+        masses[GOLD_MASS] += mass
+        size, share = _unexplained(
+            held, ids, _add(held, ids, size, label, mass), mapping, first, first_mass - mass, label
+        )
+        masses[share] += max(first_mass - mass, 0.0)
         inside = first_mass
-    for k in range(source.topk_ids.shape[1] + 1):
-        if k == source.topk_ids.shape[1]:
-            # A special token that the top k missed: its probability is stored all the same.
-            if seen or not sides.chain or np.isnan(first_mass):
-                break
-            z, p = first, first_mass
-        else:
-            z, p = source.topk_ids[row.u, k], np.exp(np.float64(source.topk_logprobs[row.u, k]))
-            if z < 0 or (z == first and by_bytes):
-                continue
-        seen |= z == first
-        inside += p
-        size = _candidate(sides, row, by_bytes, z, p, out, size)
-    out.masses[OUTSIDE_MASS] += max(1.0 - inside, 0.0)
-    return size
-
-
-@compiled
-def _label(sides, row, first_mass, out):  # type: ignore[no-untyped-def]
-    """Give the label what the text's own tokens say of it."""
-    mass = _label_mass(sides, row)
-    out.masses[GOLD_MASS] += mass
-    size = _add(out, 0, row.label, mass)
-    return _unexplained(sides, row, sides.source.ids[row.u + 1], max(first_mass - mass, 0.0), out, size)
-
-
-@compiled
-def _candidate(sides, row, by_bytes, z, p, out, size):  # type: ignore[no-untyped-def]
-    """Add one candidate that is not the text's own next token."""
+    # A prefix of the label is what the chain, or what comes after it, has explained.
     splits = by_bytes and (row.kind == ONE_TO_MANY or row.kind == CROSSING)
-    if splits and _ordinary(sides.s_tokens, z) and _strict(sides.s_tokens, z, sides.t_tokens, row.label):
-        return _unexplained(sides, row, z, p, out, size)
-    to, share = _destination(sides.mapping, z, row.label, by_bytes)
-    if row.kind == SPECIAL and z == sides.source.ids[row.u + 1]:
-        return _count(out, _add(out, size, row.label, p), EXACT_MASS, p)
-    if share == GOLD_MASS:
-        out.masses[GOLD_MASS] += p
-        return _add(out, size, to, p)
-    size, shared = _share_out(out, size, sides.mapping, z, p, -1)
-    return _count(out, size if shared else _add(out, size, to, p), share, p)
-
-
-@compiled
-def _count(out, size, share, mass):  # type: ignore[no-untyped-def]
-    out.masses[share] += mass
-    out.counts[EXACT + share - EXACT_MASS] += 1
+    n, seen = source.topk_ids.shape[1], by_bytes
+    for k in range(n + 1):
+        z, p = (source.topk_ids[row.u, k], source.topk_logprobs[row.u, k]) if k < n else (first, source.gold[row.u])
+        # In the last turn, a special token that the top k missed: its probability is stored all the same.
+        if z < 0 or (z == first and by_bytes) or (k == n and (seen or not sides.chain or np.isnan(p))):
+            continue
+        mass = np.exp(np.float64(p))
+        seen |= z == first
+        inside += mass
+        if splits and _ordinary(s_tokens, z) and _strict(s_tokens, z, t_tokens, label):
+            size, share = _unexplained(held, ids, size, mapping, z, mass, label)
+        elif row.kind == SPECIAL and z == first:
+            size, share = _add(held, ids, size, label, mass), EXACT_MASS
+        else:
+            to, share = _destination(mapping, z, label, by_bytes)
+            shared = False
+            if many and share != GOLD_MASS:
+                size, shared = _share_out(held, ids, size, mapping, z, mass, -1)
+            if not shared:
+                size = _add(held, ids, size, to, mass)
+        masses[share] += mass
+        if EXACT_MASS <= share <= UNMAPPED_MASS:
+            counts[EXACT + share - EXACT_MASS] += 1
+    masses[OUTSIDE_MASS] += max(1.0 - inside, 0.0)
     return size
 
 
 @compiled
-def _unexplained(sides, row, z, mass, out, size):  # type: ignore[no-untyped-def]
+def _unexplained(held, ids, size, mapping, z, mass, label):  # type: ignore[no-untyped-def]
     """A prefix of the label, without what the chain explains: a one-to-many map shares it out, else it is lost."""
-    size, shared = _share_out(out, size, sides.mapping, z, mass, row.label)
-    out.masses[EDITED_MASS if shared else PREFIX_MASS] += mass
-    return size
+    size, shared = _share_out(held, ids, size, mapping, z, mass, label)
+    return size, EDITED_MASS if shared else PREFIX_MASS
 
 
 @compiled
-def _share_out(out, size, mapping, z, mass, label):  # type: ignore[no-untyped-def]
+def _share_out(held, ids, size, mapping, z, mass, label):  # type: ignore[no-untyped-def]
     """Share the mass of a candidate out among its entries other than the label; False where it has none."""
     total = 0.0
     if z + 1 < len(mapping.starts):
@@ -264,7 +251,7 @@ def _share_out(out, size, mapping, z, mass, label):  # type: ignore[no-untyped-d
     for entry in range(mapping.starts[z], mapping.starts[z + 1]):
         to = np.int64(mapping.share_ids[entry])
         if to != label:
-            size = _add(out, size, to, mass * mapping.weights[entry] / total)
+            size = _add(held, ids, size, to, mass * mapping.weights[entry] / total)
     return size, True
 
 
@@ -316,14 +303,14 @@ def _length(tokens, token):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _add(out, size, token, mass):  # type: ignore[no-untyped-def]
+def _add(held, ids, size, token, mass):  # type: ignore[no-untyped-def]
     """Sum the mass of a target token; note its id when it is new in this row."""
-    if mass <= 0.0 or not 0 <= token < len(out.held):
+    if mass <= 0.0 or not 0 <= token < len(held):
         return size
-    if out.held[token] == 0.0:
-        out.ids[size] = token
+    if held[token] == 0.0:
+        ids[size] = token
         size += 1
-    out.held[token] += mass
+    held[token] += mass
     return size
 
 
