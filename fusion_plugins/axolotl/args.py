@@ -191,7 +191,7 @@ class FusionBlock(_Strict):
                 self.pairs.window()
             except ConfigError as error:
                 yield f"pairs: {error}"
-        if not self.sources and self.pairs is None and self.sft is None:
+        if not self.sources and self.pairs is None and self.sft is None and "split" not in self.model_fields_set:
             yield "nothing to do: give sources (type fusion_plugins.axolotl.fused), sft or pairs"
 
 

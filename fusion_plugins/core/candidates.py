@@ -2,8 +2,10 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from hashlib import blake2b
+from typing import Any
 
 from fusion_plugins.core.types import Candidate
 from fusion_plugins.errors import DataError
@@ -18,24 +20,39 @@ def is_verified(candidates: Sequence[Candidate]) -> bool:
     return any(candidate.domain in VERIFIED_DOMAINS or candidate.correct is not None for candidate in candidates)
 
 
-def clean(candidates: Iterable[Candidate]) -> tuple[dict[str, list[Candidate]], dict[str, int]]:
+def clean(candidates: Iterable[Candidate | Mapping[str, Any]]) -> tuple[dict[str, list[Candidate]], dict[str, int]]:
     """Group candidates by prompt and leave out empty, repeated and unusable responses.
+
+    Args:
+        candidates: candidates, or rows with their attributes as keys (other keys go into ``extra``).
 
     Returns:
         Prompt id -> candidates, both in an order that does not depend on the order given; and reason -> responses left
         out: ``empty_response``, ``reward_not_finite``, ``duplicate_response`` (equal text, same prompt and source).
 
     Raises:
-        DataError: candidates of one prompt disagree about its text or its domain.
+        DataError: candidates of one prompt disagree about its text or its domain, or a row lacks a key.
     """
     groups: dict[str, list[Candidate]] = defaultdict(list)
-    for candidate in candidates:
+    for candidate in map(_as_candidate, candidates):
         groups[candidate.prompt_id].append(candidate)
     dropped: Counter[str] = Counter()
     for prompt_id, group in groups.items():
         _check_one_prompt(group)
         groups[prompt_id] = _usable(group, dropped)
     return dict(sorted(groups.items())), dict(dropped)
+
+
+def _as_candidate(row: Candidate | Mapping[str, Any]) -> Candidate:
+    if isinstance(row, Candidate):
+        return row
+    names = [field.name for field in fields(Candidate) if field.name != "extra"]
+    known = {name: row[name] for name in names if row.get(name) is not None}
+    try:
+        return Candidate(**known, extra={key: value for key, value in row.items() if key not in names})
+    except TypeError as error:
+        needed = "prompt_id, source, index, prompt, response"
+        raise DataError(f"expected candidates, or rows with {needed}; came the keys {', '.join(row)}") from error
 
 
 def _usable(group: Iterable[Candidate], dropped: Counter[str]) -> list[Candidate]:

@@ -6,7 +6,7 @@ which is what the source's next-token distribution says about the target's next 
 tokens were aligned on real texts; ``one_to_many`` shares a token's probability out among those, by how often each was.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +22,7 @@ __all__ = ["COUNTED", "METHODS", "map_vocabulary"]
 
 Text = str | bytes
 Vocabulary = Sequence[str] | Sequence[bytes] | TokenTable
+Counts = AlignmentCounts | Mapping[tuple[int, int], int]
 Encode = Callable[[Any], Sequence[int]]
 METHODS = ("min_edit", "exact", "statistics", "one_to_many", "first_token")
 #: methods that need the counts of aligned tokens
@@ -34,7 +35,7 @@ def map_vocabulary(
     *,
     method: str = "min_edit",
     max_distance: int | None = None,
-    counts: AlignmentCounts | None = None,
+    counts: Counts | None = None,
     encode: Encode | None = None,
     compat: Literal["fusechat"] | None = None,
 ) -> VocabularyMap:
@@ -47,7 +48,8 @@ def map_vocabulary(
             it says otherwise (``fusion.alignment.vocabulary``).
         max_distance: leave a token unmapped when its counterpart is farther than this (in bytes; in code points for
             ``str``).
-        counts: how often tokens were aligned, for ``statistics`` and ``one_to_many``.
+        counts: how often tokens were aligned, or (source id, target id) -> number; for ``statistics`` and
+            ``one_to_many``.
         encode: bytes (or ``str``) -> ids of the target's own encoding, for ``first_token``. Without it, or where it
             answers with nothing, the longest target token that the source token starts with is taken.
         compat: ``fusechat`` makes ``statistics`` choose by the published score.
@@ -63,6 +65,8 @@ def map_vocabulary(
     """
     if method not in METHODS:
         raise ConfigError(f"unknown vocabulary method {method!r}; expected one of {', '.join(METHODS)}")
+    if compat not in (None, "fusechat"):
+        raise ConfigError(f"unknown compat {compat!r}; expected None or 'fusechat'")
     left, right = _tokens(source), _tokens(target)
     _check_types(left, right)
     rows, columns = _mappable(source), _eligible(target)
@@ -86,17 +90,23 @@ def map_vocabulary(
     return VocabularyMap(target_ids, distances, method, shares)
 
 
-def _checked_counts(counts: AlignmentCounts | None, method: str) -> AlignmentCounts:
+def _checked_counts(counts: Counts | None, method: str) -> AlignmentCounts:
     if method in COUNTED and not counts:
         raise ConfigError(
             f"method {method!r} expects `counts`, the AlignmentCounts of the two tokenizers, got "
             f"{'none' if counts is None else 'empty ones'}. Count aligned texts first."
         )
-    return AlignmentCounts() if counts is None else counts
+    if counts is None:
+        return AlignmentCounts()
+    if isinstance(counts, Mapping):
+        return AlignmentCounts.from_pairs([s for s, _ in counts], [t for _, t in counts], list(counts.values()))
+    if not isinstance(counts, AlignmentCounts):
+        raise ConfigError(f"expected `counts` as AlignmentCounts or {{(source id, target id): n}}, got {type(counts)}")
+    return counts
 
 
 def _tokens(vocabulary: Vocabulary) -> Sequence[Any]:
-    return vocabulary.tokens if isinstance(vocabulary, TokenTable) else vocabulary
+    return vocabulary.tokens if isinstance(vocabulary, TokenTable) else list(vocabulary)
 
 
 def _mappable(vocabulary: Vocabulary) -> BoolArray:
@@ -117,12 +127,17 @@ def _select(tokens: Sequence[Any], chosen: BoolArray) -> list[Any]:
 
 
 def _check_types(left: Sequence[Text], right: Sequence[Text]) -> None:
-    kinds = {type(token).__name__ for tokens in (left, right) for token in tokens}
+    kinds = {_kind(token) for tokens in (left, right) for token in tokens}
     if kinds not in ({"str"}, {"bytes"}, set()):
         raise ConfigError(
             f"expected source and target tokens that are all str or all bytes (those of a table are bytes), got "
             f"{' and '.join(sorted(kinds))}. Convert one side."
         )
+
+
+def _kind(token: Any) -> str:
+    """str, bytes (numpy's too), or whatever else it is."""
+    return next((kind.__name__ for kind in (str, bytes) if isinstance(token, kind)), type(token).__name__)
 
 
 def _nearest(

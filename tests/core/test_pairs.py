@@ -461,3 +461,14 @@ def test_pairs_are_valid_and_every_prompt_is_accounted_for(candidates, rule):
             assert (pair.chosen.correct, pair.rejected.correct) == (True, False)
         elif pair.gap is not None:
             assert 0.01 - 1e-6 <= pair.gap <= 0.1 + 1e-6
+
+
+def test_candidates_may_be_rows():
+    rows = [
+        {"prompt_id": "p", "source": "a", "index": i, "prompt": "Why?", "response": f"r{i}", "reward": reward, "seed": 1}
+        for i, reward in enumerate((0.5, 0.45))
+    ]
+    [pair] = build_pairs(rows, rule="same_source")
+    assert (pair.chosen.response, pair.rejected.response, pair.chosen.extra) == ("r0", "r1", {"seed": 1})
+    with pytest.raises(DataError, match="rows with prompt_id, source.*came the keys source"):
+        build_pairs([{"source": "a"}])

@@ -294,6 +294,17 @@ def test_wrong_calls_say_what_is_expected():
     assert set(METHODS) == {"exact", "min_edit", "first_token", "statistics", "one_to_many"}
 
 
+def test_counts_may_be_a_mapping_of_pairs_and_tokens_numpy_strings():
+    counts = {(0, 1): 3, (1, 0): 2, (0, 0): 1}
+    plain = map_vocabulary(["ab", "c"], ["cd", "abc"], method="statistics", counts=counts)
+    arrays = map_vocabulary(np.array(["ab", "c"]), np.array(["cd", "abc"]), method="statistics", counts=counts)
+    assert plain.target_ids.tolist() == arrays.target_ids.tolist() == [1, 0]
+    with pytest.raises(ConfigError, match="expected `counts` as AlignmentCounts"):
+        map_vocabulary(["a"], ["b"], method="statistics", counts=np.ones((1, 1)))
+    with pytest.raises(ConfigError, match="unknown compat 'fusellm'"):
+        map_vocabulary(["a"], ["b"], compat="fusellm")
+
+
 def test_empty_vocabularies_map_to_nothing():
     for method in ("exact", "min_edit", "first_token"):
         assert map_vocabulary([], ["a"], method=method).target_ids.tolist() == []
