@@ -464,10 +464,8 @@ def test_pairs_are_valid_and_every_prompt_is_accounted_for(candidates, rule):
 
 
 def test_candidates_may_be_rows():
-    rows = [
-        {"prompt_id": "p", "source": "a", "index": i, "prompt": "Why?", "response": f"r{i}", "reward": reward, "seed": 1}
-        for i, reward in enumerate((0.5, 0.45))
-    ]
+    shared = {"prompt_id": "p", "source": "a", "prompt": "Why?", "seed": 1}
+    rows = [shared | {"index": i, "response": f"r{i}", "reward": reward} for i, reward in enumerate((0.5, 0.45))]
     [pair] = build_pairs(rows, rule="same_source")
     assert (pair.chosen.response, pair.rejected.response, pair.chosen.extra) == ("r0", "r1", {"seed": 1})
     with pytest.raises(DataError, match="rows with prompt_id, source.*came the keys source"):
