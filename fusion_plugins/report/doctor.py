@@ -253,7 +253,7 @@ def _tokenizer_of(store: Store, named: str | None) -> Any:
 
 def _vocabulary(source: TokenTable, target: Side, method: str) -> VocabularyMap:
     turn_ends = {table.id_of_role(Role.END_OF_TURN) for table in (source, target.table)}
-    if source.fingerprint == target.table.fingerprint and len(turn_ends) == 1:
+    if target.table.extends(source) and len(turn_ends) == 1:
         ids = np.arange(source.vocab_size, dtype=np.int32)
         return VocabularyMap(ids, np.zeros_like(ids), "identity")
     return cached_map(source, target.table, method=method, tokenizer=target.tokenizer)
