@@ -156,7 +156,9 @@ class FusionBlock(_Strict):
     metric: Literal["byte", "token"] = Field(
         default="byte", description="cross-entropy per byte of the text, or per token of the source (published)"
     )
-    top_k: int = Field(default=10, ge=1, description="entries kept per fused row")
+    top_k: int | None = Field(
+        default=None, ge=1, description="entries kept per fused row; null for as many as the stores hold"
+    )
     loss: str = Field(default="ce", description="ce, kl, reverse_kl, jsd, or a registered loss")
     lm_loss_weight: float = Field(
         default=0.9, ge=0, le=1, description="weight of the language-model loss; the fusion loss has the rest"

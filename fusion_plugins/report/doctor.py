@@ -25,8 +25,8 @@ from fusion_plugins.store.map_cache import cached_map
 
 __all__ = ["DoctorReport", "Side", "SourceVerdict", "examine", "open_side", "open_target"]
 
-#: training step that the memory estimate is for; ENTRIES is the default of `fusion.top_k`
-BATCH, TOKENS, ENTRIES = 1, 2048, 10
+#: training step that the memory estimate is for; ENTRIES is what `fusion capture` keeps by default
+BATCH, TOKENS, ENTRIES = 1, 2048, 64
 #: bytes on disk per token that `fusion capture` can be expected to write at its default top_k of 64
 EXPECTED_BYTES = 117.0
 
@@ -89,7 +89,7 @@ class DoctorReport:
         texts: texts of the sample.
         vocabulary: method of the vocabulary maps.
         sources: one verdict per source.
-        sparse_bytes: memory of the fused targets of one step of 1 x 2048 tokens with 10 entries per row.
+        sparse_bytes: memory of the fused targets of one step of 1 x 2048 tokens with 64 entries per row.
         dense_bytes: memory of the same targets as a dense float32 tensor.
         notes: what the figures leave out.
     """

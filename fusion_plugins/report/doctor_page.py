@@ -63,7 +63,7 @@ def show(report: DoctorReport, console: Console) -> None:
 def memory_line(report: DoctorReport) -> str:
     """Return one sentence on the memory of the fused targets."""
     return (
-        f"{report.texts} texts examined. Fused targets of one step of 1 x 2048 tokens, 10 entries per row: "
+        f"{report.texts} texts examined. Fused targets of one step of 1 x 2048 tokens, 64 entries per row: "
         f"{report.sparse_bytes / 1e6:.2f} MB (as a dense tensor {report.dense_bytes / 1e6:,.0f} MB)."
     )
 
