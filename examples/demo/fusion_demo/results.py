@@ -91,7 +91,7 @@ def _plot(scores: Scores, path: Path) -> None:
     bits.axhline(0, color="black", linewidth=0.8)
     bits.set_ylabel("bits per byte saved against the target before fusion")
     bits.set_xticks(range(len(compared)), [SHORT[name] for name in compared], rotation=30, ha="right")
-    bits.legend(title="held-out texts")
+    bits.legend(title="held-out texts", ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     accuracies = [100 * scores[name]["accuracy"] for name in SHORT]
     bars = solved.barh([*SHORT.values()], accuracies, color="tab:gray")
     solved.bar_label(bars, fmt="%.1f", padding=3)
