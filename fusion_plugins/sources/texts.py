@@ -14,11 +14,11 @@ from typing import Any
 
 from fusion_plugins.core.texts import content_id, texts_fingerprint
 from fusion_plugins.errors import DataError
+from fusion_plugins.store.row_files import SUFFIXES, read_row_file
 
 __all__ = ["Prompt", "Text", "fingerprint", "prompts_fingerprint", "read_prompts", "read_texts"]
 
 Messages = list[dict[str, Any]]
-SUFFIXES = (".jsonl", ".parquet")
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -167,7 +167,7 @@ def _messages(messages: Any, where: str) -> Messages:
 
 def _rows(paths: Sequence[str | Path]) -> Iterator[tuple[str, dict[str, Any]]]:
     for file in _files(paths):
-        yield from _parquet_rows(file) if file.suffix == ".parquet" else _jsonl_rows(file)
+        yield from read_row_file(file, not_utf8="expected UTF-8")
 
 
 def _files(paths: Sequence[str | Path]) -> list[Path]:
@@ -178,34 +178,3 @@ def _files(paths: Sequence[str | Path]) -> list[Path]:
             raise DataError(f"{path}: expected a {' or '.join(SUFFIXES)} file, or a folder of them; found none")
         files += found
     return files
-
-
-def _jsonl_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{file}:{number}"
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: expected UTF-8: {error}; convert the file") from error
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: expected one JSON object per line: {error}") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: expected a JSON object, came {type(row).__name__}")
-            yield where, row
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        for batch in pq.ParquetFile(file).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{file}:{number}", row
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{file} is no readable Parquet file: {error}") from error

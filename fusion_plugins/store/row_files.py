@@ -13,10 +13,15 @@ from fusion_plugins.errors import DataError
 __all__ = ["SUFFIXES", "read_row_file"]
 
 SUFFIXES = (".jsonl", ".parquet")
+NOT_UTF8 = "expected one JSON object per line, in UTF-8"
 
 
-def read_row_file(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_row_file(path: str | Path, *, not_utf8: str = NOT_UTF8) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ``file:number`` and content of every row; lines of JSONL are counted from 1, empty ones are left out.
+
+    Args:
+        path: a file that ends in one of :data:`SUFFIXES`.
+        not_utf8: what the message says of a line that is no UTF-8.
 
     Raises:
         DataError: the file is missing, of another kind, or broken; lines are named.
@@ -25,21 +30,23 @@ def read_row_file(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix not in SUFFIXES or not path.is_file():
         raise DataError(f"{path}: expected a {' or '.join(SUFFIXES)} file that exists")
     try:
-        yield from _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
+        yield from _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path, not_utf8)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _jsonl_rows(path: Path, not_utf8: str) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             where = f"{path}:{number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig"))  # a byte order mark does no harm
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where}: {not_utf8}: {error}; convert the file") from error
             except ValueError as error:
-                raise DataError(f"{where}: expected one JSON object per line, in UTF-8: {error}") from error
+                raise DataError(f"{where}: expected one JSON object per line: {error}") from error
             if not isinstance(row, dict):
                 raise DataError(f"{where}: expected a JSON object, came {type(row).__name__}")
             yield where, row
