@@ -3,17 +3,14 @@
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
-
 from fusion_plugins.axolotl.args import AlignmentArgs, FusionBlock, SourceArgs
 from fusion_plugins.axolotl.rows import TargetTokenizer
 from fusion_plugins.core.align import ALIGNERS, Alignment, align_dtw
 from fusion_plugins.core.counts import AlignmentCounts
 from fusion_plugins.core.fuse import RULES
 from fusion_plugins.core.pipeline import FusionPlan, SourcePlan
-from fusion_plugins.core.token_table import Role
 from fusion_plugins.core.types import VocabularyMap
-from fusion_plugins.core.vocab import COUNTED
+from fusion_plugins.core.vocab import COUNTED, identity_map, same_ids
 from fusion_plugins.errors import MismatchError
 from fusion_plugins.plugins import lookup
 from fusion_plugins.store import Store
@@ -39,7 +36,9 @@ def make_plan(block: FusionBlock, stores: list[Store], target: TargetTokenizer, 
         target_table=target.table,
         sources=tuple(
             SourcePlan(
-                source.name, store.table, _identity(store) if is_same else _map(block, store, target, next(counts))
+                source.name,
+                store.table,
+                identity_map(store.table) if is_same else _map(block, store, target, next(counts)),
             )
             for source, store, is_same in zip(block.sources, stores, same, strict=True)
         ),
@@ -61,9 +60,8 @@ def _aligner(options: AlignmentArgs) -> str | Callable[..., Alignment]:
 
 
 def _same_tokens(source: SourceArgs, store: Store, target: TargetTokenizer) -> bool:
-    """Whether the source's ids are the target's; tokens that were added to the target for the run do no harm."""
-    same = target.table.extends(store.table)
-    if source.is_target and not same:
+    """Whether the source's ids are the target's: it is said to be the target's own, or they mean the same."""
+    if source.is_target and not target.table.extends(store.table):
         raise MismatchError(
             f"source {source.name!r} is said to be the target model's own (is_target: true), but the store "
             f"{store.path} was captured with tokenizer {store.table.fingerprint[:16]} ({store.manifest.model}), and "
@@ -71,14 +69,7 @@ def _same_tokens(source: SourceArgs, store: Store, target: TargetTokenizer) -> b
             "other tokens or other BOS and EOS tokens. Capture it from `base_model`, or remove is_target: its rows are "
             "then mapped."
         )
-    # One vocabulary may end turns with other tokens in another template: those are mapped by role.
-    turn_ends = {table.id_of_role(Role.END_OF_TURN) for table in (store.table, target.table)}
-    return source.is_target or (same and len(turn_ends) == 1)
-
-
-def _identity(store: Store) -> VocabularyMap:
-    ids = np.arange(store.table.vocab_size, dtype=np.int32)
-    return VocabularyMap(ids, np.zeros_like(ids), "identity")
+    return source.is_target or same_ids(store.table, target.table)
 
 
 def _map(block: FusionBlock, store: Store, target: TargetTokenizer, counts: AlignmentCounts | None) -> VocabularyMap:

@@ -14,11 +14,11 @@ from fusion_plugins.core.accounting import FusionReport
 from fusion_plugins.core.align import Alignment, align_texts, align_tokens
 from fusion_plugins.core.common_text import common_text, comparable
 from fusion_plugins.core.fuse import Rule, fuse, min_ce_choice, truncate
-from fusion_plugins.core.project import Projection, ProjectionOptions, project_record
+from fusion_plugins.core.project import Projection, ProjectionOptions, project_record, with_labels
 from fusion_plugins.core.record import build_record, stored_rows
 from fusion_plugins.core.token_bytes import longest_beginnings
 from fusion_plugins.core.token_table import TokenTable
-from fusion_plugins.core.types import BoolArray, Record, SparseDistributions, TokenizedText, VocabularyMap
+from fusion_plugins.core.types import Record, SparseDistributions, TokenizedText, VocabularyMap
 from fusion_plugins.errors import AlignmentError, ConfigError, MismatchError
 
 __all__ = ["FusionPlan", "SourcePlan", "fuse_text", "warm_up"]
@@ -106,7 +106,7 @@ def fuse_text(
     fused = fuse(distributions, _cross_entropies(plan, records, projections), rule=plan.rule, **plan.rule_options)
     fused = truncate(fused, plan.width, renormalize=plan.projection.tail == "renormalize")
     labelled = stored_rows(target) & ~fused.rows & (plan.projection.fallback == "next_label")
-    fused = _with_labels(fused, labelled, target)
+    fused = with_labels(fused, labelled, target)
     return fused, FusionReport(
         texts=1,
         rows=int(stored_rows(target).sum()),
@@ -174,15 +174,6 @@ def _align(plan: FusionPlan, source: SourcePlan, record: Record, target: Tokeniz
         rows[before] = by_ends.source_rows[before]
         could += len(other) + int(before.any())
     return replace(by_ends, source_rows=rows, coverage=float((rows >= 0).sum() / could) if could else 1.0)
-
-
-def _with_labels(fused: SparseDistributions, rows: BoolArray, target: TokenizedText) -> SparseDistributions:
-    """Put probability 1 on the next token of some empty rows."""
-    if not rows.any():
-        return fused
-    ids, logprobs, leftover = fused.ids.copy(), fused.logprobs.copy(), fused.leftover.copy()
-    ids[rows, 0], logprobs[rows, 0], leftover[rows] = np.append(target.input_ids[1:], -1)[rows], 0.0, 0.0
-    return SparseDistributions(ids, logprobs, leftover)
 
 
 def _cross_entropies(

@@ -65,7 +65,7 @@ from fusion_plugins.core.types import (
 )
 from fusion_plugins.errors import AlignmentError, ConfigError
 
-__all__ = ["Projection", "ProjectionOptions", "project_distributions", "project_record"]
+__all__ = ["Projection", "ProjectionOptions", "project_distributions", "project_record", "with_labels"]
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def project_record(
     distributions = _finish(ids, logprobs, kept, options)
     empty = supervised & (kept == 0.0)
     if options.fallback == "next_label":
-        _put_labels(distributions, empty, target)
+        distributions = with_labels(distributions, empty, target)
     report = _report(supervised, empty, counts, masses, options)
     return Projection(distributions, label_logprobs, report)
 
@@ -232,12 +232,13 @@ def _finish(ids: IntArray, logprobs: FloatArray, kept: FloatArray, options: Proj
     return SparseDistributions(ids, logprobs, leftover.astype(np.float32))
 
 
-def _put_labels(distributions: SparseDistributions, rows: BoolArray, target: TokenizedText) -> None:
-    """Put probability 1 on the next token, in arrays that this module has just made."""
-    labels = np.append(target.input_ids[1:], -1)
-    distributions.ids[rows, 0] = labels[rows]
-    distributions.logprobs[rows, 0] = 0.0
-    distributions.leftover[rows] = 0.0
+def with_labels(distributions: SparseDistributions, rows: BoolArray, target: TokenizedText) -> SparseDistributions:
+    """Return the distributions with probability 1 on the target's next token in some rows that are empty, (T,) bool."""
+    if not rows.any():
+        return distributions
+    ids, logprobs, leftover = distributions.ids.copy(), distributions.logprobs.copy(), distributions.leftover.copy()
+    ids[rows, 0], logprobs[rows, 0], leftover[rows] = np.append(target.input_ids[1:], -1)[rows], 0.0, 0.0
+    return SparseDistributions(ids, logprobs, leftover)
 
 
 def _report(

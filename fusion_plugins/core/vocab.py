@@ -18,7 +18,7 @@ from fusion_plugins.core.types import BoolArray, IntArray, VocabularyMap
 from fusion_plugins.core.vocab_statistics import by_count, by_published_score, shares_by_count
 from fusion_plugins.errors import ConfigError
 
-__all__ = ["COUNTED", "METHODS", "map_vocabulary"]
+__all__ = ["COUNTED", "METHODS", "identity_map", "map_vocabulary", "same_ids"]
 
 Text = str | bytes
 Vocabulary = Sequence[str] | Sequence[bytes] | TokenTable
@@ -88,6 +88,21 @@ def map_vocabulary(
     if isinstance(source, TokenTable) and isinstance(target, TokenTable):
         _map_roles(source, target, target_ids, distances)
     return VocabularyMap(target_ids, distances, method, shares)
+
+
+def same_ids(source: TokenTable, target: TokenTable) -> bool:
+    """Whether the source's ids mean the same to the target, so that no map is needed.
+
+    Tokens that were added behind the source's do no harm. One vocabulary may end turns with other tokens in another
+    template: those are mapped by role.
+    """
+    return target.extends(source) and source.id_of_role(Role.END_OF_TURN) == target.id_of_role(Role.END_OF_TURN)
+
+
+def identity_map(source: TokenTable) -> VocabularyMap:
+    """Return the map that leaves every id as it is."""
+    ids = np.arange(source.vocab_size, dtype=np.int32)
+    return VocabularyMap(ids, np.zeros_like(ids), "identity")
 
 
 def _checked_counts(counts: Counts | None, method: str) -> AlignmentCounts:

@@ -15,8 +15,9 @@ import numpy as np
 from fusion_plugins.core.content import tokenize_content
 from fusion_plugins.core.project import ProjectionOptions
 from fusion_plugins.core.record import build_record
-from fusion_plugins.core.token_table import Role, TokenTable
+from fusion_plugins.core.token_table import TokenTable
 from fusion_plugins.core.types import Record, TokenizedText, VocabularyMap
+from fusion_plugins.core.vocab import identity_map, same_ids
 from fusion_plugins.errors import ConfigError, FusionError, MismatchError
 from fusion_plugins.report.advice import advice, verdict
 from fusion_plugins.report.diagnosis import Diagnosis, diagnose, figures
@@ -252,10 +253,8 @@ def _tokenizer_of(store: Store, named: str | None) -> Any:
 
 
 def _vocabulary(source: TokenTable, target: Side, method: str) -> VocabularyMap:
-    turn_ends = {table.id_of_role(Role.END_OF_TURN) for table in (source, target.table)}
-    if target.table.extends(source) and len(turn_ends) == 1:
-        ids = np.arange(source.vocab_size, dtype=np.int32)
-        return VocabularyMap(ids, np.zeros_like(ids), "identity")
+    if same_ids(source, target.table):
+        return identity_map(source)
     return cached_map(source, target.table, method=method, tokenizer=target.tokenizer)
 
 
