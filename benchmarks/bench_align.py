@@ -2,9 +2,9 @@
 
     python benchmarks/bench_align.py [--tokens 2048]
 
-`dtw` is held against two references in the same process: the plain one in Python (tests/reference.py), and Python
-loops with one compiled edit distance per cell, as the published code works. `offsets` is held against a Python loop
-over the ends. Times are core seconds, the best of several runs. Exits 1 when a result differs or a figure is
+`dtw` is held against two references in the same process: the plain one in Python (tests/support/reference.py), and
+Python loops with one compiled edit distance per cell, as the published code works. `offsets` is held against a Python
+loop over the ends. Times are core seconds, the best of several runs. Exits 1 when a result differs or a figure is
 missed.
 """
 
@@ -19,15 +19,16 @@ from typing import Any
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
 import reference
 import tiny
 
-from fusion_plugins.core.align import align_texts
-from fusion_plugins.core.dtw import dtw_path
-from fusion_plugins.core.tokens import TokenTable, tokenize
-from fusion_plugins.core.types import TokenizedText
+from fusion_plugins.core.fusion.align import align_texts
+from fusion_plugins.core.fusion.dtw import dtw_path
+from fusion_plugins.core.text.token_table import TokenTable
+from fusion_plugins.core.text.tokenize import tokenize
+from fusion_plugins.core.text.types import TokenizedText
 
 REACH_DTW, REACH_DTW_RATIO = 10e-3, 400.0  # core seconds; ratio
 REACH_OFFSETS = 50e-6

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
 import source_checks
 import tiny
@@ -28,10 +28,10 @@ import vllm_checks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fusion_plugins.core.content import tokenize_content
-from fusion_plugins.core.tokens import TokenTable
-from fusion_plugins.core.types import TokenizedText
-from fusion_plugins.sources.base import Source, SourceSettings, open_source
+from fusion_plugins.core.text.token_table import TokenTable
+from fusion_plugins.core.text.tokenize import tokenize_content
+from fusion_plugins.core.text.types import TokenizedText
+from fusion_plugins.sources.backends.base import Source, SourceSettings, open_source
 
 LEAST_RATIO = 3.0
 CONTEXT = 2048

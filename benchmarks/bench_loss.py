@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusion_plugins.core.losses import chunked_fusion_loss, fusion_loss
+from fusion_plugins.core.fusion.losses import chunked_fusion_loss, fusion_loss
 
 FORMS = ("dense", "sparse", "chunked")
 REPEATS = 3

@@ -72,7 +72,7 @@ def _import_everything() -> None:
     import mergekit.merge
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import fusion_plugins.core.sce  # noqa: F401
+    import fusion_plugins.core.merging.sce  # noqa: F401
 
     assert hasattr(mergekit.merge.run_merge, "__wrapped__"), "fusion_plugins is not installed in this environment"
 
@@ -153,7 +153,7 @@ def _merge_with_mergekit(config: dict, out: str) -> None:
 def _merge_in_memory(config: dict, out: str) -> None:
     from safetensors.torch import load_file, save_file
 
-    from fusion_plugins.core.varm import varm_merge
+    from fusion_plugins.core.merging.varm import varm_merge
 
     def load(model: str) -> dict:
         files = sorted(Path(model).glob("*.safetensors"))

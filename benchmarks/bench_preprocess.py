@@ -27,17 +27,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
 import axolotl_runs as runs
 import tiny
 from bench_project import make_plan, make_record, published_rate
 from compare_alignment import pieces
 
-from fusion_plugins.core.pipeline import FusionPlan
-from fusion_plugins.core.texts import content_id, texts_fingerprint
-from fusion_plugins.core.tokens import TokenTable, tokenize
-from fusion_plugins.core.types import Record
+from fusion_plugins.core.fusion.pipeline import FusionPlan
+from fusion_plugins.core.fusion.types import Record
+from fusion_plugins.core.text.content_id import content_id, texts_fingerprint
+from fusion_plugins.core.text.token_table import TokenTable
+from fusion_plugins.core.text.tokenize import tokenize
 from fusion_plugins.store import Manifest, StoreWriter
 
 REACH = 50.0  # times as fast as the published path, start-up included, in core seconds

@@ -3,10 +3,10 @@
     python benchmarks/bench_project.py [--texts 40] [--width 10]
 
 Sources: tekken (131,072 tokens) twice and the target's own tokenizer; target: 32,000 tokens. The rows are made up: the
-next token and its neighbours in the vocabulary. In the same process the plain reference (tests/reference.py) fuses the
-first texts from the ends of the tokens, and the published path (time warping with one compiled distance per cell, then
-its row transfer) aligns the first 512 tokens of one. Times are core seconds. Exits 1 when a result differs or the
-figure is missed.
+next token and its neighbours in the vocabulary. In the same process the plain reference (tests/support/reference.py)
+fuses the first texts from the ends of the tokens, and the published path (time warping with one compiled distance per
+cell, then its row transfer) aligns the first 512 tokens of one. Times are core seconds. Exits 1 when a result differs
+or the figure is missed.
 """
 
 import argparse
@@ -18,19 +18,21 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
 import reference
 import tiny
 from bench_align import published_dtw
+from published_alignment import PublishedText, PublishedVocabulary, published_rows
 
-from fusion_plugins.core.accounting import FusionReport
-from fusion_plugins.core.compat import PublishedText, PublishedVocabulary, published_rows
-from fusion_plugins.core.pipeline import FusionPlan, SourcePlan, fuse_text, warm_up
-from fusion_plugins.core.record import build_record
-from fusion_plugins.core.tokens import TokenTable, tokenize
-from fusion_plugins.core.types import Record, SparseDistributions, TokenizedText
-from fusion_plugins.core.vocab import map_vocabulary
+from fusion_plugins.core.fusion.accounting import FusionReport
+from fusion_plugins.core.fusion.pipeline import FusionPlan, SourcePlan, fuse_text, warm_up
+from fusion_plugins.core.fusion.record import build_record
+from fusion_plugins.core.fusion.types import Record, SparseDistributions
+from fusion_plugins.core.fusion.vocabulary_map import map_vocabulary
+from fusion_plugins.core.text.token_table import TokenTable
+from fusion_plugins.core.text.tokenize import tokenize
+from fusion_plugins.core.text.types import TokenizedText
 
 REACH = 100_000  # target tokens per core second
 PLAIN_TEXTS = 3

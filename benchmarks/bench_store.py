@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from realistic_rows import make_records
 
-from fusion_plugins.core.token_table import TokenTable
-from fusion_plugins.core.types import Record
+from fusion_plugins.core.fusion.types import Record
+from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.store import Manifest, Store, StoreWriter, open_store
 
 BUDGET = {10: 32.0, 64: 160.0}  # bytes per token

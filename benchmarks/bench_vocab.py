@@ -2,11 +2,11 @@
 
     python benchmarks/bench_vocab.py [--sample 12] [--texts 1500]
 
-`min_edit` is held against two references in the same process: a plain one in Python (tests/reference.py) and one
-compiled call per pair of tokens, as the published code works. Both map a sample of the source tokens; their time for
-the whole vocabulary is extrapolated from it, because the plain one would take half a day. Judged are core seconds, so
-that other load on the machine does not decide; on two idle cores the wall time is half of them. Exits 1 when a result
-differs from the reference or a figure is missed.
+`min_edit` is held against two references in the same process: a plain one in Python (tests/support/reference.py) and
+one compiled call per pair of tokens, as the published code works. Both map a sample of the source tokens; their time
+for the whole vocabulary is extrapolated from it, because the plain one would take half a day. Judged are core seconds,
+so that other load on the machine does not decide; on two idle cores the wall time is half of them. Exits 1 when a
+result differs from the reference or a figure is missed.
 """
 
 import argparse
@@ -19,15 +19,16 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
 import reference
 import tiny
 
-from fusion_plugins.core.counts import AlignmentCounts
-from fusion_plugins.core.distance import edit_distance, nearest_tokens
-from fusion_plugins.core.tokens import TokenTable, encoder
-from fusion_plugins.core.vocab import map_vocabulary
+from fusion_plugins.core.fusion.counts import AlignmentCounts
+from fusion_plugins.core.fusion.nearest import edit_distance, nearest_tokens
+from fusion_plugins.core.fusion.vocabulary_map import map_vocabulary
+from fusion_plugins.core.text.token_table import TokenTable
+from fusion_plugins.core.text.tokenize import encoder
 
 REACH_CORES = {"tekken -> mistral_v1": 30.0, "mistral_v1 -> tekken": 6.0}  # core seconds: 15 s and 3 s on two cores
 REACH_RATIO = 150.0  # core seconds, to one compiled call per pair

@@ -24,19 +24,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
-import tiny  # noqa: E402
+import tiny
+from published_alignment import PublishedText, PublishedVocabulary, published_matches
 
-from fusion_plugins.core.align import Alignment, align_texts  # noqa: E402
-from fusion_plugins.core.compat import PublishedText, PublishedVocabulary, published_matches  # noqa: E402
-from fusion_plugins.core.dtw import dtw_path, path_ranges  # noqa: E402
-from fusion_plugins.core.project import ProjectionOptions, project_record  # noqa: E402
-from fusion_plugins.core.record import build_record  # noqa: E402
-from fusion_plugins.core.surfaces import BYTE_LEVEL_SPACE, SENTENCEPIECE_SPACE  # noqa: E402
-from fusion_plugins.core.tokens import TokenTable, encoder, tokenize  # noqa: E402
-from fusion_plugins.core.types import Record, TokenizedText, VocabularyMap  # noqa: E402
-from fusion_plugins.core.vocab import map_vocabulary  # noqa: E402
+from fusion_plugins.core.fusion.align import Alignment, align_texts
+from fusion_plugins.core.fusion.dtw import dtw_path, path_ranges
+from fusion_plugins.core.fusion.project import ProjectionOptions, project_record
+from fusion_plugins.core.fusion.record import build_record
+from fusion_plugins.core.fusion.types import Record, VocabularyMap
+from fusion_plugins.core.fusion.vocabulary_map import map_vocabulary
+from fusion_plugins.core.text.surfaces import BYTE_LEVEL_SPACE, SENTENCEPIECE_SPACE
+from fusion_plugins.core.text.token_table import TokenTable
+from fusion_plugins.core.text.tokenize import encoder, tokenize
+from fusion_plugins.core.text.types import TokenizedText
 
 TEXTS = Path(__file__).parent / "texts"
 #: characters per text, so that no tokenizer needs more than about 2,048 tokens, and texts per kind

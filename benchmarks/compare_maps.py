@@ -30,19 +30,20 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "demo"))
 
-from fusion_demo.data import read_rows  # noqa: E402
-from fusion_demo.evaluate import load  # noqa: E402
+from fusion_demo.data import read_rows
+from fusion_demo.evaluate import load
 
-from fusion_plugins.axolotl.args import FusionBlock  # noqa: E402
-from fusion_plugins.axolotl.counting import count_texts  # noqa: E402
-from fusion_plugins.axolotl.plan import make_plan  # noqa: E402
-from fusion_plugins.axolotl.rows import TargetTokenizer  # noqa: E402
-from fusion_plugins.core.align import align_texts  # noqa: E402
-from fusion_plugins.core.content import tokenize_content  # noqa: E402
-from fusion_plugins.core.pipeline import FusionPlan, fuse_text  # noqa: E402
-from fusion_plugins.core.token_table import Role, TokenTable  # noqa: E402
-from fusion_plugins.core.types import Record, SparseDistributions, TokenizedText  # noqa: E402
-from fusion_plugins.store import Store, open_store  # noqa: E402
+from fusion_plugins.axolotl.args import FusionBlock
+from fusion_plugins.axolotl.counting import count_texts
+from fusion_plugins.axolotl.plan import make_plan
+from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
+from fusion_plugins.core.fusion.align import align_texts
+from fusion_plugins.core.fusion.pipeline import FusionPlan, fuse_text
+from fusion_plugins.core.fusion.types import Record, SparseDistributions
+from fusion_plugins.core.text.token_table import Role, TokenTable
+from fusion_plugins.core.text.tokenize import tokenize_content
+from fusion_plugins.core.text.types import TokenizedText
+from fusion_plugins.store import Store, open_store
 
 SOURCES = ("code", "maths", "prose")
 MAPS = ("exact", "min_edit", "first_token", "statistics", "one_to_many")

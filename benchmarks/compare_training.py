@@ -28,17 +28,17 @@ from torch.nn.functional import cross_entropy
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "demo"))
 
-from fusion_demo.data import read_rows  # noqa: E402
-from fusion_demo.evaluate import bits_per_byte, load  # noqa: E402
+from fusion_demo.data import read_rows
+from fusion_demo.evaluate import bits_per_byte, load
 
-from fusion_plugins.axolotl.args import FusionBlock  # noqa: E402
-from fusion_plugins.axolotl.counting import count_texts  # noqa: E402
-from fusion_plugins.axolotl.plan import make_plan  # noqa: E402
-from fusion_plugins.axolotl.rows import TargetTokenizer  # noqa: E402
-from fusion_plugins.core.losses import fusion_loss  # noqa: E402
-from fusion_plugins.core.pipeline import fuse_text  # noqa: E402
-from fusion_plugins.core.token_table import TokenTable  # noqa: E402
-from fusion_plugins.store import open_store  # noqa: E402
+from fusion_plugins.axolotl.args import FusionBlock
+from fusion_plugins.axolotl.counting import count_texts
+from fusion_plugins.axolotl.plan import make_plan
+from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
+from fusion_plugins.core.fusion.losses import fusion_loss
+from fusion_plugins.core.fusion.pipeline import fuse_text
+from fusion_plugins.core.text.token_table import TokenTable
+from fusion_plugins.store import open_store
 
 SOURCES = ("code", "maths", "prose")
 BATCH, PEAK_RATE, IGNORED = 8, 1e-3, -100

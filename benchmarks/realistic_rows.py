@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from fusion_plugins.core.record import build_record
-from fusion_plugins.core.token_table import TokenTable
-from fusion_plugins.core.types import Record, TokenizedText
+from fusion_plugins.core.fusion.record import build_record
+from fusion_plugins.core.fusion.types import Record
+from fusion_plugins.core.text.token_table import TokenTable
+from fusion_plugins.core.text.types import TokenizedText
 
 VOCABULARY = 32_000
 RECORD_TOKENS = 500

@@ -12,7 +12,7 @@ __all__ = ["FusionError", "__version__", "hookimpl", "multi_source_dpo"]
 
 def __getattr__(name: str) -> object:  # not Any: typing would cost every interpreter start some milliseconds
     if name == "multi_source_dpo":
-        from fusion_plugins.axolotl.preference import multi_source_dpo
+        from fusion_plugins.axolotl.multi_source_dpo import multi_source_dpo
 
         return multi_source_dpo
     if name == "hookimpl":

@@ -24,8 +24,8 @@ COMMANDS = {
     "capture": "fusion_plugins.sources.commands",
     "sample": "fusion_plugins.sources.commands",
     "score": "fusion_plugins.scoring.commands",
-    "doctor": "fusion_plugins.report.commands",
-    "report": "fusion_plugins.report.commands",
+    "doctor": "fusion_plugins.doctor.commands",
+    "report": "fusion_plugins.mergekit.commands",
     "merge-check": "fusion_plugins.mergekit.commands",
 }
 STORE_COMMANDS = ("info", "verify", "merge", "compact", "export")

@@ -1,7 +1,7 @@
 """The whole extension surface: five hooks, each handing over a ``register(name, obj)`` callback.
 
 A package takes part by an entry point in the group ``fusion_plugins`` that names a module or object with functions
-decorated with :data:`hookimpl`. Built-ins come in through the same hooks (:mod:`fusion_plugins.builtins`). A name that
+decorated with :data:`hookimpl`. Built-ins come in through the same hooks (:mod:`fusion_plugins.plugins`). A name that
 is registered twice is a :class:`~fusion_plugins.errors.PluginError`.
 """
 
@@ -24,7 +24,7 @@ def register_fusion_rules(register: Register) -> None:
     """Register rules that fuse several distributions per position into one.
 
     A rule is called as ``rule(distributions, cross_entropies, **options)`` like the ones in
-    :mod:`fusion_plugins.core.fuse` and returns :class:`~fusion_plugins.core.types.SparseDistributions`.
+    :mod:`fusion_plugins.core.fusion.fuse` and returns :class:`~fusion_plugins.core.fusion.types.SparseDistributions`.
     """
 
 
@@ -33,7 +33,7 @@ def register_aligners(register: Register) -> None:
     """Register methods that align two tokenizations of one text.
 
     An aligner is called as ``aligner(source_tokens, target_tokens, tie_order=...)`` and returns a
-    :class:`~fusion_plugins.core.align.Alignment`.
+    :class:`~fusion_plugins.core.fusion.align.Alignment`.
     """
 
 
@@ -56,5 +56,5 @@ def register_pair_rules(register: Register) -> None:
     """Register rules that turn the scored candidates of one prompt into preference pairs.
 
     A rule is called as ``rule(candidates, **options)`` and returns a list of
-    :class:`~fusion_plugins.core.types.Pair`.
+    :class:`~fusion_plugins.core.preferences.candidates.Pair`.
     """

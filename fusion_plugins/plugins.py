@@ -13,6 +13,7 @@ import pluggy
 
 from fusion_plugins import hookspecs
 from fusion_plugins.errors import PluginError
+from fusion_plugins.hookspecs import Register, hookimpl
 
 __all__ = ["KINDS", "Registry", "get_plugin_manager", "get_registry", "lookup"]
 
@@ -33,9 +34,7 @@ def get_plugin_manager(*, load: list[str] | None = None) -> pluggy.PluginManager
     """
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    from fusion_plugins import builtins
-
-    manager.register(builtins, "builtins")
+    manager.register(_BuiltIns(), "builtins")
     wanted = _wanted(load)
     for entry in entry_points(group=hookspecs.PROJECT):
         if wanted is not None and entry.name not in wanted:
@@ -126,3 +125,45 @@ def _wanted(load: list[str] | None) -> set[str] | None:
 
 def _hook_names() -> list[str]:
     return [f"register_{kind}" for kind in KINDS]
+
+
+class _BuiltIns:
+    """The built-in extensions, registered through the hooks that other packages use.
+
+    Each hook imports its table only when it is asked, so that a run that needs no loss loads no torch.
+    """
+
+    @hookimpl
+    def register_fusion_rules(self, register: Register) -> None:
+        from fusion_plugins.core.fusion.fuse import RULES
+
+        _register_all(register, RULES)
+
+    @hookimpl
+    def register_aligners(self, register: Register) -> None:
+        from fusion_plugins.core.fusion.align import ALIGNERS
+
+        _register_all(register, ALIGNERS)
+
+    @hookimpl
+    def register_losses(self, register: Register) -> None:
+        from fusion_plugins.core.fusion.losses import LOSSES
+
+        _register_all(register, LOSSES)
+
+    @hookimpl
+    def register_scorers(self, register: Register) -> None:
+        from fusion_plugins.scoring import SCORERS
+
+        _register_all(register, SCORERS)
+
+    @hookimpl
+    def register_pair_rules(self, register: Register) -> None:
+        from fusion_plugins.core.preferences.pairs import PAIR_RULES
+
+        _register_all(register, PAIR_RULES)
+
+
+def _register_all(register: Register, table: Mapping[str, Any]) -> None:
+    for name, obj in table.items():
+        register(name, obj)

@@ -1,9 +1,38 @@
-"""Settings of all tests."""
+"""What all tests share. Hosts read their environment when they are imported, so it is set here, first."""
 
 import os
+import signal
+import sys
 
+import axolotl_runs
+import pytest
 from hypothesis import settings
+
+os.environ.update(axolotl_runs.ENVIRONMENT)
+# A run in the background of a shell ignores Ctrl-C, and so would everything that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A shared machine is slow at times, which says nothing about an example. CI draws the same examples on every run.
 settings.register_profile("project", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("project")
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory):
+    """Checkpoints and stores for axolotl runs."""
+    return axolotl_runs.make_material(tmp_path_factory.mktemp("material"))
+
+
+@pytest.fixture(autouse=True)
+def _own_interrupts():
+    """axolotl leaves a handler of SIGINT behind that ends the process with status 0."""
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def run_folder(tmp_path, monkeypatch):
+    """A folder to run axolotl in: its caches go into the current one, and it reads the command line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["axolotl"])
+    return tmp_path

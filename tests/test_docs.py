@@ -12,7 +12,7 @@ import fusion_plugins.core
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("*.md")])
-CORE = sorted(module.name for module in pkgutil.iter_modules(fusion_plugins.core.__path__, "fusion_plugins.core."))
+CORE = sorted(module.name for module in pkgutil.walk_packages(fusion_plugins.core.__path__, "fusion_plugins.core."))
 
 
 def test_there_are_documents_and_core_modules():

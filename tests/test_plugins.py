@@ -18,11 +18,11 @@ HOOKS = {
 }
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "hooks.md").read_text()
 BUILT_IN = {
-    "fusion_rules": ("fusion_plugins.core.fuse", "RULES"),
-    "aligners": ("fusion_plugins.core.align", "ALIGNERS"),
-    "losses": ("fusion_plugins.core.losses", "LOSSES"),
+    "fusion_rules": ("fusion_plugins.core.fusion.fuse", "RULES"),
+    "aligners": ("fusion_plugins.core.fusion.align", "ALIGNERS"),
+    "losses": ("fusion_plugins.core.fusion.losses", "LOSSES"),
     "scorers": ("fusion_plugins.scoring", "SCORERS"),
-    "pair_rules": ("fusion_plugins.core.pairs", "PAIR_RULES"),
+    "pair_rules": ("fusion_plugins.core.preferences.pairs", "PAIR_RULES"),
 }
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from fusion_plugins import hookimpl
-from fusion_plugins.core.types import Candidate, Pair, SparseDistributions
+from fusion_plugins.core.fusion.types import SparseDistributions
+from fusion_plugins.core.preferences.candidates import Candidate, Pair
 from fusion_plugins.scoring import Score, Scorer
 
 __all__ = ["ContainsReference", "equal_length", "most_confident"]

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fusion_plugins.config import validate
-from fusion_plugins.core.pairs import GapWindow
-from fusion_plugins.core.project import ProjectionOptions
-from fusion_plugins.core.split import SplitRule
+from fusion_plugins.core.fusion.project import ProjectionOptions
+from fusion_plugins.core.preferences.pairs import GapWindow
+from fusion_plugins.core.preferences.split import SplitRule
 from fusion_plugins.errors import ConfigError
 
 __all__ = [

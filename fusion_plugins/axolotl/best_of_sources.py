@@ -12,8 +12,8 @@ from datasets import Dataset
 
 from fusion_plugins.axolotl.args import FusionBlock
 from fusion_plugins.axolotl.guards import BEST, require_plugin
-from fusion_plugins.axolotl.rows import TargetTokenizer
 from fusion_plugins.axolotl.selection import choose_best, write_report
+from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
 
 __all__ = ["BestOfSources", "load"]
 

@@ -5,11 +5,12 @@ from typing import Any
 
 from datasets import Features, List, Value
 
-from fusion_plugins.core.align import align_texts
-from fusion_plugins.core.common_text import common_text
-from fusion_plugins.core.counts import AlignmentCounts
-from fusion_plugins.core.token_table import TokenTable
-from fusion_plugins.core.types import Record, TokenizedText
+from fusion_plugins.core.fusion.align import align_texts
+from fusion_plugins.core.fusion.common_text import common_text
+from fusion_plugins.core.fusion.counts import AlignmentCounts
+from fusion_plugins.core.fusion.types import Record
+from fusion_plugins.core.text.token_table import TokenTable
+from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, MismatchError
 from fusion_plugins.store import Store
 

@@ -4,17 +4,17 @@ from collections.abc import Callable
 from functools import partial
 
 from fusion_plugins.axolotl.args import AlignmentArgs, FusionBlock, SourceArgs
-from fusion_plugins.axolotl.rows import TargetTokenizer
-from fusion_plugins.core.align import ALIGNERS, Alignment, align_dtw
-from fusion_plugins.core.counts import AlignmentCounts
-from fusion_plugins.core.fuse import RULES
-from fusion_plugins.core.pipeline import FusionPlan, SourcePlan
-from fusion_plugins.core.types import VocabularyMap
-from fusion_plugins.core.vocab import COUNTED, identity_map, same_ids
+from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
+from fusion_plugins.core.fusion.align import ALIGNERS, Alignment, align_dtw
+from fusion_plugins.core.fusion.counts import AlignmentCounts
+from fusion_plugins.core.fusion.fuse import RULES
+from fusion_plugins.core.fusion.pipeline import FusionPlan, SourcePlan
+from fusion_plugins.core.fusion.types import VocabularyMap
+from fusion_plugins.core.fusion.vocabulary_map import COUNTED, identity_map, same_ids
 from fusion_plugins.errors import MismatchError
+from fusion_plugins.map_cache import cached_map
 from fusion_plugins.plugins import lookup
 from fusion_plugins.store import Store
-from fusion_plugins.store.map_cache import cached_map
 
 __all__ = ["make_plan"]
 

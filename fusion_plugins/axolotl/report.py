@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fusion_plugins.core.accounting import FusionReport, ProjectionReport
+from fusion_plugins.core.fusion.accounting import FusionReport, ProjectionReport
 
 __all__ = ["read_counters", "show_report", "write_report"]
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fusion_plugins.core.types import Candidate
+from fusion_plugins.core.preferences.candidates import Candidate
 from fusion_plugins.errors import DataError
 
 __all__ = ["candidates_of"]

@@ -11,9 +11,14 @@ from rich.table import Table
 
 from fusion_plugins.axolotl.args import FusionBlock, PairArgs, SftArgs
 from fusion_plugins.axolotl.scored import candidates_of
-from fusion_plugins.core.pairs import SelectionReport, best_with_report, length_statistics, pairs_with_report
-from fusion_plugins.core.split import Split, split_prompts
-from fusion_plugins.core.types import Candidate, Pair
+from fusion_plugins.core.preferences.candidates import Candidate, Pair
+from fusion_plugins.core.preferences.pairs import (
+    SelectionReport,
+    best_with_report,
+    length_statistics,
+    pairs_with_report,
+)
+from fusion_plugins.core.preferences.split import Split, split_prompts
 from fusion_plugins.errors import DataError
 from fusion_plugins.plugins import lookup
 

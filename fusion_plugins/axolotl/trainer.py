@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fusion_plugins.axolotl.args import FusionBlock, fusion_block
 from fusion_plugins.axolotl.collator import FUSED_IDS, FUSED_LOGPROBS, targets_of
-from fusion_plugins.core.losses import RowLoss, token_losses
+from fusion_plugins.core.fusion.losses import RowLoss, token_losses
 from fusion_plugins.errors import DataError
 from fusion_plugins.plugins import lookup
 

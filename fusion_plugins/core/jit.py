@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
-import numpy as np
-import numpy.typing as npt
 
-__all__ = ["as_array", "compiled"]
+__all__ = ["compiled"]
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
@@ -42,13 +40,8 @@ def compiled(function: Kernel) -> Kernel:
 def _sources() -> str:
     """Sha256 (hex) over the files of all kernels."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         source = path.read_bytes()
         if b"@compiled" in source:
             digest.update(source)
     return digest.hexdigest()
-
-
-def as_array(array: npt.ArrayLike, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """Return the array contiguous, writable and of one dtype, so that a kernel is compiled for one signature only."""
-    return np.require(array, dtype, ["C", "W"])

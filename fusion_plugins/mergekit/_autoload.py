@@ -13,8 +13,8 @@ __all__ = ["HOOKS", "install"]
 #: mergekit module -> (our module, function that is called with the imported mergekit module)
 HOOKS = {
     "mergekit.merge_methods.registry": ("fusion_plugins.mergekit.methods", "register_methods"),
-    "mergekit.merge": ("fusion_plugins.mergekit.hooks", "extend_merge"),
-    "mergekit.scripts.merge_raw_pytorch": ("fusion_plugins.mergekit.hooks", "extend_raw_merge"),
+    "mergekit.merge": ("fusion_plugins.mergekit.patches", "extend_merge"),
+    "mergekit.scripts.merge_raw_pytorch": ("fusion_plugins.mergekit.patches", "extend_raw_merge"),
 }
 
 

@@ -19,7 +19,7 @@ from mergekit.options import MergeOptions
 
 from fusion_plugins.errors import ConfigError, FusionError, MergeError
 from fusion_plugins.mergekit.checkpoints import Checkpoint, TensorInfo, read_checkpoint, sample_bytes
-from fusion_plugins.mergekit.parameters import parameter_problems, unknown_keys
+from fusion_plugins.mergekit.ignored_keys import parameter_problems, unknown_keys
 
 __all__ = ["Finding", "MergeCheck", "check_merge"]
 

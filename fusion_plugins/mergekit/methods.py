@@ -14,9 +14,9 @@ from mergekit.merge_methods.base import BasePolicy, InputContract, OptionalTenso
 from mergekit.merge_methods.easy_define import merge_method
 from pydantic import BeforeValidator
 
-from fusion_plugins.core import varm as core
-from fusion_plugins.core.deltas import MEASURES, combine, delta_sums, require_finite
-from fusion_plugins.core.sce import VARIANTS, sce
+from fusion_plugins.core.merging import varm as core
+from fusion_plugins.core.merging.deltas import MEASURES, combine, delta_sums, require_finite
+from fusion_plugins.core.merging.sce import VARIANTS, sce
 from fusion_plugins.errors import ConfigError, MergeError
 from fusion_plugins.mergekit.record import current_merge
 
@@ -68,7 +68,7 @@ def varm(
 
     Args:
         group: base and tuned tensors of one output tensor.
-        granularity: see :class:`fusion_plugins.core.varm.VarmRule`, as are the next four.
+        granularity: see :class:`fusion_plugins.core.merging.varm.VarmRule`, as are the next four.
         measure: square or abs.
         normalize: ratio or softmax.
         temperature: of the softmax.
@@ -115,7 +115,7 @@ def fusechat_sce(
     Args:
         group: base and tuned tensors of one output tensor.
         select_topk: share of the elements to select.
-        variant: paper, fusechat or mergekit; see :mod:`fusion_plugins.core.sce`.
+        variant: paper, fusechat or mergekit; see :mod:`fusion_plugins.core.merging.sce`.
 
     Returns:
         The merged tensor, in the dtype of the base.
@@ -165,7 +165,7 @@ def _unit_sums(group: TensorGroup, rule: core.VarmRule) -> tuple[Sequence[torch.
         raise MergeError(
             f"varm: granularity {rule.granularity!r} needs a planned merge of whole checkpoints (mergekit-yaml, "
             "mergekit-multi, mergekit-pytorch); a single tensor does not tell how its unit moved. In memory, use "
-            "fusion_plugins.core.varm.varm_merge, or granularity matrix, row or element."
+            "fusion_plugins.core.merging.varm.varm_merge, or granularity matrix, row or element."
         )
     return current.sums, current.sizes
 

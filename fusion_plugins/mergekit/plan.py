@@ -16,9 +16,9 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 from pydantic import ConfigDict, SkipValidation
 
-from fusion_plugins.core.varm import unit_of
+from fusion_plugins.core.merging.varm import unit_of
 from fusion_plugins.mergekit.record import CurrentMerge, MergeRecord, merging
-from fusion_plugins.mergekit.statistics import Unit, UnitStatistics, UnitSums, unwidened
+from fusion_plugins.mergekit.unit_sums import Unit, UnitStatistics, UnitSums, unwidened
 
 __all__ = ["FusionMergeTask", "WriteRecord", "extend_plan", "plan_units"]
 

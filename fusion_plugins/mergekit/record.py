@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fusion_plugins.core.varm import layer_of, unit_of
+from fusion_plugins.core.merging.varm import layer_of, unit_of
 
 __all__ = ["RECORD_NAME", "CurrentMerge", "MergeRecord", "append_card", "card_section", "current_merge", "merging"]
 

@@ -13,13 +13,13 @@ __all__ = ["SCORERS", "Score", "Scorer"]
 
 
 def _math(**options: Any) -> Scorer:
-    from fusion_plugins.scoring.math import MathScorer
+    from fusion_plugins.scoring.math_scorer import MathScorer
 
     return MathScorer(**options)
 
 
 def _code(**options: Any) -> Scorer:
-    from fusion_plugins.scoring.code import CodeScorer
+    from fusion_plugins.scoring.code_scorer import CodeScorer
 
     return CodeScorer(**options)
 
@@ -35,5 +35,5 @@ def _reward(**options: Any) -> Scorer:
     return RewardScorer(**options)
 
 
-#: name -> function from options to a scorer; :mod:`fusion_plugins.builtins` hands these to the plugin manager.
+#: name -> function from options to a scorer; :mod:`fusion_plugins.plugins` hands these to the plugin manager.
 SCORERS = {"math": _math, "code": _code, "reward": _reward}

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fusion_plugins.errors import ConfigError, DataError
+from fusion_plugins.inputs import SUFFIXES, read_row_file
 from fusion_plugins.store.manifest import RowManifest
-from fusion_plugins.store.row_files import SUFFIXES, read_row_file
 from fusion_plugins.store.rows import RowStore, open_rows
 
 __all__ = ["Key", "ResponseFiles", "Responses", "key_of", "open_responses", "outdated"]

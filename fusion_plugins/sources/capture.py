@@ -12,17 +12,18 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from fusion_plugins.core.content import tokenize_content
-from fusion_plugins.core.record import build_record
-from fusion_plugins.core.tokens import TokenTable
-from fusion_plugins.core.types import Record, TokenizedText
+from fusion_plugins.core.fusion.record import build_record
+from fusion_plugins.core.fusion.types import Record
+from fusion_plugins.core.text.token_table import TokenTable
+from fusion_plugins.core.text.tokenize import tokenize_content
+from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import ConfigError, DataError, SourceError
-from fusion_plugins.sources.base import Place, Refusal, Source, SourceSettings, least, open_source
-from fusion_plugins.sources.identity import revision_of
+from fusion_plugins.inputs import Text, fingerprint, read_texts
+from fusion_plugins.progress import Meter, meter
+from fusion_plugins.sources.backends.base import Place, Refusal, Source, SourceSettings, least, open_source
+from fusion_plugins.sources.batches import MadeUnits, plan_units, run_units
+from fusion_plugins.sources.fingerprints import revision_of
 from fusion_plugins.sources.loading import capture_tokenizer, chat_template_hash
-from fusion_plugins.sources.progress import Meter, meter
-from fusion_plugins.sources.texts import Text, fingerprint, read_texts
-from fusion_plugins.sources.units import MadeUnits, plan_units, run_units
 from fusion_plugins.store import Manifest, StoreWriter
 from fusion_plugins.store.files import FolderLock
 from fusion_plugins.store.manifest import MANIFEST_NAME

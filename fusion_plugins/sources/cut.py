@@ -16,12 +16,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fusion_plugins.core.content import tokenize_content
-from fusion_plugins.core.tokens import TokenTable
+from fusion_plugins.core.text.token_table import TokenTable
+from fusion_plugins.core.text.tokenize import tokenize_content
 from fusion_plugins.errors import ConfigError, DataError
-from fusion_plugins.sources.base import SourceSettings
+from fusion_plugins.inputs import Text, read_texts
+from fusion_plugins.sources.backends.base import SourceSettings
 from fusion_plugins.sources.loading import load_tokenizer
-from fusion_plugins.sources.texts import Text, read_texts
 
 __all__ = ["CutConfig", "CutReport", "cut_text", "cut_texts"]
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from statistics import fmean
 
 from fusion_plugins.errors import SourceError
-from fusion_plugins.sources.base import Refusal, Response, Source, open_source
-from fusion_plugins.sources.progress import meter
+from fusion_plugins.inputs import read_prompts
+from fusion_plugins.progress import meter
+from fusion_plugins.sources.backends.base import Refusal, Response, Source, open_source
 from fusion_plugins.sources.sample import Item, SampleConfig, SampledSource, chosen_sources, items_of, request_of
-from fusion_plugins.sources.texts import read_prompts
 
 __all__ = ["estimate_samples"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_plugins.errors import ConfigError, SourceError
-from fusion_plugins.sources.base import Refusal, SampleRequest, Sampling, SourceSettings
+from fusion_plugins.sources.backends.base import Refusal, SampleRequest, Sampling, SourceSettings
 
 __all__ = [
     "capture_tokenizer",
@@ -98,7 +98,7 @@ def prompt_text(
     Args:
         tokenizer: the source's tokenizer.
         content: a text (one message of the user, or the text itself with ``plain``) or messages.
-        template: auto | chat | plain, see :class:`~fusion_plugins.sources.base.Sampling`.
+        template: auto | chat | plain, see :class:`~fusion_plugins.sources.backends.base.Sampling`.
         system: system prompt for chats that have none.
 
     Returns:

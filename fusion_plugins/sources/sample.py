@@ -14,7 +14,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fusion_plugins.errors import MismatchError, SourceError
-from fusion_plugins.sources.base import (
+from fusion_plugins.inputs import Prompt, prompts_fingerprint, read_prompts
+from fusion_plugins.progress import Meter, meter
+from fusion_plugins.sources.backends.base import (
     Place,
     Refusal,
     Response,
@@ -24,12 +26,10 @@ from fusion_plugins.sources.base import (
     SourceSettings,
     open_source,
 )
-from fusion_plugins.sources.identity import sampling_fingerprint
+from fusion_plugins.sources.batches import MadeUnits, plan_units, run_units
+from fusion_plugins.sources.fingerprints import sampling_fingerprint
 from fusion_plugins.sources.loading import load_tokenizer, split_prompts
 from fusion_plugins.sources.presets import DEFAULT_SAMPLES, PRESETS, SAMPLES_PER_PROMPT
-from fusion_plugins.sources.progress import Meter, meter
-from fusion_plugins.sources.texts import Prompt, prompts_fingerprint, read_prompts
-from fusion_plugins.sources.units import MadeUnits, plan_units, run_units
 from fusion_plugins.store import RowManifest, RowWriter
 
 __all__ = [

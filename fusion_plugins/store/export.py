@@ -1,6 +1,6 @@
 """Stores in other people's formats: plain Parquet folders that Hugging Face datasets and axolotl read as they are.
 
-``datasets`` has one row per record with the fields of :class:`~fusion_plugins.core.types.Record` as plain lists.
+``datasets`` has one row per record with the fields of :class:`~fusion_plugins.core.fusion.types.Record` as plain lists.
 ``axolotl-kd`` has the columns of axolotl's own knowledge distillation (same tokenizer, one teacher), already tokenized.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fusion_plugins.core.types import Record
+from fusion_plugins.core.fusion.types import Record
 from fusion_plugins.errors import ConfigError, StoreError
 from fusion_plugins.store.files import TEMPORARY_SUFFIX, make_folder, write_atomic
 from fusion_plugins.store.reader import Store, open_store

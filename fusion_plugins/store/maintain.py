@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from fusion_plugins.core.texts import texts_fingerprint
+from fusion_plugins.core.text.content_id import texts_fingerprint
 from fusion_plugins.errors import ConfigError, FusionError, MismatchError, StoreError
 from fusion_plugins.store.files import FolderLock
 from fusion_plugins.store.manifest import Manifest, RowManifest, ShardInfo, load_manifest

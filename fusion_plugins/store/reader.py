@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
-from fusion_plugins.core.types import Record
+from fusion_plugins.core.fusion.types import Record
 from fusion_plugins.errors import MismatchError, StoreError
 from fusion_plugins.store.manifest import Manifest
 from fusion_plugins.store.schema import RecordTable, decode_records
@@ -21,7 +21,7 @@ from fusion_plugins.store.shards import compare_checksum, open_shard, read_colum
 from fusion_plugins.store.writer import TABLE_NAME
 
 if TYPE_CHECKING:
-    from fusion_plugins.core.token_table import TokenTable
+    from fusion_plugins.core.text.token_table import TokenTable
 
 __all__ = ["Store", "open_store"]
 
@@ -72,7 +72,7 @@ class Store:
             StoreError: the table is missing or damaged.
             MismatchError: the table is another tokenizer's.
         """
-        from fusion_plugins.core.token_table import TokenTable
+        from fusion_plugins.core.text.token_table import TokenTable
 
         path = self.path / TABLE_NAME
         try:

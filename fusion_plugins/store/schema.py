@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fusion_plugins.core.types import Record
+from fusion_plugins.core.fusion.types import Record
 from fusion_plugins.store.manifest import Manifest
 from fusion_plugins.store.shards import Codec
 

@@ -9,14 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fusion_plugins.core.types import Record
+from fusion_plugins.core.fusion.types import Record
 from fusion_plugins.errors import DataError, MismatchError
 from fusion_plugins.store.manifest import Manifest
 from fusion_plugins.store.schema import record_codec
 from fusion_plugins.store.shard_writer import SHARD_ROWS, ShardWriter
 
 if TYPE_CHECKING:
-    from fusion_plugins.core.token_table import TokenTable
+    from fusion_plugins.core.text.token_table import TokenTable
 
 __all__ = ["StoreWriter"]
 

@@ -11,7 +11,7 @@ import fusion_plugins
 # Prints a result of a kernel, and how often it was loaded instead of compiled.
 MEASURE = """
 import numpy as np
-from fusion_plugins.core.common_text import _first_difference
+from fusion_plugins.core.fusion.common_text import _first_difference
 a, b = np.array([1, 2], np.int16), np.array([1, 3], np.int16)
 print(_first_difference(a, b), sum(_first_difference.stats.cache_hits.values()))
 """
@@ -32,7 +32,7 @@ def test_a_kernel_is_loaded_until_any_file_of_kernels_changes(tmp_path):
     assert measure(tmp_path) == ["1", "0"]
     assert measure(tmp_path) == ["1", "1"]
     # Another file, of the same size and time as before, as in an installed package.
-    other = package / "core" / "token_bytes.py"
+    other = package / "core" / "text" / "token_bytes.py"
     times, source = other.stat(), other.read_text(encoding="utf-8")
     other.write_text(source.replace("made once", "MADE once"), encoding="utf-8")
     os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))

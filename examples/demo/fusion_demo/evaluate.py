@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fusion_demo.data import read_rows
-from fusion_plugins.scoring.math import MathScorer
+from fusion_plugins.scoring.math_scorer import MathScorer
 
 __all__ = ["answer", "bits_per_byte", "evaluate", "load"]
 

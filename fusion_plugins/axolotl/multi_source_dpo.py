@@ -1,0 +1,44 @@
+"""Data set type ``fusion_plugins.multi_source_dpo``: preference pairs from the scored responses of many sources.
+
+Second stage of FuseChat-3.0 (arXiv 2503.04222). The published loss of the Llama targets is
+``dpo_loss_type: ["sigmoid_norm"]``: the length-normalised DPO loss.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion_plugins.axolotl.guards import DPO, require_plugin
+from fusion_plugins.axolotl.selection import choose_pairs, write_report
+from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
+
+__all__ = ["multi_source_dpo"]
+
+Columns = Mapping[str, Sequence[Any]]
+
+
+def multi_source_dpo(cfg: Any, dataset_idx: int = 0, **kwargs: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return the function that turns a table of scored responses into prompts, chosen and rejected completions.
+
+    axolotl calls this for the data set type, and prints no more than a warning of what it raises; so a wrong
+    configuration is raised by the function that it returns.
+    """
+    # A pair needs all responses to its prompt: the table must come in one piece, not one per process.
+    num_proc, cfg.dataset_num_proc = cfg.dataset_num_proc, None
+    whole = {"batched": True, "batch_size": None, "remove_columns": "__all__"}
+
+    def build(rows: Columns, tokenizer: Any) -> dict[str, list[str]]:
+        cfg.dataset_num_proc = num_proc
+        block = require_plugin(cfg, DPO)
+        pairs, report = choose_pairs(dict(rows), block)
+        write_report(report, Path(cfg.output_dir) / "fusion_pairs.json", "preference pairs")
+        target = TargetTokenizer.of(tokenizer, cfg)
+        columns: dict[str, list[str]] = {"prompt": [], "chosen": [], "rejected": []}
+        for pair in pairs:
+            prompt, chosen = target.prompt_and_completion(pair.chosen.prompt, pair.chosen.response)
+            _, rejected = target.prompt_and_completion(pair.rejected.prompt, pair.rejected.response)
+            for name, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+                columns[name].append(text)
+        return columns
+
+    return build, whole

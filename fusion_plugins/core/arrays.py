@@ -1,0 +1,17 @@
+"""Names of array types, and the form in which compiled kernels take arrays."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["BoolArray", "FloatArray", "IntArray", "as_array"]
+
+IntArray = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+
+def as_array(array: npt.ArrayLike, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Return the array contiguous, writable and of one dtype, so that a kernel is compiled for one signature only."""
+    return np.require(array, dtype, ["C", "W"])

@@ -1,0 +1,1 @@
+"""Several source distributions over one text -> one fused distribution per position, and the losses on it."""

@@ -1,0 +1,1 @@
+"""Fine-tuned copies of one base model -> one model."""

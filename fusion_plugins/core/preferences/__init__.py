@@ -1,0 +1,1 @@
+"""Scored responses of many sources -> best answers and preference pairs."""

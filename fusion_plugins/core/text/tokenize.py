@@ -1,0 +1,165 @@
+"""Tokenize a text and know, for every token, the exact byte of the text at which it ends.
+
+A tokenizer reports character offsets, which are too coarse (several byte tokens share one character) and sometimes
+point into a text that its normaliser changed. The bytes of the tokens are exact, so they decide: where they spell the
+text, the ends are running sums. Offsets only serve to find the piece around what the normaliser changed.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fusion_plugins.core.arrays import BoolArray, IntArray
+from fusion_plugins.core.text.chat import render_chat
+from fusion_plugins.core.text.token_ends import locate
+from fusion_plugins.core.text.token_table import Role, TokenTable
+from fusion_plugins.core.text.types import TokenizedText
+from fusion_plugins.errors import DataError, TokenizerError
+
+__all__ = ["Role", "TokenTable", "encoder", "tokenize", "tokenize_content"]
+
+# What stands before a piece so that a tokenizer does not put its own space there (see encoder).
+_ANCHORS = ("\n", "|", ".", "0")
+
+
+def tokenize(
+    tokenizer: Any,
+    table: TokenTable,
+    text: str,
+    *,
+    spans: IntArray | Sequence[tuple[int, int]] | None = None,
+    special_tokens: bool = True,
+    append_eos: bool = True,
+    max_length: int | None = None,
+) -> TokenizedText:
+    """Tokenize one text and find the byte at which each token ends.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+        table: its token table.
+        text: a plain text, or a chat as a template rendered it.
+        spans: (M, 2) supervised byte ranges; the whole text by default.
+        special_tokens: whether the tokenizer adds its own special tokens. If so the text is plain: a special token's
+            name inside it is ordinary text. If not the text is a rendered chat and such names are special tokens.
+        append_eos: put the EOS token at the end, unless it is there or the vocabulary has none.
+        max_length: keep at most this many tokens; the spans shrink to what is kept.
+
+    Returns:
+        The ids, ends, exactness and spans. Text that the tokenizer drops belongs to the token before it.
+
+    Raises:
+        DataError: the text holds lone surrogates, or a span lies outside the text.
+        TokenizerError: the tokenizer gives no offsets.
+    """
+    raw = _encode_utf8(text)
+    encoding = tokenizer(
+        text,
+        add_special_tokens=special_tokens,
+        split_special_tokens=special_tokens,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    ids = np.asarray(encoding["input_ids"], np.int32)
+    if ids.size and int(ids.max()) >= table.vocab_size:
+        raise TokenizerError(
+            f"the tokenizer gave id {int(ids.max())}, its token table ends at {table.vocab_size - 1}: tokens were "
+            "added after the table was made. Make the table again."
+        )
+    offsets = np.asarray(encoding["offset_mapping"], np.int64).reshape(-1, 2)
+    ends, exact = locate(table, ids, offsets, text, raw)
+    eos = table.id_of_role(Role.EOS) if append_eos else None
+    if eos is not None and (not ids.size or ids[-1] != eos):
+        ids, ends, exact = np.append(ids, np.int32(eos)), np.append(ends, len(raw)), np.append(exact, True)
+    return _finish(ids, ends, exact, _check_spans(spans, len(raw)), max_length)
+
+
+def encoder(tokenizer: Any, table: TokenTable) -> Callable[[bytes], list[int]]:
+    """Return a function from bytes to the ids that the tokenizer uses for them inside a text.
+
+    The piece is encoded behind an anchor, because a tokenizer may put a space of its own before the start of a text.
+    Bytes that are not UTF-8 (a fragment of a character), and pieces that grow together with every anchor, give ``[]``.
+    A special token's name inside a piece is ordinary text. What other calls or a file have set in the tokenizer
+    (padding, truncation) does not matter.
+    """
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True
+
+    def encode(piece: bytes) -> list[int]:
+        try:
+            text = piece.decode()
+        except UnicodeDecodeError:
+            return []
+        for anchor in _ANCHORS if table.prefix_space else ("", *_ANCHORS):
+            ids = _tail(table, backend.encode(anchor + text, add_special_tokens=False).ids, piece)
+            if ids:
+                return ids
+        return []
+
+    return encode
+
+
+def _tail(table: TokenTable, ids: list[int], piece: bytes) -> list[int]:
+    """Return the last ids that spell the piece, or ``[]`` where no token starts with it."""
+    start, missing = len(ids), len(piece)
+    while missing > 0 and start > 0:
+        start -= 1
+        missing -= len(table.tokens[ids[start]])
+    return ids[start:] if b"".join(table.tokens[index] for index in ids[start:]) == piece else []
+
+
+def _encode_utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"expected text that UTF-8 can encode, got a lone surrogate at character {error.start}. Repair the text, "
+            "for example with text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
+        ) from error
+
+
+def _check_spans(spans: IntArray | Sequence[tuple[int, int]] | None, size: int) -> IntArray:
+    if spans is None:
+        return np.array([[0, size]], np.int32)
+    array = np.asarray(spans, np.int32).reshape(-1, 2)
+    if array.size and (array.min() < 0 or array.max() > size or (array[:, 0] > array[:, 1]).any()):
+        raise DataError(
+            f"expected spans inside the text's {size} bytes, got {array.tolist()}. Give byte offsets, not characters."
+        )
+    return array
+
+
+def _finish(ids: IntArray, ends: IntArray, exact: BoolArray, spans: IntArray, max_length: int | None) -> TokenizedText:
+    if max_length is not None and len(ids) > max_length:
+        ids, ends, exact = ids[:max_length], ends[:max_length], exact[:max_length]
+        cut = int(ends[-1]) if len(ends) else 0
+        # A span beyond the cut becomes empty where it was, so that no kept token touches it.
+        spans = np.stack([spans[:, 0], np.maximum(spans[:, 0], np.minimum(spans[:, 1], cut))], axis=1)
+    return TokenizedText(ids.astype(np.int32), ends.astype(np.int32), spans.astype(np.int32), exact)
+
+
+def tokenize_content(
+    tokenizer: Any, table: TokenTable, content: str | Sequence[Mapping[str, Any]]
+) -> tuple[TokenizedText, str]:
+    """Tokenize a text or a chat.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer; with a chat template where ``content`` is a chat.
+        table: its token table.
+        content: the text, or messages with ``role`` and ``content``.
+
+    Returns:
+        The tokens, and the text that their ends and spans count the bytes of.
+
+    Raises:
+        DataError: the chat cannot be rendered so that its messages are found again, or the text is not UTF-8.
+        TokenizerError: the tokenizer does not fit its table.
+    """
+    if isinstance(content, str):
+        return tokenize(tokenizer, table, content), content
+    text, spans, _ = render_chat(lambda messages: tokenizer.apply_chat_template(messages, tokenize=False), content)
+    return tokenize(tokenizer, table, text, spans=spans, special_tokens=False, append_eos=False), text

@@ -1,0 +1,265 @@
+"""What fusion of some sources into a target can be expected to give, measured on a sample before any training.
+
+Every text of the sample goes the way that training will send it (align, project), source by source, and the rows are
+counted by what the target's next token is: digits, CJK, white space, special tokens, the rest.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from fusion_plugins.core.fusion.accounting import ProjectionReport
+from fusion_plugins.core.fusion.align import align_texts
+from fusion_plugins.core.fusion.common_text import common_text
+from fusion_plugins.core.fusion.project import Projection, ProjectionOptions, project_record
+from fusion_plugins.core.fusion.record import stored_rows
+from fusion_plugins.core.fusion.types import Record, VocabularyMap
+from fusion_plugins.core.text.token_table import TokenTable
+from fusion_plugins.core.text.types import TokenizedText
+from fusion_plugins.doctor.label_classes import CLASSES, label_classes, token_classes
+
+__all__ = ["ClassCount", "Diagnosis", "diagnose", "figures", "vocabulary_overlap"]
+
+#: mean difference of two models' log-probabilities of the same tokens, in nats, below which they are one model: what
+#: another precision or batch leaves
+SAME_MODEL = 0.02
+ROW_KINDS = ("one_to_one", "one_to_many", "many_to_one", "crossing", "special")
+
+
+@dataclass(frozen=True)
+class ClassCount:
+    """Rows whose label belongs to one class; counts and sums over the sample.
+
+    Attributes:
+        rows: supervised rows.
+        used: those with a distribution of the source.
+        gold: sum over used rows of the probability that the source gives the label, before renormalisation.
+        own: sum over used rows of the probability that the target itself gives the label.
+        top1: used rows whose most probable entry is the label.
+    """
+
+    rows: int = 0
+    used: int = 0
+    gold: float = 0.0
+    own: float = 0.0
+    top1: int = 0
+
+    def __add__(self, other: "ClassCount") -> "ClassCount":
+        return ClassCount(
+            self.rows + other.rows,
+            self.used + other.used,
+            self.gold + other.gold,
+            self.own + other.own,
+            self.top1 + other.top1,
+        )
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """One source against the target.
+
+    Attributes:
+        name: the source.
+        texts: texts of the sample that both have.
+        wins: texts on which the source's cross-entropy per byte is below the target's.
+        ce_per_byte: the source's mean over the texts, nats/byte; nan without distributions.
+        target_ce_per_byte: the target's.
+        overlap: share of the target's ordinary tokens that are tokens of the source, by bytes.
+        mapped: shares of the source's vocabulary: exact, edited, unmapped.
+        projection: what became of rows and mass.
+        classes: label class -> counts.
+        vocabulary: method of the vocabulary map; ``identity`` where the tokenizers are the same.
+        vocab_size: tokens of the source's vocabulary.
+        top_k: entries per row of the source.
+        tokens: the source's tokens of the sample.
+        n_bytes: bytes of the sample, with what the source's template adds.
+        is_target: the source's rows are the target's own.
+    """
+
+    name: str
+    texts: int
+    wins: int
+    ce_per_byte: float
+    target_ce_per_byte: float
+    overlap: float
+    mapped: dict[str, float]
+    projection: ProjectionReport
+    classes: dict[str, ClassCount] = field(default_factory=dict)
+    vocabulary: str = "first_token"
+    vocab_size: int = 0
+    top_k: int = 1
+    tokens: int = 0
+    n_bytes: int = 0
+    is_target: bool = False
+
+    @property
+    def compared(self) -> bool:
+        """Whether both sides have distributions."""
+        return bool(np.isfinite([self.ce_per_byte, self.target_ce_per_byte]).all())
+
+    @property
+    def total(self) -> ClassCount:
+        """All classes together."""
+        return sum(self.classes.values(), ClassCount())
+
+
+def diagnose(
+    name: str,
+    pairs: Iterable[tuple[Record, Record]],
+    tables: tuple[TokenTable, TokenTable],
+    vocabulary: VocabularyMap,
+    options: ProjectionOptions = ProjectionOptions(),
+    advance: Callable[[], None] = lambda: None,
+) -> Diagnosis:
+    """Send a sample of texts through alignment and projection.
+
+    Args:
+        name: the source.
+        pairs: (source's record, target's record) of one text each.
+        tables: token tables of source and target.
+        vocabulary: source id -> target id.
+        options: options of the projection.
+        advance: called after each text.
+
+    Raises:
+        AlignmentError: two records are not of the same text.
+    """
+    source_table, target_table = tables
+    by_token, tally = token_classes(target_table), _Tally()
+    for source, own in pairs:
+        target = TokenizedText(own.input_ids, own.offsets, own.spans, own.exact)
+        tally.compare(source, own)
+        source, target = common_text(source, target, source_table=source_table, target_table=target_table)
+        projection = project_record(
+            source,
+            align_texts(source, target),
+            vocabulary,
+            target,
+            source_table=source_table,
+            target_table=target_table,
+            options=options,
+        )
+        tally.count(projection, target, own, label_classes(target, target_table, by_token))
+        advance()
+    return Diagnosis(
+        name=name,
+        texts=len(tally.ces),
+        wins=sum(source < own for source, own in tally.ces),
+        ce_per_byte=_mean([source for source, _ in tally.ces]),
+        target_ce_per_byte=_mean([own for _, own in tally.ces]),
+        overlap=vocabulary_overlap(source_table, target_table),
+        mapped=_mapped(vocabulary, source_table),
+        projection=tally.report,
+        classes=tally.classes,
+        vocabulary=vocabulary.method,
+        vocab_size=source_table.vocab_size,
+        top_k=tally.top_k,
+        tokens=tally.tokens,
+        n_bytes=tally.n_bytes,
+        is_target=source_table.fingerprint == target_table.fingerprint and tally.same_rows,
+    )
+
+
+def figures(diagnosis: Diagnosis) -> dict[str, float]:
+    """Return the figures that stand in the table, name -> value; shares in [0, 1], cross-entropies in nats/byte.
+
+    ``fallback`` is the share of supervised rows without a distribution: masked, or taught the label alone. What needs
+    distributions that are not there is nan.
+    """
+    report, total = diagnosis.projection, diagnosis.total
+    rows, used = max(report.rows, 1), max(report.used, 1)
+    return {
+        "coverage": report.coverage,
+        "fallback": 1.0 - report.coverage,
+        **{f"rows {kind.replace('_', '-')}": getattr(report, kind) / rows for kind in ROW_KINDS},
+        "mass kept": report.mass_kept,
+        "mass by the text": report.gold_mass / used,
+        "mass exact": report.exact_mass / used,
+        "mass edited": report.edited_mass / used,
+        "mass unmapped": report.unmapped_mass / used,
+        "mass outside top k": report.outside_mass / used if np.isfinite(diagnosis.ce_per_byte) else float("nan"),
+        "label is top 1": total.top1 / max(total.used, 1),
+        "label probability": total.gold / max(total.used, 1),
+        "label probability, target": total.own / max(total.used, 1),
+        "vocabulary exact": diagnosis.mapped["exact"],
+        "vocabulary edited": diagnosis.mapped["edited"],
+        "vocabulary unmapped": diagnosis.mapped["unmapped"],
+        "vocabulary overlap": diagnosis.overlap,
+        "CE per byte": diagnosis.ce_per_byte,
+        "CE per byte, target": diagnosis.target_ce_per_byte,
+        "texts won": diagnosis.wins / max(diagnosis.texts, 1) if diagnosis.compared else float("nan"),
+        "bytes of text per token": diagnosis.n_bytes / max(diagnosis.tokens, 1),
+    }
+
+
+def vocabulary_overlap(source: TokenTable, target: TokenTable) -> float:
+    """Return the share of the target's ordinary tokens whose bytes are an ordinary token of the source."""
+    own, others = _ordinary(target), _ordinary(source)
+    return len(own & others) / len(own) if own else 0.0
+
+
+class _Tally:
+    """What the texts seen so far add up to."""
+
+    def __init__(self) -> None:
+        self.report = ProjectionReport()
+        self.classes = {label_class: ClassCount() for label_class in CLASSES}
+        self.ces: list[tuple[float, float]] = []
+        self.top_k = self.tokens = self.n_bytes = self._rows = 0
+        self._difference = 0.0
+
+    @property
+    def same_rows(self) -> bool:
+        """Whether source and target gave their tokens, which are the same, the same probabilities."""
+        return self._rows > 0 and self._difference < SAME_MODEL * self._rows
+
+    def compare(self, source: Record, own: Record) -> None:
+        self.ces.append((source.ce_per_byte, own.ce_per_byte))
+        self.top_k = max(self.top_k, source.topk_ids.shape[1])
+        self.tokens += len(source.input_ids)
+        self.n_bytes += int(source.offsets[-1])
+        self._rows += len(own.input_ids) - 1
+        if np.array_equal(source.input_ids, own.input_ids):
+            self._difference += float(np.abs(source.token_logprobs[:-1] - own.token_logprobs[:-1]).sum())
+        else:
+            self._difference = float("inf")
+
+    def count(self, projection: Projection, target: TokenizedText, own: Record, classes: npt.NDArray[np.uint8]) -> None:
+        self.report += projection.report
+        for index, label_class in enumerate(CLASSES):
+            self.classes[label_class] += _count(projection, target, own, classes[1:] == index)
+
+
+def _count(projection: Projection, target: TokenizedText, own: Record, of_class: npt.NDArray[np.bool_]) -> ClassCount:
+    rows = stored_rows(target)[:-1] & of_class
+    used = rows & projection.distributions.rows[:-1]
+    return ClassCount(
+        rows=int(rows.sum()),
+        used=int(used.sum()),
+        gold=_probability(projection.label_logprobs[:-1][used]),
+        own=_probability(own.token_logprobs[:-1][used]),
+        top1=int((projection.distributions.ids[:-1, 0][used] == target.input_ids[1:][used]).sum()),
+    )
+
+
+def _probability(logprobs: npt.NDArray[np.float32]) -> float:
+    return float(np.exp(logprobs.astype(np.float64)).sum())
+
+
+def _mean(values: list[float]) -> float:
+    """Return the mean of the finite values, nan where there are none."""
+    finite = [value for value in values if np.isfinite(value)]
+    return float(np.mean(finite)) if finite else float("nan")
+
+
+def _ordinary(table: TokenTable) -> set[bytes]:
+    return {data for index, data in enumerate(table.tokens) if data and table.role_of(index) is None}
+
+
+def _mapped(vocabulary: VocabularyMap, source: TokenTable) -> dict[str, float]:
+    size = max(source.vocab_size, 1)
+    exact = int((vocabulary.distances == 0).sum())
+    mapped = int((vocabulary.target_ids >= 0).sum())
+    return {"exact": exact / size, "edited": (mapped - exact) / size, "unmapped": 1.0 - mapped / size}

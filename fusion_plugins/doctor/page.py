@@ -1,0 +1,152 @@
+"""What ``fusion doctor`` shows: a table in the terminal, and a self-contained HTML page with a picture."""
+
+import math
+from base64 import b64encode
+from collections.abc import Callable
+from io import BytesIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fusion_plugins.doctor.diagnosis import ClassCount, figures
+from fusion_plugins.doctor.examine import DoctorReport, SourceVerdict
+from fusion_plugins.doctor.label_classes import CLASSES
+
+__all__ = ["picture_png", "render_doctor_page", "sections", "show"]
+
+#: parts of the table -> how the names of their figures begin
+PARTS = {
+    "rows of the target": ("coverage", "fallback", "rows"),
+    "probability mass of the rows with a distribution": ("mass",),
+    "what the rows say of the label": ("label",),
+    "tokens of the source in the target's vocabulary": ("vocabulary",),
+    "whole texts": ("CE", "texts", "bytes"),
+}
+NOTHING = "-"
+
+#: (figure, one text per source)
+Row = tuple[str, list[str]]
+
+
+def sections(report: DoctorReport) -> list[tuple[str, list[Row]]]:
+    """Return the parts of the table, title and rows. What no source has is left out."""
+    columns = [figures(source.diagnosis) for source in report.sources]
+    texts = [(name, [_text(name, column[name]) for column in columns]) for name in columns[0]]
+    parts = [(title, [row for row in texts if row[0].startswith(names)]) for title, names in PARTS.items()]
+    parts += [
+        ("rows with a distribution, by kind of label", _by_class(report, _class_coverage)),
+        ("probability of the label, by kind of label", _by_class(report, _class_probability)),
+        ("vocabulary map and store", [("map", [_map_text(source) for source in report.sources]), *_sizes(report)]),
+    ]
+    return [(title, [row for row in rows if set(row[1]) != {NOTHING}]) for title, rows in parts]
+
+
+def show(report: DoctorReport, console: Console) -> None:
+    """Print the table, the memory of a training step, and a verdict with its advice per source."""
+    names = [escape(source.diagnosis.name) for source in report.sources]
+    table = Table("", *names, title=f"fusion into {escape(report.target)}")
+    for title, rows in sections(report):
+        table.add_row(f"[bold]{title}[/]")
+        for name, values in rows:
+            table.add_row(f"  {name}", *values)
+        table.add_section()
+    console.print(table)
+    for line in (memory_line(report), *report.notes):
+        console.print(escape(line))
+    for name, source in zip(names, report.sources, strict=True):
+        console.print(f"{name}: [bold]{source.verdict}[/]")
+        for line in source.advice:
+            console.print(f"  - {escape(line)}")
+
+
+def memory_line(report: DoctorReport) -> str:
+    """Return one sentence on the memory of the fused targets."""
+    return (
+        f"{report.texts} texts examined. Fused targets of one step of 1 x 2048 tokens, 64 entries per row: "
+        f"{report.sparse_bytes / 1e6:.2f} MB (as a dense tensor {report.dense_bytes / 1e6:,.0f} MB)."
+    )
+
+
+def render_doctor_page(report: DoctorReport, picture: bytes) -> str:
+    """Return the page, which holds the picture (a PNG) itself."""
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(loader=PackageLoader("fusion_plugins.doctor"), autoescape=True)
+    return environment.get_template("doctor.html").render(
+        report=report,
+        sections=sections(report),
+        memory=memory_line(report),
+        picture="data:image/png;base64," + b64encode(picture).decode(),
+    )
+
+
+def picture_png(report: DoctorReport) -> bytes:
+    """Return a PNG: per label class the share of rows that each source teaches, and what the rows give the label."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.1), layout="constrained")
+    FigureCanvasAgg(figure)
+    coverage, gold = figure.subplots(1, 2)
+    seen = [name for name in CLASSES if any(s.diagnosis.classes[name].rows for s in report.sources)]
+    width = 0.8 / (len(report.sources) + 1)
+    for index, source in enumerate(report.sources):
+        classes = [source.diagnosis.classes[name] for name in seen]
+        places = [place + index * width for place in range(len(seen))]
+        coverage.bar(places, [_share(c.used, c.rows) for c in classes], width, label=source.diagnosis.name)
+        gold.bar(places, [_share(c.gold, c.used) for c in classes], width, label=source.diagnosis.name)
+        gold.scatter(places, [_share(c.own, c.used) for c in classes], color="black", marker="_", s=120, zorder=3)
+    for panel, title in (
+        (coverage, "rows with a distribution"),
+        (gold, "probability of the label (black mark: target's own)"),
+    ):
+        panel.set_title(title, fontsize=10)
+        panel.set_xticks([place + width * (len(report.sources) - 1) / 2 for place in range(len(seen))], seen)
+        panel.set_ylim(0, 1.05)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(*coverage.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _by_class(report: DoctorReport, text: Callable[[ClassCount], str]) -> list[Row]:
+    return [(name, [text(source.diagnosis.classes[name]) for source in report.sources]) for name in CLASSES]
+
+
+def _class_coverage(count: ClassCount) -> str:
+    return f"{count.used / count.rows:.1%} of {count.rows:,}" if count.rows else NOTHING
+
+
+def _class_probability(count: ClassCount) -> str:
+    if not count.used:
+        return NOTHING
+    own = "" if math.isnan(count.own) else f" (target {count.own / count.used:.3f})"
+    return f"{count.gold / count.used:.3f}{own}"
+
+
+def _map_text(source: SourceVerdict) -> str:
+    method = source.diagnosis.vocabulary
+    return "none needed: the same tokenizer" if method == "identity" else method
+
+
+def _sizes(report: DoctorReport) -> list[Row]:
+    expected = [("" if source.captured else "about ") for source in report.sources]
+    return [
+        (name, [f"{about}{getattr(source, field):.1f}" for about, source in zip(expected, report.sources, strict=True)])
+        for name, field in (
+            ("store, bytes per token", "bytes_per_token"),
+            ("store, bytes per byte of text", "store_per_text"),
+        )
+    ]
+
+
+def _text(name: str, value: float) -> str:
+    if math.isnan(value):
+        return NOTHING
+    return f"{value:.3f}" if name.startswith(("CE", "bytes")) or "probability" in name else f"{value:.1%}"

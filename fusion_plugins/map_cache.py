@@ -1,0 +1,99 @@
+"""Vocabulary maps kept on disk, so that a pair of tokenizers is mapped once per machine.
+
+A map depends on the two token tables, the method and its parameters, and for ``first_token`` on how the target's
+tokenizer encodes; all of that is in the name of its file. The folder is ``$XDG_CACHE_HOME/fusion_plugins/maps`` (by
+default under ``~/.cache``). It is only a cache: what cannot be read is made again, what cannot be written is not kept.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusion_plugins.core.fusion.counts import AlignmentCounts
+from fusion_plugins.core.fusion.types import VocabularyMap
+from fusion_plugins.core.fusion.vocabulary_map import COUNTED, map_vocabulary
+from fusion_plugins.core.text.token_table import TokenTable
+from fusion_plugins.core.text.tokenize import encoder
+
+__all__ = ["cached_map", "map_folder"]
+
+# To be raised when a method maps otherwise than before.
+_RULES = 2
+
+
+def map_folder() -> Path:
+    """Return the folder of the cache; it need not exist."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "fusion_plugins" / "maps"
+
+
+def cached_map(
+    source: TokenTable,
+    target: TokenTable,
+    *,
+    method: str = "min_edit",
+    max_distance: int | None = None,
+    counts: AlignmentCounts | None = None,
+    tokenizer: Any = None,
+) -> VocabularyMap:
+    """Return the vocabulary map of two tables, from the cache if it is there (see ``core.fusion.vocabulary_map``).
+
+    Args:
+        source: the source's table.
+        target: the target's table.
+        method: one of ``core.vocab.METHODS``; the default is the published one, while a configuration's is
+            ``first_token``. A map that needs counts is always made: it depends on the texts.
+        max_distance: as for ``map_vocabulary``.
+        counts: as for ``map_vocabulary``.
+        tokenizer: the target's fast tokenizer, whose encoding ``first_token`` follows.
+    """
+    options: dict[str, Any] = {"method": method, "max_distance": max_distance}
+    encode = encoder(tokenizer, target) if method in ("first_token", "one_to_many") and tokenizer is not None else None
+    if method in COUNTED:
+        return map_vocabulary(source, target, counts=counts, encode=encode, **options)
+    path = map_folder() / f"{_key(source, target, options, tokenizer if encode else None)}.npz"
+    found = _read(path, source.vocab_size, method)
+    if found is None:
+        found = map_vocabulary(source, target, encode=encode, **options)
+        _write(path, found)
+    return found
+
+
+def _key(source: TokenTable, target: TokenTable, options: dict[str, Any], tokenizer: Any) -> str:
+    encoding = "" if tokenizer is None else tokenizer.backend_tokenizer.to_str()
+    parts = [_RULES, source.fingerprint, target.fingerprint, sorted(options.items()), encoding]
+    # The fingerprint leaves out what the run sets; the roles and twins of bytes that a map goes by are added here.
+    for table in (source, target):
+        parts += [sorted(table.role_ids.items()), sorted(table.byte_fallback)]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _read(path: Path, size: int, method: str) -> VocabularyMap | None:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            target_ids, distances = file["target_ids"], file["distances"]
+    except Exception:
+        # Damage shows in many ways: a bad archive, bad compression, a method of compression that does not exist.
+        return None
+    if target_ids.shape != (size,) or distances.shape != (size,):
+        return None
+    return VocabularyMap(target_ids.astype(np.int32), distances.astype(np.int32), method)
+
+
+def _write(path: Path, made: VocabularyMap) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, target_ids=made.target_ids, distances=made.distances)
+    # A name of its own, because several data workers may write the same map at once.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(buffer.getbuffer())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

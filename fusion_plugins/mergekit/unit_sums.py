@@ -1,0 +1,153 @@
+"""Statistics of units that are larger than a tensor, from one lazy pass over the checkpoints.
+
+mergekit hands a method one tensor at a time. A module, a layer or a model needs the sums of all its tensors first. So
+the plan of a merge gets one :class:`UnitStatistics` task per unit, which the merges of the unit's tensors depend on. It
+runs the very tasks that load the inputs of those merges, one tensor at a time, in an executor of its own: whatever
+mergekit does between the file and the method (dtype, slices, tied and renamed tensors, converted experts, LoRA,
+permuted or truncated vocabularies) is in the statistics, and no more than one tensor of each model is in memory. The
+graph keeps the result, a few numbers, for as long as a tensor of the unit is still to be merged.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.graph import Executor, Task, TaskUniverse
+from mergekit.io.tasks import GatherTensors, LoaderCache
+from mergekit.merge_methods.task_adapter import MergeTensorInput
+from mergekit.tokenizer import BuildTokenizer
+from pydantic import ConfigDict, SkipValidation
+
+from fusion_plugins.core.merging.deltas import delta_sums, require_finite
+from fusion_plugins.errors import MergeError
+
+__all__ = ["Unit", "UnitStatistics", "UnitSums", "unwidened"]
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class UnitSums:
+    """What a pass over a unit found.
+
+    Attributes:
+        sums: (J,) float64 per tensor, in the order of the tuned models of the plan.
+        sizes: number of elements per tensor.
+    """
+
+    sums: list[torch.Tensor]
+    sizes: list[int]
+
+
+@dataclass(eq=False)
+class Unit:
+    """The tensors that share one weight per model; equal only to itself, so that tasks hash it cheaply.
+
+    Attributes:
+        name: of the unit, such as ``model.layers.3.mlp``.
+        measure: square or abs.
+        models: all inputs in the order of the plan, the base included.
+        base_model: which of them is the base.
+        device: where to compute.
+        inputs: name of the output tensor -> task that loads its inputs.
+    """
+
+    name: str
+    measure: str
+    models: tuple[ModelReference, ...]
+    base_model: ModelReference
+    device: str
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+
+class UnitStatistics(Task[UnitSums]):
+    """Sums the differences over all tensors of a unit."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    unit: SkipValidation[Unit]
+    tokenizer: BuildTokenizer | None = None
+
+    def arguments(self) -> dict[str, Task]:
+        """Depend on mergekit's tokenizer where vocabularies are permuted."""
+        return {"tokenizer_info": self.tokenizer} if self.tokenizer is not None else {}
+
+    def main_thread_only(self) -> bool:
+        """Run before the threads of a multi-GPU merge start, unless the tokenizer is built in one of them."""
+        return self.tokenizer is None
+
+    def execute(self, **arguments: Any) -> UnitSums:
+        """Stream the tensors of the unit."""
+        unit = self.unit
+        LOG.info("Statistics of %s over %d tensors", unit.name, len(unit.inputs))
+        universe = TaskUniverse()
+        targets = [
+            universe.add_task(DeltaSums(unit=unit, name=name, inputs=unwidened(unit.inputs[name])))
+            for name in unit.inputs
+        ]
+        cached = {}
+        if self.tokenizer is not None:
+            cached[universe.add_task(self.tokenizer)] = arguments["tokenizer_info"]
+        executor = Executor(targets, math_device=unit.device, storage_device="cpu", cached_values=cached)
+        found = [value for _, value in executor.run(quiet=True) if value is not None]
+        LoaderCache().flush_all()  # unmap the files: their pages count as memory of this process
+        return UnitSums([sums for sums, _ in found], [size for _, size in found])
+
+
+class DeltaSums(Task[tuple[torch.Tensor, int] | None]):
+    """The sums of one tensor: (J,) float64 and the number of elements, or None for what is copied, not merged."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    unit: SkipValidation[Unit]
+    name: str
+    inputs: MergeTensorInput
+
+    def arguments(self) -> dict[str, Task]:
+        """Depend on the loaded tensors."""
+        return {"tensors": self.inputs}
+
+    def group_label(self) -> str | None:
+        """Keep mergekit's order of loading."""
+        return self.inputs.group_label()
+
+    def uses_accelerator(self) -> bool:
+        """Compute where mergekit computes."""
+        return True
+
+    def execute(self, tensors: Mapping[ModelReference, torch.Tensor | None]) -> tuple[torch.Tensor, int] | None:
+        """Sum, and refuse what cannot be summed."""
+        unit = self.unit
+        found = {model: tensor for model in unit.models if (tensor := tensors.get(model)) is not None}
+        if set(found) == {unit.base_model} or not all(tensor.is_floating_point() for tensor in found.values()):
+            return None
+        missing = [str(model) for model in unit.models if model not in found]
+        if missing:
+            raise MergeError(
+                f"tensor {self.name!r} belongs to the unit {unit.name!r} but is not in {', '.join(missing)}; a unit "
+                "larger than a tensor needs all its tensors in all models. Give this tensor granularity matrix (a "
+                "filter)."
+            )
+        base = found.pop(unit.base_model)
+        for model, tensor in found.items():
+            if tensor.shape != base.shape:
+                raise MergeError(
+                    f"tensor {self.name!r}: shape {tuple(base.shape)} in {unit.base_model}, {tuple(tensor.shape)} in "
+                    f"{model}. Vocabularies of different size need tokenizer: {{source: base}}; other shapes must be "
+                    "the same."
+                )
+        sums = delta_sums(base, list(found.values()), unit.measure)
+        if not bool(torch.isfinite(sums).all()):
+            labelled = {unit.base_model: base, **found}
+            require_finite(self.name, {str(model): tensor for model, tensor in labelled.items()})
+        return sums, base.numel()
+
+
+def unwidened(inputs: Task) -> Task:
+    """Leave out a cast to float32: our kernels widen a chunk at a time, a widened copy takes time and memory."""
+    if isinstance(inputs, GatherTensors) and inputs.dtype == "float32":
+        return inputs.model_copy(update={"dtype": None})
+    return inputs

@@ -1,0 +1,1 @@
+"""What runs a source model: transformers, vLLM, OpenAI-compatible servers, or vLLM on Ray Data."""

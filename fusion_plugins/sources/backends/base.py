@@ -1,0 +1,228 @@
+"""What every source model offers, whatever runs it: top-k rows of texts, and responses to prompts.
+
+A backend is a function from settings to a :class:`Source`; :func:`open_source` picks it by name. Work comes in units
+(see :mod:`fusion_plugins.sources.batches`). Backends yield results as they come, each with its place, so that what is
+done is kept when the next one fails.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fusion_plugins.core.arrays import FloatArray, IntArray
+from fusion_plugins.core.text.types import TokenizedText
+from fusion_plugins.errors import ConfigError
+
+__all__ = [
+    "BACKENDS",
+    "Purpose",
+    "Refusal",
+    "Response",
+    "Rows",
+    "SampleRequest",
+    "Sampling",
+    "Source",
+    "SourceSettings",
+    "Units",
+    "in_turn",
+    "least",
+    "open_source",
+]
+
+BackendName = Literal["transformers", "vllm", "openai", "ray"]
+
+#: what a source is opened for; an engine sets its memory accordingly
+Purpose = Literal["capture", "sample"]
+
+#: number of the unit, index within it
+Place = tuple[int, int]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Content = TypeVar("Content", covariant=True)
+
+#: backend -> module that defines ``open_source(settings, purpose) -> Source``
+BACKENDS: dict[str, str] = {
+    "transformers": "fusion_plugins.sources.backends.transformers_local",
+    "vllm": "fusion_plugins.sources.backends.vllm_engine",
+    "openai": "fusion_plugins.sources.backends.openai_server",
+    "ray": "fusion_plugins.sources.backends.ray_data",
+}
+#: what to install when the import of a backend fails
+NEEDS = {"transformers": "torch and transformers", "vllm": "vllm", "openai": "openai and tenacity", "ray": "ray[data]"}
+
+
+class SourceSettings(BaseModel):
+    """Which model, and what runs it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(description="folder or hub name of the model; for a server, the name it serves")
+    name: str | None = Field(None, description="short name of the source; default: last part of `model`")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    tokenizer: str | None = Field(None, description="folder or hub name of the tokenizer, if it is not `model`")
+    chat_template: str | None = Field(None, description="file with a Jinja chat template to use instead of the model's")
+    backend: BackendName = "transformers"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: as in the checkpoint")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    max_length: int | None = Field(None, ge=2, description="longest text in tokens; default: the model's context")
+    options: dict[str, Any] = Field(default_factory=dict, description="settings of the backend")
+
+    @property
+    def source_name(self) -> str:
+        """The name that stores and responses bear."""
+        return self.name or self.model.rstrip("/").rsplit("/", 1)[-1]
+
+
+class Sampling(BaseModel):
+    """How to sample from one source."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    temperature: float = Field(1.0, ge=0, description="0 takes the most probable token")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: no limit")
+    repetition_penalty: float = Field(1.0, gt=0)
+    max_tokens: int = Field(2048, ge=1, description="longest response in tokens")
+    stop: tuple[str, ...] = Field((), description="strings that end a response; they are cut off")
+    system: str | None = Field(None, description="system prompt put before prompts that have none")
+    template: Literal["auto", "chat", "plain"] = Field(
+        "auto", description="chat: the source's chat template; plain: the text itself; auto: chat where there is one"
+    )
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One response to draw.
+
+    Attributes:
+        content: the prompt's text, or its messages.
+        sampling: how to draw.
+        seed: of this response alone, so that it does not depend on what else is drawn.
+    """
+
+    content: str | list[dict[str, Any]]
+    sampling: Sampling
+    seed: int
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response.
+
+    Attributes:
+        text: without the prompt, special tokens and stop strings.
+        finish_reason: stop | length, or what the server said.
+        n_tokens: tokens generated.
+        n_prompt_tokens: tokens read.
+    """
+
+    text: str
+    finish_reason: str
+    n_tokens: int
+    n_prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a source says about one text of T tokens, in the row convention.
+
+    Attributes:
+        topk_ids: (T, K) int32 by descending probability, ties by lowest id, -1 where empty; the last row is empty.
+        topk_logprobs: (T, K) float32 true log-probabilities in nats, -inf where empty.
+        token_logprobs: (T,) float32 log-probability of the next token; nan in the last row.
+    """
+
+    topk_ids: IntArray
+    topk_logprobs: FloatArray
+    token_logprobs: FloatArray
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Takes the place of a result that a source cannot give, now or later; the others go on.
+
+    Attributes:
+        reason: why, without the name of the text or prompt.
+    """
+
+    reason: str
+
+
+class Units(Protocol[Content]):
+    """Units of work, made as they are taken; how many there are is known."""
+
+    def __len__(self) -> int:
+        """Their number."""
+        ...
+
+    def __iter__(self) -> Iterator[Sequence[Content]]:
+        """Make them, one after the other."""
+        ...
+
+
+class Source(Protocol):
+    """A source model, ready to be asked.
+
+    Attributes:
+        tokenizer: the source's Hugging Face tokenizer; None for a server that only samples.
+        max_length: longest sequence in tokens, prompt and response together; None where unknown.
+        whole_units: whether numbers depend, in their last bits, on what is asked together. A unit of which something
+            is missing is then asked for again as a whole.
+        facts: what the manifest records: engine, engine_version, dtype, logits_width, ...
+    """
+
+    tokenizer: Any
+    max_length: int | None
+    whole_units: bool
+    facts: dict[str, Any]
+
+    def capture(self, units: Units[TokenizedText], top_k: int) -> Iterator[tuple[Place, Rows | Refusal]]:
+        """Yield (place of the text, its rows), in any order. Units are taken as they are needed."""
+        ...
+
+    def sample(self, units: Units[SampleRequest]) -> Iterator[tuple[Place, Response | Refusal]]:
+        """Yield (place of the request, its response), in any order."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory, processes and connections."""
+        ...
+
+
+def least(*limits: int | None) -> int | None:
+    """Return the smallest of the limits that are known."""
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def in_turn(
+    units: Iterable[Sequence[Item]], answer: Callable[[Sequence[Item]], Iterator[tuple[int, Result]]]
+) -> Iterator[tuple[Place, Result]]:
+    """Answer one unit after the other; ``answer`` yields (index within the unit, result)."""
+    for number, unit in enumerate(units):
+        for index, result in answer(unit):
+            yield (number, index), result
+
+
+def open_source(settings: SourceSettings, purpose: Purpose) -> Source:
+    """Start the source that ``settings`` describe.
+
+    Args:
+        settings: model and backend.
+        purpose: which of the two methods will be called.
+
+    Raises:
+        ConfigError: the backend's packages are not installed here.
+        SourceError: the model cannot be loaded, or the server does not answer.
+    """
+    try:
+        module = import_module(BACKENDS[settings.backend])
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"backend {settings.backend!r} of source {settings.source_name!r} needs {NEEDS[settings.backend]}, but "
+            f"{error.name!r} is not installed here; install it, or choose another of {', '.join(BACKENDS)}"
+        ) from error
+    source: Source = module.open_source(settings, purpose)
+    return source

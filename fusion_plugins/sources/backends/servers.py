@@ -1,0 +1,248 @@
+"""Several servers that offer the same model: which one to ask, what to try again, when to give up.
+
+Retrying is tenacity's work and HTTP is the openai client's; this module only decides.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import openai
+import tenacity
+
+from fusion_plugins.errors import SourceError
+from fusion_plugins.sources.backends.health import ServerHealth
+
+__all__ = ["Refused", "Server", "ServerPool", "Trouble", "hidden"]
+
+Result = TypeVar("Result")
+
+#: refusals that another attempt may turn into an answer; so may all of 500 and above but for the two below
+RETRIED_STATUS = (408, 409, 425, 429)
+FINAL_STATUS = (501, 505)
+#: refusals of this one request, not of whoever asks
+REQUEST_STATUS = (400, 413, 422)
+TOO_MANY = 429
+LONGEST_WAIT = 30.0
+#: most seconds for which a server's word that it wants to be left alone is taken
+LONGEST_RETRY_AFTER = 300.0
+#: characters of a server's own words that a message repeats
+MOST_SAID = 500
+
+
+class Trouble(Exception):
+    """A request failed in a way that may pass: no connection, time-out, overload, half an answer.
+
+    Attributes:
+        busy: the server is well and has too much to do.
+        retry_after: seconds for which it asks to be left alone.
+    """
+
+    def __init__(self, message: str, *, busy: bool = False, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.busy, self.retry_after = busy, retry_after
+
+
+class Refused(SourceError):
+    """The servers answer others but not this request."""
+
+
+@dataclass
+class Server:
+    """One server.
+
+    Attributes:
+        client: talks to it.
+        health: whether it may be asked.
+        in_flight: requests that wait for its answer.
+    """
+
+    client: openai.OpenAI
+    health: ServerHealth
+    in_flight: int = 0
+
+    @property
+    def address(self) -> str:
+        """Where it is, for messages."""
+        return str(self.client.base_url).rstrip("/")
+
+
+def hidden(message: str, key: str) -> str:
+    """Return the message with the key blotted out, however it is spelt there (raw, ``repr``, JSON)."""
+    for spelling in {key, repr(key)[1:-1], json.dumps(key)[1:-1]} - {""}:
+        message = message.replace(spelling, "***")
+    return message
+
+
+class ServerPool:
+    """Sends requests to the least busy healthy server, until one answers or patience ends.
+
+    Args:
+        clients: one per server, with their own retries turned off.
+        concurrency: requests in flight per server, at most.
+        rest_after: failures in a row after which a server is left alone for a while.
+        rest_seconds: how long.
+        patience: seconds after which a request that always fails is given up. While servers answer others, a request
+            that only ever hears that they are busy (429) goes on waiting.
+        key: the secret that no message may repeat.
+    """
+
+    def __init__(
+        self,
+        clients: list[openai.OpenAI],
+        *,
+        concurrency: int,
+        rest_after: int,
+        rest_seconds: float,
+        patience: float,
+        key: str,
+    ) -> None:
+        self.servers = [Server(client, ServerHealth(rest_after, rest_seconds)) for client in clients]
+        self._concurrency, self._patience, self._key = concurrency, patience, key
+        self._last_answer = float("-inf")
+        self._stopped = threading.Event()
+        #: guards servers and the time of the last answer; notified when a server may have become free
+        self._changed = threading.Condition()
+
+    def stop(self) -> None:
+        """End all requests; threads that wait for another attempt return at once."""
+        self._stopped.set()
+        with self._changed:
+            self._changed.notify_all()
+        for server in self.servers:
+            server.client.close()
+
+    def post(self, path: str, body: dict[str, Any], check: Callable[[dict[str, Any]], Result]) -> Result:
+        """Send a request until ``check`` accepts the answer.
+
+        Args:
+            path: below the server's base URL.
+            body: JSON.
+            check: turns the answer into the result; raises :class:`Trouble` for half an answer.
+
+        Raises:
+            Refused: the servers refuse this request, or always fail on it while they answer others.
+            SourceError: they refuse everything, or patience has ended.
+        """
+        started = time.monotonic()
+        attempts = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(Trouble),
+            stop=lambda state: self._stopped.is_set() or self._out_of_patience(started, state),
+            wait=_wait,
+            sleep=tenacity.sleep_using_event(self._stopped),
+            reraise=True,
+        )
+        try:
+            return attempts(self._attempt, path, body, check)
+        except Trouble as trouble:
+            if self._last_answer > started:
+                raise Refused(f"no answer within {self._patience:.0f} s; the last trouble was: {trouble}") from None
+            raise SourceError(
+                f"no server gave an answer within {self._patience:.0f} s; the last trouble was: {trouble}. What is "
+                "done is kept: see to the servers, then run the same command again."
+            ) from None
+
+    def _out_of_patience(self, started: float, state: tenacity.RetryCallState) -> bool:
+        trouble = state.outcome.exception() if state.outcome else None
+        busy = isinstance(trouble, Trouble) and trouble.busy
+        since = max(started, self._last_answer) if busy else started
+        return time.monotonic() - since >= self._patience
+
+    def _attempt(self, path: str, body: dict[str, Any], check: Callable[[dict[str, Any]], Result]) -> Result:
+        with self._chosen() as server:
+            answer = self._answer(server, path, body)
+            try:
+                return check(answer)
+            except Trouble as trouble:
+                raise Trouble(self._said(server, str(trouble))) from None
+
+    def _answer(self, server: Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            answer = server.client.post(path, body=body, cast_to=object)
+        except openai.APIStatusError as error:
+            raise self._translated(server, error) from None
+        except openai.APIConnectionError as error:  # time-outs are among them
+            raise Trouble(self._said(server, f"{type(error).__name__}: {error.__cause__ or error}")) from None
+        except (openai.APIError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise Trouble(self._said(server, f"expected JSON: {error}")) from None
+        except RuntimeError:
+            if self._stopped.is_set():  # the client was closed meanwhile
+                raise SourceError("stopped") from None
+            raise
+        if not isinstance(answer, dict):
+            raise Trouble(self._said(server, f"expected a JSON object, came {answer!r}"))
+        return answer
+
+    def _translated(self, server: Server, error: openai.APIStatusError) -> Exception:
+        status = error.status_code
+        message = self._said(server, f"status {status}: {error.message}")
+        if status in RETRIED_STATUS or (status >= 500 and status not in FINAL_STATUS):
+            return Trouble(message, busy=status == TOO_MANY, retry_after=_retry_after(error.response.headers))
+        return Refused(message) if status in REQUEST_STATUS else SourceError(message + _cure(status))
+
+    def _said(self, server: Server, message: str) -> str:
+        """Blot the key out before anything is cut: half a key is still a secret."""
+        return f"{server.address}: {hidden(message, self._key):.{MOST_SAID}}"
+
+    @contextmanager
+    def _chosen(self) -> Iterator[Server]:
+        server, sent = self._choose()
+        failed = answered = False
+        try:
+            yield server
+            answered = True
+        except Trouble as trouble:
+            failed = not trouble.busy
+            raise
+        finally:
+            with self._changed:
+                server.in_flight -= 1
+                now = time.monotonic()
+                if failed:
+                    server.health.failed(sent, now)
+                else:
+                    server.health.succeeded()
+                if answered:
+                    self._last_answer = now
+                self._changed.notify_all()
+
+    def _choose(self) -> tuple[Server, float]:
+        with self._changed:
+            while not self._stopped.is_set():
+                now = time.monotonic()
+                awake = [server for server in self.servers if server.health.allows(now)]
+                free = [server for server in awake if server.in_flight < self._concurrency]
+                if free:
+                    server = min(free, key=lambda server: server.in_flight)
+                    server.in_flight += 1
+                    server.health.sent(now)
+                    return server, now
+                resting = [server.health.resting_until - now for server in self.servers if server not in awake]
+                self._changed.wait(min(resting, default=None))
+        raise SourceError("stopped")
+
+
+def _wait(state: tenacity.RetryCallState) -> float:
+    """Grow with the attempts, at random, so that requests that failed together do not come back together."""
+    trouble = state.outcome.exception() if state.outcome else None
+    asked = trouble.retry_after if isinstance(trouble, Trouble) else 0.0
+    return asked + tenacity.wait_random_exponential(multiplier=0.5, max=LONGEST_WAIT)(state) / (4 if asked else 1)
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
+    try:
+        return max(0.0, min(float(headers.get("retry-after", 0)), LONGEST_RETRY_AFTER))
+    except ValueError:
+        return 0.0
+
+
+def _cure(status: int) -> str:
+    if status in (401, 403):
+        return "; give the key in the environment variable `api_key_env` or the file `api_key_file`"
+    if status == 404:
+        return "; check `base_url` (it usually ends in /v1) and `model` (the name that the server lists)"
+    return ""

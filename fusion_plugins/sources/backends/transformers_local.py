@@ -1,0 +1,233 @@
+"""The ``transformers`` backend: any causal model on this machine's CPU or GPU, and the reference for the others."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.generation.logits_process import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from fusion_plugins.config import validate
+from fusion_plugins.core.text.types import TokenizedText
+from fusion_plugins.errors import SourceError
+from fusion_plugins.sources.backends.base import (
+    Place,
+    Purpose,
+    Refusal,
+    Response,
+    Rows,
+    SampleRequest,
+    Sampling,
+    SourceSettings,
+    Units,
+    in_turn,
+    least,
+)
+from fusion_plugins.sources.backends.topk import top_k_rows
+from fusion_plugins.sources.loading import load_tokenizer, response_text, split_prompts, vocabulary_size
+
+__all__ = ["TransformersOptions", "TransformersSource", "open_source"]
+
+
+class TransformersOptions(BaseModel):
+    """Keys of ``options`` for this backend."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    batch_tokens: int = Field(4096, ge=1, description="tokens of one forward pass, padding included")
+    batch_prompts: int = Field(16, ge=1, description="responses drawn at a time")
+    attn_implementation: str | None = Field(None, description="eager, sdpa, flash_attention_2, ...")
+
+
+def open_source(settings: SourceSettings, purpose: Purpose) -> "TransformersSource":
+    """Load the model and its tokenizer; see :func:`fusion_plugins.sources.backends.base.open_source`."""
+    return TransformersSource(settings)
+
+
+class TransformersSource:
+    """One causal language model in this process."""
+
+    whole_units = True
+
+    def __init__(self, settings: SourceSettings) -> None:
+        where = f"options of source {settings.source_name!r}"
+        self._options = validate(TransformersOptions, settings.options, where=where)
+        self.tokenizer = load_tokenizer(settings)
+        self._model = _load_model(settings, self._options)
+        config = self._model.config.get_text_config()
+        self.max_length = least(settings.max_length, getattr(config, "max_position_embeddings", None))
+        self._vocab_size = vocabulary_size(self.tokenizer)
+        self._stop_ids = _stop_ids(self._model, self.tokenizer)
+        self.facts: dict[str, Any] = {
+            "engine": "transformers",
+            "engine_version": transformers.__version__,
+            "dtype": str(self._model.dtype).removeprefix("torch."),
+            "logits_width": self._model.get_output_embeddings().weight.shape[0],
+            "revision": getattr(self._model.config, "_commit_hash", None) or settings.revision,
+        }
+
+    def capture(self, units: Units[TokenizedText], top_k: int) -> Iterator[tuple[Place, Rows]]:
+        """Yield the rows of each text; texts of like length share a forward pass, padded on the right."""
+        return in_turn(units, lambda texts: self._capture(texts, top_k))
+
+    def sample(self, units: Units[SampleRequest]) -> Iterator[tuple[Place, Response | Refusal]]:
+        """Yield the responses; each has its own random numbers, so batching does not change what is drawn."""
+        return in_turn(units, self._sample)
+
+    def close(self) -> None:
+        """Drop the model."""
+        del self._model
+
+    def _capture(self, texts: Sequence[TokenizedText], top_k: int) -> Iterator[tuple[int, Rows]]:
+        for batch in _batches([len(text.input_ids) for text in texts], self._options.batch_tokens):
+            yield from zip(batch, self._forward([texts[i] for i in batch], top_k), strict=True)
+
+    def _sample(self, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, Response | Refusal]]:
+        prompts, refused = split_prompts(self.tokenizer, requests, self.max_length)
+        yield from refused.items()
+        by_sampling: dict[Sampling, list[int]] = {}
+        for index in prompts:
+            by_sampling.setdefault(requests[index].sampling, []).append(index)
+        for sampling, indices in by_sampling.items():
+            indices.sort(key=lambda index: (len(prompts[index]), index))
+            for start in range(0, len(indices), self._options.batch_prompts):
+                batch = indices[start : start + self._options.batch_prompts]
+                seeds = [requests[index].seed for index in batch]
+                yield from zip(batch, self._generate([prompts[i] for i in batch], seeds, sampling), strict=True)
+
+    @torch.inference_mode()
+    def _forward(self, texts: list[TokenizedText], top_k: int) -> list[Rows]:
+        width = max(len(text.input_ids) for text in texts)
+        ids = torch.zeros(len(texts), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, text in enumerate(texts):
+            ids[row, : len(text.input_ids)] = torch.from_numpy(text.input_ids.astype(np.int64))
+            mask[row, : len(text.input_ids)] = 1
+        device = self._model.device
+        logits = self._model(ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+        return [self._rows(logits[row], text, top_k) for row, text in enumerate(texts)]
+
+    def _rows(self, logits: torch.Tensor, text: TokenizedText, top_k: int) -> Rows:
+        n = len(text.input_ids)
+        gold = torch.from_numpy(text.input_ids[1:].astype(np.int64)).to(logits.device)
+        ids, logprobs, gold_logprobs = top_k_rows(logits[: n - 1], gold, top_k, self._vocab_size)
+        width = ids.shape[-1]
+        return Rows(
+            np.concatenate([ids.numpy(), np.full((1, width), -1, np.int32)]),
+            np.concatenate([logprobs.numpy(), np.full((1, width), -np.inf, np.float32)]),
+            np.append(gold_logprobs.numpy(), np.float32(np.nan)),
+        )
+
+    @torch.inference_mode()
+    def _generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Response]:
+        width = max(map(len, prompts))
+        # Padding repeats the prompt's own first token, so that a repetition penalty sees no token that is not there.
+        ids = torch.tensor([prompt[:1] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        config = GenerationConfig(
+            max_new_tokens=sampling.max_tokens,
+            do_sample=False,
+            eos_token_id=self._stop_ids,
+            pad_token_id=self._stop_ids[0] if self._stop_ids else 0,
+            stop_strings=list(sampling.stop) or None,
+        )
+        # What the checkpoint says about sampling must not act beside what the user asked for.
+        self._model.generation_config = GenerationConfig()
+        output = self._model.generate(
+            ids.to(self._model.device),
+            attention_mask=mask.to(self._model.device),
+            generation_config=config,
+            logits_processor=_processors(sampling, seeds),
+            tokenizer=self.tokenizer if sampling.stop else None,
+        )
+        generated = output[:, width:].tolist()
+        return [
+            self._response(tokens, len(prompt), sampling) for tokens, prompt in zip(generated, prompts, strict=True)
+        ]
+
+    def _response(self, tokens: list[int], n_prompt_tokens: int, sampling: Sampling) -> Response:
+        # Rows of a batch that ended early are padded; the end token itself was generated.
+        end = next((position for position, token in enumerate(tokens) if token in self._stop_ids), len(tokens))
+        text, stopped = response_text(self.tokenizer, tokens[:end], sampling.stop)
+        reason = "stop" if stopped or end < len(tokens) else "length"
+        return Response(text, reason, min(end + 1, len(tokens)), n_prompt_tokens)
+
+
+class _SeededNoise(LogitsProcessor):
+    """Gumbel noise from one generator per row: the argmax of what comes out is a sample of what came in."""
+
+    def __init__(self, seeds: list[int]) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        noise = torch.empty(scores.shape, dtype=torch.float32)
+        for row, generator in zip(noise, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores.float() - noise.log().to(scores.device)
+
+
+def _processors(sampling: Sampling, seeds: list[int]) -> LogitsProcessorList:
+    processors = LogitsProcessorList()
+    if sampling.repetition_penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+    if sampling.temperature == 0:
+        return processors
+    processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(float(sampling.top_p)))
+    processors.append(_SeededNoise(seeds))
+    return processors
+
+
+def _load_model(settings: SourceSettings, options: TransformersOptions) -> Any:
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    extra = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            settings.model,
+            revision=settings.revision,
+            dtype=settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype),
+            trust_remote_code=settings.trust_remote_code,
+            use_safetensors=True,
+            **extra,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise SourceError(
+            f"source {settings.source_name!r}: cannot load {settings.model!r} (weights must be safetensors): {error}"
+        ) from error
+    return model.to(device).eval()
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """End tokens of the model's generation config (chat models list several there) and of the tokenizer."""
+    ids = model.generation_config.eos_token_id
+    found = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in found:
+        found.append(tokenizer.eos_token_id)
+    return found
+
+
+def _batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Group indices by like length so that count times longest stays within the budget (a long text goes alone)."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches

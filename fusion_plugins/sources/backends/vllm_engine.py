@@ -1,0 +1,235 @@
+"""The ``vllm`` backend: vLLM's offline engine in this process.
+
+It imports nothing of the training hosts, so it runs in an environment of its own (``make vllm-env``).
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+import vllm
+from vllm import LLM, SamplingParams
+from vllm.platforms import current_platform
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from fusion_plugins.config import validate
+from fusion_plugins.core.text.types import TokenizedText
+from fusion_plugins.errors import SourceError
+from fusion_plugins.sources.backends.base import (
+    Place,
+    Purpose,
+    Refusal,
+    Response,
+    Rows,
+    SampleRequest,
+    Sampling,
+    SourceSettings,
+    Units,
+    in_turn,
+)
+from fusion_plugins.sources.backends.entries import rows_of_entries, spare_entries
+from fusion_plugins.sources.batches import plan_units
+from fusion_plugins.sources.fingerprints import numeric_options, stored_dtype
+from fusion_plugins.sources.loading import load_config, load_tokenizer, response_text, split_prompts, vocabulary_size
+
+try:
+    from vllm.exceptions import VLLMClientError
+except ImportError:  # versions that raise ValueError for it
+    VLLMClientError = ValueError
+
+__all__ = ["VllmOptions", "VllmSource", "capture_params", "open_source", "scheduled_tokens"]
+
+#: bytes of scratch per scheduled token and vocabulary entry: logits as computed, in float32, and their logarithms
+SCRATCH_BYTES = 12
+#: log-probabilities that wait in Python lists at a time (about 100 bytes each)
+ENTRIES_IN_FLIGHT = 1 << 22
+#: of one text, at most: about 6 GB
+MOST_ENTRIES = 1 << 26
+
+
+class VllmOptions(BaseModel):
+    """Keys of ``options`` for this backend."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    logits_gib: float = Field(2.0, gt=0, description="memory that the log-probabilities of one step may take (capture)")
+    engine: dict[str, Any] = Field(
+        default_factory=dict,
+        description="arguments of vllm.LLM: tensor_parallel_size, gpu_memory_utilization, quantization, ...; they win",
+    )
+
+
+def open_source(settings: SourceSettings, purpose: Purpose) -> "VllmSource":
+    """Start the engine; see :func:`fusion_plugins.sources.backends.base.open_source`."""
+    return VllmSource(settings, purpose)
+
+
+def scheduled_tokens(logits_width: int, gib: float) -> int:
+    """Return how many tokens one step may schedule so that their log-probabilities fit into ``gib``.
+
+    vLLM computes the whole (tokens, vocabulary) matrix for prompts whose log-probabilities are asked for, outside of
+    the memory that it plans with.
+
+    Example:
+        >>> scheduled_tokens(151_936, 2.0)
+        1177
+    """
+    return max(64, min(8192, int(gib * 2**30 / (SCRATCH_BYTES * logits_width))))
+
+
+def capture_params(top_k: int) -> SamplingParams:
+    """Return the cheapest request for the top k of every prompt position.
+
+    Flat lists of ids and numbers instead of a dict per position, and no text for any of them.
+    """
+    return SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=top_k, flat_logprobs=True, detokenize=False)
+
+
+class VllmSource:
+    """One vLLM engine."""
+
+    whole_units = True
+
+    def __init__(self, settings: SourceSettings, purpose: Purpose) -> None:
+        where = f"options of source {settings.source_name!r}"
+        self._options = validate(VllmOptions, settings.options, where=where)
+        self.tokenizer = load_tokenizer(settings)
+        self._vocab_size = vocabulary_size(self.tokenizer)
+        self._llm = _start(settings, self._options, purpose)
+        model = self._llm.llm_engine.model_config
+        # vLLM wants room for one generated token behind every prompt.
+        self.max_length: int | None = model.max_model_len - (purpose == "capture")
+        self._width = model.get_vocab_size()
+        self.facts: dict[str, Any] = {
+            "engine": "vllm",
+            "engine_version": vllm.__version__,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "options": numeric_options(settings),
+            "logits_width": self._width,
+            "revision": getattr(model.hf_config, "_commit_hash", None) or settings.revision,
+        }
+
+    def capture(self, units: Units[TokenizedText], top_k: int) -> Iterator[tuple[Place, Rows | Refusal]]:
+        """Yield the rows of each text."""
+        return in_turn(units, lambda texts: self._capture(texts, top_k))
+
+    def sample(self, units: Units[SampleRequest]) -> Iterator[tuple[Place, Response | Refusal]]:
+        """Yield the responses; each request has its own seed."""
+        return in_turn(units, self._sample)
+
+    def close(self) -> None:
+        """Stop the engine and its process."""
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+
+    def _capture(self, texts: Sequence[TokenizedText], top_k: int) -> Iterator[tuple[int, Rows | Refusal]]:
+        asked = min(top_k + spare_entries(self._width, self._vocab_size), self._width)
+        sizes = [len(text.input_ids) * (asked + 1) for text in texts]
+        for index, size in enumerate(sizes):
+            if size > MOST_ENTRIES:
+                yield index, Refusal(_too_much(len(texts[index].input_ids), asked))
+        possible = [index for index, size in enumerate(sizes) if size <= MOST_ENTRIES]
+        for group in plan_units(possible, sizes.__getitem__, ENTRIES_IN_FLIGHT):
+            prompts = [texts[index].input_ids.tolist() for index in group]
+            for index, output in zip(group, self._generate(prompts, [capture_params(asked)] * len(group)), strict=True):
+                if isinstance(output, Refusal):
+                    yield index, output
+                else:
+                    yield index, self._rows(output.prompt_logprobs, len(texts[index].input_ids), top_k)
+
+    def _sample(self, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, Response | Refusal]]:
+        prompts, refused = split_prompts(self.tokenizer, requests, self.max_length)
+        yield from refused.items()
+        params = [_sampling_params(requests[index].sampling, requests[index].seed) for index in prompts]
+        for index, output in zip(prompts, self._generate(list(prompts.values()), params), strict=True):
+            if isinstance(output, Refusal):
+                yield index, output
+                continue
+            answer = output.outputs[0]
+            if answer.finish_reason not in ("stop", "length"):
+                raise SourceError(f"vLLM ended a response with {answer.finish_reason!r} instead of 'stop' or 'length'")
+            text, _ = response_text(self.tokenizer, list(answer.token_ids), requests[index].sampling.stop)
+            yield index, Response(text, answer.finish_reason, len(answer.token_ids), len(prompts[index]))
+
+    def _generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
+        """Ask for all at once; when vLLM refuses one of them, ask one by one, to learn which."""
+        if not prompts:
+            return []
+        asked = [{"prompt_token_ids": ids} for ids in prompts]
+        try:
+            return self._llm.generate(asked, params, use_tqdm=False)
+        except EngineDeadError as error:
+            raise SourceError(f"vLLM's engine died: {error}; its log is above") from error
+        except (ValueError, VLLMClientError) as error:
+            if len(prompts) == 1:
+                return [Refusal(f"vLLM refuses it: {error}")]
+        return [self._generate([ids], [param])[0] for ids, param in zip(prompts, params, strict=True)]
+
+    def _rows(self, logprobs: Any, n_tokens: int, top_k: int) -> Rows:
+        # Position 0 is empty; every other one lists the token itself, then the most probable ones.
+        shape = (n_tokens - 1, len(logprobs.token_ids) // max(n_tokens - 1, 1))
+        ids = np.array(logprobs.token_ids, np.int32).reshape(shape)
+        values = np.array(logprobs.logprobs, np.float32).reshape(shape)
+        gold = values[:, 0] if n_tokens > 1 else np.empty(0, np.float32)
+        return rows_of_entries(ids[:, 1:], values[:, 1:], gold, top_k, self._vocab_size)
+
+
+def _too_much(n_tokens: int, asked: int) -> str:
+    return (
+        f"vLLM hands {n_tokens} tokens x {asked} log-probabilities over as Python numbers, about "
+        f"{n_tokens * asked * 100 / 1e9:.0f} GB; lower top_k, cut the texts shorter, or take the transformers backend"
+    )
+
+
+def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        repetition_penalty=sampling.repetition_penalty,
+        max_tokens=sampling.max_tokens,
+        stop=list(sampling.stop) or None,
+        detokenize=bool(sampling.stop),  # only to find the stop strings
+        seed=seed,
+    )
+
+
+def _start(settings: SourceSettings, options: VllmOptions, purpose: Purpose) -> LLM:
+    arguments: dict[str, Any] = {
+        "tokenizer": settings.tokenizer,
+        "revision": settings.revision,
+        "trust_remote_code": settings.trust_remote_code,
+        "max_logprobs": -1,
+        "logprobs_mode": "raw_logprobs",
+        # What the checkpoint says about sampling must not act beside what the user asked for.
+        "generation_config": "vllm",
+        "load_format": "safetensors",
+    }
+    try:
+        config = load_config(settings)
+        # vLLM's own "auto" turns float32 checkpoints into bfloat16.
+        arguments["dtype"] = stored_dtype(settings, config)
+        if purpose == "capture":
+            arguments["max_num_batched_tokens"] = scheduled_tokens(config.vocab_size, options.logits_gib)
+            arguments["enable_chunked_prefill"] = True
+            arguments["enable_prefix_caching"] = False
+        elif current_platform.is_cpu():
+            # A request with a seed of its own ends vLLM's CPU engine when its prompt is cut into chunks.
+            arguments["enable_chunked_prefill"] = False
+        if current_platform.is_cpu():
+            # The share of the machine's memory that must be free; vLLM's 0.92 suits accelerators.
+            arguments["gpu_memory_utilization"] = 0.5
+        if settings.max_length is not None:
+            context = getattr(config, "max_position_embeddings", None) or settings.max_length + 1
+            arguments["max_model_len"] = min(settings.max_length + (purpose == "capture"), context)
+        return LLM(settings.model, **(arguments | options.engine))
+    except (OSError, ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise SourceError(
+            f"source {settings.source_name!r}: vLLM cannot start {settings.model!r}: {error}. Arguments of the engine "
+            "stand under `options: {engine: {...}}`; for data parallelism use the ray backend or several servers."
+        ) from error

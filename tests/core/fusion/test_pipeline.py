@@ -1,0 +1,424 @@
+import copy
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import permutations
+
+import numpy as np
+import pytest
+import reference
+import tiny
+from tokenizers import AddedToken
+
+from fusion_plugins.core.fusion import pipeline
+from fusion_plugins.core.fusion.accounting import FusionReport, ProjectionReport
+from fusion_plugins.core.fusion.align import align_tokens
+from fusion_plugins.core.fusion.pipeline import FusionPlan, SourcePlan, fuse_text, warm_up
+from fusion_plugins.core.fusion.project import ProjectionOptions
+from fusion_plugins.core.fusion.record import build_record
+from fusion_plugins.core.fusion.types import VocabularyMap
+from fusion_plugins.core.fusion.vocabulary_map import map_vocabulary
+from fusion_plugins.core.text.chat import render_chat
+from fusion_plugins.core.text.token_table import TokenTable
+from fusion_plugins.core.text.tokenize import tokenize, tokenize_content
+from fusion_plugins.errors import AlignmentError, ConfigError, MismatchError
+
+NAMES = ("byte_level", "digit_splitting", "sentencepiece_bpe", "unigram")
+TEXT = "The 120 apples cost 35 €, said Zoë:\n\tthe theory of 数学题 and 🎉 needs 1234 or 5 cafés."
+TRUE = ProjectionOptions(tail="ignore", min_mass=0.0)
+
+
+def load(name):
+    tokenizer = getattr(tiny, name)()
+    return tokenizer, TokenTable.from_tokenizer(tokenizer)
+
+
+def plain(name, text=TEXT, **options):
+    return tokenize(*load(name), text, **options)
+
+
+def chat(name, messages=tiny.CHAT):
+    tokenizer, table = load(name)
+    text, spans, _ = render_chat(lambda m: tokenizer.apply_chat_template(m, tokenize=False), messages)
+    return tokenize(tokenizer, table, text, spans=spans, special_tokens=False, append_eos=False)
+
+
+def knows(text, *, shift=0, id="text"):
+    """A source that gives its next token a probability of its own at each row, and says nothing else."""
+    n = len(text.input_ids)
+    p = 0.3 + 0.5 * ((np.arange(n) + shift) * 0.37 % 1)
+    return build_record(
+        id, text, np.append(text.input_ids[1:], 0)[:, None], np.log(p[:, None]).astype(np.float32),
+        np.log(p).astype(np.float32),
+    ), p  # fmt: skip
+
+
+def expected_labels(source, p, target):
+    """Row -> (label, probability of its bytes under the source), by the text alone, message by message."""
+    rows = {}
+    for (start, _), (t_start, t_stop) in zip(source.spans.tolist(), target.spans.tolist(), strict=True):
+        for t in range(len(target.ends) - 1):
+            a, b = target.ends[t] - t_start, target.ends[t + 1] - t_start
+            heard = [u for u in range(len(source.ends)) if source.ends[u] - start == a]
+            if not (heard and 0 <= a < b <= t_stop - t_start):
+                continue
+            u = heard[-1] + 1
+            probability = p[u - 1]
+            while u < len(source.ends) and source.ends[u] - start < b:
+                u += 1
+                probability *= p[u - 1]
+            if u == len(source.ends):
+                continue
+            rows[t] = int(target.input_ids[t + 1]), probability
+    return rows
+
+
+def plan_of(target_name, *source_names, method="exact", **settings):
+    _, target = load(target_name)
+    sources = tuple(
+        SourcePlan(f"{name}-{i}", load(name)[1], map_vocabulary(load(name)[1], target, method=method))
+        for i, name in enumerate(source_names)
+    )
+    return FusionPlan(target, sources, **settings)
+
+
+def check_supervision(source_name, target_name, source, target):
+    record, p = knows(source)
+    fused, report = fuse_text(plan_of(target_name, source_name, width=1, projection=TRUE), target, [record])
+    table = load(target_name)[1]
+    expected = expected_labels(source, p, target)
+    seen = 0
+    for t in np.flatnonzero(fused.rows).tolist():
+        assert fused.ids[t, 0] == target.input_ids[t + 1]
+        if table.role_of(int(target.input_ids[t + 1])) is None:
+            label, probability = expected[t]
+            assert fused.ids[t, 0] == label
+            assert np.exp(fused.logprobs[t, 0]) == pytest.approx(probability, rel=1e-5)
+            seen += 1
+    found = report.sources[f"{source_name}-0"]
+    assert seen == len(expected) - found.other_bytes - found.other_special
+    return found
+
+
+@pytest.mark.parametrize(("source", "target"), list(permutations(NAMES, 2)))
+def test_row_t_teaches_token_t_plus_1(source, target):
+    report = check_supervision(source, target, plain(source), plain(target))
+    assert report.used > 20
+    assert report.special == 1
+    assert report.one_to_one > 5
+
+
+def test_all_ways_of_splitting_occur_in_the_supervision_test():
+    total = ProjectionReport()
+    for source, target in permutations(NAMES, 2):
+        total += check_supervision(source, target, plain(source), plain(target))
+    assert min(total.one_to_one, total.one_to_many, total.many_to_one, total.crossing) > 3
+    assert total.other_bytes > 0
+
+
+@pytest.mark.parametrize(("source", "target"), list(permutations(("byte_level", "sentencepiece_bpe"), 2)))
+def test_in_chats_of_two_templates_each_message_teaches_its_own_tokens(source, target):
+    report = check_supervision(source, target, chat(source), chat(target))
+    assert report.used > 10
+    # Both messages end with a token that ends a turn, whatever it is called.
+    assert report.special == 2
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_the_end_of_a_turn_is_taught_however_its_token_was_added(special):
+    tokenizer = copy.deepcopy(tiny.byte_level())
+    tokenizer.add_tokens([AddedToken("<turn>", special=special)], special_tokens=special)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<turn>\n{% endfor %}"
+    table, source_table = TokenTable.from_tokenizer(tokenizer), load("sentencepiece_bpe")[1]
+    source = SourcePlan("a", source_table, map_vocabulary(source_table, table, method="exact"))
+    target, _ = tokenize_content(tokenizer, table, tiny.CHAT)
+    fused, report = fuse_text(FusionPlan(table, (source,)), target, [knows(chat("sentencepiece_bpe"))[0]])
+    assert report.sources["a"].special == 2
+    end = tokenizer.convert_tokens_to_ids("<turn>")
+    assert np.count_nonzero(fused.ids[:, 0] == end) == 2
+    assert (target.input_ids[1:][fused.ids[:-1, 0] == end] == end).all()
+
+
+def test_a_template_that_strips_a_message_keeps_the_rest_of_it_aligned():
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "\n  12 + 30 = 42 apples \n"}]
+    source, target = chat("sentencepiece_bpe", messages), chat("byte_level", messages)
+    record, p = knows(source)
+    fused, report = fuse_text(plan_of("byte_level", "sentencepiece_bpe", width=1, projection=TRUE), target, [record])
+    lead = len("\n  ")
+    start, stop = target.spans[0]
+    inner = replace(target, spans=np.array([[start + lead, stop - len(" \n")]], np.int32))
+    expected = expected_labels(source, p, inner)
+    rows = np.flatnonzero(fused.rows).tolist()
+    assert len(rows) > 5
+    for t in rows:
+        assert (int(fused.ids[t, 0]), pytest.approx(np.exp(fused.logprobs[t, 0]), rel=1e-5)) == expected[t]
+    # The source ends its turn where the target's message goes on with white space.
+    assert report.sources["sentencepiece_bpe-0"].other_special == 1
+
+
+@pytest.mark.parametrize(("cut_source", "cut_target"), [(12, None), (None, 12)])
+def test_a_text_that_was_cut_on_one_side_is_used_as_far_as_it_goes(cut_source, cut_target):
+    source, target = plain("digit_splitting", max_length=cut_source), plain("byte_level", max_length=cut_target)
+    report = check_supervision("digit_splitting", "byte_level", source, target)
+    assert 3 < report.used < 13
+
+
+def test_another_text_of_the_same_length_is_refused_with_the_place():
+    record, _ = knows(plain("byte_level", TEXT.replace("120", "121")), id="row 7")
+    with pytest.raises(AlignmentError, match=r"record 'row 7' is of another text .* at byte 6 of supervised span 0"):
+        fuse_text(plan_of("sentencepiece_bpe", "byte_level"), plain("sentencepiece_bpe"), [record])
+
+
+def test_a_longer_text_is_refused():
+    record, _ = knows(plain("byte_level", TEXT + " And more."))
+    with pytest.raises(AlignmentError, match="the source goes on .* And more"):
+        fuse_text(plan_of("sentencepiece_bpe", "byte_level"), plain("sentencepiece_bpe"), [record])
+
+
+def test_a_chat_with_another_number_of_messages_is_refused():
+    record, _ = knows(chat("byte_level", tiny.CHAT[:2]))
+    with pytest.raises(AlignmentError, match="has 1 supervised spans, the target's text 2"):
+        fuse_text(plan_of("sentencepiece_bpe", "byte_level"), chat("sentencepiece_bpe"), [record])
+
+
+def test_records_that_do_not_belong_together_are_refused():
+    plan = plan_of("byte_level", "byte_level", "digit_splitting")
+    first, _ = knows(plain("byte_level"), id="a")
+    other, _ = knows(plain("digit_splitting"), id="b")
+    with pytest.raises(MismatchError, match="expected one record per source .* came 1"):
+        fuse_text(plan, plain("byte_level"), [first])
+    with pytest.raises(MismatchError, match="byte_level-0: 'a', digit_splitting-1: 'b'"):
+        fuse_text(plan, plain("byte_level"), [first, other])
+
+
+def noisy(name, seed, text=TEXT, k=6, strength=3.0):
+    """A source that leans towards its next token, over its whole vocabulary."""
+    tokens, (_, table) = plain(name, text), load(name)
+    rng, n = np.random.default_rng(seed), len(tokens.input_ids)
+    logits = rng.normal(size=(n, table.vocab_size)) * 2
+    logits[np.arange(n - 1), tokens.input_ids[1:]] += strength
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    best = np.argsort(-logprobs, -1)[:, :k]
+    gold = np.append(logprobs[np.arange(n - 1), tokens.input_ids[1:]], 0)
+    return build_record(
+        "text", tokens, best.astype(np.int32), np.take_along_axis(logprobs, best, -1).astype(np.float32),
+        gold.astype(np.float32),
+    )  # fmt: skip
+
+
+SOURCES = ("sentencepiece_bpe", "digit_splitting", "byte_level")
+
+
+@pytest.mark.parametrize("strength", [(1.0, 4.0, 0.0), (4.0, 1.0, 0.0), (0.0, 1.0, 4.0)])
+def test_the_whole_way_equals_the_plain_reference(strength):
+    """Without special tokens, which the reference does not know."""
+    target = plain("byte_level", special_tokens=False, append_eos=False)
+    records = [noisy(name, i, strength=s) for i, (name, s) in enumerate(zip(SOURCES, strength, strict=True))]
+    plan = plan_of("byte_level", *SOURCES, method="min_edit", width=4)
+    fused, report = fuse_text(plan, target, records)
+    expected = reference.fuse_text(
+        records, target.input_ids, target.ends,
+        [(s.vocabulary.target_ids.tolist(), (s.vocabulary.distances == 0).tolist()) for s in plan.sources],
+        [s.table.tokens for s in plan.sources], plan.target_table.tokens, plan.width,
+    )  # fmt: skip
+    best = int(np.argmax(strength))
+    assert report.chosen == {s.name: int(i == best) for i, s in enumerate(plan.sources)}
+    for t, row in enumerate(expected):
+        got = {int(i): float(np.exp(p)) for i, p in zip(fused.ids[t], fused.logprobs[t], strict=True) if i >= 0}
+        if got:
+            assert got == pytest.approx(row, rel=1e-4)
+    assert fused.rows.sum() >= sum(map(bool, expected)) - 2
+
+
+def test_the_targets_own_rows_come_back_unchanged():
+    record, target = noisy("byte_level", 0, k=10), plain("byte_level")
+    ids = np.arange(load("byte_level")[1].vocab_size, dtype=np.int32)
+    same = VocabularyMap(ids, np.zeros_like(ids), "identity")
+    plan = FusionPlan(load("byte_level")[1], (SourcePlan("own", load("byte_level")[1], same),), projection=TRUE)
+    fused, report = fuse_text(plan, target, [record])
+    # The first row of a text without a BOS predicts its second token; the last two predict nothing.
+    assert fused.rows.tolist() == [True] * (len(target.ends) - 1) + [False]
+    has_label = (record.topk_ids[:-1] == target.input_ids[1:, None]).any(-1)
+    np.testing.assert_array_equal(fused.ids[:-1][has_label], record.topk_ids[:-1][has_label])
+    np.testing.assert_allclose(fused.logprobs[:-1][has_label], record.topk_logprobs[:-1][has_label], atol=1e-5)
+    assert report.sources["own"].coverage == 1.0
+
+
+@pytest.mark.parametrize("rule", ["min_ce", "avg_ce", "token_min_ce"])
+def test_rows_have_the_planned_width_and_sum_to_one(rule):
+    records = [noisy(name, i) for i, name in enumerate(SOURCES)]
+    plan = plan_of("byte_level", *SOURCES, method="min_edit", rule=rule, width=5)
+    fused, report = fuse_text(plan, plain("byte_level"), records)
+    assert fused.ids.shape == fused.logprobs.shape == (len(fused.leftover), 5)
+    sums = np.exp(fused.logprobs.astype(np.float64)).sum(-1)
+    np.testing.assert_allclose(sums[fused.rows], 1.0, atol=1e-5)
+    assert (sums[~fused.rows] == 0).all()
+    assert report.fused_rows == fused.rows.sum() > 20
+    assert report.rows >= report.fused_rows
+
+
+def test_token_min_ce_takes_the_source_that_knows_the_label_best():
+    one, p_one = knows(plain("byte_level"), shift=0)
+    other, p_other = knows(plain("byte_level"), shift=1)
+    plan = plan_of("byte_level", "byte_level", "byte_level", rule="token_min_ce", projection=TRUE)
+    fused, _ = fuse_text(plan, plain("byte_level"), [one, other])
+    best = np.maximum(p_one, p_other)[:-1]
+    np.testing.assert_allclose(np.exp(fused.logprobs[:-1, 0]), best, rtol=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["byte", "token"])
+def test_the_metric_decides_between_sources(metric):
+    """One source is better per byte, the other per token, of which it has more."""
+    fine, coarse = noisy("digit_splitting", 0), noisy("sentencepiece_bpe", 0)
+    fine = replace(fine, ce_per_byte=1.1, ce_per_token=1.2)
+    coarse = replace(coarse, ce_per_byte=1.0, ce_per_token=4.0)
+    plan = plan_of("byte_level", "digit_splitting", "sentencepiece_bpe", metric=metric)
+    _, report = fuse_text(plan, plain("byte_level"), [fine, coarse])
+    assert report.chosen == {"digit_splitting-0": int(metric == "token"), "sentencepiece_bpe-1": int(metric == "byte")}
+
+
+def hard_at_the_end(tokens, easy):
+    """A source for which the end of a text is hard, and the beginning ``easy`` nats a token."""
+    n = len(tokens.input_ids)
+    gold = np.where(np.arange(n) < 11, -easy, -6.0).astype(np.float32)
+    return build_record("text", tokens, np.append(tokens.input_ids[1:], 0)[:, None], gold[:, None], gold)
+
+
+@pytest.mark.parametrize("metric", ["byte", "token"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_sources_are_compared_over_the_bytes_that_all_have_read(metric, order):
+    """A source whose text was cut before its hard part is not the better one for it."""
+    whole, cut = (
+        hard_at_the_end(plain("digit_splitting"), 0.4),
+        hard_at_the_end(plain("digit_splitting", max_length=9), 0.5),
+    )
+    assert cut.ce_per_byte < whole.ce_per_byte
+    plan = plan_of("byte_level", *["digit_splitting"] * 2, metric=metric)
+    _, report = fuse_text(plan, plain("byte_level"), [whole, cut][::order])
+    assert [report.chosen[source.name] for source in plan.sources][::order] == [1, 0]
+
+
+def test_a_source_that_read_nothing_limits_no_other():
+    whole, worse = hard_at_the_end(plain("digit_splitting"), 0.4), hard_at_the_end(plain("digit_splitting"), 0.5)
+    nothing = hard_at_the_end(plain("digit_splitting", max_length=1), 0.5)
+    plan = plan_of("byte_level", *["digit_splitting"] * 3)
+    _, report = fuse_text(plan, plain("byte_level"), [nothing, worse, whole])
+    assert list(report.chosen.values()) == [0, 0, 1]
+
+
+@pytest.mark.parametrize("aligner", ["dtw", align_tokens])
+def test_aligners_of_tokens_work_message_by_message(aligner):
+    source, target = chat("byte_level"), chat("sentencepiece_bpe")
+    record, _ = knows(source)
+    plans = [
+        plan_of("sentencepiece_bpe", "byte_level", alignment=method, projection=TRUE) for method in ("offsets", aligner)
+    ]
+    (by_ends, _), (by_tokens, report) = (fuse_text(plan, target, [record]) for plan in plans)
+    both = by_ends.rows & by_tokens.rows
+    assert both.sum() > 10
+    if aligner == "dtw":
+        # Time warping may put rows together that have read other bytes; it says so.
+        assert report.sources["byte_level-0"].unchecked > 0
+    else:
+        np.testing.assert_array_equal(by_ends.ids, by_tokens.ids)
+
+
+def test_aligners_of_tokens_get_the_tie_order():
+    seen = []
+
+    def aligner(source, target, *, tie_order):
+        seen.append(tie_order)
+        return align_tokens(source, target, method="dtw", tie_order=tie_order)
+
+    plan = plan_of("sentencepiece_bpe", "byte_level", alignment=aligner, tie_order="fusechat")
+    fuse_text(plan, chat("sentencepiece_bpe"), [knows(chat("byte_level"))[0]])
+    assert seen == ["fusechat"] * 2
+
+
+def test_coverage_is_that_of_the_rows_that_could_match():
+    """A prompt and a template cannot be aligned, whatever the aligner."""
+    target, (record, _) = chat("byte_level"), knows(chat("byte_level"))
+    plan = plan_of("byte_level", "byte_level", alignment="dtw")
+    assert pipeline._align(plan, plan.sources[0], record, target).coverage == 1.0
+
+
+@pytest.mark.parametrize("rule", ["min_ce", "avg_ce", "token_min_ce"])
+def test_the_fallback_stands_only_where_no_source_has_a_row(rule):
+    """One source has a row everywhere; the other, better one, of a coarser tokenizer, does not."""
+    target = plain("digit_splitting")
+    records = [noisy("digit_splitting", 0, strength=1.0), noisy("sentencepiece_bpe", 1, strength=5.0)]
+    settings = {"rule": rule, "rule_options": {"missing": "next_best"} if rule == "min_ce" else {}, "width": 9}
+    names = ("digit_splitting", "sentencepiece_bpe")
+    mask, label = (
+        fuse_text(
+            plan_of("digit_splitting", *names, projection=ProjectionOptions(fallback=f), **settings), target, records
+        )
+        for f in ("mask", "next_label")
+    )
+    assert mask[1].sources["sentencepiece_bpe-1"].unaligned > 5
+    np.testing.assert_array_equal(mask[0].ids, label[0].ids)
+    np.testing.assert_array_equal(mask[0].logprobs, label[0].logprobs)
+    alone, report = fuse_text(
+        plan_of("digit_splitting", names[1], projection=ProjectionOptions(fallback="next_label"), width=9),
+        target,
+        records[1:],
+    )
+    source = report.sources["sentencepiece_bpe-0"]
+    assert alone.rows[:-1].all()
+    assert source.fallback == source.rows - source.used > 5
+
+
+def test_strict_offsets_use_only_rows_with_the_same_next_token():
+    record, _ = knows(plain("digit_splitting"))
+    target = plain("sentencepiece_bpe")
+    reports = [
+        fuse_text(plan_of("sentencepiece_bpe", "digit_splitting", alignment=a), target, [record])[1].sources[
+            "digit_splitting-0"
+        ]
+        for a in ("offsets", "offsets_strict")
+    ]
+    assert reports[0].one_to_one == reports[1].one_to_one > 10
+    assert reports[0].one_to_many > 0 == reports[1].one_to_many == reports[1].many_to_one == reports[1].crossing
+
+
+def test_reports_of_texts_add_up():
+    plan = plan_of("byte_level", "byte_level", "digit_splitting")
+    records = [knows(plain("byte_level"))[0], knows(plain("digit_splitting"))[0]]
+    _, one = fuse_text(plan, plain("byte_level"), records)
+    total = one + one + FusionReport()
+    assert (total.texts, total.rows, total.fused_rows) == (2, 2 * one.rows, 2 * one.fused_rows)
+    assert total.chosen["byte_level-0"] == 2 * one.chosen["byte_level-0"]
+    assert total.sources["digit_splitting-1"].used == 2 * one.sources["digit_splitting-1"].used
+
+
+def test_wrong_plans_are_refused():
+    _, table = load("byte_level")
+    with pytest.raises(ConfigError, match="at least one source"):
+        FusionPlan(table, ())
+    with pytest.raises(ConfigError, match="width must be at least 1"):
+        plan_of("byte_level", "byte_level", width=0)
+    with pytest.raises(ConfigError, match="metric must be"):
+        plan_of("byte_level", "byte_level", metric="word")
+
+
+def test_threads_do_not_change_the_result():
+    records = [noisy(name, i) for i, name in enumerate(SOURCES)]
+    plan = plan_of("byte_level", *SOURCES, method="min_edit", rule="avg_ce")
+    target = plain("byte_level")
+    alone, _ = fuse_text(plan, target, records)
+    with ThreadPoolExecutor(4) as pool:
+        for fused, _ in pool.map(lambda _: fuse_text(plan, target, records), range(40)):
+            np.testing.assert_array_equal(fused.ids, alone.ids)
+            np.testing.assert_array_equal(fused.logprobs, alone.logprobs)
+
+
+def test_a_new_process_finds_the_kernels_compiled():
+    warm_up()
+    code = (
+        "from fusion_plugins.core.fusion import dtw_kernels, pipeline, projection_kernel\n"
+        "pipeline.warm_up()\n"
+        "for kernel in (dtw_kernels.warp, projection_kernel.project_rows):\n"
+        "    assert sum(kernel.stats.cache_hits.values()) and not kernel.stats.cache_misses, kernel.stats\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,471 @@
+"""Pairs, best answers and the split: cases worked by hand, a brute-force reference, and what always holds."""
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fusion_plugins.core.preferences.candidates import Candidate, Pair, tie_order
+from fusion_plugins.core.preferences.pairs import (
+    BEST_RULES,
+    PAIR_RULES,
+    GapWindow,
+    best_of,
+    best_with_report,
+    build_pairs,
+    length_statistics,
+    pairs_with_report,
+)
+from fusion_plugins.core.preferences.split import SplitRule, split_prompts
+from fusion_plugins.errors import ConfigError, DataError
+
+ANY_GAP = GapWindow(None, None)
+
+
+def one(source, index, reward=None, correct=None, *, prompt_id="p", response=None, domain="instruction", **extra):
+    text = f"{source} {index}" if response is None else response
+    return Candidate(prompt_id, source, index, "Question?", text, reward, correct, domain, extra)
+
+
+def key(candidate):
+    return candidate.source, candidate.index
+
+
+def keys(pairs):
+    return [(key(pair.chosen), key(pair.rejected)) for pair in pairs]
+
+
+# The published rule
+
+
+def test_instruction_pair_is_highest_against_lowest_of_one_source():
+    candidates = [one("a", 0, 0.12), one("a", 1, 0.17), one("a", 2, 0.10), one("b", 0, 0.05), one("b", 1, 0.11)]
+    (pair,) = build_pairs(candidates)
+    assert keys([pair]) == [(("a", 1), ("a", 2))]
+    assert pair.gap == pytest.approx(0.07)
+
+
+def test_among_qualifying_sources_the_one_with_the_highest_chosen_reward_wins():
+    # c has the best answer of all, but its gap of 0.3 is outside the window.
+    candidates = [one("a", 0, 0.10), one("a", 1, 0.05), one("b", 0, 0.15), one("b", 1, 0.12), one("c", 0, 0.4)]
+    candidates.append(one("c", 1, 0.1))
+    assert keys(build_pairs(candidates)) == [(("b", 0), ("b", 1))]
+
+
+@pytest.mark.parametrize(("gap", "kept"), [(0.0099, 0), (0.01, 1), (0.05, 1), (0.1, 1), (0.1001, 0)])
+def test_both_limits_of_the_gap_are_inclusive(gap, kept):
+    # 0.4 - 0.3 is a little more than 0.1 in binary: the limit must hold all the same.
+    for low in (0.0, 0.3, 0.7, 1.1):
+        pairs = build_pairs([one("a", 0, low), one("a", 1, low + gap)])
+        assert len(pairs) == kept, (low, gap)
+
+
+def test_math_pair_is_correct_against_incorrect_even_if_another_answer_scores_higher():
+    candidates = [
+        one("a", 0, 0.30, False, domain="math"),
+        one("a", 1, 0.25, True, domain="math"),
+        one("a", 2, 0.20, False, domain="math"),
+        one("a", 3, 0.21, True, domain="math"),
+    ]
+    assert keys(build_pairs(candidates)) == [(("a", 1), ("a", 2))]
+
+
+def test_math_pair_with_a_negative_gap_is_dropped_and_code_is_exempt_from_the_window():
+    def candidates(domain):
+        return [one("a", 0, 0.1, True, domain=domain), one("a", 1, 0.3, False, domain=domain)]
+
+    pairs, report = pairs_with_report(candidates("math"))
+    assert pairs == []
+    assert report.dropped_prompts == {"gap_too_small": 1}
+    assert keys(build_pairs(candidates("code"))) == [(("a", 0), ("a", 1))]
+    assert build_pairs(candidates("code"), window=GapWindow(exempt=frozenset())) == []
+
+
+def test_correct_and_incorrect_must_come_from_the_same_source_unless_the_rule_says_otherwise():
+    candidates = [one("a", 0, 0.20, True, domain="math"), one("b", 0, 0.15, False, domain="math")]
+    pairs, report = pairs_with_report(candidates)
+    assert pairs == []
+    assert report.dropped_prompts == {"rule_found_none": 1}
+    assert keys(build_pairs(candidates, "across_sources")) == [(("a", 0), ("b", 0))]
+
+
+def test_across_sources_takes_the_extremes_of_all():
+    candidates = [one("a", 0, 0.12), one("a", 1, 0.17), one("b", 0, 0.09), one("b", 1, 0.11)]
+    assert keys(build_pairs(candidates, "across_sources")) == [(("a", 1), ("b", 0))]
+
+
+def test_an_answer_whose_verifier_failed_is_neither_chosen_nor_rejected():
+    candidates = [
+        one("a", 0, 0.20, None, domain="math"),
+        one("a", 1, 0.15, True, domain="math"),
+        one("a", 2, 0.10, False, domain="math"),
+        one("a", 3, 0.05, None, domain="math"),
+    ]
+    assert keys(build_pairs(candidates)) == [(("a", 1), ("a", 2))]
+    unknown = [replace(candidate, correct=None) for candidate in candidates]
+    pairs, report = pairs_with_report(unknown)
+    assert pairs == []
+    assert report.dropped_prompts == {"no_verdict": 1}
+
+
+def test_a_verdict_counts_in_any_domain():
+    candidates = [one("a", 0, 0.20, False, domain="physics"), one("a", 1, 0.15, True, domain="physics")]
+    assert build_pairs(candidates) == []
+    assert keys(build_pairs(candidates, window=ANY_GAP)) == [(("a", 1), ("a", 0))]
+
+
+def test_verdict_rule_needs_no_rewards_and_takes_no_account_of_them():
+    bare = [one(source, i, None, i % 2 == 0, domain="math") for source in "ab" for i in range(4)]
+    (pair,) = build_pairs(bare, "verdict")
+    assert pair.chosen.correct is True
+    assert pair.rejected.correct is False
+    assert pair.chosen.source == pair.rejected.source
+    assert pair.gap is None
+    rewarded = [replace(candidate, reward=float(candidate.index)) for candidate in bare]
+    assert keys(build_pairs(rewarded, "verdict")) == keys([pair])
+
+
+def test_verdict_rule_favours_no_source():
+    candidates = [
+        one(source, i, None, i == 0, prompt_id=f"p{n}", domain="math")
+        for n in range(300)
+        for source in "abc"
+        for i in (0, 1)
+    ]
+    sources = [pair.chosen.source for pair in build_pairs(candidates, "verdict")]
+    assert len(sources) == 300
+    assert all(70 <= sources.count(source) <= 130 for source in "abc")
+
+
+def test_equal_rewards_are_ordered_by_the_hash():
+    candidates = [one("a", i, 0.5) for i in range(3)] + [one("a", i, 0.45) for i in range(3, 6)]
+    (pair,) = build_pairs(candidates)
+    assert pair.chosen == min(candidates[:3], key=tie_order)
+    assert pair.rejected == min(candidates[3:], key=tie_order)
+
+
+def test_per_prompt_takes_more_pairs_in_order_of_the_chosen_reward():
+    candidates = [
+        one(source, i, top - 0.05 * i) for source, top in (("a", 0.2), ("b", 0.4), ("c", 0.3)) for i in (0, 1)
+    ]
+    pairs, report = pairs_with_report(candidates, per_prompt=2)
+    assert [pair.chosen.source for pair in pairs] == ["b", "c"]
+    assert report.dropped_pairs == {"beyond_per_prompt": 1}
+    with pytest.raises(ConfigError, match="at least 1"):
+        build_pairs(candidates, per_prompt=0)
+
+
+# Quantiles, functions as rules, wrong settings
+
+
+def test_quantile_window_does_not_depend_on_the_scale_of_the_rewards():
+    draw = random.Random(3)
+    candidates = [one("a", i, draw.random(), prompt_id=f"p{n:03d}") for n in range(200) for i in range(4)]
+    window = GapWindow(0.2, 0.8, unit="quantile")
+    pairs, report = pairs_with_report(candidates, window=window)
+    stretched = [replace(candidate, reward=-7 + 1000 * candidate.reward) for candidate in candidates]
+    assert keys(build_pairs(stretched, window=window)) == keys(pairs)
+    assert 118 <= len(pairs) <= 122
+    low, high = report.limits
+    assert all(low - 1e-6 <= pair.gap <= high + 1e-6 for pair in pairs)
+
+
+def test_a_function_serves_as_a_rule_and_receives_the_options():
+    def first_two(candidates, *, reverse):
+        ordered = sorted(candidates, key=key, reverse=reverse)
+        return [Pair(ordered[0], ordered[1], None)]
+
+    candidates = [one("a", 0), one("a", 1), one("b", 0)]
+    assert keys(build_pairs(candidates, first_two, options={"reverse": True})) == [(("b", 0), ("a", 1))]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"minimum": 0.2, "maximum": 0.1}, "minimum <= maximum"),
+        ({"minimum": float("nan")}, "finite"),
+        ({"minimum": 0.2, "maximum": 2.0, "unit": "quantile"}, r"\[0, 1\]"),
+        ({"unit": "sigma"}, "'reward' or 'quantile'"),
+    ],
+)
+def test_wrong_gap_windows_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        GapWindow(**settings)
+
+
+def test_unknown_rules_are_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match="across_sources, same_source, verdict"):
+        build_pairs([], "same")
+    with pytest.raises(ConfigError, match="reward, verdict"):
+        best_of([], "same")
+
+
+# Cleaning and reporting
+
+
+def test_every_dropped_response_and_prompt_is_counted():
+    candidates = [
+        one("a", 0, 0.20, response="same"),
+        one("a", 1, 0.20, response="same "),
+        one("a", 2, 0.10, response="  "),
+        one("a", 3, float("nan")),
+        one("b", 0, 0.1, prompt_id="alone"),
+        one("b", 0, prompt_id="unscored"),
+        one("b", 1, prompt_id="unscored"),
+        one("b", 0, 0.3, prompt_id="far"),
+        one("b", 1, 0.1, prompt_id="far"),
+        one("c", 0, 0.3, prompt_id="both"),
+        one("c", 1, 0.1, prompt_id="both"),
+        one("d", 0, 0.3, prompt_id="both"),
+        one("d", 1, 0.299, prompt_id="both"),
+        one("c", 0, 0.3, True, prompt_id="wrong", domain="code"),
+        one("c", 1, 0.2, True, prompt_id="wrong", domain="code"),
+        one("c", 0, 0.3, False, prompt_id="right", domain="code"),
+        one("c", 1, 0.2, False, prompt_id="right", domain="code"),
+        one("e", 0, 0.3, prompt_id="good"),
+        one("e", 1, 0.25, prompt_id="good"),
+    ]
+    pairs, report = pairs_with_report(candidates)
+    assert [pair.chosen.prompt_id for pair in pairs] == ["good"]
+    assert report.prompts == 8
+    assert report.kept == 1
+    assert report.dropped_responses == {"duplicate_response": 1, "empty_response": 1, "reward_not_finite": 1}
+    assert report.dropped_prompts == {
+        "fewer_than_two_responses": 2,
+        "no_reward": 1,
+        "gap_too_large": 1,
+        "no_gap_in_window": 1,
+        "none_incorrect": 1,
+        "none_correct": 1,
+    }
+    assert report.dropped_pairs == {"gap_too_large": 2, "gap_too_small": 1}
+    assert sum(report.dropped_prompts.values()) == report.prompts - report.kept
+
+
+def test_of_repeated_responses_the_one_with_verdict_and_reward_stays():
+    candidates = [
+        one("a", 0, None, None, response="42", domain="math"),
+        one("a", 1, 0.5, True, response="42", domain="math"),
+    ]
+    assert key(best_of(candidates)["p"]) == ("a", 1)
+
+
+def test_one_prompt_id_with_two_prompts_or_domains_is_refused():
+    with pytest.raises(DataError, match="different prompt text.*joined to the wrong prompt"):
+        build_pairs([one("a", 0, 0.1), replace(one("a", 1, 0.2), prompt="Another?")])
+    with pytest.raises(DataError, match="different prompt domain"):
+        best_of([one("a", 0, 0.1), one("b", 0, 0.2, domain="math")])
+
+
+def test_the_same_text_from_two_sources_never_stands_on_both_sides():
+    candidates = [one("a", 0, 0.20, response="x"), one("b", 0, 0.15, response="x")]
+    pairs, report = pairs_with_report(candidates, "across_sources")
+    assert pairs == []
+    assert report.dropped_prompts == {"same_response": 1}
+
+
+def test_lengths_are_reported_per_domain_source_and_side():
+    pairs = [
+        Pair(one("a", 0, response="xxxx"), one("a", 1, response="x"), None),
+        Pair(one("a", 2, response="xx"), one("b", 1, response="xxx"), None),
+    ]
+    found = length_statistics(pairs)
+    assert found["instruction", "a", "chosen"].mean == 3
+    assert found["instruction", "a", "chosen"].count == 2
+    assert found["instruction", "b", "rejected"].median == 3
+    assert length_statistics([]) == {}
+
+
+# The best answer
+
+
+def test_best_is_the_highest_reward_over_all_sources_and_must_be_correct_where_verified():
+    candidates = [one("a", 0, 0.1), one("b", 0, 0.3), one("b", 1, 0.2)]
+    assert key(best_of(candidates)["p"]) == ("b", 0)
+    verified = [one("a", 0, 0.1, True, domain="math"), one("b", 0, 0.3, False, domain="math")]
+    verified += [one("b", 1, 0.2, True, domain="math"), one("b", 2, 0.9, None, domain="math")]
+    assert key(best_of(verified)["p"]) == ("b", 1)
+
+
+def test_best_is_none_and_reported_where_nothing_qualifies():
+    candidates = [
+        one("a", 0, 0.1, False, prompt_id="wrong", domain="math"),
+        one("a", 0, 0.1, None, prompt_id="failed", domain="math"),
+        one("a", 0, prompt_id="unscored"),
+        one("a", 1, prompt_id="unscored"),
+        one("a", 0, 0.5, response="", prompt_id="empty"),
+        one("q", 0, prompt_id="zh", domain="chinese"),
+    ]
+    best, report = best_with_report(candidates)
+    assert {prompt_id: candidate and key(candidate) for prompt_id, candidate in best.items()} == {
+        "wrong": None,
+        "failed": None,
+        "unscored": None,
+        "empty": None,
+        "zh": ("q", 0),
+    }
+    assert report.dropped_prompts == {"none_correct": 1, "no_verdict": 1, "no_reward": 1, "no_usable_response": 1}
+    assert report.kept == 1
+
+
+def test_best_by_verdict_takes_any_correct_answer_and_refuses_to_choose_without_verdicts():
+    verified = [one("a", i, None, i > 0, domain="math") for i in range(3)]
+    assert best_of(verified, "verdict")["p"].correct is True
+    assert best_of([one("a", 0), one("a", 1)], "verdict") == {"p": None}
+    assert best_of([one("a", 0)], "verdict")["p"] == one("a", 0)
+
+
+# The split
+
+
+def instruction_prompts(count, dataset="set"):
+    return [
+        one("a", i, 0.2 - 0.05 * i, prompt_id=f"{dataset}-{n}", dataset=dataset) for n in range(count) for i in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sft", "dpo"), [(51_098, 20_439, 30_659), (20_374, 8_149, 12_225), (9_435, 3_774, 5_661)]
+)
+def test_published_counts_of_the_instruction_sets_come_out(prompts, sft, dpo):
+    best = {f"{n}": one("a", 0, 0.5, prompt_id=f"{n}") for n in range(prompts)}
+    pairs = [Pair(candidate, candidate, 0.05) for candidate in best.values()]
+    split = split_prompts(best, pairs)
+    assert (len(split.sft), len(split.dpo)) == (sft, dpo)
+
+
+def test_each_data_set_is_divided_on_its_own_and_no_prompt_is_in_both_stages():
+    candidates = instruction_prompts(9, "x") + instruction_prompts(4, "y")
+    split = split_prompts(best_of(candidates), build_pairs(candidates))
+    assert sorted(prompt_id[0] for prompt_id in split.sft) == list("xxxy")
+    assert not set(split.sft) & set(split.dpo)
+    assert len(split.sft) + len(split.dpo) == 13
+
+
+def test_unpaired_instruction_prompts_are_dropped_or_moved_to_sft():
+    candidates = [*instruction_prompts(5), one("a", 0, 0.9, prompt_id="far"), one("a", 1, 0.1, prompt_id="far")]
+    best, pairs = best_of(candidates), build_pairs(candidates)
+    split = split_prompts(best, pairs)
+    assert "far" not in split.sft + split.dpo
+    assert split.dropped == {"no_pair": 1}
+    assert "far" in split_prompts(best, pairs, SplitRule(unpaired="sft")).sft
+
+
+def test_verified_prompts_with_a_pair_go_to_dpo_and_other_solved_ones_to_sft():
+    candidates = [
+        one("a", i, 0.2 - 0.05 * i, i == 0, prompt_id=f"pair{n}", domain="math") for n in range(4) for i in (0, 1)
+    ]
+    candidates += [one("a", i, 0.2 + 0.1 * i, True, prompt_id="easy", domain="math") for i in (0, 1)]
+    candidates += [one("a", 0, 0.2, False, prompt_id="hard", domain="math")]
+    best, pairs = best_of(candidates), build_pairs(candidates)
+    split = split_prompts(best, pairs)
+    assert split.dpo == ("pair0", "pair1", "pair2", "pair3")
+    assert split.sft == ("easy",)
+    assert split.dropped == {"no_best_answer": 1}
+    half = split_prompts(best, pairs, SplitRule(verified_dpo_share=0.5))
+    assert (len(half.dpo), len(half.sft)) == (2, 3)
+
+
+def test_chinese_goes_to_sft_only():
+    candidates = [one("q", i, 0.2 - 0.05 * i, prompt_id=f"{n}", domain="chinese") for n in range(3) for i in (0, 1)]
+    split = split_prompts(best_of(candidates), build_pairs(candidates))
+    assert (len(split.sft), len(split.dpo)) == (3, 0)
+
+
+def test_seed_changes_who_goes_where_but_not_how_many():
+    candidates = instruction_prompts(50)
+    splits = [split_prompts(best_of(candidates), build_pairs(candidates), SplitRule(seed=seed)) for seed in (0, 0, 1)]
+    assert splits[0] == splits[1]
+    assert splits[0].sft != splits[2].sft
+    assert len(splits[0].sft) == len(splits[2].sft) == 20
+
+
+def test_shares_outside_zero_to_one_are_refused():
+    with pytest.raises(ConfigError, match="sft_share"):
+        SplitRule(sft_share=1.4)
+    with pytest.raises(ConfigError, match="unpaired"):
+        SplitRule(unpaired="keep")
+
+
+# What always holds
+
+#: a busy machine is no counterexample
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+SCORES = st.one_of(st.none(), st.sampled_from([0.0, 0.01, 0.05, 0.1, 0.11, 0.5]))
+
+
+@st.composite
+def scored(draw):
+    domain = draw(st.sampled_from(["instruction", "math", "code"]))
+    rows = draw(st.lists(st.tuples(st.sampled_from("abc"), SCORES, st.sampled_from([None, True, False])), max_size=10))
+    verdicts = domain != "instruction"
+    return [
+        one(s, i, r, c if verdicts else None, domain=domain, response=f"{i % 7}") for i, (s, r, c) in enumerate(rows)
+    ]
+
+
+def plain_same_source(candidates, low=0.01, high=0.1):
+    """All ordered pairs of one source, the published conditions written out; None or (chosen reward, gap)."""
+    seen, unique = set(), []
+    for c in sorted(candidates, key=lambda c: (c.correct is None, c.reward is None, c.index)):
+        if (c.source, c.response) not in seen:
+            seen.add((c.source, c.response))
+            unique.append(c)
+    found = []
+    for source in "abc":
+        mine = [c for c in unique if c.source == source and c.reward is not None]
+        domain = mine[0].domain if mine else "instruction"
+        good = [c.reward for c in mine if domain == "instruction" or c.correct is True]
+        bad = [c.reward for c in mine if domain == "instruction" or c.correct is False]
+        if not good or not bad:
+            continue
+        gap = max(good) - min(bad)
+        if domain == "code" or low - 1e-6 <= gap <= high + 1e-6:
+            found.append((max(good), gap))
+    return max(found) if found else None
+
+
+@UNHURRIED
+@given(scored())
+def test_same_source_agrees_with_the_conditions_written_out(candidates):
+    expected = plain_same_source(candidates)
+    pairs = build_pairs(candidates)
+    if expected is None:
+        assert pairs == []
+    else:
+        assert pairs[0].chosen.reward == expected[0]
+
+
+@UNHURRIED
+@given(scored(), st.randoms(use_true_random=False))
+def test_the_order_of_the_rows_changes_nothing(candidates, draw):
+    shuffled = draw.sample(candidates, len(candidates))
+    for rule in PAIR_RULES:
+        assert pairs_with_report(shuffled, rule, window=ANY_GAP) == pairs_with_report(candidates, rule, window=ANY_GAP)
+    for rule in BEST_RULES:
+        assert best_with_report(shuffled, rule) == best_with_report(candidates, rule)
+
+
+@UNHURRIED
+@given(scored(), st.sampled_from(sorted(PAIR_RULES)))
+def test_pairs_are_valid_and_every_prompt_is_accounted_for(candidates, rule):
+    pairs, report = pairs_with_report(candidates, rule)
+    assert report.kept + sum(report.dropped_prompts.values()) == report.prompts
+    for pair in pairs:
+        assert pair.chosen.response != pair.rejected.response
+        assert rule == "across_sources" or pair.chosen.source == pair.rejected.source
+        if pair.chosen.domain != "instruction":
+            assert (pair.chosen.correct, pair.rejected.correct) == (True, False)
+        elif pair.gap is not None:
+            assert 0.01 - 1e-6 <= pair.gap <= 0.1 + 1e-6
+
+
+def test_candidates_may_be_rows():
+    shared = {"prompt_id": "p", "source": "a", "prompt": "Why?", "seed": 1}
+    rows = [shared | {"index": i, "response": f"r{i}", "reward": reward} for i, reward in enumerate((0.5, 0.45))]
+    [pair] = build_pairs(rows, rule="same_source")
+    assert (pair.chosen.response, pair.rejected.response, pair.chosen.extra) == ("r0", "r1", {"seed": 1})
+    with pytest.raises(DataError, match="rows with prompt_id, source.*came the keys source"):
+        build_pairs([{"source": "a"}])

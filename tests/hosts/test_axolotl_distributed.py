@@ -1,0 +1,61 @@
+"""Runs of two processes, started by the real `axolotl` command."""
+
+import ast
+import re
+
+import axolotl_runs as runs
+import pytest
+from axolotl_runs import PLUGIN, config, logged, prepare, train, write_config
+
+pytestmark = pytest.mark.slow
+IN_ORDER = {"curriculum_sampling": True, "shuffle_merged_datasets": False, "max_steps": 2}
+
+
+def two_processes(settings, folder, **environment):
+    """Train with two processes and return what the first of them logged."""
+    path = write_config(settings, folder)
+    launcher = ("--launcher", "torchrun", "--", "--nproc_per_node", "2", "--master_port", str(runs.free_port()))
+    tests = str(runs.ROOT / "tests" / "support")
+    result = runs.command("train", str(path), *launcher, cwd=folder, PYTHONPATH=tests, **environment)
+    assert result.returncode == 0, result.stdout[-4000:]
+    entries = [ast.literal_eval(line) for line in re.findall(r"\{'loss'.*?\}", result.stdout)]
+    return list({float(entry["epoch"]): entry for entry in entries}.values())
+
+
+@pytest.mark.parametrize("averaged", [True, False], ids=["one token count", "token counts of their own"])
+def test_two_processes_train_as_one_with_twice_the_batch(material, run_folder, averaged):
+    """With one token count exactly; with their own (axolotl's way) each process weighs the same."""
+    plugins = [PLUGIN, "averaging_plugin.AveragingPlugin"] if averaged else [PLUGIN]
+    settings = config(material, run_folder, micro_batch_size=1, max_memory={"cpu": "8GiB"}, plugins=plugins, **IN_ORDER)
+    entries = two_processes(settings, run_folder, ACCELERATE_USE_CPU="true")
+    losses = [float(entry["loss"]) for entry in entries]
+    if averaged:
+        single = train(config(material, run_folder, micro_batch_size=2, **IN_ORDER), run_folder)
+        assert losses == pytest.approx(logged(single), rel=2e-3)
+        norms = [float(entry["grad_norm"]) for entry in entries]
+        assert norms == pytest.approx(logged(single, "grad_norm"), rel=2e-3)
+    else:
+        still = config(material, run_folder, micro_batch_size=1, learning_rate=1e-12, **(IN_ORDER | {"max_steps": 4}))
+        rows = logged(train(still, run_folder))
+        assert losses[0] == pytest.approx((rows[0] + rows[1]) / 2, rel=2e-3)
+
+
+def test_sharded_weights_train_as_whole_ones(material, run_folder):
+    """ZeRO-3. On a CPU both processes get the same rows, so loss and gradient are those of one process."""
+    zero3 = str(runs.ROOT / "axolotl_configs" / "deepspeed" / "zero3.json")
+    settings = config(material, run_folder, deepspeed=zero3, gradient_checkpointing=True, **IN_ORDER)
+    settings |= {"save_strategy": "steps", "save_steps": 2}
+    entries = two_processes(settings, run_folder, DS_ACCELERATOR="cpu")
+    assert len(list((run_folder / "model" / "checkpoint-2").glob("global_step2/zero_pp_rank_*_model_states.pt"))) == 2
+    single = train(config(material, run_folder, **IN_ORDER), run_folder)
+    assert [float(entry["loss"]) for entry in entries] == pytest.approx(logged(single), rel=2e-3)
+    norms = [float(entry["grad_norm"]) for entry in entries]
+    assert norms == pytest.approx(logged(single, "grad_norm"), rel=2e-3)
+
+
+def test_two_workers_prepare_the_rows_that_one_prepares(material, run_folder):
+    settings = config(material, run_folder)
+    _, alone = prepare(settings, run_folder)
+    other = settings | {"dataset_num_proc": 2, "dataset_prepared_path": str(run_folder / "by-two")}
+    _, together = prepare(other, run_folder)
+    assert together.to_dict() == alone.to_dict()

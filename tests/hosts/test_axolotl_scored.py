@@ -1,0 +1,145 @@
+"""Supervised training on the best responses and preference training on pairs, from scored responses."""
+
+import json
+
+import pytest
+import tiny
+from axolotl_runs import config, logged, prepare, row_folder, scored, train, write_rows
+
+from fusion_plugins.axolotl.scored import candidates_of
+from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
+from fusion_plugins.errors import ConfigError, DataError, PluginError
+
+BEST = "fusion_plugins.axolotl.best_of_sources"
+DPO = "fusion_plugins.multi_source_dpo"
+
+
+def preference(material, folder, path, **changes):
+    dpo = {"rl": "dpo", "rl_beta": 10.0, "dpo_loss_type": ["sigmoid_norm"], "logging_steps": 1}
+    return config(material, folder, datasets=[{"path": str(path), "type": DPO}], **(dpo | changes))
+
+
+def only_pairs(**pairs):
+    return {"sources": [], "pairs": pairs}
+
+
+def test_pairs_train_with_the_length_normalised_loss(material, run_folder):
+    path = row_folder(run_folder / "scored", scored())
+    trainer = train(preference(material, run_folder, path, fusion=only_pairs()), run_folder)
+    losses = logged(trainer)
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3)
+    assert losses[-1] < losses[0]
+    account = json.loads((run_folder / "model" / "fusion_pairs.json").read_text())
+    assert (account["prompts"], account["kept"], account["pairs"]) == (10, 10, 10)
+    assert account["lengths"]["instruction/also/chosen"]["count"] == 10
+
+
+@pytest.mark.parametrize("form", ["folder", "jsonl", "parquet"])
+def test_a_pair_is_what_the_template_writes_around_two_responses_of_one_source(material, run_folder, form):
+    rows = scored(4)
+    if form == "folder":
+        path = row_folder(run_folder / "scored", rows)
+    elif form == "jsonl":
+        path = write_rows(run_folder / "scored.jsonl", rows)
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = run_folder / "scored.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    _, pairs = prepare(preference(material, run_folder, path, fusion=only_pairs()), run_folder)
+    found = {row["prompt"]: (row["chosen"], row["rejected"]) for row in pairs}
+    # Of the sources with a gap of at most 0.1, "also" has the higher best reward; "far" is out.
+    assert found == {
+        f"<s>[INST] Say {n}! [/INST]": (f" also says {n}, more.</s>", f" also says {n}, no no more.</s>")
+        for n in range(4)
+    }
+
+
+def test_all_responses_to_a_prompt_are_seen_together(material, run_folder):
+    """Rows in an order that any cut into parts would tear apart."""
+    rows = sorted(scored(12), key=lambda row: (row["index"], row["source"], row["prompt_id"]))
+    path = write_rows(run_folder / "scored.jsonl", rows)
+    settings = preference(material, run_folder, path, fusion=only_pairs())
+    cfg, pairs = prepare(settings, run_folder)
+    assert len(pairs) == 12
+    assert cfg.dataset_num_proc == settings["dataset_num_proc"]
+
+
+def test_the_best_response_of_any_source_is_learnt(material, run_folder):
+    path = row_folder(run_folder / "scored", scored())
+    settings = config(
+        material, run_folder, datasets=[{"path": str(path), "type": BEST}], fusion={"sources": [], "sft": {}}
+    )
+    _, rows = prepare(settings, run_folder)
+    tokenizer = tiny.sentencepiece_bpe()
+    learnt = {tokenizer.decode([label for label in row["labels"] if label != -100]) for row in rows}
+    assert learnt == {f"far says {n}, more.</s>" for n in range(10)}
+    trainer = train(settings, run_folder)
+    assert type(trainer).__name__ == "AxolotlTrainer"
+    account = json.loads((run_folder / "model" / "fusion_sft.json").read_text())
+    assert account["by_source"] == {"far": 10}
+
+
+def test_the_two_stages_share_no_prompt(material, run_folder):
+    path = row_folder(run_folder / "scored", scored(20))
+    fusion = {"sources": [], "pairs": {}, "sft": {}, "split": {"sft_share": 0.4}}
+    sft = config(material, run_folder, datasets=[{"path": str(path), "type": BEST}], fusion=fusion)
+    _, answers = prepare(sft, run_folder)
+    _, pairs = prepare(preference(material, run_folder, path, fusion=fusion), run_folder)
+    assert (len(answers), len(pairs)) == (8, 12)
+    tokenizer = tiny.sentencepiece_bpe()
+    prompts = {tokenizer.decode(row["input_ids"]).partition("[/INST]")[0].partition("[INST]")[2] for row in answers}
+    assert prompts.isdisjoint({row["prompt"].partition("[INST]")[2].partition("[/INST]")[0] for row in pairs})
+
+
+def test_a_tokenizer_without_template_takes_plain_prompts(run_folder, material):
+    import copy
+
+    tokenizer = copy.deepcopy(tiny.sentencepiece_bpe())
+    tokenizer.chat_template = None
+    target = TargetTokenizer.of(tokenizer, {})
+    assert target.prompt_and_completion("1 + 1 =", " 2\n") == ("1 + 1 =", " 2</s>")
+    text = target.answer("1 + 1 =", " 2")
+    assert tokenizer.decode([label for label in text.labels if label != -100]).strip() == "2</s>"
+    with pytest.raises(DataError, match="no chat template"):
+        target.prompt_and_completion([{"role": "user", "content": "?"}], "2")
+
+
+def test_chatml_ends_a_turn_with_its_own_token():
+    target = TargetTokenizer.of(tiny.byte_level(), {})
+    prompt, completion = target.prompt_and_completion("Hi?", "Hello.\n")
+    assert prompt == "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
+    assert completion == "Hello.<|im_end|>"
+    text = target.chat([{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}])
+    assert target.tokenizer.decode([label for label in text.labels if label != -100]) == "Hello.<|im_end|>"
+
+
+def test_truncated_responses_are_left_out_and_counted():
+    rows = scored(1)
+    rows[0]["finish_reason"] = "length"
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    candidates, truncated = candidates_of(columns)
+    assert (len(candidates), truncated) == (8, 1)
+    assert len(candidates_of(columns, keep_truncated=True)[0]) == 9
+
+
+def test_prompts_that_look_like_json_stay_text():
+    rows = {"prompt_id": ["a", "b"], "source": ["s"] * 2, "response": ["r"] * 2, "prompt": ['"quoted"', "[1, 2] sum?"]}
+    assert [candidate.prompt for candidate in candidates_of(rows)[0]] == ['"quoted"', "[1, 2] sum?"]
+    rows["prompt"] = ['"quoted"', '[{"role": "user", "content": "?"}]']
+    assert [candidate.prompt for candidate in candidates_of(rows)[0]] == ["quoted", [{"role": "user", "content": "?"}]]
+
+
+def test_unusable_tables_are_refused(material, run_folder):
+    with pytest.raises(DataError, match="response is missing"):
+        candidates_of({"prompt_id": ["a"], "source": ["s"], "prompt": ["p"]})
+    path = row_folder(run_folder / "scored", scored())
+    with pytest.raises(DataError, match=r"no preference pair is left.*gap"):
+        prepare(preference(material, run_folder, path, fusion=only_pairs(min_gap=50, max_gap=60)), run_folder)
+    with pytest.raises(PluginError, match="needs the plugin"):
+        prepare(preference(material, run_folder, path, plugins=None, fusion=None), run_folder)
+    with pytest.raises(ConfigError, match="minimum <= maximum"):
+        prepare(preference(material, run_folder, path, fusion=only_pairs(min_gap=2)), run_folder)
+    with pytest.raises(ConfigError, match="needs `rl: dpo`"):
+        prepare(preference(material, run_folder, path, fusion=only_pairs(), rl=None), run_folder)

@@ -1,0 +1,184 @@
+"""Mathematics verdicts on real problems, and what must never become a silent "incorrect"."""
+
+import doctest
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from fusion_plugins.errors import ConfigError, ScoringError
+from fusion_plugins.scoring import answers, code
+from fusion_plugins.scoring.answers import gold_answer, last_number, marked_answer
+from fusion_plugins.scoring.math_scorer import MathScorer
+from fusion_plugins.scoring.pool import Failure, WorkerPool
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+def rows(name):
+    return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    with_limit = MathScorer(timeout=30, workers=2)
+    yield with_limit
+    with_limit.close()
+
+
+def judge(scorer, *cases):
+    return scorer.score([{"reference": reference, "response": response} for reference, response in cases])
+
+
+def verdicts(scorer, cases):
+    return [score.correct for score in judge(scorer, *cases)]
+
+
+# Real problems
+
+
+def test_published_solutions_of_math_problems_are_correct(scorer):
+    problems = rows("math.jsonl")
+    assert len(problems) == 44
+    found = judge(scorer, *((row["answer"], row["solution"]) for row in problems))
+    assert [
+        (row["answer"], score.reason) for row, score in zip(problems, found, strict=True) if not score.correct
+    ] == []
+
+
+def test_solutions_of_other_math_problems_are_incorrect(scorer):
+    problems = rows("math.jsonl")
+    others = problems[1:] + problems[:1]
+    assert not any(verdicts(scorer, [(a["answer"], b["solution"]) for a, b in zip(problems, others, strict=True)]))
+
+
+def test_grade_school_answers_are_found_after_the_hashes_and_as_the_last_number(scorer):
+    problems = rows("gsm8k.jsonl")
+    gold = [row["answer"] for row in problems]
+    assert all(verdicts(scorer, [(answer, answer) for answer in gold]))
+    assert all(verdicts(scorer, [(answer, f"So the answer is {gold_answer(answer)} dollars.") for answer in gold]))
+    wrong = verdicts(
+        scorer, [(answer, f"So the answer is {int(gold_answer(answer).replace(',', '')) + 1}.") for answer in gold]
+    )
+    assert wrong == [False] * len(gold)
+
+
+# Forms
+
+
+@pytest.mark.parametrize(
+    ("reference", "response"),
+    [
+        ("#### 18", "She makes $18 every day."),
+        ("... so \\boxed{\\frac{1}{2}}", "The probability is $\\frac12$."),
+        ("0.5", "\\boxed{1/2}"),
+        ("145.0", "145"),
+        ("1,234", "\\boxed{1234}"),
+        ("18", "\\boxed{18\\text{ dollars}}"),
+        ("18", "\\boxed{18 dollars}"),
+        ("18", "\\boxed 18"),
+        ("4", "First \\boxed{3}, but then \\boxed{4}."),
+        ("2380元", "一共要付2380元。"),
+        ("2380", "所以答案是\\boxed{2380元}"),
+        ("2380", "答案是２３８０元"),
+        ("-5", "The result is -5"),
+        ("1500000", "It is 1.5e6."),
+        ("1.5e6", "\\boxed{1500000}"),
+        ("x^2+1", "\\boxed{(x+1)^2-2x}"),
+        ("\\text{east}", "\\boxed{east}"),
+        ("7", "#### 1. Add\n3 + 4 = 7\n#### Result\nIt is 7."),
+    ],
+)
+def test_forms_of_the_same_answer_are_correct(scorer, reference, response):
+    (score,) = judge(scorer, (reference, response))
+    assert score.correct is True, score
+
+
+@pytest.mark.parametrize(
+    ("reference", "response"),
+    [
+        ("#### 18", "She makes $19 every day."),
+        ("3", "First \\boxed{3}, but then \\boxed{4}."),
+        ("\\frac{1}{2}", "\\boxed{\\frac{1}{3}}"),
+        ("\\text{east}", "\\boxed{west}"),
+        ("2380元", "一共要付2381元。"),
+        ("-5", "The result is 5"),
+    ],
+)
+def test_other_answers_are_incorrect(scorer, reference, response):
+    (score,) = judge(scorer, (reference, response))
+    assert score.correct is False, score
+
+
+def test_a_response_without_any_answer_is_incorrect_and_says_so(scorer):
+    (score,) = judge(scorer, ("18", "I do not know."))
+    assert score.correct is False
+    assert "no answer" in score.reason
+
+
+def test_only_marked_answers_count_when_asked_for():
+    scorer = MathScorer(marked_only=True, workers=1, timeout=20)
+    try:
+        assert verdicts(scorer, [("18", "It is 18."), ("18", "#### 18"), ("18", "\\boxed{18}")]) == [False, True, True]
+        assert scorer.facts["marked_only"] is True
+    finally:
+        scorer.close()
+
+
+def test_marks_and_numbers_in_text():
+    assert marked_answer("#### 3. Add the numbers") is None
+    assert marked_answer("#### $1,200 per day") == ("$1,200", "hashes")
+    assert marked_answer("\\boxed{a{b}c} \\boxed{unclosed") == ("a{b}c", "boxed")
+    assert marked_answer("\\boxed{\\{1, 2\\}}") == ("\\{1, 2\\}", "boxed")
+    assert last_number("10-5, x2 and 3/4") == "3/4"
+    assert last_number("about 12.") == "12"
+
+
+# No verdict is not "incorrect"
+
+
+def test_what_the_verifier_cannot_read_has_no_verdict(scorer):
+    unreadable_gold, unreadable_answer, missing, empty = judge(
+        scorer, ("\\frac{", "18"), ("18", "\\boxed{((((}"), (None, "18"), ("", "18")
+    )
+    assert unreadable_gold.correct is None
+    assert "gold answer cannot be read" in unreadable_gold.reason
+    assert unreadable_answer.correct is None
+    assert "answer cannot be read" in unreadable_answer.reason
+    assert missing.correct is empty.correct is None
+    assert missing.reason == "no gold answer"
+
+
+def test_a_worker_that_hangs_or_dies_gives_no_verdict_and_is_replaced():
+    pool = WorkerPool("fusion_plugins.scoring.math_worker", workers=1, timeout=3)
+    try:
+        assert pool.map([{"reference": "5", "response": "5"}])[0]["correct"] is True
+        os.kill(pool._workers[0]._process.pid, signal.SIGKILL)
+        requests = [{"reference": "5", "response": response} for response in ("\\boxed{9^{9^{9^{9}}}}", "\\boxed{5}")]
+        tower, good = pool.map(requests)
+    finally:
+        pool.close()
+    assert isinstance(tower, Failure)
+    assert tower in ("no verdict within 3 s", "the verifier's process died")
+    assert good["correct"] is True
+
+
+def test_a_worker_that_cannot_start_is_an_error_that_says_what_to_install():
+    pool = WorkerPool("fusion_plugins.scoring.no_such_worker", workers=1, timeout=5)
+    with pytest.raises(ScoringError, match=r"No module named.*fusion-plugins\[score\]"):
+        pool.map([{}])
+    pool.close()
+
+
+def test_a_time_limit_of_nothing_is_refused():
+    with pytest.raises(ConfigError, match="timeout"):
+        MathScorer(timeout=0)
+
+
+@pytest.mark.parametrize("module", [answers, code])
+def test_examples_in_docstrings_run(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0

@@ -1,0 +1,98 @@
+import json
+from itertools import islice
+
+import pytest
+import source_checks
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from fusion_plugins.cli import app
+from fusion_plugins.errors import DataError
+from fusion_plugins.inputs import read_texts
+from fusion_plugins.sources.cut import CutConfig, cut_text, cut_texts
+
+LONG = "\n\n".join(tiny.TEXTS * 4)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers")
+    made = {"byte_level": tiny.byte_level(), "sentencepiece": tiny.sentencepiece_bpe()}
+    for name, tokenizer in made.items():
+        tokenizer.save_pretrained(folder / name)
+    return [str(folder / name) for name in made]
+
+
+def test_every_piece_fits_every_tokenizer_and_together_they_are_the_text(tokenizers, tmp_path):
+    rows = [{"id": "long", "text": LONG}, {"id": "short", "text": "short"}, {"id": "chat", "messages": tiny.CHAT}]
+    texts = source_checks.write_rows(tmp_path / "t.jsonl", rows)
+    out = tmp_path / "pieces.jsonl"
+    report = cut_texts(CutConfig(texts=str(texts), out=str(out), tokenizers=tokenizers, max_length=100))
+    pieces = read_texts(out)
+    assert report.pieces == len(pieces) > 10
+    assert "".join(piece.content for piece in pieces if piece.id.startswith("long#")) == LONG
+    assert [piece.id for piece in pieces if not piece.id.startswith("long#")] == ["short", "chat"]
+    for tokenizer in (tiny.byte_level(), tiny.sentencepiece_bpe()):
+        assert max(len(tokenizer(piece.content)["input_ids"]) for piece in pieces[:-1]) + 1 <= 100
+
+
+def test_pieces_end_behind_empty_lines_then_lines_then_before_spaces():
+    count = len
+    assert list(cut_text("aaaa\n\nbbbb\ncc", 8, [count])) == ["aaaa\n\n", "bbbb\ncc"]
+    assert list(cut_text("aaaa\nbb cc dd", 8, [count])) == ["aaaa\n", "bb cc dd"]
+    assert list(cut_text("aaa bbb ccc", 8, [count])) == ["aaa bbb", " ccc"]
+    assert "".join(cut_text("x" * 30, 8, [count])) == "x" * 30
+
+
+def test_a_letter_stays_with_its_marks():
+    text = "e\u0301" * 20 + "👩\u200d👧" * 10
+    for piece in cut_text(text, 7, [len]):
+        assert piece[0] in "e👩"
+
+
+@pytest.mark.parametrize(
+    "text", ["a" + "\u0301" * 300, "\r" * 300, "x" * 100 + "\r" * 400, "\u200d" * 200 + "a", "y" * 40 + "\r" * 5000]
+)
+def test_a_run_that_never_ends_is_cut_at_the_limit(text):
+    pieces = list(islice(cut_text(text, 16, [lambda piece: len(piece.encode())]), 1000))
+    assert "".join(pieces) == text
+    assert all(0 < len(piece.encode()) <= 16 for piece in pieces)
+
+
+@given(
+    st.text(st.sampled_from("a \r\n\u0301\u200d\ufe0f\U0001f469"), max_size=200), st.integers(16, 60), st.integers(0, 9)
+)
+def test_nothing_is_lost_of_texts_that_are_all_marks_and_begin_tokens_count_too(text, most, begin):
+    pieces = list(islice(cut_text(text, most, [lambda piece: begin + len(piece.encode()), len]), 1000))
+    assert "".join(pieces) == text
+    assert all(piece and begin + len(piece.encode()) <= most for piece in pieces)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=300), st.integers(16, 60))
+def test_nothing_is_lost_whatever_the_text(text, most):
+    pieces = list(cut_text(text, most, [lambda piece: len(piece.encode())]))
+    assert "".join(pieces) == text
+    assert all(0 < len(piece.encode()) <= most for piece in pieces)
+
+
+def test_a_chat_that_is_too_long_is_refused_by_name(tokenizers, tmp_path):
+    texts = source_checks.write_rows(tmp_path / "t.jsonl", [{"id": "c", "messages": tiny.CHAT}])
+    with pytest.raises(DataError, match=r"chat 'c': expected at most 20 tokens, came \d+; chats are not cut"):
+        cut_texts(CutConfig(texts=str(texts), out=str(tmp_path / "o.jsonl"), tokenizers=tokenizers, max_length=20))
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_the_command_writes_what_capture_then_takes(tokenizers, tmp_path):
+    model = source_checks.checkpoint(tmp_path / "model")
+    texts = source_checks.write_rows(tmp_path / "t.jsonl", [{"id": "long", "text": LONG}])
+    pieces, store = tmp_path / "pieces.jsonl", tmp_path / "store"
+    capture = ["capture", "--model", str(model), "--out", str(store), "--texts"]
+    refused = CliRunner().invoke(app, [*capture, str(texts)])
+    assert "`fusion cut`" in str(refused.exception)
+    flags = [part for name in tokenizers for part in ("--tokenizer", name)]
+    done = CliRunner().invoke(app, ["cut", "--texts", str(texts), "--out", str(pieces), "--max-length", "256", *flags])
+    assert done.exit_code == 0, done.output
+    assert CliRunner().invoke(app, [*capture, str(pieces)]).exit_code == 0
+    assert json.loads(pieces.read_text().splitlines()[0])["id"] == "long#0"

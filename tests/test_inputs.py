@@ -1,0 +1,103 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fusion_plugins.errors import DataError
+from fusion_plugins.inputs import fingerprint, read_prompts, read_texts
+
+ROWS = [{"id": "a", "text": "eins"}, {"id": "b", "text": "zwei\n"}]
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_parquet_and_jsonl_give_the_same_ids_and_fingerprint(tmp_path):
+    rows = [{"text": "eins"}, {"text": "Straße 数学"}]
+    lines = write(tmp_path / "a.jsonl", rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+    left, right = read_texts(lines), read_texts(tmp_path / "b.parquet")
+    assert left == right
+    assert fingerprint(left) == fingerprint(list(reversed(right)))
+
+
+def test_a_chat_has_the_same_id_when_a_parquet_file_fills_its_keys_with_nulls(tmp_path):
+    named = [{"role": "user", "content": "x", "name": "Ann"}, {"role": "assistant", "content": "y"}]
+    lines = write(tmp_path / "a.jsonl", [{"messages": CHAT}, {"messages": named}])
+    pq.write_table(pa.Table.from_pylist([{"messages": CHAT}, {"messages": named}]), tmp_path / "b.parquet")
+    assert read_texts(lines) == read_texts(tmp_path / "b.parquet")
+
+
+def test_the_fingerprint_changes_with_a_text_and_with_an_id(tmp_path):
+    marks = {
+        fingerprint(read_texts(write(tmp_path / f"{number}.jsonl", rows)))
+        for number, rows in enumerate([ROWS, [ROWS[0], {"id": "b", "text": "zwei"}], [ROWS[0], {**ROWS[1], "id": "c"}]])
+    }
+    assert len(marks) == 3
+
+
+def test_a_folder_is_read_in_the_order_of_its_names_and_limit_stops_early(tmp_path):
+    write(tmp_path / "2.jsonl", ROWS[1:])
+    write(tmp_path / "1.jsonl", ROWS[:1])
+    assert [text.id for text in read_texts(tmp_path)] == ["a", "b"]
+    assert [text.id for text in read_texts(tmp_path, limit=1)] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([ROWS[0], ROWS[0]], r"2: id 'a' stands already at .*:1"),
+        ([{"id": "a"}], "expected a column 'text' or a column 'messages', came id"),
+        ([{"text": "a", "messages": CHAT}], "expected a column 'text' or a column 'messages'"),
+        ([{"text": ""}], "a string that is not empty"),
+        ([{"text": 5}], "a string that is not empty"),
+        ([{"messages": []}], "a list of messages that is not empty"),
+        ([{"messages": [{"role": "robot", "content": "x"}]}], "a role out of"),
+        ([{"messages": [{"role": "user", "content": None}]}], "text as a message's content"),
+        (["text"], "expected a JSON object, came str"),
+    ],
+)
+def test_a_broken_row_is_refused_with_its_place(tmp_path, rows, message):
+    with pytest.raises(DataError, match=message):
+        read_texts(write(tmp_path / "x.jsonl", rows))
+
+
+def test_what_is_no_json_and_what_is_no_text_is_refused(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": \n')
+    with pytest.raises(DataError, match=r"x\.jsonl:1: expected one JSON object per line"):
+        read_texts(tmp_path / "x.jsonl")
+    (tmp_path / "y.jsonl").write_text('{"text": "\\ud800"}\n')
+    with pytest.raises(DataError, match="lone surrogate"):
+        read_texts(tmp_path / "y.jsonl")
+    (tmp_path / "i.jsonl").write_text('{"id": "a\\ud800", "text": "a"}\n')
+    with pytest.raises(DataError, match=r"i\.jsonl:1: expected an id that UTF-8 can write"):
+        read_texts(tmp_path / "i.jsonl")
+    (tmp_path / "u.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
+    with pytest.raises(DataError, match=r"u\.jsonl:2: expected UTF-8"):
+        read_texts(tmp_path / "u.jsonl")
+    (tmp_path / "z.parquet").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="no readable Parquet"):
+        read_texts(tmp_path / "z.parquet")
+    with pytest.raises(DataError, match="found none"):
+        read_texts(tmp_path / "missing.jsonl")
+
+
+def test_prompts_have_a_domain_a_reference_and_tests(tmp_path):
+    rows = [
+        {"id": "1", "text": "2+2", "domain": "math", "reference": 4},
+        {"id": "2", "messages": CHAT[:1], "domain": "code", "tests": ["assert f() == 1"]},
+        {"id": "3", "text": "hello"},
+    ]
+    first, second, third = read_prompts(write(tmp_path / "p.jsonl", rows))
+    assert (first.domain, first.reference, first.tests) == ("math", "4", None)
+    assert (second.domain, second.tests) == ("code", ["assert f() == 1"])
+    assert third.domain == "instruction"
+
+
+def test_a_prompt_that_ends_with_an_answer_is_refused(tmp_path):
+    with pytest.raises(DataError, match="drop the last message"):
+        read_prompts(write(tmp_path / "p.jsonl", [{"messages": CHAT}]))
