@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fusion_plugins.errors import ConfigError, ScoringError
-from fusion_plugins.scoring import answers, code
+from fusion_plugins.scoring import answers, code_scorer
 from fusion_plugins.scoring.answers import gold_answer, last_number, marked_answer
 from fusion_plugins.scoring.math_scorer import MathScorer
 from fusion_plugins.scoring.pool import Failure, WorkerPool
@@ -177,7 +177,7 @@ def test_a_time_limit_of_nothing_is_refused():
         MathScorer(timeout=0)
 
 
-@pytest.mark.parametrize("module", [answers, code])
+@pytest.mark.parametrize("module", [answers, code_scorer])
 def test_examples_in_docstrings_run(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
