@@ -24,10 +24,10 @@ import reference
 import tiny
 from bench_align import published_dtw
 from published_alignment import PublishedText, PublishedVocabulary, published_rows
+from records import record_of
 
 from fusion_plugins.core.fusion.accounting import FusionReport
 from fusion_plugins.core.fusion.pipeline import FusionPlan, SourcePlan, fuse_text, warm_up
-from fusion_plugins.core.fusion.record import build_record
 from fusion_plugins.core.fusion.types import Record, SparseDistributions
 from fusion_plugins.core.fusion.vocabulary_map import map_vocabulary
 from fusion_plugins.core.text.token_table import TokenTable
@@ -56,7 +56,7 @@ def make_record(text: TokenizedText, table: TokenTable, k: int, seed: int) -> Re
     ids, weights = np.take_along_axis(ids, order, 1), np.take_along_axis(weights, order, 1)
     ids = np.where(weights > 0, ids, -1)
     with np.errstate(divide="ignore"):
-        return build_record("text", text, ids, np.log(weights), np.full(n, np.log(0.3), np.float32))
+        return record_of("text", text, ids, np.log(weights), np.full(n, np.log(0.3), np.float32))
 
 
 def read_texts(count: int) -> list[str]:
@@ -127,12 +127,12 @@ def published_rate(
     for source, tokenizer, record in zip(plan.sources, tokenizers, records, strict=True):
         if source.table.fingerprint == plan.target_table.fingerprint:
             continue
-        surfaces = tokenizer.convert_ids_to_tokens(record.input_ids[:tokens].tolist())
+        surfaces = tokenizer.convert_ids_to_tokens(record.text.input_ids[:tokens].tolist())
         path = published_dtw(surfaces, target)
         matched: list[list[int]] = [[] for _ in target]
         for i, j in path:
             matched[j].append(i)
-        pairs = zip(record.topk_ids[: len(surfaces)], record.topk_logprobs, strict=False)
+        pairs = zip(record.topk.ids[: len(surfaces)], record.topk.logprobs, strict=False)
         kept = [(ids[ids >= 0].tolist(), logprobs[ids >= 0].tolist()) for ids, logprobs in pairs]
         names = {i: tokenizer.convert_ids_to_tokens(i) for ids, _ in kept for i in ids}
         nearest = {

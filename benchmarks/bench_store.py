@@ -35,7 +35,7 @@ def write_store(folder: Path, records: list[Record], table: TokenTable) -> Store
         tokenizer_fingerprint=table.fingerprint,
         vocab_size=table.vocab_size,
         logits_width=table.vocab_size,
-        top_k=records[0].topk_ids.shape[1],
+        top_k=records[0].topk.ids.shape[1],
         dtype="float64",
         texts_fingerprint="bench",
         engine="bench",
@@ -54,12 +54,12 @@ def plain_table(records: list[Record]) -> pa.Table:
         [
             {
                 "id": record.id,
-                "input_ids": record.input_ids.tolist(),
-                "topk_ids": record.topk_ids.tolist(),
-                "topk_logprobs": record.topk_logprobs.tolist(),
-                "token_logprobs": record.token_logprobs.tolist(),
+                "input_ids": record.text.input_ids.tolist(),
+                "topk_ids": record.topk.ids.tolist(),
+                "topk_logprobs": record.topk.logprobs.tolist(),
+                "token_logprobs": record.topk.token_logprobs.tolist(),
                 "tail": record.tail.tolist(),
-                "ends": record.offsets.tolist(),
+                "ends": record.text.ends.tolist(),
             }
             for record in records
         ]
@@ -77,7 +77,7 @@ def divergence(stored: list[Record], exact: list[Record]) -> tuple[float, float]
     """Return mean and maximum of KL(stored || exact) in nats over the K entries and the tail as one more."""
 
     def rows(records: list[Record]) -> np.ndarray:
-        parts = [np.column_stack([np.exp(r.topk_logprobs.astype(np.float64)), r.tail]) for r in records]
+        parts = [np.column_stack([np.exp(r.topk.logprobs.astype(np.float64)), r.tail]) for r in records]
         held = np.concatenate(parts)
         return held / held.sum(axis=1, keepdims=True)
 
@@ -89,27 +89,28 @@ def divergence(stored: list[Record], exact: list[Record]) -> tuple[float, float]
 
 def largest_error(came: Record, exact: Record) -> float:
     """Return the largest error of a log-probability, in nats."""
-    held = exact.topk_ids >= 0
-    return float(np.abs(came.topk_logprobs[held] - exact.topk_logprobs[held]).max())
+    held = exact.topk.ids >= 0
+    return float(np.abs(came.topk.logprobs[held] - exact.topk.logprobs[held]).max())
 
 
 def hardest(records: list[Record]) -> list[Record]:
     """The same rows in random order under random ids: no phrase repeats, and no id is typically small."""
     rng = np.random.default_rng(0)
-    order = rng.permutation(sum(len(record.topk_ids) for record in records))
-    names = rng.permutation(1 + max(int(record.topk_ids.max()) for record in records)).astype(np.int32)
-    ids = np.concatenate([record.topk_ids for record in records])
+    order = rng.permutation(sum(len(record.topk.ids) for record in records))
+    names = rng.permutation(1 + max(int(record.topk.ids.max()) for record in records)).astype(np.int32)
+    ids = np.concatenate([record.topk.ids for record in records])
     shuffled = np.where(ids >= 0, names[ids], -1)[order].astype(np.int32)
-    values, tails = (np.concatenate([getattr(r, name) for r in records])[order] for name in ("topk_logprobs", "tail"))
-    stops = np.cumsum([len(record.topk_ids) for record in records])[:-1]
+    values = np.concatenate([record.topk.logprobs for record in records])[order]
+    tails = np.concatenate([record.tail for record in records])[order]
+    stops = np.cumsum([len(record.topk.ids) for record in records])[:-1]
     parts = zip(records, np.split(shuffled, stops), np.split(values, stops), np.split(tails, stops), strict=True)
-    return [replace(r, topk_ids=i, topk_logprobs=v, tail=t) for r, i, v, t in parts]
+    return [replace(r, topk=replace(r.topk, ids=i, logprobs=v), tail=t) for r, i, v, t in parts]
 
 
 def bench(records: list[Record], table: TokenTable, folder: Path) -> list[str]:
     """Print the table for one K; return what is worse than promised."""
-    top_k = records[0].topk_ids.shape[1]
-    n_tokens = sum(len(record.input_ids) for record in records)
+    top_k = records[0].topk.ids.shape[1]
+    n_tokens = sum(len(record.text.input_ids) for record in records)
     write_store(folder / "warm", records[:2], table)
     store, wrote = timed(lambda: write_store(folder / "store", records, table))
     back, read = timed(lambda: list(open_store(folder / "store")))
@@ -156,9 +157,8 @@ def main() -> None:
         cut = [
             replace(
                 record,
-                topk_ids=record.topk_ids[:, :top_k],
-                topk_logprobs=record.topk_logprobs[:, :top_k],
-                tail=np.clip(1 - np.exp(record.topk_logprobs[:, :top_k].astype(np.float64)).sum(1), 0, 1).astype("f4"),
+                topk=replace(record.topk, ids=record.topk.ids[:, :top_k], logprobs=record.topk.logprobs[:, :top_k]),
+                tail=np.clip(1 - np.exp(record.topk.logprobs[:, :top_k].astype(np.float64)).sum(1), 0, 1).astype("f4"),
             )
             for record in records
         ]

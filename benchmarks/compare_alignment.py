@@ -28,11 +28,11 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import tiny
 from published_alignment import PublishedText, PublishedVocabulary, published_matches
+from records import record_of
 
 from fusion_plugins.core.fusion.align import Alignment, align_texts
 from fusion_plugins.core.fusion.dtw import dtw_path, path_ranges
 from fusion_plugins.core.fusion.project import ProjectionOptions, project_record
-from fusion_plugins.core.fusion.record import build_record
 from fusion_plugins.core.fusion.types import Record, VocabularyMap
 from fusion_plugins.core.fusion.vocabulary_map import map_vocabulary
 from fusion_plugins.core.text.surfaces import BYTE_LEVEL_SPACE, SENTENCEPIECE_SPACE
@@ -187,7 +187,7 @@ def certain_record(text: TokenizedText) -> Record:
     """Return the record of a source that gives its own next token probability 1."""
     following = np.append(text.input_ids[1:], -1).astype(np.int32)[:, None]
     certain = np.where(following >= 0, 0.0, -np.inf)
-    return build_record("", text, following, certain, np.zeros(len(following), np.float32))
+    return record_of("", text, following, certain, np.zeros(len(following), np.float32))
 
 
 def taught_rows(alignment: Alignment, used: Sequence[bool]) -> list[tuple[int, int]]:

@@ -95,11 +95,11 @@ def count_next(
     model: Any, store: Store, record: Record, row: int, target: TargetTokenizer, samples: int
 ) -> Counter[int]:
     """Count the target's next tokens over continuations of the source's row."""
-    start = max(int(s) for s, _ in record.spans if s <= record.offsets[row])
-    inside = np.flatnonzero((record.offsets > start) & (record.offsets <= record.offsets[row]))
-    before = b"".join(store.table.bytes_of(i) for i in record.input_ids[inside[inside <= row]].tolist())
+    start = max(int(s) for s, _ in record.text.spans if s <= record.text.ends[row])
+    inside = np.flatnonzero((record.text.ends > start) & (record.text.ends <= record.text.ends[row]))
+    before = b"".join(store.table.bytes_of(i) for i in record.text.input_ids[inside[inside <= row]].tolist())
     counts: Counter[int] = Counter()
-    for ids in continuations(model, record.input_ids[: row + 1].tolist(), samples).tolist():
+    for ids in continuations(model, record.text.input_ids[: row + 1].tolist(), samples).tolist():
         plain = [store.table.role_of(i) is None for i in ids]
         end = plain.index(False) if False in plain else len(ids)
         after = b"".join(store.table.bytes_of(i) for i in ids[:end])
@@ -111,7 +111,7 @@ def count_next(
 
 def read(row: dict[str, Any], target: TargetTokenizer) -> TokenizedText:
     """Return the target's tokens of a text or a dialogue."""
-    return (target.text(row["text"]) if "text" in row else target.chat(row["messages"])).tokens
+    return target.encode(row.get("text") or row["messages"]).tokens
 
 
 def cases(
@@ -123,7 +123,7 @@ def cases(
     while True:
         text = rng.choice(rows)
         record, tokens = store[text["id"]], read(text, target)
-        shared = align_texts(record, tokens).source_rows
+        shared = align_texts(record.text, tokens).source_positions
         usable = [t for t in np.flatnonzero(shared >= 0).tolist() if shared[t] < CONTEXT and t + 1 < len(shared)]
         if usable:
             row = rng.choice(usable)
@@ -135,11 +135,13 @@ def plan_of(name: str, work: Path, target: TargetTokenizer, method: str, chain: 
     block = FusionBlock.model_validate(
         {
             "sources": [{"name": name, "store": str(work / "stores" / name)}],
-            "alignment": {"vocabulary": method, "chain": chain, "tail": "bucket", "min_mass": 0.0},
+            "projection": {"vocabulary_map": method, "chain": chain, "tail": "bucket", "min_mass": 0.0},
             "top_k": 1024,
         }
     )
-    return make_plan(block, [open_store(work / "stores" / name)], target, partial(count_texts, texts, target.table))
+    return make_plan(
+        block, [open_store(work / "stores" / name)], target, partial(count_texts, texts, target.table.packed)
+    )
 
 
 def spread(fused: SparseDistributions, row: int, vocab_size: int) -> np.ndarray:
@@ -166,9 +168,9 @@ def judge(plan: FusionPlan, store: Store, tokens: dict[str, TokenizedText], chos
     figures = []
     for case in chosen:
         rows, gold = fused[case.id], int(tokens[case.id].input_ids[case.row + 1])
-        if not rows.rows[case.row]:
+        if not rows.present[case.row]:
             continue
-        row = spread(rows, case.row, plan.target_table.vocab_size)
+        row = spread(rows, case.row, len(plan.sources[0].projector.target_bytes.special))
         kept = float(np.exp(rows.logprobs[case.row]).sum())
         figures.append([kept, -np.log2(row[gold]), rows.ids[case.row, 0] == gold, divergence(case.counts, row)])
     return [len(figures) / len(chosen), *np.mean(figures, axis=0).tolist()]

@@ -47,7 +47,7 @@ WINDOW = 20
 #: capturing with three sources and the target is four forward passes: 4/3 of the cost of training on the same texts
 EQUAL_COMPUTE = 1 + 4 / 3
 
-#: name -> changes of the settings; keys with a dot go into ``alignment``. None: no fusion.
+#: name -> changes of the settings; keys with a dot go into that block. None: no fusion.
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "CLM": None,
     "CLM, equal compute": None,
@@ -55,16 +55,16 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "control: target's own rows alone": {"sources": ()},
     "defaults, lambda 0.5": {},
     "defaults, lambda 0.9 (paper)": {"lm_loss_weight": 0.9},
-    "without chain": {"alignment.chain": False},
-    "min_mass 0": {"alignment.min_mass": 0.0},
-    "min_mass 0.3": {"alignment.min_mass": 0.3},
-    "one_to_many": {"alignment.vocabulary": "one_to_many"},
-    "min_edit": {"alignment.vocabulary": "min_edit"},
-    "min_edit, without chain": {"alignment.vocabulary": "min_edit", "alignment.chain": False},
-    "exact, without chain": {"alignment.vocabulary": "exact", "alignment.chain": False},
+    "without chain": {"projection.chain": False},
+    "min_mass 0": {"projection.min_mass": 0.0},
+    "min_mass 0.3": {"projection.min_mass": 0.3},
+    "one_to_many": {"projection.vocabulary_map": "one_to_many"},
+    "min_edit": {"projection.vocabulary_map": "min_edit"},
+    "min_edit, without chain": {"projection.vocabulary_map": "min_edit", "projection.chain": False},
+    "exact, without chain": {"projection.vocabulary_map": "exact", "projection.chain": False},
     "offsets_strict": {"alignment.method": "offsets_strict"},
-    "fallback next_label": {"alignment.fallback": "next_label"},
-    "tail ignore": {"alignment.tail": "ignore"},
+    "fallback next_label": {"projection.fallback": "next_label"},
+    "tail bucket": {"projection.tail": "bucket"},
     "metric per token (published)": {"metric": "token"},
     "avg_ce": {"rule": "avg_ce"},
     "token_min_ce": {"rule": "token_min_ce"},
@@ -74,14 +74,15 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 
 def settings(changes: dict[str, Any], work: Path) -> FusionBlock:
     """Return the block of a variant."""
-    values: dict[str, Any] = {"lm_loss_weight": 0.5, "top_k": 128, "alignment": {}}
+    values: dict[str, Any] = {"lm_loss_weight": 0.5, "top_k": 128, "alignment": {}, "projection": {}}
     chosen = (*changes.get("sources", SOURCES), "target")
     values["sources"] = [
         {"name": name, "store": str(work / "stores" / name), "is_target": name == "target"} for name in chosen
     ]
     for key, value in changes.items():
-        if key.startswith("alignment."):
-            values["alignment"][key.partition(".")[2]] = value
+        group, dot, inner = key.partition(".")
+        if dot:
+            values[group][inner] = value
         elif key != "sources":
             values[key] = value
     return FusionBlock.model_validate(values)
@@ -101,7 +102,7 @@ def examples(name: str, work: Path, share: float) -> tuple[list[dict[str, Any]],
     _, tokenizer = load(work / "models" / "target")
     target = TargetTokenizer(tokenizer, TokenTable.from_tokenizer(tokenizer), {})
     rows = texts_of(work, share)
-    encoded = [target.text(row["text"]) if "text" in row else target.chat(row["messages"]) for row in rows]
+    encoded = [target.encode(row.get("text") or row["messages"]) for row in rows]
     made: list[dict[str, Any]] = [{"ids": text.tokens.input_ids, "labels": text.labels} for text in encoded]
     if changes is None:
         return made, 1.0

@@ -1,15 +1,27 @@
-"""What the published code does with aligned rows, for comparison only. Nothing else in the package uses it.
+"""How the published code aligns tokens and transfers distributions, for comparison only; the package does not use it.
 
-Known defects are kept: rows are matched by the current token and not by the context, FuseLLM's fallback repeats the
-current token, unmapped candidates vanish without a trace, of duplicates the first wins, logits are not normalised.
+Known defects are kept: positions are matched by the current token and not by the context, FuseLLM's fallback repeats
+the current token, unmapped candidates vanish without a trace, of duplicates the first wins, logits are not normalised.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+
+from fusion_plugins.core.fusion.counts import AlignmentCounts
+from fusion_plugins.core.fusion.nearest import pair_distances
 from fusion_plugins.errors import ConfigError
 
-__all__ = ["PUBLISHED_MODES", "PublishedText", "PublishedVocabulary", "published_matches", "published_rows"]
+__all__ = [
+    "PUBLISHED_MODES",
+    "PublishedText",
+    "PublishedVocabulary",
+    "published_map",
+    "published_matches",
+    "published_rows",
+]
 
 PUBLISHED_MODES = {"fusellm": ("hard", "soft"), "fusechat": ("default", "default_matrix", "hard")}
 Row = tuple[list[float], list[int]]
@@ -150,3 +162,36 @@ def _transfer(text: PublishedText, vocabulary: PublishedVocabulary, j: int, fami
 
 def _in_target_notation(text: PublishedText, surface: str) -> str:
     return surface.replace(text.source_marker, text.target_marker)
+
+
+def published_map(source: Sequence[Any], target: Sequence[Any], counts: AlignmentCounts) -> np.ndarray:
+    """Return (W,) int32 target ids by the least ``distance * weight * sigmoid(count)``, as FuseChat's code does.
+
+    The distance is that of the tokens without space marks; if one is then empty, that of the source token with its mark
+    replaced by the target's. The weight is 0.1 where one of the compared strings contains the other, else 1. The lowest
+    id wins ties; -1 where nothing was aligned.
+    """
+    rows, columns, number = counts.pairs()
+    left, right = _space_mark(source), _space_mark(target)
+    pairs = [_compared(source[row], target[column], left, right) for row, column in zip(rows, columns, strict=True)]
+    distance = pair_distances([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    weight = np.fromiter((0.1 if a in b or b in a else 1.0 for a, b in pairs), np.float64, len(pairs))
+    score = distance * weight / (1 + np.exp(-number.astype(np.float64)))
+    order = np.lexsort((columns, score, rows))
+    found, first = np.unique(rows[order], return_index=True)
+    chosen = np.full(len(source), -1, np.int32)
+    chosen[found] = columns[order][first]
+    return chosen
+
+
+def _space_mark(tokens: Sequence[Any]) -> Any:
+    """Return the space mark of a vocabulary: a space for bytes, else the one that starts more tokens."""
+    if len(tokens) and isinstance(tokens[0], bytes):
+        return b" "
+    return max(("\u2581", "\u0120"), key=lambda mark: sum(token.startswith(mark) for token in tokens))
+
+
+def _compared(source: Any, target: Any, source_mark: Any, target_mark: Any) -> tuple[Any, Any]:
+    nothing = type(source)()
+    left, right = source.replace(source_mark, nothing), target.replace(target_mark, nothing)
+    return (left, right) if left and right else (source.replace(source_mark, target_mark), target)

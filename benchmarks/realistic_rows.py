@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from records import record_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from fusion_plugins.core.fusion.record import build_record
 from fusion_plugins.core.fusion.types import Record
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.types import TokenizedText
@@ -123,4 +123,4 @@ def _record(id: str, ids: list[int], tokenizer: Tokenizer, model: Ngram, top_k: 
     ends = np.cumsum(widths).astype(np.int32)
     spans = np.array([[0, ends[-1]]], np.int32)
     text = TokenizedText(np.array(ids, np.int32), ends, spans, np.ones(len(ids), np.bool_))
-    return build_record(id, text, top, values, gold)
+    return record_of(id, text, top, values, gold)

@@ -2,21 +2,40 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from fusion_plugins.errors import ConfigError
 
-__all__ = ["as_defaults", "load_config", "validate"]
+__all__ = ["Settings", "as_defaults", "load_config", "validate"]
 
-Settings = TypeVar("Settings", bound=BaseModel)
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Settings(BaseModel):
+    """A group of settings: unknown keys are errors, and so are keys that have moved.
+
+    Attributes:
+        MOVED: old key -> its new name, or what became of it.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    MOVED: ClassVar[Mapping[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_moved_keys(cls, values: Any) -> Any:
+        moved = [key for key in cls.MOVED if isinstance(values, Mapping) and key in values]
+        if moved:
+            raise ValueError("; ".join(f"{key} is now {cls.MOVED[key]}" for key in moved))
+        return values
 
 
 def load_config(
-    model: type[Settings], path: str | Path | None, flags: Mapping[str, Any], assignments: list[str] | None = None
-) -> Settings:
+    model: type[Model], path: str | Path | None, flags: Mapping[str, Any], assignments: list[str] | None = None
+) -> Model:
     """Read ``path``, lay flags and ``KEY=VALUE`` assignments over it, and check everything at once.
 
     Args:
@@ -51,7 +70,7 @@ def as_defaults(context: Any, path: str | None) -> str | None:
     return path
 
 
-def validate(model: type[Settings], values: Mapping[str, Any], *, where: str) -> Settings:
+def validate(model: type[Model], values: Mapping[str, Any], *, where: str) -> Model:
     """Build ``model`` from ``values``.
 
     Raises:
@@ -72,8 +91,8 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
         return f"{key}: unknown key{known}"
     value = problem["input"]
     group = isinstance(value, Mapping | BaseModel)
-    came = "" if problem["type"] == "missing" or group else f", came {value!r}"
-    return f"{key}: {problem['msg']}{came}"
+    got = "" if problem["type"] == "missing" or group else f", got {value!r}"
+    return f"{key}: {problem['msg']}{got}"
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -86,18 +105,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping of settings, came {type(values).__name__}")
+        raise ConfigError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
     return values
 
 
 def _assign(values: Mapping[str, Any], assignment: str) -> dict[str, Any]:
     key, separator, text = assignment.partition("=")
     if not separator or not key:
-        raise ConfigError(f"expected KEY=VALUE, came {assignment!r}")
+        raise ConfigError(f"expected KEY=VALUE, got {assignment!r}")
     first, dot, rest = key.partition(".")
     if not dot:
         return {**values, first: yaml.safe_load(text)}
     inner = values.get(first) or {}
     if not isinstance(inner, dict):
-        raise ConfigError(f"{assignment!r}: {first!r} is no group of settings")
+        raise ConfigError(f"{assignment!r}: {first!r} is not a group of settings")
     return {**values, first: _assign(inner, f"{rest}={text}")}

@@ -1,7 +1,7 @@
-"""The whole extension surface: five hooks, each handing over a ``register(name, obj)`` callback.
+"""The extension points: five hooks, each of which gets a ``register(name, obj)`` callback.
 
 A package takes part by an entry point in the group ``fusion_plugins`` that names a module or object with functions
-decorated with :data:`hookimpl`. Built-ins come in through the same hooks (:mod:`fusion_plugins.plugins`). A name that
+decorated with :data:`hookimpl`. Built-ins use the same hooks (:mod:`fusion_plugins.plugins`). A name that
 is registered twice is a :class:`~fusion_plugins.errors.PluginError`.
 """
 
@@ -23,8 +23,9 @@ Register = Callable[[str, Any], None]
 def register_fusion_rules(register: Register) -> None:
     """Register rules that fuse several distributions per position into one.
 
-    A rule is called as ``rule(distributions, cross_entropies, **options)`` like the ones in
-    :mod:`fusion_plugins.core.fusion.fuse` and returns :class:`~fusion_plugins.core.fusion.types.SparseDistributions`.
+    A rule is called as ``rule(distributions, cross_entropies, **options)`` with S distributions of one shape (T, K),
+    and returns :class:`~fusion_plugins.core.fusion.types.SparseDistributions`. The cross-entropies are (S,) per text. A
+    rule marked with :func:`~fusion_plugins.core.fusion.fuse.per_token` gets (S, T), those of the target's next tokens.
     """
 
 
@@ -32,16 +33,16 @@ def register_fusion_rules(register: Register) -> None:
 def register_aligners(register: Register) -> None:
     """Register methods that align two tokenizations of one text.
 
-    An aligner is called as ``aligner(source_tokens, target_tokens, tie_order=...)`` and returns a
+    An aligner is called as ``aligner(source_tokens, target_tokens)`` with two lists of bytes, and returns an
     :class:`~fusion_plugins.core.fusion.align.Alignment`.
     """
 
 
 @hookspec
 def register_losses(register: Register) -> None:
-    """Register divergences between the target model and the fused rows.
+    """Register divergences between the trained model and the fused distributions.
 
-    A loss is called as ``loss(student_logprobs, target_logprobs, target_mask)``, all (..., K), float32, nats, and
+    A loss is called as ``loss(student_logprobs, fused_logprobs, fused_mask)``, all (..., K), float32, nats, and
     returns one value per position (...).
     """
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from fusion_plugins.core.fusion.counts import AlignmentCounts
 from fusion_plugins.core.fusion.types import VocabularyMap
-from fusion_plugins.core.fusion.vocabulary_map import COUNTED, map_vocabulary
+from fusion_plugins.core.fusion.vocabulary_map import COUNTED, identity_map, map_vocabulary, same_ids
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import encoder
 
@@ -41,7 +41,9 @@ def cached_map(
     counts: AlignmentCounts | None = None,
     tokenizer: Any = None,
 ) -> VocabularyMap:
-    """Return the vocabulary map of two tables, from the cache if it is there (see ``core.fusion.vocabulary_map``).
+    """Return the vocabulary map of two tables, from the cache if it is there.
+
+    Two tables whose ids mean the same need no map and get the identity.
 
     Args:
         source: the source's table.
@@ -52,6 +54,8 @@ def cached_map(
         counts: as for ``map_vocabulary``.
         tokenizer: the target's fast tokenizer, whose encoding ``first_token`` follows.
     """
+    if same_ids(source, target):
+        return identity_map(source)
     options: dict[str, Any] = {"method": method, "max_distance": max_distance}
     encode = encoder(tokenizer, target) if method in ("first_token", "one_to_many") and tokenizer is not None else None
     if method in COUNTED:

@@ -2,9 +2,11 @@ import json
 from pathlib import Path
 
 import pytest
-from published_alignment import PUBLISHED_MODES, PublishedText, PublishedVocabulary, published_rows
+import tiny
+from published_alignment import PUBLISHED_MODES, PublishedText, PublishedVocabulary, published_map, published_rows
 
 from fusion_plugins.core.fusion.align import align_tokens
+from fusion_plugins.core.fusion.counts import AlignmentCounts
 from fusion_plugins.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "golden"
@@ -58,3 +60,15 @@ def test_the_subset_holds_every_kind_of_row():
 def test_an_unknown_mode_is_refused():
     with pytest.raises(ConfigError, match="no mode 'soft' of 'fusechat'"):
         published_rows(published_text(RECORDS[0]), VOCABULARY, family="fusechat", mode="soft")
+
+
+def test_published_choice_from_statistics():
+    expected = json.loads((FOLDER / "statistical_mapping.json").read_text(encoding="utf-8"))
+    source, target = (t.convert_ids_to_tokens(list(range(len(t)))) for t in (tiny.tekken(), tiny.mistral_v1()))
+    ids = {token: index for index, token in enumerate(source)}
+    rows = [(ids[token], index, count) for token, counted, _ in expected["rows"] for _, count, index in counted]
+    counts = AlignmentCounts.from_pairs(*zip(*rows, strict=True))
+    found = published_map(source, target, counts)
+    chosen = [target[found[ids[token]]] for token, _, _ in expected["rows"]]
+    assert chosen == [row[2] for row in expected["rows"]]
+    assert (found >= 0).sum() == len(expected["rows"])

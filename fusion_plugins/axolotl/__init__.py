@@ -1,8 +1,8 @@
-"""The axolotl side: ``plugins: [fusion_plugins.axolotl.FusionPlugin]`` and the data set types that go with it.
+"""The axolotl side: ``plugins: [fusion_plugins.axolotl.FusionPlugin]`` and its dataset types.
 
-``fusion_plugins.axolotl.fused`` (sources fused into targets), ``fusion_plugins.axolotl.best_of_sources`` (supervised
-fine-tuning on the best responses) and ``fusion_plugins.multi_source_dpo`` (preference pairs). Importing this package
-loads neither torch nor axolotl.
+``fusion_plugins.axolotl.fused`` (texts with fused distributions), ``fusion_plugins.axolotl.best_of_sources``
+(supervised fine-tuning on the best responses) and ``fusion_plugins.multi_source_dpo`` (preference pairs). Importing
+this package loads neither torch nor axolotl.
 """
 
 from typing import Any

@@ -1,14 +1,14 @@
 """The ``fusion:`` block of an axolotl configuration.
 
-:class:`FusionArgs` is what axolotl mixes into its own schema; everything of ours stands inside the one nested block, so
-that an unknown key there is an error (axolotl drops unknown keys of its own level in silence).
+:class:`FusionArgs` is what axolotl mixes into its own schema. All our settings are inside the one nested block, so that
+an unknown key there is an error: axolotl drops unknown keys of its own level silently.
 """
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
-from fusion_plugins.config import validate
+from fusion_plugins.config import Settings, validate
 from fusion_plugins.core.fusion.project import ProjectionOptions
 from fusion_plugins.core.preferences.pairs import GapWindow
 from fusion_plugins.core.preferences.split import SplitRule
@@ -19,6 +19,7 @@ __all__ = [
     "FusionArgs",
     "FusionBlock",
     "PairArgs",
+    "ProjectionArgs",
     "SftArgs",
     "SourceArgs",
     "SplitArgs",
@@ -26,39 +27,44 @@ __all__ = [
 ]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class SourceArgs(_Strict):
+class SourceArgs(Settings):
     """One source model: a name for reports and the store that `fusion capture` made of it."""
 
     name: str = Field(min_length=1, description="name in reports and logs; unique")
     store: str = Field(min_length=1, description="folder of the source's store")
     is_target: bool = Field(
         default=False,
-        description="the store is the target model's own: its rows are taken as they are, without any mapping",
+        description="the store is the target model's own: its distributions are taken as they are, without any mapping",
     )
 
 
-class AlignmentArgs(_Strict):
-    """How a source's rows become rows over the target's vocabulary."""
+class AlignmentArgs(Settings):
+    """Which source position belongs to which target position."""
+
+    MOVED = {
+        "band": "gone: dtw always computes the whole matrix",
+        "vocabulary": "fusion.projection.vocabulary_map",
+        "max_distance": "fusion.projection.max_distance",
+        "chain": "fusion.projection.chain",
+        "tail": "fusion.projection.tail",
+        "min_mass": "fusion.projection.min_mass",
+        "fallback": "fusion.projection.fallback",
+    }
 
     method: str = Field(
         default="offsets",
-        description="offsets (rows that have read the same bytes), offsets_strict (and whose next tokens end at the "
-        "same byte), dtw (published), or a registered aligner",
+        description="offsets (positions that have read the same bytes), offsets_strict (and whose next tokens end at "
+        "the same byte), dtw (published), or a registered aligner",
     )
     tie_order: Literal["fusellm", "fusechat"] = Field(
         default="fusellm", description="which of equally cheap paths dtw takes: that of FuseLLM's or FuseChat's code"
     )
-    band: int | None = Field(
-        default=None,
-        ge=1,
-        description="dtw looks only this many tokens to both sides of the diagonal at first, which saves time and "
-        "memory; the result is the same",
-    )
-    vocabulary: Literal["first_token", "min_edit", "exact", "statistics", "one_to_many"] = Field(
+
+
+class ProjectionArgs(Settings):
+    """How a source's distributions become distributions over the target's vocabulary."""
+
+    vocabulary_map: Literal["first_token", "min_edit", "exact", "statistics", "one_to_many"] = Field(
         default="first_token",
         description="source token -> target token: the first of the target's own encoding, the nearest by edits "
         "(published by FuseLLM), equal bytes only, the one most often aligned with it (FuseChat), or all those, each "
@@ -74,27 +80,35 @@ class AlignmentArgs(_Strict):
         description="where source and target split the text differently, give the next token the probability that the "
         "source gave to its bytes",
     )
-    tail: Literal["renormalize", "ignore", "bucket"] = Field(
+    tail: Literal["renormalize", "bucket"] = Field(
         default="renormalize",
-        description="mass that no entry holds: scale the entries to sum to 1, or leave them as they are (bucket: for "
-        "the losses reverse_kl and jsd)",
+        description="mass that no entry holds: scale the entries to sum to 1, or keep their true probabilities (the "
+        "losses reverse_kl and jsd put the rest in one bucket, ce and kl ignore it)",
     )
     min_mass: float = Field(
         default=0.1,
         ge=0,
         le=1,
-        description="rows that keep less than this share of the stored probability are not used",
+        description="positions that keep less than this share of the stored probability are not used",
     )
     fallback: Literal["mask", "next_label"] = Field(
-        default="mask", description="unused rows: no target, or probability 1 on the next token (FuseChat)"
+        default="mask",
+        description="positions without a distribution: teach nothing, or probability 1 on the next token (FuseChat)",
     )
 
-    def projection(self) -> ProjectionOptions:
+    @field_validator("tail", mode="before")
+    @classmethod
+    def _refuse_ignore(cls, value: Any) -> Any:
+        if value == "ignore":
+            raise ValueError("expected renormalize or bucket, got ignore, which is now called bucket")
+        return value
+
+    def options(self) -> ProjectionOptions:
         """Return the options in core's form."""
-        return ProjectionOptions(chain=self.chain, tail=self.tail, min_mass=self.min_mass, fallback=self.fallback)
+        return ProjectionOptions(chain=self.chain, renormalize=self.tail == "renormalize", min_mass=self.min_mass)
 
 
-class PairArgs(_Strict):
+class PairArgs(Settings):
     """Which preference pairs `fusion_plugins.multi_source_dpo` builds."""
 
     rule: str = Field(
@@ -117,13 +131,13 @@ class PairArgs(_Strict):
         return GapWindow(self.min_gap, self.max_gap, self.gap_unit, frozenset(self.gap_exempt))
 
 
-class SftArgs(_Strict):
+class SftArgs(Settings):
     """Which answer `fusion_plugins.axolotl.best_of_sources` learns from."""
 
     rule: str = Field(default="reward", description="reward (highest, among correct ones where verified) or verdict")
 
 
-class SplitArgs(_Strict):
+class SplitArgs(Settings):
     """Which prompts train which stage; without this block every prompt trains whichever stage reads it."""
 
     sft_share: float = Field(default=0.4, ge=0, le=1, description="share of prompts with a pair that go to SFT")
@@ -141,38 +155,55 @@ class SplitArgs(_Strict):
         return SplitRule(self.sft_share, self.verified_dpo_share, self.unpaired, frozenset(self.sft_only), self.seed)
 
 
-class FusionBlock(_Strict):
+class FusionBlock(Settings):
     """Everything under ``fusion:``."""
 
+    MOVED = {"missing_texts": "fusion.on_missing_text: raise | skip"}
+
     sources: list[SourceArgs] = Field(
-        default_factory=list, description="source models, for data sets of type fusion_plugins.axolotl.fused"
+        default_factory=list, description="source models, for datasets of type fusion_plugins.axolotl.fused"
     )
-    missing_texts: Literal["stop", "drop"] = Field(
-        default="stop", description="rows of the data set that a store lacks: stop, or train without them"
+    on_missing_text: Literal["raise", "skip"] = Field(
+        default="raise", description="rows of the dataset that a store lacks: stop with an error, or train without them"
     )
-    alignment: AlignmentArgs = Field(default_factory=AlignmentArgs, description="how sources reach the target's tokens")
+    alignment: AlignmentArgs = Field(
+        default_factory=AlignmentArgs, description="which source position belongs to which target position"
+    )
+    projection: ProjectionArgs = Field(
+        default_factory=ProjectionArgs, description="how distributions reach the target's vocabulary"
+    )
     rule: str = Field(default="min_ce", description="min_ce, avg_ce, token_min_ce, or a registered fusion rule")
     rule_options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the rule")
     metric: Literal["byte", "token"] = Field(
         default="byte", description="cross-entropy per byte of the text, or per token of the source (published)"
     )
     top_k: int | None = Field(
-        default=None, ge=1, description="entries kept per fused row; null for as many as the stores hold"
+        default=None, ge=1, description="entries kept per fused distribution; null for as many as the stores hold"
     )
     loss: str = Field(default="ce", description="ce, kl, reverse_kl, jsd, or a registered loss")
     lm_loss_weight: float = Field(
         default=0.9, ge=0, le=1, description="weight of the language-model loss; the fusion loss has the rest"
     )
-    lm_loss_schedule: Literal["constant", "decay"] = Field(
-        default="constant", description="decay: the weight of the language-model loss rises linearly to 1 (published)"
+    lm_loss_schedule: Literal["constant", "rise"] = Field(
+        default="constant",
+        description="rise: lm_loss_weight rises linearly to 1 over the run, so the fusion loss fades out (published)",
     )
-    temperature: float = Field(default=1.0, gt=0, description="softens the fused rows, not the trained model's")
+    temperature: float = Field(
+        default=1.0, gt=0, description="softens the fused distributions, not the trained model's"
+    )
     pairs: PairArgs | None = Field(default=None, description="rules of preference pairs; the published ones if absent")
     sft: SftArgs | None = Field(default=None, description="rule of the best answer; the published one if absent")
     keep_truncated: bool = Field(
         default=False, description="use responses that stopped only at the length limit (finish_reason length)"
     )
     split: SplitArgs | None = Field(default=None, description="division of the prompts between SFT and DPO")
+
+    @field_validator("lm_loss_schedule", mode="before")
+    @classmethod
+    def _refuse_decay(cls, value: Any) -> Any:
+        if value == "decay":
+            raise ValueError("expected constant or rise, got decay, which is now called rise")
+        return value
 
     @model_validator(mode="after")
     def _together(self) -> "FusionBlock":
@@ -184,7 +215,7 @@ class FusionBlock(_Strict):
     def _problems(self) -> Any:
         names = [source.name for source in self.sources]
         for name in sorted({name for name in names if names.count(name) > 1}):
-            yield f"source name {name!r} stands twice; names are unique, because reports go by them"
+            yield f"source name {name!r} is given twice; reports go by names, so give each source its own"
         targets = [source.name for source in self.sources if source.is_target]
         if len(targets) > 1:
             yield f"is_target is true for {', '.join(targets)}; only one store can be the target model's own"
@@ -216,5 +247,5 @@ def fusion_block(cfg: Any) -> FusionBlock:
             "would be fused. Add the block, or remove the plugin."
         )
     if not isinstance(block, dict):
-        raise ConfigError(f"`fusion:` must be a mapping, came {type(block).__name__}")
+        raise ConfigError(f"fusion: expected a mapping of settings, got {type(block).__name__}. See docs/axolotl.md.")
     return validate(FusionBlock, block.to_dict() if hasattr(block, "to_dict") else block, where="fusion")

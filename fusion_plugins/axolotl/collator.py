@@ -1,7 +1,7 @@
-"""Batches with fused targets: axolotl's own collator for its columns, and (B, T, K) tensors for ours.
+"""Batches with fused distributions: axolotl's own collator for its columns, and (B, T, K) tensors for ours.
 
-A row of the prepared data set holds its targets flattened, T*K numbers each, because Arrow turns nested lists into
-Python objects one by one. K is the same in all rows.
+A row of the prepared dataset holds its fused distributions flattened, T*K numbers each, because Arrow turns nested
+lists into Python objects one by one. K is the same in all rows.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from fusion_plugins.errors import DataError
 
-__all__ = ["FUSED_IDS", "FUSED_LOGPROBS", "FusionCollator", "targets_of"]
+__all__ = ["FUSED_IDS", "FUSED_LOGPROBS", "FusionCollator", "take_fused"]
 
 FUSED_IDS = "fused_ids"
 FUSED_LOGPROBS = "fused_logprobs"
 CURE = (
-    "Every data set of the run must have `type: fusion_plugins.axolotl.fused` (a run with other data sets among them "
+    "Every dataset of the run must have `type: fusion_plugins.axolotl.fused` (a run with other datasets among them "
     "would train on those without fusion)."
 )
 
@@ -39,33 +39,37 @@ class FusionCollator:
     def __call__(self, features: Sequence[Any], return_tensors: str | None = None) -> Any:
         """Collate rows, or (with sample packing) lists of rows that share one sequence."""
         groups = [feature if isinstance(feature, list) else [feature] for feature in features]
-        targets = [_targets(group) for group in groups]
+        fused = [_fused_of(group) for group in groups]
         stripped = [_without(feature) for feature in features]
         batch = self._inner(stripped, return_tensors=return_tensors)
         shape = batch["input_ids"].shape
         left = self.tokenizer.padding_side == "left"
-        batch[FUSED_IDS] = _pad([ids for ids, _ in targets], shape, -1, left)
-        # As bits: DeepSpeed casts floating-point inputs to the model's dtype, and bfloat16 has three digits.
-        logprobs = _pad([values for _, values in targets], shape, -np.inf, left)
+        batch[FUSED_IDS] = _pad([ids for ids, _ in fused], shape, -1, left)
+        # As integers with the same bits: DeepSpeed casts floating-point inputs to the model's dtype, and bfloat16 keeps
+        # only three digits of a log-probability.
+        logprobs = _pad([values for _, values in fused], shape, -np.inf, left)
         batch[FUSED_LOGPROBS] = logprobs.view(torch.int32)
         return batch
 
 
-def targets_of(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Take the targets out of a batch: ids (B, T, K) int32, -1 where empty, and log-probabilities (B, T, K) float32.
+def take_fused(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Remove the fused distributions from a batch and return them.
+
+    Returns:
+        Ids (B, T, K) int32, -1 where empty, and log-probabilities (B, T, K) float32.
 
     Raises:
         DataError: the batch has none.
     """
     if FUSED_IDS not in inputs or FUSED_LOGPROBS not in inputs:
-        raise DataError(f"a batch reached the trainer without fused targets; it has {sorted(inputs)}. {CURE}")
+        raise DataError(f"expected a batch with fused distributions, got one with {sorted(inputs)}. {CURE}")
     return inputs.pop(FUSED_IDS), inputs.pop(FUSED_LOGPROBS).view(torch.float32)
 
 
-def _targets(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+def _fused_of(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Ids and log-probabilities (T, K) of the rows of one sequence, one after the other."""
     if any(row.get(FUSED_IDS) is None or row.get(FUSED_LOGPROBS) is None for row in rows):
-        raise DataError(f"a row has no fused targets; its columns are {sorted(rows[0])}. {CURE}")
+        raise DataError(f"expected a row with fused distributions, got the columns {sorted(rows[0])}. {CURE}")
     ids = [_shaped(row, FUSED_IDS, np.int32) for row in rows]
     logprobs = [_shaped(row, FUSED_LOGPROBS, np.float32) for row in rows]
     return np.concatenate(ids), np.concatenate(logprobs)
@@ -76,8 +80,9 @@ def _shaped(row: dict[str, Any], name: str, dtype: type) -> np.ndarray:
     length = len(row["input_ids"])
     if values.size == 0 or values.size % length:
         raise DataError(
-            f"column {name} holds {values.size} numbers for {length} tokens: something cut the tokens but not their "
-            "targets. Remove what changes the length of prepared rows (truncation, for example)."
+            f"expected column {name} to hold a multiple of {length} numbers, one group per token; got {values.size}: "
+            "something cut the tokens but not their distributions. Remove what changes the length of prepared rows "
+            "(truncation, for example)."
         )
     return values.reshape(length, -1)
 

@@ -1,4 +1,4 @@
-"""Which tokens of the sources stand where the target's do, counted over a data set, for ``vocabulary: statistics``."""
+"""How often source and target tokens are aligned over a dataset, for the vocabulary maps that go by counts."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -8,8 +8,7 @@ from datasets import Features, List, Value
 from fusion_plugins.core.fusion.align import align_texts
 from fusion_plugins.core.fusion.common_text import common_text
 from fusion_plugins.core.fusion.counts import AlignmentCounts
-from fusion_plugins.core.fusion.types import Record
-from fusion_plugins.core.text.token_table import TokenTable
+from fusion_plugins.core.text.token_bytes import TokenBytes
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, MismatchError
 from fusion_plugins.store import Store
@@ -32,14 +31,14 @@ FEATURES = Features(
 
 
 def count_alignments(
-    dataset: Any, read: Read, table: TokenTable, stores: list[Store], *, process_count: int | None
+    dataset: Any, read: Read, target_bytes: TokenBytes, stores: list[Store], *, process_count: int | None
 ) -> list[AlignmentCounts]:
-    """Count over the rows of a data set, in ``process_count`` processes.
+    """Count over the rows of a dataset, in ``process_count`` processes.
 
     Args:
         dataset: rows that every store has.
         read: row -> its id and the target's tokens.
-        table: the target's token table.
+        target_bytes: the target's vocabulary.
         stores: the sources.
         process_count: as for ``dataset.map``.
 
@@ -47,7 +46,7 @@ def count_alignments(
         MismatchError: a store was captured from other texts.
     """
     parts = dataset.map(
-        _Count(read, table, stores),
+        _Count(read, target_bytes, stores),
         batched=True,
         batch_size=BATCH,
         num_proc=process_count,
@@ -63,13 +62,20 @@ def count_alignments(
 
 
 def count_texts(
-    texts: Iterable[tuple[str, TokenizedText]], table: TokenTable, stores: list[Store]
+    texts: Iterable[tuple[str, TokenizedText]], target_bytes: TokenBytes, stores: list[Store]
 ) -> list[AlignmentCounts]:
     """Count over texts, given by id and in the target's tokens; see :func:`count_alignments`."""
     counts = [AlignmentCounts() for _ in stores]
+    source_bytes = [store.table.packed for store in stores]
     for id, tokens in texts:
-        for store, found in zip(stores, counts, strict=True):
-            _add(found, store, store[id], tokens, table)
+        for store, own_bytes, found in zip(stores, source_bytes, counts, strict=True):
+            try:
+                # What only one side's template or maximum length left out is not counted.
+                record, text = common_text(store[id], tokens, own_bytes, target_bytes)
+            except AlignmentError as error:
+                raise MismatchError(f"{store.path}: {error}") from error
+            matched = align_texts(record.text, text).target_to_source
+            found.add(record.text.input_ids.tolist(), text.input_ids.tolist(), matched)
     return counts
 
 
@@ -82,11 +88,11 @@ def rows_of(batch: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
 class _Count:
     """What runs in each worker: a batch of rows in, one row of counts per store out."""
 
-    def __init__(self, read: Read, table: TokenTable, stores: list[Store]) -> None:
-        self._read, self._table, self._stores = read, table, stores
+    def __init__(self, read: Read, target_bytes: TokenBytes, stores: list[Store]) -> None:
+        self._read, self._target_bytes, self._stores = read, target_bytes, stores
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        counts = count_texts(map(self._read, rows_of(batch)), self._table, self._stores)
+        counts = count_texts(map(self._read, rows_of(batch)), self._target_bytes, self._stores)
         source_ids, target_ids, numbers = zip(*(found.pairs() for found in counts), strict=True)
         return {
             "store": list(range(len(counts))),
@@ -94,12 +100,3 @@ class _Count:
             "target_ids": list(target_ids),
             "counts": list(numbers),
         }
-
-
-def _add(counts: AlignmentCounts, store: Store, record: Record, tokens: TokenizedText, table: TokenTable) -> None:
-    """Count one text, without what only one side's template or maximum length left of it."""
-    try:
-        record, tokens = common_text(record, tokens, source_table=store.table, target_table=table)
-    except AlignmentError as error:
-        raise MismatchError(f"{store.path}: {error}") from error
-    counts.add(record.input_ids.tolist(), tokens.input_ids.tolist(), align_texts(record, tokens).target_to_source)

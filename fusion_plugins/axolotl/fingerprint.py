@@ -1,7 +1,7 @@
-"""What makes a prepared data set stale: axolotl's hash of it must see the ``fusion:`` block and the files behind it.
+"""Makes axolotl's hash of a prepared dataset depend on the ``fusion:`` block and the content of the files.
 
-axolotl hashes the keys of a data set entry, not the content of its files and no key of a plugin. The hash of everything
-that our rows depend on is therefore put into a key of the entry that axolotl hashes and that our types do not use.
+axolotl hashes the keys of a dataset entry, but neither the content of its files nor a plugin's keys. So the hash of
+everything that our rows depend on is put into a key of the entry that axolotl hashes and that our types do not use.
 """
 
 import hashlib
@@ -15,15 +15,15 @@ from fusion_plugins.axolotl.args import FusionBlock
 from fusion_plugins.axolotl.guards import BEST, DPO, FUSED
 from fusion_plugins.store import open_store
 
-__all__ = ["content_hash", "stamp_data_sets"]
+__all__ = ["content_hash", "stamp_datasets"]
 
 #: settings of the block that change the training but not the prepared rows
 _NOT_IN_ROWS = {"loss", "lm_loss_weight", "lm_loss_schedule", "temperature"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
 
-def stamp_data_sets(cfg: Any, block: FusionBlock) -> None:
-    """Put the content hash into every data set entry of ours, before axolotl validates the configuration."""
+def stamp_datasets(cfg: Any, block: FusionBlock) -> None:
+    """Put the content hash into every dataset entry of ours, before axolotl validates the configuration."""
     # The entries of the two kinds of runs have different schemas; neither key means anything to our types.
     key = "field_rejected" if cfg.get("rl") else "input_format"
     for name in ("datasets", "test_datasets"):
@@ -33,7 +33,7 @@ def stamp_data_sets(cfg: Any, block: FusionBlock) -> None:
 
 
 def content_hash(cfg: Any, block: FusionBlock, entry: Any) -> str:
-    """Return the sha256 (hex) of all that one prepared data set depends on.
+    """Return the sha256 (hex) of everything that one prepared dataset depends on.
 
     The package's version, the block, the content of the stores, of the data files and of the target's tokenizer.
     """

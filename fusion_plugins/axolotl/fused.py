@@ -1,6 +1,9 @@
-"""Data set type ``fusion_plugins.axolotl.fused``: texts or chats whose sources are fused into targets.
+"""Dataset type ``fusion_plugins.axolotl.fused``: texts or chats with fused distributions, as axolotl prepares datasets.
 
-axolotl imports this module by the name of the type and calls :func:`load`.
+axolotl imports this module by the name of the type and calls :func:`load`. A row has ``text``, or ``messages``
+(rendered with the target's own chat template), and usually ``id``. Stores are joined by id, and every text is compared
+with what the store was captured from. A prepared row has ``input_ids``, ``attention_mask``, ``labels`` and the two flat
+columns of :mod:`fusion_plugins.axolotl.collator`.
 """
 
 import json
@@ -29,7 +32,7 @@ from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, DataError, MismatchError
 from fusion_plugins.store import Store, open_store
 
-__all__ = ["FusedRows", "load"]
+__all__ = ["FusedStrategy", "load"]
 
 
 LOG = get_logger(__name__)
@@ -44,17 +47,17 @@ FEATURES = Features(
         COUNTERS: Value("string"),
     }
 )
-#: rows per call; bounds what a worker holds
+#: rows per call; bounds the memory of a worker
 BATCH = 32
 
 
-class FusedRows(DatasetWrappingStrategy):
-    """Prepares one data set.
+class FusedStrategy(DatasetWrappingStrategy):
+    """Prepares one dataset.
 
     Args:
         tokenizer: the target's, as axolotl loaded it.
         cfg: the validated configuration.
-        ds_cfg: the entry of this data set; ``field`` and ``field_messages`` name other columns.
+        ds_cfg: the entry of this dataset; ``field`` and ``field_messages`` name other columns.
         block: the ``fusion:`` block.
     """
 
@@ -78,13 +81,15 @@ class FusedRows(DatasetWrappingStrategy):
         Raises:
             MismatchError: a store was captured from other texts, or the target's own store from another model.
             StoreError: a store is damaged.
-            DataError: a row is no text and no chat.
+            DataError: a row is neither a text nor a chat.
         """
         stores = [open_store(source.store) for source in self._block.sources]
         dataset = self._joined(dataset, stores)
         warm_up()
         target = self._reader.target
-        count = partial(count_alignments, dataset, self._reader.tokens, target.table, process_count=process_count)
+        count = partial(
+            count_alignments, dataset, self._reader.tokens, target.table.packed, process_count=process_count
+        )
         plan = make_plan(self._block, stores, target, count)
         rows = dataset.map(
             _Fuse(self._reader, plan, stores),
@@ -94,7 +99,7 @@ class FusedRows(DatasetWrappingStrategy):
             remove_columns=dataset.column_names,
             features=FEATURES,
             keep_in_memory=bool(keep_in_memory),
-            # The prepared data set is what is kept; a second cache could be stale.
+            # axolotl keeps the prepared dataset; a second cache could be stale.
             load_from_cache_file=False,
             desc="Fusing sources",
         )
@@ -111,31 +116,31 @@ class FusedRows(DatasetWrappingStrategy):
         for store in stores:
             absent = [index for index, id in enumerate(ids) if id not in store]
             kept -= set(absent)
-            if absent and (self._block.missing_texts == "stop" or not kept):
+            if absent and (self._block.on_missing_text == "raise" or not kept):
                 raise MismatchError(
-                    f"the store {store.path} ({len(store)} texts) lacks {len(absent)} of the {len(ids)} rows of "
-                    f"{self._path}, the first of them {ids[absent[0]]!r}: it was captured from other texts, or "
-                    f"not to the end (complete: {store.manifest.complete}). Capture the store from the texts that you "
-                    "train on, or set fusion.missing_texts: drop."
+                    f"expected every row of {self._path} in the store {store.path}; {len(absent)} of {len(ids)} are "
+                    f"missing, the first of them {ids[absent[0]]!r}. The store ({len(store)} texts) was captured from "
+                    f"other texts, or not to the end (complete: {store.manifest.complete}). Capture it from the texts "
+                    "that you train on, or set fusion.on_missing_text: skip."
                 )
         if len(kept) == len(ids):
             return dataset
-        LOG.warning(f"fusion: {len(ids) - len(kept)} of {len(ids)} rows are missing in a store; dropped")
+        LOG.warning(f"fusion: skipped {len(ids) - len(kept)} of {len(ids)} rows, which are missing in a store")
         return dataset.select(sorted(kept))
 
 
-def load(tokenizer: Any, cfg: Any, ds_cfg: Any = None) -> FusedRows:
-    """Return the strategy that prepares one data set.
+def load(tokenizer: Any, cfg: Any, ds_cfg: Any = None) -> FusedStrategy:
+    """Return the strategy that prepares one dataset.
 
     Raises:
         PluginError: the plugin is not configured or not loaded.
         ConfigError: the ``fusion:`` block is missing or wrong.
     """
-    return FusedRows(tokenizer, cfg, ds_cfg or {}, require_plugin(cfg, FUSED))
+    return FusedStrategy(tokenizer, cfg, ds_cfg or {}, require_plugin(cfg, FUSED))
 
 
 class _Reader:
-    """Reads rows: which column holds what, and the text in the target's tokens."""
+    """Reads the rows of the dataset: id, content, and the content in the target's tokens."""
 
     def __init__(self, target: TargetTokenizer, text: str, messages: str) -> None:
         self.target, self._text, self._messages = target, text, messages
@@ -154,15 +159,13 @@ class _Reader:
 
     def id(self, row: Row) -> str:
         """Return the id of a row: its own, or that of its content."""
-        content = self.content(
-            row
-        )  # also where there is an id: a row without content is told apart from an unknown one
+        # Also where there is an id: a row without content is another error than an id that no store knows.
+        content = self.content(row)
         return str(row["id"]) if row.get("id") is not None else content_id(content)
 
     def encoded(self, row: Row) -> EncodedText:
         """Return the text or chat of a row as the target reads it."""
-        content = self.content(row)
-        return self.target.text(content) if isinstance(content, str) else self.target.chat(content)
+        return self.target.encode(self.content(row))
 
     def tokens(self, row: Row) -> tuple[str, TokenizedText]:
         """Return the id of a row and its tokens."""
@@ -184,7 +187,7 @@ class _Fuse:
             total = total + report
             for name, value in fused.items():
                 columns[name].append(value)
-        # One account per batch, on its first row: a string per row would be larger than the targets.
+        # One report per batch, on its first row: a string per row would be larger than the distributions.
         columns[COUNTERS] = [json.dumps(asdict(total)), *[""] * (len(rows) - 1)]
         return columns
 

@@ -1,6 +1,6 @@
-"""What would make a run a silent plain fine-tune, or misalign its targets, found before anything is loaded.
+"""Refuses configurations that would silently train without fusion or misalign the fused distributions.
 
-All problems of one configuration are reported together.
+Runs before anything is loaded. All problems of one configuration are reported together.
 """
 
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ FUSED = "fusion_plugins.axolotl.fused"
 BEST = "fusion_plugins.axolotl.best_of_sources"
 DPO = "fusion_plugins.multi_source_dpo"
 
-#: axolotl settings that cannot go with fused targets: key -> (is it on, why not and what to do)
+#: axolotl settings that cannot be combined with fusion.sources: key -> why not and what to do
 _REFUSED = {
-    "streaming": "targets are made when the data set is prepared; remove it",
-    "pretraining_dataset": "targets are made when the data set is prepared; use `datasets:`",
-    "skip_prepare_dataset": "targets are made when the data set is prepared; remove it",
+    "streaming": "distributions are fused when the dataset is prepared; remove it",
+    "pretraining_dataset": "distributions are fused when the dataset is prepared; use `datasets:`",
+    "skip_prepare_dataset": "distributions are fused when the dataset is prepared; remove it",
     "reward_model": "it has another loss; train the reward model without fusion",
     "process_reward_model": "it has another loss; train the reward model without fusion",
     "use_eaft": "it replaces the loss; remove it",
@@ -37,7 +37,7 @@ def check_config(cfg: Any) -> FusionBlock:
         ConfigError: naming every problem.
     """
     block = fusion_block(cfg)
-    problems = [*_unknown_names(block), *_stores(block), *_data_sets(cfg, block)]
+    problems = [*_unknown_names(block), *_stores(block), *_datasets(cfg, block)]
     if block.sources:
         problems += _settings(cfg)
     if problems:
@@ -46,7 +46,7 @@ def check_config(cfg: Any) -> FusionBlock:
 
 
 def require_plugin(cfg: Any, type_name: str) -> FusionBlock:
-    """Return the ``fusion:`` block, for a data set type that is nothing without the plugin.
+    """Return the ``fusion:`` block, for a dataset type that needs the plugin.
 
     axolotl goes on without a plugin that cannot be imported, and drops a ``fusion:`` block without the plugin.
 
@@ -58,19 +58,19 @@ def require_plugin(cfg: Any, type_name: str) -> FusionBlock:
 
     if PLUGIN not in (cfg.get("plugins") or []):
         raise PluginError(
-            f"a data set of type {type_name} needs the plugin, and `plugins:` does not name it: axolotl ignores the "
+            f"a dataset of type {type_name} needs the plugin, and `plugins:` does not name it: axolotl ignores the "
             f"`fusion:` block without it. Add `plugins: [{PLUGIN}]`."
         )
     if PLUGIN not in PluginManager.get_instance().plugins:
         raise PluginError(
-            f"`plugins:` names {PLUGIN}, but axolotl could not load it (its error stands further up); a data set of "
-            f"type {type_name} cannot be used without it."
+            f"`plugins:` names {PLUGIN}, but axolotl could not load it; its error is further up in the log. A dataset "
+            f"of type {type_name} cannot be used without it."
         )
     return fusion_block(cfg)
 
 
-def data_set_types(cfg: Any, key: str = "datasets") -> list[str]:
-    """Return the ``type`` of every data set, as text."""
+def dataset_types(cfg: Any, key: str = "datasets") -> list[str]:
+    """Return the ``type`` of every dataset, as text."""
     entries = cfg.get(key) or []
     return [str(entry.get("type") if hasattr(entry, "get") else getattr(entry, "type", None)) for entry in entries]
 
@@ -83,7 +83,7 @@ def _unknown_names(block: FusionBlock) -> Iterator[str]:
     for key, (kind, name) in wanted.items():
         known = get_registry(kind)
         if name not in known:
-            yield f"fusion.{key}: nothing is registered as {name!r}; known: {', '.join(sorted(known))}"
+            yield f"fusion.{key}: expected one of {', '.join(sorted(known))}, got {name!r}"
 
 
 def _stores(block: FusionBlock) -> Iterator[str]:
@@ -94,31 +94,31 @@ def _stores(block: FusionBlock) -> Iterator[str]:
             yield f"source {source.name!r}: {error}"
 
 
-def _data_sets(cfg: Any, block: FusionBlock) -> Iterator[str]:
-    types = data_set_types(cfg)
+def _datasets(cfg: Any, block: FusionBlock) -> Iterator[str]:
+    types = dataset_types(cfg)
     rl = cfg.get("rl")
     if block.sources and rl:
         yield f"fusion.sources is for supervised training, `rl: {rl}` would ignore it; remove one of the two"
     elif block.sources:
-        others = sorted({*types, *data_set_types(cfg, "test_datasets")} - {FUSED})
+        others = sorted({*types, *dataset_types(cfg, "test_datasets")} - {FUSED})
         if others:
-            yield f"a data set has `type: {', '.join(others)}` and so no fused targets; all must have `type: {FUSED}`"
+            yield f"a dataset has `type: {', '.join(others)}`, which fuses nothing; all must have `type: {FUSED}`"
     if not block.sources and FUSED in types:
-        yield f"a data set has `type: {FUSED}`, but fusion.sources names no source"
+        yield f"a dataset has `type: {FUSED}`, but fusion.sources names no source"
     if DPO in types and rl not in ("dpo", "ipo", "simpo", "orpo"):
-        yield f"a data set has `type: {DPO}`, which needs `rl: dpo`; came `rl: {rl}`"
+        yield f"a dataset has `type: {DPO}`, which needs `rl: dpo`; got `rl: {rl}`"
     if BEST in types and rl:
-        yield f"a data set has `type: {BEST}`, which is for supervised training; came `rl: {rl}`"
+        yield f"a dataset has `type: {BEST}`, which is for supervised training; got `rl: {rl}`"
 
 
 def _settings(cfg: Any) -> Iterator[str]:
     if str(cfg.get("excess_length_strategy") or "").lower() == "truncate":
         yield (
-            "excess_length_strategy: truncate would cut tokens but not their targets; use drop (axolotl's default) or "
-            "raise, and split long texts before `fusion capture`"
+            "excess_length_strategy: truncate would cut tokens but not their distributions; use drop (axolotl's "
+            "default) or raise, and split long texts before `fusion capture`"
         )
     if (cfg.get("context_parallel_size") or 1) > 1:
-        yield "context_parallel_size splits tokens but not their targets; set it to 1"
+        yield "context_parallel_size splits tokens but not their distributions; set it to 1"
     for key, why in _REFUSED.items():
         if cfg.get(key):
-            yield f"{key} cannot go with fusion.sources: {why}"
+            yield f"{key} cannot be combined with fusion.sources: {why}"

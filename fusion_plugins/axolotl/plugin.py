@@ -4,7 +4,7 @@ from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 
-from fusion_plugins.axolotl.fingerprint import stamp_data_sets
+from fusion_plugins.axolotl.fingerprint import stamp_datasets
 from fusion_plugins.axolotl.guards import check_config
 
 __all__ = ["FusionPlugin"]
@@ -14,28 +14,28 @@ class FusionPlugin(BasePlugin):
     """LLM fusion in axolotl; ``plugins: [fusion_plugins.axolotl.FusionPlugin]`` and a ``fusion:`` block."""
 
     def register(self, cfg: Any) -> None:
-        """Check the raw configuration and let its content reach the hash of the prepared data set.
+        """Check the raw configuration and let its content reach the hash of the prepared dataset.
 
         Raises:
             ConfigError: naming every problem.
         """
-        stamp_data_sets(cfg, check_config(cfg))
+        stamp_datasets(cfg, check_config(cfg))
 
     def get_input_args(self) -> str:
-        """Return where the schema of the ``fusion:`` block stands."""
+        """Return the import path of the schema of the ``fusion:`` block."""
         return "fusion_plugins.axolotl.args.FusionArgs"
 
     def get_trainer_cls(self, cfg: Any) -> Any:
-        """Return the trainer of runs with fused targets; None leaves axolotl's own (preference runs, plain SFT)."""
-        if not _has_targets(cfg):
+        """Return the trainer of runs with fused distributions; None leaves axolotl's own to other runs."""
+        if not _is_fused(cfg):
             return None
         from fusion_plugins.axolotl.trainer import FusionTrainer
 
         return FusionTrainer
 
     def get_collator_cls_and_kwargs(self, cfg: Any, is_eval: bool = False) -> Any:
-        """Return the collator of runs with fused targets, and which of axolotl's it stands in for."""
-        if not _has_targets(cfg):
+        """Return the collator of runs with fused distributions, and which of axolotl's it wraps."""
+        if not _is_fused(cfg):
             return None
         from fusion_plugins.axolotl.collator import FusionCollator
 
@@ -59,5 +59,5 @@ def _stock_collator(cfg: Any, *, packed: bool) -> type:
     return collators.V2BatchSamplerDataCollatorForSeq2Seq if numbered else collators.BatchSamplerDataCollatorForSeq2Seq
 
 
-def _has_targets(cfg: Any) -> bool:
+def _is_fused(cfg: Any) -> bool:
     return not cfg.rl and bool(cfg.fusion and cfg.fusion.get("sources"))

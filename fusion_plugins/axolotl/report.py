@@ -1,4 +1,4 @@
-"""The account of a fused data set: what each source contributed, printed as a table and kept as JSON."""
+"""The report of a fused dataset: what each source contributed, printed as a table and kept as JSON."""
 
 import json
 from collections.abc import Iterable
@@ -26,16 +26,18 @@ def read_counters(counters: Iterable[str]) -> FusionReport:
 
 
 def show_report(report: FusionReport, too_long: int, sequence_len: int) -> None:
-    """Print what became of the rows of each source."""
-    share = report.fused_rows / report.rows if report.rows else 0.0
-    table = Table(title=f"fusion: {report.texts} texts, {report.rows} supervised rows, {share:.1%} with a fused target")
+    """Print the coverage and the kept mass of each source."""
+    share = report.fused_positions / report.positions if report.positions else 0.0
+    table = Table(
+        title=f"fusion: {report.texts} texts, {report.positions} supervised positions, {share:.1%} with a fused "
+        "distribution"
+    )
     for heading in ("source", "coverage", "kept mass", "lowest CE", "unaligned", "low mass", "fallback"):
         table.add_column(heading, justify="left" if heading == "source" else "right")
     for name, source in report.sources.items():
         chosen = report.chosen.get(name, 0) / report.texts if report.texts else 0.0
-        rows = max(1, source.rows)
-        shares = (source.coverage, source.mass_kept, chosen, *(n / rows for n in _unused(source)))
-        table.add_row(name, *(f"{value:.1%}" for value in shares))
+        unused = (n / max(1, source.positions) for n in (source.unaligned, source.low_mass, source.fallback))
+        table.add_row(name, *(f"{value:.1%}" for value in (source.coverage, source.mass_kept, chosen, *unused)))
     console = Console()
     console.print(table)
     if too_long:
@@ -45,24 +47,20 @@ def show_report(report: FusionReport, too_long: int, sequence_len: int) -> None:
         )
 
 
-def write_report(path: Path, data_set: str, report: FusionReport, too_long: int, *, fresh: bool) -> None:
-    """Write the account of one data set into a JSON file that holds one per data set.
+def write_report(path: Path, dataset: str, report: FusionReport, too_long: int, *, fresh: bool) -> None:
+    """Write the report of one dataset into a JSON file that holds one per dataset.
 
     Args:
         path: the file.
-        data_set: the data set's path.
+        dataset: the dataset's path.
         report: its counters.
         too_long: texts longer than ``sequence_len``.
-        fresh: start the file anew; else add to what stands there.
+        fresh: start the file anew; else keep the reports of other datasets.
     """
-    accounts = {} if fresh or not path.exists() else json.loads(path.read_text(encoding="utf-8"))
+    reports = {} if fresh or not path.exists() else json.loads(path.read_text(encoding="utf-8"))
     shares = {
         name: {"coverage": source.coverage, "mass_kept": source.mass_kept} for name, source in report.sources.items()
     }
-    accounts[data_set] = {**asdict(report), "shares": shares, "longer_than_sequence_len": too_long}
+    reports[dataset] = {**asdict(report), "shares": shares, "longer_than_sequence_len": too_long}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(accounts, indent=1) + "\n", encoding="utf-8")
-
-
-def _unused(source: ProjectionReport) -> tuple[int, int, int]:
-    return source.unaligned, source.low_mass, source.fallback
+    path.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")

@@ -1,16 +1,16 @@
-"""Texts and chats in the target's tokens, with labels: what is supervised, and what only stands before it."""
+"""Texts and chats in the target's tokens, with labels: which tokens are supervised and which are only context."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from fusion_plugins.core.arrays import IntArray
-from fusion_plugins.core.fusion.record import supervised_tokens
+from fusion_plugins.core.fusion.record import supervised_bytes
 from fusion_plugins.core.text.chat import render_chat
 from fusion_plugins.core.text.token_table import Role, TokenTable
-from fusion_plugins.core.text.tokenize import tokenize
+from fusion_plugins.core.text.tokenize import tokenize, tokenize_content
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import DataError
 
@@ -55,33 +55,34 @@ class TargetTokenizer:
         options = cfg.get("chat_template_kwargs") or {}
         return cls(tokenizer, TokenTable.from_tokenizer(tokenizer), dict(options))
 
-    def text(self, text: str) -> EncodedText:
-        """Tokenize BOS + text + EOS, as far as the tokenizer has them; every token but the first is supervised."""
-        tokens = tokenize(self.tokenizer, self.table, text)
-        labels = tokens.input_ids.copy()
-        # Nothing predicts the first token; in a packed sequence the document before it would.
-        labels[:1] = IGNORED
-        return EncodedText(tokens, labels)
+    def encode(self, content: str | Sequence[Message], *, last_only: bool = False) -> EncodedText:
+        """Tokenize a text or a chat.
 
-    def chat(self, messages: Sequence[Message], *, last_only: bool = False) -> EncodedText:
-        """Tokenize a chat in the target's template; assistant contents and their end of turn are supervised.
+        In a text (BOS + text + EOS, as far as the tokenizer has them) every token but the first is supervised. In a
+        chat, rendered with the target's template, the assistant's contents and their ends of turn are.
 
         Args:
-            messages: role and content of each turn.
-            last_only: supervise only the last assistant message.
+            content: the text, or role and content of each turn.
+            last_only: supervise only the last assistant message of a chat.
 
         Raises:
             DataError: there is no template, or the chat cannot be rendered; see :func:`render_chat`.
         """
-        text, spans, _ = render_chat(self._renderer(), messages)
-        spans = spans[-1:] if last_only else spans
-        tokens = tokenize(self.tokenizer, self.table, text, spans=spans, special_tokens=False, append_eos=False)
-        return EncodedText(tokens, self._labels(tokens))
+        if not isinstance(content, str):
+            self._require_template()
+        tokens, _ = tokenize_content(self.tokenizer, self.table, content, template_options=self.template_options)
+        if not isinstance(content, str):
+            tokens = replace(tokens, spans=tokens.spans[-1:]) if last_only else tokens
+            return EncodedText(tokens, self._labels(tokens))
+        labels = tokens.input_ids.copy()
+        # Nothing predicts the first token. In a packed sequence the document before it would.
+        labels[:1] = IGNORED
+        return EncodedText(tokens, labels)
 
     def answer(self, prompt: str | Sequence[Message], response: str) -> EncodedText:
         """Tokenize a prompt and one response to it; the response and its end of turn are supervised."""
         if self.tokenizer.chat_template is not None:
-            return self.chat([*_messages(prompt), {"role": "assistant", "content": response}], last_only=True)
+            return self.encode([*_messages(prompt), {"role": "assistant", "content": response}], last_only=True)
         head, text = _plain(prompt), _plain(prompt) + response
         tokens = tokenize(self.tokenizer, self.table, text, spans=[(len(head.encode()), len(text.encode()))])
         return EncodedText(tokens, self._labels(tokens))
@@ -104,13 +105,14 @@ class TargetTokenizer:
         completion = raw[len(head.encode()) : stop].decode()
         return head, completion + self._end_of_turn(raw[stop:].decode())
 
-    def _renderer(self, **options: Any) -> Callable[[list[dict[str, Any]]], str]:
+    def _require_template(self) -> None:
         if self.tokenizer.chat_template is None:
             raise DataError(
-                "the data set holds chats, but the target's tokenizer has no chat template. Set `chat_template:` in "
+                "the dataset holds chats, but the target's tokenizer has no chat template. Set `chat_template:` in "
                 "the axolotl configuration, or use plain texts."
             )
 
+    def _renderer(self, **options: Any) -> Callable[[list[dict[str, Any]]], str]:
         def render(messages: list[dict[str, Any]]) -> str:
             settings = {**self.template_options, **options, "tokenize": False}
             return str(self.tokenizer.apply_chat_template(messages, **settings))
@@ -118,14 +120,14 @@ class TargetTokenizer:
         return render
 
     def _labels(self, tokens: TokenizedText) -> IntArray:
-        keep = supervised_tokens(tokens) > 0
+        keep = supervised_bytes(tokens) > 0
         for stop in tokens.spans[:, 1]:
             first = int(np.searchsorted(tokens.ends, stop)) + 1
             keep[first : self._turn_end(tokens.input_ids, first)] = True
         return np.where(keep, tokens.input_ids, IGNORED).astype(np.int32)
 
     def _turn_end(self, ids: IntArray, first: int) -> int:
-        """Position behind the token that ends the turn; only white space may stand before it. ``first``: none."""
+        """Return the position after the token that ends the turn; ``first`` where other text is before it."""
         for position in range(first, len(ids)):
             role = self.table.role_of(int(ids[position]))
             if role in _ENDS_TURN:

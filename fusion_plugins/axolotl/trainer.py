@@ -1,9 +1,9 @@
 """axolotl's trainer with one more loss term: ``w * LM + (1 - w) * fusion``, both summed over tokens and divided once.
 
-The targets stay sparse, and the logits of a whole batch are not held either: while the model runs, its output layer
-computes both losses chunk by chunk in its own forward, where sharded weights are present (ZeRO-3, FSDP), and puts out
-their sums in the place of the logits. Models that change the logits behind the output layer (soft-capping, scaling) are
-found out with a probe and take the plain way over their logits.
+The fused distributions stay sparse, and the logits of a whole batch are never held: while the model runs, its output
+layer computes both losses chunk by chunk inside its own forward, where sharded weights are present (ZeRO-3, FSDP), and
+returns their sums instead of the logits. Some models change the logits after the output layer (soft-capping, scaling).
+A probe finds these before the first step; their losses are computed from the full logits.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,34 +18,35 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor
 
 from fusion_plugins.axolotl.args import FusionBlock, fusion_block
-from fusion_plugins.axolotl.collator import FUSED_IDS, FUSED_LOGPROBS, targets_of
-from fusion_plugins.core.fusion.losses import RowLoss, token_losses
+from fusion_plugins.axolotl.collator import FUSED_IDS, FUSED_LOGPROBS, take_fused
+from fusion_plugins.core.fusion.losses import Divergence, token_losses
 from fusion_plugins.errors import DataError
 from fusion_plugins.plugins import lookup
 
 __all__ = ["FusionTrainer"]
 
 LOG = get_logger(__name__)
-#: What the output layer puts out besides its sums; no bfloat16 number, so that a cast would show.
+#: What the output layer returns in the probe. These are no bfloat16 numbers, so a cast after the layer changes them
+#: too.
 PROBE = (1234.5678, -0.3141592, 77.0077)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Labels (B, T) and fused targets (B, T, K) of the forward pass under way."""
+    """Labels (B, T) and fused ids and log-probabilities (B, T, K) of the running forward pass."""
 
     labels: Tensor
-    targets: tuple[Tensor, Tensor]
+    fused: tuple[Tensor, Tensor]
 
     @cached_property
     def counts(self) -> tuple[Tensor, Tensor]:
-        """() rows with a next token, and () those of them with a fused entry."""
-        rows = self.labels[:, 1:] != -100
-        return rows.sum(), (rows & (self.targets[0][:, :-1] >= 0).any(-1)).sum()
+        """() positions with a label, and () those of them with a fused distribution."""
+        positions = self.labels[:, 1:] != -100
+        return positions.sum(), (positions & (self.fused[0][:, :-1] >= 0).any(-1)).sum()
 
 
 class FusionTrainer(AxolotlTrainer):
-    """Trains on the language-model loss and the fused targets."""
+    """Trains on the language-model loss and the fused distributions."""
 
     _signature_columns: list[str] | None
 
@@ -62,8 +63,8 @@ class FusionTrainer(AxolotlTrainer):
         return fusion_block(self.axolotl_cfg)
 
     @cached_property
-    def _kind(self) -> RowLoss:
-        kind: RowLoss = lookup("losses", self._fusion.loss)
+    def _kind(self) -> Divergence:
+        kind: Divergence = lookup("losses", self._fusion.loss)
         return kind
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -78,15 +79,15 @@ class FusionTrainer(AxolotlTrainer):
         """Run the model on one micro-batch; see :meth:`_weighted_loss`.
 
         Raises:
-            DataError: the batch has no fused targets.
+            DataError: the batch has no fused distributions.
         """
         inputs = dict(inputs)
-        targets = targets_of(inputs)
+        fused = take_fused(inputs)
         if "labels" not in inputs:
-            raise DataError(f"a batch reached the trainer without labels; it has {sorted(inputs)}")
+            raise DataError(f"expected a batch with labels, got one with {sorted(inputs)}")
         if self._losses_in_head is None:
             self._losses_in_head = self._head_is_last(model, inputs)
-        self._batch = _Batch(inputs["labels"], targets)
+        self._batch = _Batch(inputs["labels"], fused)
         try:
             with self._replaced_head(model, self._losses_of_head):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -105,31 +106,31 @@ class FusionTrainer(AxolotlTrainer):
     def lm_weight(self) -> float:
         """Weight of the language-model loss at this step."""
         weight = self._fusion.lm_loss_weight
-        if self._fusion.lm_loss_schedule == "decay":
+        if self._fusion.lm_loss_schedule == "rise":
             weight += (1 - weight) * min(1.0, self.state.global_step / max(1, self.state.max_steps))
         return weight
 
     def _weighted_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         """``(w * sum LM + (1 - w) * sum fusion) / tokens``, tokens counted over the whole global batch."""
         assert self._batch is not None
-        rows, fused_rows = self._batch.counts
+        positions, fused_positions = self._batch.counts
         if self._in_head:
             lm, fusion = outputs["logits"].flatten()[:2]
         else:
-            found = token_losses(outputs["logits"], None, labels, self._batch.targets, **self._options)
+            found = token_losses(outputs["logits"], None, labels, self._batch.fused, **self._options)
             lm, fusion = found.lm, found.fusion
         weight = self.lm_weight
         metrics = {
-            "lm_loss": lm.detach() / rows.clamp_min(1),
-            "fusion_loss": fusion.detach() / fused_rows.clamp_min(1),
-            "fusion_coverage": fused_rows / rows.clamp_min(1),
+            "lm_loss": lm.detach() / positions.clamp_min(1),
+            "fusion_loss": fusion.detach() / fused_positions.clamp_min(1),
+            "fusion_coverage": fused_positions / positions.clamp_min(1),
             "lm_weight": weight,
         }
         if self.model.training:
             self.store_metrics(metrics, train_eval="train")
         else:
             self.store_metrics({f"eval_{name}": value for name, value in metrics.items()}, train_eval="eval")
-        tokens = rows.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+        tokens = positions.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
         return (weight * lm + (1 - weight) * fusion) / tokens
 
     @property
@@ -142,16 +143,16 @@ class FusionTrainer(AxolotlTrainer):
 
     def _losses_of_head(self, head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         assert self._batch is not None
-        found = token_losses(hidden, head, self._batch.labels, self._batch.targets, **self._options)
+        found = token_losses(hidden, head, self._batch.labels, self._batch.fused, **self._options)
         return torch.stack([found.lm, found.fusion]).view(1, 1, -1)
 
     def _head_is_last(self, model: Any, inputs: dict[str, Any]) -> bool:
-        """Whether what the output layer puts out leaves the model as it is. One forward pass, without gradients."""
+        """Whether the model returns the output of its output layer unchanged. One forward pass, without gradients."""
         if self.args.torch_compile or self._head(model) is None:
             return False
 
         def probe(head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-            # The layer runs once, because sharded layers expect as many calls on every rank and in every step.
+            # The layer runs once all the same: sharded layers expect the same number of calls on every rank.
             first = head(hidden[:1, :1]).float().flatten()[:1]
             return torch.cat([first * 0, first.new_tensor(PROBE)]).view(1, 1, -1)
 
@@ -174,7 +175,7 @@ class FusionTrainer(AxolotlTrainer):
     def _replaced_head(
         self, model: Any, replacement: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor], *, always: bool = False
     ) -> Iterator[None]:
-        """While the context lasts, the output layer puts out ``replacement(its forward, its input)``."""
+        """Within the context, the output layer returns ``replacement(its forward, its input)``."""
         if not (always or self._in_head):
             yield
             return

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from fusion_plugins.core.fusion.accounting import ProjectionReport
 from fusion_plugins.core.fusion.align import align_texts
 from fusion_plugins.core.fusion.common_text import common_text
-from fusion_plugins.core.fusion.project import Projection, ProjectionOptions, project_record
-from fusion_plugins.core.fusion.record import stored_rows
+from fusion_plugins.core.fusion.project import Projection, ProjectionOptions, Projector
+from fusion_plugins.core.fusion.record import supervised_positions
 from fusion_plugins.core.fusion.types import Record, VocabularyMap
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.types import TokenizedText
@@ -25,22 +25,22 @@ __all__ = ["ClassCount", "Diagnosis", "diagnose", "figures", "vocabulary_overlap
 #: mean difference of two models' log-probabilities of the same tokens, in nats, below which they are one model: what
 #: another precision or batch leaves
 SAME_MODEL = 0.02
-ROW_KINDS = ("one_to_one", "one_to_many", "many_to_one", "crossing", "special")
+POSITION_KINDS = ("one_to_one", "one_to_many", "many_to_one", "crossing", "special")
 
 
 @dataclass(frozen=True)
 class ClassCount:
-    """Rows whose label belongs to one class; counts and sums over the sample.
+    """Positions whose label belongs to one class; counts and sums over the sample.
 
     Attributes:
-        rows: supervised rows.
+        positions: supervised positions.
         used: those with a distribution of the source.
-        gold: sum over used rows of the probability that the source gives the label, before renormalisation.
-        own: sum over used rows of the probability that the target itself gives the label.
-        top1: used rows whose most probable entry is the label.
+        gold: sum over used positions of the probability that the source gives the label, before renormalisation.
+        own: sum over used positions of the probability that the target itself gives the label.
+        top1: used positions whose most probable entry is the label.
     """
 
-    rows: int = 0
+    positions: int = 0
     used: int = 0
     gold: float = 0.0
     own: float = 0.0
@@ -48,7 +48,7 @@ class ClassCount:
 
     def __add__(self, other: "ClassCount") -> "ClassCount":
         return ClassCount(
-            self.rows + other.rows,
+            self.positions + other.positions,
             self.used + other.used,
             self.gold + other.gold,
             self.own + other.own,
@@ -127,20 +127,12 @@ def diagnose(
         AlignmentError: two records are not of the same text.
     """
     source_table, target_table = tables
+    projector = Projector.of(source_table, target_table, vocabulary, options)
     by_token, tally = token_classes(target_table), _Tally()
     for source, own in pairs:
-        target = TokenizedText(own.input_ids, own.offsets, own.spans, own.exact)
         tally.compare(source, own)
-        source, target = common_text(source, target, source_table=source_table, target_table=target_table)
-        projection = project_record(
-            source,
-            align_texts(source, target),
-            vocabulary,
-            target,
-            source_table=source_table,
-            target_table=target_table,
-            options=options,
-        )
+        source, target = common_text(source, own.text, projector.source_bytes, projector.target_bytes)
+        projection = projector(source, align_texts(source.text, target), target)
         tally.count(projection, target, own, label_classes(target, target_table, by_token))
         advance()
     return Diagnosis(
@@ -158,7 +150,7 @@ def diagnose(
         top_k=tally.top_k,
         tokens=tally.tokens,
         n_bytes=tally.n_bytes,
-        is_target=source_table.fingerprint == target_table.fingerprint and tally.same_rows,
+        is_target=source_table.fingerprint == target_table.fingerprint and tally.same_distributions,
     )
 
 
@@ -169,11 +161,11 @@ def figures(diagnosis: Diagnosis) -> dict[str, float]:
     distributions that are not there is nan.
     """
     report, total = diagnosis.projection, diagnosis.total
-    rows, used = max(report.rows, 1), max(report.used, 1)
+    positions, used = max(report.positions, 1), max(report.used, 1)
     return {
         "coverage": report.coverage,
         "fallback": 1.0 - report.coverage,
-        **{f"rows {kind.replace('_', '-')}": getattr(report, kind) / rows for kind in ROW_KINDS},
+        **{f"positions {kind.replace('_', '-')}": getattr(report, kind) / positions for kind in POSITION_KINDS},
         "mass kept": report.mass_kept,
         "mass by the text": report.gold_mass / used,
         "mass exact": report.exact_mass / used,
@@ -207,22 +199,22 @@ class _Tally:
         self.report = ProjectionReport()
         self.classes = {label_class: ClassCount() for label_class in CLASSES}
         self.ces: list[tuple[float, float]] = []
-        self.top_k = self.tokens = self.n_bytes = self._rows = 0
+        self.top_k = self.tokens = self.n_bytes = self._positions = 0
         self._difference = 0.0
 
     @property
-    def same_rows(self) -> bool:
+    def same_distributions(self) -> bool:
         """Whether source and target gave their tokens, which are the same, the same probabilities."""
-        return self._rows > 0 and self._difference < SAME_MODEL * self._rows
+        return self._positions > 0 and self._difference < SAME_MODEL * self._positions
 
     def compare(self, source: Record, own: Record) -> None:
         self.ces.append((source.ce_per_byte, own.ce_per_byte))
-        self.top_k = max(self.top_k, source.topk_ids.shape[1])
-        self.tokens += len(source.input_ids)
-        self.n_bytes += int(source.offsets[-1])
-        self._rows += len(own.input_ids) - 1
-        if np.array_equal(source.input_ids, own.input_ids):
-            self._difference += float(np.abs(source.token_logprobs[:-1] - own.token_logprobs[:-1]).sum())
+        self.top_k = max(self.top_k, source.topk.ids.shape[1])
+        self.tokens += len(source.text.input_ids)
+        self.n_bytes += int(source.text.ends[-1])
+        self._positions += len(own.text.input_ids) - 1
+        if np.array_equal(source.text.input_ids, own.text.input_ids):
+            self._difference += float(np.abs(source.topk.token_logprobs[:-1] - own.topk.token_logprobs[:-1]).sum())
         else:
             self._difference = float("inf")
 
@@ -233,13 +225,13 @@ class _Tally:
 
 
 def _count(projection: Projection, target: TokenizedText, own: Record, of_class: npt.NDArray[np.bool_]) -> ClassCount:
-    rows = stored_rows(target)[:-1] & of_class
-    used = rows & projection.distributions.rows[:-1]
+    positions = supervised_positions(target)[:-1] & of_class
+    used = positions & projection.distributions.present[:-1]
     return ClassCount(
-        rows=int(rows.sum()),
+        positions=int(positions.sum()),
         used=int(used.sum()),
         gold=_probability(projection.label_logprobs[:-1][used]),
-        own=_probability(own.token_logprobs[:-1][used]),
+        own=_probability(own.topk.token_logprobs[:-1][used]),
         top1=int((projection.distributions.ids[:-1, 0][used] == target.input_ids[1:][used]).sum()),
     )
 

@@ -14,8 +14,7 @@ import numpy as np
 
 from fusion_plugins.core.fusion.project import ProjectionOptions
 from fusion_plugins.core.fusion.record import build_record
-from fusion_plugins.core.fusion.types import Record, VocabularyMap
-from fusion_plugins.core.fusion.vocabulary_map import identity_map, same_ids
+from fusion_plugins.core.fusion.types import Record, TopK
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize_content
 from fusion_plugins.core.text.types import TokenizedText
@@ -185,7 +184,7 @@ def examine(
     ids = _sample(target, sources, limit)
     verdicts = []
     for source in sources:
-        mapping = _vocabulary(source.table, target, vocabulary)
+        mapping = cached_map(source.table, target.table, method=vocabulary, tokenizer=target.tokenizer)
         pairs = ((source.record(id), target.record(id)) for id in ids)
         found = diagnose(source.name, pairs, (source.table, target.table), mapping, options, advance)
         problems, captured = advice(found, options), source.store is not None
@@ -253,15 +252,8 @@ def _tokenizer_of(store: Store, named: str | None) -> Any:
     )
 
 
-def _vocabulary(source: TokenTable, target: Side, method: str) -> VocabularyMap:
-    if same_ids(source, target.table):
-        return identity_map(source)
-    return cached_map(source, target.table, method=method, tokenizer=target.tokenizer)
-
-
 def _record_of_tokens(id: str, text: TokenizedText) -> Record:
-    """Make the record of a source that is certain of the token that follows: what alignment does to it is seen."""
+    """Make the record of a source that is certain of every next token, so that only alignment and maps matter."""
     following = np.append(text.input_ids[1:], -1).astype(np.int32)[:, None]
-    return build_record(
-        id, text, following, np.where(following >= 0, 0.0, -np.inf), np.full(len(text.input_ids), np.nan, np.float32)
-    )
+    unknown = np.full(len(text.input_ids), np.nan, np.float32)
+    return build_record(id, text, TopK(following, np.where(following >= 0, 0.0, -np.inf), unknown))

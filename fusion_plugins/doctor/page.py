@@ -17,9 +17,9 @@ __all__ = ["picture_png", "render_doctor_page", "sections", "show"]
 
 #: parts of the table -> how the names of their figures begin
 PARTS = {
-    "rows of the target": ("coverage", "fallback", "rows"),
-    "probability mass of the rows with a distribution": ("mass",),
-    "what the rows say of the label": ("label",),
+    "positions of the target": ("coverage", "fallback", "positions"),
+    "probability mass at the positions with a distribution": ("mass",),
+    "what the distributions say about the label": ("label",),
     "tokens of the source in the target's vocabulary": ("vocabulary",),
     "whole texts": ("CE", "texts", "bytes"),
 }
@@ -35,7 +35,7 @@ def sections(report: DoctorReport) -> list[tuple[str, list[Row]]]:
     texts = [(name, [_text(name, column[name]) for column in columns]) for name in columns[0]]
     parts = [(title, [row for row in texts if row[0].startswith(names)]) for title, names in PARTS.items()]
     parts += [
-        ("rows with a distribution, by kind of label", _by_class(report, _class_coverage)),
+        ("positions with a distribution, by kind of label", _by_class(report, _class_coverage)),
         ("probability of the label, by kind of label", _by_class(report, _class_probability)),
         ("vocabulary map and store", [("map", [_map_text(source) for source in report.sources]), *_sizes(report)]),
     ]
@@ -89,16 +89,16 @@ def picture_png(report: DoctorReport) -> bytes:
     figure = Figure(figsize=(11, 4.1), layout="constrained")
     FigureCanvasAgg(figure)
     coverage, gold = figure.subplots(1, 2)
-    seen = [name for name in CLASSES if any(s.diagnosis.classes[name].rows for s in report.sources)]
+    seen = [name for name in CLASSES if any(s.diagnosis.classes[name].positions for s in report.sources)]
     width = 0.8 / (len(report.sources) + 1)
     for index, source in enumerate(report.sources):
         classes = [source.diagnosis.classes[name] for name in seen]
         places = [place + index * width for place in range(len(seen))]
-        coverage.bar(places, [_share(c.used, c.rows) for c in classes], width, label=source.diagnosis.name)
+        coverage.bar(places, [_share(c.used, c.positions) for c in classes], width, label=source.diagnosis.name)
         gold.bar(places, [_share(c.gold, c.used) for c in classes], width, label=source.diagnosis.name)
         gold.scatter(places, [_share(c.own, c.used) for c in classes], color="black", marker="_", s=120, zorder=3)
     for panel, title in (
-        (coverage, "rows with a distribution"),
+        (coverage, "positions with a distribution"),
         (gold, "probability of the label (black mark: target's own)"),
     ):
         panel.set_title(title, fontsize=10)
@@ -120,7 +120,7 @@ def _by_class(report: DoctorReport, text: Callable[[ClassCount], str]) -> list[R
 
 
 def _class_coverage(count: ClassCount) -> str:
-    return f"{count.used / count.rows:.1%} of {count.rows:,}" if count.rows else NOTHING
+    return f"{count.used / count.positions:.1%} of {count.positions:,}" if count.positions else NOTHING
 
 
 def _class_probability(count: ClassCount) -> str:

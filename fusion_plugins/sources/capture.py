@@ -250,17 +250,17 @@ def _records(
         tokenized.update({(number, index): text for index, text in enumerate(texts)})
         return texts
 
-    for place, rows in job.source.capture(MadeUnits(units, tokenize_unit), job.manifest.top_k):
+    for place, topk in job.source.capture(MadeUnits(units, tokenize_unit), job.manifest.top_k):
         text = units[place[0]][place[1]]
         tokens = tokenized.pop(place)
-        if isinstance(rows, Refusal):
+        if isinstance(topk, Refusal):
             if job.config.unusable == "stop":
-                raise SourceError(f"text {text.id!r}: {rows.reason}; or leave such texts out with `unusable: skip`")
-            skipped[text.id] = rows.reason
+                raise SourceError(f"text {text.id!r}: {topk.reason}; or leave such texts out with `unusable: skip`")
+            skipped[text.id] = topk.reason
             yield place, None
             continue
         progress.advance(text.n_bytes, len(tokens.input_ids))
-        yield place, build_record(text.id, tokens, rows.topk_ids, rows.topk_logprobs, rows.token_logprobs)
+        yield place, build_record(text.id, tokens, topk)
 
 
 def _commit(store: StoreWriter, done: set[str], records: list[Record | None]) -> None:

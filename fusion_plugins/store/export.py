@@ -32,13 +32,13 @@ def plain_columns(record: Record) -> dict[str, Any]:
     """Return a record as plain lists; entries as in the store, -1 and -inf where there is none."""
     return {
         "id": record.id,
-        "input_ids": record.input_ids,
-        "ends": record.offsets,
-        "exact": record.exact,
-        "spans": record.spans,
-        "topk_ids": record.topk_ids,
-        "topk_logprobs": record.topk_logprobs,
-        "token_logprobs": record.token_logprobs,
+        "input_ids": record.text.input_ids,
+        "ends": record.text.ends,
+        "exact": record.text.exact,
+        "spans": record.text.spans,
+        "topk_ids": record.topk.ids,
+        "topk_logprobs": record.topk.logprobs,
+        "token_logprobs": record.topk.token_logprobs,
         "tail": record.tail,
         "ce_per_token": record.ce_per_token,
         "ce_per_byte": record.ce_per_byte,
@@ -52,18 +52,18 @@ def kd_columns(record: Record, exponent: float = 1.0) -> dict[str, Any]:
     renormalised over their entries after probabilities were raised to ``exponent`` (temperature of the store over that
     of the run). Labels are the tokens that stored rows predict.
     """
-    held = record.topk_ids >= 0
-    scaled = record.topk_logprobs.astype(np.float64) * exponent
+    held = record.topk.ids >= 0
+    scaled = record.topk.logprobs.astype(np.float64) * exponent
     with np.errstate(divide="ignore"):
         normaliser = np.log(np.exp(scaled).sum(axis=1, keepdims=True))
     logprobs = np.where(held, scaled - np.where(np.isfinite(normaliser), normaliser, 0), MASKED)
     predicted = np.concatenate([[False], held.any(axis=1)])[:-1]
     return {
-        "input_ids": record.input_ids,
-        "attention_mask": np.ones(len(record.input_ids), np.int8),
-        "labels": np.where(predicted, record.input_ids, IGNORED_LABEL),
+        "input_ids": record.text.input_ids,
+        "attention_mask": np.ones(len(record.text.input_ids), np.int8),
+        "labels": np.where(predicted, record.text.input_ids, IGNORED_LABEL),
         "target_logprobs": np.maximum(logprobs, MASKED).astype(np.float32),
-        "target_token_ids": np.where(held, record.topk_ids, 0),
+        "target_token_ids": np.where(held, record.topk.ids, 0),
         "target_mask": held.astype(np.int8),
     }
 
@@ -142,7 +142,7 @@ def _portions(store: Store) -> Iterator[list[Record]]:
     tokens = 0
     for record in store:
         records.append(record)
-        tokens += len(record.input_ids)
+        tokens += len(record.text.input_ids)
         if tokens * store.manifest.top_k >= FILE_VALUES:
             yield records
             records, tokens = [], 0

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fusion_plugins.core.fusion.types import Record
+from fusion_plugins.core.fusion.types import Record, TopK
+from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.store.manifest import Manifest
 from fusion_plugins.store.shards import Codec
 
@@ -52,7 +53,7 @@ def record_codec(manifest: Manifest) -> Codec[Record]:
         key=lambda record: record.id,
         keys=lambda table: table["id"].to_pylist(),
         key_columns=["id"],
-        tokens=lambda record: len(record.input_ids),
+        tokens=lambda record: len(record.text.input_ids),
         version=Manifest.VERSION,
         shard_tokens=max(1, SHARD_VALUES // manifest.top_k),
         group_tokens=max(1, GROUP_VALUES // manifest.top_k),
@@ -62,25 +63,25 @@ def record_codec(manifest: Manifest) -> Codec[Record]:
 
 def encode_records(records: list[Record]) -> pa.Table:
     """Return one table row per record, in the layout of the current version; every record has the same K."""
-    lengths = [len(record.input_ids) for record in records]
-    inputs = np.concatenate([record.input_ids for record in records])
-    ids = np.concatenate([record.topk_ids for record in records])  # (U, K)
-    bits = _float16_bits(np.concatenate([record.topk_logprobs for record in records]))
-    gold = _float16_bits(np.concatenate([record.token_logprobs for record in records]))
+    lengths = [len(record.text.input_ids) for record in records]
+    inputs = np.concatenate([record.text.input_ids for record in records])
+    ids = np.concatenate([record.topk.ids for record in records])  # (U, K)
+    bits = _float16_bits(np.concatenate([record.topk.logprobs for record in records]))
+    gold = _float16_bits(np.concatenate([record.topk.token_logprobs for record in records]))
     inside, held = _gold_in_top_k(inputs, ids, bits)
     inside[[stop - 1 for stop in np.cumsum(lengths) if stop]] = False  # what follows is another record's token
     gold = np.where(inside & (gold == held), np.uint16(IN_TOP_K), gold)
     tail = np.concatenate([record.tail for record in records]).astype(np.float16).view(np.uint16)
-    widths = [np.diff(record.offsets, prepend=np.int32(0)) for record in records]
+    widths = [np.diff(record.text.ends, prepend=np.int32(0)) for record in records]
     return pa.table(
         {
             "id": pa.array([record.id for record in records], pa.string()),
             "input_ids": _lists(pa.array(inputs), lengths),
             "widths": _lists(pa.array(np.concatenate(widths)), lengths),
-            "exact": _lists(pa.array(np.concatenate([record.exact for record in records])), lengths),
+            "exact": _lists(pa.array(np.concatenate([record.text.exact for record in records])), lengths),
             "spans": _lists(
-                pa.array(np.concatenate([record.spans.ravel() for record in records])),
-                [record.spans.size for record in records],
+                pa.array(np.concatenate([record.text.spans.ravel() for record in records])),
+                [record.text.spans.size for record in records],
             ),
             "topk_ids": _lists(_fixed(_narrowed(ids)), lengths),
             "topk_logprobs": _lists(_fixed(np.diff(bits, axis=1, prepend=np.uint16(0))), lengths),
@@ -136,7 +137,7 @@ class RecordTable:
         ids: (N,) names.
         starts: (N + 1,) first token of each record.
         span_starts: (N + 1,) first span of each record.
-        columns: field of :class:`Record` -> (U,) or (U, K) array; spans (M, 2); cross-entropies (N,).
+        columns: name -> (U,) or (U, K) array; spans (M, 2); cross-entropies (N,).
     """
 
     ids: list[str]
@@ -148,15 +149,11 @@ class RecordTable:
         """Return one record; its arrays are read-only views."""
         tokens = slice(self.starts[row], self.starts[row + 1])
         column = self.columns
+        spans = column["spans"][self.span_starts[row] : self.span_starts[row + 1]]
         return Record(
             id=self.ids[row],
-            input_ids=column["input_ids"][tokens],
-            offsets=column["offsets"][tokens],
-            exact=column["exact"][tokens],
-            spans=column["spans"][self.span_starts[row] : self.span_starts[row + 1]],
-            topk_ids=column["topk_ids"][tokens],
-            topk_logprobs=column["topk_logprobs"][tokens],
-            token_logprobs=column["token_logprobs"][tokens],
+            text=TokenizedText(column["input_ids"][tokens], column["ends"][tokens], spans, column["exact"][tokens]),
+            topk=TopK(column["topk_ids"][tokens], column["topk_logprobs"][tokens], column["token_logprobs"][tokens]),
             tail=column["tail"][tokens],
             ce_per_token=float(column["ce_per_token"][row]),
             ce_per_byte=float(column["ce_per_byte"][row]),
@@ -187,7 +184,7 @@ def decode_records(table: pa.Table, version: int) -> RecordTable:
 def _distributions(table: pa.Table, input_ids: Any, starts: Any) -> dict[str, Any]:
     widths = _flat(table, "widths")[1]
     running = np.concatenate([[0], np.cumsum(widths, dtype=np.int64)])
-    offsets = running[1:] - np.repeat(running[starts[:-1]], np.diff(starts))
+    ends = running[1:] - np.repeat(running[starts[:-1]], np.diff(starts))
     ids = _flat(table, "topk_ids", np.uint16)[1]
     width = table["topk_logprobs"].type.value_type.byte_width // 2
     if ids.shape[1] != width:
@@ -198,7 +195,7 @@ def _distributions(table: pa.Table, input_ids: Any, starts: Any) -> dict[str, An
     gold = _flat(table, "gold")[1]
     gold = np.where(gold == IN_TOP_K, _gold_in_top_k(input_ids, ids, bits)[1], gold)
     return {
-        "offsets": offsets.astype(np.int32),
+        "ends": ends.astype(np.int32),
         "topk_ids": ids,
         "topk_logprobs": _from_bits(bits),
         "token_logprobs": _from_bits(gold),
@@ -208,8 +205,7 @@ def _distributions(table: pa.Table, input_ids: Any, starts: Any) -> dict[str, An
 
 def _distributions_v1(table: pa.Table) -> dict[str, Any]:
     return {
-        "offsets": _flat(table, "ends")[1],
-        **{name: _flat(table, name)[1] for name in ("topk_ids", "topk_logprobs", "token_logprobs", "tail")},
+        **{name: _flat(table, name)[1] for name in ("ends", "topk_ids", "topk_logprobs", "token_logprobs", "tail")},
     }
 
 

@@ -104,20 +104,20 @@ def say_how_to_go_on(path: Path, count: int, what: str) -> None:
 
 
 def _check(record: Record, top_k: int) -> None:
-    n_tokens = len(record.input_ids)
+    n_tokens = len(record.text.input_ids)
     shapes = {
-        "offsets": (record.offsets.shape, (n_tokens,)),
-        "exact": (record.exact.shape, (n_tokens,)),
-        "topk_ids": (record.topk_ids.shape, (n_tokens, top_k)),
-        "topk_logprobs": (record.topk_logprobs.shape, (n_tokens, top_k)),
-        "token_logprobs": (record.token_logprobs.shape, (n_tokens,)),
+        "ends": (record.text.ends.shape, (n_tokens,)),
+        "exact": (record.text.exact.shape, (n_tokens,)),
+        "topk_ids": (record.topk.ids.shape, (n_tokens, top_k)),
+        "topk_logprobs": (record.topk.logprobs.shape, (n_tokens, top_k)),
+        "token_logprobs": (record.topk.token_logprobs.shape, (n_tokens,)),
         "tail": (record.tail.shape, (n_tokens,)),
-        "spans": (record.spans.shape[1:], (2,)),
+        "spans": (record.text.spans.shape[1:], (2,)),
     }
     for name, (came, expected) in shapes.items():
         if came != expected:
             raise DataError(f"record {record.id!r}: {name} has shape {came}, expected {expected}")
-    logprobs = record.topk_logprobs
+    logprobs = record.topk.logprobs
     if (logprobs[:, 1:] > logprobs[:, :-1]).any() or np.isnan(logprobs).any():
         raise DataError(f"record {record.id!r}: topk_logprobs must descend within a row; sort ids and values together")
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tiny
+from records import record_of
 from typer.testing import CliRunner
 
 from fusion_plugins.cli import app
 from fusion_plugins.core.fusion.accounting import ProjectionReport
 from fusion_plugins.core.fusion.project import ProjectionOptions
-from fusion_plugins.core.fusion.record import build_record
 from fusion_plugins.core.fusion.types import VocabularyMap
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize
@@ -228,7 +228,7 @@ def _certain(probability, id="0", text=TEXTS[1]):
     tokens = tokenize(tokenizer, TokenTable.from_tokenizer(tokenizer), text)
     n = len(tokens.input_ids)
     logprobs = np.full(n, np.log(probability), np.float32)
-    return build_record(id, tokens, np.append(tokens.input_ids[1:], 0)[:, None], logprobs[:, None], logprobs)
+    return record_of(id, tokens, np.append(tokens.input_ids[1:], 0)[:, None], logprobs[:, None], logprobs)
 
 
 def _diagnose(pairs):
@@ -350,7 +350,7 @@ def test_no_distribution_means_no_score(work):
     side = open_side(str(work / "models" / "a"), {"0": TEXTS[0]})
     record = side.record("0")
     assert math.isnan(record.ce_per_byte)
-    assert np.isnan(record.token_logprobs).all()
+    assert np.isnan(record.topk.token_logprobs).all()
 
 
 def test_settings_may_come_from_a_file_and_the_last_store_is_the_target(work):

@@ -5,10 +5,25 @@ import json
 import pytest
 from axolotl_runs import ROOT
 
-from fusion_plugins.axolotl.args import AlignmentArgs, FusionBlock, PairArgs, SftArgs, SourceArgs, SplitArgs
+from fusion_plugins.axolotl.args import (
+    AlignmentArgs,
+    FusionBlock,
+    PairArgs,
+    ProjectionArgs,
+    SftArgs,
+    SourceArgs,
+    SplitArgs,
+)
 
 PAGE = (ROOT / "docs" / "axolotl.md").read_text(encoding="utf-8")
-NESTED = {"sources": "a list", "alignment": "a block", "pairs": "a block", "sft": "a block", "split": "a block"}
+NESTED = {
+    "sources": "a list",
+    "alignment": "a block",
+    "projection": "a block",
+    "pairs": "a block",
+    "sft": "a block",
+    "split": "a block",
+}
 
 
 def table(model):
@@ -25,6 +40,8 @@ def table(model):
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("model", [FusionBlock, SourceArgs, AlignmentArgs, PairArgs, SftArgs, SplitArgs])
+@pytest.mark.parametrize(
+    "model", [FusionBlock, SourceArgs, AlignmentArgs, PairArgs, ProjectionArgs, SftArgs, SplitArgs]
+)
 def test_the_page_has_the_table_of_every_block(model):
     assert table(model) in PAGE, f"docs/axolotl.md should contain:\n{table(model)}"

@@ -9,7 +9,7 @@ import tiny
 import torch
 from axolotl_runs import CHATS, FUSED, config, logged, prepare, train
 
-from fusion_plugins.core.fusion.types import Record
+from fusion_plugins.core.fusion.types import Record, TopK
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.store import StoreWriter, open_store
 
@@ -138,7 +138,7 @@ def test_adapters_train_on_fused_targets(material, run_folder):
 
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(material, run_folder):
     common = IN_ORDER | {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    common |= {"fusion": {"lm_loss_schedule": "decay"}}
+    common |= {"fusion": {"lm_loss_schedule": "rise"}}
     whole = train(config(material, run_folder, **common), run_folder)
     weights = tiny.tensors_of(run_folder / "model")
     resumed = train(
@@ -176,21 +176,16 @@ def certain_store(material, out):
     store = open_store(material.folder / "texts-digits")
     with StoreWriter(out, store.manifest.model_copy(update={"shards": [], "complete": False}), store.table) as writer:
         for record in store:
-            following = np.append(record.input_ids[1:], -1)
-            ids = np.full_like(record.topk_ids, -1)
-            ids[:, 0] = np.where(record.topk_ids[:, 0] >= 0, following, -1)
+            following = np.append(record.text.input_ids[1:], -1)
+            ids = np.full_like(record.topk.ids, -1)
+            ids[:, 0] = np.where(record.topk.ids[:, 0] >= 0, following, -1)
             certain = np.where(ids >= 0, 0.0, -np.inf).astype(np.float32)
             gold = np.append(np.zeros(len(following) - 1), np.nan).astype(np.float32)
             writer.write(
                 Record(
                     id=record.id,
-                    input_ids=record.input_ids,
-                    offsets=record.offsets,
-                    exact=record.exact,
-                    spans=record.spans,
-                    topk_ids=ids,
-                    topk_logprobs=certain,
-                    token_logprobs=gold,
+                    text=record.text,
+                    topk=TopK(ids, certain, gold),
                     tail=np.where(ids[:, 0] >= 0, 0, 1).astype(np.float32),
                     ce_per_token=0.0,
                     ce_per_byte=0.0,
@@ -226,17 +221,17 @@ def test_the_same_tokenizer_is_not_mapped(material, run_folder):
     )
     store = open_store(material.folder / "texts-target")
     record, row = store["t0"], rows[0]
-    assert row["input_ids"] == record.input_ids.tolist()
+    assert row["input_ids"] == record.text.input_ids.tolist()
     fused = np.array(row["fused_ids"]).reshape(len(row["labels"]), -1)
     for position in range(3, 12):
         # The next token may have been outside the source's top k: its probability is known all the same.
-        assert set(fused[position]) <= {*record.topk_ids[position], row["input_ids"][position + 1]}
+        assert set(fused[position]) <= {*record.topk.ids[position], row["input_ids"][position + 1]}
 
 
 @pytest.mark.parametrize("vocabulary", ["min_edit", "exact", "statistics", "one_to_many"])
 def test_every_way_of_mapping_runs(material, run_folder, vocabulary):
-    alignment = {"vocabulary": vocabulary, "fallback": "next_label"}
-    _, rows = prepare(config(material, run_folder, fusion={"alignment": alignment}), run_folder)
+    projection = {"vocabulary_map": vocabulary, "fallback": "next_label"}
+    _, rows = prepare(config(material, run_folder, fusion={"projection": projection}), run_folder)
     assert all(np.array(row["fused_ids"]).max() >= 0 for row in rows)
 
 
@@ -252,7 +247,7 @@ def test_a_prepared_data_set_is_used_again_only_while_nothing_changed(material, 
     assert len(first) == 1
     assert prepared(fusion={"lm_loss_weight": 0.7, "loss": "kl"}) == first, "the loss is no part of the rows"
     assert len(prepared(fusion={"rule": "avg_ce"})) == 2
-    assert len(prepared(fusion={"alignment": {"fallback": "next_label"}})) == 3
+    assert len(prepared(fusion={"projection": {"fallback": "next_label"}})) == 3
     assert len(prepared(fusion={"sources": material.sources("texts", "target")})) == 4
     texts.write_text(texts.read_text().rstrip().rsplit("\n", 1)[0] + "\n")
     assert len(prepared()) == 5, "rewritten texts"
@@ -262,7 +257,7 @@ def test_missing_texts_can_be_dropped(material, run_folder):
     rows = [json.loads(line) for line in material.texts.read_text().splitlines()[:5]]
     path = runs.write_rows(run_folder / "more.jsonl", [*rows, {"id": "new", "text": "Not captured."}])
     settings = config(
-        material, run_folder, datasets=[{"path": str(path), "type": FUSED}], fusion={"missing_texts": "drop"}
+        material, run_folder, datasets=[{"path": str(path), "type": FUSED}], fusion={"on_missing_text": "skip"}
     )
     _, found = prepare(settings, run_folder)
     assert len(found) == 5

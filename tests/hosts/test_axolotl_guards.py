@@ -123,8 +123,10 @@ def test_truncation(axolotl_train):
 
 
 def test_all_problems_of_one_configuration_come_together(axolotl_train, material):
-    fusion = {"lm_loss_weight": 2, "lost": True, "alignment": {"vocabulary": "guess"}}
-    refused(axolotl_train(fusion=fusion), ConfigError, "lm_loss_weight", "lost: unknown key", "alignment.vocabulary")
+    fusion = {"lm_loss_weight": 2, "lost": True, "projection": {"vocabulary_map": "guess"}}
+    refused(
+        axolotl_train(fusion=fusion), ConfigError, "lm_loss_weight", "lost: unknown key", "projection.vocabulary_map"
+    )
     refused(
         axolotl_train(fusion={"rule": "best", "loss": "hinge"}, excess_length_strategy="truncate", rl="dpo"),
         ConfigError,

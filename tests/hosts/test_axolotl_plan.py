@@ -7,6 +7,7 @@ import pytest
 import tiny
 from axolotl_runs import config, prepare
 from datasets import Dataset
+from records import record_of
 from tokenizers import AddedToken
 
 from fusion_plugins.axolotl.args import FusionBlock
@@ -15,7 +16,6 @@ from fusion_plugins.axolotl.plan import make_plan
 from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
 from fusion_plugins.core.fusion.align import align_dtw
 from fusion_plugins.core.fusion.pipeline import fuse_text
-from fusion_plugins.core.fusion.record import build_record
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize_content
 from fusion_plugins.errors import MismatchError
@@ -51,7 +51,7 @@ def write_store(material, folder, tokenizer, contents):
             size = len(text.input_ids)
             ids = np.append(text.input_ids[1:], 0)[:, None].astype(np.int32)
             zeros = np.zeros(size, np.float32)
-            writer.write(build_record(id, text, ids, zeros[:, None], zeros))
+            writer.write(record_of(id, text, ids, zeros[:, None], zeros))
         writer.finish()
     return open_store(folder)
 
@@ -63,7 +63,7 @@ def never(stores):
 def test_statistics_map_every_source(material, run_folder):
     store = str(material.folder / "texts-digits")
     sources = [{"name": name, "store": store} for name in ("one", "other")]
-    fusion = {"sources": sources, "alignment": {"vocabulary": "statistics"}}
+    fusion = {"sources": sources, "projection": {"vocabulary_map": "statistics"}}
     prepare(config(material, run_folder, fusion=fusion), run_folder)
     account = json.loads((run_folder / "model" / "fusion_report.json").read_text())[str(material.texts)]
     assert account["sources"]["one"] == account["sources"]["other"]
@@ -75,11 +75,11 @@ def test_counts_of_parts_are_the_counts_of_the_whole(material, run_folder, monke
     target, store = target_of(tiny.sentencepiece_bpe()), open_store(material.folder / "texts-digits")
 
     def read(row):
-        return row["id"], target.text(row["text"]).tokens
+        return row["id"], target.encode(row["text"]).tokens
 
-    (whole,) = count_texts(map(read, rows), target.table, [store])
+    (whole,) = count_texts(map(read, rows), target.table.packed, [store])
     monkeypatch.setattr("fusion_plugins.axolotl.counting.BATCH", 7)
-    parts = count_alignments(Dataset.from_list(rows), read, target.table, [store, store], process_count=None)
+    parts = count_alignments(Dataset.from_list(rows), read, target.table.packed, [store, store], process_count=None)
     assert len(parts) == 2
     assert len(whole) > 100
     for found in parts:
@@ -91,7 +91,7 @@ def test_white_space_that_one_template_strips_shifts_no_counts(material, run_fol
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "\n\n the fox jumps over the dog"}]
     store = write_store(material, run_folder / "store", tiny.digit_splitting(), {"chat": chat})
     target = target_of(tiny.sentencepiece_bpe())
-    (counts,) = count_texts([("chat", target.chat(chat).tokens)], target.table, [store])
+    (counts,) = count_texts([("chat", target.encode(chat).tokens)], target.table.packed, [store])
     ids = zip(*(column.tolist() for column in counts.pairs()[:2]), strict=True)
     pairs = [(store.table.tokens[i].strip(), target.table.tokens[j].strip()) for i, j in ids]
     assert len(pairs) > 6
@@ -101,36 +101,40 @@ def test_white_space_that_one_template_strips_shifts_no_counts(material, run_fol
 def test_counting_refuses_a_store_of_other_texts(material):
     target, store = target_of(tiny.sentencepiece_bpe()), open_store(material.folder / "texts-digits")
     with pytest.raises(MismatchError, match="texts-digits: record 't0' is of another text"):
-        count_texts([("t0", target.text("Something else.").tokens)], target.table, [store])
+        count_texts([("t0", target.encode("Something else.").tokens)], target.table.packed, [store])
 
 
-def own_plan(material, tokenizer, **alignment):
+def own_plan(material, tokenizer, **settings):
     store = open_store(material.folder / "texts-target")
     block = FusionBlock.model_validate(
-        {"sources": [{"name": "own", "store": str(store.path), "is_target": True}], "alignment": alignment}
+        {"sources": [{"name": "own", "store": str(store.path), "is_target": True}], **settings}
     )
     return make_plan(block, [store], target_of(tokenizer), never)
 
 
 def test_the_settings_of_time_warping_reach_it(material):
-    plan = own_plan(material, tiny.sentencepiece_bpe(), method="dtw", tie_order="fusechat", band=8)
-    assert (plan.alignment.func, plan.alignment.keywords, plan.tie_order) == (align_dtw, {"band": 8}, "fusechat")
-    target = target_of(tiny.sentencepiece_bpe()).text("The fox has 12 apples.").tokens
-    text, _ = tokenize_content(tiny.sentencepiece_bpe(), plan.target_table, "The fox has 12 apples.")
+    plan = own_plan(material, tiny.sentencepiece_bpe(), alignment={"method": "dtw", "tie_order": "fusechat"})
+    aligner, *_ = plan.sources[0].align.args
+    assert (aligner.func, aligner.keywords) == (align_dtw, {"tie_order": "fusechat"})
+    wrapped = target_of(tiny.sentencepiece_bpe())
+    target = wrapped.encode("The fox has 12 apples.").tokens
+    text, _ = tokenize_content(tiny.sentencepiece_bpe(), wrapped.table, "The fox has 12 apples.")
     zeros = np.full(len(text.input_ids), -0.5, np.float32)
-    record = build_record("r", text, np.append(text.input_ids[1:], 0)[:, None], zeros[:, None], zeros)
+    record = record_of("r", text, np.append(text.input_ids[1:], 0)[:, None], zeros[:, None], zeros)
     fused, _ = fuse_text(plan, target, [record])
-    assert fused.rows[1:-1].all()
+    assert fused.present[1:-1].all()
 
 
 def test_tokens_added_for_the_run_leave_the_targets_own_store_usable(material):
     tokenizer = own_copy(tiny.sentencepiece_bpe())
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.add_tokens([AddedToken("<|im_start|>")])
-    plan = own_plan(material, tokenizer, vocabulary="statistics")
-    (source,) = plan.sources
-    assert plan.target_table.vocab_size == source.table.vocab_size + 2
-    assert source.vocabulary.method == "identity"
+    plan = own_plan(material, tokenizer, projection={"vocabulary_map": "statistics"})
+    projector = plan.sources[0].projector
+    size = len(projector.source_bytes.special)
+    assert len(projector.target_bytes.special) == size + 2
+    assert projector.mapping.target_ids.tolist() == list(range(size))
+    assert projector.mapping.exact.all()
 
 
 def test_another_token_at_the_end_of_texts_is_no_addition(material):

@@ -111,7 +111,7 @@ def test_chatml_ends_a_turn_with_its_own_token():
     prompt, completion = target.prompt_and_completion("Hi?", "Hello.\n")
     assert prompt == "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
     assert completion == "Hello.<|im_end|>"
-    text = target.chat([{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}])
+    text = target.encode([{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}])
     assert target.tokenizer.decode([label for label in text.labels if label != -100]) == "Hello.<|im_end|>"
 
 

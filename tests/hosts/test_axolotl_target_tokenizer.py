@@ -25,7 +25,7 @@ def test_the_token_that_ends_a_turn_is_trained_however_it_was_added(special):
     theirs = ChatTemplateStrategy(
         prompter, tokenizer, False, 512, roles_to_train=["assistant"], train_on_eos="turn", eot_tokens=["<|turn_end|>"]
     ).tokenize_prompt({"messages": tiny.CHAT})
-    ours = TargetTokenizer(tokenizer, TokenTable.from_tokenizer(tokenizer), {}).chat(tiny.CHAT)
+    ours = TargetTokenizer(tokenizer, TokenTable.from_tokenizer(tokenizer), {}).encode(tiny.CHAT)
     assert ours.tokens.input_ids.tolist() == theirs["input_ids"]
     assert ours.labels.tolist() == theirs["labels"]
     end = tokenizer.convert_tokens_to_ids("<|turn_end|>")

@@ -9,8 +9,8 @@ import tiny
 import torch
 
 from fusion_plugins.core.merging.varm import varm_merge
-from fusion_plugins.mergekit.commands import render
 from fusion_plugins.mergekit.check import check_merge
+from fusion_plugins.mergekit.commands import render
 
 SOURCES = {"digits": tiny.digit_splitting, "bytes": tiny.byte_level, "words": lambda: tiny.byte_level(390)}
 

@@ -12,8 +12,8 @@ from merging import config_of, run_merge
 from typer.testing import CliRunner
 
 from fusion_plugins.core.merging.varm import varm_weights
-from fusion_plugins.mergekit.commands import render
 from fusion_plugins.errors import DataError
+from fusion_plugins.mergekit.commands import render
 from fusion_plugins.mergekit.report import summarize_merge
 
 

@@ -94,17 +94,17 @@ def test_vllm_and_transformers_fill_the_same_store(model, shared, tmp_path, kind
     assert ours.manifest.engine == "vllm"
     same = {"tokenizer_fingerprint", "vocab_size", "logits_width", "top_k", "dtype", "texts_fingerprint", "revision"}
     assert ours.manifest.model_dump(include=same) == reference.manifest.model_dump(include=same)
-    assert max(len(record.input_ids) for record in ours) > 64
+    assert max(len(record.text.input_ids) for record in ours) > 64
     for record, expected in zip(ours, reference, strict=True):
-        np.testing.assert_array_equal(record.input_ids, expected.input_ids)
-        np.testing.assert_allclose(record.topk_logprobs, expected.topk_logprobs, rtol=1.5e-3, atol=1e-3)
-        np.testing.assert_allclose(record.token_logprobs, expected.token_logprobs, rtol=1.5e-3, atol=1e-3)
+        np.testing.assert_array_equal(record.text.input_ids, expected.text.input_ids)
+        np.testing.assert_allclose(record.topk.logprobs, expected.topk.logprobs, rtol=1.5e-3, atol=1e-3)
+        np.testing.assert_allclose(record.topk.token_logprobs, expected.topk.token_logprobs, rtol=1.5e-3, atol=1e-3)
         np.testing.assert_allclose(record.tail, expected.tail, rtol=1e-2, atol=1e-3)
         assert record.ce_per_byte == pytest.approx(expected.ce_per_byte, rel=1e-3, nan_ok=True)
         # Ids may swap where two probabilities are the same in float16, and nowhere else.
-        differ = record.topk_ids != expected.topk_ids
+        differ = record.topk.ids != expected.topk.ids
         assert differ.mean() < 0.02
-        assert record.topk_ids.max() < ours.manifest.vocab_size
+        assert record.topk.ids.max() < ours.manifest.vocab_size
 
 
 def test_nothing_of_the_training_hosts_is_imported(engines):
@@ -166,7 +166,7 @@ def test_flat_log_probabilities_are_those_of_vllms_default_format(engines):
     [output] = engine._llm.generate([prompt], default, use_tqdm=False)
     for row, position in enumerate(output.prompt_logprobs[1:]):
         best = {token: entry.logprob for token, entry in position.items() if entry.rank <= 5}
-        kept = rows.topk_ids[row][rows.topk_ids[row] >= 0]
+        kept = rows.ids[row][rows.ids[row] >= 0]
         assert set(kept) >= {token for token in best if token < engine._vocab_size}
         assert rows.token_logprobs[row] == pytest.approx(position[int(text.input_ids[row + 1])].logprob, abs=1e-5)
 

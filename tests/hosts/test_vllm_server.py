@@ -46,10 +46,10 @@ def test_a_server_fills_the_same_store_as_transformers(model, server, tmp_path):
     assert ours.manifest.logits_width == reference.manifest.logits_width
     assert "vllm" in ours.manifest.engine_version
     for record, expected in zip(ours, reference, strict=True):
-        np.testing.assert_array_equal(record.input_ids, expected.input_ids)
-        np.testing.assert_allclose(record.topk_logprobs, expected.topk_logprobs, rtol=1.5e-3, atol=1e-3)
-        np.testing.assert_allclose(record.token_logprobs, expected.token_logprobs, rtol=1.5e-3, atol=1e-3)
-        assert (record.topk_ids != expected.topk_ids).mean() < 0.02
+        np.testing.assert_array_equal(record.text.input_ids, expected.text.input_ids)
+        np.testing.assert_allclose(record.topk.logprobs, expected.topk.logprobs, rtol=1.5e-3, atol=1e-3)
+        np.testing.assert_allclose(record.topk.token_logprobs, expected.topk.token_logprobs, rtol=1.5e-3, atol=1e-3)
+        assert (record.topk.ids != expected.topk.ids).mean() < 0.02
 
 
 def test_another_tokenizer_than_the_servers_is_refused(model, server, tmp_path):
@@ -112,4 +112,6 @@ def test_a_run_outlives_a_restart_of_its_server(model, server, tmp_path):
     resumed, whole = open_store(tmp_path / "store"), open_store(tmp_path / "whole")
     assert sorted(resumed.ids()) == sorted(whole.ids())
     for record in resumed:
-        np.testing.assert_allclose(record.token_logprobs, whole[record.id].token_logprobs, rtol=1.5e-3, atol=1e-3)
+        np.testing.assert_allclose(
+            record.topk.token_logprobs, whole[record.id].topk.token_logprobs, rtol=1.5e-3, atol=1e-3
+        )

@@ -51,18 +51,18 @@ def test_the_store_holds_the_models_own_log_probabilities(model, texts, tmp_path
     assert report.captured == len(store) == len(tiny.TEXTS)
     assert store.manifest.complete
     for record in store:
-        expected = source_checks.reference_logprobs(model, record.input_ids)
+        expected = source_checks.reference_logprobs(model, record.text.input_ids)
         order = np.argsort(-expected, axis=-1, kind="stable")[:, :8]
         # The format may round; the first entries must agree, and all values within its error.
-        values = np.take_along_axis(expected, np.maximum(record.topk_ids, 0), axis=-1)
-        np.testing.assert_array_equal(record.topk_ids[:-1, 0], order[:-1, 0])
-        np.testing.assert_allclose(record.topk_logprobs[:-1], values[:-1], rtol=2e-3, atol=1e-3)
-        gold = np.take_along_axis(expected[:-1], record.input_ids[1:, None].astype(int), axis=-1)[:, 0]
-        np.testing.assert_allclose(record.token_logprobs[:-1], gold, rtol=2e-3, atol=1e-3)
+        values = np.take_along_axis(expected, np.maximum(record.topk.ids, 0), axis=-1)
+        np.testing.assert_array_equal(record.topk.ids[:-1, 0], order[:-1, 0])
+        np.testing.assert_allclose(record.topk.logprobs[:-1], values[:-1], rtol=2e-3, atol=1e-3)
+        gold = np.take_along_axis(expected[:-1], record.text.input_ids[1:, None].astype(int), axis=-1)[:, 0]
+        np.testing.assert_allclose(record.topk.token_logprobs[:-1], gold, rtol=2e-3, atol=1e-3)
         tail = 1 - np.exp(np.take_along_axis(expected, order, axis=-1)).sum(axis=-1)
         np.testing.assert_allclose(record.tail[:-1], tail[:-1], rtol=2e-3, atol=1e-3)
-        assert (record.topk_ids[-1] == -1).all()
-        assert np.isnan(record.token_logprobs[-1])
+        assert (record.topk.ids[-1] == -1).all()
+        assert np.isnan(record.topk.token_logprobs[-1])
 
 
 def test_cross_entropies_are_per_supervised_token_and_byte(model, texts, tmp_path):
@@ -70,9 +70,9 @@ def test_cross_entropies_are_per_supervised_token_and_byte(model, texts, tmp_pat
     record = open_store(tmp_path / "store")["t0-5"]
     text = (tiny.TEXTS[5] + " 0").encode()
     # Byte-level, no BOS: token 0 is not predicted, the EOS at the end carries no bytes.
-    nats = -record.token_logprobs[:-2].astype(float).sum()
-    assert record.ce_per_token == pytest.approx(nats / (len(record.input_ids) - 2), rel=1e-4)
-    assert record.ce_per_byte == pytest.approx(nats / (len(text) - record.offsets[0]), rel=1e-4)
+    nats = -record.topk.token_logprobs[:-2].astype(float).sum()
+    assert record.ce_per_token == pytest.approx(nats / (len(record.text.input_ids) - 2), rel=1e-4)
+    assert record.ce_per_byte == pytest.approx(nats / (len(text) - record.text.ends[0]), rel=1e-4)
 
 
 def test_batching_and_padding_change_nothing_but_rounding(model, texts, tmp_path):
@@ -82,7 +82,7 @@ def test_batching_and_padding_change_nothing_but_rounding(model, texts, tmp_path
     capture_texts(together)
     for record, other in zip(open_store(tmp_path / "alone"), open_store(tmp_path / "together"), strict=True):
         assert record.id == other.id
-        np.testing.assert_allclose(record.token_logprobs, other.token_logprobs, rtol=2e-3, atol=1e-3)
+        np.testing.assert_allclose(record.topk.token_logprobs, other.topk.token_logprobs, rtol=2e-3, atol=1e-3)
 
 
 def test_padding_rows_of_the_output_are_never_stored_but_keep_their_mass(padded_model, texts, tmp_path):
@@ -91,9 +91,9 @@ def test_padding_rows_of_the_output_are_never_stored_but_keep_their_mass(padded_
     vocab_size = len(tiny.sentencepiece_bpe())
     assert (store.manifest.vocab_size, store.manifest.logits_width) == (vocab_size, vocab_size + 16)
     record = store["t0-0"]
-    assert record.topk_ids.shape[1] == store.manifest.top_k == vocab_size
-    assert record.topk_ids.max() < vocab_size
-    expected = source_checks.reference_logprobs(padded_model, record.input_ids)
+    assert record.topk.ids.shape[1] == store.manifest.top_k == vocab_size
+    assert record.topk.ids.max() < vocab_size
+    expected = source_checks.reference_logprobs(padded_model, record.text.input_ids)
     padding = np.exp(expected[:, vocab_size:]).sum(axis=-1)
     assert padding[:-1].min() > 0.001
     np.testing.assert_allclose(record.tail[:-1], padding[:-1], rtol=2e-3, atol=1e-3)
@@ -118,13 +118,13 @@ def test_chats_keep_only_rows_of_the_assistants_messages(padded_model, tmp_path)
     tokenizer = tiny.sentencepiece_bpe()
     messages = [*tiny.CHAT[:-1], {"role": "assistant", "content": "1!"}]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False).encode()
-    contents = [rendered[start:stop].decode() for start, stop in record.spans]
+    contents = [rendered[start:stop].decode() for start, stop in record.text.spans]
     assert contents == [tiny.CHAT[1]["content"], "1!"]
-    inside = np.zeros(len(record.input_ids), bool)
-    for start, stop in record.spans:
-        inside |= (record.offsets >= start) & (record.offsets <= stop)
+    inside = np.zeros(len(record.text.input_ids), bool)
+    for start, stop in record.text.spans:
+        inside |= (record.text.ends >= start) & (record.text.ends <= stop)
     inside[-1] = False
-    np.testing.assert_array_equal((record.topk_ids >= 0).any(axis=-1), inside)
+    np.testing.assert_array_equal((record.topk.ids >= 0).any(axis=-1), inside)
     assert 0 < inside.sum() < len(inside) - 1
     assert store.manifest.template_hash is not None
 

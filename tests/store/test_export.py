@@ -9,7 +9,7 @@ from pathlib import Path
 import axolotl_runs
 import numpy as np
 import pytest
-from store_samples import manifest, record, table
+from store_samples import columns_of, manifest, record, table
 
 from fusion_plugins.errors import ConfigError, StoreError
 from fusion_plugins.store import RowManifest, RowWriter, StoreWriter, open_store
@@ -33,34 +33,29 @@ def test_hugging_face_datasets_reads_the_export(store: Path, tmp_path: Path) -> 
     assert len(rows) == 5
     for row, item in zip(rows, open_store(store), strict=True):
         assert row["id"] == item.id
-        assert row["spans"] == item.spans.tolist()
-        for name, field in {
-            "input_ids": "input_ids",
-            "ends": "offsets",
-            "exact": "exact",
-            "topk_ids": "topk_ids",
-        }.items():
-            assert row[name] == getattr(item, field).tolist()
+        assert row["spans"] == item.text.spans.tolist()
+        for name in ("input_ids", "ends", "exact", "topk_ids"):
+            assert row[name] == columns_of(item)[name].tolist()
         for name in ("topk_logprobs", "token_logprobs", "tail"):
-            np.testing.assert_array_equal(np.array(row[name], np.float32), getattr(item, name))
+            np.testing.assert_array_equal(np.array(row[name], np.float32), columns_of(item)[name])
 
 
 def test_kd_rows_are_renormalised_masked_and_labelled(store: Path) -> None:
     """Of record 2, row 1 is blank and row 2 half full: the token after row 1 is no label, empty entries are masked."""
     item = open_store(store)["text-0002"]
     row = kd_columns(item)
-    held = item.topk_ids >= 0
+    held = item.topk.ids >= 0
     assert row["target_mask"].tolist() == held.astype(int).tolist()
     sums = np.where(held, np.exp(row["target_logprobs"].astype(np.float64)), 0).sum(axis=1)
     np.testing.assert_allclose(sums[held.any(axis=1)], 1, rtol=1e-6)
     assert np.isfinite(row["target_logprobs"]).all()
     assert (row["target_token_ids"] >= 0).all()
-    assert row["labels"][:4].tolist() == [-100, item.input_ids[1], -100, item.input_ids[3]]
+    assert row["labels"][:4].tolist() == [-100, item.text.input_ids[1], -100, item.text.input_ids[3]]
 
 
 def test_kd_rows_at_another_temperature_are_the_powers_of_the_probabilities(store: Path) -> None:
     item = open_store(store)["text-0002"]
-    p = np.exp(item.topk_logprobs[0].astype(np.float64)) ** 0.5
+    p = np.exp(item.topk.logprobs[0].astype(np.float64)) ** 0.5
     np.testing.assert_allclose(np.exp(kd_columns(item, 0.5)["target_logprobs"][0]), p / p.sum(), rtol=1e-5)
 
 
@@ -135,6 +130,6 @@ def test_axolotl_distils_from_the_export(material: axolotl_runs.Material, run_fo
     assert done.returncode == 0, done.stdout[-4000:]
     (state,) = run_folder.glob("model/checkpoint-1/trainer_state.json")
     losses = [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
-    masses = np.concatenate([1 - item.tail[item.topk_ids[:, 0] >= 0] for item in open_store(store)])
+    masses = np.concatenate([1 - item.tail[item.topk.ids[:, 0] >= 0] for item in open_store(store)])
     assert masses.max() < 0.9
     assert losses == [pytest.approx(-np.log(masses).mean(), abs=2e-3)]

@@ -2,13 +2,12 @@
 
 import signal
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import store_jobs
-from store_samples import manifest, record, table
+from store_samples import changed, manifest, record, table
 from typer.testing import CliRunner
 
 from fusion_plugins.cli import app
@@ -49,7 +48,7 @@ def test_merge_joins_the_parts_of_one_capture(tmp_path: Path) -> None:
     assert store.manifest.complete
     assert store.manifest.texts_fingerprint == manifest().texts_fingerprint
     assert store.table == table()
-    assert store["text-0005"].topk_ids.tolist() == record(5).topk_ids.tolist()
+    assert store["text-0005"].topk.ids.tolist() == record(5).topk.ids.tolist()
 
 
 def test_merge_of_unfinished_parts_is_not_complete(tmp_path: Path) -> None:
@@ -90,7 +89,7 @@ def test_merge_refuses_parts_with_other_settings(tmp_path: Path, name: str, valu
 def test_merge_refuses_parts_that_disagree_about_a_record(tmp_path: Path) -> None:
     first = make(tmp_path / "a", [1, 2])
     with StoreWriter(tmp_path / "b", manifest(), table()) as writer:
-        writer.write(replace(record(2), tail=record(2).tail / 2))
+        writer.write(changed(record(2), tail=record(2).tail / 2))
     with pytest.raises(MismatchError, match="row 'text-0002' is not the same in .*a and in .*b"):
         merge([first, tmp_path / "b"], tmp_path / "all")
 

@@ -4,12 +4,11 @@ import multiprocessing
 import pickle
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from store_samples import manifest, record, table
+from store_samples import changed, columns_of, manifest, record, table
 
 from fusion_plugins.core.fusion.types import Record
 from fusion_plugins.errors import DataError, MismatchError, StoreError
@@ -17,7 +16,7 @@ from fusion_plugins.store import Store, StoreWriter, open_store
 
 
 def write(path: Path, records: list[Record], **options: object) -> Store:
-    top_k = records[0].topk_ids.shape[1]
+    top_k = records[0].topk.ids.shape[1]
     with StoreWriter(path, manifest(top_k), table(), **options) as writer:
         for item in records:
             writer.write(item)
@@ -26,11 +25,11 @@ def write(path: Path, records: list[Record], **options: object) -> Store:
 
 
 def assert_same(came: Record, expected: Record) -> None:
-    for name in ("id", "input_ids", "offsets", "exact", "spans", "topk_ids"):
-        np.testing.assert_array_equal(getattr(came, name), getattr(expected, name), err_msg=name)
+    found, wanted = columns_of(came), columns_of(expected)
+    for name in ("id", "input_ids", "ends", "exact", "spans", "topk_ids"):
+        np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
     for name in ("topk_logprobs", "token_logprobs", "tail"):
-        wanted = getattr(expected, name)
-        np.testing.assert_allclose(getattr(came, name), wanted, rtol=2**-11, atol=2**-24, err_msg=name)
+        np.testing.assert_allclose(found[name], wanted[name], rtol=2**-11, atol=2**-24, err_msg=name)
     assert (came.ce_per_token, came.ce_per_byte) == pytest.approx(
         (expected.ce_per_token, expected.ce_per_byte), nan_ok=True
     )
@@ -48,9 +47,9 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path, top_k: int) -> No
 
 def test_dtypes_are_those_of_a_record(tmp_path: Path) -> None:
     came = write(tmp_path, [record(1)])["text-0001"]
-    assert [getattr(came, name).dtype for name in ("input_ids", "offsets", "spans", "topk_ids")] == [np.int32] * 4
-    assert [getattr(came, name).dtype for name in ("topk_logprobs", "token_logprobs", "tail")] == [np.float32] * 3
-    assert came.exact.dtype == np.bool_
+    assert [columns_of(came)[name].dtype for name in ("input_ids", "ends", "spans", "topk_ids")] == [np.int32] * 4
+    assert [columns_of(came)[name].dtype for name in ("topk_logprobs", "token_logprobs", "tail")] == [np.float32] * 3
+    assert came.text.exact.dtype == np.bool_
 
 
 def test_iteration_goes_through_the_shards_in_order(tmp_path: Path) -> None:
@@ -97,7 +96,7 @@ def test_a_store_of_version_1_is_read(tmp_path: Path) -> None:
     for number in range(4):
         expected = record(number)
         assert_same(store[expected.id], expected)
-        np.testing.assert_array_equal(store[expected.id].topk_logprobs, expected.topk_logprobs)
+        np.testing.assert_array_equal(store[expected.id].topk.logprobs, expected.topk.logprobs)
 
 
 def test_a_store_of_version_1_is_continued_and_then_rewritten(tmp_path: Path) -> None:
@@ -128,46 +127,46 @@ def test_a_store_of_a_later_version_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("vocabulary", [70_000, 65_536, 65_535])
 def test_ids_that_need_more_than_two_bytes_survive(tmp_path: Path, vocabulary: int) -> None:
     item = record(1, n_tokens=5)
-    ids = item.topk_ids.copy()
+    ids = item.topk.ids.copy()
     ids[0] = [vocabulary - 1, 0, vocabulary - 2, 1]
-    item = replace(item, topk_ids=ids)
+    item = changed(item, topk_ids=ids)
     assert_same(write(tmp_path, [item])[item.id], item)
 
 
 def test_order_among_equal_probabilities_and_impossible_tokens_survive(tmp_path: Path) -> None:
     item = record(1, n_tokens=4)
-    ids, logprobs = item.topk_ids.copy(), item.topk_logprobs.copy()
+    ids, logprobs = item.topk.ids.copy(), item.topk.logprobs.copy()
     ids[0], logprobs[0] = [9, 3, 7, 5], [-1.0, -1.0001, -1.0001, -np.inf]
     ids[3], logprobs[3] = [2, 1, 4, 3], [0.0, -1e-6, -50.0, -1e9]
-    item = replace(item, topk_ids=ids, topk_logprobs=logprobs)
+    item = changed(item, topk_ids=ids, topk_logprobs=logprobs)
     came = write(tmp_path, [item])[item.id]
-    np.testing.assert_array_equal(came.topk_ids, ids)
-    np.testing.assert_allclose(came.topk_logprobs[0], logprobs[0], rtol=2**-11)
-    np.testing.assert_allclose(came.topk_logprobs[3], [0, -1e-6, -50, -np.inf], rtol=2**-11, atol=2**-25)
+    np.testing.assert_array_equal(came.topk.ids, ids)
+    np.testing.assert_allclose(came.topk.logprobs[0], logprobs[0], rtol=2**-11)
+    np.testing.assert_allclose(came.topk.logprobs[3], [0, -1e-6, -50, -np.inf], rtol=2**-11, atol=2**-25)
 
 
 def test_a_gold_value_that_is_not_the_one_of_the_top_k_survives(tmp_path: Path) -> None:
     """Another engine run may give the gold token a value of its own: it is kept, not replaced."""
     item = record(1, n_tokens=5)
-    inputs, gold = item.input_ids.copy(), item.token_logprobs.copy()
-    inputs[1], gold[0] = item.topk_ids[0, 2], item.topk_logprobs[0, 2] - 0.5
-    inputs[4], gold[3] = item.topk_ids[3, 1], item.topk_logprobs[3, 1]
-    item = replace(item, input_ids=inputs, token_logprobs=gold)
+    inputs, gold = item.text.input_ids.copy(), item.topk.token_logprobs.copy()
+    inputs[1], gold[0] = item.topk.ids[0, 2], item.topk.logprobs[0, 2] - 0.5
+    inputs[4], gold[3] = item.topk.ids[3, 1], item.topk.logprobs[3, 1]
+    item = changed(item, input_ids=inputs, token_logprobs=gold)
     assert_same(write(tmp_path, [item])[item.id], item)
 
 
 def test_a_last_row_with_a_value_does_not_look_into_the_next_record(tmp_path: Path) -> None:
     first, second = record(1, n_tokens=4), record(2, n_tokens=4)
-    gold, inputs = first.token_logprobs.copy(), second.input_ids.copy()
-    gold[-1], inputs[0] = first.topk_logprobs[3, 0], first.topk_ids[3, 0]
-    first, second = replace(first, token_logprobs=gold), replace(second, input_ids=inputs)
+    gold, inputs = first.topk.token_logprobs.copy(), second.text.input_ids.copy()
+    gold[-1], inputs[0] = first.topk.logprobs[3, 0], first.topk.ids[3, 0]
+    first, second = changed(first, token_logprobs=gold), changed(second, input_ids=inputs)
     store = write(tmp_path, [first, second])
     assert_same(store[first.id], first)
 
 
 def test_records_without_tokens_or_spans_survive(tmp_path: Path) -> None:
-    empty = replace(record(2, n_tokens=0), spans=np.zeros((0, 2), np.int32))
-    records = [empty, record(3), replace(empty, id="also empty"), replace(record(4), spans=np.zeros((0, 2), np.int32))]
+    empty = changed(record(2, n_tokens=0), spans=np.zeros((0, 2), np.int32))
+    records = [empty, record(3), changed(empty, id="also empty"), changed(record(4), spans=np.zeros((0, 2), np.int32))]
     store = write(tmp_path, records)
     for item in records:
         assert_same(store[item.id], item)
@@ -195,7 +194,7 @@ def test_many_small_commits_are_joined(tmp_path: Path) -> None:
 def test_a_record_is_read_only(tmp_path: Path) -> None:
     came = write(tmp_path, [record(1)])["text-0001"]
     with pytest.raises(ValueError, match="read-only"):
-        came.topk_ids[0] = 0
+        came.topk.ids[0] = 0
 
 
 def in_worker(store: Store, id: str) -> float:
@@ -220,7 +219,7 @@ def test_a_worker_notices_that_the_store_changed(tmp_path: Path) -> None:
 
 def test_ids_in_order_are_read_at_more_than_2000_records_per_second(tmp_path: Path) -> None:
     """CPU seconds, so that a busy machine does not decide."""
-    store = write(tmp_path, [replace(record(number % 20, 10, 100), id=str(number)) for number in range(600)])
+    store = write(tmp_path, [changed(record(number % 20, 10, 100), id=str(number)) for number in range(600)])
     ids = store.ids()
     start = time.process_time()
     for id in ids:

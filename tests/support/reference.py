@@ -92,7 +92,7 @@ def project_row(candidates, gold, label, source, target, target_ids, exact, *, k
 
 def candidates(record, row):
     """The stored candidates of one row of a record, source id -> probability."""
-    pairs = zip(record.topk_ids[row], record.topk_logprobs[row], strict=True)
+    pairs = zip(record.topk.ids[row], record.topk.logprobs[row], strict=True)
     return {int(z): math.exp(q) for z, q in pairs if z >= 0}
 
 
@@ -105,18 +105,22 @@ def fuse_text(records, target_ids, target_ends, maps, source_tokens, target_toke
     fused, known = [], set(target_tokens)
     for s, record in enumerate(records):
         projected = []
-        row_at = {int(end): u for u, end in enumerate(record.offsets)}
+        row_at = {int(end): u for u, end in enumerate(record.text.ends)}
         for t in range(len(target_ids) - 1):
             u = row_at.get(int(target_ends[t]), -1)
-            if u < 0 or u + 1 >= len(record.input_ids):
+            if u < 0 or u + 1 >= len(record.text.input_ids):
                 projected.append({})
                 continue
             gold = []
-            for v in range(u + 1, len(record.input_ids)):
+            for v in range(u + 1, len(record.text.input_ids)):
                 gold.append(
-                    (int(record.input_ids[v]), math.exp(record.token_logprobs[v - 1]), candidates(record, v - 1))
+                    (
+                        int(record.text.input_ids[v]),
+                        math.exp(record.topk.token_logprobs[v - 1]),
+                        candidates(record, v - 1),
+                    )
                 )
-                if record.offsets[v] >= target_ends[t + 1]:
+                if record.text.ends[v] >= target_ends[t + 1]:
                     break
             row = project_row(
                 candidates(record, u),

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from store_samples import columns_of
+
 from fusion_plugins.core.fusion.types import Record
 from fusion_plugins.store import open_rows, open_store
 from fusion_plugins.store.maintain import verify
@@ -11,8 +13,8 @@ __all__ = ["content", "record_bytes", "store_or_rows"]
 
 
 def record_bytes(item: Record) -> tuple[object, ...]:
-    fields = (getattr(item, name) for name in item.__dataclass_fields__)
-    return tuple(value.tobytes() if hasattr(value, "tobytes") else repr(value) for value in fields)
+    values = columns_of(item).values()
+    return tuple(value.tobytes() if hasattr(value, "tobytes") else repr(value) for value in values)
 
 
 def content(folder: Path) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What became of rows, candidates and probability mass: counters that add up over sources and texts."""
+"""Counts of positions, entries and probability mass that add up over sources and texts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -10,37 +10,37 @@ __all__ = ["FusionReport", "ProjectionReport"]
 class ProjectionReport:
     """Counters of the projection of one source; two reports add up.
 
-    Every supervised row is counted once: ``rows`` = the used rows (``one_to_one`` .. ``unchecked``) + the unused ones
-    (``unaligned`` .. ``low_mass``). Every used row has a mass of 1, which the six masses share.
+    Every supervised position is counted once: ``positions`` = the used ones (``one_to_one`` .. ``unchecked``) + the
+    unused ones (``unaligned`` .. ``low_mass``). Every used position has a mass of 1, which the six masses share.
 
     Attributes:
-        rows: supervised rows of the target.
+        positions: supervised positions of the target.
         one_to_one: used; the next tokens of source and target are the same bytes.
         one_to_many: used; several source tokens are the target's next token.
         many_to_one: used; the source's next token is longer than the target's.
         crossing: used; the source's tokens end inside and beyond the target's next token.
         special: used; both expect the same special token (end of turn, end of text).
-        unchecked: used; ``dtw`` put together rows that do not end at the same byte.
-        unaligned: no source row ends at the same byte.
+        unchecked: used; ``dtw`` matched positions that do not end at the same byte.
+        unaligned: no source position ends at the same byte.
         other_bytes: the next token stands for other bytes than the text's on one side.
         reaches_out: the target's next token reaches into the template.
         other_special: a special token on one side (an unknown character, the end of a turn) is something else on the
             other.
         source_ends: the record ends before the target's next token does (it was truncated).
-        low_mass: the candidates keep less than the share ``min_mass`` of what the record stores.
-        fallback: unused rows that got the next label.
-        exact: candidates that are a token of the target.
-        edited: candidates mapped to another token of the target.
-        unmapped: candidates without a counterpart.
+        low_mass: the entries keep less than the share ``min_mass`` of what the record stores.
+        fallback: unused positions that got the next label.
+        exact: entries that are a token of the target.
+        edited: entries mapped to another token of the target.
+        unmapped: entries without a counterpart.
         gold_mass: mass that the text gave to the label.
-        exact_mass: mass of exact candidates.
-        edited_mass: mass of candidates mapped to another token.
+        exact_mass: mass of exact entries.
+        edited_mass: mass of entries mapped to another token.
         unmapped_mass: mass lost for want of a counterpart.
         prefix_mass: mass of prefixes of the label that the chain does not explain; lost.
         outside_mass: mass outside the stored top k; lost.
     """
 
-    rows: int = 0
+    positions: int = 0
     one_to_one: int = 0
     one_to_many: int = 0
     many_to_one: int = 0
@@ -69,18 +69,18 @@ class ProjectionReport:
 
     @property
     def used(self) -> int:
-        """Rows that carry a distribution of the source."""
+        """Positions with a distribution of the source."""
         by_bytes = self.one_to_one + self.one_to_many + self.many_to_one + self.crossing
         return by_bytes + self.special + self.unchecked
 
     @property
     def coverage(self) -> float:
-        """Used rows / supervised rows, in [0, 1]; 1 where there is nothing to cover."""
-        return self.used / self.rows if self.rows else 1.0
+        """Used positions / supervised positions, in [0, 1]; 1 where there is nothing to cover."""
+        return self.used / self.positions if self.positions else 1.0
 
     @property
     def mass_kept(self) -> float:
-        """Mean probability that a used row keeps before renormalisation, in [0, 1]."""
+        """Mean probability that a used position keeps before renormalisation, in [0, 1]."""
         return (self.gold_mass + self.exact_mass + self.edited_mass) / self.used if self.used else 0.0
 
 
@@ -90,15 +90,15 @@ class FusionReport:
 
     Attributes:
         texts: texts fused.
-        rows: supervised rows of the target.
-        fused_rows: rows with a fused distribution.
+        positions: supervised positions of the target.
+        fused_positions: positions with a fused distribution.
         chosen: source name -> texts for which it has the lowest cross-entropy; the first of equals.
-        sources: source name -> what became of its rows.
+        sources: source name -> the counters of its projection.
     """
 
     texts: int = 0
-    rows: int = 0
-    fused_rows: int = 0
+    positions: int = 0
+    fused_positions: int = 0
     chosen: Mapping[str, int] = field(default_factory=dict)
     sources: Mapping[str, ProjectionReport] = field(default_factory=dict)
 
@@ -107,8 +107,8 @@ class FusionReport:
         nothing = ProjectionReport()
         return FusionReport(
             self.texts + other.texts,
-            self.rows + other.rows,
-            self.fused_rows + other.fused_rows,
+            self.positions + other.positions,
+            self.fused_positions + other.fused_positions,
             {name: self.chosen.get(name, 0) + other.chosen.get(name, 0) for name in names},
             {name: self.sources.get(name, nothing) + other.sources.get(name, nothing) for name in names},
         )

@@ -1,70 +1,83 @@
-"""Two tokenizations of one text -> which source row speaks of the same position as which target row.
+"""Two tokenizations of one text -> which source position belongs to which target position.
 
-Third step of the way of the data: ``TokenizedText``, ``Record`` -> :class:`Alignment` -> projection.
+``offsets`` (the default) compares bytes: target position ``t`` may take the distribution at source position ``u``
+exactly when both models have read the same bytes of the same supervised span. There is one such alignment, it costs
+O(T + U), and every match in it is right. ``dtw`` is the published method, dynamic time warping over edit distances
+(:mod:`fusion_plugins.core.fusion.dtw`).
 
-``offsets`` (the default) compares bytes: target row ``t`` may take source row ``u`` exactly when both models have read
-the same bytes of the same supervised span. There is one such alignment, it costs O(T + U), and no row in it is wrong.
-``dtw`` is the published method, dynamic time warping over edit distances (:mod:`fusion_plugins.core.fusion.dtw`).
-
-**Boundary rows.** Row ``t`` stands at byte ``ends[t]``. When several tokens end at one byte (BOS, a dummy prefix), only
-the last of them has seen all that comes before the next byte, so it alone is the row there. At the end of the text
+**Boundaries.** Position ``t`` lies at byte ``ends[t]``. When several tokens end at one byte (BOS, a dummy prefix), only
+the last of them has seen all that comes before the next byte, so its position alone is matched. At the end of the text
 it is the other way round: the first token that ends there predicts the end, the ones after it (EOS) predict nothing.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
 from fusion_plugins.core.arrays import IntArray, as_array
 from fusion_plugins.core.fusion.dtw import dtw_path, path_ranges
-from fusion_plugins.core.fusion.types import Record
 from fusion_plugins.core.jit import compiled
 from fusion_plugins.core.text.surfaces import common_bytes
+from fusion_plugins.core.text.token_bytes import TokenBytes, bytes_of_tokens
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError
 
-__all__ = ["ALIGNERS", "Alignment", "align_dtw", "align_offsets", "align_texts", "align_tokens"]
+__all__ = [
+    "ALIGNERS",
+    "Alignment",
+    "TextAligner",
+    "TokenAligner",
+    "align_by_tokens",
+    "align_dtw",
+    "align_offsets",
+    "align_texts",
+    "align_tokens",
+]
 
 Tokens = Sequence[str] | Sequence[bytes]
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Which source row belongs to which target row, and which tokens share text.
+    """Which source position belongs to which target position.
 
     Attributes:
-        source_rows: (T,) int32, the source row that may teach each target row; -1 where there is none.
-        target_ranges: (T, 2) int32, first and last source token that each target token is matched with; (0, -1) for
-            none.
-        source_ranges: (U, 2) int32, the same from the source's side.
-        coverage: share of the target rows that have a source row, among the rows that could have one, in [0, 1].
+        source_positions: (T,) int32, the source position that may teach each target position; -1 where there is none.
+        ranges: returns, per target token and per source token, the first and last token of the other side that it is
+            matched with, (T, 2) and (U, 2) int32, (0, -1) for none. A function, because training does not need them.
+        coverage: share of the target positions that have a source position, among those that could have one, in [0, 1].
         cost: sum of the token distances along the DTW path; None for ``offsets``.
     """
 
-    source_rows: IntArray
-    target_ranges: IntArray
-    source_ranges: IntArray
+    source_positions: IntArray
+    ranges: Callable[[], tuple[IntArray, IntArray]]
     coverage: float
     cost: int | None = None
 
     @cached_property
     def target_to_source(self) -> list[list[int]]:
-        """For each target token the ascending source positions that it is matched with."""
-        return [list(range(first, last + 1)) for first, last in self.target_ranges.tolist()]
+        """For each target token the ascending positions of the source tokens that it is matched with."""
+        return [list(range(first, last + 1)) for first, last in self.ranges()[0].tolist()]
 
     @cached_property
     def source_to_target(self) -> list[list[int]]:
-        """For each source token the ascending target positions that it is matched with."""
-        return [list(range(first, last + 1)) for first, last in self.source_ranges.tolist()]
+        """For each source token the ascending positions of the target tokens that it is matched with."""
+        return [list(range(first, last + 1)) for first, last in self.ranges()[1].tolist()]
+
+
+#: Aligns two token lists of one text; what the hook ``register_aligners`` takes.
+TokenAligner = Callable[[Tokens, Tokens], Alignment]
+#: Aligns a source's and the target's tokenization of one text; what a fusion plan takes.
+TextAligner = Callable[[TokenizedText, TokenizedText], Alignment]
 
 
 def align_tokens(
     source_tokens: Tokens,
     target_tokens: Tokens,
     *,
-    method: str | Callable[..., Alignment] = "offsets",
+    method: str | TokenAligner = "offsets",
     tie_order: str = "fusellm",
 ) -> Alignment:
     """Align two lists of tokens of one text.
@@ -72,9 +85,9 @@ def align_tokens(
     Args:
         source_tokens: U tokens, bytes or str. Surfaces with a boundary character (``▁``, ``Ġ``) are recognised.
         target_tokens: T tokens.
-        method: ``offsets``, ``offsets_strict`` or ``dtw``, or a registered aligner.
-        tie_order: ``fusellm`` (diagonal, up, left) or ``fusechat`` (diagonal, left, up; and its rule for tokens that
-            consist of the boundary character alone). Only ``dtw`` looks at it.
+        method: a name in :data:`ALIGNERS`, or an aligner.
+        tie_order: of ``dtw`` alone: ``fusellm`` (diagonal, up, left) or ``fusechat`` (diagonal, left, up; and its rule
+            for tokens that consist of the boundary character alone).
 
     Raises:
         AlignmentError: the tokens do not spell the same text (``offsets``), or an unknown method or tie order.
@@ -83,17 +96,21 @@ def align_tokens(
         >>> align_tokens([b"the", b" 1", b"2"], [b"the", b" 12"]).target_to_source
         [[0], [1, 2]]
     """
-    if callable(method):
-        return method(source_tokens, target_tokens, tie_order=tie_order)
-    if method not in ALIGNERS:
+    aligner = method if callable(method) else ALIGNERS.get(method)
+    if aligner is None:
         raise AlignmentError(f"unknown alignment method {method!r}; expected one of {', '.join(sorted(ALIGNERS))}")
-    return ALIGNERS[method](source_tokens, target_tokens, tie_order=tie_order)
+    if aligner is align_dtw:
+        return align_dtw(source_tokens, target_tokens, tie_order=tie_order)
+    return aligner(source_tokens, target_tokens)
 
 
-def align_offsets(
-    source_tokens: Tokens, target_tokens: Tokens, *, tie_order: str = "fusellm", strict: bool = False
-) -> Alignment:
-    """Align tokens by the bytes at which they end; see :func:`align_tokens`. ``tie_order`` has nothing to decide.
+def align_offsets(source_tokens: Tokens, target_tokens: Tokens, *, strict: bool = False) -> Alignment:
+    """Align tokens by the bytes at which they end.
+
+    Args:
+        source_tokens: U tokens, bytes or str.
+        target_tokens: T tokens.
+        strict: see :func:`align_texts`.
 
     Raises:
         AlignmentError: the two lists spell different texts; the message gives the first byte that differs.
@@ -102,57 +119,91 @@ def align_offsets(
     return align_texts(_whole_text(source), _whole_text(target), strict=strict)
 
 
-def align_offsets_strict(source_tokens: Tokens, target_tokens: Tokens, *, tie_order: str = "fusellm") -> Alignment:
-    """Like :func:`align_offsets`, but a row also needs next tokens that end at the same byte."""
-    return align_offsets(source_tokens, target_tokens, tie_order=tie_order, strict=True)
+def align_dtw(source_tokens: Tokens, target_tokens: Tokens, *, tie_order: str = "fusellm") -> Alignment:
+    """Align tokens by dynamic time warping over edit distances.
 
+    A target position takes the last source token that it is matched with, if it is itself the last target token that
+    this source token is matched with: then the path says that both prefixes end together. The path may be mistaken.
 
-def align_dtw(
-    source_tokens: Tokens, target_tokens: Tokens, *, tie_order: str = "fusellm", band: int | None = None
-) -> Alignment:
-    """Align tokens by dynamic time warping over edit distances; see :func:`align_tokens`.
-
-    A target row takes the last source token that it is matched with, if it is itself the last target token that this
-    source token is matched with: then the path says that both prefixes end together (it may be mistaken). ``band``: see
-    :func:`fusion_plugins.core.fusion.dtw.dtw_path`; the result is the same.
+    Raises:
+        AlignmentError: see :func:`~fusion_plugins.core.fusion.dtw.dtw_path`.
     """
-    path, cost = dtw_path(source_tokens, target_tokens, tie_order=tie_order, band=band)
+    path, cost = dtw_path(source_tokens, target_tokens, tie_order=tie_order)
     target_ranges = path_ranges(path, axis=1, size=len(target_tokens))
     source_ranges = path_ranges(path, axis=0, size=len(source_tokens))
     last = target_ranges[:, 1]
-    rows = np.where(source_ranges[last, 1] == np.arange(len(last)), last, -1).astype(np.int32)
-    return Alignment(rows, target_ranges, source_ranges, float(np.mean(rows >= 0)) if len(rows) else 1.0, cost)
+    positions = np.where(source_ranges[last, 1] == np.arange(len(last)), last, -1).astype(np.int32)
+    coverage = float(np.mean(positions >= 0)) if len(positions) else 1.0
+    return Alignment(positions, lambda: (target_ranges, source_ranges), coverage, cost)
 
 
-def align_texts(source: TokenizedText | Record, target: TokenizedText, *, strict: bool = False) -> Alignment:
+def align_texts(source: TokenizedText, target: TokenizedText, *, strict: bool = False) -> Alignment:
     """Align two tokenizations by the byte, inside each supervised span, at which their tokens end.
 
     Args:
-        source: U tokens of one tokenizer: its tokenized text or the record of a store.
+        source: U tokens of one tokenizer.
         target: T tokens of another tokenizer, of the same text or of the same chat in another template.
-        strict: a row also needs next tokens that end at the same byte, so that one source token predicts exactly
+        strict: a match also needs next tokens that end at the same byte, so that one source token predicts exactly
             what the target's next token is.
 
     Raises:
-        AlignmentError: the two have different spans, so they are not the same text.
+        AlignmentError: the two have different numbers of spans, so they are not the same text.
     """
-    source_ends = source.offsets if isinstance(source, Record) else source.ends
-    _check_spans(source.spans, target.spans)
-    s_ends, s_spans = as_array(source_ends, np.int32), as_array(source.spans, np.int32)
+    if len(source.spans) != len(target.spans):
+        raise AlignmentError(
+            f"expected the same supervised spans on both sides; the source has {len(source.spans)}, the target "
+            f"{len(target.spans)}: they are not the same chat. Capture the store again from the texts you train on."
+        )
+    s_ends, s_spans = as_array(source.ends, np.int32), as_array(source.spans, np.int32)
     t_ends, t_spans = as_array(target.ends, np.int32), as_array(target.spans, np.int32)
     s_exact, t_exact = as_array(source.exact, np.bool_), as_array(target.exact, np.bool_)
-    rows, n_rows = _match_rows(s_ends, s_exact, s_spans, t_ends, t_exact, t_spans, strict)
-    source_ranges, target_ranges = _overlaps(s_ends, s_spans, t_ends, t_spans)
-    coverage = float((rows >= 0).sum() / n_rows) if n_rows else 1.0
-    return Alignment(rows, target_ranges, source_ranges, coverage)
+    positions, possible = _match_positions(s_ends, s_exact, s_spans, t_ends, t_exact, t_spans, strict)
+    coverage = float((positions >= 0).sum() / possible) if possible else 1.0
+    return Alignment(positions, lambda: _overlaps(s_ends, s_spans, t_ends, t_spans), coverage)
 
 
-ALIGNERS: dict[str, Callable[..., Alignment]] = {
+def align_by_tokens(aligner: TokenAligner, source_bytes: TokenBytes, target_bytes: TokenBytes) -> TextAligner:
+    """Turn an aligner of token lists into one of tokenized texts, which it aligns span by span.
+
+    Args:
+        aligner: such as :func:`align_dtw`.
+        source_bytes: the source's vocabulary.
+        target_bytes: the target's vocabulary.
+    """
+    return partial(_align_spans, aligner, source_bytes, target_bytes)
+
+
+def _align_spans(
+    aligner: TokenAligner,
+    source_bytes: TokenBytes,
+    target_bytes: TokenBytes,
+    source: TokenizedText,
+    target: TokenizedText,
+) -> Alignment:
+    by_ends = align_texts(source, target)
+    positions, possible = np.full(len(target.ends), -1, np.int32), 0
+    for (start, stop), (t_start, t_stop) in zip(source.spans.tolist(), target.spans.tolist(), strict=True):
+        own = np.flatnonzero((source.ends > start) & (source.ends <= stop))
+        other = np.flatnonzero((target.ends > t_start) & (target.ends <= t_stop))
+        if own.size and other.size:
+            found = aligner(
+                bytes_of_tokens(source_bytes, source.input_ids[own]),
+                bytes_of_tokens(target_bytes, target.input_ids[other]),
+            ).source_positions
+            positions[other] = np.where(found >= 0, own[found], -1)
+        # The position that predicts a span's first token lies before the span; only the ends tell which one that is.
+        before = target.ends == t_start
+        positions[before] = by_ends.source_positions[before]
+        possible += len(other) + int(before.any())
+    return Alignment(positions, by_ends.ranges, float((positions >= 0).sum() / possible) if possible else 1.0)
+
+
+ALIGNERS: dict[str, TokenAligner] = {
     "offsets": align_offsets,
-    "offsets_strict": align_offsets_strict,
+    "offsets_strict": partial(align_offsets, strict=True),
     "dtw": align_dtw,
 }
-"""Name -> function of (source_tokens, target_tokens, *, tie_order)."""
+"""Name -> aligner(source_tokens, target_tokens)."""
 
 
 def _whole_text(tokens: list[bytes]) -> TokenizedText:
@@ -163,53 +214,45 @@ def _whole_text(tokens: list[bytes]) -> TokenizedText:
     )
 
 
-def _check_spans(source: IntArray, target: IntArray) -> None:
-    if len(source) != len(target):
-        raise AlignmentError(
-            f"expected the same supervised spans on both sides; the source has {len(source)}, the target "
-            f"{len(target)}: they are not the same chat. Capture the store again from the texts that you train on."
-        )
-
-
 @compiled
 def _boundaries(ends, exact):  # type: ignore[no-untyped-def]
-    """(T,) bool, True for the one row at each byte."""
+    """(T,) bool, True for the one position at each byte that can be matched."""
     last = len(ends) - 1
-    rows = exact.copy()
+    positions = exact.copy()
     for t in range(len(ends)):
         if ends[t] == ends[last]:
-            rows[t] &= t == 0 or ends[t - 1] < ends[t]
+            positions[t] &= t == 0 or ends[t - 1] < ends[t]
         else:
-            rows[t] &= ends[t + 1] > ends[t]
-    return rows
+            positions[t] &= ends[t + 1] > ends[t]
+    return positions
 
 
 @compiled
-def _match_rows(s_ends, s_exact, s_spans, t_ends, t_exact, t_spans, strict):  # type: ignore[no-untyped-def]
-    """Merge the boundary rows of both sides, span by span; also count the target's."""
-    s_rows, t_rows = _boundaries(s_ends, s_exact), _boundaries(t_ends, t_exact)
-    rows = np.full(len(t_ends), -1, np.int32)
-    could = np.zeros(len(t_ends), np.bool_)
+def _match_positions(s_ends, s_exact, s_spans, t_ends, t_exact, t_spans, strict):  # type: ignore[no-untyped-def]
+    """Merge the boundaries of both sides, span by span; also count the target's."""
+    s_boundary, t_boundary = _boundaries(s_ends, s_exact), _boundaries(t_ends, t_exact)
+    positions = np.full(len(t_ends), -1, np.int32)
+    possible = np.zeros(len(t_ends), np.bool_)
     for m in range(len(t_spans)):
         (s_start, s_stop), (t_start, t_stop) = s_spans[m], t_spans[m]
         u, t = np.searchsorted(s_ends, s_start), np.searchsorted(t_ends, t_start)
         while t < len(t_ends) and t_ends[t] <= t_stop:
-            could[t] |= t_rows[t]
-            while u < len(s_ends) and (s_ends[u] - s_start < t_ends[t] - t_start or not s_rows[u]):
+            possible[t] |= t_boundary[t]
+            while u < len(s_ends) and (s_ends[u] - s_start < t_ends[t] - t_start or not s_boundary[u]):
                 u += 1
             if u == len(s_ends) or s_ends[u] > s_stop:
                 t += 1
                 continue
-            if t_rows[t] and s_ends[u] - s_start == t_ends[t] - t_start:
+            if t_boundary[t] and s_ends[u] - s_start == t_ends[t] - t_start:
                 if not strict or _same_next(s_ends, s_start, s_stop, u, t_ends, t_start, t_stop, t):
-                    rows[t] = u
+                    positions[t] = u
             t += 1
-    return rows, could.sum()
+    return positions, possible.sum()
 
 
 @compiled
 def _same_next(s_ends, s_start, s_stop, u, t_ends, t_start, t_stop, t):  # type: ignore[no-untyped-def]
-    """Whether the tokens after two corresponding rows end at the same byte, or are both the ones after the span."""
+    """Whether the tokens after two matched positions end at the same byte, or are both the first after the span."""
     if u + 1 == len(s_ends) or t + 1 == len(t_ends):
         return False
     if s_ends[u] == s_stop and t_ends[t] == t_stop:
@@ -219,9 +262,9 @@ def _same_next(s_ends, s_start, s_stop, u, t_ends, t_start, t_stop, t):  # type:
 
 @compiled
 def _overlaps(s_ends, s_spans, t_ends, t_spans):  # type: ignore[no-untyped-def]
-    """First and last token of the other side that shares bytes with each token, inside the spans.
+    """First and last token of the other side that shares bytes with each token, for the target, then the source.
 
-    A token without bytes is matched with the one that stands in the same place on the other side, if there is one.
+    A token without bytes is matched with the one in the same place on the other side, if there is one.
     """
     s_out, t_out = np.zeros((len(s_ends), 2), np.int32), np.zeros((len(t_ends), 2), np.int32)
     s_out[:, 1] = t_out[:, 1] = -1
@@ -233,8 +276,7 @@ def _overlaps(s_ends, s_spans, t_ends, t_spans):  # type: ignore[no-untyped-def]
             s_end, t_end = s_ends[u] - s_spans[m, 0], t_ends[t] - t_spans[m, 0]
             s_empty, t_empty = s_begin == s_end, t_begin == t_end
             both_empty = s_empty and t_empty and s_end == t_end
-            share = both_empty or max(s_begin, t_begin, 0) < min(s_end, t_end)
-            if share:
+            if both_empty or max(s_begin, t_begin, 0) < min(s_end, t_end):
                 _extend(s_out, u, t)
                 _extend(t_out, t, u)
             # Of two tokens that end together, the one without bytes comes later.
@@ -242,11 +284,11 @@ def _overlaps(s_ends, s_spans, t_ends, t_spans):  # type: ignore[no-untyped-def]
             step_t = t_end < s_end or (s_end == t_end and not (t_empty and not s_empty))
             u += step_s
             t += step_t
-    return s_out, t_out
+    return t_out, s_out
 
 
 @compiled
-def _extend(ranges, row, other):  # type: ignore[no-untyped-def]
-    if ranges[row, 1] < 0:
-        ranges[row, 0] = other
-    ranges[row, 1] = other
+def _extend(ranges, position, other):  # type: ignore[no-untyped-def]
+    if ranges[position, 1] < 0:
+        ranges[position, 0] = other
+    ranges[position, 1] = other

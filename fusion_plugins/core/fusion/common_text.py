@@ -1,8 +1,8 @@
-"""What two tokenizations have in common: the same supervised text, checked byte by byte.
+"""The part of a text that two tokenizations have in common, checked byte by byte.
 
 Chat templates may strip white space around a message, and a text may have been cut to a maximum length. Both leave a
-part of each span that is the same on both sides; alignment needs exactly that part. Anything else that differs means
-that the two were not made from the same text, and that is an error.
+part of each span that is the same on both sides; alignment needs exactly that part. Any other difference means that the
+two were not made from the same text, and that is an error.
 """
 
 import unicodedata
@@ -16,8 +16,7 @@ from fusion_plugins.core.arrays import IntArray, as_array
 from fusion_plugins.core.fusion.record import cross_entropy
 from fusion_plugins.core.fusion.types import Record
 from fusion_plugins.core.jit import compiled
-from fusion_plugins.core.text.token_bytes import TokenBytes, token_bytes
-from fusion_plugins.core.text.token_table import TokenTable
+from fusion_plugins.core.text.token_bytes import TokenBytes
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError
 
@@ -29,12 +28,18 @@ Spelling = npt.NDArray[np.int16]
 
 
 def common_text(
-    record: Record, target: TokenizedText, *, source_table: TokenTable, target_table: TokenTable
+    record: Record, target: TokenizedText, source_bytes: TokenBytes, target_bytes: TokenBytes
 ) -> tuple[Record, TokenizedText]:
     """Narrow the spans of both sides to the text that they have in common.
 
-    Bytes of tokens whose length a normaliser changed are unknown and not compared; characters that differ only by
+    The bytes of tokens whose length a normaliser changed are unknown and not compared. Characters that differ only by
     Unicode normalisation (NFKC), by case or by the kind of white space count as the same.
+
+    Args:
+        record: what a source said about a text.
+        target: the target's tokens of the text.
+        source_bytes: the source's vocabulary.
+        target_bytes: the target's vocabulary.
 
     Returns:
         Both sides, with narrower spans where white space was stripped or a text was cut; unchanged otherwise.
@@ -42,41 +47,41 @@ def common_text(
     Raises:
         AlignmentError: the spans do not hold the same text; the message says where.
     """
-    if len(record.spans) != len(target.spans):
+    source = record.text
+    if len(source.spans) != len(target.spans):
         raise AlignmentError(
-            f"record {record.id!r} has {len(record.spans)} supervised spans, the target's text {len(target.spans)}: "
+            f"record {record.id!r} has {len(source.spans)} supervised spans, the target's text {len(target.spans)}: "
             "they are not the same chat. Capture the store again from the texts that you train on."
         )
-    source = TokenizedText(record.input_ids, record.offsets, record.spans, record.exact)
-    left, right = _spell(source, token_bytes(source_table)), _spell(target, token_bytes(target_table))
-    source_spans, target_spans = record.spans, target.spans
+    left, right = _spell(source, source_bytes), _spell(target, target_bytes)
+    source_spans, target_spans = source.spans.copy(), target.spans.copy()
+    narrowed = False
     for m, ((start, stop), (t_start, t_stop)) in enumerate(
-        zip(source_spans.tolist(), target_spans.tolist(), strict=True)
+        zip(source.spans.tolist(), target.spans.tolist(), strict=True)
     ):
         same_size = stop - start == t_stop - t_start
         if same_size and _first_difference(left[start:stop], right[t_start:t_stop]) < 0:
             continue
+        narrowed = True
         shift, t_shift, size = _common_part(
             record.id,
             m,
             left[start:stop],
             right[t_start:t_stop],
-            _is_cut(source, source_table, stop) or _is_cut(target, target_table, t_stop),
+            _is_cut(source, source_bytes, stop) or _is_cut(target, target_bytes, t_stop),
         )
-        if source_spans is record.spans:
-            source_spans, target_spans = source_spans.copy(), target_spans.copy()
         source_spans[m] = start + shift, start + shift + size
         target_spans[m] = t_start + t_shift, t_start + t_shift + size
-    if source_spans is record.spans:
+    if not narrowed:
         return record, target
-    return replace(record, spans=source_spans), replace(target, spans=target_spans)
+    return replace(record, text=replace(source, spans=source_spans)), replace(target, spans=target_spans)
 
 
 def comparable(records: Sequence[Record], common: Sequence[tuple[Record, TokenizedText]]) -> list[Record]:
     """Measure the cross-entropies of several sources over the same bytes.
 
     A source that read only the beginning of a text was spared its end. Sources without a supervised token have no
-    cross-entropy, and limit nobody else's.
+    cross-entropy, and do not limit the others.
 
     Args:
         records: what S sources said about one text.
@@ -96,12 +101,11 @@ def comparable(records: Sequence[Record], common: Sequence[tuple[Record, Tokeniz
 
 def _measured(record: Record, own: Record, target: TokenizedText, start: IntArray, stop: IntArray) -> Record:
     """Measure one source over the bytes from ``start`` to ``stop`` of the target's text, both (M,)."""
-    shift = own.spans[:, 0] - target.spans[:, 0]
+    shift = own.text.spans[:, 0] - target.spans[:, 0]
     spans = np.stack([start + shift, np.maximum(start, stop) + shift], axis=1).astype(np.int32)
-    if np.array_equal(spans, record.spans):
+    if np.array_equal(spans, record.text.spans):
         return record
-    text = TokenizedText(record.input_ids, record.offsets, spans, record.exact)
-    ce_per_token, ce_per_byte = cross_entropy(text, record.token_logprobs)
+    ce_per_token, ce_per_byte = cross_entropy(replace(record.text, spans=spans), record.topk.token_logprobs)
     return replace(record, ce_per_token=ce_per_token, ce_per_byte=ce_per_byte)
 
 
@@ -133,9 +137,12 @@ def _first_difference(left, right):  # type: ignore[no-untyped-def]
     return -1
 
 
-def _is_cut(text: TokenizedText, table: TokenTable, stop: int) -> bool:
+def _is_cut(text: TokenizedText, tokens: TokenBytes, stop: int) -> bool:
     """Whether the text ends at ``stop`` without a special token that says so."""
-    return bool(len(text.ends)) and stop >= int(text.ends[-1]) and table.role_of(int(text.input_ids[-1])) is None
+    if not len(text.ends) or stop < int(text.ends[-1]):
+        return False
+    last = int(text.input_ids[-1])
+    return not (last < len(tokens.special) and tokens.special[last])
 
 
 def _common_part(id: str, m: int, left: Spelling, right: Spelling, cut: bool) -> tuple[int, int, int]:
@@ -172,7 +179,7 @@ def _text(spelling: Spelling) -> str:
 def _message(id: str, m: int, at: int, left: Spelling, right: Spelling) -> str:
     window = slice(max(0, at - _CONTEXT), at + _CONTEXT)
     return (
-        f"record {id!r} is of another text than the target's: at byte {at} of supervised span {m} the source goes on "
+        f"record {id!r} is of another text than the target's: at byte {at} of supervised span {m} the source continues "
         f"{_text(left[window])!r}, the target {_text(right[window])!r}. Capture the store again from the texts "
         "that you train on."
     )

@@ -1,6 +1,7 @@
-"""How often tokens of two vocabularies were aligned: sparse counts that add up over shards.
+"""How often tokens of two vocabularies were aligned, and the vocabulary maps that follow from it.
 
-A dense matrix of 131,072 x 151,936 counts would take 80 GB; the pairs that ever occur are a few million at most.
+Counts are sparse and add up over shards: a dense matrix of 131,072 x 151,936 counts would take 80 GB, while the pairs
+that ever occur are a few million at most.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from fusion_plugins.core.fusion.nearest import pair_distances
 from fusion_plugins.core.fusion.types import Shares
 from fusion_plugins.errors import DataError, MismatchError
 
-__all__ = ["AlignmentCounts", "by_count", "by_published_score", "shares_by_count"]
+__all__ = ["AlignmentCounts", "by_count", "shares_by_count"]
 
 Keys = npt.NDArray[np.int64]
 _SHIFT = 32
@@ -115,8 +116,6 @@ class AlignmentCounts:
 #: target tokens that a source token is shared out among, at most
 MOST_SHARES = 16
 
-_MARKERS = ("\u2581", "\u0120")  # SentencePiece, byte-level BPE
-
 
 def by_count(
     source: Sequence[Any], target: Sequence[Any], counts: AlignmentCounts, allowed: npt.NDArray[np.bool_]
@@ -170,24 +169,6 @@ def _begins(left: Any, right: Any) -> bool:
     return found
 
 
-def by_published_score(
-    source: Sequence[Any], target: Sequence[Any], counts: AlignmentCounts, allowed: npt.NDArray[np.bool_]
-) -> IntArray:
-    """Choose the least ``distance * weight * sigmoid(count)``, the lowest id on ties, as FuseChat's code does.
-
-    The distance is that of the tokens without space marks; if one is then empty, that of the source token with its mark
-    replaced by the target's. The weight is 0.1 where one of the compared strings contains the other, else 1. Arguments
-    and result are those of :func:`by_count`.
-    """
-    rows, columns, number = _pairs(source, counts, allowed)
-    left, right = _marker(source), _marker(target)
-    pairs = [_compared(source[row], target[column], left, right) for row, column in zip(rows, columns, strict=True)]
-    distance = pair_distances([pair[0] for pair in pairs], [pair[1] for pair in pairs])
-    weight = np.fromiter((0.1 if a in b or b in a else 1.0 for a, b in pairs), np.float64, len(pairs))
-    score = distance * weight / (1 + np.exp(-number.astype(np.float64)))
-    return _choose(len(source), rows, np.lexsort((columns, score, rows)), columns)
-
-
 def _pairs(
     source: Sequence[Any], counts: AlignmentCounts, allowed: npt.NDArray[np.bool_]
 ) -> tuple[npt.NDArray[np.int64], ...]:
@@ -211,16 +192,3 @@ def _choose(
     found, first = np.unique(rows[order], return_index=True)
     chosen[found] = columns[order][first]
     return chosen
-
-
-def _marker(tokens: Sequence[Any]) -> Any:
-    """Return the space mark of a vocabulary: a space for bytes, else the one that starts more tokens."""
-    if len(tokens) and isinstance(tokens[0], bytes):
-        return b" "
-    return max(_MARKERS, key=lambda marker: sum(token.startswith(marker) for token in tokens))
-
-
-def _compared(source: Any, target: Any, source_marker: Any, target_marker: Any) -> tuple[Any, Any]:
-    nothing = type(source)()
-    left, right = source.replace(source_marker, nothing), target.replace(target_marker, nothing)
-    return (left, right) if left and right else (source.replace(source_marker, target_marker), target)

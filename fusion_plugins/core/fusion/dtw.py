@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusion_plugins.core.arrays import IntArray
-from fusion_plugins.core.fusion.dtw_kernels import cheapest_way_out, diagonal_band, warp
+from fusion_plugins.core.fusion.dtw_kernels import warp
 from fusion_plugins.core.text.surfaces import space_marker
 from fusion_plugins.errors import AlignmentError
 
@@ -30,21 +30,13 @@ Index = npt.NDArray[np.uint32]
 _MAX_CELLS = 2**28
 
 
-def dtw_path(
-    source_tokens: Tokens, target_tokens: Tokens, *, tie_order: str = "fusellm", band: int | None = None
-) -> tuple[IntArray, int]:
+def dtw_path(source_tokens: Tokens, target_tokens: Tokens, *, tie_order: str = "fusellm") -> tuple[IntArray, int]:
     """Return the cheapest path, (P, 2) int32 from (0, 0) to the last pair, and its cost.
-
-    With ``band`` only cells within that many columns of the diagonal are looked at. The result is still that of the
-    whole matrix: it is returned when every path that leaves the band is proven to cost more
-    (:func:`~fusion_plugins.core.fusion.dtw_kernels.cheapest_way_out`); otherwise the band is doubled. Where the texts
-    correspond well this takes a fraction of the time and memory; where they do not it takes up to four times as long.
 
     Args:
         source_tokens: U tokens, str or bytes.
         target_tokens: T tokens, str or bytes.
         tie_order: ``fusellm`` or ``fusechat``; ``fusechat`` also compares tokens its own way (:func:`token_costs`).
-        band: half width of the first band, at least 1; ``None`` for the whole matrix.
 
     Raises:
         AlignmentError: an empty list on one side only, an unknown tie order, or texts so long that the directions
@@ -52,27 +44,20 @@ def dtw_path(
     """
     if tie_order not in TIE_ORDERS:
         raise AlignmentError(f"unknown tie order {tie_order!r}; expected one of {', '.join(TIE_ORDERS)}")
-    if not len(source_tokens) or not len(target_tokens):
-        if len(source_tokens) == len(target_tokens):
+    n, m = len(source_tokens), len(target_tokens)
+    if not n or not m:
+        if n == m:
             return np.zeros((0, 2), np.int32), 0
         raise AlignmentError(
-            f"expected tokens on both sides; the source has {len(source_tokens)}, the target {len(target_tokens)}"
+            f"expected tokens on both sides; the source has {n}, the target {m}. Leave out empty texts."
         )
-    arguments = token_costs(source_tokens, target_tokens, tie_order=tie_order)
-    n, m = len(source_tokens), len(target_tokens)
-    # A band must reach from each row to the next.
-    width = m if band is None else max(band, 1, -(-m // n))
-    while True:
-        low, high = diagonal_band(n, m, width)
-        if n * int((high - low).max() + 1) > _MAX_CELLS:
-            raise AlignmentError(
-                f"time warping of {n} x {m} tokens needs more than {_MAX_CELLS >> 20} MB. Use method='offsets', split "
-                "the text, or give a band if none was given."
-            )
-        path, cost = warp(*arguments, low, high, tie_order == "fusellm")
-        if width >= m or cheapest_way_out(*arguments, low, high) > cost:
-            return path, int(cost)
-        width *= 2
+    if n * m > _MAX_CELLS:
+        raise AlignmentError(
+            f"time warping of {n} x {m} tokens needs more than {_MAX_CELLS >> 20} MB. Use method: offsets, or cut "
+            "the text (`fusion cut`)."
+        )
+    path, cost = warp(*token_costs(source_tokens, target_tokens, tie_order=tie_order), tie_order == "fusellm")
+    return path, int(cost)
 
 
 def token_costs(

@@ -1,10 +1,10 @@
-"""Step 6: divergence between the target model and the fused rows, without ever building a dense target.
+"""Divergence between the trained model and the fused distributions, without ever building a dense distribution.
 
-Row ``t`` of the fused distributions is compared with the logits at position ``t``: both describe token ``t + 1``, so
-nothing is shifted here. Only the K stored ids of a row are looked up; with the row's log-normaliser they give the
-student's true log-probabilities, and every divergence below is a function of those.
+The fused distribution at position ``t`` is compared with the logits at position ``t``: both describe token ``t + 1``,
+so nothing is shifted here. Only the K stored ids of a position are looked up; with the log-normaliser of its logits
+they give the student's true log-probabilities, and every divergence below is a function of those.
 
-Letters: B batch, T tokens, V vocabulary, K entries per row, H hidden size, N rows that the loss mask keeps.
+Letters: B batch, T tokens, V vocabulary, K entries per position, H hidden size, N positions that the loss mask keeps.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fusion_plugins.errors import ConfigError, DataError
 
-__all__ = ["LOSSES", "RowLoss", "TokenLosses", "chunked_fusion_loss", "fusion_loss", "token_losses"]
+__all__ = ["LOSSES", "Divergence", "TokenLosses", "chunked_fusion_loss", "fusion_loss", "token_losses"]
 
-RowLoss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+Divergence: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 
 #: Logits held at once by the chunked form: 2**26 float32 numbers are 256 MB.
@@ -31,54 +31,54 @@ FLOOR = 1e-7
 LOWEST = -1e4
 
 
-def cross_entropy(student_logprobs: Tensor, target_logprobs: Tensor, target_mask: Tensor) -> Tensor:
+def cross_entropy(student_logprobs: Tensor, fused_logprobs: Tensor, fused_mask: Tensor) -> Tensor:
     """Cross-entropy ``-sum p log q`` over the stored entries, nats; mass outside them weighs nothing.
 
     Args:
         student_logprobs: (..., K) log-probabilities of the trained model at the stored ids, 0 where masked.
-        target_logprobs: (..., K) fused log-probabilities, 0 where masked.
-        target_mask: (..., K) bool, which entries hold a probability.
+        fused_logprobs: (..., K) fused log-probabilities, 0 where masked.
+        fused_mask: (..., K) bool, which entries hold a probability.
 
     Returns:
-        (...) one value per row.
+        (...) one value per position.
     """
-    return -(_probabilities(target_logprobs, target_mask) * student_logprobs).sum(-1)
+    return -(_probabilities(fused_logprobs, fused_mask) * student_logprobs).sum(-1)
 
 
-def forward_kl(student_logprobs: Tensor, target_logprobs: Tensor, target_mask: Tensor) -> Tensor:
+def forward_kl(student_logprobs: Tensor, fused_logprobs: Tensor, fused_mask: Tensor) -> Tensor:
     """``sum p (log p - log q)`` over the stored entries: the gradient of :func:`cross_entropy`, another value."""
-    return (_probabilities(target_logprobs, target_mask) * (target_logprobs - student_logprobs)).sum(-1)
+    return (_probabilities(fused_logprobs, fused_mask) * (fused_logprobs - student_logprobs)).sum(-1)
 
 
-def reverse_kl(student_logprobs: Tensor, target_logprobs: Tensor, target_mask: Tensor) -> Tensor:
+def reverse_kl(student_logprobs: Tensor, fused_logprobs: Tensor, fused_mask: Tensor) -> Tensor:
     """``sum q (log q - log p)`` over the stored entries and one bucket for everything else.
 
     Without the bucket the model could lower the value by moving its mass off the stored entries. The bucket's
-    probability in the fused row is at least :data:`FLOOR`, so the value is finite for a row that has no mass there.
+    probability in the fused distribution is at least :data:`FLOOR`, so the value is finite where it has no mass there.
     """
     student_logprobs = student_logprobs.clamp_min(LOWEST)
-    q = _probabilities(student_logprobs, target_mask)
-    inside = (q * (student_logprobs - target_logprobs)).sum(-1)
-    q_rest, p_rest = _rest(q), _rest(_probabilities(target_logprobs, target_mask))
+    q = _probabilities(student_logprobs, fused_mask)
+    inside = (q * (student_logprobs - fused_logprobs)).sum(-1)
+    q_rest, p_rest = _rest(q), _rest(_probabilities(fused_logprobs, fused_mask))
     return inside + q_rest * (q_rest.log() - p_rest.log())
 
 
-def jensen_shannon(student_logprobs: Tensor, target_logprobs: Tensor, target_mask: Tensor) -> Tensor:
+def jensen_shannon(student_logprobs: Tensor, fused_logprobs: Tensor, fused_mask: Tensor) -> Tensor:
     """``(KL(p | m) + KL(q | m)) / 2`` with ``m = (p + q) / 2``, over the stored entries and one bucket for the rest.
 
-    Exact when the fused row has no mass outside its entries; at most log 2.
+    Exact when the fused distribution has no mass outside its entries; at most log 2.
     """
     student_logprobs = student_logprobs.clamp_min(LOWEST)
-    p, q = _probabilities(target_logprobs, target_mask), _probabilities(student_logprobs, target_mask)
+    p, q = _probabilities(fused_logprobs, fused_mask), _probabilities(student_logprobs, fused_mask)
     p_rest, q_rest = _rest(p), _rest(q)
     middle = ((p + q) / 2).clamp_min(FLOOR**2).log()
     middle_rest = ((p_rest + q_rest) / 2).log()
-    inside = (p * (target_logprobs - middle) + q * (student_logprobs - middle)).sum(-1)
+    inside = (p * (fused_logprobs - middle) + q * (student_logprobs - middle)).sum(-1)
     rest = p_rest * (p_rest.log() - middle_rest) + q_rest * (q_rest.log() - middle_rest)
     return (inside + rest) / 2
 
 
-LOSSES: dict[str, RowLoss] = {
+LOSSES: dict[str, Divergence] = {
     "ce": cross_entropy,
     "kl": forward_kl,
     "reverse_kl": reverse_kl,
@@ -88,46 +88,46 @@ LOSSES: dict[str, RowLoss] = {
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """What :func:`token_losses` returns, per row that is not ignored.
+    """What :func:`token_losses` returns, summed over the positions with a label.
 
     Attributes:
         lm: () sum of the cross-entropies of the next tokens, nats.
-        fusion: () sum of the divergences from the fused rows, nats.
-        rows: () int64, rows with a next token.
-        fused_rows: () int64, those of them that have at least one fused entry.
+        fusion: () sum of the divergences from the fused distributions, nats.
+        positions: () int64, positions with a label.
+        fused_positions: () int64, those of them that have a fused distribution.
     """
 
     lm: Tensor
     fusion: Tensor
-    rows: Tensor
-    fused_rows: Tensor
+    positions: Tensor
+    fused_positions: Tensor
 
 
 def fusion_loss(
     logits: Tensor,
-    target_ids: Tensor,
-    target_logprobs: Tensor,
-    target_mask: Tensor,
+    fused_ids: Tensor,
+    fused_logprobs: Tensor,
+    fused_mask: Tensor,
     loss_mask: Tensor,
     *,
-    kind: str | RowLoss = "ce",
+    kind: str | Divergence = "ce",
     temperature: float = 1.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Divergence between the model's rows and sparse fused rows.
+    """Divergence between the model's distributions and sparse fused distributions.
 
     For ``ce``: ``sum_t m_t (-sum_k p_tk log softmax(z_t)[id_tk]) / sum_t m_t``.
 
     Args:
-        logits: (B, T, V) of the trained model; row t describes token t + 1. Computed in float32, or float64 if given.
-        target_ids: (B, T, K) integer token ids; any value where the mask is False.
-        target_logprobs: (B, T, K) natural log-probabilities; -inf is a probability of zero.
-        target_mask: (B, T, K) bool, which entries exist.
-        loss_mask: (B, T) bool, which rows count (those whose next token is supervised).
+        logits: (B, T, V) of the trained model; position t describes token t + 1. Computed in float32 (float64 stays).
+        fused_ids: (B, T, K) integer token ids; any value where the mask is False.
+        fused_logprobs: (B, T, K) natural log-probabilities; -inf is a probability of zero.
+        fused_mask: (B, T, K) bool, which entries exist.
+        loss_mask: (B, T) bool, which positions count (those whose next token is supervised).
         kind: a name of :data:`LOSSES`, or a function of that form.
-        temperature: softens the fused rows only (as published): ``p ** (1 / temperature)``, scaled so that a row
-            keeps its mass.
-        reduction: "mean" divides by the rows that ``loss_mask`` keeps, "none" returns (B, T) with 0 elsewhere.
+        temperature: softens the fused distributions only (as published): ``p ** (1 / temperature)``, scaled so that a
+            position keeps its mass.
+        reduction: "mean" divides by the positions that ``loss_mask`` keeps, "none" returns (B, T) with 0 elsewhere.
 
     Returns:
         () or (B, T), float32 (float64 for float64 logits), nats. An empty mask gives a zero that has a gradient.
@@ -149,9 +149,9 @@ def fusion_loss(
     return chunked_fusion_loss(
         logits,
         _identity,
-        target_ids,
-        target_logprobs,
-        target_mask,
+        fused_ids,
+        fused_logprobs,
+        fused_mask,
         loss_mask,
         kind=kind,
         temperature=temperature,
@@ -163,32 +163,32 @@ def fusion_loss(
 def chunked_fusion_loss(
     hidden: Tensor,
     head: Callable[[Tensor], Tensor] | Tensor,
-    target_ids: Tensor,
-    target_logprobs: Tensor,
-    target_mask: Tensor,
+    fused_ids: Tensor,
+    fused_logprobs: Tensor,
+    fused_mask: Tensor,
     loss_mask: Tensor,
     *,
-    kind: str | RowLoss = "ce",
+    kind: str | Divergence = "ce",
     temperature: float = 1.0,
     reduction: Reduction = "mean",
     chunk_size: int | None = None,
 ) -> Tensor:
     """:func:`fusion_loss` of ``head(hidden)``, with the same value and gradients and never all logits at once.
 
-    Rows that ``loss_mask`` drops never reach the head. The logits of a chunk are computed again in the backward pass.
+    Positions that ``loss_mask`` drops never reach the head. The backward pass computes the logits of a chunk again.
 
     Args:
         hidden: (B, T, H) last hidden states.
         head: maps (n, H) to logits (n, V); called once per chunk, so sharded weights are gathered by its own forward.
             Or the weight (V, H) of a linear head without bias.
-        target_ids: as in :func:`fusion_loss`, like all that follow.
-        target_logprobs: (B, T, K).
-        target_mask: (B, T, K).
+        fused_ids: as in :func:`fusion_loss`, like all that follow.
+        fused_logprobs: (B, T, K).
+        fused_mask: (B, T, K).
         loss_mask: (B, T).
         kind: divergence.
-        temperature: of the fused rows.
+        temperature: of the fused distributions.
         reduction: mean, sum or none.
-        chunk_size: rows per chunk; by default as many as :data:`CHUNK_ELEMENTS` logits allow.
+        chunk_size: positions per chunk; by default as many as :data:`CHUNK_ELEMENTS` logits allow.
 
     Returns:
         () or (B, T).
@@ -197,42 +197,42 @@ def chunked_fusion_loss(
         ConfigError: as in :func:`fusion_loss`.
         DataError: as in :func:`fusion_loss`.
     """
-    _check_shapes(hidden, target_ids, target_logprobs, target_mask, loss_mask)
+    _check_shapes(hidden, fused_ids, fused_logprobs, fused_mask, loss_mask)
     if reduction not in ("mean", "sum", "none"):
-        raise ConfigError(f"reduction is mean, sum or none, not {reduction!r}")
+        raise ConfigError(f"reduction: expected mean, sum or none, got {reduction!r}")
     if isinstance(head, Tensor):
         head = partial(torch.nn.functional.linear, weight=head)
-    rows = loss_mask.bool()
-    targets = _Targets.of(target_ids[rows], target_logprobs[rows], target_mask[rows], temperature)
-    _, per_row = _in_chunks(hidden[rows], head, None, targets, _row_loss(kind), chunk_size)
+    kept = loss_mask.bool()
+    fused = _Fused.of(fused_ids[kept], fused_logprobs[kept], fused_mask[kept], temperature)
+    _, values = _in_chunks(hidden[kept], head, None, fused, _divergence(kind), chunk_size)
     if reduction == "none":
-        return per_row.new_zeros(rows.shape).masked_scatter(rows, per_row)
-    total = per_row.sum()
-    return total / max(1, per_row.numel()) if reduction == "mean" else total
+        return values.new_zeros(kept.shape).masked_scatter(kept, values)
+    total = values.sum()
+    return total / max(1, values.numel()) if reduction == "mean" else total
 
 
 def token_losses(
     hidden: Tensor,
     head: Callable[[Tensor], Tensor] | None,
     labels: Tensor,
-    targets: tuple[Tensor, Tensor],
+    fused: tuple[Tensor, Tensor],
     *,
-    kind: str | RowLoss = "ce",
+    kind: str | Divergence = "ce",
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> TokenLosses:
     """The language-model term and the fusion term of one batch, from one pass over the head.
 
-    Row t counts when label t + 1 exists (is not -100); the last row never does.
+    Position t counts when label t + 1 exists (is not -100); the last position never does.
 
     Args:
         hidden: (B, T, H) last hidden states, or (B, T, V) logits when ``head`` is None.
         head: maps (n, H) to (n, V).
         labels: (B, T) token ids, -100 where not supervised; not shifted.
-        targets: ids (B, T, K), -1 for an empty entry, and log-probabilities (B, T, K).
+        fused: ids (B, T, K), -1 for an empty entry, and log-probabilities (B, T, K).
         kind: divergence, as in :func:`fusion_loss`.
-        temperature: of the fused rows.
-        chunk_size: rows per chunk.
+        temperature: of the fused distributions.
+        chunk_size: positions per chunk.
 
     Returns:
         Sums and counts; the caller divides, by the tokens of the whole global batch.
@@ -241,29 +241,32 @@ def token_losses(
         ConfigError: as in :func:`fusion_loss`.
         DataError: as in :func:`fusion_loss`.
     """
-    ids, logprobs = targets
+    ids, logprobs = fused
     following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    rows = following != -100
-    _check_shapes(hidden, ids, logprobs, ids, rows)
-    kept = _Targets.of(ids[rows], logprobs[rows], ids[rows] >= 0, temperature)
+    kept = following != -100
+    _check_shapes(hidden, ids, logprobs, ids, kept)
+    entries = _Fused.of(ids[kept], logprobs[kept], ids[kept] >= 0, temperature)
     if head is None:
-        head, chunk_size = _identity, max(1, rows.numel())
-    lm, fusion = _in_chunks(hidden[rows], head, following[rows], kept, _row_loss(kind), chunk_size)
-    return TokenLosses(lm.sum(), fusion.sum(), rows.sum(), kept.mask.any(-1).sum())
+        head, chunk_size = _identity, max(1, kept.numel())
+    lm, fusion = _in_chunks(hidden[kept], head, following[kept], entries, _divergence(kind), chunk_size)
+    return TokenLosses(lm.sum(), fusion.sum(), kept.sum(), entries.mask.any(-1).sum())
 
 
 @dataclass(frozen=True)
-class _Targets:
-    """Fused rows made safe: ids and log-probabilities are 0 where the mask is False. All (N, K)."""
+class _Fused:
+    """Fused distributions with ids and log-probabilities of 0 where the mask is False, all (N, K).
+
+    Then a masked entry is a valid index and adds 0 to a sum, in the value and in the gradient.
+    """
 
     ids: Tensor
     logprobs: Tensor
     mask: Tensor
 
     @classmethod
-    def of(cls, ids: Tensor, logprobs: Tensor, mask: Tensor, temperature: float) -> "_Targets":
+    def of(cls, ids: Tensor, logprobs: Tensor, mask: Tensor, temperature: float) -> "_Fused":
         if not temperature > 0:
-            raise ConfigError(f"temperature must be positive, not {temperature}")
+            raise ConfigError(f"temperature: expected a number above 0, got {temperature}")
         logprobs = logprobs if logprobs.dtype == torch.float64 else logprobs.float()
         mask = mask.bool() & torch.isfinite(logprobs)
         logprobs = logprobs.masked_fill(~mask, 0.0)
@@ -271,8 +274,8 @@ class _Targets:
             logprobs = _tempered(logprobs, mask, temperature)
         return cls(ids.long().masked_fill(~mask, 0), logprobs, mask)
 
-    def __getitem__(self, part: slice) -> "_Targets":
-        return _Targets(self.ids[part], self.logprobs[part], self.mask[part])
+    def __getitem__(self, part: slice) -> "_Fused":
+        return _Fused(self.ids[part], self.logprobs[part], self.mask[part])
 
 
 def _tempered(logprobs: Tensor, mask: Tensor, temperature: float) -> Tensor:
@@ -287,40 +290,44 @@ def _in_chunks(
     states: Tensor,
     head: Callable[[Tensor], Tensor],
     labels: Tensor | None,
-    targets: _Targets,
-    loss: RowLoss,
+    fused: _Fused,
+    loss: Divergence,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     """(N,) language-model terms (zeros without labels) and (N,) fusion terms."""
     size = chunk_size or _default_chunk(states, head)
-    # Without rows there is still one, empty, part: the zero needs a gradient, and every rank must call the head.
+    # Without positions there is still one, empty, part: the zero needs a gradient, and every rank must call the head.
     parts = [slice(start, start + size) for start in range(0, max(1, states.shape[0]), size)]
     lm, fusion = [], []
     for part in parts:
         wanted = None if labels is None else labels[part]
-        arguments = (states[part], head, wanted, targets[part], loss)
-        terms = _row_terms(*arguments) if len(parts) == 1 else checkpoint(_row_terms, *arguments, use_reentrant=False)
+        arguments = (states[part], head, wanted, fused[part], loss)
+        terms = (
+            _position_terms(*arguments)
+            if len(parts) == 1
+            else checkpoint(_position_terms, *arguments, use_reentrant=False)
+        )
         lm.append(terms[0])
         fusion.append(terms[1])
     return torch.cat(lm), torch.cat(fusion)
 
 
-def _row_terms(
-    states: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor | None, targets: _Targets, loss: RowLoss
+def _position_terms(
+    states: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor | None, fused: _Fused, loss: Divergence
 ) -> tuple[Tensor, Tensor]:
-    width = targets.ids.shape[-1]
-    ids = targets.ids if labels is None else torch.cat([targets.ids, labels.unsqueeze(-1)], -1)  # (n, K or K + 1)
+    width = fused.ids.shape[-1]
+    ids = fused.ids if labels is None else torch.cat([fused.ids, labels.unsqueeze(-1)], -1)  # (n, K or K + 1)
     logprobs = _LogprobsAt.apply(head(states), ids)
-    student = logprobs[:, :width].masked_fill(~targets.mask, 0.0)
-    fusion = loss(student, targets.logprobs.to(logprobs.dtype), targets.mask)
+    student = logprobs[:, :width].masked_fill(~fused.mask, 0.0)
+    fusion = loss(student, fused.logprobs.to(logprobs.dtype), fused.mask)
     return (torch.zeros_like(fusion) if labels is None else -logprobs[:, width]), fusion
 
 
 class _LogprobsAt(torch.autograd.Function):
     """``log softmax(logits)`` at some ids only: (n, V), (n, K) -> (n, K), float32 (float64 for float64).
 
-    Keeps the logits in their own dtype and nothing else of their size, and makes one buffer of their size in the
-    backward pass; the same by autograd's own rules takes about twice as much.
+    An own backward pass, because autograd's rules for ``log_softmax`` keep a float32 copy of the logits. This one keeps
+    the logits in their own dtype, and makes one buffer of their size in the backward pass: about half the memory.
     """
 
     @staticmethod
@@ -356,25 +363,25 @@ def _identity(states: Tensor) -> Tensor:
     return states
 
 
-def _row_loss(kind: str | RowLoss, known: Mapping[str, RowLoss] = LOSSES) -> RowLoss:
+def _divergence(kind: str | Divergence, known: Mapping[str, Divergence] = LOSSES) -> Divergence:
     if callable(kind):
         return kind
     if kind not in known:
-        raise ConfigError(f"no loss named {kind!r}; known: {', '.join(known)}")
+        raise ConfigError(f"unknown loss {kind!r}; expected one of {', '.join(known)}, or a function")
     return known[kind]
 
 
-def _check_shapes(hidden: Tensor, ids: Tensor, logprobs: Tensor, mask: Tensor, rows: Tensor) -> None:
+def _check_shapes(hidden: Tensor, ids: Tensor, logprobs: Tensor, mask: Tensor, kept: Tensor) -> None:
     fits = (
         hidden.dim() == 3
-        and rows.shape == hidden.shape[:2]
+        and kept.shape == hidden.shape[:2]
         and ids.dim() == 3
-        and ids.shape[:2] == rows.shape
+        and ids.shape[:2] == kept.shape
         and ids.shape == logprobs.shape == mask.shape
     )
     if not fits:
         raise DataError(
-            "expected states (B, T, ...), target ids, log-probabilities and mask (B, T, K) and a loss mask (B, T); "
-            f"came {tuple(hidden.shape)}, {tuple(ids.shape)}, {tuple(logprobs.shape)}, {tuple(mask.shape)} and "
-            f"{tuple(rows.shape)}"
+            "expected states (B, T, ...), fused ids, log-probabilities and mask (B, T, K) and a loss mask (B, T); "
+            f"got {tuple(hidden.shape)}, {tuple(ids.shape)}, {tuple(logprobs.shape)}, {tuple(mask.shape)} and "
+            f"{tuple(kept.shape)}"
         )

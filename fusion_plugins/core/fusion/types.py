@@ -1,10 +1,11 @@
-"""The frozen dataclasses that flow between the steps of the fusion.
+"""The dataclasses that pass between the steps of the fusion.
 
-``Record -> Alignment -> SparseDistributions (projected) -> SparseDistributions (fused)``
+``TokenizedText`` + ``TopK`` -> ``Record`` -> ``Alignment`` -> ``SparseDistributions`` (projected, then fused)
 
-**Positions.** The distribution at position ``t`` is over token ``t + 1``, after reading tokens ``0..t``.
+**Positions.** The distribution at position ``t`` is over token ``t + 1``, after reading tokens ``0..t``. So position
+``t`` is labelled ``input_ids[t + 1]``, and the last position of a text has no label.
 
-Shape letters: T target tokens, U source tokens, K kept entries, M spans, V and W target and source vocabulary.
+Shape letters: T target tokens, U source tokens, K entries, V and W target and source vocabulary.
 """
 
 from dataclasses import dataclass
@@ -12,36 +13,43 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusion_plugins.core.arrays import BoolArray, FloatArray, IntArray
+from fusion_plugins.core.text.types import TokenizedText
 
-__all__ = ["Record", "Shares", "SparseDistributions", "VocabularyMap"]
+__all__ = ["Record", "Shares", "SparseDistributions", "TopK", "VocabularyMap"]
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The most probable next tokens at each of U positions, as one source model gives them.
+
+    Attributes:
+        ids: (U, K) int32, by descending probability, ties by lowest id; -1 where fewer than K are stored.
+        logprobs: (U, K) float32 true log-probabilities (full normaliser) in nats; -inf where the id is -1.
+        token_logprobs: (U,) float32 log-probability of the token that follows, log p(input_ids[u + 1] | tokens 0..u);
+            nan at the last position.
+    """
+
+    ids: IntArray
+    logprobs: FloatArray
+    token_logprobs: FloatArray
 
 
 @dataclass(frozen=True)
 class Record:
-    """One text as one source model sees it: a row of a store.
+    """One text as one source model sees it; what a store holds per text.
 
     Attributes:
-        id: joins texts, stores and data sets.
-        input_ids: (U,) int32.
-        offsets: (U,) int32 byte offset at which each token ends (``TokenizedText.ends``).
-        exact: (U,) bool, as in :class:`TokenizedText`.
-        spans: (M, 2) int32 supervised byte ranges.
-        topk_ids: (U, K) int32, by descending probability, ties by lowest id; -1 where fewer than K are stored.
-        topk_logprobs: (U, K) float32 true log-probabilities in nats; -inf where the id is -1.
-        token_logprobs: (U,) float32, row convention: log p(input_ids[u + 1] | input_ids[: u + 1]); nan in the last row.
+        id: joins texts, stores and datasets.
+        text: the source's U tokens.
+        topk: its distributions.
         tail: (U,) float32 probability mass outside the top k.
-        ce_per_token: mean cross-entropy over the supervised tokens, nats/token.
+        ce_per_token: mean cross-entropy over the supervised tokens, nats/token; nan without any.
         ce_per_byte: the same sum over the number of supervised bytes, nats/byte.
     """
 
     id: str
-    input_ids: IntArray
-    offsets: IntArray
-    exact: BoolArray
-    spans: IntArray
-    topk_ids: IntArray
-    topk_logprobs: FloatArray
-    token_logprobs: FloatArray
+    text: TokenizedText
+    topk: TopK
     tail: FloatArray
     ce_per_token: float
     ce_per_byte: float
@@ -49,12 +57,12 @@ class Record:
 
 @dataclass(frozen=True)
 class SparseDistributions:
-    """One sparse distribution per position; the one form that crosses modules.
+    """One sparse distribution per position; the one form in which distributions cross modules.
 
     Attributes:
-        ids: (T, K) int32, -1 for an empty entry. Entries of a row are distinct.
+        ids: (T, K) int32, -1 for an empty entry. The entries of a position are distinct.
         logprobs: (T, K) float32 natural logarithms, -inf for an empty entry.
-        leftover: (T,) float32 probability mass that no entry holds; 1 for a row without entries.
+        leftover: (T,) float32 probability mass that no entry holds; 1 at a position without entries.
     """
 
     ids: IntArray
@@ -67,14 +75,14 @@ class SparseDistributions:
         return self.ids >= 0
 
     @property
-    def rows(self) -> BoolArray:
-        """(T,) bool, True where the row has at least one entry."""
+    def present(self) -> BoolArray:
+        """(T,) bool, True at the positions that have at least one entry."""
         return np.any(self.mask, axis=-1)
 
 
 @dataclass(frozen=True)
 class Shares:
-    """How the probability of each of W source tokens is shared out among several target tokens (a sparse matrix).
+    """How each of W source tokens is divided among several target tokens: a sparse matrix of weights.
 
     Attributes:
         starts: (W + 1,) int32; source token ``s`` has the entries ``starts[s]`` to ``starts[s + 1]``, or none.
@@ -94,8 +102,8 @@ class VocabularyMap:
     Attributes:
         target_ids: (W,) int32, -1 where the source token has no counterpart.
         distances: (W,) int32 edit distance of the pair; 0 for an exact match, -1 where unmapped.
-        method: how it was made.
-        shares: of a one-to-many map; a source token without entries there goes to its one ``target_ids``.
+        method: how the map was made.
+        shares: only in a one-to-many map; a source token without entries in it goes to its one ``target_ids``.
     """
 
     target_ids: IntArray

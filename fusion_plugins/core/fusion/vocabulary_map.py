@@ -1,18 +1,22 @@
 """Source token -> target token: which target token takes over a source token's probability.
 
-Ordinary tokens are compared as bytes, special tokens go by their role. ``exact`` maps equal bytes only; ``min_edit`` is
-the papers' method; ``first_token`` sends a source token to the first token of the target's own encoding of its bytes,
-which is what the source's next-token distribution says about the target's next token; ``statistics`` goes by which
-tokens were aligned on real texts; ``one_to_many`` shares a token's probability out among those, by how often each was.
+Ordinary tokens are compared as bytes, special tokens by their role.
+
+* ``exact`` maps equal bytes only.
+* ``min_edit`` takes the nearest token by edit distance, the papers' method.
+* ``first_token`` takes the first token of the target's own encoding of the source token's bytes. That is what the
+  source's next-token distribution says about the target's next token.
+* ``statistics`` takes the token that was aligned with it most often on real texts.
+* ``one_to_many`` divides its probability among all tokens that were aligned with it, in proportion to the counts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from fusion_plugins.core.arrays import BoolArray, IntArray
-from fusion_plugins.core.fusion.counts import AlignmentCounts, by_count, by_published_score, shares_by_count
+from fusion_plugins.core.fusion.counts import AlignmentCounts, by_count, shares_by_count
 from fusion_plugins.core.fusion.nearest import nearest_tokens, pair_distances
 from fusion_plugins.core.fusion.types import VocabularyMap
 from fusion_plugins.core.text.token_table import Role, TokenTable
@@ -37,7 +41,6 @@ def map_vocabulary(
     max_distance: int | None = None,
     counts: Counts | None = None,
     encode: Encode | None = None,
-    compat: Literal["fusechat"] | None = None,
 ) -> VocabularyMap:
     """Map each source token to a target token.
 
@@ -45,14 +48,13 @@ def map_vocabulary(
         source: (W,) tokens, ``str`` or ``bytes``, or a token table.
         target: (V,) tokens of the same type, or a token table.
         method: one of :data:`METHODS`. The default is the papers' method; a configuration takes ``first_token`` unless
-            it says otherwise (``fusion.alignment.vocabulary``).
+            it says otherwise (``fusion.projection.vocabulary_map``).
         max_distance: leave a token unmapped when its counterpart is farther than this (in bytes; in code points for
             ``str``).
         counts: how often tokens were aligned, or (source id, target id) -> number; for ``statistics`` and
             ``one_to_many``.
         encode: bytes (or ``str``) -> ids of the target's own encoding, for ``first_token``. Without it, or where it
             answers with nothing, the longest target token that the source token starts with is taken.
-        compat: ``fusechat`` makes ``statistics`` choose by the published score.
 
     Returns:
         The map. Among equally good target tokens the lowest id wins. Where both sides are tables, special tokens are
@@ -64,25 +66,24 @@ def map_vocabulary(
         MismatchError: the counts are of other vocabularies.
     """
     if method not in METHODS:
-        raise ConfigError(f"unknown vocabulary method {method!r}; expected one of {', '.join(METHODS)}")
-    if compat not in (None, "fusechat"):
-        raise ConfigError(f"unknown compat {compat!r}; expected None or 'fusechat'")
+        raise ConfigError(f"unknown vocabulary map {method!r}; expected one of {', '.join(METHODS)}")
     left, right = _tokens(source), _tokens(target)
     _check_types(left, right)
-    rows, columns = _mappable(source), _eligible(target)
+    mappable, eligible = _mappable(source), _eligible(target)
     target_ids = np.full(len(left), -1, np.int32)
     distances = np.full(len(left), -1, np.int32)
     shares, counted = None, _checked_counts(counts, method)
     if method == "statistics":
-        choose = by_published_score if compat == "fusechat" else by_count
-        target_ids = np.where(rows, choose(left, right, counted, columns), -1).astype(np.int32)
+        target_ids = np.where(mappable, by_count(left, right, counted, eligible), -1).astype(np.int32)
     elif method in ("first_token", "one_to_many"):
-        target_ids[rows] = _first_tokens(_select(left, rows), right, columns, encode)
+        target_ids[mappable] = _first_tokens(_select(left, mappable), right, eligible, encode)
     else:
         limit = 0 if method == "exact" else max_distance
-        target_ids[rows], distances[rows] = _nearest(_select(left, rows), _select(right, columns), columns, limit)
+        target_ids[mappable], distances[mappable] = _nearest(
+            _select(left, mappable), _select(right, eligible), eligible, limit
+        )
     if method == "one_to_many":
-        shares = shares_by_count(left, right, counted, columns)
+        shares = shares_by_count(left, right, counted, eligible)
     if method not in ("exact", "min_edit"):
         _measure(left, right, target_ids, distances, max_distance)
     if isinstance(source, TokenTable) and isinstance(target, TokenTable):
@@ -93,8 +94,8 @@ def map_vocabulary(
 def same_ids(source: TokenTable, target: TokenTable) -> bool:
     """Whether the source's ids mean the same to the target, so that no map is needed.
 
-    Tokens that were added behind the source's do no harm. One vocabulary may end turns with other tokens in another
-    template: those are mapped by role.
+    Tokens that were added after the source's do no harm. Two chat templates may end turns with different tokens of one
+    vocabulary: then a map is needed, which maps them by role.
     """
     return target.extends(source) and source.id_of_role(Role.END_OF_TURN) == target.id_of_role(Role.END_OF_TURN)
 
@@ -108,7 +109,7 @@ def identity_map(source: TokenTable) -> VocabularyMap:
 def _checked_counts(counts: Counts | None, method: str) -> AlignmentCounts:
     if method in COUNTED and not counts:
         raise ConfigError(
-            f"method {method!r} expects `counts`, the AlignmentCounts of the two tokenizers, got "
+            f"vocabulary map {method!r} expects `counts`, the AlignmentCounts of the two tokenizers; got "
             f"{'none' if counts is None else 'empty ones'}. Count aligned texts first."
         )
     if counts is None:
@@ -133,7 +134,7 @@ def _mappable(vocabulary: Vocabulary) -> BoolArray:
 
 
 def _eligible(vocabulary: Vocabulary) -> BoolArray:
-    """(V,) bool, True for tokens to which the text of another may be mapped."""
+    """(V,) bool, True for the tokens that another token may be mapped to."""
     return vocabulary.ordinary if isinstance(vocabulary, TokenTable) else np.ones(len(vocabulary), np.bool_)
 
 

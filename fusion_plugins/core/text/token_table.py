@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fusion_plugins.core.arrays import BoolArray, IntArray
+from fusion_plugins.core.text.token_bytes import TokenBytes
 from fusion_plugins.core.text.tokenizer_json import Kind, adds_prefix_space, byte_token, decoder, kind_of, model_vocab
 from fusion_plugins.errors import TokenizerError
 
@@ -153,6 +154,15 @@ class TokenTable:
         own = {self.tokens[index] for index in np.flatnonzero(ordinary).tolist() if index not in self.byte_fallback}
         ordinary[[index for index in self.byte_fallback if self.tokens[index] in own]] = False
         return ordinary
+
+    @cached_property
+    def packed(self) -> TokenBytes:
+        """The table as arrays, for compiled kernels."""
+        flat = np.frombuffer(b"".join(self.tokens), np.uint8).copy()
+        starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+        closing = np.zeros(self.vocab_size, np.bool_)
+        closing[[self.role_ids[role] for role in (Role.EOS, Role.END_OF_TURN) if role in self.role_ids]] = True
+        return TokenBytes(flat, starts, self.special.copy(), closing)
 
     def extends(self, other: "TokenTable") -> bool:
         """Whether this is the other table, or the other one with more tokens behind its own."""

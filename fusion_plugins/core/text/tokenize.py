@@ -143,14 +143,22 @@ def _finish(ids: IntArray, ends: IntArray, exact: BoolArray, spans: IntArray, ma
 
 
 def tokenize_content(
-    tokenizer: Any, table: TokenTable, content: str | Sequence[Mapping[str, Any]]
+    tokenizer: Any,
+    table: TokenTable,
+    content: str | Sequence[Mapping[str, Any]],
+    *,
+    template_options: Mapping[str, Any] | None = None,
 ) -> tuple[TokenizedText, str]:
-    """Tokenize a text or a chat.
+    """Tokenize a text or a chat, as sources and target do alike.
+
+    A plain text gets the tokenizer's own BOS and an EOS. A chat is rendered with the model's own template, which adds
+    the special tokens itself.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer; with a chat template where ``content`` is a chat.
         table: its token table.
         content: the text, or messages with ``role`` and ``content``.
+        template_options: arguments of the chat template besides the messages.
 
     Returns:
         The tokens, and the text that their ends and spans count the bytes of.
@@ -161,5 +169,6 @@ def tokenize_content(
     """
     if isinstance(content, str):
         return tokenize(tokenizer, table, content), content
-    text, spans, _ = render_chat(lambda messages: tokenizer.apply_chat_template(messages, tokenize=False), content)
+    options = {**(template_options or {}), "tokenize": False}
+    text, spans, _ = render_chat(lambda messages: tokenizer.apply_chat_template(messages, **options), content)
     return tokenize(tokenizer, table, text, spans=spans, special_tokens=False, append_eos=False), text

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fusion_plugins.core.arrays import FloatArray, IntArray
+from fusion_plugins.core.fusion.types import TopK
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import ConfigError
 
@@ -21,7 +21,6 @@ __all__ = [
     "Purpose",
     "Refusal",
     "Response",
-    "Rows",
     "SampleRequest",
     "Sampling",
     "Source",
@@ -126,21 +125,6 @@ class Response:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What a source says about one text of T tokens, in the row convention.
-
-    Attributes:
-        topk_ids: (T, K) int32 by descending probability, ties by lowest id, -1 where empty; the last row is empty.
-        topk_logprobs: (T, K) float32 true log-probabilities in nats, -inf where empty.
-        token_logprobs: (T,) float32 log-probability of the next token; nan in the last row.
-    """
-
-    topk_ids: IntArray
-    topk_logprobs: FloatArray
-    token_logprobs: FloatArray
-
-
-@dataclass(frozen=True)
 class Refusal:
     """Takes the place of a result that a source cannot give, now or later; the others go on.
 
@@ -179,7 +163,7 @@ class Source(Protocol):
     whole_units: bool
     facts: dict[str, Any]
 
-    def capture(self, units: Units[TokenizedText], top_k: int) -> Iterator[tuple[Place, Rows | Refusal]]:
+    def capture(self, units: Units[TokenizedText], top_k: int) -> Iterator[tuple[Place, TopK | Refusal]]:
         """Yield (place of the text, its rows), in any order. Units are taken as they are needed."""
         ...
 

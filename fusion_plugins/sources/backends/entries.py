@@ -3,7 +3,7 @@
 import numpy as np
 
 from fusion_plugins.core.arrays import FloatArray, IntArray
-from fusion_plugins.sources.backends.base import Rows
+from fusion_plugins.core.fusion.types import TopK
 
 __all__ = ["rows_of_entries", "spare_entries"]
 
@@ -20,7 +20,7 @@ def spare_entries(logits_width: int, vocab_size: int) -> int:
     return min(max(logits_width - vocab_size, 0), MOST_SPARE)
 
 
-def rows_of_entries(ids: IntArray, logprobs: FloatArray, gold_logprobs: FloatArray, k: int, vocab_size: int) -> Rows:
+def rows_of_entries(ids: IntArray, logprobs: FloatArray, gold_logprobs: FloatArray, k: int, vocab_size: int) -> TopK:
     """Sort by descending probability, ties by lowest id; drop unknown ids; cut to k; add the empty last row.
 
     Args:
@@ -40,4 +40,4 @@ def rows_of_entries(ids: IntArray, logprobs: FloatArray, gold_logprobs: FloatArr
     topk_logprobs = np.full((n_rows + 1, k), -np.inf, np.float32)
     topk_ids[:-1, :width] = np.take_along_axis(ids, order, axis=-1)
     topk_logprobs[:-1, :width] = np.take_along_axis(logprobs, order, axis=-1)
-    return Rows(topk_ids, topk_logprobs, np.append(gold_logprobs.astype(np.float32), np.float32(np.nan)))
+    return TopK(topk_ids, topk_logprobs, np.append(gold_logprobs.astype(np.float32), np.float32(np.nan)))

@@ -19,6 +19,7 @@ import openai
 from pydantic import BaseModel, ConfigDict, Field
 
 from fusion_plugins.config import validate
+from fusion_plugins.core.fusion.types import TopK
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import ConfigError, SourceError
 from fusion_plugins.sources.backends.base import (
@@ -26,7 +27,6 @@ from fusion_plugins.sources.backends.base import (
     Purpose,
     Refusal,
     Response,
-    Rows,
     SampleRequest,
     SourceSettings,
     Units,
@@ -111,7 +111,7 @@ class ServerSource:
             "servers": [server.address for server in self._pool.servers],
         }
 
-    def capture(self, units: Units[TokenizedText], top_k: int) -> Iterator[tuple[Place, Rows | Refusal]]:
+    def capture(self, units: Units[TokenizedText], top_k: int) -> Iterator[tuple[Place, TopK | Refusal]]:
         """Yield the rows of each text."""
         asked = min(top_k + spare_entries(self._width, self._vocab_size), self._width)
         return self._all(units, lambda text: self._capture_one(text, top_k, asked))
@@ -124,7 +124,7 @@ class ServerSource:
         """Close the connections."""
         self._pool.stop()
 
-    def _capture_one(self, text: TokenizedText, top_k: int, asked: int) -> Rows:
+    def _capture_one(self, text: TokenizedText, top_k: int, asked: int) -> TopK:
         body = {
             "model": self._settings.model,
             "prompt": text.input_ids.tolist(),
@@ -238,7 +238,7 @@ def _count(answer: dict[str, Any], name: str) -> int:
     return count if isinstance(count, int) else 0
 
 
-def _prompt_rows(answer: dict[str, Any], input_ids: np.ndarray, top_k: int, vocab_size: int) -> Rows:
+def _prompt_rows(answer: dict[str, Any], input_ids: np.ndarray, top_k: int, vocab_size: int) -> TopK:
     choice = _first_choice(answer)
     if "prompt_logprobs" not in choice:
         raise SourceError(
@@ -259,7 +259,7 @@ def _prompt_rows(answer: dict[str, Any], input_ids: np.ndarray, top_k: int, voca
     return _rows(entries, input_ids, top_k, vocab_size)
 
 
-def _rows(positions: list[dict[int, float]], input_ids: np.ndarray, top_k: int, vocab_size: int) -> Rows:
+def _rows(positions: list[dict[int, float]], input_ids: np.ndarray, top_k: int, vocab_size: int) -> TopK:
     width = max((len(position) for position in positions), default=0)
     ids = np.full((len(positions), width), -1, np.int32)
     logprobs = np.full((len(positions), width), -np.inf, np.float32)

@@ -24,6 +24,7 @@ import ray.data
 from pydantic import BaseModel, ConfigDict, Field
 
 from fusion_plugins.config import validate
+from fusion_plugins.core.fusion.types import TopK
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import FusionError, SourceError
 from fusion_plugins.sources.backends import base
@@ -32,7 +33,6 @@ from fusion_plugins.sources.backends.base import (
     Purpose,
     Refusal,
     Response,
-    Rows,
     SampleRequest,
     SourceSettings,
     Units,
@@ -149,7 +149,7 @@ class RaySource:
         if self._started:
             connect(self._options.address)
 
-    def capture(self, units: Units[TokenizedText], top_k: int) -> Iterator[tuple[Place, Rows | Refusal]]:
+    def capture(self, units: Units[TokenizedText], top_k: int) -> Iterator[tuple[Place, TopK | Refusal]]:
         """Yield the rows of each text, unit by unit as the actors finish them."""
         return self._map(units, top_k)
 

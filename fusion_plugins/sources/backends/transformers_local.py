@@ -18,6 +18,7 @@ from transformers.generation.logits_process import (
 )
 
 from fusion_plugins.config import validate
+from fusion_plugins.core.fusion.types import TopK
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import SourceError
 from fusion_plugins.sources.backends.base import (
@@ -25,7 +26,6 @@ from fusion_plugins.sources.backends.base import (
     Purpose,
     Refusal,
     Response,
-    Rows,
     SampleRequest,
     Sampling,
     SourceSettings,
@@ -77,7 +77,7 @@ class TransformersSource:
             "revision": getattr(self._model.config, "_commit_hash", None) or settings.revision,
         }
 
-    def capture(self, units: Units[TokenizedText], top_k: int) -> Iterator[tuple[Place, Rows]]:
+    def capture(self, units: Units[TokenizedText], top_k: int) -> Iterator[tuple[Place, TopK]]:
         """Yield the rows of each text; texts of like length share a forward pass, padded on the right."""
         return in_turn(units, lambda texts: self._capture(texts, top_k))
 
@@ -89,7 +89,7 @@ class TransformersSource:
         """Drop the model."""
         del self._model
 
-    def _capture(self, texts: Sequence[TokenizedText], top_k: int) -> Iterator[tuple[int, Rows]]:
+    def _capture(self, texts: Sequence[TokenizedText], top_k: int) -> Iterator[tuple[int, TopK]]:
         for batch in _batches([len(text.input_ids) for text in texts], self._options.batch_tokens):
             yield from zip(batch, self._forward([texts[i] for i in batch], top_k), strict=True)
 
@@ -107,7 +107,7 @@ class TransformersSource:
                 yield from zip(batch, self._generate([prompts[i] for i in batch], seeds, sampling), strict=True)
 
     @torch.inference_mode()
-    def _forward(self, texts: list[TokenizedText], top_k: int) -> list[Rows]:
+    def _forward(self, texts: list[TokenizedText], top_k: int) -> list[TopK]:
         width = max(len(text.input_ids) for text in texts)
         ids = torch.zeros(len(texts), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -118,12 +118,12 @@ class TransformersSource:
         logits = self._model(ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
         return [self._rows(logits[row], text, top_k) for row, text in enumerate(texts)]
 
-    def _rows(self, logits: torch.Tensor, text: TokenizedText, top_k: int) -> Rows:
+    def _rows(self, logits: torch.Tensor, text: TokenizedText, top_k: int) -> TopK:
         n = len(text.input_ids)
         gold = torch.from_numpy(text.input_ids[1:].astype(np.int64)).to(logits.device)
         ids, logprobs, gold_logprobs = top_k_rows(logits[: n - 1], gold, top_k, self._vocab_size)
         width = ids.shape[-1]
-        return Rows(
+        return TopK(
             np.concatenate([ids.numpy(), np.full((1, width), -1, np.int32)]),
             np.concatenate([logprobs.numpy(), np.full((1, width), -np.inf, np.float32)]),
             np.append(gold_logprobs.numpy(), np.float32(np.nan)),

@@ -18,6 +18,7 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from fusion_plugins.config import validate
+from fusion_plugins.core.fusion.types import TopK
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import SourceError
 from fusion_plugins.sources.backends.base import (
@@ -25,7 +26,6 @@ from fusion_plugins.sources.backends.base import (
     Purpose,
     Refusal,
     Response,
-    Rows,
     SampleRequest,
     Sampling,
     SourceSettings,
@@ -114,7 +114,7 @@ class VllmSource:
             "revision": getattr(model.hf_config, "_commit_hash", None) or settings.revision,
         }
 
-    def capture(self, units: Units[TokenizedText], top_k: int) -> Iterator[tuple[Place, Rows | Refusal]]:
+    def capture(self, units: Units[TokenizedText], top_k: int) -> Iterator[tuple[Place, TopK | Refusal]]:
         """Yield the rows of each text."""
         return in_turn(units, lambda texts: self._capture(texts, top_k))
 
@@ -127,7 +127,7 @@ class VllmSource:
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
 
-    def _capture(self, texts: Sequence[TokenizedText], top_k: int) -> Iterator[tuple[int, Rows | Refusal]]:
+    def _capture(self, texts: Sequence[TokenizedText], top_k: int) -> Iterator[tuple[int, TopK | Refusal]]:
         asked = min(top_k + spare_entries(self._width, self._vocab_size), self._width)
         sizes = [len(text.input_ids) * (asked + 1) for text in texts]
         for index, size in enumerate(sizes):
@@ -170,7 +170,7 @@ class VllmSource:
                 return [Refusal(f"vLLM refuses it: {error}")]
         return [self._generate([ids], [param])[0] for ids, param in zip(prompts, params, strict=True)]
 
-    def _rows(self, logprobs: Any, n_tokens: int, top_k: int) -> Rows:
+    def _rows(self, logprobs: Any, n_tokens: int, top_k: int) -> TopK:
         # Position 0 is empty; every other one lists the token itself, then the most probable ones.
         shape = (n_tokens - 1, len(logprobs.token_ids) // max(n_tokens - 1, 1))
         ids = np.array(logprobs.token_ids, np.int32).reshape(shape)

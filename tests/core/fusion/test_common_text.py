@@ -1,41 +1,45 @@
 import numpy as np
 import pytest
 import tiny
+from records import record_of
 
 from fusion_plugins.core.fusion.common_text import common_text, comparable
-from fusion_plugins.core.fusion.record import build_record
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize
 from fusion_plugins.errors import AlignmentError
 
 
 def sides(source_text, target_text, *, source="byte_level", target="sentencepiece_bpe", spans=(None, None), **options):
-    """A record of the source and the target's tokens, and the tables of both."""
-    tables, texts = {}, {}
+    """A record of the source and the target's tokens, and the vocabularies of both."""
+    vocabularies, texts = [], {}
     for side, name, text, span in (
         ("source", source, source_text, spans[0]),
         ("target", target, target_text, spans[1]),
     ):
         tokenizer = getattr(tiny, name)()
-        tables[f"{side}_table"] = TokenTable.from_tokenizer(tokenizer)
+        table = TokenTable.from_tokenizer(tokenizer)
+        vocabularies.append(table.packed)
         extra = options if side == "target" else {}
-        texts[side] = tokenize(tokenizer, tables[f"{side}_table"], text, spans=span, **extra)
+        texts[side] = tokenize(tokenizer, table, text, spans=span, **extra)
     n = len(texts["source"].input_ids)
     zeros = np.zeros(n, np.float32)
     return (
-        build_record("r", texts["source"], np.zeros((n, 1), np.int32), zeros[:, None], zeros),
+        record_of("r", texts["source"], np.zeros((n, 1), np.int32), zeros[:, None], zeros),
         texts["target"],
-        tables,
+        vocabularies,
     )
 
 
 def contents(record, target):
-    return [(record.spans[:, 1] - record.spans[:, 0]).tolist(), (target.spans[:, 1] - target.spans[:, 0]).tolist()]
+    return [
+        (record.text.spans[:, 1] - record.text.spans[:, 0]).tolist(),
+        (target.spans[:, 1] - target.spans[:, 0]).tolist(),
+    ]
 
 
 def test_equal_texts_come_back_as_they_are():
-    record, target, tables = sides("café 12 数学", "café 12 数学")
-    same_record, same_target = common_text(record, target, **tables)
+    record, target, vocabularies = sides("café 12 数学", "café 12 数学")
+    same_record, same_target = common_text(record, target, *vocabularies)
     assert same_record is record
     assert same_target is target
 
@@ -54,21 +58,21 @@ def test_white_space_that_one_template_strips_is_narrowed_away(kept, stripped, i
     texts, inner = (kept, stripped), (inner_kept, inner_stripped)
     if swapped:
         texts, inner = texts[::-1], inner[::-1]
-    record, target, tables = sides(*texts, spans=[[(1, len(text.encode()) - 1)] for text in texts])
-    narrow, narrow_target = common_text(record, target, **tables)
-    assert (tuple(narrow.spans[0]), tuple(narrow_target.spans[0])) == inner
+    record, target, vocabularies = sides(*texts, spans=[[(1, len(text.encode()) - 1)] for text in texts])
+    narrow, narrow_target = common_text(record, target, *vocabularies)
+    assert (tuple(narrow.text.spans[0]), tuple(narrow_target.spans[0])) == inner
 
 
 def test_a_cut_text_is_used_as_far_as_it_goes():
-    record, target, tables = sides("The 12 apples and more", "The 12 apples and more", max_length=7)
-    narrow, narrow_target = common_text(record, target, **tables)
+    record, target, vocabularies = sides("The 12 apples and more", "The 12 apples and more", max_length=7)
+    narrow, narrow_target = common_text(record, target, *vocabularies)
     assert contents(narrow, narrow_target) == [[int(target.ends[-1])]] * 2
 
 
 def test_characters_that_a_normaliser_writes_otherwise_are_not_another_text():
     text = "ＡＢ ﬁne\ttab 株式会社 ㈱ Ω"
-    record, target, tables = sides(text, text, target="unigram")
-    assert contents(*common_text(record, target, **tables)) == [[len(text.encode())]] * 2
+    record, target, vocabularies = sides(text, text, target="unigram")
+    assert contents(*common_text(record, target, *vocabularies)) == [[len(text.encode())]] * 2
 
 
 @pytest.mark.parametrize(
@@ -80,15 +84,15 @@ def test_characters_that_a_normaliser_writes_otherwise_are_not_another_text():
     ],
 )
 def test_another_text_is_refused_with_the_place(left, right, message):
-    record, target, tables = sides(left, right)
+    record, target, vocabularies = sides(left, right)
     with pytest.raises(AlignmentError, match=message):
-        common_text(record, target, **tables)
+        common_text(record, target, *vocabularies)
 
 
 def test_another_number_of_messages_is_refused():
-    record, target, tables = sides("ab cd", "ab cd", spans=([(0, 2)], [(0, 2), (3, 5)]))
+    record, target, vocabularies = sides("ab cd", "ab cd", spans=([(0, 2)], [(0, 2), (3, 5)]))
     with pytest.raises(AlignmentError, match="has 1 supervised spans, the target's text 2"):
-        common_text(record, target, **tables)
+        common_text(record, target, *vocabularies)
 
 
 def test_cross_entropies_are_those_of_the_bytes_that_every_source_has_read():
@@ -99,10 +103,10 @@ def test_cross_entropies_are_those_of_the_bytes_that_every_source_has_read():
     def read(max_length):
         tokens = tokenize(tokenizer, table, text, max_length=max_length)
         gold = -np.arange(len(tokens.input_ids), dtype=np.float32)
-        return build_record("r", tokens, np.zeros((len(gold), 1), np.int32), gold[:, None], gold)
+        return record_of("r", tokens, np.zeros((len(gold), 1), np.int32), gold[:, None], gold)
 
     records = [read(length) for length in (None, 6, 9)]
-    common = [common_text(record, target, source_table=table, target_table=table) for record in records]
+    common = [common_text(record, target, table.packed, table.packed) for record in records]
     found = comparable(records, common)
     assert found[1] is records[1]
     assert [r.ce_per_byte for r in found] == [pytest.approx(records[1].ce_per_byte)] * 3

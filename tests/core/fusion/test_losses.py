@@ -236,7 +236,7 @@ def test_token_losses_are_the_two_terms_over_supervised_rows():
     torch.testing.assert_close(
         found.fusion, fusion_loss(logits, ids, logprobs, ids >= 0, following != -100, reduction="sum")
     )
-    assert (found.rows, found.fused_rows) == (8, 7)
+    assert (found.positions, found.fused_positions) == (8, 7)
 
 
 def test_token_losses_through_a_head_equal_those_of_its_logits():
@@ -245,7 +245,7 @@ def test_token_losses_through_a_head_equal_those_of_its_logits():
     head = torch.nn.Linear(4, 9, dtype=torch.float64)
     dense = token_losses(head(hidden), None, labels, (ids, logprobs), kind="jsd")
     chunked = token_losses(hidden, head, labels, (ids, logprobs), kind="jsd", chunk_size=3)
-    for name in ("lm", "fusion", "rows", "fused_rows"):
+    for name in ("lm", "fusion", "positions", "fused_positions"):
         torch.testing.assert_close(getattr(chunked, name), getattr(dense, name))
 
 
@@ -261,9 +261,9 @@ def test_a_loss_can_be_a_function_of_its_own():
 
 def test_wrong_settings_and_shapes_are_named():
     logits, ids, logprobs, mask, loss_mask = batch()
-    with pytest.raises(ConfigError, match="no loss named 'hinge'; known: ce, kl"):
+    with pytest.raises(ConfigError, match="unknown loss 'hinge'; expected one of ce, kl"):
         fusion_loss(logits, ids, logprobs, mask, loss_mask, kind="hinge")
-    with pytest.raises(ConfigError, match="temperature must be positive"):
+    with pytest.raises(ConfigError, match="temperature: expected a number above 0"):
         fusion_loss(logits, ids, logprobs, mask, loss_mask, temperature=0)
     with pytest.raises(ConfigError, match="mean, sum or none"):
         fusion_loss(logits, ids, logprobs, mask, loss_mask, reduction="max")

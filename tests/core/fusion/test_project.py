@@ -6,20 +6,21 @@ from random import Random
 import numpy as np
 import pytest
 import reference
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from records import project_record, record_of
 
 from fusion_plugins.core.fusion.accounting import ProjectionReport
 from fusion_plugins.core.fusion.align import align_texts
 from fusion_plugins.core.fusion.counts import AlignmentCounts
-from fusion_plugins.core.fusion.project import ProjectionOptions, project_distributions, project_record
-from fusion_plugins.core.fusion.record import build_record
+from fusion_plugins.core.fusion.project import ProjectionOptions, longest_beginnings, project_distributions
 from fusion_plugins.core.fusion.vocabulary_map import map_vocabulary
 from fusion_plugins.core.text.token_table import Role, TokenTable
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, ConfigError
 
-TRUE = ProjectionOptions(tail="ignore", min_mass=0.0)
+TRUE = ProjectionOptions(renormalize=False, min_mass=0.0)
 
 
 def table(tokens, **special):
@@ -49,7 +50,7 @@ def model_of(size, seed):
     return model
 
 
-def record_of(text, table, model, k=None):
+def model_record(text, table, model, k=None):
     """The record of a source whose distributions depend on the bytes that it has read."""
     k = k or table.vocab_size
     n = len(text.input_ids)
@@ -62,7 +63,7 @@ def record_of(text, table, model, k=None):
         ids[u], logprobs[u] = best, np.log([max(row[z], 1e-30) for z in best])
         if u + 1 < n:
             gold[u] = np.log(row[int(text.input_ids[u + 1])])
-    return build_record("text", text, ids, logprobs, gold)
+    return record_of("text", text, ids, logprobs, gold)
 
 
 def fixed(rows):
@@ -72,10 +73,10 @@ def fixed(rows):
 
 def project(source_tokens, target_tokens, source_table, target_table, model, options=TRUE, method="exact", k=None):
     source, target = text_of(source_tokens, source_table), text_of(target_tokens, target_table)
-    record = record_of(source, source_table, model, k)
+    record = model_record(source, source_table, model, k)
     return project_record(
         record,
-        align_texts(record, target),
+        align_texts(record.text, target),
         map_vocabulary(source_table, target_table, method=method),
         target,
         source_table=source_table,
@@ -103,7 +104,7 @@ def test_the_source_splits_finer_by_the_worked_numbers():
     assert found.distributions.leftover[0] == pytest.approx(0.35, abs=1e-6)
     assert np.exp(found.label_logprobs[0]) == pytest.approx(0.3, rel=1e-5)
     report = found.report
-    assert (report.one_to_many, report.one_to_one, report.rows) == (1, 1, 2)
+    assert (report.one_to_many, report.one_to_one, report.positions) == (1, 1, 2)
     assert report.prefix_mass == pytest.approx(0.3, rel=1e-5)
 
 
@@ -116,11 +117,11 @@ def test_a_one_to_many_map_shares_out_what_the_chain_does_not_explain():
     source, target = table(["x", "1", "2", "3", "a"]), table(["x", "12", "13", "1", "2", "3", "a"])
     model = fixed({"x": {1: 0.6, 4: 0.4}, "x1": {2: 0.5, 3: 0.25, 4: 0.25}, "x12": {4: 1.0}})
     texts = text_of(["x", "1", "2"], source), text_of(["x", "12"], target)
-    record = record_of(texts[0], source, _thick(model), 4)
+    record = model_record(texts[0], source, _thick(model), 4)
     counts = AlignmentCounts.from_pairs([1, 1, 1, 2, 3, 4], [1, 2, 3, 1, 2, 6], [50, 25, 25, 50, 25, 99])
     found = project_record(
         record,
-        align_texts(record, texts[1]),
+        align_texts(record.text, texts[1]),
         map_vocabulary(source, target, method="one_to_many", counts=counts),
         texts[1],
         source_table=source,
@@ -138,7 +139,7 @@ def test_a_distractor_does_not_take_over_a_row_of_which_little_is_known():
     source, target = table(["a", "the", "re", "x"]), table(["a", "there", "x"])
     model = fixed({"a": {1: 0.97, 3: 0.02, 0: 0.01}, "athe": {2: 0.001, 3: 0.999}, "athere": {3: 1.0}})
     row = ["a", "the", "re"], ["a", "there"], source, target, _thick(model)
-    assert not project(*row, ProjectionOptions(), k=2).distributions.rows[0]
+    assert not project(*row, ProjectionOptions(), k=2).distributions.present[0]
     assert as_dict(project(*row, ProjectionOptions(min_mass=0), k=2), 0, target)["x"] == pytest.approx(0.954, abs=1e-3)
 
 
@@ -192,7 +193,7 @@ def test_candidates_that_meet_on_one_target_token_are_summed():
 def test_without_the_chain_only_the_map_speaks():
     source, target = table(["x", "1", "2", "."]), table(["x", "12", "1", "."])
     model = fixed({"x": {1: 0.6, 3: 0.4}, "x1": {2: 0.5, 3: 0.5}, "x12": {3: 1.0}})
-    options = ProjectionOptions(chain=False, tail="ignore")
+    options = ProjectionOptions(chain=False, renormalize=False)
     found = project(["x", "1", "2"], ["x", "12"], source, target, _thick(model), options, k=2)
     assert as_dict(found, 0, target) == {"1": 0.6, ".": 0.4}
     assert found.label_logprobs[0] == -np.inf
@@ -300,7 +301,7 @@ def test_no_mass_appears_or_disappears_unreported(shorter, longer, random, seed,
     assert held.sum() == pytest.approx(report.gold_mass + report.exact_mass + report.edited_mass, rel=1e-5)
     np.testing.assert_allclose(held + found.distributions.leftover, 1.0, atol=1e-5)
     unused = report.unaligned + report.other_bytes + report.reaches_out + report.other_special
-    assert report.used + unused + report.source_ends + report.low_mass == report.rows == len(t_tokens) - 1
+    assert report.used + unused + report.source_ends + report.low_mass == report.positions == len(t_tokens) - 1
 
 
 def _world(source_tokens, longer, random, seed):
@@ -316,7 +317,7 @@ def _world(source_tokens, longer, random, seed):
 
 
 def _used_labels(found, t_tokens):
-    rows = np.flatnonzero(found.distributions.rows).tolist()
+    rows = np.flatnonzero(found.distributions.present).tolist()
     return [(t, t_tokens[t + 1].encode(), t_tokens[t]) for t in rows]
 
 
@@ -337,21 +338,14 @@ def test_a_row_that_keeps_too_little_mass_is_left_out(min_mass, used):
     options = ProjectionOptions(min_mass=min_mass)
     found = project(["x", "a"], ["x", "a"], source, target, _thick(model), options, k=3)
     assert (found.report.used, found.report.low_mass) == (used, 1 - used)
-    assert found.distributions.rows.tolist() == [bool(used), False]
+    assert found.distributions.present.tolist() == [bool(used), False]
 
 
-def test_unusable_rows_are_empty_or_hold_the_next_label():
+def test_positions_that_cannot_be_used_are_empty():
     source, target = table(["ab", "c"]), table(["a", "b", "c"])
     model = model_of(2, 1)
     masked = project(["ab", "c"], ["a", "b", "c"], source, target, model)
-    assert masked.distributions.rows.tolist() == [False, True, False]
-    options = replace(TRUE, fallback="next_label")
-    filled = project(["ab", "c"], ["a", "b", "c"], source, target, model, options)
-    assert filled.distributions.ids[0].tolist()[:2] == [target.tokens.index(b"b"), -1]
-    assert filled.distributions.logprobs[0, 0] == 0.0
-    assert filled.report.fallback == 1
-    # The last row has no label.
-    assert filled.distributions.rows.tolist() == [True, True, False]
+    assert masked.distributions.present.tolist() == [False, True, False]
 
 
 def special_text(row_tokens, table, content, template):
@@ -364,10 +358,16 @@ def end_of_turn(source_template, target_template):
     target = table(["x", "a", "b", "\n"], eos="</s>")
     vocabulary = map_vocabulary(source, target, method="exact")
     s_text = special_text(["x", "a"], source, "xa", source_template)
-    record = record_of(s_text, source, model_of(source.vocab_size, 3))
+    record = model_record(s_text, source, model_of(source.vocab_size, 3))
     t_text = special_text(["x", "a"], target, "xa", target_template)
     return project_record(
-        record, align_texts(record, t_text), vocabulary, t_text, source_table=source, target_table=target, options=TRUE
+        record,
+        align_texts(record.text, t_text),
+        vocabulary,
+        t_text,
+        source_table=source,
+        target_table=target,
+        options=TRUE,
     ), model_of(source.vocab_size, 3)(b"xa")
 
 
@@ -381,20 +381,20 @@ def test_the_end_of_turn_is_taught_by_role():
 def test_a_message_end_that_the_target_spells_otherwise_is_left_out():
     found, _ = end_of_turn(["<|im_end|>", "\n"], ["\n", "</s>"])
     assert found.report.other_special == 1
-    assert not found.distributions.rows[1]
+    assert not found.distributions.present[1]
 
 
 def test_a_next_token_that_reaches_into_the_template_is_left_out():
     source, target = table(["x", "a", "!"]), table(["x", "a!"])
     s_text = text_of(["x", "a", "!"], source, spans=[[0, 2]])
-    record = record_of(s_text, source, model_of(3, 0))
+    record = model_record(s_text, source, model_of(3, 0))
     t_text = text_of(["x", "a!"], target, spans=[[0, 2]])
     found = project_record(
-        record, align_texts(record, t_text), map_vocabulary(source, target, method="exact"), t_text,
+        record, align_texts(record.text, t_text), map_vocabulary(source, target, method="exact"), t_text,
         source_table=source, target_table=target,
     )  # fmt: skip
     assert found.report.reaches_out == 1
-    assert not found.distributions.rows.any()
+    assert not found.distributions.present.any()
 
 
 def test_a_dummy_prefix_on_one_side_leaves_the_first_row_out():
@@ -406,26 +406,26 @@ def test_a_dummy_prefix_on_one_side_leaves_the_first_row_out():
     t_text = TokenizedText(
         np.array([0, 1, 2], np.int32), np.array([0, 1, 2], np.int32), np.array([[0, 2]], np.int32), np.ones(3, np.bool_)
     )
-    record = record_of(s_text, source, model_of(4, 0))
+    record = model_record(s_text, source, model_of(4, 0))
     found = project_record(
-        record, align_texts(record, t_text), map_vocabulary(source, target, method="exact"), t_text,
+        record, align_texts(record.text, t_text), map_vocabulary(source, target, method="exact"), t_text,
         source_table=source, target_table=target,
     )  # fmt: skip
     assert found.report.other_bytes == 1
-    assert found.distributions.rows.tolist() == [False, True, False]
+    assert found.distributions.present.tolist() == [False, True, False]
 
 
 def test_a_record_that_was_cut_inside_the_next_token_leaves_the_row_out():
     source, target = table(["x", "a", "b"]), table(["x", "ab"])
     s_text = text_of(["x", "a"], source)
-    record = record_of(s_text, source, model_of(3, 0))
+    record = model_record(s_text, source, model_of(3, 0))
     t_text = text_of(["x", "ab"], target)
     found = project_record(
-        record, align_texts(record, t_text), map_vocabulary(source, target, method="exact"), t_text,
+        record, align_texts(record.text, t_text), map_vocabulary(source, target, method="exact"), t_text,
         source_table=source, target_table=target,
     )  # fmt: skip
     assert found.report.source_ends == 1
-    assert not found.distributions.rows.any()
+    assert not found.distributions.present.any()
 
 
 def test_source_ids_beyond_the_token_table_are_unmapped():
@@ -434,8 +434,8 @@ def test_source_ids_beyond_the_token_table_are_unmapped():
     text = text_of(["x", "a"], source)
     ids = np.array([[1, 7], [-1, -1]], np.int32)
     logprobs = np.log(np.array([[0.5, 0.25], [1, 1]], np.float32))
-    record = build_record("padded", text, ids, logprobs, np.log(np.array([0.5, 1], np.float32)))
-    arguments = record, align_texts(record, text), map_vocabulary(source, target, method="exact"), text
+    record = record_of("padded", text, ids, logprobs, np.log(np.array([0.5, 1], np.float32)))
+    arguments = record, align_texts(record.text, text), map_vocabulary(source, target, method="exact"), text
     found = project_record(*arguments, source_table=source, target_table=target, options=TRUE)
     assert as_dict(found, 0, target) == {"a": 0.5}
     assert found.report.unmapped_mass == pytest.approx(0.25)
@@ -444,25 +444,40 @@ def test_source_ids_beyond_the_token_table_are_unmapped():
 
 
 def test_reports_add_up():
-    first = ProjectionReport(rows=4, one_to_one=3, unaligned=1, gold_mass=1.5, exact_mass=0.5)
-    total = first + ProjectionReport(rows=2, one_to_many=1, low_mass=1, gold_mass=0.5)
-    assert (total.rows, total.used, total.coverage) == (6, 4, 4 / 6)
+    first = ProjectionReport(positions=4, one_to_one=3, unaligned=1, gold_mass=1.5, exact_mass=0.5)
+    total = first + ProjectionReport(positions=2, one_to_many=1, low_mass=1, gold_mass=0.5)
+    assert (total.positions, total.used, total.coverage) == (6, 4, 4 / 6)
     assert total.mass_kept == pytest.approx(2.5 / 4)
     assert ProjectionReport().coverage == 1.0
     assert ProjectionReport().mass_kept == 0.0
 
 
 def test_wrong_options_are_refused_together():
-    with pytest.raises(ConfigError, match="tail must be .* fallback must be .* min_mass must lie"):
-        ProjectionOptions(tail="drop", fallback="label", min_mass=2.0)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"min_mass: expected a share in \[0, 1\], got 2.0"):
+        ProjectionOptions(min_mass=2.0)
 
 
 def test_an_alignment_of_other_texts_is_refused():
     source = table(["a", "b"])
     text, longer = text_of(["a", "b"], source), text_of(["a", "b", "a"], source)
-    record = record_of(text, source, model_of(2, 0))
+    record = model_record(text, source, model_of(2, 0))
     with pytest.raises(AlignmentError, match="expected an alignment of 2 source and 3 target tokens"):
         project_record(
-            record, align_texts(record, text), map_vocabulary(source, source, method="exact"), longer,
+            record, align_texts(record.text, text), map_vocabulary(source, source, method="exact"), longer,
             source_table=source, target_table=source,
         )  # fmt: skip
+
+
+def test_the_longest_beginning_is_an_ordinary_token_of_the_lowest_id():
+    source = table(["theory", "the", "x"], other="the")
+    target = table(["t", "the", "theo", "the"], other="theory")
+    assert longest_beginnings(source, target).tolist() == [2, 1, -1, -1]
+
+
+def test_a_byte_fallback_token_is_not_the_beginning_where_the_byte_has_a_token_of_its_own():
+    source, target = (TokenTable.from_tokenizer(make()) for make in (tiny.byte_level, tiny.sentencepiece_bpe))
+    found = longest_beginnings(source, target)[source.tokens.index(b"e")]
+    assert found == tiny.sentencepiece_bpe().convert_tokens_to_ids("e")
+    twins = TokenTable([b"a", b"a"], [None, None], {}, False, "sentencepiece")
+    assert longest_beginnings(twins, twins).tolist() == [0, 0]
+    assert longest_beginnings(twins, replace(twins, byte_fallback=frozenset({0}))).tolist() == [1, 1]

@@ -57,18 +57,6 @@ def test_published_map_of_the_real_tokenizers(name, vocabulary):
     assert found.distances.tolist() == [row[2] for row in expected["rows"]]
 
 
-def test_published_choice_from_statistics():
-    expected = golden("statistical_mapping")
-    source, target = surfaces(tiny.tekken()), surfaces(tiny.mistral_v1())
-    ids = {token: index for index, token in enumerate(source)}
-    rows = [(ids[token], index, count) for token, counted, _ in expected["rows"] for _, count, index in counted]
-    counts = AlignmentCounts.from_pairs(*zip(*rows, strict=True))
-    found = map_vocabulary(source, target, method="statistics", counts=counts, compat="fusechat")
-    chosen = [target[found.target_ids[ids[token]]] for token, _, _ in expected["rows"]]
-    assert chosen == [row[2] for row in expected["rows"]]
-    assert (found.target_ids >= 0).sum() == len(expected["rows"])
-
-
 @settings(max_examples=100, deadline=None)
 @given(source=st.lists(TOKEN, max_size=6), target=st.lists(TOKEN, min_size=1, max_size=8))
 def test_min_edit_is_the_reference(source, target):
@@ -302,8 +290,6 @@ def test_counts_may_be_a_mapping_of_pairs_and_tokens_numpy_strings():
     assert plain.target_ids.tolist() == arrays.target_ids.tolist() == [1, 0]
     with pytest.raises(ConfigError, match="expected `counts` as AlignmentCounts"):
         map_vocabulary(["a"], ["b"], method="statistics", counts=np.ones((1, 1)))
-    with pytest.raises(ConfigError, match="unknown compat 'fusellm'"):
-        map_vocabulary(["a"], ["b"], compat="fusellm")
 
 
 def test_empty_vocabularies_map_to_nothing():
