@@ -179,10 +179,9 @@ def same_rows(left: Path, right: Path) -> bool:
     return equal and len(a) == SOME
 
 
-def published(plan: FusionPlan, tokenizers: list[Any]) -> float:
+def published(plan: FusionPlan, tokenizers: list[Any], tables: list[TokenTable]) -> float:
     """Return tokens per core second of the published path, over whole texts."""
     seconds, tokens = 0.0, 0
-    tables = [source.table for source in plan.sources]
     for text in islice(read_texts(), PUBLISHED_TEXTS):
         parts = [tokenize(tokenizer, table, text) for tokenizer, table in zip(tokenizers, tables, strict=True)]
         records: list[Record] = [

@@ -32,7 +32,7 @@ from records import record_of
 
 from fusion_plugins.core.fusion.align import Alignment, align_texts
 from fusion_plugins.core.fusion.dtw import dtw_path, path_ranges
-from fusion_plugins.core.fusion.project import ProjectionOptions, project_record
+from fusion_plugins.core.fusion.project import ProjectionOptions, Projector
 from fusion_plugins.core.fusion.types import Record, VocabularyMap
 from fusion_plugins.core.fusion.vocabulary_map import map_vocabulary
 from fusion_plugins.core.text.surfaces import BYTE_LEVEL_SPACE, SENTENCEPIECE_SPACE
@@ -167,17 +167,16 @@ def judge_ours(
 ) -> Ours:
     """Return the shares of the alignment by offsets."""
     rows = used = wrong = mapped = chained = split = 0
-    tables = {"source_table": source.table, "target_table": target.table}
+    projectors = [
+        Projector.of(source.table, target.table, vocabulary, ProjectionOptions(chain=chain)) for chain in (False, True)
+    ]
     for left, right in pairs:
         record, alignment = certain_record(left), align_texts(left, right)
-        plain, full = (
-            project_record(record, alignment, vocabulary, right, **tables, options=ProjectionOptions(chain=chain))
-            for chain in (False, True)
-        )
-        rows += full.report.rows
+        plain, full = (projector(record, alignment, right) for projector in projectors)
+        rows += full.report.positions
         used += full.report.used
         split += full.report.one_to_many
-        wrong += wrong_contexts(left, right, taught_rows(alignment, full.distributions.rows))
+        wrong += wrong_contexts(left, right, taught_rows(alignment, full.distributions.present))
         mapped += int((plain.label_logprobs > CERTAIN).sum())
         chained += int((full.label_logprobs > CERTAIN).sum())
     return Ours(used / rows, *(count / max(used, 1) for count in (wrong, mapped, chained, split)))
@@ -192,7 +191,7 @@ def certain_record(text: TokenizedText) -> Record:
 
 def taught_rows(alignment: Alignment, used: Sequence[bool]) -> list[tuple[int, int]]:
     """Return (source row, target row) of every row that is used."""
-    return [(u, t) for t, u in enumerate(alignment.source_rows.tolist()) if used[t]]
+    return [(u, t) for t, u in enumerate(alignment.source_positions.tolist()) if used[t]]
 
 
 def wrong_contexts(source: TokenizedText, target: TokenizedText, rows: Sequence[tuple[int, int]]) -> int:
