@@ -1,1 +1,81 @@
-"""The algorithms: pure functions on arrays and tensors, which know no host, no file format and no network."""
+"""The algorithms: pure functions on arrays and tensors, which know no host, no file format and no network.
+
+The names below are the public ones; everything behind them is internal and may move. They are loaded on first use,
+because some need torch and some compile kernels.
+
+Reading order: :mod:`~fusion_plugins.core.text` (``types``, ``token_table``, ``tokenize``), then
+:mod:`~fusion_plugins.core.fusion` (``types``, ``align``, ``vocabulary_map``, ``project``, ``fuse``, ``pipeline``,
+``losses``), then one of :mod:`~fusion_plugins.core.merging` and :mod:`~fusion_plugins.core.preferences`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fusion_plugins.core.fusion.align import Alignment, align_tokens
+    from fusion_plugins.core.fusion.counts import AlignmentCounts
+    from fusion_plugins.core.fusion.fuse import fuse, per_token
+    from fusion_plugins.core.fusion.losses import chunked_fusion_loss, fusion_loss
+    from fusion_plugins.core.fusion.project import ProjectionOptions, project_distributions
+    from fusion_plugins.core.fusion.types import Record, SparseDistributions, TopK, VocabularyMap
+    from fusion_plugins.core.fusion.vocabulary_map import map_vocabulary
+    from fusion_plugins.core.merging.sce import sce_merge
+    from fusion_plugins.core.merging.varm import varm_merge, varm_weights
+    from fusion_plugins.core.preferences.candidates import Candidate, Pair
+    from fusion_plugins.core.preferences.pairs import GapWindow, best_of, build_pairs
+    from fusion_plugins.core.preferences.split import SplitRule, split_prompts
+    from fusion_plugins.core.text.token_table import TokenTable
+    from fusion_plugins.core.text.types import TokenizedText
+
+__all__ = [
+    "Alignment",
+    "AlignmentCounts",
+    "Candidate",
+    "GapWindow",
+    "Pair",
+    "ProjectionOptions",
+    "Record",
+    "SparseDistributions",
+    "SplitRule",
+    "TokenTable",
+    "TokenizedText",
+    "TopK",
+    "VocabularyMap",
+    "align_tokens",
+    "best_of",
+    "build_pairs",
+    "chunked_fusion_loss",
+    "fuse",
+    "fusion_loss",
+    "map_vocabulary",
+    "per_token",
+    "project_distributions",
+    "sce_merge",
+    "split_prompts",
+    "varm_merge",
+    "varm_weights",
+]
+
+_MODULES = {
+    "text.types": ("TokenizedText",),
+    "text.token_table": ("TokenTable",),
+    "fusion.types": ("Record", "SparseDistributions", "TopK", "VocabularyMap"),
+    "fusion.align": ("Alignment", "align_tokens"),
+    "fusion.counts": ("AlignmentCounts",),
+    "fusion.vocabulary_map": ("map_vocabulary",),
+    "fusion.project": ("ProjectionOptions", "project_distributions"),
+    "fusion.fuse": ("fuse", "per_token"),
+    "fusion.losses": ("chunked_fusion_loss", "fusion_loss"),
+    "merging.varm": ("varm_merge", "varm_weights"),
+    "merging.sce": ("sce_merge",),
+    "preferences.candidates": ("Candidate", "Pair"),
+    "preferences.pairs": ("GapWindow", "best_of", "build_pairs"),
+    "preferences.split": ("SplitRule", "split_prompts"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -22,7 +22,7 @@ class ProjectionReport:
         special: used; both expect the same special token (end of turn, end of text).
         unchecked: used; ``dtw`` matched positions that do not end at the same byte.
         unaligned: no source position ends at the same byte.
-        other_bytes: the next token stands for other bytes than the text's on one side.
+        other_bytes: on one side, the next token has other bytes than the text.
         reaches_out: the target's next token reaches into the template.
         other_special: a special token on one side (an unknown character, the end of a turn) is something else on the
             other.

@@ -113,17 +113,17 @@ class AlignmentCounts:
         self._keys, self._counts = merged, total
 
 
-#: target tokens that a source token is shared out among, at most
+#: target tokens that a source token is divided among, at most
 MOST_SHARES = 16
 
 
 def by_count(
     source: Sequence[Any], target: Sequence[Any], counts: AlignmentCounts, allowed: npt.NDArray[np.bool_]
 ) -> IntArray:
-    """Choose the aligned target token that says most about what comes next.
+    """Choose, for each source token, one of the target tokens that were aligned with it.
 
-    In this order: the equal token; a token of which one begins with the other, because only such a pair can stand for
-    one and the same next text; the most frequent; the nearest; the lowest id.
+    In this order: the equal token; one that begins with it or that it begins with, because only such a pair can
+    continue a text in the same way; the most frequent; the nearest; the lowest id.
 
     Args:
         source: (W,) source tokens.
@@ -144,11 +144,11 @@ def by_count(
 def shares_by_count(
     source: Sequence[Any], target: Sequence[Any], counts: AlignmentCounts, allowed: npt.NDArray[np.bool_]
 ) -> Shares:
-    """Share each source token out among the target tokens it was aligned with, in proportion to the counts.
+    """Divide each source token among the target tokens that it was aligned with, in proportion to the counts.
 
-    Only pairs of which one begins with the other count (see :func:`by_count`): a digit is shared out among the numbers
-    that begin with it. Of more than :data:`MOST_SHARES` the most frequent stay, then the lowest ids. Arguments are
-    those of :func:`by_count`.
+    Only pairs of which one begins with the other count (see :func:`by_count`): a digit is divided among the numbers
+    that begin with it. Of more than :data:`MOST_SHARES` the most frequent are kept, then the lowest ids. Arguments as
+    for :func:`by_count`.
     """
     rows, columns, number = _pairs(source, counts, allowed)
     starts_same = np.fromiter(

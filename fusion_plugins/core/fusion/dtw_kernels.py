@@ -22,7 +22,7 @@ def warp(costs, source_index, target_index, up_first):  # type: ignore[no-untype
     """
     n, m = len(source_index), len(target_index)
     direction = np.empty((n, m), np.uint8)
-    # Element 0 stands for the column before the first.
+    # Element 0 is the column before the first.
     above, row = np.full(m + 1, INFINITE, np.int32), np.full(m + 1, INFINITE, np.int32)
     above[0] = 0
     for i in range(n):

@@ -103,7 +103,7 @@ def fuse_text(
     renormalize = all(source.projector.options.renormalize for source in plan.sources)
     fused = truncate(fused, plan.width, renormalize=renormalize)
     supervised = supervised_positions(target)
-    # The label stands in only after fusion: a rule must not mix it into, or prefer it to, a source's distribution.
+    # Labels are filled in after fusion, so that no rule mixes one into, or prefers it to, a source's distribution.
     labelled = supervised & ~fused.present & plan.label_fallback
     fused = _with_labels(fused, labelled, target)
     best = int(min_ce_choice(per_text))

@@ -1,32 +1,33 @@
 """A source's distributions -> distributions over the target's vocabulary, with the probability mass accounted for.
 
-A position is used where source and target have read the same bytes. Its entries go through the vocabulary map; those
-that meet on one target token are summed. What a token-to-token map cannot say, the text says. Let ``g`` be the target's
-next token and ``y1 y2 ...`` the source's next tokens at a usable position, ``p`` the source's probabilities:
+A position is used where source and target have read the same bytes. Its entries go through the vocabulary map, and
+entries that are mapped to the same target token are summed. Where source and target split the text differently, the
+text decides about the target's next token (the label). Let ``g`` be the label, ``y1 y2 ...`` the source's next tokens
+at a usable position, and ``p`` the source's probabilities:
 
 * **The source splits finer** (``"1" "2"`` against ``"12"``). ``g`` gets the chain product ``p(y1) p(y2 | y1) ...``
   of the source's own probabilities over exactly its bytes. Entries that are strict prefixes of ``g`` lose their
-  mass: part of it is what the chain explains, the rest are continuations that the source has not yet spelled out.
+  mass: part of it is in the chain product, the rest belongs to continuations that the source has not yet spelled.
 * **The source's next token is longer** (``"there"`` against ``"the" "re"``). ``y1`` says that the text continues with
   ``g``, so its mass goes to ``g``.
 * **The tokens cross** (``"ab" "cd"`` against ``"abc" "d"``). The chain runs to the last source token inside ``g`` and
   ends with the probability, at that position, of all entries that begin with the rest of ``g``.
 * **One to one.** ``g`` gets the source's stored probability of ``y1``, also where the top k missed it.
 
-In all four cases an entry that is no token of the target, and whose longest beginning that is one is ``g``, gives its
-mass to ``g``: a nearest token by edit distance is a guess, the beginning is what the target would say first. (A
-``first_token`` map has asked the target's tokenizer already and is left alone.) So ``g`` gets the probability that
-the target's first token for what the source says next is ``g``, for a target that takes the longest token it knows
-and up to segmentations that the source's tokenizer would not choose.
-A one-to-many map treats prefixes of ``g`` differently: what the chain does not explain is divided among the other
-target tokens that the source token has shares of.
-Without the correction (``chain=False``) only the map speaks, and so it does where an alignment by ``dtw`` has matched
-positions that do not end at the same byte.
+In all four cases an entry that is not a token of the target gives its mass to ``g`` if ``g`` is the longest target
+token that it begins with: the target would begin this continuation with ``g``, while the nearest token by edit distance
+is only a guess. (A ``first_token`` map already follows the target's tokenizer and is not changed.) So ``g`` gets the
+probability that the target's first token for the source's continuation is ``g``. This holds for a target that always
+takes its longest token, and up to segmentations that the source's tokenizer would not choose.
 
-**Masked positions.** A position is left out where the next token stands for other bytes than the text's on one side
-only (a dummy prefix, a character that a normaliser changed), where it reaches over the end of a message into the
-template, and where a special token of one side is something else on the other. At the end of a message the tokens that
-end a turn or a text correspond, whatever their names.
+A one-to-many map treats prefixes of ``g`` differently: the mass that is not in the chain product is divided among the
+other target tokens that the source token has shares of. Without the correction (``chain=False``) the vocabulary map
+alone decides, and also where an alignment by ``dtw`` has matched positions that do not end at the same byte.
+
+**Masked positions.** A position is left out where, on one side only, the next token has other bytes than the text (a
+dummy prefix, a character that a normaliser changed); where the label reaches over the end of a message into the
+template; and where a special token of one side is something else on the other. At the end of a message, the tokens that
+end a turn or a text are matched whatever their names.
 """
 
 from dataclasses import dataclass

@@ -89,9 +89,9 @@ class Sides(NamedTuple):
 class Position(NamedTuple):
     """One target position with its source position.
 
-    ``u`` is the source position, ``label`` the target's next token; ``kind`` says how the next tokens of both sides lie
-    to each other, ``last`` is the source token in which the label ends, ``logp`` the log-probability of the source
-    tokens before it.
+    ``u`` is the source position and ``label`` the target's next token. ``kind`` says how the next tokens of both sides
+    overlap, ``last`` is the source token in which the label ends, ``logp`` the log-probability of the source tokens
+    before it.
     """
 
     u: Any
@@ -159,7 +159,7 @@ def project_positions(source_positions, sides, min_mass):  # type: ignore[no-unt
 
 @compiled
 def _position(sides, u, t):  # type: ignore[no-untyped-def]
-    """How the next tokens after source position ``u`` and target position ``t`` lie to each other."""
+    """How the next tokens after source position ``u`` and target position ``t`` overlap."""
     source, target, label = sides.source, sides.target, np.int64(sides.target.ids[t + 1])
     u = np.int64(u)
     if u + 1 >= len(source.ids):
@@ -176,7 +176,7 @@ def _position(sides, u, t):  # type: ignore[no-untyped-def]
 def _same_special(sides, first, label, left):  # type: ignore[no-untyped-def]
     if first >= len(sides.mapping.target_ids) or label >= len(sides.t_tokens.closing):
         return False
-    # One model's end of turn may be what another uses as the end of the text.
+    # The token that ends a turn in one model may be the one that ends a text in another.
     closing = left == 0 and sides.s_tokens.closing[first] and sides.t_tokens.closing[label]
     return closing or sides.mapping.target_ids[first] == label
 
@@ -220,7 +220,7 @@ def _entries(sides, position, held, counts, masses):  # type: ignore[no-untyped-
         size, share = _unexplained(held, size, mapping, first, first_mass - mass, label)
         masses[share] += max(first_mass - mass, 0.0)
         inside = first_mass
-    # The chain has explained the part of a prefix's mass that goes on to the label.
+    # Part of a prefix's mass is in the chain product already.
     splits = by_bytes and (position.kind == ONE_TO_MANY or position.kind == CROSSING)
     n, seen = source.topk_ids.shape[1], by_bytes
     for k in range(n + 1):
@@ -251,7 +251,7 @@ def _entries(sides, position, held, counts, masses):  # type: ignore[no-untyped-
 
 @compiled
 def _unexplained(held, size, mapping, z, mass, label):  # type: ignore[no-untyped-def]
-    """A prefix of the label, without what the chain explains: a one-to-many map divides it, else it is lost."""
+    """Place the mass of a prefix of the label that the chain leaves: by a one-to-many map, else it is lost."""
     size, shared = _share_out(held, size, mapping, z, mass, label)
     return size, EDITED_MASS if shared else PREFIX_MASS
 

@@ -54,7 +54,7 @@ def map_vocabulary(
         counts: how often tokens were aligned, or (source id, target id) -> number; for ``statistics`` and
             ``one_to_many``.
         encode: bytes (or ``str``) -> ids of the target's own encoding, for ``first_token``. Without it, or where it
-            answers with nothing, the longest target token that the source token starts with is taken.
+            returns nothing, the longest target token that the source token begins with is taken.
 
     Returns:
         The map. Among equally good target tokens the lowest id wins. Where both sides are tables, special tokens are

@@ -1,7 +1,7 @@
 """Render a chat with a model's own template and find the bytes of each assistant message in it.
 
-Templates are programs, so their parts are not parsed: the chat is rendered a second time with a marker in place of
-each assistant message, and what stands around the markers is what the template adds.
+A template is a program, so it is not parsed. The chat is rendered a second time with a marker in place of each
+assistant message; the text around the markers is what the template adds.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,9 +25,9 @@ def render_chat(render: Callable[[Messages], str], messages: Sequence[Mapping[st
         messages: dicts with ``role`` and ``content``.
 
     Returns:
-        The text; (M, 2) int32 byte ranges of the contents of the M assistant messages; and whether each of them stands
-        in the text as it is. False: the template strips white space around them, and the ranges are those of the
-        stripped contents.
+        The text; (M, 2) int32 byte ranges of the contents of the M assistant messages; and whether the text has each of
+        them unchanged. False: the template strips white space around them, and the ranges are those of the stripped
+        contents.
 
     Raises:
         DataError: there is no assistant message, one has no text, or the template changes one beyond stripping it.
@@ -39,7 +39,7 @@ def render_chat(render: Callable[[Messages], str], messages: Sequence[Mapping[st
         raise DataError(
             "expected a chat with at least one assistant message and text in each of them, got roles "
             f"{[message.get('role') for message in chat]} with assistant contents of types "
-            f"{[type(content).__name__ for content in contents]}. Leave such chats out."
+            f"{[type(content).__name__ for content in contents]}. Leave the chat out."
         )
     originals = [str(content) for content in contents]
     text = render(chat)
@@ -48,8 +48,8 @@ def render_chat(render: Callable[[Messages], str], messages: Sequence[Mapping[st
     if rendered is not None:
         return text, _spans(pieces, rendered), rendered == originals
     raise DataError(
-        "expected the chat template to leave assistant messages as they are or to strip them, but the rendered chat "
-        f"has something else around or inside one of the {len(places)} messages (it begins {text[:80]!r}). Give the "
+        "expected the chat template to leave assistant messages unchanged or to strip white space, but it changes the "
+        f"text of at least one of the {len(places)} messages (the rendered chat begins {text[:80]!r}). Give the "
         "contents in the form that the template produces, or leave the chat out."
     )
 
@@ -76,7 +76,7 @@ def _pieces(render: Callable[[Messages], str], chat: Messages, places: Sequence[
 
 
 def _rendered(text: str, pieces: Sequence[str], contents: Sequence[str]) -> list[str] | None:
-    """Return the contents as they stand in the text, ``None`` where one is neither there nor there stripped."""
+    """Return the contents as they are in the text, ``None`` where one is neither there unchanged nor stripped."""
     before, position, found = pieces[0], len(pieces[0]), []
     if not text.startswith(before):
         return None
@@ -91,7 +91,7 @@ def _rendered(text: str, pieces: Sequence[str], contents: Sequence[str]) -> list
 
 
 def _forms(content: str) -> list[str]:
-    """Return a content as it is and as templates strip it, the longest first."""
+    """Return a content unchanged and in the forms that templates strip it to, the longest first."""
     forms = {cut(content, letters) for letters in ("\n", None) for cut in (str.rstrip, str.lstrip, str.strip)}
     return [content, *sorted(forms, key=lambda form: (-len(form), form))]
 

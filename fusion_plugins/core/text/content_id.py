@@ -1,7 +1,7 @@
-"""What a text is called: content ids for texts without one, and the fingerprint of a set of texts.
+"""Ids of texts that have none, and the fingerprint of a set of texts.
 
-Everything downstream joins by these ids, so they depend on nothing but the content: not on the file format, the key
-order, or columns that a Parquet file fills with nulls.
+Stores and datasets are joined by these ids, so they depend on the content alone: not on the file format, the order of
+the keys, or columns that a Parquet file fills with nulls.
 """
 
 import hashlib

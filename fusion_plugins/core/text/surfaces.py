@@ -1,8 +1,7 @@
-"""Token surfaces (str) -> the bytes that they stand for, when there is no tokenizer to ask.
+"""Printed tokens (surfaces) -> their bytes, for lists of tokens without a tokenizer.
 
-With a tokenizer, :mod:`fusion_plugins.core.text.tokenize` knows its bytes. Here are only lists of surfaces, as
-published data and tests hold them: decoded text, SentencePiece surfaces (``▁``, ``<0x0A>``) or byte-level surfaces
-(``Ġ``).
+Published data hold such lists: decoded text, SentencePiece surfaces (``▁``, ``<0x0A>``) or byte-level surfaces (``Ġ``).
+Where there is a tokenizer, use :mod:`fusion_plugins.core.text.token_table`.
 """
 
 from collections.abc import Sequence
@@ -71,7 +70,7 @@ def _difference(source: bytes, target: bytes) -> str:
     )
     window = slice(max(0, at - _CONTEXT), at + _CONTEXT)
     return (
-        f"expected tokens of one text; at byte {at} the source goes on {source[window]!r} and the target "
+        f"expected tokens of one text; at byte {at} the source continues {source[window]!r} and the target "
         f"{target[window]!r} (lengths {len(source)} and {len(target)} bytes). Align tokens of the same text, or use "
         "method='dtw', which does not need equal texts."
     )

@@ -1,4 +1,4 @@
-"""The byte of a text at which each token ends: by the tokens' bytes, and by offsets where a normaliser interfered."""
+"""The byte of a text at which each token ends: by the tokens' bytes, or by offsets where a normaliser changed text."""
 
 import unicodedata
 from collections.abc import Iterator
@@ -11,12 +11,14 @@ import numpy.typing as npt
 from fusion_plugins.core.arrays import BoolArray, IntArray
 from fusion_plugins.core.text.token_table import Role, TokenTable
 
-__all__ = ["locate"]
+__all__ = ["token_ends"]
 
 Positions = npt.NDArray[np.int64]
 
 
-def locate(table: TokenTable, ids: IntArray, offsets: Positions, text: str, raw: bytes) -> tuple[IntArray, BoolArray]:
+def token_ends(
+    table: TokenTable, ids: IntArray, offsets: Positions, text: str, raw: bytes
+) -> tuple[IntArray, BoolArray]:
     """Find the byte at which each token of one encoding ends.
 
     Args:
@@ -27,8 +29,8 @@ def locate(table: TokenTable, ids: IntArray, offsets: Positions, text: str, raw:
         raw: its UTF-8 bytes.
 
     Returns:
-        (T,) int32 ends, non-decreasing, and (T,) bool exactness. Text that the tokenizer drops belongs to the token
-        before it, so that a token always ends where the next one starts.
+        (T,) int32 ends, non-decreasing, and (T,) bool, whether each end is exact. Text that the tokenizer drops belongs
+        to the token before it, so that a token always ends where the next one starts.
     """
     spans = _char_to_byte(text, raw)[offsets]
     size = len(ids)
@@ -53,9 +55,9 @@ def _char_to_byte(text: str, raw: bytes) -> Positions:
 
 @dataclass
 class _Found:
-    """The ends and the exactness of one encoding while they are being found.
+    """The ends of one encoding while they are being found.
 
-    In the methods tokens ``first .. last - 1`` stand for the bytes ``start .. stop - 1``.
+    In the methods, tokens ``first .. last - 1`` cover the bytes ``start .. stop - 1``.
     """
 
     table: TokenTable
@@ -67,7 +69,7 @@ class _Found:
     exact: list[bool]
 
     def by_bytes(self, first: int, last: int, start: int, stop: int) -> bool:
-        """Take running sums, if the tokens spell the bytes, perhaps behind one space of the tokenizer's own."""
+        """Take running sums, if the tokens spell the bytes, perhaps after one space that the tokenizer added."""
         spelled = self._spelled(first, last)
         extra = len(spelled) - (stop - start)
         if extra not in (0, 1) or not spelled.endswith(self.raw[start:stop]):
@@ -79,7 +81,7 @@ class _Found:
         return True
 
     def by_segments(self, first: int, last: int) -> None:
-        """Cut at the special tokens that stand in the text; what lies between two is found by itself."""
+        """Cut at the special tokens that the text contains, and find the ends between them piece by piece."""
         start = 0
         for at in range(first, last):
             if self.table.roles[self.ids[at]] in (None, Role.UNK):
@@ -122,7 +124,7 @@ class _Found:
             self._drop(left, position + dropped)
             if self.by_bytes(left, right, position + dropped, end):
                 return end
-        # The normaliser changed these characters: only the end of the whole group is a place in the text.
+        # The normaliser changed these characters: only the end of the whole group is known.
         self.ends[left:right] = self.stops[left:right]
         self.exact[left:right] = [False] * (right - left)
         self._end(right - 1, end)
@@ -134,7 +136,7 @@ class _Found:
             self._end(at - 1, position)
 
     def _end(self, at: int, position: int) -> None:
-        """Let a token end beside changed or dropped text; a mark that joins the letter before it is no place to end."""
+        """Let a token end next to changed or dropped text; the end is not exact before a combining mark."""
         following = self.raw[position : position + 4].decode(errors="ignore")[:1]
         self.ends[at] = position
         self.exact[at] = not (following and unicodedata.combining(following))

@@ -1,7 +1,6 @@
 """What each token id means: its bytes and, for a special token, its role.
 
-First step of the way of the data: everything after it compares bytes, never the surface that a tokenizer prints
-(``▁the``, ``Ġthe``, ``<0x0A>``).
+Everything else compares these bytes, never the surface that a tokenizer prints (``▁the``, ``Ġthe``, ``<0x0A>``).
 """
 
 import hashlib
@@ -48,7 +47,7 @@ class Role(StrEnum):
 # An id with several roles counts as the first of these.
 _PRIORITY = (Role.EOS, Role.BOS, Role.END_OF_TURN, Role.UNK, Role.PAD, Role.OTHER)
 # Padding and the end of a turn are settings of a run (a pad token added for training, another chat template), so the
-# fingerprint takes them as special tokens like any other.
+# fingerprint treats them like any other special token.
 _FINGERPRINT_ROLE = {Role.PAD: Role.OTHER, Role.END_OF_TURN: Role.OTHER}
 
 
@@ -62,9 +61,9 @@ class TokenTable:
         role_ids: role -> id. One id may serve several roles.
         prefix_space: whether the tokenizer puts a space of its own before a text.
         kind: ``byte_level`` or ``sentencepiece``.
-        byte_fallback: ids of the tokens that stand for single bytes of what has no token (``<0x41>``).
-        plain_turn_end: whether the tokenizer takes the token that ends a turn for an ordinary one: it was added without
-            being declared special, and is special here because the chat template writes it behind an answer.
+        byte_fallback: ids of the tokens for single bytes, used for text without a token of its own (``<0x41>``).
+        plain_turn_end: whether the token that ends a turn is an ordinary one to the tokenizer: it was added without
+            being declared special, and is special here because the chat template writes it after an answer.
     """
 
     tokens: list[bytes]
@@ -77,7 +76,7 @@ class TokenTable:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> "TokenTable":
-        """Read the table off a fast Hugging Face tokenizer.
+        """Read the table of a fast Hugging Face tokenizer.
 
         Args:
             tokenizer: a tokenizer with a ``backend_tokenizer`` (SentencePiece-style BPE or unigram, or byte-level BPE).
@@ -112,7 +111,7 @@ class TokenTable:
         return cls(tokens, roles, role_ids, adds_prefix_space(spec), kind, fallback, plain)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Data workers get the table; a pickle of one object per token takes seconds.
+        # Data workers get the table by pickle; one object per token would take seconds.
         roles = {index: role for index, role in enumerate(self.roles) if role is not None}
         rest = tuple(getattr(self, field.name) for field in fields(self)[2:])
         return _unpack, (b"".join(self.tokens), self.lengths, roles, rest, self.fingerprint)
@@ -147,8 +146,8 @@ class TokenTable:
     def ordinary(self) -> BoolArray:
         """(W,) bool, True for the tokens that the tokenizer uses for text.
 
-        Not for special tokens, ids without a token, and byte-fallback tokens of bytes that have a token of their own:
-        ``<0x41>`` never stands for the ``A`` of a text.
+        False for special tokens, ids without a token, and byte-fallback tokens of bytes that have a token of their own:
+        the tokenizer never uses ``<0x41>`` for the ``A`` of a text.
         """
         ordinary: BoolArray = ~self.special & (self.lengths > 0)
         own = {self.tokens[index] for index in np.flatnonzero(ordinary).tolist() if index not in self.byte_fallback}
@@ -165,7 +164,7 @@ class TokenTable:
         return TokenBytes(flat, starts, self.special.copy(), closing)
 
     def extends(self, other: "TokenTable") -> bool:
-        """Whether this is the other table, or the other one with more tokens behind its own."""
+        """Whether this is the other table, or the other one with more tokens added after its own."""
         size = other.vocab_size
         return replace(self, tokens=self.tokens[:size], roles=self.roles[:size]).fingerprint == other.fingerprint
 
@@ -180,7 +179,7 @@ class TokenTable:
         return self.roles[token_id] if 0 <= token_id < len(self.roles) else None
 
     def id_of_role(self, role: Role) -> int | None:
-        """Return the id that has a role; end_of_turn and eos stand in for each other where only one exists."""
+        """Return the id that has a role; where only one of end_of_turn and eos exists, it is returned for both."""
         found = self.role_ids.get(role)
         if found is None and role is Role.END_OF_TURN:
             return self.role_ids.get(Role.EOS)

@@ -1,8 +1,8 @@
 """Tokenize a text and know, for every token, the exact byte of the text at which it ends.
 
-A tokenizer reports character offsets, which are too coarse (several byte tokens share one character) and sometimes
-point into a text that its normaliser changed. The bytes of the tokens are exact, so they decide: where they spell the
-text, the ends are running sums. Offsets only serve to find the piece around what the normaliser changed.
+A tokenizer reports character offsets. They are too coarse (several byte tokens share one character) and sometimes point
+into a text that its normaliser changed. The bytes of the tokens are exact: where they spell the text, the ends are
+their running sums. Offsets are used only around the pieces that the normaliser changed.
 """
 
 import copy
@@ -13,14 +13,14 @@ import numpy as np
 
 from fusion_plugins.core.arrays import BoolArray, IntArray
 from fusion_plugins.core.text.chat import render_chat
-from fusion_plugins.core.text.token_ends import locate
+from fusion_plugins.core.text.token_ends import token_ends
 from fusion_plugins.core.text.token_table import Role, TokenTable
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import DataError, TokenizerError
 
-__all__ = ["Role", "TokenTable", "encoder", "tokenize", "tokenize_content"]
+__all__ = ["encoder", "tokenize", "tokenize_content"]
 
-# What stands before a piece so that a tokenizer does not put its own space there (see encoder).
+# Text put before a piece, so that the tokenizer does not put a space of its own there (see encoder).
 _ANCHORS = ("\n", "|", ".", "0")
 
 
@@ -43,7 +43,7 @@ def tokenize(
         spans: (M, 2) supervised byte ranges; the whole text by default.
         special_tokens: whether the tokenizer adds its own special tokens. If so the text is plain: a special token's
             name inside it is ordinary text. If not the text is a rendered chat and such names are special tokens.
-        append_eos: put the EOS token at the end, unless it is there or the vocabulary has none.
+        append_eos: add the EOS token at the end, unless it is there or the vocabulary has none.
         max_length: keep at most this many tokens; the spans shrink to what is kept.
 
     Returns:
@@ -65,11 +65,11 @@ def tokenize(
     ids = np.asarray(encoding["input_ids"], np.int32)
     if ids.size and int(ids.max()) >= table.vocab_size:
         raise TokenizerError(
-            f"the tokenizer gave id {int(ids.max())}, its token table ends at {table.vocab_size - 1}: tokens were "
-            "added after the table was made. Make the table again."
+            f"expected ids up to {table.vocab_size - 1}, the last of the token table; the tokenizer gave "
+            f"{int(ids.max())}: tokens were added after the table was made. Make the table again."
         )
     offsets = np.asarray(encoding["offset_mapping"], np.int64).reshape(-1, 2)
-    ends, exact = locate(table, ids, offsets, text, raw)
+    ends, exact = token_ends(table, ids, offsets, text, raw)
     eos = table.id_of_role(Role.EOS) if append_eos else None
     if eos is not None and (not ids.size or ids[-1] != eos):
         ids, ends, exact = np.append(ids, np.int32(eos)), np.append(ends, len(raw)), np.append(exact, True)
@@ -79,10 +79,10 @@ def tokenize(
 def encoder(tokenizer: Any, table: TokenTable) -> Callable[[bytes], list[int]]:
     """Return a function from bytes to the ids that the tokenizer uses for them inside a text.
 
-    The piece is encoded behind an anchor, because a tokenizer may put a space of its own before the start of a text.
-    Bytes that are not UTF-8 (a fragment of a character), and pieces that grow together with every anchor, give ``[]``.
-    A special token's name inside a piece is ordinary text. What other calls or a file have set in the tokenizer
-    (padding, truncation) does not matter.
+    The piece is encoded after an anchor, because a tokenizer may put a space of its own before the start of a text.
+    Bytes that are not UTF-8 (a fragment of a character), and pieces that merge with every anchor, give ``[]``. A
+    special token's name inside a piece is ordinary text. Padding and truncation that are set in the tokenizer are
+    ignored.
     """
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_padding()

@@ -1,4 +1,4 @@
-"""Read a ``tokenizer.json``: which family it is of, and what its printed tokens are in bytes.
+"""Read a ``tokenizer.json``: the family of the tokenizer, and the bytes of its printed tokens.
 
 The file is a pipeline (normaliser, pre-tokenizer, model, decoder); each section is one part or a sequence of parts.
 """
@@ -125,7 +125,7 @@ def _byte_level_decoder() -> Callable[[str], bytes]:
     alphabet = byte_alphabet()
 
     def decode(name: str) -> bytes:
-        # A name with a character outside the alphabet stands for itself, as in the tokenizer's own decoder.
+        # A name with a character outside the alphabet is taken literally, as in the tokenizer's own decoder.
         values = [alphabet.get(character, -1) for character in name]
         return name.encode() if -1 in values else bytes(values)
 
@@ -133,7 +133,7 @@ def _byte_level_decoder() -> Callable[[str], bytes]:
 
 
 def byte_token(spec: Spec, name: str) -> int | None:
-    """Return the byte that a byte-fallback token such as ``<0x0A>`` stands for, ``None`` for any other token."""
+    """Return the byte of a byte-fallback token such as ``<0x0A>``, ``None`` for any other token."""
     match = BYTE_TOKEN.fullmatch(name)
     if match is None or not (spec["model"].get("byte_fallback") or _has(spec, "ByteFallback", "decoder")):
         return None

@@ -17,14 +17,14 @@ __all__ = ["TokenizedText"]
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """What one tokenizer made of one text.
+    """One text as one tokenizer splits it.
 
     Attributes:
         input_ids: (T,) int32 token ids.
         ends: (T,) int32 byte offset at which each token ends, non-decreasing.
         spans: (M, 2) int32 byte ranges of the supervised pieces.
-        exact: (T,) bool, whether the prefix up to this token is a prefix of the text. False inside a character that
-            the tokenizer's normaliser changed: such a position can never be aligned.
+        exact: (T,) bool, whether the tokens up to this one spell a prefix of the text. False inside a character that
+            the tokenizer's normaliser changed: such a position is never aligned.
     """
 
     input_ids: IntArray
