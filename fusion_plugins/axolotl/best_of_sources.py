@@ -1,9 +1,10 @@
-"""Data set type ``fusion_plugins.axolotl.best_of_sources``: fine-tuning on the best response of any source.
+"""Dataset type ``fusion_plugins.axolotl.best_of_sources``: fine-tuning on the best response of any source.
 
-First stage of FuseChat-3.0 (arXiv 2503.04222): the data set is the output of `fusion score`; the rules stand in
-``fusion.sft`` and ``fusion.split``.
+First stage of FuseChat-3.0 (arXiv 2503.04222). The dataset is the output of `fusion score`; ``fusion.sft`` and
+``fusion.split`` set the rules.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ __all__ = ["BestOfSources", "load"]
 
 
 def load(tokenizer: Any, cfg: Any, ds_cfg: Any = None) -> "BestOfSources":
-    """Return the strategy; axolotl calls this for the data set type.
+    """Return the strategy; axolotl calls this for the dataset type.
 
     Raises:
         PluginError: the plugin is not configured or not loaded.
@@ -39,9 +40,11 @@ class BestOfSources(DatasetWrappingStrategy):
         self, dataset: Any, process_count: int | None = None, keep_in_memory: bool | None = False, **kwargs: Any
     ) -> Dataset:
         """Choose the responses and tokenize them; see :meth:`TargetTokenizer.answer`."""
-        chosen, report = choose_best(dataset.to_dict(), self._block)
+        # Not `to_dict`, which leaves messages as JSON text where not all of them have the same keys.
+        chosen, report = choose_best(dataset[:], self._block)
         write_report(report, self._report, "best responses")
-        rows = Dataset.from_list([{"prompt": _wrapped(best.prompt), "response": best.response} for best in chosen])
+        # As JSON, because an Arrow column holds either texts or chats, and gives all messages the same keys.
+        rows = Dataset.from_list([{"prompt": json.dumps(best.prompt), "response": best.response} for best in chosen])
         return rows.map(
             self._tokenize,
             num_proc=process_count,
@@ -52,14 +55,5 @@ class BestOfSources(DatasetWrappingStrategy):
         )
 
     def _tokenize(self, row: dict[str, Any]) -> dict[str, Any]:
-        text = self._target.answer(_unwrapped(row["prompt"]), row["response"])
+        text = self._target.answer(json.loads(row["prompt"]), row["response"])
         return {"input_ids": text.tokens.input_ids, "attention_mask": [1] * len(text.labels), "labels": text.labels}
-
-
-def _wrapped(prompt: Any) -> dict[str, Any]:
-    """Text and chats in columns of one type each."""
-    return {"text": prompt, "messages": None} if isinstance(prompt, str) else {"text": None, "messages": prompt}
-
-
-def _unwrapped(prompt: dict[str, Any]) -> Any:
-    return prompt["text"] if prompt["text"] is not None else prompt["messages"]

@@ -1,4 +1,4 @@
-"""Data set type ``fusion_plugins.multi_source_dpo``: preference pairs from the scored responses of many sources.
+"""Dataset type ``fusion_plugins.multi_source_dpo``: preference pairs from the scored responses of many sources.
 
 Second stage of FuseChat-3.0 (arXiv 2503.04222). The published loss of the Llama targets is
 ``dpo_loss_type: ["sigmoid_norm"]``: the length-normalised DPO loss.
@@ -7,6 +7,8 @@ Second stage of FuseChat-3.0 (arXiv 2503.04222). The published loss of the Llama
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from datasets import Features, Value
 
 from fusion_plugins.axolotl.guards import DPO, require_plugin
 from fusion_plugins.axolotl.selection import choose_pairs, write_report
@@ -20,12 +22,19 @@ Columns = Mapping[str, Sequence[Any]]
 def multi_source_dpo(cfg: Any, dataset_idx: int = 0, **kwargs: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Return the function that turns a table of scored responses into prompts, chosen and rejected completions.
 
-    axolotl calls this for the data set type, and prints no more than a warning of what it raises; so a wrong
-    configuration is raised by the function that it returns.
+    axolotl calls this for the dataset type. It turns errors of this call into a warning, so the returned function is
+    the one that checks the configuration.
+
+    Raises:
+        PluginError: (by the returned function) the plugin is not configured or not loaded.
+        ConfigError: (by the returned function) the ``fusion:`` block is missing or wrong.
+        DataError: (by the returned function) a row is wrong, or no pair is left.
     """
-    # A pair needs all responses to its prompt: the table must come in one piece, not one per process.
+    # A pair needs all responses to its prompt, so axolotl must pass the whole table at once, not a part per process.
     num_proc, cfg.dataset_num_proc = cfg.dataset_num_proc, None
-    whole = {"batched": True, "batch_size": None, "remove_columns": "__all__"}
+    whole: dict[str, Any] = {"batched": True, "batch_size": None, "remove_columns": "__all__"}
+    # Without it, the column `prompt` would keep the type of the table's own, which may be one of chats.
+    whole["features"] = Features({name: Value("string") for name in ("prompt", "chosen", "rejected")})
 
     def build(rows: Columns, tokenizer: Any) -> dict[str, list[str]]:
         cfg.dataset_num_proc = num_proc

@@ -1,8 +1,15 @@
-"""Which responses train which stage, by the rules of the ``fusion:`` block, and the account of it."""
+"""Scored responses as axolotl loads them -> the best answers or the pairs that one stage trains on, and a report.
+
+The rules are those of the ``fusion:`` block. Columns: ``prompt_id``, ``source``, ``index``, ``prompt``, ``response``,
+and where there are any ``reward``, ``correct``, ``domain``, ``dataset``, ``finish_reason``; from the folder of `fusion
+score`, or JSONL or Parquet files.
+"""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,67 +17,104 @@ from rich.console import Console
 from rich.table import Table
 
 from fusion_plugins.axolotl.args import FusionBlock, PairArgs, SftArgs
-from fusion_plugins.axolotl.scored import candidates_of
-from fusion_plugins.core.preferences.candidates import Candidate, Pair
+from fusion_plugins.core.preferences.candidates import Candidate, CandidateGroups, Pair, as_candidate, clean, is_prompt
 from fusion_plugins.core.preferences.pairs import (
+    BEST_RULES,
     SelectionReport,
-    best_with_report,
+    best_per_prompt,
     length_statistics,
-    pairs_with_report,
+    pairs_per_prompt,
+    resolve_rule,
 )
 from fusion_plugins.core.preferences.split import Split, split_prompts
 from fusion_plugins.errors import DataError
 from fusion_plugins.plugins import lookup
 
-__all__ = ["choose_best", "choose_pairs", "write_report"]
+__all__ = ["candidates_of", "choose_best", "choose_pairs", "write_report"]
 
+Columns = Mapping[str, Sequence[Any]]
 Report = dict[str, Any]
 
 
-def choose_pairs(columns: Mapping[str, Sequence[Any]], block: FusionBlock) -> tuple[list[Pair], Report]:
-    """Build the preference pairs of a table of scored responses.
+def choose_pairs(columns: Columns, block: FusionBlock) -> tuple[list[Pair], Report]:
+    """Return the preference pairs of a table of scored responses, and the report.
 
     Raises:
-        DataError: not one pair is left; the message says why.
+        DataError: a row is wrong, or not one pair is left; the message says why.
     """
     candidates, truncated = candidates_of(columns, keep_truncated=block.keep_truncated)
-    pairs, report = _pairs(candidates, block)
-    facts = _facts(report, truncated)
+    groups = clean(candidates)
+    pairs, found = _pairs(groups, block)
+    split = None
     if block.split is not None:
-        split = _split(candidates, pairs, block)
-        kept = set(split.dpo)
-        pairs = [pair for pair in pairs if pair.chosen.prompt_id in kept]
-        facts["split"] = {"sft": len(split.sft), "dpo": len(split.dpo), "dropped": dict(split.dropped)}
-    facts |= {"pairs": len(pairs), "lengths": _lengths(pairs)}
+        # The runs of both stages must divide alike, so each looks at the best answers and the pairs of all prompts.
+        split = split_prompts(_best(groups, block)[0], pairs, block.split.rule())
+        dpo = set(split.dpo)
+        pairs = [pair for pair in pairs if pair.chosen.prompt_id in dpo]
+    report = _report(found, truncated, split) | {
+        "pairs": len(pairs),
+        "lengths": {
+            "/".join(key): {"count": lengths.count, "mean": round(lengths.mean, 1), "median": lengths.median}
+            for key, lengths in length_statistics(pairs).items()
+        },
+    }
     if not pairs:
         raise DataError(
-            f"no preference pair is left: {json.dumps(facts)}. The limits 0.01 and 0.1 of the reward gap belong to "
-            "ArmoRM; for another reward model set fusion.pairs.min_gap and max_gap, or `gap_unit: quantile`; for "
-            "verdicts without rewards `rule: verdict`."
+            f"expected preference pairs in the scored responses, got none: {json.dumps(report)}. The limits 0.01 and "
+            "0.1 of the reward gap belong to ArmoRM; for another reward model set fusion.pairs.min_gap and max_gap, or "
+            "`gap_unit: quantile`; for verdicts without rewards `rule: verdict`."
         )
-    return pairs, facts
+    return pairs, report
 
 
-def choose_best(columns: Mapping[str, Sequence[Any]], block: FusionBlock) -> tuple[list[Candidate], Report]:
-    """Choose the best response to each prompt of a table of scored responses.
+def choose_best(columns: Columns, block: FusionBlock) -> tuple[list[Candidate], Report]:
+    """Return the best response to each prompt of a table of scored responses, and the report.
 
     Raises:
-        DataError: not one is left; the message says why.
+        DataError: a row is wrong, or not one response is left; the message says why.
     """
     candidates, truncated = candidates_of(columns, keep_truncated=block.keep_truncated)
-    best, report = best_with_report(candidates, (block.sft or SftArgs()).rule)
-    facts = _facts(report, truncated)
+    groups = clean(candidates)
+    best, found = _best(groups, block)
     chosen = [candidate for candidate in best.values() if candidate is not None]
+    split = None
     if block.split is not None:
-        split = _split(candidates, _pairs(candidates, block)[0], block)
-        kept = set(split.sft)
-        chosen = [candidate for candidate in chosen if candidate.prompt_id in kept]
-        facts["split"] = {"sft": len(split.sft), "dpo": len(split.dpo), "dropped": dict(split.dropped)}
-    sources = sorted(candidate.source for candidate in chosen)
-    facts |= {"answers": len(chosen), "by_source": {name: sources.count(name) for name in dict.fromkeys(sources)}}
+        split = split_prompts(best, _pairs(groups, block)[0], block.split.rule())
+        sft = set(split.sft)
+        chosen = [candidate for candidate in chosen if candidate.prompt_id in sft]
+    by_source = Counter(sorted(candidate.source for candidate in chosen))
+    report = _report(found, truncated, split) | {"answers": len(chosen), "by_source": dict(by_source)}
     if not chosen:
-        raise DataError(f"no answer is left: {json.dumps(facts)}")
-    return chosen, facts
+        raise DataError(
+            f"expected best answers in the scored responses, got none: {json.dumps(report)}. The rule `reward` needs "
+            "rewards where a prompt has several responses; for verdicts without rewards set fusion.sft to "
+            "`rule: verdict`. With fusion.split, see sft_share and unpaired."
+        )
+    return chosen, report
+
+
+def candidates_of(columns: Columns, *, keep_truncated: bool = False) -> tuple[list[Candidate], int]:
+    """Turn a table into candidates.
+
+    Args:
+        columns: name -> values of all rows.
+        keep_truncated: keep responses that stopped only because they were too long (``finish_reason`` "length"); an
+            end of turn after such a response would teach to stop in the middle.
+
+    Returns:
+        The candidates, and how many truncated responses were left out.
+
+    Raises:
+        DataError: a row lacks a value, or has one of the wrong type.
+    """
+    columns = {name: _prompts(values) if name == "prompt" else values for name, values in columns.items()}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    candidates = [
+        as_candidate(row, number)
+        for number, row in enumerate(rows)
+        if keep_truncated or row.get("finish_reason") != "length"
+    ]
+    return candidates, len(rows) - len(candidates)
 
 
 def write_report(report: Report, path: Path, title: str) -> None:
@@ -83,33 +127,30 @@ def write_report(report: Report, path: Path, title: str) -> None:
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def _pairs(candidates: list[Candidate], block: FusionBlock) -> tuple[list[Pair], SelectionReport]:
-    rules = block.pairs or PairArgs()
-    return pairs_with_report(
-        candidates,
-        lookup("pair_rules", rules.rule),
-        window=rules.window(),
-        per_prompt=rules.per_prompt,
-        options=rules.options,
-    )
+def _pairs(groups: CandidateGroups, block: FusionBlock) -> tuple[list[Pair], SelectionReport]:
+    settings = block.pairs or PairArgs()
+    propose = partial(lookup("pair_rules", settings.rule), **settings.options)
+    return pairs_per_prompt(groups, propose, settings.window(), settings.per_prompt)
 
 
-def _split(candidates: list[Candidate], pairs: list[Pair], block: FusionBlock) -> Split:
-    """The same division in both stages: it needs the best answers and the pairs of all prompts."""
-    assert block.split is not None
-    best, _ = best_with_report(candidates, (block.sft or SftArgs()).rule)
-    return split_prompts(best, pairs, block.split.rule())
+def _best(groups: CandidateGroups, block: FusionBlock) -> tuple[dict[str, Candidate | None], SelectionReport]:
+    return best_per_prompt(groups, resolve_rule((block.sft or SftArgs()).rule, BEST_RULES, "fusion.sft.rule"))
 
 
-def _facts(report: SelectionReport, truncated: int) -> Report:
-    facts = {name: dict(value) if isinstance(value, Mapping) else value for name, value in asdict(report).items()}
+def _report(found: SelectionReport, truncated: int, split: Split | None) -> Report:
+    report = asdict(found)
     if truncated:
-        facts["dropped_responses"] = {**facts["dropped_responses"], "truncated": truncated}
-    return facts
+        report["dropped_responses"]["truncated"] = truncated
+    if split is not None:
+        report["split"] = {"sft": len(split.sft), "dpo": len(split.dpo), "dropped": dict(split.dropped)}
+    return report
 
 
-def _lengths(pairs: Sequence[Pair]) -> Report:
-    return {
-        f"{domain}/{source}/{side}": {"count": found.count, "mean": round(found.mean, 1), "median": found.median}
-        for (domain, source, side), found in length_statistics(pairs).items()
-    }
+def _prompts(values: Sequence[Any]) -> Sequence[Any]:
+    """Return prompts as texts or messages. A row folder stores them as JSON text, which all values then are."""
+    try:
+        parsed = [json.loads(value) for value in values]
+    except (TypeError, json.JSONDecodeError):
+        # One value that is not JSON shows that the others, too, are texts that only look like JSON.
+        return values
+    return parsed if all(is_prompt(prompt) for prompt in parsed) else values

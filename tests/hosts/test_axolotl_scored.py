@@ -6,7 +6,7 @@ import pytest
 import tiny
 from axolotl_runs import config, logged, prepare, row_folder, scored, train, write_rows
 
-from fusion_plugins.axolotl.scored import candidates_of
+from fusion_plugins.axolotl.selection import candidates_of
 from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
 from fusion_plugins.errors import ConfigError, DataError, PluginError
 
@@ -29,9 +29,9 @@ def test_pairs_train_with_the_length_normalised_loss(material, run_folder):
     losses = logged(trainer)
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)
     assert losses[-1] < losses[0]
-    account = json.loads((run_folder / "model" / "fusion_pairs.json").read_text())
-    assert (account["prompts"], account["kept"], account["pairs"]) == (10, 10, 10)
-    assert account["lengths"]["instruction/also/chosen"]["count"] == 10
+    report = json.loads((run_folder / "model" / "fusion_pairs.json").read_text())
+    assert (report["prompts"], report["kept"], report["pairs"]) == (10, 10, 10)
+    assert report["lengths"]["instruction/also/chosen"]["count"] == 10
 
 
 @pytest.mark.parametrize("form", ["folder", "jsonl", "parquet"])
@@ -77,8 +77,8 @@ def test_the_best_response_of_any_source_is_learnt(material, run_folder):
     assert learnt == {f"far says {n}, more.</s>" for n in range(10)}
     trainer = train(settings, run_folder)
     assert type(trainer).__name__ == "AxolotlTrainer"
-    account = json.loads((run_folder / "model" / "fusion_sft.json").read_text())
-    assert account["by_source"] == {"far": 10}
+    report = json.loads((run_folder / "model" / "fusion_sft.json").read_text())
+    assert report["by_source"] == {"far": 10}
 
 
 def test_the_two_stages_share_no_prompt(material, run_folder):
@@ -131,12 +131,52 @@ def test_prompts_that_look_like_json_stay_text():
     assert [candidate.prompt for candidate in candidates_of(rows)[0]] == ["quoted", [{"role": "user", "content": "?"}]]
 
 
+def test_wrong_rows_are_counted_from_the_start_of_the_table():
+    columns = {
+        "prompt_id": ["a", "a"],
+        "source": ["s", "s"],
+        "prompt": ["p", "p"],
+        "response": [None, None],
+        "finish_reason": ["length", "stop"],
+    }
+    with pytest.raises(DataError, match=r"row 1 \(prompt 'a', source 's'\)"):
+        candidates_of(columns)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "folder"])
+def test_prompts_may_be_chats(material, run_folder, form):
+    rows = scored(4)
+    for row in rows:
+        # Messages need not have the same keys; a folder may mix texts and chats.
+        name = {"name": "Ann"} if row["prompt_id"] == "p0" else {}
+        if form == "jsonl" or row["prompt_id"] in ("p0", "p1"):
+            row["prompt"] = [{"role": "user", "content": row["prompt"]} | name]
+    path = (write_rows if form == "jsonl" else row_folder)(run_folder / f"scored.{form}", rows)
+    fusion = {"sources": [], "pairs": {}, "sft": {}}
+    sft = config(material, run_folder, datasets=[{"path": str(path), "type": BEST}], fusion=fusion)
+    _, answers = prepare(sft, run_folder)
+    tokenizer = tiny.sentencepiece_bpe()
+    assert {tokenizer.decode(row["input_ids"]) for row in answers} == {
+        f"<s> [INST] Say {n}! [/INST] far says {n}, more.</s>" for n in range(4)
+    }
+    _, pairs = prepare(preference(material, run_folder, path, fusion=fusion), run_folder)
+    assert {row["prompt"] for row in pairs} == {f"<s>[INST] Say {n}! [/INST]" for n in range(4)}
+
+
 def test_unusable_tables_are_refused(material, run_folder):
-    with pytest.raises(DataError, match="response is missing"):
+    with pytest.raises(DataError, match="expected a value for response, got none.*keys prompt_id, source, prompt"):
         candidates_of({"prompt_id": ["a"], "source": ["s"], "prompt": ["p"]})
     path = row_folder(run_folder / "scored", scored())
-    with pytest.raises(DataError, match=r"no preference pair is left.*gap"):
+    with pytest.raises(DataError, match=r"expected preference pairs.*got none.*gap"):
         prepare(preference(material, run_folder, path, fusion=only_pairs(min_gap=50, max_gap=60)), run_folder)
+    unscored = write_rows(run_folder / "unscored.jsonl", [row | {"reward": None} for row in scored(2)])
+    sft = {"sources": [], "sft": {}}
+    best = config(material, run_folder, datasets=[{"path": str(unscored), "type": BEST}], fusion=sft)
+    with pytest.raises(DataError, match=r'expected best answers.*got none.*"no_reward": 2'):
+        prepare(best, run_folder)
+    best["fusion"]["sft"] = {"rule": "longest"}
+    with pytest.raises(ConfigError, match="fusion.sft.rule: expected one of reward, verdict"):
+        prepare(best, run_folder)
     with pytest.raises(PluginError, match="needs the plugin"):
         prepare(preference(material, run_folder, path, plugins=None, fusion=None), run_folder)
     with pytest.raises(ConfigError, match="minimum <= maximum"):

@@ -1,1 +1,5 @@
-"""Scored responses of many sources -> best answers and preference pairs."""
+"""Scored responses of many sources -> best answers and preference pairs.
+
+Reading order: ``candidates`` (the types, cleaning, ties), ``pairs`` (the rules), ``split`` (which prompt trains which
+stage).
+"""

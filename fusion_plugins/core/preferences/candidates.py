@@ -1,27 +1,53 @@
-"""The candidates of one prompt: what makes them comparable, the order of ties, what is left out before any rule."""
+"""The candidates of each prompt: rows -> :class:`Candidate`, cleaning, and the order of ties.
+
+First step of core/preferences; :mod:`~fusion_plugins.core.preferences.pairs` chooses among what :func:`clean` returns.
+"""
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
+from numbers import Real
 from typing import Any
 
 from fusion_plugins.errors import DataError
 
 __all__ = [
-    "VERIFIED_DOMAINS",
     "Candidate",
+    "CandidateGroups",
     "Pair",
+    "as_candidate",
     "best_first",
     "clean",
+    "is_prompt",
     "is_verified",
     "reward_of",
     "tie_order",
     "worst_first",
 ]
 
-VERIFIED_DOMAINS = frozenset({"math", "code"})
+#: domains whose answers are always checked by a verifier
+_VERIFIED_DOMAINS = frozenset({"math", "code"})
+
+_REQUIRED = ("prompt_id", "source", "prompt", "response")
+
+
+def is_prompt(value: Any) -> bool:
+    """Return whether a value is a text or a list of messages."""
+    return isinstance(value, str) or (isinstance(value, Sequence) and all(isinstance(part, Mapping) for part in value))
+
+
+#: key of a row -> (whether a value has the right type, that type in words)
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "prompt": (is_prompt, "text or a list of messages"),
+    "response": (lambda value: isinstance(value, str), "text"),
+    "index": (lambda value: isinstance(value, Real) and float(value).is_integer(), "an integer"),
+    "reward": (lambda value: isinstance(value, Real), "a number"),
+    "correct": (lambda value: isinstance(value, bool), "true or false"),
+    "domain": (lambda value: isinstance(value, str), "text"),
+}
+_FIELDS = frozenset({*_REQUIRED, *_TYPES})
 
 
 @dataclass(frozen=True)
@@ -37,7 +63,7 @@ class Candidate:
         reward: score of the reward model, on its own scale; None where it was not scored.
         correct: verdict of a verifier; None where there is none (also when the verifier itself failed).
         domain: instruction | math | code | chinese | any other name.
-        extra: whatever else a scorer recorded.
+        extra: whatever else is known about the response; ``dataset`` is read by the split.
     """
 
     prompt_id: str
@@ -66,50 +92,132 @@ class Pair:
     gap: float | None
 
 
-def is_verified(candidates: Sequence[Candidate]) -> bool:
-    """Whether a verdict decides about the answers to this prompt."""
-    return any(candidate.domain in VERIFIED_DOMAINS or candidate.correct is not None for candidate in candidates)
+@dataclass(frozen=True)
+class CandidateGroups:
+    """The usable candidates of a run, grouped by prompt.
+
+    Attributes:
+        by_prompt: prompt id -> candidates, which may be none; both in an order that does not depend on the input order.
+        dropped: reason -> responses left out: ``empty_response``, ``reward_not_finite``, ``duplicate_response`` (equal
+            text, same prompt and source).
+    """
+
+    by_prompt: Mapping[str, list[Candidate]]
+    dropped: Mapping[str, int]
 
 
-def clean(candidates: Iterable[Candidate | Mapping[str, Any]]) -> tuple[dict[str, list[Candidate]], dict[str, int]]:
+def as_candidate(row: Mapping[str, Any], number: int) -> Candidate:
+    """Return the candidate that a row describes.
+
+    Required: ``prompt_id``, ``source``, ``prompt`` and ``response``. Optional, with a default where the key is missing
+    or its value is null: ``index`` (0), ``reward`` and ``correct`` (None), ``domain`` (instruction, also for an empty
+    one). All other keys that have a value go into ``extra``.
+
+    Args:
+        row: the row.
+        number: its position in the file or table, counted from 0; for the error message.
+
+    Raises:
+        DataError: a required value is missing, or a value has the wrong type.
+    """
+    known = {name: value for name, value in row.items() if value is not None}
+    problems = [f"expected a value for {name}, got none" for name in _REQUIRED if name not in known]
+    problems += [
+        f"expected {expected} as {name}, got {known[name]!r:.80}"
+        for name, (fits, expected) in _TYPES.items()
+        if name in known and not fits(known[name])
+    ]
+    if problems:
+        raise DataError(
+            f"scored response in row {number} (prompt {known.get('prompt_id')!r}, source {known.get('source')!r}): "
+            f"{'; '.join(problems)}. The row has the keys {', '.join(row)}. Correct it, or give the output of `fusion "
+            "score`, whose rows have all that is needed."
+        )
+    prompt = known["prompt"]
+    return Candidate(
+        prompt_id=str(known["prompt_id"]),
+        source=str(known["source"]),
+        index=int(known.get("index", 0)),
+        prompt=prompt if isinstance(prompt, str) else _without_nulls(prompt),
+        response=known["response"],
+        reward=known.get("reward"),
+        correct=known.get("correct"),
+        domain=known.get("domain") or "instruction",
+        extra={name: value for name, value in known.items() if name not in _FIELDS},
+    )
+
+
+def clean(candidates: Iterable[Candidate | Mapping[str, Any]]) -> CandidateGroups:
     """Group candidates by prompt and leave out empty, repeated and unusable responses.
 
     Args:
-        candidates: candidates, or rows with their attributes as keys (other keys go into ``extra``).
-
-    Returns:
-        Prompt id -> candidates, both in an order that does not depend on the order given; and reason -> responses left
-        out: ``empty_response``, ``reward_not_finite``, ``duplicate_response`` (equal text, same prompt and source).
+        candidates: candidates, or rows as :func:`as_candidate` takes them.
 
     Raises:
-        DataError: candidates of one prompt disagree about its text or its domain, or a row lacks a key.
+        DataError: a row is wrong, or candidates of one prompt disagree about its text or its domain.
     """
     groups: dict[str, list[Candidate]] = defaultdict(list)
-    for candidate in map(_as_candidate, candidates):
+    for number, row in enumerate(candidates):
+        candidate = row if isinstance(row, Candidate) else as_candidate(row, number)
         groups[candidate.prompt_id].append(candidate)
     dropped: Counter[str] = Counter()
-    for prompt_id, group in groups.items():
+    by_prompt = {}
+    for prompt_id, group in sorted(groups.items()):
         _check_one_prompt(group)
-        groups[prompt_id] = _usable(group, dropped)
-    return dict(sorted(groups.items())), dict(dropped)
+        by_prompt[prompt_id] = _usable(group, dropped)
+    return CandidateGroups(by_prompt, dict(dropped))
 
 
-def _as_candidate(row: Candidate | Mapping[str, Any]) -> Candidate:
-    if isinstance(row, Candidate):
-        return row
-    names = [field.name for field in fields(Candidate) if field.name != "extra"]
-    known = {name: row[name] for name in names if row.get(name) is not None}
-    try:
-        return Candidate(**known, extra={key: value for key, value in row.items() if key not in names})
-    except TypeError as error:
-        needed = "prompt_id, source, index, prompt, response"
-        raise DataError(f"expected candidates, or rows with {needed}; came the keys {', '.join(row)}") from error
+def is_verified(candidates: Iterable[Candidate]) -> bool:
+    """Return whether a verdict decides about the answers to this prompt."""
+    return any(candidate.domain in _VERIFIED_DOMAINS or candidate.correct is not None for candidate in candidates)
+
+
+def reward_of(candidate: Candidate) -> float:
+    """Return the reward of a candidate that is known to have one."""
+    assert candidate.reward is not None
+    return candidate.reward
+
+
+def best_first(candidate: Candidate) -> tuple[float, bytes]:
+    """Return the sort key for: highest reward first, then the order of ties."""
+    return -reward_of(candidate), tie_order(candidate)
+
+
+def worst_first(candidate: Candidate) -> tuple[float, bytes]:
+    """Return the sort key for: lowest reward first, then the order of ties."""
+    return reward_of(candidate), tie_order(candidate)
+
+
+def tie_order(candidate: Candidate) -> bytes:
+    """Return the sort key for candidates that are otherwise equal.
+
+    Ties are common (verdicts without rewards, coarse rewards). Sorting them by source name or input order would choose
+    one source every time; a hash spreads them evenly. It is not Python's ``hash``, which differs between processes.
+    """
+    key = (candidate.prompt_id, candidate.source, candidate.index, candidate.response)
+    # `repr` escapes lone surrogates, which models can produce and UTF-8 cannot encode.
+    return blake2b(repr(key).encode(), digest_size=16).digest()
+
+
+def _check_one_prompt(group: Sequence[Candidate]) -> None:
+    first = group[0]
+    for candidate in group:
+        if candidate.prompt != first.prompt or candidate.domain != first.domain:
+            what = "text" if candidate.prompt != first.prompt else "domain"
+            raise DataError(
+                f"prompt {first.prompt_id!r}: expected one prompt per id, got a different prompt {what} for sample "
+                f"{first.index} of {first.source!r} and sample {candidate.index} of {candidate.source!r}. Either "
+                "responses were joined to the wrong prompt, or two prompt files use the same ids: make ids unique."
+            )
 
 
 def _usable(group: Iterable[Candidate], dropped: Counter[str]) -> list[Candidate]:
     kept: dict[tuple[str, str], Candidate] = {}
-    # Of equal responses of one source the one that knows more stays, then the lowest index.
-    for candidate in sorted(group, key=_most_known_first):
+    # The first of equal responses stays: one with a verdict before one without, then one with a reward, then the
+    # lowest index. A verifier that failed once must not cost the response its verdict.
+    group = sorted(group, key=lambda c: (c.source, c.correct is None, c.reward is None, c.index, tie_order(c)))
+    for candidate in group:
         text = candidate.response.strip()
         if not text:
             dropped["empty_response"] += 1
@@ -122,40 +230,6 @@ def _usable(group: Iterable[Candidate], dropped: Counter[str]) -> list[Candidate
     return list(kept.values())
 
 
-def _most_known_first(candidate: Candidate) -> tuple[str, bool, bool, int, bytes]:
-    unknown = candidate.correct is None, candidate.reward is None
-    return candidate.source, *unknown, candidate.index, tie_order(candidate)
-
-
-def _check_one_prompt(group: Sequence[Candidate]) -> None:
-    first = group[0]
-    for candidate in group:
-        if candidate.prompt != first.prompt or candidate.domain != first.domain:
-            what = "text" if candidate.prompt != first.prompt else "domain"
-            raise DataError(
-                f"prompt {first.prompt_id!r}: sample {first.index} of {first.source!r} and sample {candidate.index} of "
-                f"{candidate.source!r} have a different prompt {what}. One prompt id must mean one prompt: responses "
-                "were joined to the wrong prompt, or two prompt files use the same ids."
-            )
-
-
-def reward_of(candidate: Candidate) -> float:
-    """Return the reward of a candidate that is known to have one."""
-    assert candidate.reward is not None
-    return candidate.reward
-
-
-def best_first(candidate: Candidate) -> tuple[float, bytes]:
-    """Sort key: highest reward first, then the order of ties."""
-    return -reward_of(candidate), tie_order(candidate)
-
-
-def worst_first(candidate: Candidate) -> tuple[float, bytes]:
-    """Sort key: lowest reward first, then the order of ties."""
-    return reward_of(candidate), tie_order(candidate)
-
-
-def tie_order(candidate: Candidate) -> bytes:
-    """Sort key of equals: fixed, the same everywhere, and without a liking for any source."""
-    key = (candidate.prompt_id, candidate.source, candidate.index, candidate.response)
-    return blake2b(repr(key).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def _without_nulls(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    # Arrow gives every message of a column the keys of all others, with null for those that it did not have.
+    return [{name: value for name, value in message.items() if value is not None} for message in messages]

@@ -1,7 +1,8 @@
-"""Scored candidates of many sources -> preference pairs and best answers (FuseChat-3.0, sections 5 and 6).
+"""Candidates of many sources -> preference pairs and best answers (FuseChat-3.0, sections 5 and 6).
 
-Place in the way of the data: after ``fusion score``, before axolotl's SFT and DPO data sets; which prompt goes to which
-stage is decided in :mod:`fusion_plugins.core.preferences.split`.
+Data flow: ``fusion score`` -> :func:`~fusion_plugins.core.preferences.candidates.clean` -> :func:`pairs_per_prompt`,
+:func:`best_per_prompt` -> :func:`~fusion_plugins.core.preferences.split.split_prompts` -> axolotl's SFT and DPO
+datasets. For a single step, :func:`build_pairs` and :func:`best_of` clean and choose in one call.
 
 Rules that hold everywhere in this module:
 
@@ -10,7 +11,7 @@ Rules that hold everywhere in this module:
 * Before any rule runs, empty responses, responses whose reward is not finite and repetitions of one response by one
   source are left out. All of it is counted.
 * **Ties** (equal rewards, or no rewards at all) are broken by a hash of prompt, source, index and response: a fixed
-  order that favours no source and does not depend on the order of the rows, the process or the machine.
+  order that favours no source and does not depend on the input order, the process or the machine.
 
 The published limits 0.01 and 0.1 belong to the reward scale of ArmoRM-Llama3-8B-v0.1. For another reward model give
 your own limits, or quantiles of the gaps that occur: ``GapWindow(0.2, 0.9, unit="quantile")``.
@@ -20,12 +21,14 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from fusion_plugins.core.preferences.candidates import (
     Candidate,
+    CandidateGroups,
     Pair,
     best_first,
     clean,
@@ -40,24 +43,24 @@ __all__ = [
     "BEST_RULES",
     "PAIR_RULES",
     "GapWindow",
-    "LengthStatistics",
     "SelectionReport",
-    "across_sources",
     "best_of",
+    "best_per_prompt",
     "best_with_report",
     "build_pairs",
-    "highest_reward",
     "length_statistics",
+    "pairs_per_prompt",
     "pairs_with_report",
-    "same_source",
-    "verdict",
+    "resolve_rule",
 ]
 
-#: A gap this close to a limit counts as inside it: rewards are float32 numbers.
+#: A gap that misses a limit by no more than this passes. The limits are meant in decimals, and rewards are binary
+#: (often float32) numbers: 0.4 - 0.3 is a little more than 0.1.
 GAP_TOLERANCE = 1e-6
 
 PairRule = Callable[..., list[Pair]]
 BestRule = Callable[[Sequence[Candidate]], Candidate | None]
+_Rule = TypeVar("_Rule", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class GapWindow:
         maximum: largest gap; None for no limit.
         unit: ``reward``: the limits are differences of rewards. ``quantile``: they are quantiles, in [0, 1], of the
             gaps of all pairs that the rule proposes, which makes them independent of the reward model's scale.
-        exempt: domains in which the verdict alone decides; the published rule names no gap for code.
+        exempt: domains in which the verdict alone decides. The published rule names no gap for code: the tests decide.
     """
 
     minimum: float | None = 0.01
@@ -122,7 +125,7 @@ class LengthStatistics:
 
 
 def build_pairs(
-    candidates: Iterable[Candidate],
+    candidates: Iterable[Candidate | Mapping[str, Any]],
     rule: str | PairRule = "same_source",
     *,
     window: GapWindow | None = None,
@@ -132,7 +135,7 @@ def build_pairs(
     """Return preference pairs, ordered by prompt id; see :func:`pairs_with_report`.
 
     Example:
-        >>> from fusion_plugins.core.fusion.types import Candidate
+        >>> from fusion_plugins.core.preferences.candidates import Candidate
         >>> rewards = [0.10, 0.15, 0.12]
         >>> answers = [Candidate("p", "a", i, "Hi?", f"answer {i}", reward=reward) for i, reward in enumerate(rewards)]
         >>> [(pair.chosen.index, pair.rejected.index, round(pair.gap, 2)) for pair in build_pairs(answers)]
@@ -142,21 +145,17 @@ def build_pairs(
 
 
 def pairs_with_report(
-    candidates: Iterable[Candidate],
+    candidates: Iterable[Candidate | Mapping[str, Any]],
     rule: str | PairRule = "same_source",
     *,
     window: GapWindow | None = None,
     per_prompt: int = 1,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[list[Pair], SelectionReport]:
-    """Build preference pairs and say what was left out.
-
-    The rule proposes pairs of one prompt, best first; those outside the gap window go; the first ``per_prompt`` stay.
-    With ``same_source`` and one pair per prompt, the pair is that of the source whose chosen answer has the highest
-    reward among the sources whose gap lies in the window.
+    """Clean candidates, and return preference pairs with a report of what was left out; see :func:`pairs_per_prompt`.
 
     Args:
-        candidates: scored responses, in any order, of any number of prompts and sources.
+        candidates: scored responses, in any order, of any number of prompts and sources; or rows with the same keys.
         rule: a name in :data:`PAIR_RULES`, or a function of the (cleaned) candidates of one prompt.
         window: limits of the reward gap; the published ones by default.
         per_prompt: most pairs per prompt, at least 1.
@@ -164,62 +163,95 @@ def pairs_with_report(
 
     Raises:
         ConfigError: unknown rule, or ``per_prompt`` below 1.
-        DataError: candidates of one prompt disagree about its text or its domain.
+        DataError: a row is wrong, or candidates of one prompt disagree about its text or its domain.
+    """
+    propose = partial(resolve_rule(rule, PAIR_RULES, "pair rule"), **(options or {}))
+    return pairs_per_prompt(clean(candidates), propose, window or GapWindow(), per_prompt)
+
+
+def pairs_per_prompt(
+    groups: CandidateGroups, propose: PairRule, window: GapWindow, per_prompt: int
+) -> tuple[list[Pair], SelectionReport]:
+    """Return the preference pairs of each prompt, ordered by prompt id, and a report of what was left out.
+
+    The rule proposes pairs of one prompt, best first; those outside the gap window go; the first ``per_prompt`` stay.
+    With ``same_source`` and one pair per prompt, the pair is that of the source whose chosen answer has the highest
+    reward among the sources whose gap lies in the window.
+
+    Raises:
+        ConfigError: ``per_prompt`` is below 1.
     """
     if per_prompt < 1:
         raise ConfigError(f"per_prompt: expected at least 1 pair per prompt, got {per_prompt}")
-    propose = _resolve(rule, PAIR_RULES, "pair rule")
-    window = window or GapWindow()
-    groups, dropped_responses = clean(candidates)
-    proposals = {prompt_id: propose(group, **(options or {})) for prompt_id, group in groups.items()}
+    proposals = {prompt_id: propose(group) for prompt_id, group in groups.by_prompt.items()}
     limits = _limits(window, proposals.values())
     pairs: list[Pair] = []
-    why: Counter[str] = Counter()
+    no_pair: Counter[str] = Counter()
     dropped_pairs: Counter[str] = Counter()
     for prompt_id, proposed in proposals.items():
-        faults = [_fault(pair, limits, window.exempt) for pair in proposed]
-        kept = [pair for pair, fault in zip(proposed, faults, strict=True) if fault is None]
-        dropped_pairs.update(fault for fault in faults if fault is not None)
-        dropped_pairs["beyond_per_prompt"] += len(kept[per_prompt:])
+        judged = [(pair, _fault(pair, limits, window.exempt)) for pair in proposed]
+        kept = [pair for pair, fault in judged if fault is None]
+        faults = Counter(fault for _, fault in judged if fault is not None)
         pairs += kept[:per_prompt]
-        if not kept:
-            why[_common(faults) if proposed else _why_no_pair(groups[prompt_id])] += 1
-    kept_prompts = len(groups) - why.total()
-    return pairs, SelectionReport(len(groups), kept_prompts, dict(why), dropped_responses, dict(+dropped_pairs), limits)
+        dropped_pairs += faults
+        dropped_pairs += Counter(beyond_per_prompt=len(kept[per_prompt:]))
+        if not proposed:
+            no_pair[_why_no_pair(groups.by_prompt[prompt_id])] += 1
+        elif not kept:
+            no_pair[next(iter(faults)) if len(faults) == 1 else "no_gap_in_window"] += 1
+    kept_prompts = len(proposals) - no_pair.total()
+    report = SelectionReport(len(proposals), kept_prompts, dict(no_pair), groups.dropped, dict(dropped_pairs), limits)
+    return pairs, report
 
 
-def best_of(candidates: Iterable[Candidate], rule: str | BestRule = "reward") -> dict[str, Candidate | None]:
+def best_of(
+    candidates: Iterable[Candidate | Mapping[str, Any]], rule: str | BestRule = "reward"
+) -> dict[str, Candidate | None]:
     """Return prompt id -> best candidate, None where nothing qualifies; see :func:`best_with_report`."""
     return best_with_report(candidates, rule)[0]
 
 
 def best_with_report(
-    candidates: Iterable[Candidate], rule: str | BestRule = "reward"
+    candidates: Iterable[Candidate | Mapping[str, Any]], rule: str | BestRule = "reward"
 ) -> tuple[dict[str, Candidate | None], SelectionReport]:
-    """Choose the answer of each prompt that supervised fine-tuning learns from.
+    """Clean candidates, and return the best answer to each prompt with a report; see :func:`best_per_prompt`.
 
     Args:
-        candidates: scored responses, in any order.
+        candidates: as for :func:`pairs_with_report`.
         rule: a name in :data:`BEST_RULES`, or a function of the (cleaned) candidates of one prompt.
-
-    Returns:
-        Prompt id -> candidate or None, ordered by prompt id, and the report.
 
     Raises:
         ConfigError: unknown rule.
-        DataError: candidates of one prompt disagree about its text or its domain.
+        DataError: as for :func:`pairs_with_report`.
     """
-    choose = _resolve(rule, BEST_RULES, "rule for the best answer")
-    groups, dropped_responses = clean(candidates)
-    best = {prompt_id: choose(group) for prompt_id, group in groups.items()}
-    why = Counter(_why_no_best(groups[prompt_id]) for prompt_id, candidate in best.items() if candidate is None)
-    return best, SelectionReport(len(groups), len(groups) - why.total(), dict(why), dropped_responses)
+    choose = resolve_rule(rule, BEST_RULES, "rule for the best answer")
+    return best_per_prompt(clean(candidates), choose)
+
+
+def best_per_prompt(groups: CandidateGroups, choose: BestRule) -> tuple[dict[str, Candidate | None], SelectionReport]:
+    """Return prompt id -> the candidate that SFT learns from, or None; ordered by prompt id; and a report."""
+    best = {prompt_id: choose(group) for prompt_id, group in groups.by_prompt.items()}
+    no_best = Counter(_why_no_best(groups.by_prompt[prompt_id]) for prompt_id, found in best.items() if found is None)
+    return best, SelectionReport(len(best), len(best) - no_best.total(), dict(no_best), groups.dropped)
+
+
+def resolve_rule(rule: str | _Rule, known: Mapping[str, _Rule], kind: str) -> _Rule:
+    """Return the rule of that name, or the rule itself if it is a function.
+
+    Raises:
+        ConfigError: unknown name; the message begins with ``kind``.
+    """
+    if callable(rule):
+        return rule
+    if rule not in known:
+        raise ConfigError(f"{kind}: expected one of {', '.join(sorted(known))} or a function, got {rule!r}")
+    return known[rule]
 
 
 def same_source(candidates: Sequence[Candidate]) -> list[Pair]:
     """Propose, for each source, its highest against its lowest reward (verified: correct against incorrect).
 
-    Pairs of one source keep the reward model's liking for a source's style out of the signal. The source whose chosen
+    In pairs of one source, the reward model's preference for a source's style cannot decide. The source whose chosen
     answer has the highest reward comes first.
     """
     verified = is_verified(candidates)
@@ -256,20 +288,21 @@ def highest_reward(candidates: Sequence[Candidate]) -> Candidate | None:
     if len(pool) == 1:
         return pool[0]
     rewarded = [candidate for candidate in pool if candidate.reward is not None]
-    return min(rewarded, key=best_first) if rewarded else None
+    return min(rewarded, key=best_first, default=None)
 
 
-def _any_correct(candidates: Sequence[Candidate]) -> Candidate | None:
+def any_correct(candidates: Sequence[Candidate]) -> Candidate | None:
+    """Return a correct candidate, by the order of ties; of an unverified prompt its only candidate."""
     pool = _acceptable(candidates)
-    if not is_verified(candidates) and len(pool) > 1:
+    if len(pool) > 1 and not is_verified(candidates):
         return None
-    return min(pool, key=tie_order) if pool else None
+    return min(pool, key=tie_order, default=None)
 
 
 def length_statistics(pairs: Iterable[Pair]) -> dict[tuple[str, str, str], LengthStatistics]:
     """Return (domain, source, "chosen" | "rejected") -> lengths of the responses, in characters.
 
-    Reward models like long answers; a wide difference between the two sides is what a preference loss will learn first.
+    Reward models favour long answers. A preference loss learns a wide difference between the two sides first.
     """
     lengths: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     for pair in pairs:
@@ -288,7 +321,7 @@ def _extremes(candidates: Sequence[Candidate], verified: bool) -> Pair | None:
     if not better or not worse:
         return None
     chosen, rejected = min(better, key=best_first), min(worse, key=worst_first)
-    # Equal rewards throughout: there is no better answer.
+    # One candidate is both: it is the only one, or all rewards are equal, so that there is no better answer.
     return None if chosen is rejected else Pair(chosen, rejected, reward_of(chosen) - reward_of(rejected))
 
 
@@ -327,40 +360,24 @@ def _fault(pair: Pair, limits: tuple[float | None, float | None], exempt: frozen
     return None
 
 
-def _common(faults: Sequence[str | None]) -> str:
-    return faults[0] if faults[0] is not None and len(set(faults)) == 1 else "no_gap_in_window"
-
-
 def _why_no_pair(candidates: Sequence[Candidate]) -> str:
     if len(candidates) < 2:
         return "fewer_than_two_responses"
-    if is_verified(candidates):
-        if all(candidate.correct is None for candidate in candidates):
-            return "no_verdict"
-        if not any(candidate.correct is True for candidate in candidates):
-            return "none_correct"
-        if not any(candidate.correct is False for candidate in candidates):
-            return "none_incorrect"
-    return "no_reward" if all(candidate.reward is None for candidate in candidates) else "rule_found_none"
+    verdicts = [candidate.correct for candidate in candidates]
+    if True in verdicts and False not in verdicts:
+        return "none_incorrect"
+    return _why_no_best(candidates)
 
 
 def _why_no_best(candidates: Sequence[Candidate]) -> str:
     if not candidates:
         return "no_usable_response"
-    if is_verified(candidates) and not _acceptable(candidates):
+    if not _acceptable(candidates):
         return "no_verdict" if all(candidate.correct is None for candidate in candidates) else "none_correct"
     return "no_reward" if all(candidate.reward is None for candidate in candidates) else "rule_found_none"
-
-
-def _resolve(rule: Any, known: Mapping[str, Any], what: str) -> Any:
-    if callable(rule):
-        return rule
-    if rule not in known:
-        raise ConfigError(f"{what}: expected one of {', '.join(sorted(known))} or a function, got {rule!r}")
-    return known[rule]
 
 
 #: name -> rule; :mod:`fusion_plugins.plugins` hands these to the plugin manager.
 PAIR_RULES: dict[str, PairRule] = {"same_source": same_source, "across_sources": across_sources, "verdict": verdict}
 #: name -> rule for the best answer of a prompt.
-BEST_RULES: dict[str, BestRule] = {"reward": highest_reward, "verdict": _any_correct}
+BEST_RULES: dict[str, BestRule] = {"reward": highest_reward, "verdict": any_correct}

@@ -1,4 +1,4 @@
-"""Pairs, best answers and the split: cases worked by hand, a brute-force reference, and what always holds."""
+"""Pairs and best answers: cases worked by hand, a brute-force reference, and what always holds."""
 
 import random
 from dataclasses import replace
@@ -18,8 +18,7 @@ from fusion_plugins.core.preferences.pairs import (
     length_statistics,
     pairs_with_report,
 )
-from fusion_plugins.core.preferences.split import SplitRule, split_prompts
-from fusion_plugins.errors import ConfigError, DataError
+from fusion_plugins.errors import ConfigError
 
 ANY_GAP = GapWindow(None, None)
 
@@ -116,7 +115,7 @@ def test_a_verdict_counts_in_any_domain():
     assert keys(build_pairs(candidates, window=ANY_GAP)) == [(("a", 1), ("a", 0))]
 
 
-def test_verdict_rule_needs_no_rewards_and_takes_no_account_of_them():
+def test_verdict_rule_needs_no_rewards_and_ignores_them():
     bare = [one(source, i, None, i % 2 == 0, domain="math") for source in "ab" for i in range(4)]
     (pair,) = build_pairs(bare, "verdict")
     assert pair.chosen.correct is True
@@ -244,22 +243,7 @@ def test_every_dropped_response_and_prompt_is_counted():
     assert sum(report.dropped_prompts.values()) == report.prompts - report.kept
 
 
-def test_of_repeated_responses_the_one_with_verdict_and_reward_stays():
-    candidates = [
-        one("a", 0, None, None, response="42", domain="math"),
-        one("a", 1, 0.5, True, response="42", domain="math"),
-    ]
-    assert key(best_of(candidates)["p"]) == ("a", 1)
-
-
-def test_one_prompt_id_with_two_prompts_or_domains_is_refused():
-    with pytest.raises(DataError, match="different prompt text.*joined to the wrong prompt"):
-        build_pairs([one("a", 0, 0.1), replace(one("a", 1, 0.2), prompt="Another?")])
-    with pytest.raises(DataError, match="different prompt domain"):
-        best_of([one("a", 0, 0.1), one("b", 0, 0.2, domain="math")])
-
-
-def test_the_same_text_from_two_sources_never_stands_on_both_sides():
+def test_the_same_text_from_two_sources_never_appears_on_both_sides():
     candidates = [one("a", 0, 0.20, response="x"), one("b", 0, 0.15, response="x")]
     pairs, report = pairs_with_report(candidates, "across_sources")
     assert pairs == []
@@ -315,78 +299,6 @@ def test_best_by_verdict_takes_any_correct_answer_and_refuses_to_choose_without_
     assert best_of(verified, "verdict")["p"].correct is True
     assert best_of([one("a", 0), one("a", 1)], "verdict") == {"p": None}
     assert best_of([one("a", 0)], "verdict")["p"] == one("a", 0)
-
-
-# The split
-
-
-def instruction_prompts(count, dataset="set"):
-    return [
-        one("a", i, 0.2 - 0.05 * i, prompt_id=f"{dataset}-{n}", dataset=dataset) for n in range(count) for i in (0, 1)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("prompts", "sft", "dpo"), [(51_098, 20_439, 30_659), (20_374, 8_149, 12_225), (9_435, 3_774, 5_661)]
-)
-def test_published_counts_of_the_instruction_sets_come_out(prompts, sft, dpo):
-    best = {f"{n}": one("a", 0, 0.5, prompt_id=f"{n}") for n in range(prompts)}
-    pairs = [Pair(candidate, candidate, 0.05) for candidate in best.values()]
-    split = split_prompts(best, pairs)
-    assert (len(split.sft), len(split.dpo)) == (sft, dpo)
-
-
-def test_each_data_set_is_divided_on_its_own_and_no_prompt_is_in_both_stages():
-    candidates = instruction_prompts(9, "x") + instruction_prompts(4, "y")
-    split = split_prompts(best_of(candidates), build_pairs(candidates))
-    assert sorted(prompt_id[0] for prompt_id in split.sft) == list("xxxy")
-    assert not set(split.sft) & set(split.dpo)
-    assert len(split.sft) + len(split.dpo) == 13
-
-
-def test_unpaired_instruction_prompts_are_dropped_or_moved_to_sft():
-    candidates = [*instruction_prompts(5), one("a", 0, 0.9, prompt_id="far"), one("a", 1, 0.1, prompt_id="far")]
-    best, pairs = best_of(candidates), build_pairs(candidates)
-    split = split_prompts(best, pairs)
-    assert "far" not in split.sft + split.dpo
-    assert split.dropped == {"no_pair": 1}
-    assert "far" in split_prompts(best, pairs, SplitRule(unpaired="sft")).sft
-
-
-def test_verified_prompts_with_a_pair_go_to_dpo_and_other_solved_ones_to_sft():
-    candidates = [
-        one("a", i, 0.2 - 0.05 * i, i == 0, prompt_id=f"pair{n}", domain="math") for n in range(4) for i in (0, 1)
-    ]
-    candidates += [one("a", i, 0.2 + 0.1 * i, True, prompt_id="easy", domain="math") for i in (0, 1)]
-    candidates += [one("a", 0, 0.2, False, prompt_id="hard", domain="math")]
-    best, pairs = best_of(candidates), build_pairs(candidates)
-    split = split_prompts(best, pairs)
-    assert split.dpo == ("pair0", "pair1", "pair2", "pair3")
-    assert split.sft == ("easy",)
-    assert split.dropped == {"no_best_answer": 1}
-    half = split_prompts(best, pairs, SplitRule(verified_dpo_share=0.5))
-    assert (len(half.dpo), len(half.sft)) == (2, 3)
-
-
-def test_chinese_goes_to_sft_only():
-    candidates = [one("q", i, 0.2 - 0.05 * i, prompt_id=f"{n}", domain="chinese") for n in range(3) for i in (0, 1)]
-    split = split_prompts(best_of(candidates), build_pairs(candidates))
-    assert (len(split.sft), len(split.dpo)) == (3, 0)
-
-
-def test_seed_changes_who_goes_where_but_not_how_many():
-    candidates = instruction_prompts(50)
-    splits = [split_prompts(best_of(candidates), build_pairs(candidates), SplitRule(seed=seed)) for seed in (0, 0, 1)]
-    assert splits[0] == splits[1]
-    assert splits[0].sft != splits[2].sft
-    assert len(splits[0].sft) == len(splits[2].sft) == 20
-
-
-def test_shares_outside_zero_to_one_are_refused():
-    with pytest.raises(ConfigError, match="sft_share"):
-        SplitRule(sft_share=1.4)
-    with pytest.raises(ConfigError, match="unpaired"):
-        SplitRule(unpaired="keep")
 
 
 # What always holds
@@ -450,7 +362,7 @@ def test_the_order_of_the_rows_changes_nothing(candidates, draw):
 
 @UNHURRIED
 @given(scored(), st.sampled_from(sorted(PAIR_RULES)))
-def test_pairs_are_valid_and_every_prompt_is_accounted_for(candidates, rule):
+def test_pairs_are_valid_and_every_prompt_is_counted(candidates, rule):
     pairs, report = pairs_with_report(candidates, rule)
     assert report.kept + sum(report.dropped_prompts.values()) == report.prompts
     for pair in pairs:
@@ -460,12 +372,3 @@ def test_pairs_are_valid_and_every_prompt_is_accounted_for(candidates, rule):
             assert (pair.chosen.correct, pair.rejected.correct) == (True, False)
         elif pair.gap is not None:
             assert 0.01 - 1e-6 <= pair.gap <= 0.1 + 1e-6
-
-
-def test_candidates_may_be_rows():
-    shared = {"prompt_id": "p", "source": "a", "prompt": "Why?", "seed": 1}
-    rows = [shared | {"index": i, "response": f"r{i}", "reward": reward} for i, reward in enumerate((0.5, 0.45))]
-    [pair] = build_pairs(rows, rule="same_source")
-    assert (pair.chosen.response, pair.rejected.response, pair.chosen.extra) == ("r0", "r1", {"seed": 1})
-    with pytest.raises(DataError, match="rows with prompt_id, source.*came the keys source"):
-        build_pairs([{"source": "a"}])
