@@ -116,7 +116,7 @@ def test_byte_tokens_of_a_character_are_matched_with_the_byte_level_ones():
 
 
 def test_different_texts_are_refused_with_the_place():
-    with pytest.raises(AlignmentError, match=r"at byte 3 the source goes on b'abcd' and the target b'abce'"):
+    with pytest.raises(AlignmentError, match=r"at byte 3 the source continues b'abcd' and the target b'abce'"):
         align_tokens([b"ab", b"cd"], [b"abc", b"e"])
 
 

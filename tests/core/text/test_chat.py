@@ -107,7 +107,7 @@ def test_a_template_that_rewrites_an_answer_is_refused():
         return "".join(message["content"].split("</think>")[-1] for message in messages)
 
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "so</think>yes"}]
-    with pytest.raises(DataError, match="leave assistant messages as they are or to strip them"):
+    with pytest.raises(DataError, match="leave assistant messages unchanged or to strip white space"):
         render_chat(upper, chat)
     with pytest.raises(DataError, match="Give the contents in the form"):
         render_chat(shorten, chat)
