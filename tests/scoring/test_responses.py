@@ -209,7 +209,7 @@ def test_a_row_that_was_corrected_is_scored_anew_and_it_is_said(
     assert (report.scored, report.present, report.renewed) == (1, 2, 1)
     assert scorers["equal"].asked == ["p2/a/0"]
     said = capsys.readouterr().err
-    assert f"1 rows of {tmp_path / 'scored'} are scored anew, because what they were scored with has changed" in said
+    assert f"1 rows of {tmp_path / 'scored'} are scored again, because the responses have changed" in said
     assert f"{column} in 1. The first: prompt_id 'p2', source 'a', index 0" in said
     scored = open_rows(tmp_path / "scored")
     assert scored.manifest.complete
