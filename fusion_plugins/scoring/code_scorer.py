@@ -137,7 +137,7 @@ def _as_score(outcome: Outcome) -> Score:
     if outcome.static is not None:
         return Score(correct=False, reason="does not compile", details={"error": outcome.static, "tests": []})
     verdicts = [test.verdict for test in outcome.tests]
-    # A test that does not compile is a defect of the data and says nothing about the response.
+    # A test that does not compile is a defect of the data, no verdict on the response.
     if "unreadable" in verdicts:
         return Score(reason="a test does not compile", details={"tests": verdicts})
     failed = [test for test in outcome.tests if test.verdict != "passed"]

@@ -73,16 +73,16 @@ def run_apart(sources: list[str], job: dict[str, Any], deadline: float) -> dict[
             # Without Python's clean-up, in which code of the program (atexit) would run after the verdict.
             os._exit(0)
     os.close(result_write)
-    said = read_until(result_read, min(started + job["wall_seconds"], deadline))
+    received = read_until(result_read, min(started + job["wall_seconds"], deadline))
     os.close(result_read)
     status, cpu_seconds = end_everything(child)
     seconds = round(time.monotonic() - started, 3)
     try:
-        given, verdict, error = json.loads(said or b"")
-    except ValueError:
+        given, verdict, error = json.loads(received or b"")
+    except (ValueError, TypeError):  # the program may have written anything, such as a number
         given, verdict, error = None, None, None
     if given != word:
-        out_of_time = said is None or status == -signal.SIGXCPU or cpu_seconds >= job["cpu_seconds"]
+        out_of_time = received is None or status == -signal.SIGXCPU or cpu_seconds >= job["cpu_seconds"]
         verdict, error = verdict_without_word(status, out_of_time)
     return {"verdict": verdict, "error": error, "seconds": seconds}
 
@@ -98,17 +98,17 @@ def verdict_without_word(status: int, out_of_time: bool) -> tuple[str, str]:
 
 def read_until(descriptor: int, deadline: float) -> bytes | None:
     """Return what is written until the pipe or one JSON list ends; None when the time is over and there is nothing."""
-    said = b""
-    while len(said) < 1 << 16:
+    received = b""
+    while len(received) < 1 << 16:
         ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
         if not ready:
-            return said or None
+            return received or None
         data = os.read(descriptor, 4096)
-        said += data
+        received += data
         # A verdict ends with "]". Children of the program hold the pipe open, so that its end may never come.
         if not data or data.endswith(b"]"):
-            return said
-    return said
+            return received
+    return received
 
 
 def end_everything(child: int) -> tuple[int, float]:

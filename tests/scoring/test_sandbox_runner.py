@@ -53,6 +53,15 @@ def test_a_program_that_writes_verdicts_does_not_pass(sandbox):
     assert test.verdict == "failed"
 
 
+@pytest.mark.parametrize("text", [b"3", b"null", b"[1, 2]", b'{"a": 1, "b": 2, "c": 3}', b"\xff"])
+def test_whatever_a_program_writes_for_a_verdict_is_a_verdict_of_false(sandbox, text):
+    write = f"        os.write(fd, {text!r})\n"
+    forge = "import os\nfor fd in range(64):\n    try:\n" + write + "    except OSError:\n        pass\nos._exit(0)\n"
+    outcome = sandbox.run(forge, ["assert False", "pass"])
+    assert outcome.failure is None
+    assert [test.verdict for test in outcome.tests] == ["failed", "failed"]
+
+
 def test_code_under_the_main_guard_does_not_run_and_dataclasses_work(sandbox):
     code = (
         "from __future__ import annotations\nfrom dataclasses import dataclass\n"
