@@ -1,7 +1,10 @@
 """Scores for responses: verdicts of verifiers (mathematics, code) and rewards of a reward model.
 
-Place in the way of the data: ``fusion sample`` -> responses -> ``fusion score`` -> scored responses -> pairs. Importing
-this package loads neither torch nor a verifier.
+Data flow: ``fusion sample`` -> responses -> ``fusion score`` -> scored responses -> pairs. Importing this package loads
+neither torch nor a verifier.
+
+Reading order: base, responses, score; then one scorer: answers, math_worker, pool, math_scorer (mathematics),
+sandbox_launcher, sandbox_runner, sandbox, code_scorer (code), or reward (reward model).
 """
 
 from typing import Any
@@ -35,5 +38,5 @@ def _reward(**options: Any) -> Scorer:
     return RewardScorer(**options)
 
 
-#: name -> function from options to a scorer; :mod:`fusion_plugins.plugins` hands these to the plugin manager.
+#: name -> function from options to a scorer; :mod:`fusion_plugins.plugins` registers them.
 SCORERS = {"math": _math, "code": _code, "reward": _reward}

@@ -1,24 +1,29 @@
-"""Where the answer stands in a model's response and in a gold reference; plain text work, nothing is evaluated."""
+"""Find the answer in a model's response and in a gold reference; text only, nothing is evaluated."""
 
 import re
 from decimal import Decimal
 
-__all__ = ["gold_answer", "last_number", "marked_answer", "strip_units", "write_out_exponents"]
+__all__ = ["gold_answer", "last_number", "marked_answer", "write_out_exponents"]
 
+# The minus of "10-5" is no sign and "x2" is no number, hence the look-behind. ASCII, because a Chinese character would
+# count as a letter and "付2380元" would hold no number.
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?(?:\s*\\?%)?", re.ASCII)
 _HASHES = re.compile(r"####[ \t]*(\S[^\n]*)")
 # In a response "#### 3. Add the numbers" is a Markdown heading; an answer is a number with at most a short unit.
 _HASHED_NUMBER = re.compile(
     r"####[ \t]*(\\?\$?[ \t]*[-+]?[\d,]*\.?\d[\d,./]*(?<![.,/])[ \t]*%?)[^\d\n.:)]{0,16}\.?[ \t]*$", re.M
 )
-# "18 dollars" or "$18 per day", but not "2 pi": what follows a number may be called a unit if it is no mathematics.
+# "18 dollars" and "$18 per day" have a unit, "2 pi" and "2 sqrt 3" have none: a unit is a word of three letters or more
+# that names no function.
 _WITH_UNIT = re.compile(
     r"(\\?\$?\s*[-+]?[\d,]*\.?\d+(?:\s*/\s*\d+)?)\s+(?!(?:sqrt|sin|cos|tan|log|exp|mod|and)\b)[a-zA-Z]{3}[a-zA-Z ]*"
 )
 # "\boxed 3" is TeX for "\boxed{3}".
 _BOXED = re.compile(r"\\f?box(?:ed)?\s*(?:\{|(?<=\s)([^\s{}$.]+))")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+# At most two digits of exponent: "1e999999999" would be written out as a gigabyte of zeros.
 _EXPONENT = re.compile(r"(?<![\w.])\d+(?:\.\d+)?[eE][-+]?\d{1,2}(?![\w.]*\w)")
+#: full-width digits, letters and signs in Chinese text -> ASCII
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _CHINESE = re.compile(r"[\u3000-\u303f\u3400-\u4dbf\u4e00-\u9fff]+")
 
@@ -31,7 +36,7 @@ def gold_answer(reference: str) -> str:
         ('18', '\\frac{1}{2}', '2380')
     """
     hashed = _HASHES.findall(reference)
-    return strip_units(hashed[-1] if hashed else _last_boxed(reference) or reference)
+    return _strip_units(hashed[-1] if hashed else _last_boxed(reference) or reference)
 
 
 def marked_answer(response: str) -> tuple[str, str] | None:
@@ -44,9 +49,9 @@ def marked_answer(response: str) -> tuple[str, str] | None:
     """
     boxed = _last_boxed(response)
     if boxed is not None:
-        return strip_units(boxed), "boxed"
+        return _strip_units(boxed), "boxed"
     hashed = _HASHED_NUMBER.findall(response)
-    return (strip_units(hashed[-1]), "hashes") if hashed else None
+    return (_strip_units(hashed[-1]), "hashes") if hashed else None
 
 
 def last_number(text: str) -> str | None:
@@ -61,7 +66,7 @@ def last_number(text: str) -> str | None:
 
 
 def write_out_exponents(text: str) -> str:
-    """Write numbers such as 1.5e6 in full: to a verifier of mathematics, "e" is a symbol.
+    """Return a text with numbers such as 1.5e6 written in full; math-verify reads the "e" as a symbol.
 
     Example:
         >>> write_out_exponents("It is 1.5e6, or 2E-3. (3e, x2e5)")
@@ -70,11 +75,11 @@ def write_out_exponents(text: str) -> str:
     return _EXPONENT.sub(lambda match: f"{Decimal(match[0]):f}", text)
 
 
-def strip_units(answer: str) -> str:
-    """Take words away from a number, and full-width forms, surrounding space and a final period from anything.
+def _strip_units(answer: str) -> str:
+    """Return an answer in ASCII forms, without outer space and final period; a number also without its unit.
 
     Example:
-        >>> strip_units("约２３８０元。"), strip_units(" 18 dollars. "), strip_units("甲")
+        >>> _strip_units("约２３８０元。"), _strip_units(" 18 dollars. "), _strip_units("甲")
         ('2380', '18', '甲')
     """
     text = answer.translate(_FULL_WIDTH).strip().rstrip(".。").strip()
@@ -86,6 +91,7 @@ def strip_units(answer: str) -> str:
 
 
 def _last_boxed(text: str) -> str | None:
+    # The last one that is closed and not empty: responses are cut off, and some mention a bare "\boxed{}".
     for match in reversed(list(_BOXED.finditer(text))):
         inside = match[1] or _balanced(text, match.end())
         if inside is not None and inside.strip():
@@ -94,7 +100,7 @@ def _last_boxed(text: str) -> str | None:
 
 
 def _balanced(text: str, start: int) -> str | None:
-    """Return ``text[start:]`` up to the brace that closes the one before it; None where nothing closes it."""
+    """Return ``text[start:]`` up to the brace that closes the one before ``start``; None where none does."""
     depth = 1
     for match in _BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(match[0], 0)

@@ -1,4 +1,4 @@
-"""What every scorer offers, and what it says about one response."""
+"""The interface of a scorer, and its result for one response."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,19 +6,20 @@ from typing import Any, Protocol
 
 __all__ = ["Row", "Score", "Scorer"]
 
-#: A response with at least ``prompt``, ``response`` and ``domain``; ``reference`` and ``tests`` may be None.
+#: One response: at least ``prompt`` (text or messages), ``response`` and ``domain``; ``reference`` and ``tests`` may be
+#: missing or None.
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Score:
-    """What one scorer says about one response.
+    """Result of one scorer for one response.
 
     Attributes:
         reward: on the reward model's own scale; None from a verifier.
         correct: verdict; None from a reward model, and None (never False) where the verifier itself failed.
-        reason: why there is no verdict or reward, or why the verdict is False; None where there is nothing to say.
-        details: whatever else is worth keeping; must be JSON.
+        reason: why there is no verdict or reward, or why the verdict is False; None otherwise.
+        details: other results to keep, such as the answers found; values that JSON can write.
     """
 
     reward: float | None = None
@@ -28,21 +29,21 @@ class Score:
 
 
 class Scorer(Protocol):
-    """Scores responses in batches. What is registered under a name is a function from options to such an object.
+    """Scores responses in batches. A plugin registers a function from options to such an object.
 
     Attributes:
-        domains: domains it scores unless the settings say otherwise; None for all.
-        facts: what its scores depend on (versions, model, limits); goes into the manifest, and a run with other facts
-            refuses to add to the same folder.
+        domains: domains it scores unless the settings name others; None for all.
+        facts: what its scores depend on (versions, model, limits). They go into the manifest; a run with other facts
+            may not add to the same folder.
     """
 
     domains: frozenset[str] | None
     facts: dict[str, Any]
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
-        """Return one score per row, in order. A score depends on its row alone, not on the others of the batch."""
+        """Return one score per row, in order. A score depends on its row alone, not on the rest of the batch."""
         ...
 
     def close(self) -> None:
-        """Give back memory and processes."""
+        """Free memory and end processes."""
         ...

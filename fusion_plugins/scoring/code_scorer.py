@@ -1,11 +1,12 @@
 """Code: does the program in the response compile and pass its tests? Runs in :mod:`~fusion_plugins.scoring.sandbox`.
 
-A response is correct when its code compiles and every test passes (FuseChat-3.0, section 4). A test that fails, crashes
-or runs out of time is a verdict of False. A sandbox that fails, or a test that is no program, is no verdict, and a
-sandbox that cannot isolate is an error.
+A response is correct when its code compiles and every test passes (FuseChat-3.0, section 4), and incorrect when a test
+fails, crashes or runs out of time. There is no verdict where the sandbox fails or a test is no program. A sandbox that
+cannot isolate is an error.
 """
 
 import os
+import platform
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -44,17 +45,21 @@ class CodeScorer:
         except TypeError as error:
             known = ", ".join(asdict(Limits()))
             raise ConfigError(
-                f"code scorer: {error}; known limits: {known}; other options: packages, workers"
+                f"scorers.code: {error}; known limits: {known}; other options: packages, workers"
             ) from error
         missing = [path for path in packages if not os.path.isdir(path)]
         if missing:
-            raise ConfigError(f"code scorer: packages: expected folders, but {', '.join(missing)} is none")
-        self.facts = {"limits": asdict(chosen), "packages": list(packages), "python": _python_version()}
+            raise ConfigError(
+                f"scorers.code.packages: expected folders, got {', '.join(missing)}, where there is none. Install the "
+                "packages with `pip install --target FOLDER`, or leave the folder out."
+            )
+        self.facts = {"limits": asdict(chosen), "packages": list(packages), "python": platform.python_version()}
         self._sandbox = Sandbox(chosen, packages)
+        # Threads are enough: each one only waits for the processes of its sandbox.
         self._threads = ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="sandbox")
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
-        """Return one verdict per row; ``tests`` of a row are what :func:`list_tests` takes."""
+        """Return one verdict per row; ``tests`` of a row are those of :func:`list_tests`."""
         return list(self._threads.map(self._score_one, rows))
 
     def close(self) -> None:
@@ -63,13 +68,14 @@ class CodeScorer:
         self._sandbox.close()
 
     def _score_one(self, row: Row) -> Score:
-        tests = list_tests(row.get("tests"))
+        given = row.get("tests")
+        tests = list_tests(given)
         if not tests:
             return Score(reason="no tests")
-        code = extract_code(row["response"], entry_point(row.get("tests")))
+        code = extract_code(row["response"], given.get("entry_point") if isinstance(given, dict) else None)
         if not code.strip():
             return Score(correct=False, reason="the response has no code")
-        return _score(self._sandbox.run(code, tests))
+        return _as_score(self._sandbox.run(code, tests))
 
 
 def extract_code(response: str, entry_point: str | None = None) -> str:
@@ -92,13 +98,8 @@ def extract_code(response: str, entry_point: str | None = None) -> str:
     return max(blocks, key=len)
 
 
-def entry_point(tests: Any) -> str | None:
-    """Return the name that the tests call, where they say it."""
-    return tests.get("entry_point") if isinstance(tests, dict) else None
-
-
 def list_tests(tests: Any) -> list[str]:
-    r"""Return tests as programs, each run after the response's own code.
+    r"""Return tests as programs, each to be run after the response's code.
 
     Args:
         tests: a program, a list of programs (for example single ``assert`` lines), None, or a mapping with ``test`` or
@@ -126,25 +127,20 @@ def list_tests(tests: Any) -> list[str]:
         return [setup + program + call for program in programs]
     raise DataError(
         "tests: expected a program, a list of programs, or a mapping with 'test' or 'tests' and perhaps 'setup' and "
-        f"'entry_point', came {tests!r:.80}"
+        f"'entry_point', got {tests!r:.80}"
     )
 
 
-def _score(outcome: Outcome) -> Score:
+def _as_score(outcome: Outcome) -> Score:
     if outcome.failure is not None:
         return Score(reason=outcome.failure)
     if outcome.static is not None:
         return Score(correct=False, reason="does not compile", details={"error": outcome.static, "tests": []})
     verdicts = [test.verdict for test in outcome.tests]
+    # A test that does not compile is a defect of the data, no verdict on the response.
     if "unreadable" in verdicts:
         return Score(reason="a test does not compile", details={"tests": verdicts})
     failed = [test for test in outcome.tests if test.verdict != "passed"]
     details = {"tests": verdicts, "error": failed[0].error if failed else None}
     counted = ", ".join(f"{count} {verdict}" for verdict, count in sorted(Counter(verdicts).items()))
     return Score(correct=not failed, reason=f"tests: {counted}" if failed else None, details=details)
-
-
-def _python_version() -> str:
-    import platform
-
-    return platform.python_version()

@@ -18,16 +18,14 @@ def score(
     out: Annotated[str | None, typer.Option(help="Folder to write into; an unfinished one is continued.")] = None,
     scorer: Annotated[
         list[str] | None,
-        typer.Option(
-            help="A scorer with its default options (may stand several times), in place of the file's `scorers`."
-        ),
+        typer.Option(help="A scorer with its default options (repeatable), in place of the file's `scorers`."),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Score the first so many responses only.")] = None,
     assign: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE for any key of the YAML file, dots for nested ones.")
     ] = None,
 ) -> None:
-    """Score responses: verdicts of verifiers, rewards of a reward model; prints what came out per domain and source."""
+    """Score responses: verdicts of verifiers, rewards of a reward model; prints a table per domain and source."""
     from rich.console import Console
 
     from fusion_plugins.config import load_config
@@ -41,11 +39,12 @@ def score(
     report = score_responses(settings)
     console = Console()
     if not console.is_terminal:
+        # In a pipe rich takes 80 columns, which cuts the table.
         console = Console(width=140)
     console.print(_table(summarize(open_rows(report.out))))
     console.print(
-        f"{report.scored} responses scored ({report.unscored} of them in a domain that no scorer takes), "
-        f"{report.present} were there, {report.renewed} of those scored had changed: {report.out}",
+        f"{report.scored} responses scored ({report.unscored} of them in a domain that no scorer takes, "
+        f"{report.renewed} of them again, because they had changed); {report.present} were scored before: {report.out}",
         soft_wrap=True,
     )
 

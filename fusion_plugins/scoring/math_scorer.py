@@ -1,4 +1,4 @@
-"""Mathematics: is the response's answer the gold one? math-verify decides; ours is the time limit and the honesty.
+"""Mathematics: is the response's answer equal to the gold one? math-verify decides; the time limit is ours.
 
 A verdict is True or False only where math-verify could read both answers and compared them. Everything else (timeout,
 crash, an answer or a gold answer that cannot be read) is None with a reason.
@@ -21,10 +21,11 @@ class MathScorer:
     Args:
         timeout: seconds per response.
         workers: number of processes; one per CPU core by default.
-        marked_only: whether an answer counts only in ``\boxed{}`` or after ``####``; otherwise an expression after
-            words such as "the answer is" and, at last, the last number count too.
+        marked_only: whether an answer counts only in ``\boxed{}`` or after ``####``; otherwise an expression that
+            math-verify finds, and at last the last number, count too.
 
     Raises:
+        ConfigError: the timeout is not above 0.
         ScoringError: math-verify is not installed.
     """
 
@@ -32,11 +33,13 @@ class MathScorer:
 
     def __init__(self, *, timeout: float = 10.0, workers: int | None = None, marked_only: bool = False) -> None:
         if timeout <= 0:
-            raise ConfigError(f"math scorer: expected a timeout above 0 s, got {timeout}")
+            raise ConfigError(f"scorers.math: expected a timeout above 0 s, got {timeout}; the default is 10")
         try:
             installed = version("math-verify")
         except PackageNotFoundError as error:
-            raise ScoringError("math-verify is not installed; pip install 'fusion-plugins[score]' brings it") from error
+            raise ScoringError(
+                "scorers.math: expected the package math-verify, got none; pip install 'fusion-plugins[score]'"
+            ) from error
         self.facts = {"math_verify": installed, "timeout": timeout, "marked_only": marked_only}
         self._marked_only = marked_only
         self._pool = WorkerPool(
@@ -45,23 +48,24 @@ class MathScorer:
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
         """Return one verdict per row; ``reference`` is the gold answer."""
-        asked = [row for row in rows if row.get("reference")]
-        replies = iter(
-            self._pool.map(
-                [
-                    {"reference": row["reference"], "response": row["response"], "marked_only": self._marked_only}
-                    for row in asked
-                ]
-            )
+        scores = [Score(reason="no gold answer")] * len(rows)
+        places = [place for place, row in enumerate(rows) if row.get("reference")]
+        replies = self._pool.map(
+            [
+                {"reference": row["reference"], "response": row["response"], "marked_only": self._marked_only}
+                for row in (rows[place] for place in places)
+            ]
         )
-        return [_score(next(replies)) if row.get("reference") else Score(reason="no gold answer") for row in rows]
+        for place, reply in zip(places, replies, strict=True):
+            scores[place] = _as_score(reply)
+        return scores
 
     def close(self) -> None:
         """End the processes."""
         self._pool.close()
 
 
-def _score(reply: Reply | Failure) -> Score:
+def _as_score(reply: Reply | Failure) -> Score:
     if isinstance(reply, Failure):
         return Score(reason=str(reply))
     details = {key: value for key, value in reply.items() if key not in ("correct", "reason")}

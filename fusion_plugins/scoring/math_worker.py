@@ -1,11 +1,12 @@
 """The process in which math-verify runs: one JSON request per line on stdin, one JSON reply per line on stdout.
 
-It is a process of its own because sympy can hang or eat memory inside a single call, where neither an exception nor a
-signal handler gets through; :mod:`fusion_plugins.scoring.pool` then kills it.
+sympy can hang or take all memory inside one call, where neither an exception nor a signal handler is run;
+:mod:`fusion_plugins.scoring.pool` then kills this process.
 """
 
 import json
 import logging
+import os
 import resource
 import signal
 import sys
@@ -15,15 +16,16 @@ from fusion_plugins.scoring.answers import gold_answer, last_number, marked_answ
 
 __all__ = ["judge", "main"]
 
+#: address space: a tower of powers ends with a MemoryError, not with a machine out of memory
 MEMORY_BYTES = 4 << 30
 
 
 def judge(reference: str, response: str, *, marked_only: bool = False) -> dict[str, Any]:
-    """Compare a response's answer with the gold one.
+    """Return the verdict on a response: whether its answer equals the gold one.
 
     Args:
         reference: gold answer, in any of the forms of :func:`~fusion_plugins.scoring.answers.gold_answer`.
-        response: what the model wrote.
+        response: of the model, in full.
         marked_only: whether an answer counts only in a box or after ``####``.
 
     Returns:
@@ -39,6 +41,7 @@ def judge(reference: str, response: str, *, marked_only: bool = False) -> dict[s
     if found is None:
         return reply | {"correct": False, "reason": "the response has no answer"}
     reply |= {"answer": answer_text, "found": found}
+    # Equal strings are equal answers, also in forms that sympy cannot compare.
     if answer_text == gold_text or _equal(gold, answer):
         return reply | {"correct": True}
     if not _readable(answer):
@@ -66,7 +69,7 @@ def _parse(text: str) -> list[Any]:
 
 
 def _readable(parsed: list[Any]) -> bool:
-    # math-verify adds the bare string to what it could parse, and gives it alone where it could not.
+    # math-verify appends the bare string to the forms that it parsed, and returns it alone where it parsed none.
     return any(not isinstance(form, str) for form in parsed)
 
 
@@ -77,22 +80,26 @@ def _equal(gold: list[Any], answer: list[Any]) -> bool:
 
 
 def main() -> None:
-    """Serve until stdin ends. Argument: seconds after which the process kills itself, should nobody else do it."""
+    """Serve until stdin ends. Argument: seconds for a request after which the process ends itself if it still runs."""
     limit = int(sys.argv[1])
+    # Replies go to a copy of standard output, and what libraries print to stderr: antlr prints warnings to standard
+    # output, which would be taken for a reply.
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     logging.disable(logging.CRITICAL)
-    # The first call compiles grammars and patterns: let that not count as somebody's time.
+    # The first call imports sympy and compiles grammars for seconds, which must not count as the time of a request.
     judge("1", "1")
-    print("ready", flush=True)  # noqa: T201
+    print("ready", file=replies, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         signal.alarm(limit)
         try:
             reply = judge(**request)
-        except (Exception, RecursionError) as error:
+        except Exception as error:
             reply = {"correct": None, "reason": f"the verifier failed: {type(error).__name__}: {error}"[:300]}
         signal.alarm(0)
-        print(json.dumps(reply), flush=True)  # noqa: T201
+        print(json.dumps(reply), file=replies, flush=True)
 
 
 if __name__ == "__main__":

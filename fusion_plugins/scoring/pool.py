@@ -1,19 +1,22 @@
-"""Processes that answer one JSON line with one JSON line, each request within a time limit that is kept by killing.
+"""Worker processes that answer one JSON line with one JSON line, each request within a time limit kept by killing.
 
-Alarms and threads (math-verify's own limit) fail inside long C calls and outside the main thread; a process can always
-be killed, and a killed one is replaced before its next request. One thread waits for all of them.
+Alarms and threads (math-verify's own limit) do not interrupt a long C call; a process can always be killed. ``pebble``
+does not do this job (5.2, measured): a worker that dies between two requests breaks its whole pool, and as a fork of a
+process with CUDA and threads can hang it needs ``spawn``, which runs the caller's main module again in every worker, so
+that scripts without a main guard, or on standard input, fail. ``concurrent.futures`` has no limit per request.
 """
 
 import json
 import os
-import selectors
 import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import wait
 from pathlib import Path
+from queue import LifoQueue
 from typing import Any
 
 import fusion_plugins
@@ -21,26 +24,33 @@ from fusion_plugins.errors import ScoringError
 
 __all__ = ["Failure", "Reply", "WorkerPool"]
 
+#: time to import the verifier, on a loaded machine with a cold disk
 START_SECONDS = 300.0
 Request = Mapping[str, Any]
 Reply = dict[str, Any]
 
 
 class Failure(str):
-    """Why a request has no reply; the process that had it is gone."""
+    """Why a request has no reply; its process is dead."""
 
 
 class WorkerPool:
-    """A fixed number of processes, started when first needed.
+    """A fixed number of processes, started when first needed and replaced when they die.
 
     Args:
-        module: what ``python -m`` runs; it prints ``ready`` once it can serve.
+        module: what ``python -m`` runs; it prints the line ``ready`` once it can serve. Its argument is the number of
+            seconds after which it should end itself.
         workers: number of processes.
         timeout: seconds per request.
     """
 
     def __init__(self, module: str, *, workers: int, timeout: float) -> None:
         self._workers = [_Worker(module, timeout) for _ in range(workers)]
+        # The last that was used is taken first: few requests start few processes.
+        self._idle: LifoQueue[_Worker] = LifoQueue()
+        for worker in reversed(self._workers):
+            self._idle.put(worker)
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="verifier")
 
     def map(self, requests: Sequence[Request]) -> list[Reply | Failure]:
         """Return one reply or failure per request, in order.
@@ -48,129 +58,113 @@ class WorkerPool:
         Raises:
             ScoringError: the processes do not start.
         """
-        replies: dict[int, Reply | Failure] = {}
-        waiting = deque(enumerate(requests))
-        while len(replies) < len(requests):
-            for worker in self._workers:
-                if waiting and worker.job is None:
-                    worker.take(*waiting.popleft())
-            replies.update(self._next_replies())
-        return [replies[index] for index in range(len(requests))]
+        return list(self._threads.map(self._ask, requests))
 
     def close(self) -> None:
         """End all processes."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
-            worker.kill()
+            worker.interrupt()
+        # Their threads now find the end of the output, so that this takes no time.
+        self._threads.shutdown(wait=True)
+        for worker in self._workers:
+            worker.end()
 
-    def _next_replies(self) -> Iterator[tuple[int, Reply | Failure]]:
-        """Wait until at least one process has something to say or is out of time."""
-        busy = [worker for worker in self._workers if worker.job is not None]
-        with selectors.DefaultSelector() as selector:
-            for worker in busy:
-                selector.register(worker.stdout, selectors.EVENT_READ, worker)
-            until = min(worker.deadline for worker in busy)
-            ready = [key.data for key, _ in selector.select(max(0.0, until - time.monotonic()))]
-        for worker in ready:
-            yield from worker.read()
-        for worker in busy:
-            if worker not in ready and worker.deadline <= time.monotonic():
-                yield from worker.give_up()
+    def _ask(self, request: Request) -> Reply | Failure:
+        worker = self._idle.get()
+        try:
+            return worker.ask(request)
+        finally:
+            self._idle.put(worker)
 
 
 class _Worker:
-    """One process and the request that it has. ``deadline`` is that of the start until it has said ``ready``."""
+    """One process. All methods but :meth:`interrupt` are for one thread at a time."""
 
     def __init__(self, module: str, timeout: float) -> None:
-        # The process's own alarm is for the case that this one was killed and can no longer kill.
+        # Its own alarm ends a process that hangs after this one was killed and can no longer kill. -P: the working
+        # directory may hold modules that are named like ours.
         self._command = [sys.executable, "-P", "-m", module, str(int(timeout) + 5)]
         self._timeout = timeout
         self._process: subprocess.Popen[bytes] | None = None
-        self._serves = False
-        self._rest = b""
-        self.job: tuple[int, Request] | None = None
-        self.deadline = 0.0
+        self._interrupted = False
 
-    @property
-    def stdout(self) -> int:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        return self._process.stdout.fileno()
-
-    def take(self, index: int, request: Request) -> None:
-        self.job = (index, request)
-        if self._process is not None and self._process.poll() is not None:
-            self.kill()
-        if self._process is None:
+    def ask(self, request: Request) -> Reply | Failure:
+        if self._process is None or self._process.poll() is not None:
+            self.end()
             self._start()
-        else:
-            self._send(request)
-
-    def read(self) -> Iterator[tuple[int, Reply | Failure]]:
-        data = os.read(self.stdout, 1 << 16)
-        if not data:
-            yield from self.give_up()
-            return
-        self._rest += data
-        if b"\n" not in self._rest:
-            return
-        line, _, self._rest = self._rest.partition(b"\n")
-        assert self.job is not None
-        index, request = self.job
-        if self._serves:
-            self.job = None
-            yield index, json.loads(line)
-        else:
-            self._serves = True
-            self._send(request)
-
-    def give_up(self) -> Iterator[tuple[int, Reply | Failure]]:
         assert self._process is not None
-        assert self.job is not None
-        index, _ = self.job
-        served, late = self._serves, self.deadline <= time.monotonic()
-        errors = self.kill()
-        if not served:
-            raise ScoringError(
-                f"the process {' '.join(self._command)} does not start: {errors[-1] if errors else 'no message'}. "
-                "Is everything installed that it imports? pip install 'fusion-plugins[score]'"
-            )
-        yield index, Failure(f"no verdict within {self._timeout:g} s" if late else "the verifier's process died")
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+            reply: Reply = json.loads(self._read_line(self._timeout))
+            return reply
+        except TimeoutError:
+            failure = f"no verdict within {self._timeout:g} s"
+        except (EOFError, BrokenPipeError):
+            failure = "the verifier's process died"
+        self.end()
+        return Failure(failure)
 
-    def kill(self) -> list[str]:
-        """End the process; return the lines that it wrote to stderr."""
-        process, self._process, self.job = self._process, None, None
+    def interrupt(self) -> None:
+        """Kill the process, and the one that another thread may be about to start."""
+        self._interrupted = True
+        process = self._process
+        if process is not None:
+            process.kill()
+
+    def end(self) -> str:
+        """Kill the process, if there is one; return the last line that it wrote to stderr."""
+        process, self._process = self._process, None
         if process is None:
-            return []
+            return ""
         process.kill()
         process.communicate()
         with self._errors as errors:
             errors.seek(0)
-            return errors.read().decode(errors="replace").strip().splitlines()
+            return errors.read().decode(errors="replace").strip().rpartition("\n")[2]
 
     def _start(self) -> None:
         root = str(Path(fusion_plugins.__file__).parents[1])
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        self._serves, self._rest = False, b""
-        self.deadline = time.monotonic() + START_SECONDS
         # A file, because nobody empties a pipe while the process works.
         self._errors = tempfile.TemporaryFile()
-        # A session of its own: Ctrl-C is for the driver, which then closes the pool.
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
+            # Ctrl-C is for the driver, which then closes the pool.
             start_new_session=True,
             env=os.environ | {"PYTHONPATH": path},
         )
-
-    def _send(self, request: Request) -> None:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        self.deadline = time.monotonic() + self._timeout
+        if self._interrupted:
+            self._process.kill()
         try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            # It has just died: reading will find the end of its output.
-            pass
+            self._read_line(START_SECONDS)
+        except (TimeoutError, EOFError):
+            error = self.end()
+            raise ScoringError(
+                f"expected the line 'ready' of the process {' '.join(self._command)} within {START_SECONDS:g} s, got "
+                f"{error or 'no message'}. Install what it imports: pip install 'fusion-plugins[score]'"
+            ) from None
+
+    def _read_line(self, seconds: float) -> bytes:
+        """Return the process's next line; a process writes no other before it is asked again.
+
+        Raises:
+            TimeoutError: the time is over.
+            EOFError: the process has ended.
+        """
+        assert self._process is not None
+        assert self._process.stdout is not None
+        stdout, deadline, line = self._process.stdout.fileno(), time.monotonic() + seconds, b""
+        while not line.endswith(b"\n"):
+            if not wait([stdout], max(0.0, deadline - time.monotonic())):
+                raise TimeoutError
+            data = os.read(stdout, 1 << 16)
+            if not data:
+                raise EOFError
+            line += data
+        return line

@@ -1,23 +1,24 @@
-"""What is scored: a folder of responses, or files of them; and which scored rows it has left behind.
+"""Open what is to be scored, a folder of responses or files of them, and find scored rows that are out of date.
 
-Files come from other tools. Their rows need ``prompt_id``, ``source``, ``prompt`` (or ``messages``) and ``response``;
-the other columns that `fusion sample` writes may be there, and whatever else is there is left out.
+Files are written by other tools. Their rows need ``prompt_id``, ``source``, ``prompt`` (or ``messages``) and
+``response``, and may have the other columns that `fusion sample` writes; further fields are left out.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.inputs import SUFFIXES, read_row_file
+from fusion_plugins.scoring.base import Row
 from fusion_plugins.store.manifest import RowManifest
 from fusion_plugins.store.rows import RowStore, open_rows
 
-__all__ = ["Key", "ResponseFiles", "Responses", "key_of", "open_responses", "outdated"]
+__all__ = ["Responses", "key_of", "open_responses", "outdated"]
 
-Row = Mapping[str, Any]
 Key = tuple[Any, ...]
 
 FILE_COLUMNS: dict[str, Literal["string", "int64", "float64", "bool", "json"]] = {
@@ -37,25 +38,26 @@ EXPECTED = (
     "reference, tests, dataset and finish_reason"
 )
 FOLDER_COLUMNS = ("prompt_id", "source", "index", "prompt", "response", "domain")
-#: what a score depends on
+#: columns that a score depends on
 SCORED_BY = ("prompt", "response", "domain", "reference", "tests")
 
 
 class ResponseFiles:
-    """Responses in JSONL or Parquet files. Every row is checked before the first is handed out.
+    """Responses in JSONL or Parquet files. Every row is checked before the first is returned.
 
     Attributes:
         path: the files, for messages.
         manifest: columns and key, as a folder of responses has them.
 
     Raises:
-        DataError: a file is broken, or a row lacks a field, has a wrong one, or stands twice; its line is named.
+        DataError: a file is broken, or a row lacks a field, has a wrong one, or is given twice; its line is named.
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.path = ", ".join(paths)
         self.manifest = RowManifest(stage="responses", columns=FILE_COLUMNS, key=("prompt_id", "source", "index"))
         self._paths = paths
+        # A pass of its own, so that a wrong row is found before hours of scoring and not after.
         self._count = sum(1 for _ in self)
 
     def __len__(self) -> int:
@@ -66,15 +68,16 @@ class ResponseFiles:
         seen: dict[Key, str] = {}
         for path in self._paths:
             for where, found in read_row_file(path):
-                row = _clean(found, where)
+                row = _checked(found, where)
                 group = row["prompt_id"], row["source"]
                 row["index"] = _index(found.get("index"), counts[group], where)
                 counts[group] += 1
                 other = seen.setdefault((*group, row["index"]), where)
                 if other != where:
                     raise DataError(
-                        f"{where}: index {row['index']} of prompt {group[0]!r}, source {group[1]!r} stands already at "
-                        f"{other}. Number the responses of a source to a prompt, or leave index out in all rows."
+                        f"{where}: expected one response with index {row['index']} of prompt {group[0]!r}, source "
+                        f"{group[1]!r}, got a second one; the first is at {other}. Number the responses of a source to "
+                        "a prompt, or leave index out in all rows."
                     )
                 yield row
 
@@ -105,17 +108,17 @@ def open_responses(where: str | Sequence[str]) -> Responses:
 
 
 def key_of(row: Row, manifest: RowManifest) -> Key:
-    """Return what names a row."""
+    """Return the values of a row that identify it in its folder."""
     return tuple(row[name] for name in manifest.key)
 
 
 def outdated(responses: Responses, scored: Iterable[Row], scorers: Iterable[str]) -> dict[Key, list[str]]:
-    """Find scored rows that were scored with something else than what the responses say now.
+    """Find scored rows whose response, prompt, tests or earlier scores have changed since.
 
     Args:
         responses: what is to be scored.
         scored: rows that were scored before, with the same key.
-        scorers: names of the scorers at work; what others said before them belongs to what is scored.
+        scorers: names of the scorers of this run; scores of others are part of what is scored.
 
     Returns:
         key -> the columns that changed.
@@ -133,12 +136,14 @@ def outdated(responses: Responses, scored: Iterable[Row], scorers: Iterable[str]
 
 def _marks(row: Row, ours: frozenset[str]) -> tuple[int, ...]:
     """Return one number per column; equal columns have equal numbers within this process."""
-    others = {name: said for name, said in (row.get("scores") or {}).items() if name not in ours}
+    others = {name: score for name, score in (row.get("scores") or {}).items() if name not in ours}
     values = [*(row.get(name) for name in SCORED_BY), others]
+    # Hashes and not the values, because those of all scored rows are held at once.
     return tuple(hash(json.dumps(value, sort_keys=True)) for value in values)
 
 
-def _clean(found: Row, where: str) -> dict[str, Any]:
+def _checked(found: Row, where: str) -> dict[str, Any]:
+    """Return the row of a file in the columns of a folder, but for its index."""
     missing = [name for name in ("prompt_id", "source", "response") if found.get(name) is None]
     given = [name for name in ("prompt", "messages") if found.get(name) is not None]
     if not given:
@@ -164,32 +169,35 @@ def _clean(found: Row, where: str) -> dict[str, Any]:
 
 
 def _text(name: str, found: Row, where: str) -> str | None:
-    """Return a field as text; numbers are taken where they may name something or be an answer."""
+    """Return a field as text; a number is accepted as an id and as a gold answer."""
     value = found.get(name)
     numbers = (int, float) if name == "reference" else int if name == "prompt_id" else ()
     if isinstance(value, numbers) and not isinstance(value, bool):
         return str(value)
     if value is not None and not isinstance(value, str):
-        raise DataError(f"{where}: expected text in {name!r}, came {value!r:.60}")
+        raise DataError(f"{where}: expected text in {name!r}, got {value!r:.60}")
     return value
 
 
-def _prompt(value: Any, where: str) -> Any:
+def _prompt(value: Any, where: str) -> str | list[dict[str, Any]]:
     if isinstance(value, str) and value:
         return value
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: expected a text or a list of messages as the prompt, came {value!r:.60}")
+        raise DataError(f"{where}: expected a text or a list of messages as the prompt, got {value!r:.60}")
     for message in value:
         if not (isinstance(message, dict) and {type(message.get(name)) for name in ("role", "content")} == {str}):
-            raise DataError(f"{where}: expected messages with role and content as text, came {message!r:.80}")
+            raise DataError(f"{where}: expected messages with role and content as text, got {message!r:.80}")
     if value[-1]["role"] == "assistant":
-        raise DataError(f"{where}: the prompt ends with the assistant's message; move that message into 'response'")
-    return [{name: part for name, part in message.items() if part is not None} for message in value]
+        raise DataError(
+            f"{where}: expected a prompt that ends with the user's message, got the assistant's at the end; move that "
+            "message into 'response'"
+        )
+    return as_messages(value)
 
 
 def _index(value: Any, default: int, where: str) -> int:
     if value is None:
         return default
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise DataError(f"{where}: expected a number from 0 in 'index', came {value!r:.60}")
+        raise DataError(f"{where}: expected a number from 0 in 'index', got {value!r:.60}")
     return value

@@ -1,30 +1,34 @@
 """Rewards of a sequence-classification reward model, run by transformers: raw scores, no sigmoid.
 
-A reward model whose head was not in the checkpoint gives random numbers that look like rewards; such a model is refused
-here, as is one that gives everything the same reward.
+A model whose checkpoint has no head gives random numbers that look like rewards. It is refused, and so is one that
+gives every response the same reward.
 """
 
-import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
 import transformers
 from pydantic import BaseModel, ConfigDict, Field
 
+from fusion_plugins.checkpoint_fingerprint import checkpoint_fingerprint
 from fusion_plugins.config import validate
+from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.errors import ConfigError, DataError, ScoringError
 from fusion_plugins.scoring.base import Row, Score
 
 __all__ = ["RewardOptions", "RewardScorer"]
 
-#: told apart by any reward model that works
+#: a good and a senseless answer; any reward model that works gives them different rewards
 PROBES = (
     {"prompt": "What is 12 + 30?", "response": "12 + 30 = 42."},
     {"prompt": "What is 12 + 30?", "response": "I refuse, and the sky is a fish fish fish."},
 )
+
+
+#: besides the weights, what decides about a reward: tokenizer, chat template, code that comes with the model
+OTHER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
 
 class RewardOptions(BaseModel):
@@ -69,12 +73,13 @@ class RewardScorer:
         self._tokenizer = _load_tokenizer(chosen)
         text_config = self._model.config.get_text_config()
         self._pad_id = text_config.pad_token_id
+        # Without a padding token the model cannot tell where a response ends that others in its batch are longer than.
         self._batch_size = chosen.batch_size if self._pad_id is not None else 1
         self._max_length = chosen.max_length or getattr(text_config, "max_position_embeddings", None) or 1 << 30
         self.facts = {
             "model": chosen.model,
             "revision": getattr(self._model.config, "_commit_hash", None) or chosen.revision,
-            "checkpoint": _checkpoint_fingerprint(chosen.model),
+            "checkpoint": checkpoint_fingerprint(chosen.model, also=OTHER_FILES),
             "dtype": chosen.dtype,
             "template": chosen.template,
             "label": chosen.label,
@@ -84,59 +89,65 @@ class RewardScorer:
         self._check_head()
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
-        """Return one reward per row; the order and company of the rows change it by rounding only."""
+        """Return one reward per row; the order and the batches of the rows change it by rounding only."""
         encoded = [self._encode(row) for row in rows]
         scores = {
             place: Score(reason=f"longer than {self._max_length} tokens")
             for place, ids in enumerate(encoded)
             if len(ids) > self._max_length
         }
-        # Equal lengths together: less padding.
+        # Near lengths in one batch need little padding.
         fitting = sorted((place for place in range(len(rows)) if place not in scores), key=lambda p: len(encoded[p]))
-        for batch in _chunks(fitting, self._batch_size):
+        for start in range(0, len(fitting), self._batch_size):
+            batch = fitting[start : start + self._batch_size]
             for place, reward in zip(batch, self._forward([encoded[place] for place in batch]), strict=True):
-                fine = math.isfinite(reward)
-                scores[place] = Score(reward=reward) if fine else Score(reason=f"the reward is {reward}")
+                finite = math.isfinite(reward)
+                scores[place] = Score(reward=reward) if finite else Score(reason=f"the reward is {reward}")
         return [scores[place] for place in range(len(rows))]
 
     def close(self) -> None:
-        """Give back the memory of the model."""
+        """Free the memory of the model."""
         del self._model
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _encode(self, row: Row) -> list[int]:
+        messages = as_messages(row["prompt"])
         if self._options.template == "plain":
-            prompt = row["prompt"] if isinstance(row["prompt"], str) else _contents(row["prompt"])
+            prompt = "\n\n".join(str(message["content"]) for message in messages)
             return list(self._tokenizer(prompt, row["response"])["input_ids"])
-        messages = [*_messages(row["prompt"]), {"role": "assistant", "content": row["response"]}]
+        messages.append({"role": "assistant", "content": row["response"]})
         try:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:  # templates are programs; they raise what they like
             raise DataError(
-                f"prompt {row.get('prompt_id')!r}: the reward model's chat template refuses it: {error}"
+                f"prompt {row.get('prompt_id')!r}: expected messages that the chat template of the reward model "
+                f"{self._options.model!r} takes, got its error: {error}. Leave the prompt out, or set `template: plain`"
             ) from error
+        # The template has written the special tokens already.
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _forward(self, encoded: Sequence[Sequence[int]]) -> list[float]:
         width = max(len(ids) for ids in encoded)
         pad = 0 if self._pad_id is None else self._pad_id
-        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in encoded], device=self._device)
-        lengths = torch.tensor([len(row) for row in encoded], device=self._device)
+        # Padding on the right: these models read the reward at the last token that is not padding.
+        ids = torch.tensor([[*one, *[pad] * (width - len(one))] for one in encoded], device=self._device)
+        lengths = torch.tensor([len(one) for one in encoded], device=self._device)
         mask = (torch.arange(width, device=self._device)[None] < lengths[:, None]).long()
         with torch.inference_mode():
             output = self._model(input_ids=ids, attention_mask=mask)
         return [float(reward) for reward in self._rewards(output).float()]
 
     def _rewards(self, output: Any) -> torch.Tensor:
-        # ArmoRM's own code gives its gated preference score under this name; its logits are 19 objectives.
+        # The code that comes with ArmoRM returns its gated preference score as `score`; its logits are 19 objectives.
         if getattr(output, "score", None) is not None:
             return cast(torch.Tensor, output.score.flatten())
         width, label = output.logits.shape[-1], self._options.label
         if (width > 1 and label is None) or (label or 0) >= width:
             raise ConfigError(
-                f"scorers.reward: the head of {self._options.model!r} has {width} outputs "
-                f"({self._model.config.id2label}), label is {label}; say with `label` which one is the reward"
+                f"scorers.reward: expected a head with one output, or a `label` below the number of outputs; that of "
+                f"{self._options.model!r} has {width} outputs ({self._model.config.id2label}), label is {label}; say "
+                "with `label` which one is the reward"
             )
         return cast(torch.Tensor, output.logits[:, label or 0])
 
@@ -145,8 +156,8 @@ class RewardScorer:
         if None in rewards or rewards[0] == rewards[1]:
             raise ScoringError(
                 f"reward model {self._options.model!r}: expected different finite rewards for a good and a senseless "
-                f"answer, got {rewards[0]} and {rewards[1]}. Its head, its dtype ({self._options.dtype}) or max_length "
-                f"({self._max_length}) is broken."
+                f"answer, got {rewards[0]} and {rewards[1]}. Its head is broken, or dtype ({self._options.dtype}) or "
+                f"max_length ({self._max_length}) is wrong: set `dtype: float32`, or another model."
             )
 
 
@@ -160,13 +171,17 @@ def _load_model(options: RewardOptions) -> Any:
             trust_remote_code=options.trust_remote_code,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ScoringError(f"reward model {options.model!r} cannot be loaded: {error}") from error
+        raise ScoringError(
+            f"reward model {options.model!r} cannot be loaded: {error}. Expected a folder or hub name of a "
+            "sequence-classification model"
+        ) from error
+    # transformers only warns where a weight is missing, and fills it with random numbers.
     missing = sorted({*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])})
     if missing:
         raise ScoringError(
             f"reward model {options.model!r}: {', '.join(missing[:5])} is not in the checkpoint and was filled with "
             "random numbers, so its rewards would be random. Expected a checkpoint of a sequence-classification model; "
-            f"left over in this one: {', '.join(sorted(info['unexpected_keys'])[:5]) or 'nothing'}. Does it need "
+            f"unused weights of this one: {', '.join(sorted(info['unexpected_keys'])[:5]) or 'none'}. Does it need "
             "trust_remote_code?"
         )
     return model.eval()
@@ -181,32 +196,7 @@ def _load_tokenizer(options: RewardOptions) -> Any:
         raise ScoringError(f"the tokenizer of reward model {options.model!r} cannot be loaded: {error}") from error
     if options.template == "chat" and not tokenizer.chat_template:
         raise ConfigError(
-            f"reward model {options.model!r} has no chat template; set `template: plain` if it was trained on bare "
-            "pairs of prompt and response"
+            f"reward model {options.model!r}: expected a tokenizer with a chat template, but it has no chat template; "
+            "set `template: plain` if the model was trained on bare pairs of prompt and response"
         )
     return tokenizer
-
-
-def _checkpoint_fingerprint(model: str) -> str | None:
-    """For a folder: a sha256 (hex) over its settings and the names and sizes of its weights; None for a hub name."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return None
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        content = path.read_bytes() if path.suffix == ".json" else str(path.stat().st_size).encode()
-        digest.update(path.name.encode() + b"\0" + content + b"\0")
-    return digest.hexdigest()
-
-
-def _messages(prompt: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-def _contents(messages: list[dict[str, Any]]) -> str:
-    return "\n\n".join(str(message["content"]) for message in messages)
-
-
-def _chunks(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(places), size):
-        yield places[start : start + size]

@@ -1,15 +1,15 @@
-"""Runs programs that a model wrote, behind walls that the kernel keeps, or not at all.
+"""Run programs that a model wrote behind walls that the kernel enforces, or not at all.
 
-:class:`Sandbox` tries its walls from the inside before the first program runs and raises
-:class:`~fusion_plugins.errors.ScoringError` when one is missing: there is no weaker mode. What the walls are stands in
-:mod:`~fusion_plugins.scoring.sandbox_launcher`; no root is needed, but user namespaces are (Linux 5.14 or newer).
+:class:`Sandbox` tests its walls from the inside before the first program runs and raises
+:class:`~fusion_plugins.errors.ScoringError` when one is missing: there is no weaker mode. The walls are described in
+:mod:`~fusion_plugins.scoring.sandbox_launcher`. They need no root, but user namespaces (Linux 5.14 or newer).
 """
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,13 @@ __all__ = ["Limits", "Outcome", "Sandbox", "TestVerdict"]
 HERE = Path(__file__).parent
 LAUNCHER = HERE / "sandbox_launcher.py"
 RUNNER = HERE / "sandbox_runner.py"
-#: seconds that walls and interpreter may take, on a loaded machine
+#: exit status of the launcher when a wall cannot be built
+LAUNCHER_FAILED = 70
+#: seconds to build the walls and start the interpreter, on a loaded machine
 GRACE_SECONDS = 60.0
 SYSTEM_PATHS = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libx32", "/etc/ld.so.cache")
-CURE = (
+#: closes every message about a missing wall
+NEEDED = (
     "Model-written code is not run without isolation. Needed: Linux 5.14 or newer on x86-64 or ARM64, with user "
     "namespaces allowed (sysctl user.max_user_namespaces and kernel.unprivileged_userns_clone, AppArmor's "
     "kernel.apparmor_restrict_unprivileged_userns=0; in a container, a seccomp profile that allows unshare and mount)."
@@ -33,17 +36,20 @@ CURE = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use; a value that is not above 0 is a ConfigError.
+    """Limits of one program.
 
     Attributes:
         cpu_seconds: processor time per test; does not depend on how busy the machine is.
-        wall_seconds: time per test, for programs that sleep.
+        wall_seconds: time per test, which ends programs that sleep.
         total_seconds: time for all tests of one program.
         memory: bytes of address space per process.
-        disk: bytes in /tmp, which vanishes afterwards.
+        disk: bytes in /tmp, which is gone afterwards.
         file_size: bytes per file.
-        processes: processes and threads at one time, with the three that the sandbox needs.
+        processes: processes and threads at one time, including the three that the sandbox needs.
         open_files: file descriptors per process.
+
+    Raises:
+        ConfigError: a limit is not above 0.
     """
 
     cpu_seconds: int = 5
@@ -58,16 +64,17 @@ class Limits:
     def __post_init__(self) -> None:
         wrong = [name for name, value in asdict(self).items() if value <= 0]
         if wrong:
-            raise ConfigError(f"sandbox limits: expected numbers above 0, but {', '.join(wrong)} is not")
+            given = ", ".join(f"{name}: {getattr(self, name)}" for name in wrong)
+            raise ConfigError(f"scorers.code: expected limits above 0, got {given}; leave a limit out for its default")
 
 
 @dataclass(frozen=True)
 class TestVerdict:
-    """What one test said.
+    """Result of one test.
 
     Attributes:
         verdict: passed | failed | timeout | crashed | not_run | unreadable (the test itself does not compile).
-        error: the exception, or what happened; None when passed.
+        error: the exception, or how the process ended; None when passed.
         seconds: wall time.
     """
 
@@ -81,12 +88,12 @@ class TestVerdict:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one program.
+    """Result of one program.
 
     Attributes:
-        static: why the program does not even compile; None when it does.
-        tests: one verdict per test, in order; empty when it does not compile.
-        failure: why there is no verdict although the program compiles or may compile; None normally.
+        static: why the program does not compile; None when it does.
+        tests: one verdict per test, in order; empty when the program does not compile.
+        failure: why the sandbox has no result; None normally.
     """
 
     static: str | None = None
@@ -99,8 +106,8 @@ class Sandbox:
 
     Args:
         limits: of each program.
-        packages: folders that programs may import from, read-only; without any, only the standard library. For a
-            driver that runs as root they must be readable by everybody.
+        packages: folders that programs may import from, read-only; without any, only the standard library. A driver
+            that runs as root needs them readable by everybody, because its programs run as user 65534.
 
     Raises:
         ScoringError: the walls cannot be built here, or one of them does not hold.
@@ -108,7 +115,7 @@ class Sandbox:
 
     def __init__(self, limits: Limits | None = None, packages: Sequence[str] = ()) -> None:
         self.limits = limits or Limits()
-        # The interpreter behind a virtual environment: its folder is all that a program needs to see.
+        # The interpreter behind a virtual environment, because only its own folder is visible inside.
         self._python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
         visible = [*SYSTEM_PATHS, sys.base_prefix, *packages]
         self._spec: dict[str, Any] = {
@@ -139,16 +146,16 @@ class Sandbox:
             status, output, errors = self._start(request, self.limits.total_seconds + GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             return Outcome(failure="the sandbox gave no verdict in time")
-        if status == 70:
-            raise ScoringError(f"the sandbox cannot be built: {errors}. {CURE}")
+        if status == LAUNCHER_FAILED:
+            raise ScoringError(f"the sandbox cannot be built: {errors}. {NEEDED}")
         try:
-            said: dict[str, Any] = json.loads(output)
-            return Outcome(said["static"], tuple(TestVerdict(**test) for test in said["tests"]))
+            found: dict[str, Any] = json.loads(output)
+            return Outcome(found["static"], tuple(TestVerdict(**test) for test in found["tests"]))
         except (ValueError, KeyError, TypeError):
             return Outcome(failure=f"the sandbox ended with status {status}: {errors[-200:]}")
 
     def close(self) -> None:
-        """End what still runs."""
+        """Kill the programs that still run."""
         self._closed = True
         for process in list(self._running):
             process.kill()
@@ -156,7 +163,8 @@ class Sandbox:
     def _start(self, request: bytes, seconds: float) -> tuple[int, str, str]:
         spec = json.dumps(self._spec)
         command = [self._python, "-I", "-S", "-B", str(LAUNCHER), spec]
-        # No environment, no open files, and a session of its own: Ctrl-C is for the driver, which then kills it.
+        # No environment, which holds keys and tokens; no open files; a session of its own, so that Ctrl-C reaches only
+        # the driver, which then kills the program.
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -167,6 +175,7 @@ class Sandbox:
             start_new_session=True,
         )
         self._running.add(process)
+        # `close` may have run in another thread since the process was started.
         if self._closed:
             process.kill()
         try:
@@ -181,23 +190,27 @@ class Sandbox:
 
     def _try_walls(self) -> None:
         if sys.platform != "linux":
-            raise ScoringError(f"the sandbox cannot be built: this is {sys.platform}. {CURE}")
+            raise ScoringError(f"the sandbox cannot be built: this is {sys.platform}. {NEEDED}")
+        # Python or a package may lie in the home folder: then its first folder there is visible, and nothing beside it.
         home = str(Path.home())
         shown = {path[len(home) :].split("/")[1] for path in self._spec["visible"] if path.startswith(home + "/")}
         outcome = self.run(WALLS_CODE.format(home=home, shown=shown), list(WALLS.values()))
         if outcome.failure or outcome.static:
-            raise ScoringError(f"the sandbox does not work: {outcome.failure or outcome.static}. {CURE}")
+            raise ScoringError(f"the sandbox does not work: {outcome.failure or outcome.static}. {NEEDED}")
         broken = [
             f"{name} ({test.error})"
             for name, test in zip(WALLS, outcome.tests, strict=True)
             if test.verdict != "passed"
         ]
         if broken:
-            raise ScoringError(f"the sandbox does not isolate: {'; '.join(broken)}. {CURE}")
+            raise ScoringError(f"the sandbox does not isolate: {'; '.join(broken)}. {NEEDED}")
 
 
-def _outermost(paths: Any) -> list[str]:
-    """Drop paths that lie inside another one; keep links as they are."""
+def _outermost(paths: Iterable[str]) -> list[str]:
+    """Return the paths that do not lie inside another one.
+
+    Links stay links: where /lib64 points to /usr/lib64, the launcher makes the same link.
+    """
     found = sorted({os.path.abspath(path) for path in paths}, key=len)
     kept: list[str] = []
     for path in found:
@@ -206,6 +219,7 @@ def _outermost(paths: Any) -> list[str]:
     return kept
 
 
+#: runs before each test of :data:`WALLS`
 WALLS_CODE = """
 import ctypes, os, socket, threading
 
@@ -223,7 +237,7 @@ def write(path):
 home, shown = {home!r}, {shown!r}
 libc = ctypes.CDLL(None)
 """
-#: wall -> test that passes only while it stands
+#: wall -> test that passes only if the wall holds
 WALLS = {
     "network": "assert refused(socket.socket)",
     "unprivileged user": "assert os.getuid() == os.geteuid() == 1000 and refused(lambda: os.setuid(0))",

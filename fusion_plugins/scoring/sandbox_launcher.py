@@ -1,12 +1,16 @@
-"""Builds the walls of the sandbox, then starts the runner inside; a script of its own, standard library only.
+"""Build the walls of the sandbox, then start the runner inside; a script of its own, standard library only.
 
-``python -I -S -B sandbox_launcher.py SPEC`` with SPEC a JSON object of ``parent`` (process id of whom to die with),
-``runner`` (source of what to run), ``visible`` (folders and files that may be read), ``path`` (folders for imports) and
-``limits``. Standard input and output belong to the runner.
+``python -I -S -B sandbox_launcher.py SPEC`` with SPEC a JSON object of ``runner`` (source of what to run), ``visible``
+(folders and files that may be read), ``path`` (folders for imports) and ``limits``. Standard input and output belong to
+the runner.
 
-Walls, none of which may fail: new user, mount, process, network, IPC, host-name and control-group namespaces; a file
-system of its own with read-only copies of what is ``visible`` and a small writable ``/tmp``; an unprivileged user
-without capabilities; resource limits; a filter of system calls. As root, the user outside is 65534 ("nobody").
+Walls, all of which must be built: new user, mount, process, network, IPC, host-name and control-group namespaces; a
+file system of its own in which ``visible`` is mounted read-only and ``/tmp`` is small and writable; an unprivileged
+user without capabilities; resource limits; a filter of system calls. When root starts it, the user outside is 65534
+("nobody").
+
+The order matters: the namespaces give the capabilities that mounts need, and the filter comes last, because it denies
+the steps before it.
 """
 
 import ctypes
@@ -42,8 +46,8 @@ ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV = 1, 2, 4
 SYS_MOUNT_SETATTR = 442
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 
-#: machine -> (audit number, {system call: number}); what no program under test needs and what would lead out or eat
-#: memory that no limit counts.
+#: machine -> (audit number, {system call: number}). Denied, because no tested program needs them and they lead out of
+#: the walls or take memory that no limit counts; of ``clone`` only the flags for new namespaces are denied.
 MACHINES: dict[str, tuple[int, dict[str, int]]] = {
     "x86_64": (
         0xC000003E,
@@ -64,8 +68,8 @@ MACHINES: dict[str, tuple[int, dict[str, int]]] = {
         },
     ),
 }  # fmt: skip
-#: the same number on both: io_uring_setup, open_tree, move_mount, fsopen, fsconfig, fsmount, fspick, mount_setattr,
-#: memfd_secret
+#: denied too, with the same number on both machines: io_uring_setup, open_tree, move_mount, fsopen, fsconfig, fsmount,
+#: fspick, mount_setattr, memfd_secret
 EVERYWHERE = (425, 428, 429, 430, 431, 432, 433, 442, 447)
 SYS_CLONE3 = 435
 EPERM, ENOSYS = 1, 38
@@ -74,14 +78,15 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def fail(what: str, error: BaseException | str) -> NoReturn:
-    """End with the status that means "no walls", and say why."""
+    """Write why a wall is missing to stderr and end with :data:`FAILED`."""
     sys.stderr.write(f"{what}: {error}")
     sys.stderr.flush()
+    # No clean-up of Python's: in the forked child it would flush what belongs to its parent.
     os._exit(FAILED)
 
 
 def call(what: str, name: str, *arguments: Any) -> int:
-    """Call a function of the C library; fail when it does."""
+    """Call a function of the C library; end with :func:`fail` when it returns an error."""
     ctypes.set_errno(0)
     result = getattr(libc, name)(*arguments)
     if result < 0:
@@ -90,13 +95,16 @@ def call(what: str, name: str, *arguments: Any) -> int:
 
 
 def mount(source: str | None, target: str, kind: str | None, flags: int, options: str = "") -> None:
-    """Mount, or fail."""
+    """Mount, or end with :func:`fail`."""
     encoded = [None if text is None else text.encode() for text in (source, target, kind)]
     call(f"mount {kind or source or 'private'} on {target}", "mount", *encoded, ctypes.c_ulong(flags), options.encode())
 
 
 def set_attributes(path: str, attributes: int, flags: int = AT_RECURSIVE) -> None:
-    """Add mount attributes to a mount, and by default to all below it."""
+    """Add mount attributes to a mount, and by default to all below it.
+
+    A remount would do for one mount only: what is mounted below a visible folder would stay writable.
+    """
     request = struct.pack("=QQQQ", attributes, 0, 0, 0)
     call(
         f"make {path} read-only",
@@ -111,21 +119,24 @@ def set_attributes(path: str, attributes: int, flags: int = AT_RECURSIVE) -> Non
 
 
 def enter_namespaces() -> None:
-    """Leave the host's namespaces and become an unprivileged user of our own."""
+    """Leave the host's namespaces; map the one user of the new user namespace to an unprivileged user outside."""
     outside = (NOBODY, NOBODY) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
     if os.geteuid() == 0:
+        # Not possible any more once setgroups is denied below.
         os.setgroups([])
     ready_read, ready_write = os.pipe()
     done_read, done_write = os.pipe()
     launcher = os.getpid()
     helper = os.fork()
     if helper == 0:
-        # Only a process outside may say whom our user is outside. No byte: the launcher has failed.
+        # When root starts the launcher, only a process outside the namespace may map its user to another one. It waits
+        # for one byte; the end of the pipe without it means that the launcher has failed.
         os.close(ready_write)
         if not os.read(ready_read, 1):
             os._exit(0)
         try:
             for name, text in (
+                # The kernel lets an unprivileged process write gid_map only after this.
                 ("setgroups", "deny"),
                 ("uid_map", f"{INSIDE} {outside[0]} 1"),
                 ("gid_map", f"{INSIDE} {outside[1]} 1"),
@@ -151,7 +162,7 @@ def enter_namespaces() -> None:
 
 
 def become_inside_user() -> None:
-    """Change to the one user that the namespace knows; capabilities inside the namespace stay until exec."""
+    """Change to the one user of the namespace; its capabilities inside the namespace stay until exec."""
     try:
         os.setresgid(INSIDE, INSIDE, INSIDE)
         os.setresuid(INSIDE, INSIDE, INSIDE)
@@ -160,15 +171,15 @@ def become_inside_user() -> None:
 
 
 def build_root(visible: list[str], disk_bytes: int) -> None:
-    """Make a root with the visible paths read-only, three devices and an empty /tmp, and forget the old root."""
-    # Opened before the user changes: a path may lead through folders that only the present user may enter.
+    """Make a root with the visible paths read-only, three devices and an empty /tmp, and drop the old root."""
+    # Opened before the user changes, because a path may lead through folders that only the present user may enter.
     opened = [(path, os.open(path, os.O_PATH)) for path in visible if not os.path.islink(path)]
     links = [(path, os.readlink(path)) for path in visible if os.path.islink(path)]
     devices = [(f"/dev/{name}", os.open(f"/dev/{name}", os.O_PATH)) for name in ("null", "zero", "urandom")]
     become_inside_user()
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", NEW_ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,nr_inodes=4k,mode=755")
-    # First, so that a visible folder may lie below it.
+    # Before the visible paths, one of which may lie below /tmp.
     os.mkdir(NEW_ROOT + "/tmp")
     options = f"size={disk_bytes},nr_inodes=4k,mode=700"
     mount("tmpfs", NEW_ROOT + "/tmp", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
@@ -179,12 +190,15 @@ def build_root(visible: list[str], disk_bytes: int) -> None:
         else:
             os.makedirs(os.path.dirname(place), exist_ok=True)
             open(place, "w").close()
+        # Through the open file and not the path, which the new user may not be able to follow.
         mount(f"/proc/self/fd/{descriptor}", place, None, MS_BIND | MS_REC)
         os.close(descriptor)
         set_attributes(place, ATTR_RDONLY | ATTR_NOSUID | (0 if path.startswith("/dev/") else ATTR_NODEV))
     for path, target in links:
         os.symlink(target, NEW_ROOT + path)
     os.chdir(NEW_ROOT)
+    # With "." for both, the old root ends up mounted over the new one at the same place, and one unmount removes it; no
+    # folder for the old root is needed.
     call("change the root", "pivot_root", b".", b".")
     call("leave the old root", "umount2", b".", MNT_DETACH)
     set_attributes("/", ATTR_RDONLY, flags=0)
@@ -192,23 +206,31 @@ def build_root(visible: list[str], disk_bytes: int) -> None:
 
 
 def filter_system_calls() -> None:
-    """Deny the system calls of :data:`MACHINES`; irrevocable, and inherited by every child."""
+    """Deny the system calls of :data:`MACHINES`; irrevocable, and inherited by every child.
+
+    The filter is a program of the kernel's classic BPF machine. An instruction is (code, steps to skip if true, steps
+    to skip if false, operand). It loads from ``struct seccomp_data``: at byte 0 is the number of the system call, at 4
+    the machine, at 16 the low half of the first argument.
+    """
     machine = platform.machine()
     if machine not in MACHINES or struct.calcsize("P") != 8:
         fail("filter system calls", f"expected a machine out of {', '.join(MACHINES)}, this is {machine}")
     audit, numbers = MACHINES[machine]
     load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
     deny, absent, allow, kill = 0x00050000 | EPERM, 0x00050000 | ENOSYS, 0x7FFF0000, 0x80000000
+    # A call of another machine (32-bit code on x86-64) has other numbers, so it is killed before any is compared.
     program = [(load, 0, 0, 4), (equal, 1, 0, audit), (give, 0, 0, kill), (load, 0, 0, 0)]
     if machine == "x86_64":
-        # The second, 32-bit-pointer way to number system calls.
+        # x32, a second numbering of the same calls, starts here; without this line it would pass by all others.
         program += [(at_least, 0, 1, 0x40000000), (give, 0, 0, deny)]
     for number in [number for name, number in numbers.items() if name != "clone"] + list(EVERYWHERE):
         program += [(equal, 0, 1, number), (give, 0, 0, deny)]
-    # clone3 hides its flags in memory; without it the C library takes clone, whose flags can be seen.
+    # clone3 has its flags in memory, which a filter cannot read. "Not implemented" makes the C library use clone, whose
+    # flags are its first argument.
     program += [(equal, 0, 1, SYS_CLONE3), (give, 0, 0, absent)]
     program += [(equal, 0, 3, numbers["clone"]), (load, 0, 0, 16), (any_bit, 0, 1, ALL_NAMESPACES), (give, 0, 0, deny)]
     program += [(give, 0, 0, allow)]
+    # struct sock_fprog: the number of instructions and where they are. `code` must live until the call.
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in program))
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)))
     call(
@@ -217,7 +239,7 @@ def filter_system_calls() -> None:
 
 
 def set_limits(limits: dict[str, int]) -> None:
-    """Set hard limits; no child can raise them."""
+    """Set soft and hard limits; no child can raise them."""
     for name in ("CORE", "MEMLOCK", "MSGQUEUE", "NICE", "RTPRIO"):
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (0, 0))
     for name, key in (("AS", "memory"), ("NPROC", "processes"), ("FSIZE", "file_size"), ("NOFILE", "open_files")):
@@ -225,14 +247,15 @@ def set_limits(limits: dict[str, int]) -> None:
 
 
 def die_with_parent() -> None:
-    """Be killed when the process above is."""
+    """Be killed when the parent ends: a driver that is killed must not leave programs behind."""
     call("die with the parent", "prctl", PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
 
 
 def run_inside(spec: dict[str, Any]) -> NoReturn:
-    """Become the runner, as process 1 of the namespace: when it ends, everything inside ends."""
+    """Become the runner, as process 1 of the namespace: when it ends, the kernel kills everything inside."""
     die_with_parent()
     set_limits(spec["limits"])
+    # No program may gain privileges when it is executed, as setuid programs do.
     call("give up new privileges", "prctl", PR_SET_NO_NEW_PRIVS, ctypes.c_ulong(1), ctypes.c_ulong(0), 0, 0)
     filter_system_calls()
     environment = {"PATH": "/nowhere", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
@@ -246,14 +269,16 @@ def main() -> NoReturn:
     spec = json.loads(sys.argv[1])
     enter_namespaces()
     build_root(spec["visible"], spec["limits"]["disk"])
-    # After the change of user, which would undo it.
+    # Not before, because a change of user clears the request.
     die_with_parent()
+    # The first child after unshare is process 1 of the new process namespace; the launcher itself stays outside of it.
     child = os.fork()
     if child == 0:
         try:
             run_inside(spec)
         except BaseException as error:
             fail("start the runner", error)
+    # Only the runner may hold the ends of these pipes, so that they close when it ends.
     os.closerange(0, 2)
     _, status = os.waitpid(child, 0)
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
@@ -262,5 +287,5 @@ def main() -> NoReturn:
 if __name__ == "__main__":
     try:
         main()
-    except Exception as error:  # anything that was not foreseen is no wall either
+    except Exception as error:  # an error that nobody foresaw is a missing wall too
         fail(type(error).__name__, error)

@@ -1,8 +1,8 @@
-"""``fusion score``: responses -> the same rows with ``reward``, ``correct`` and what each scorer said.
+"""``fusion score``: responses -> the same rows with ``reward``, ``correct`` and the result of each scorer.
 
-The scored folder has the key of the responses, goes on where an earlier run stopped, and refuses scorers with other
-settings. A response that no scorer takes (a domain that none names) is copied without a score, so that nothing is lost.
-Rows whose prompt, gold answer or tests were corrected since are scored anew.
+The scored folder has the key of the responses, continues where an earlier run stopped, and refuses scorers with other
+settings. A response in a domain that no scorer takes is copied without a score, so that none is lost. Rows whose
+prompt, gold answer or tests have changed since are scored again.
 """
 
 import time
@@ -21,13 +21,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fusion_plugins.errors import ConfigError, ScoringError
 from fusion_plugins.plugins import lookup
-from fusion_plugins.scoring.base import Score, Scorer
+from fusion_plugins.scoring.base import Row, Score, Scorer
 from fusion_plugins.scoring.responses import Responses, key_of, open_responses, outdated
 from fusion_plugins.store import RowManifest, RowWriter, open_rows
 
 __all__ = ["GroupSummary", "ScoreConfig", "ScoreReport", "score_responses", "summarize"]
 
-#: columns that scoring adds; ``scores`` holds scorer -> {reward, correct, reason, ...}
+#: columns that scoring adds; ``scores`` is scorer -> {reward, correct, reason, ...}
 ADDED_COLUMNS = {"reward": "float64", "correct": "bool", "scores": "json"}
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -52,19 +52,19 @@ class ScoreConfig(BaseModel):
     out: str = Field(description="folder of the scored responses")
     scorers: dict[str, ScorerSettings] = Field(min_length=1, description="name of a scorer -> domains and its options")
     limit: int | None = Field(None, ge=1, description="score the first so many responses only")
-    unit_rows: int = Field(256, ge=1, description="responses that are scored and committed together")
+    unit_rows: int = Field(256, ge=1, description="responses of a batch, which is scored and committed together")
 
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """What a run did.
+    """Counts of one run.
 
     Attributes:
         out: the folder of scored responses.
         scored: rows written by this run.
-        present: rows that were there before.
+        present: rows that an earlier run has scored and that are still up to date.
         unscored: rows written by this run that no scorer takes.
-        renewed: rows that were there but are scored anew, because what they were scored with has changed.
+        renewed: rows that an earlier run has scored and this one again, because the responses have changed.
     """
 
     out: Path
@@ -85,7 +85,7 @@ class GroupSummary:
         reasons: why rows have no verdict or reward -> rows.
         reward: mean reward of the rows that have one; None where none has.
         mean_length: of the responses, in characters.
-        median_length: the same.
+        median_length: of the responses, in characters.
     """
 
     responses: int
@@ -99,11 +99,13 @@ class GroupSummary:
 
 @dataclass(frozen=True)
 class _Running:
+    """A scorer that was started, with its name and the domains that it scores."""
+
     name: str
     scorer: Scorer
     domains: frozenset[str] | None
 
-    def takes(self, row: Mapping[str, Any]) -> bool:
+    def takes(self, row: Row) -> bool:
         return self.domains is None or row["domain"] in self.domains
 
 
@@ -113,12 +115,14 @@ def score_responses(config: ScoreConfig) -> ScoreReport:
     Raises:
         ConfigError: a scorer's options are wrong, or the folder lacks a column.
         DataError: a row of a file is wrong.
-        MismatchError: ``out`` holds rows that other scorers or settings made, or rows of other prompts.
+        MismatchError: ``out`` holds rows of other scorers, settings or prompts.
         ScoringError: a scorer cannot work at all (missing package, model or isolation).
     """
     responses = open_responses(config.responses)
     if Path(config.out).resolve() == Path(responses.path).resolve():
-        raise ConfigError(f"out: expected another folder than that of the responses, got {config.out!r} for both")
+        raise ConfigError(
+            f"out: expected another folder than that of the responses, got {config.out!r} for both; name a new folder"
+        )
     with ExitStack() as stack:
         running = [_start(name, settings, stack) for name, settings in config.scorers.items()]
         writer = stack.enter_context(RowWriter(config.out, _manifest(responses, running)))
@@ -126,22 +130,23 @@ def score_responses(config: ScoreConfig) -> ScoreReport:
         present = len(writer.done_keys)
         scored = unscored = 0
         waiting = (row for row in responses if key_of(row, responses.manifest) not in writer.done_keys)
-        wanted = max(0, config.limit - present) if config.limit is not None else None
+        due = islice(waiting, None if config.limit is None else max(0, config.limit - present))
         advance = stack.enter_context(_progress(config.limit or len(responses), present))
-        for unit in _units(islice(waiting, wanted), config.unit_rows):
-            for row, results in zip(unit, _score_unit(unit, running), strict=True):
+        while batch := list(islice(due, config.unit_rows)):
+            for row, results in zip(batch, _score_batch(batch, running), strict=True):
                 writer.write(_merge(row, results))
                 unscored += not results
+            # One shard per batch: a killed run loses one batch at most.
             writer.flush()
-            scored += len(unit)
-            advance(len(unit))
+            scored += len(batch)
+            advance(len(batch))
         if next(waiting, None) is None:
             writer.finish()
     return ScoreReport(Path(config.out), scored, present, unscored, renewed)
 
 
 def _drop_outdated(responses: Responses, writer: RowWriter, scorers: Iterable[str]) -> int:
-    """Take rows out that were scored with what no longer holds, and say so; return their number."""
+    """Remove scored rows whose responses have changed since, with a message; return their number."""
     if not writer.done_keys:
         return 0
     changed = outdated(responses, open_rows(writer.path), scorers)
@@ -149,7 +154,7 @@ def _drop_outdated(responses: Responses, writer: RowWriter, scorers: Iterable[st
         columns = Counter(name for names in changed.values() for name in names)
         key = next(iter(changed))
         Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(
-            f"{len(changed)} rows of {writer.path} are scored anew, because what they were scored with has changed: "
+            f"{len(changed)} rows of {writer.path} are scored again, because the responses have changed: "
             f"{', '.join(f'{name} in {count}' for name, count in columns.items())}. The first: "
             + ", ".join(f"{name} {value!r}" for name, value in zip(responses.manifest.key, key, strict=True))
         )
@@ -157,7 +162,7 @@ def _drop_outdated(responses: Responses, writer: RowWriter, scorers: Iterable[st
     return len(changed)
 
 
-def summarize(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], GroupSummary]:
+def summarize(rows: Iterable[Row]) -> dict[tuple[str, str], GroupSummary]:
     """Return (domain, source) -> accuracy, rewards and lengths; reads the rows once and keeps only numbers."""
     groups: dict[tuple[str, str], list[tuple[bool | None, float | None, int, str | None]]] = defaultdict(list)
     for row in rows:
@@ -179,11 +184,11 @@ def _summary(found: Sequence[tuple[bool | None, float | None, int, str | None]])
     )
 
 
-def _reason(row: Mapping[str, Any]) -> str | None:
-    """Why a scorer could not say anything; what it said about a wrong answer is no such reason."""
-    for said in (row["scores"] or {}).values():
-        if said.get("reason") and said.get("correct") is None and said.get("reward") is None:
-            return str(said["reason"])
+def _reason(row: Row) -> str | None:
+    """Return why a scorer gave no result; the reason of a verdict is none."""
+    for result in (row["scores"] or {}).values():
+        if result.get("reason") and result.get("correct") is None and result.get("reward") is None:
+            return str(result["reason"])
     return None
 
 
@@ -191,6 +196,7 @@ def _start(name: str, settings: ScorerSettings, stack: ExitStack) -> _Running:
     try:
         scorer: Scorer = lookup("scorers", name)(**(settings.model_extra or {}))
     except TypeError as error:
+        # Python's own message names the option that the scorer does not have.
         raise ConfigError(f"scorers.{name}: wrong options {settings.model_extra}: {error}") from error
     stack.callback(scorer.close)
     return _Running(name, scorer, frozenset(settings.domains) if settings.domains is not None else scorer.domains)
@@ -201,6 +207,7 @@ def _manifest(responses: Responses, running: Sequence[_Running]) -> RowManifest:
         one.name: {"domains": None if one.domains is None else sorted(one.domains), **one.scorer.facts}
         for one in running
     }
+    # A scored folder may be scored by further scorers: the facts of earlier ones stay.
     before = responses.manifest.facts
     return RowManifest(
         stage="scored",
@@ -211,25 +218,25 @@ def _manifest(responses: Responses, running: Sequence[_Running]) -> RowManifest:
     )
 
 
-def _units(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    while unit := list(islice(rows, size)):
-        yield unit
-
-
-def _score_unit(unit: Sequence[Mapping[str, Any]], running: Sequence[_Running]) -> list[dict[str, Score]]:
-    results: list[dict[str, Score]] = [{} for _ in unit]
+def _score_batch(batch: Sequence[Row], running: Sequence[_Running]) -> list[dict[str, Score]]:
+    """Return scorer -> score for each row of a batch."""
+    results: list[dict[str, Score]] = [{} for _ in batch]
     for one in running:
-        places = [place for place, row in enumerate(unit) if one.takes(row)]
-        scores = one.scorer.score([unit[place] for place in places]) if places else []
+        places = [place for place, row in enumerate(batch) if one.takes(row)]
+        scores = one.scorer.score([batch[place] for place in places]) if places else []
         if len(scores) != len(places):
-            raise ScoringError(f"scorer {one.name!r} gave {len(scores)} scores for {len(places)} responses")
+            raise ScoringError(
+                f"scorers.{one.name}: expected one score for each of {len(places)} responses, got {len(scores)}; the "
+                "scorer is wrong, report it to the plugin that registers it"
+            )
         for place, score in zip(places, scores, strict=True):
             results[place][one.name] = score
     return results
 
 
-def _merge(row: Mapping[str, Any], results: Mapping[str, Score]) -> dict[str, Any]:
-    said = {
+def _merge(row: Row, results: Mapping[str, Score]) -> dict[str, Any]:
+    """Return a row with its scores, beside those that earlier scorers gave it."""
+    scores = {
         name: {"reward": score.reward, "correct": score.correct, "reason": score.reason, **score.details}
         for name, score in results.items()
     }
@@ -237,23 +244,24 @@ def _merge(row: Mapping[str, Any], results: Mapping[str, Score]) -> dict[str, An
         **row,
         "reward": _only("reward", row, results),
         "correct": _only("correct", row, results),
-        "scores": {**(row.get("scores") or {}), **said},
+        "scores": {**(row.get("scores") or {}), **scores},
     }
 
 
-def _only(field: str, row: Mapping[str, Any], results: Mapping[str, Score]) -> Any:
+def _only(field: str, row: Row, results: Mapping[str, Score]) -> Any:
+    """Return the reward or verdict that one of the scorers gave, else the one that the row has already."""
     given = {name: getattr(score, field) for name, score in results.items() if getattr(score, field) is not None}
     if len(given) > 1:
         raise ScoringError(
-            f"prompt {row['prompt_id']!r}: scorers {', '.join(given)} all give a {field}. Let only one of them score "
-            f"the domain {row['domain']!r}: set `domains` of the others."
+            f"prompt {row['prompt_id']!r}: expected at most one {field}, but scorers {', '.join(given)} all give a "
+            f"{field}. Let only one of them score the domain {row['domain']!r}: set `domains` of the others."
         )
     return next(iter(given.values()), row.get(field))
 
 
 @contextmanager
 def _progress(total: int, done: int) -> Iterator[Callable[[int], None]]:
-    """Give a function that notes progress: a bar on a terminal, a line now and then elsewhere."""
+    """Show progress while the block runs, as a bar on a terminal or a line now and then; yield a function to count."""
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (TextColumn("score"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())

@@ -1,18 +1,13 @@
 """Mathematics verdicts on real problems, and what must never become a silent "incorrect"."""
 
-import doctest
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
 
-from fusion_plugins.errors import ConfigError, ScoringError
-from fusion_plugins.scoring import answers, code_scorer
-from fusion_plugins.scoring.answers import gold_answer, last_number, marked_answer
+from fusion_plugins.errors import ConfigError
+from fusion_plugins.scoring.answers import gold_answer
 from fusion_plugins.scoring.math_scorer import MathScorer
-from fusion_plugins.scoring.pool import Failure, WorkerPool
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -127,15 +122,6 @@ def test_only_marked_answers_count_when_asked_for():
         scorer.close()
 
 
-def test_marks_and_numbers_in_text():
-    assert marked_answer("#### 3. Add the numbers") is None
-    assert marked_answer("#### $1,200 per day") == ("$1,200", "hashes")
-    assert marked_answer("\\boxed{a{b}c} \\boxed{unclosed") == ("a{b}c", "boxed")
-    assert marked_answer("\\boxed{\\{1, 2\\}}") == ("\\{1, 2\\}", "boxed")
-    assert last_number("10-5, x2 and 3/4") == "3/4"
-    assert last_number("about 12.") == "12"
-
-
 # No verdict is not "incorrect"
 
 
@@ -151,34 +137,6 @@ def test_what_the_verifier_cannot_read_has_no_verdict(scorer):
     assert missing.reason == "no gold answer"
 
 
-def test_a_worker_that_hangs_or_dies_gives_no_verdict_and_is_replaced():
-    pool = WorkerPool("fusion_plugins.scoring.math_worker", workers=1, timeout=3)
-    try:
-        assert pool.map([{"reference": "5", "response": "5"}])[0]["correct"] is True
-        os.kill(pool._workers[0]._process.pid, signal.SIGKILL)
-        requests = [{"reference": "5", "response": response} for response in ("\\boxed{9^{9^{9^{9}}}}", "\\boxed{5}")]
-        tower, good = pool.map(requests)
-    finally:
-        pool.close()
-    assert isinstance(tower, Failure)
-    assert tower in ("no verdict within 3 s", "the verifier's process died")
-    assert good["correct"] is True
-
-
-def test_a_worker_that_cannot_start_is_an_error_that_says_what_to_install():
-    pool = WorkerPool("fusion_plugins.scoring.no_such_worker", workers=1, timeout=5)
-    with pytest.raises(ScoringError, match=r"No module named.*fusion-plugins\[score\]"):
-        pool.map([{}])
-    pool.close()
-
-
 def test_a_time_limit_of_nothing_is_refused():
     with pytest.raises(ConfigError, match="timeout"):
         MathScorer(timeout=0)
-
-
-@pytest.mark.parametrize("module", [answers, code_scorer])
-def test_examples_in_docstrings_run(module):
-    result = doctest.testmod(module)
-    assert result.attempted > 0
-    assert result.failed == 0

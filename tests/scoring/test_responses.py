@@ -122,7 +122,9 @@ def test_several_files_are_one_set(tmp_path: Path, scorers: dict[str, Equal]) ->
     run = CliRunner().invoke(app, ["score", "-c", str(settings), "--out", str(tmp_path / "scored")])
     assert "0 responses scored" in " ".join(run.output.split())
     doubled = [files[0], write_lines(tmp_path / "c.jsonl", [ROW | {"index": 0}])]
-    with pytest.raises(DataError, match=r"c.jsonl:1: index 0 of prompt 'p1', source 'a' stands already at .*a.jsonl:1"):
+    with pytest.raises(
+        DataError, match=r"c.jsonl:1: .* index 0 of prompt 'p1', source 'a', got a second one; .*a.jsonl:1"
+    ):
         score(doubled, tmp_path / "other")
 
 
@@ -137,13 +139,16 @@ def without(*names: str) -> dict[str, Any]:
         (without("prompt_id", "prompt"), "the row has no prompt_id, no prompt or messages"),
         (ROW | {"source": None}, "the row has no source"),
         (ROW | {"messages": CHAT}, "the row has both prompt and messages. Expected are prompt_id"),
-        (ROW | {"response": ["2"]}, r"expected text in 'response', came \['2'\]"),
-        (ROW | {"domain": 3}, "expected text in 'domain', came 3"),
-        (ROW | {"prompt": ""}, "expected a text or a list of messages as the prompt, came ''"),
+        (ROW | {"response": ["2"]}, r"expected text in 'response', got \['2'\]"),
+        (ROW | {"domain": 3}, "expected text in 'domain', got 3"),
+        (ROW | {"prompt": ""}, "expected a text or a list of messages as the prompt, got ''"),
         (ROW | {"prompt": [{"role": "user"}]}, "expected messages with role and content as text"),
-        (without("prompt") | {"messages": [{"role": "assistant", "content": "2"}]}, "the prompt ends with the assist"),
-        (ROW | {"index": "0"}, "expected a number from 0 in 'index', came '0'"),
-        (ROW | {"index": True}, "expected a number from 0 in 'index', came True"),
+        (
+            without("prompt") | {"messages": [{"role": "assistant", "content": "2"}]},
+            "expected a prompt that ends with the user's message, got the assist",
+        ),
+        (ROW | {"index": "0"}, "expected a number from 0 in 'index', got '0'"),
+        (ROW | {"index": True}, "expected a number from 0 in 'index', got True"),
     ],
 )
 def test_a_row_that_does_not_fit_is_refused_by_its_line_before_anything_is_scored(
@@ -160,7 +165,7 @@ def test_a_row_that_does_not_fit_is_refused_by_its_line_before_anything_is_score
     ("data", "message"),
     [
         (b'{"prompt_id": \n', "r.jsonl:1: expected one JSON object per line"),
-        (b'\n"text"\n', "r.jsonl:2: expected a JSON object, came str"),
+        (b'\n"text"\n', "r.jsonl:2: expected a JSON object, (came|got) str"),
         (b'{"prompt_id": "\xff"}\n', "r.jsonl:1: expected one JSON object per line, in UTF-8"),
         (json.dumps(ROW | {"response": "\ud800"}).encode(), "r.jsonl:1: expected values that JSON and UTF-8 can write"),
     ],
@@ -209,7 +214,7 @@ def test_a_row_that_was_corrected_is_scored_anew_and_it_is_said(
     assert (report.scored, report.present, report.renewed) == (1, 2, 1)
     assert scorers["equal"].asked == ["p2/a/0"]
     said = capsys.readouterr().err
-    assert f"1 rows of {tmp_path / 'scored'} are scored anew, because what they were scored with has changed" in said
+    assert f"1 rows of {tmp_path / 'scored'} are scored again, because the responses have changed" in said
     assert f"{column} in 1. The first: prompt_id 'p2', source 'a', index 0" in said
     scored = open_rows(tmp_path / "scored")
     assert scored.manifest.complete

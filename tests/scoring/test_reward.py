@@ -12,7 +12,7 @@ from transformers import LlamaForSequenceClassification
 
 from fusion_plugins.core.preferences.candidates import Candidate
 from fusion_plugins.core.preferences.pairs import GapWindow, build_pairs
-from fusion_plugins.errors import ConfigError, DataError, ScoringError
+from fusion_plugins.errors import ConfigError, DataError, MismatchError, ScoringError
 from fusion_plugins.scoring import SCORERS
 from fusion_plugins.scoring.reward import RewardScorer
 from fusion_plugins.scoring.score import ScoreConfig, score_responses
@@ -99,6 +99,14 @@ def test_prompts_may_be_chats(scorer):
     assert with_system.reward != without.reward
 
 
+def test_empty_keys_of_messages_do_not_reach_the_template(scorer):
+    chat = [{"role": "user", "content": "Hi?"}]
+    padded = [{"role": "user", "content": "Hi?", "name": None, "tool_calls": None}]
+    first, second = scorer.score([{"prompt": prompt, "response": "Hi."} for prompt in (chat, padded)])
+    assert first.reward == second.reward
+    assert list(padded[0]) == ["role", "content", "name", "tool_calls"]
+
+
 def test_what_is_too_long_has_no_reward_and_a_reason(model):
     limited = RewardScorer(model=model, max_length=60)
     short, long = limited.score([{"prompt": "Hi?", "response": "Hi."}, {"prompt": "Hi?", "response": "Hi. " * 80}])
@@ -112,6 +120,39 @@ def test_what_a_reward_depends_on_is_in_the_facts(model, scorer, tmp_path):
     assert scorer.facts["dtype"] == "float32"
     other = RewardScorer(model=tiny.reward_checkpoint(tmp_path / "other", intermediate_size=64))
     assert other.facts["checkpoint"] != scorer.facts["checkpoint"]
+    same = RewardScorer(model=tiny.reward_checkpoint(tmp_path / "same"))
+    assert same.facts["checkpoint"] == scorer.facts["checkpoint"]
+
+
+def sizes(folder):
+    return {path.name: path.stat().st_size for path in folder.iterdir()}
+
+
+def test_a_retrained_reward_model_of_the_same_size_is_another_one(tmp_path, responses):
+    folder = tmp_path / "model"
+    tiny.reward_checkpoint(folder)
+    settings = {"responses": responses, "out": str(tmp_path / "scored"), "scorers": {"reward": {"model": str(folder)}}}
+    score_responses(ScoreConfig(**settings))
+    before, names = RewardScorer(model=str(folder)).facts["checkpoint"], sizes(folder)
+    loaded = LlamaForSequenceClassification.from_pretrained(folder)
+    with torch.no_grad():
+        loaded.score.weight[0, 0] += 1e-3  # one number of the head
+    loaded.save_pretrained(folder)
+    assert sizes(folder) == names
+    assert RewardScorer(model=str(folder)).facts["checkpoint"] != before
+    with pytest.raises(MismatchError, match="checkpoint"):
+        score_responses(ScoreConfig(**settings))
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", "modeling_gated.py"])
+def test_a_changed_template_or_code_beside_the_weights_is_another_reward_model(tmp_path, name):
+    folder = tmp_path / "model"
+    tiny.reward_checkpoint(folder)
+    (folder / "modeling_gated.py").write_text("x = 1\n")
+    before = RewardScorer(model=str(folder)).facts["checkpoint"]
+    path = folder / name
+    path.write_text((path.read_text() if path.exists() else "{{ messages }}") + "\n")
+    assert RewardScorer(model=str(folder)).facts["checkpoint"] != before
 
 
 # Heads that are not there
@@ -177,8 +218,13 @@ def test_a_tokenizer_without_chat_template_needs_the_plain_one(tmp_path):
     folder = tiny.reward_checkpoint(tmp_path / "bare", tokenizer=tokenizer)
     with pytest.raises(ConfigError, match="no chat template; set `template: plain`"):
         RewardScorer(model=folder)
-    (score,) = RewardScorer(model=folder, template="plain").score(rows(1))
+    plain = RewardScorer(model=folder, template="plain")
+    (score,) = plain.score(rows(1))
     assert score.reward is not None
+    # A chat is its texts, with an empty line between them.
+    chat = [{"role": "system", "content": "Brief.", "name": None}, {"role": "user", "content": "Hi?"}]
+    of_chat, of_text = plain.score([{"prompt": prompt, "response": "Hi."} for prompt in (chat, "Brief.\n\nHi?")])
+    assert of_chat.reward == pytest.approx(of_text.reward, abs=1e-5)
 
 
 def test_a_template_that_refuses_a_prompt_names_the_prompt(tmp_path, model):

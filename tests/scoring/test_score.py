@@ -6,83 +6,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-import fusion_plugins.scoring.score as score_module
-from fusion_plugins.cli import app
 from fusion_plugins.config import load_config
 from fusion_plugins.errors import ConfigError, FusionError, MismatchError, ScoringError, StoreError
 from fusion_plugins.plugins import get_registry
-from fusion_plugins.scoring.math_scorer import MathScorer
 from fusion_plugins.scoring.reward import RewardOptions
 from fusion_plugins.scoring.score import ScoreConfig, score_responses, summarize
-from fusion_plugins.store import RowManifest, RowWriter, open_rows
-
-COLUMNS = {
-    "prompt_id": "string",
-    "source": "string",
-    "index": "int64",
-    "prompt": "json",
-    "response": "string",
-    "domain": "string",
-    "reference": "string",
-    "tests": "json",
-    "fingerprint": "string",
-}
-KEY = ("prompt_id", "source", "index", "fingerprint")
-
-
-def response(prompt_id, source, index, text, *, domain="math", reference="18", **more):
-    return {
-        "prompt_id": prompt_id,
-        "source": source,
-        "index": index,
-        "prompt": f"Question {prompt_id}",
-        "response": text,
-        "domain": domain,
-        "reference": reference,
-        "fingerprint": "f",
-        **more,
-    }
-
-
-def write_responses(folder, rows, columns=COLUMNS):
-    manifest = RowManifest(stage="responses", columns=columns, key=KEY, facts={"prompts_fingerprint": "abc"})
-    with RowWriter(folder, manifest) as writer:
-        for row in rows:
-            writer.write(row)
-        writer.finish()
-    return str(folder)
+from fusion_plugins.store import open_rows
 
 
 def config(responses, out, scorers=None, **more):
     return ScoreConfig(responses=str(responses), out=str(out), scorers=scorers or {"math": {"workers": 1}}, **more)
-
-
-@pytest.fixture(scope="module")
-def running_scorer():
-    scorer = MathScorer(workers=1, timeout=30)
-    yield scorer
-    scorer.close()
-
-
-@pytest.fixture
-def one_scorer(running_scorer, monkeypatch):
-    """Let all folders of a test be scored by processes that run already: starting them takes seconds."""
-    borrowed = SimpleNamespace(domains=running_scorer.domains, facts=running_scorer.facts, score=running_scorer.score)
-    borrowed.close = lambda: None
-    monkeypatch.setattr(score_module, "lookup", lambda kind, name: lambda **options: borrowed)
-
-
-@pytest.fixture
-def responses(tmp_path):
-    rows = [response("p1", "a", 0, "\\boxed{18}"), response("p1", "a", 1, "It is 19."), response("p1", "b", 0, "18")]
-    rows += [response("p2", "b", 0, "\\boxed{((((}"), response("zh", "q", 0, "你好", domain="chinese", reference=None)]
-    return write_responses(tmp_path / "responses", rows)
 
 
 def test_scored_rows_keep_everything_and_add_verdict_and_reasons(responses, tmp_path, one_scorer):
@@ -97,7 +34,8 @@ def test_scored_rows_keep_everything_and_add_verdict_and_reasons(responses, tmp_
     before = open_rows(responses)
     assert scored.keys() == before.keys()
     assert all(
-        {name: row[name] for name in COLUMNS} == before[key] for key, row in zip(scored.keys(), scored, strict=True)
+        {name: row[name] for name in before.manifest.columns} == before[key]
+        for key, row in zip(scored.keys(), scored, strict=True)
     )
     assert [row["correct"] for row in scored] == [True, False, True, None, None]
     unreadable = scored["p2", "b", 0, "f"]
@@ -145,8 +83,8 @@ def test_wrong_settings_are_named(responses, tmp_path, change, error, message):
         score_responses(ScoreConfig.model_validate(settings))
 
 
-def test_a_folder_without_prompts_is_refused(tmp_path):
-    columns = {name: kind for name, kind in COLUMNS.items() if name != "prompt"}
+def test_a_folder_without_prompts_is_refused(responses, tmp_path, write_responses):
+    columns = {name: kind for name, kind in open_rows(responses).manifest.columns.items() if name != "prompt"}
     folder = write_responses(tmp_path / "bare", [], columns)
     with pytest.raises(ConfigError, match="prompt is missing"):
         score_responses(config(folder, tmp_path / "scored"))
@@ -166,36 +104,6 @@ def test_summary_has_accuracy_lengths_and_reasons_per_domain_and_source(response
     assert (b.responses, b.correct, b.judged) == (2, 1, 1)
     assert b.reasons == {"the response's answer cannot be read": 1}
     assert summary["chinese", "q"].judged == 0
-
-
-# The command
-
-
-def test_command_reads_a_file_and_flags_and_prints_the_table(responses, tmp_path):
-    settings = tmp_path / "score.yml"
-    settings.write_text(yaml.safe_dump({"responses": responses, "scorers": {"math": {"workers": 1}}}))
-    run = CliRunner().invoke(
-        app, ["score", "-c", str(settings), "--out", str(tmp_path / "scored")], env={"COLUMNS": "200"}
-    )
-    assert run.exit_code == 0, run.output
-    assert "50.0% of 2" in run.output
-    assert "5 responses scored" in run.output
-
-
-def test_scorer_can_be_named_on_the_command_line(responses, tmp_path, one_scorer):
-    run = CliRunner().invoke(
-        app, ["score", "--responses", responses, "--out", str(tmp_path / "out"), "--scorer", "math"]
-    )
-    assert run.exit_code == 0, run.output
-    assert [row["correct"] for row in open_rows(tmp_path / "out")] == [True, False, True, None, None]
-
-
-def test_unknown_keys_of_the_file_are_refused(responses, tmp_path):
-    settings = tmp_path / "score.yml"
-    settings.write_text(yaml.safe_dump({"responses": responses, "out": "x", "scorer": "math"}))
-    run = CliRunner().invoke(app, ["score", "-c", str(settings)])
-    assert run.exit_code != 0
-    assert "unknown key" in str(run.exception)
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples").rglob("score*.yml")), ids=str)
@@ -230,7 +138,7 @@ def wait_for_rows(folder, count, process):
 
 
 @pytest.mark.slow
-def test_a_killed_run_is_continued_without_loss_or_repetition(tmp_path):
+def test_a_killed_run_is_continued_without_loss_or_repetition(tmp_path, response, write_responses):
     # Towers of powers take all the time that they are given, so that both stops come in the middle.
     towers = (8, 14)
     texts = ["\\boxed{9^{9^{9^{9}}}}" if n in towers else f"\\boxed{{{n}}}" for n in range(24)]

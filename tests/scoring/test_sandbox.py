@@ -1,0 +1,105 @@
+"""The sandbox as the driver sees it: failing closed, ending what it started."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import fusion_plugins.scoring.sandbox as sandbox_module
+from fusion_plugins.errors import ConfigError, ScoringError
+from fusion_plugins.scoring.sandbox import Limits, Sandbox
+
+
+def test_a_wall_that_does_not_hold_is_named(monkeypatch, short_limits):
+    monkeypatch.setitem(sandbox_module.WALLS, "imaginary wall", "assert not home")
+    with pytest.raises(ScoringError, match="does not isolate: imaginary wall"):
+        Sandbox(Limits(**short_limits))
+
+
+def test_nothing_of_a_program_survives_its_sandbox(tmp_path, short_limits):
+    # The folder of packages is in the command line of every process of this sandbox, and of no other.
+    folder = tmp_path / "fusion-sandbox-survivor"
+    folder.mkdir()
+    program = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(1000)\n"
+    inside = Sandbox(Limits(**short_limits), packages=[str(folder)])
+    assert not _processes_with(folder)
+    assert inside.run(program, ["pass"]).tests[0].verdict == "passed"
+    time.sleep(0.2)
+    assert not _processes_with(folder)
+
+
+def test_processes_are_found_while_they_run(tmp_path, short_limits):
+    folder = tmp_path / "fusion-sandbox-running"
+    folder.mkdir()
+    inside = Sandbox(Limits(**short_limits), packages=[str(folder)])
+    runs = threading.Thread(target=inside.run, args=("", ["import time; time.sleep(100)"]))
+    runs.start()
+    deadline = time.monotonic() + 60
+    while len(_processes_with(folder)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(_processes_with(folder)) >= 3
+    inside.close()
+    runs.join(timeout=60)
+    while _processes_with(folder) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _processes_with(folder)
+
+
+def test_a_closed_sandbox_kills_a_program_that_another_thread_starts(short_limits):
+    inside = Sandbox(Limits(**short_limits))
+    inside.close()
+    started = time.monotonic()
+    outcome = inside.run("", ["import time; time.sleep(100)"])
+    assert outcome.failure is not None
+    assert "status -9" in outcome.failure
+    assert time.monotonic() - started < short_limits["wall_seconds"]
+
+
+def test_limits_that_are_not_above_0_are_named():
+    with pytest.raises(ConfigError, match="limits above 0, got memory: 0, disk: -1; leave a limit out"):
+        Limits(memory=0, disk=-1)
+
+
+def test_a_sandbox_that_does_not_answer_in_time_is_no_verdict(sandbox, monkeypatch):
+    monkeypatch.setattr(sandbox_module, "GRACE_SECONDS", 0.5 - sandbox.limits.total_seconds)
+    outcome = sandbox.run("import time; time.sleep(100)", ["pass"])
+    assert outcome.failure == "the sandbox gave no verdict in time"
+    assert outcome.tests == ()
+
+
+def _processes_with(folder):
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(folder).encode() in path.read_bytes():
+                found.append(path.parent.name)
+        except OSError:
+            pass
+    return found
+
+
+def test_a_killed_driver_takes_its_programs_with_it(descendants, alive):
+    code = (
+        "from fusion_plugins.scoring.sandbox import Sandbox, Limits\n"
+        "sandbox = Sandbox(Limits(wall_seconds=300, total_seconds=300))\nprint('ready', flush=True)\n"
+        "sandbox.run('', ['import time; time.sleep(300)'])\n"
+    )
+    driver = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], text=True
+    )
+    assert driver.stdout.readline() == "ready\n"
+    deadline = time.monotonic() + 60
+    while not (children := descendants(driver.pid)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    children = descendants(driver.pid) or children
+    assert children
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    while time.monotonic() < deadline and any(alive(child) for child in children):
+        time.sleep(0.05)
+    assert not any(alive(child) for child in children)
