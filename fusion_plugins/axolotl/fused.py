@@ -28,6 +28,7 @@ from fusion_plugins.axolotl.target_tokenizer import EncodedText, TargetTokenizer
 from fusion_plugins.core.fusion.accounting import FusionReport
 from fusion_plugins.core.fusion.pipeline import FusionPlan, fuse_text, warm_up
 from fusion_plugins.core.text.content_id import content_id
+from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, DataError, MismatchError
 from fusion_plugins.store import Store, open_store
@@ -151,7 +152,7 @@ class _Reader:
         if isinstance(text, str) and text and messages is None:
             return text
         if messages and text is None:
-            return [{name: value for name, value in message.items() if value is not None} for message in messages]
+            return as_messages(messages)
         raise DataError(
             f"expected a row with a text in {self._text!r} or a chat in {self._messages!r}, and not both; the row's "
             f"columns are {', '.join(row)}. Name other columns with `field:` or `field_messages:` in the entry."

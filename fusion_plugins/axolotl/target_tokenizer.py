@@ -9,6 +9,7 @@ import numpy as np
 from fusion_plugins.core.arrays import IntArray
 from fusion_plugins.core.fusion.record import supervised_bytes
 from fusion_plugins.core.text.chat import render_chat
+from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.core.text.token_table import Role, TokenTable
 from fusion_plugins.core.text.tokenize import tokenize, tokenize_content
 from fusion_plugins.core.text.types import TokenizedText
@@ -82,7 +83,7 @@ class TargetTokenizer:
     def answer(self, prompt: str | Sequence[Message], response: str) -> EncodedText:
         """Tokenize a prompt and one response to it; the response and its end of turn are supervised."""
         if self.tokenizer.chat_template is not None:
-            return self.encode([*_messages(prompt), {"role": "assistant", "content": response}], last_only=True)
+            return self.encode([*as_messages(prompt), {"role": "assistant", "content": response}], last_only=True)
         head, text = _plain(prompt), _plain(prompt) + response
         tokens = tokenize(self.tokenizer, self.table, text, spans=[(len(head.encode()), len(text.encode()))])
         return EncodedText(tokens, self._labels(tokens))
@@ -94,7 +95,7 @@ class TargetTokenizer:
         """
         if self.tokenizer.chat_template is None:
             return _plain(prompt), response.rstrip() + (self.tokenizer.eos_token or "")
-        messages = _messages(prompt)
+        messages = as_messages(prompt)
         render = self._renderer()
         text, spans, _ = render_chat(render, [*messages, {"role": "assistant", "content": response.rstrip()}])
         raw = text.encode()
@@ -144,12 +145,6 @@ class TargetTokenizer:
         if not end or surface not in tail:
             return self.tokenizer.eos_token or ""
         return tail[: tail.index(surface) + len(surface)]
-
-
-def _messages(prompt: str | Sequence[Message]) -> list[dict[str, Any]]:
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    return [{name: value for name, value in message.items() if value is not None} for message in prompt]
 
 
 def _plain(prompt: str | Sequence[Message]) -> str:

@@ -10,10 +10,10 @@ from typing import Any, Literal, cast
 
 import torch
 import transformers
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from fusion_plugins.checkpoint_fingerprint import checkpoint_fingerprint
-from fusion_plugins.config import validate
+from fusion_plugins.config import Settings, validate
 from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.errors import ConfigError, DataError, ScoringError
 from fusion_plugins.scoring.base import Row, Score
@@ -31,10 +31,8 @@ PROBES = (
 OTHER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
 
-class RewardOptions(BaseModel):
+class RewardOptions(Settings):
     """Options of the scorer ``reward``."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str = Field(description="folder or hub name, for example RLHFlow/ArmoRM-Llama3-8B-v0.1")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")

@@ -15,10 +15,11 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fusion_plugins.config import Settings
 from fusion_plugins.errors import ConfigError, ScoringError
 from fusion_plugins.plugins import lookup
 from fusion_plugins.scoring.base import Row, Score, Scorer
@@ -32,7 +33,7 @@ ADDED_COLUMNS = {"reward": "float64", "correct": "bool", "scores": "json"}
 SECONDS_BETWEEN_LINES = 30.0
 
 
-class ScorerSettings(BaseModel):
+class ScorerSettings(Settings):
     """One entry of ``scorers``; keys other than ``domains`` are options of the scorer."""
 
     model_config = ConfigDict(extra="allow")
@@ -40,10 +41,10 @@ class ScorerSettings(BaseModel):
     domains: list[str] | None = Field(None, description="domains to score; default: what the scorer is made for")
 
 
-class ScoreConfig(BaseModel):
+class ScoreConfig(Settings):
     """Keys of the YAML file of ``fusion score``."""
 
-    model_config = ConfigDict(extra="forbid")
+    MOVED = {"unit_rows": "batch_rows"}
 
     responses: str | list[str] = Field(
         min_length=1,
@@ -52,7 +53,7 @@ class ScoreConfig(BaseModel):
     out: str = Field(description="folder of the scored responses")
     scorers: dict[str, ScorerSettings] = Field(min_length=1, description="name of a scorer -> domains and its options")
     limit: int | None = Field(None, ge=1, description="score the first so many responses only")
-    unit_rows: int = Field(256, ge=1, description="responses of a batch, which is scored and committed together")
+    batch_rows: int = Field(256, ge=1, description="responses of a batch, which is scored and committed together")
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def score_responses(config: ScoreConfig) -> ScoreReport:
         waiting = (row for row in responses if key_of(row, responses.manifest) not in writer.done_keys)
         due = islice(waiting, None if config.limit is None else max(0, config.limit - present))
         advance = stack.enter_context(_progress(config.limit or len(responses), present))
-        while batch := list(islice(due, config.unit_rows)):
+        while batch := list(islice(due, config.batch_rows)):
             for row, results in zip(batch, _score_batch(batch, running), strict=True):
                 writer.write(_merge(row, results))
                 unscored += not results

@@ -101,7 +101,7 @@ def test_ctrl_c_keeps_what_is_scored_and_ends_the_programs(tmp_path, descendants
             # From the fourth on they take longer than anybody waits.
             writer.write({**texts, "index": index, "tests": [f"import time; time.sleep({0 if index < 4 else 60})"]})
     command = [sys.executable, "-c", "import sys; from fusion_plugins.cli import main; sys.exit(main())", "score"]
-    command += ["--responses", str(tmp_path / "responses"), "--out", str(tmp_path / "scored"), "--set", "unit_rows=4"]
+    command += ["--responses", str(tmp_path / "responses"), "--out", str(tmp_path / "scored"), "--set", "batch_rows=4"]
     command += ["--set", "scorers.code={wall_seconds: 100, total_seconds: 100, workers: 2}"]
     driver = subprocess.Popen(
         command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

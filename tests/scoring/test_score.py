@@ -145,7 +145,7 @@ def test_a_killed_run_is_continued_without_loss_or_repetition(tmp_path, response
     folder = write_responses(
         tmp_path / "responses", [response(f"p{n}", "a", 0, text, reference=str(n)) for n, text in enumerate(texts)]
     )
-    settings = {"responses": folder, "unit_rows": 3, "scorers": {"math": {"workers": 1, "timeout": 4}}}
+    settings = {"responses": folder, "batch_rows": 3, "scorers": {"math": {"workers": 1, "timeout": 4}}}
     (tmp_path / "score.yml").write_text(yaml.safe_dump(settings))
     arguments = ["-c", tmp_path / "score.yml", "--out", tmp_path / "scored"]
     for stop, at_least in ((signal.SIGKILL, 6), (signal.SIGINT, 12)):

@@ -11,6 +11,7 @@ from hashlib import blake2b
 from numbers import Real
 from typing import Any
 
+from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.errors import DataError
 
 __all__ = [
@@ -138,7 +139,7 @@ def as_candidate(row: Mapping[str, Any], number: int) -> Candidate:
         prompt_id=str(known["prompt_id"]),
         source=str(known["source"]),
         index=int(known.get("index", 0)),
-        prompt=prompt if isinstance(prompt, str) else _without_nulls(prompt),
+        prompt=prompt if isinstance(prompt, str) else as_messages(prompt),
         response=known["response"],
         reward=known.get("reward"),
         correct=known.get("correct"),
@@ -228,8 +229,3 @@ def _usable(group: Iterable[Candidate], dropped: Counter[str]) -> list[Candidate
         else:
             kept[candidate.source, text] = candidate
     return list(kept.values())
-
-
-def _without_nulls(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    # Arrow gives every message of a column the keys of all others, with null for those that it did not have.
-    return [{name: value for name, value in message.items() if value is not None} for message in messages]

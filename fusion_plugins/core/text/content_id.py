@@ -9,6 +9,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fusion_plugins.core.text.messages import as_messages
+
 __all__ = ["content_id", "texts_fingerprint"]
 
 Message = Mapping[str, Any]
@@ -28,8 +30,7 @@ def content_id(content: str | Sequence[Message]) -> str:
     """
     if isinstance(content, str):
         return hashlib.sha256(content.encode()).hexdigest()
-    messages = [{key: value for key, value in message.items() if value is not None} for message in content]
-    text = json.dumps(messages, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(as_messages(content), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
