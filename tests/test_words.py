@@ -21,7 +21,7 @@ def cells(text):
 def banned():
     """Each phrase that is not used, as a pattern; a cell may hold several."""
     phrases = [re.sub(r"\s*\(.*?\)", "", phrase).strip() for cell in cells(BANNED) for phrase in cell.split(",")]
-    # "came" and "comes" are refused where an error says what it got: after a comma or semicolon, or before a quoted value.
+    # "came" and "comes" are refused only where an error says what it got: after a comma or semicolon.
     spelled = {"came": r"[;,] came\b", "comes": r"[;,] comes\b"}
     return {phrase: re.compile(spelled.get(phrase, rf"\b{re.escape(phrase)}\b"), re.IGNORECASE) for phrase in phrases}
 

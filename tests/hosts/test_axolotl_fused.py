@@ -16,17 +16,17 @@ from fusion_plugins.store import StoreWriter, open_store
 IN_ORDER = {"curriculum_sampling": True, "shuffle_merged_datasets": False}
 
 
-def test_a_run_trains_on_both_terms_and_accounts_for_the_sources(material, run_folder):
+def test_a_run_trains_on_both_terms_and_reports_on_the_sources(material, run_folder):
     trainer = train(config(material, run_folder, **IN_ORDER), run_folder)
     terms = [logged(trainer, name) for name in ("loss", "lm_loss", "fusion_loss", "fusion_coverage", "lm_weight")]
     for loss, lm, fusion, coverage, weight in zip(*terms, strict=True):
         assert weight == 0.5
         assert loss == pytest.approx(0.5 * lm + 0.5 * fusion * coverage, rel=1e-3)
         assert 0.4 < coverage <= 1
-    account = json.loads((run_folder / "model" / "fusion_report.json").read_text())[str(material.texts)]
-    assert account["texts"] == 24 == sum(account["chosen"].values())
-    assert account["fused_rows"] <= account["rows"]
-    assert account["shares"]["target"]["coverage"] > 0.95 > account["shares"]["digits"]["coverage"] > 0.5
+    report = json.loads((run_folder / "model" / "fusion_report.json").read_text())[str(material.texts)]
+    assert report["texts"] == 24 == sum(report["chosen"].values())
+    assert report["fused_positions"] <= report["positions"]
+    assert report["shares"]["target"]["coverage"] > 0.95 > report["shares"]["digits"]["coverage"] > 0.5
     assert trainer._losses_in_head is True
 
 

@@ -91,7 +91,7 @@ def test_store_with_a_damaged_shard(axolotl_train, material, run_folder):
 def test_store_of_other_texts(axolotl_train, material, run_folder):
     rows = [json.loads(line) for line in material.texts.read_text().splitlines()]
     other_ids = runs.write_rows(run_folder / "ids.jsonl", [{"text": row["text"]} for row in rows])
-    refused(axolotl_train(datasets=[{"path": str(other_ids), "type": FUSED}]), MismatchError, "lacks 24 of the 24 rows")
+    refused(axolotl_train(datasets=[{"path": str(other_ids), "type": FUSED}]), MismatchError, "24 of 24 are missing")
     rows[5]["text"] = rows[5]["text"].replace("No.", "Nr.")
     same_ids = runs.write_rows(run_folder / "texts.jsonl", rows)
     refused(axolotl_train(datasets=[{"path": str(same_ids), "type": FUSED}]), MismatchError, "'t5' is of another text")
@@ -108,12 +108,13 @@ def test_batch_without_targets(axolotl_train, run_folder):
     """axolotl takes rows that are tokens already as they are, whatever type the data set is said to have."""
     row = {"input_ids": [1, 5, 6, 7], "attention_mask": [1] * 4, "labels": [1, 5, 6, 7]}
     path = runs.write_rows(run_folder / "tokens.jsonl", [row] * 4)
-    refused(axolotl_train(datasets=[{"path": str(path), "type": FUSED}]), DataError, "no fused targets")
+    train = axolotl_train(datasets=[{"path": str(path), "type": FUSED}])
+    refused(train, DataError, "expected a row with fused distributions")
 
 
 def test_other_data_sets_among_the_fused_ones(axolotl_train, material):
     data = [{"path": str(material.texts), "type": FUSED}, {"path": str(material.texts), "type": "completion"}]
-    refused(axolotl_train(datasets=data), ConfigError, "`type: completion` and so no fused targets")
+    refused(axolotl_train(datasets=data), ConfigError, "`type: completion`, which fuses nothing")
     data.pop()
     refused(axolotl_train(datasets=data, test_datasets=[{"path": "x", "type": "alpaca"}]), ConfigError, "alpaca")
 
@@ -130,13 +131,13 @@ def test_all_problems_of_one_configuration_come_together(axolotl_train, material
     refused(
         axolotl_train(fusion={"rule": "best", "loss": "hinge"}, excess_length_strategy="truncate", rl="dpo"),
         ConfigError,
-        "fusion.rule: nothing is registered as 'best'; known: avg_ce, min_ce",
+        "fusion.rule: expected one of avg_ce, min_ce, token_min_ce, got 'best'",
         "fusion.loss",
         "rl: dpo",
         "truncate",
     )
     twice = material.sources("texts", "digits", "digits")
-    refused(axolotl_train(fusion={"sources": twice}), ConfigError, "'digits' stands twice")
+    refused(axolotl_train(fusion={"sources": twice}), ConfigError, "'digits' is given twice")
 
 
 def test_settings_that_would_change_rows_behind_their_targets(axolotl_train):

@@ -65,9 +65,9 @@ def test_statistics_map_every_source(material, run_folder):
     sources = [{"name": name, "store": store} for name in ("one", "other")]
     fusion = {"sources": sources, "projection": {"vocabulary_map": "statistics"}}
     prepare(config(material, run_folder, fusion=fusion), run_folder)
-    account = json.loads((run_folder / "model" / "fusion_report.json").read_text())[str(material.texts)]
-    assert account["sources"]["one"] == account["sources"]["other"]
-    assert account["sources"]["one"]["exact_mass"] > 0
+    report = json.loads((run_folder / "model" / "fusion_report.json").read_text())[str(material.texts)]
+    assert report["sources"]["one"] == report["sources"]["other"]
+    assert report["sources"]["one"]["exact_mass"] > 0
 
 
 def test_counts_of_parts_are_the_counts_of_the_whole(material, run_folder, monkeypatch):

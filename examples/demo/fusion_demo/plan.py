@@ -177,7 +177,7 @@ def make_plan(size: str) -> list[Stage]:
     stages.append(Stage("score", "fusion score", score, ("scored",), ("sample",), (PACKAGE / "scoring",)))
     stages += [_axolotl(name, configs) for name in ("fusellm", "sft", "dpo", "pair_code", "pair_maths")]
     merge = _tool("mergekit-yaml", "./configs/merged.yml", "./models/merged")
-    code = (PACKAGE / "mergekit", PACKAGE / "core" / "varm.py")
+    code = (PACKAGE / "mergekit", PACKAGE / "core" / "merging")
     needs = ("target", "pair_code", "pair_maths")
     stages.append(Stage("merged", TITLES["merged"], merge, ("models/merged",), needs, code, configs["merged"]))
     stages += [_axolotl(name, configs) for name in ("clm", "fusellm_paper")]
