@@ -5,7 +5,7 @@ is: digits, CJK, white space, special tokens, the rest.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -48,13 +48,7 @@ class ClassCount:
     top1: int = 0
 
     def __add__(self, other: "ClassCount") -> "ClassCount":
-        return ClassCount(
-            self.positions + other.positions,
-            self.used + other.used,
-            self.gold + other.gold,
-            self.own + other.own,
-            self.top1 + other.top1,
-        )
+        return ClassCount(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -203,6 +197,7 @@ class _Tally:
         return self._positions > 0 and self._difference < SAME_MODEL * self._positions
 
     def compare(self, source: Record, own: Record) -> None:
+        """Add what the two records of one text tell without alignment."""
         self.ces.append((source.ce_per_byte, own.ce_per_byte))
         self.top_k = max(self.top_k, source.topk.ids.shape[1])
         self.tokens += len(source.text.input_ids)
@@ -211,9 +206,11 @@ class _Tally:
         if np.array_equal(source.text.input_ids, own.text.input_ids):
             self._difference += float(np.abs(source.topk.token_logprobs[:-1] - own.topk.token_logprobs[:-1]).sum())
         else:
+            # Other tokens anywhere mean another tokenizer or template, so the stores are not of one model.
             self._difference = float("inf")
 
     def count(self, projection: Projection, target: TokenizedText, own: Record, classes: npt.NDArray[np.uint8]) -> None:
+        """Add the projection of one text; ``classes`` (T,) are those of the target's tokens."""
         self.report += projection.report
         for index, label_class in enumerate(CLASSES):
             self.classes[label_class] += _count(projection, target, own, classes[1:] == index)

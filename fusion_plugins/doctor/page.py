@@ -63,7 +63,7 @@ def show(report: DoctorReport, console: Console) -> None:
     for line in (_memory_line(report), *report.notes):
         console.print(escape(line))
     for name, source in zip(names, report.sources, strict=True):
-        console.print(f"{name}: [bold]{source.verdict}[/]")
+        console.print(f"{name}: [bold]{source.verdict}[/]" + ("" if source.advice else ", no problems found"))
         for line in source.advice:
             console.print(f"  - {escape(line)}")
 
