@@ -1,11 +1,10 @@
-"""The command line ``fusion``: one command per step of the way of the data.
+"""The command line ``fusion``: one command per step of the data flow.
 
-The functions live beside what they drive (``sources/commands.py``, ...) and import what is heavy only when they run.
-Every error that a user can cause ends the process with status 1 and one message.
+The command functions live beside the code that they run (``sources/commands.py``, ...) and import heavy packages only
+when they are called. Every error that a user can cause ends the process with status 1 and one message.
 """
 
 import sys
-from importlib import import_module
 from typing import Annotated
 
 import typer
@@ -14,21 +13,14 @@ from rich.markup import escape
 from rich.table import Table
 
 import fusion_plugins
+from fusion_plugins.doctor.commands import doctor
 from fusion_plugins.errors import FusionError
+from fusion_plugins.mergekit.commands import merge_check, report
+from fusion_plugins.scoring.commands import score
+from fusion_plugins.sources.commands import capture, cut, sample
+from fusion_plugins.store.commands import compact, export, info, merge, verify
 
 __all__ = ["app", "main"]
-
-#: command -> module that defines a function of that name (dashes become underscores)
-COMMANDS = {
-    "cut": "fusion_plugins.sources.commands",
-    "capture": "fusion_plugins.sources.commands",
-    "sample": "fusion_plugins.sources.commands",
-    "score": "fusion_plugins.scoring.commands",
-    "doctor": "fusion_plugins.doctor.commands",
-    "report": "fusion_plugins.mergekit.commands",
-    "merge-check": "fusion_plugins.mergekit.commands",
-}
-STORE_COMMANDS = ("info", "verify", "merge", "compact", "export")
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="LLM fusion inside axolotl and mergekit.")
 store_app = typer.Typer(no_args_is_help=True, help="Look after stores of log-probabilities and responses.")
@@ -61,10 +53,10 @@ def plugins() -> None:
     Console().print(table)
 
 
-for _name, _module in COMMANDS.items():
-    app.command(_name)(getattr(import_module(_module), _name.replace("-", "_")))
-for _name in STORE_COMMANDS:
-    store_app.command(_name)(getattr(import_module("fusion_plugins.store.commands"), _name))
+for _command in (cut, capture, sample, score, doctor, report, merge_check):
+    app.command()(_command)
+for _store_command in (info, verify, merge, compact, export):
+    store_app.command()(_store_command)
 app.add_typer(store_app, name="store")
 
 

@@ -1,4 +1,4 @@
-"""Settings of a command: a YAML file, flags over it, and one pydantic model that knows every key."""
+"""The settings of a command: a YAML file, flags that override it, and one pydantic model that knows every key."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,13 +9,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from fusion_plugins.errors import ConfigError
 
-__all__ = ["Settings", "as_defaults", "load_config", "validate"]
+__all__ = ["Settings", "load_config", "validate"]
 
 Model = TypeVar("Model", bound=BaseModel)
 
+#: not used any more; only until mergekit/commands.py stops importing it
+as_defaults = None
+
 
 class Settings(BaseModel):
-    """A group of settings: unknown keys are errors, and so are keys that have moved.
+    """A group of settings. An unknown key is an error; a renamed one is an error that gives the new name.
 
     Attributes:
         MOVED: old key -> its new name, or what became of it.
@@ -36,49 +39,41 @@ class Settings(BaseModel):
 def load_config(
     model: type[Model], path: str | Path | None, flags: Mapping[str, Any], assignments: list[str] | None = None
 ) -> Model:
-    """Read ``path``, lay flags and ``KEY=VALUE`` assignments over it, and check everything at once.
+    """Return the settings of a command: those of a file, overridden by flags, overridden by ``KEY=VALUE``.
 
     Args:
         model: the pydantic model of the command's settings; it must forbid unknown keys.
         path: YAML file, or None to take everything from the flags.
-        flags: key -> value; a value of None means that the flag was not given.
+        flags: key -> value; None where a flag was not given.
         assignments: ``key=value`` with dots for nested keys; the value is read as YAML.
 
     Raises:
-        ConfigError: the file is missing or no mapping, or any setting is wrong (all of them are named).
+        ConfigError: the file cannot be read or holds no mapping, or settings are wrong (all of them are named).
     """
     values = _read_yaml(Path(path)) if path is not None else {}
     values |= {key: value for key, value in flags.items() if value is not None}
     for assignment in assignments or []:
-        values = _assign(values, assignment)
+        key, separator, text = assignment.partition("=")
+        if not separator or not all(key.split(".")):
+            raise ConfigError(f"--set: expected KEY=VALUE with dots for nested keys, got {assignment!r}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {key}: expected a YAML value, got {text!r}: {error}. Quote it.") from error
+        values = _assign(values, key, value)
     return validate(model, values, where=str(path) if path is not None else "the command line")
 
 
-def as_defaults(context: Any, path: str | None) -> str | None:
-    """Take a YAML file's values for the flags and arguments that were not given; for typer's ``callback``.
-
-    Raises:
-        ConfigError: the file is missing or no mapping, or it has a key that is no flag or argument of the command.
-    """
-    if path is None:
-        return None
-    values = _read_yaml(Path(path))
-    known = {parameter.name for parameter in context.command.params} - {"config", "help"}
-    if unknown := sorted(set(values) - known):
-        raise ConfigError(f"{path}: unknown key {', '.join(unknown)}; known keys: {', '.join(sorted(known))}")
-    context.default_map = {**(context.default_map or {}), **values}
-    return path
-
-
 def validate(model: type[Model], values: Mapping[str, Any], *, where: str) -> Model:
-    """Build ``model`` from ``values``.
+    """Return ``model`` built from ``values``.
 
     Raises:
         ConfigError: names every wrong, missing or unknown key of ``where`` in one message.
     """
     try:
         return model.model_validate(dict(values))
-    # pydantic's own error repeats whole groups of settings, and with them a key that does not belong there.
+    # Not chained: pydantic's own message repeats whole groups of settings, and with them an API key that was put into
+    # the wrong place.
     except ValidationError as error:
         lines = [_describe(model, problem) for problem in error.errors()]
         raise ConfigError(f"{where}: {len(lines)} wrong setting(s): " + "; ".join(lines)) from None
@@ -89,10 +84,9 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         known = f"; known keys: {', '.join(sorted(model.model_fields))}" if len(problem["loc"]) == 1 else ""
         return f"{key}: unknown key{known}"
-    value = problem["input"]
-    group = isinstance(value, Mapping | BaseModel)
-    got = "" if problem["type"] == "missing" or group else f", got {value!r}"
-    return f"{key}: {problem['msg']}{got}"
+    value, text = problem["input"], problem["msg"].removeprefix("Value error, ")
+    got = "" if problem["type"] == "missing" or isinstance(value, Mapping | BaseModel) else f", got {value!r}"
+    return f"{key}: {text}{got}"
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -100,8 +94,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML in UTF-8: {error}. Repair the file.") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -109,14 +103,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _assign(values: Mapping[str, Any], assignment: str) -> dict[str, Any]:
-    key, separator, text = assignment.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"expected KEY=VALUE, got {assignment!r}")
+def _assign(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """Return ``values`` with one of them replaced; a group that does not exist yet is made."""
     first, dot, rest = key.partition(".")
     if not dot:
-        return {**values, first: yaml.safe_load(text)}
-    inner = values.get(first) or {}
-    if not isinstance(inner, dict):
-        raise ConfigError(f"{assignment!r}: {first!r} is not a group of settings")
-    return {**values, first: _assign(inner, f"{rest}={text}")}
+        return {**values, first: value}
+    group = values.get(first) or {}
+    if not isinstance(group, dict):
+        raise ConfigError(f"--set: expected a group of settings in {first!r}, got {group!r}")
+    return {**values, first: _assign(group, rest, value)}

@@ -1,13 +1,13 @@
 """The errors of the package.
 
-Every error that a user can cause is a :class:`FusionError`; its message says what was expected, what came, where, and
-what to do::
+Every error that a user can cause is a :class:`FusionError`. Its message says what was expected, what it got, where, and
+how to fix it::
 
     FusionError
     ├── ConfigError          a setting, a flag or a combination of settings
     ├── DataError            a row of texts, prompts, responses or pairs
     ├── TokenizerError       a tokenizer whose tokens cannot be turned into bytes
-    ├── AlignmentError       two tokenizations of what is not the same text
+    ├── AlignmentError       two tokenizations that are not of the same text
     ├── StoreError           a store, its manifest or a shard
     │   └── MismatchError    two parts that were not made for each other
     ├── SourceError          a source model, engine or server
@@ -15,7 +15,7 @@ what to do::
     ├── MergeError           checkpoints that cannot be merged
     └── PluginError          a plugin or a name that it registers
 
-None derives from ``ImportError``: axolotl swallows that one and would then train without the plugin.
+None derives from ``ImportError``: axolotl logs that one and then trains without the plugin.
 """
 
 __all__ = [
@@ -50,7 +50,7 @@ class TokenizerError(FusionError):
 
 
 class AlignmentError(FusionError):
-    """Two tokenizations do not belong to the same text."""
+    """Two tokenizations are not of the same text."""
 
 
 class StoreError(FusionError):

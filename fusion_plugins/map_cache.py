@@ -1,8 +1,9 @@
 """Vocabulary maps kept on disk, so that a pair of tokenizers is mapped once per machine.
 
 A map depends on the two token tables, the method and its parameters, and for ``first_token`` on how the target's
-tokenizer encodes; all of that is in the name of its file. The folder is ``$XDG_CACHE_HOME/fusion_plugins/maps`` (by
-default under ``~/.cache``). It is only a cache: what cannot be read is made again, what cannot be written is not kept.
+tokenizer encodes. The name of its file is a hash of all of that, so a file never has to be compared with its inputs.
+The folder is ``$XDG_CACHE_HOME/fusion_plugins/maps`` (by default under ``~/.cache``). A map that cannot be read is made
+again; one that cannot be written is used without being kept.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from fusion_plugins.core.text.tokenize import encoder
 
 __all__ = ["cached_map", "map_folder"]
 
-# To be raised when a method maps otherwise than before.
+# Raise this when a method starts to give another map for the same inputs: old files are then not found any more.
 _RULES = 2
 
 
@@ -41,18 +42,23 @@ def cached_map(
     counts: AlignmentCounts | None = None,
     tokenizer: Any = None,
 ) -> VocabularyMap:
-    """Return the vocabulary map of two tables, from the cache if it is there.
+    """Return the vocabulary map of two tables, from the cache if it holds it.
 
-    Two tables whose ids mean the same need no map and get the identity.
+    Two tables whose ids mean the same need no map and get the identity. A map by counts depends on the texts, so it is
+    made on every call.
 
     Args:
-        source: the source's table.
-        target: the target's table.
-        method: one of ``core.vocab.METHODS``; the default is the published one, while a configuration's is
-            ``first_token``. A map that needs counts is always made: it depends on the texts.
+        source: the source's W tokens.
+        target: the target's V tokens.
+        method: as for :func:`~fusion_plugins.core.fusion.vocabulary_map.map_vocabulary`; a configuration's default is
+            ``first_token``.
         max_distance: as for ``map_vocabulary``.
         counts: as for ``map_vocabulary``.
         tokenizer: the target's fast tokenizer, whose encoding ``first_token`` follows.
+
+    Raises:
+        ConfigError: the method is unknown or lacks its counts.
+        MismatchError: the counts are of other vocabularies.
     """
     if same_ids(source, target):
         return identity_map(source)
@@ -71,7 +77,8 @@ def cached_map(
 def _key(source: TokenTable, target: TokenTable, options: dict[str, Any], tokenizer: Any) -> str:
     encoding = "" if tokenizer is None else tokenizer.backend_tokenizer.to_str()
     parts = [_RULES, source.fingerprint, target.fingerprint, sorted(options.items()), encoding]
-    # The fingerprint leaves out what the run sets; the roles and twins of bytes that a map goes by are added here.
+    # The fingerprint leaves out the pad and end-of-turn roles, because a run may set them, and which tokens are byte
+    # fallback; a map depends on both.
     for table in (source, target):
         parts += [sorted(table.role_ids.items()), sorted(table.byte_fallback)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -82,17 +89,18 @@ def _read(path: Path, size: int, method: str) -> VocabularyMap | None:
         with np.load(path, allow_pickle=False) as file:
             target_ids, distances = file["target_ids"], file["distances"]
     except Exception:
-        # Damage shows in many ways: a bad archive, bad compression, a method of compression that does not exist.
+        # No file yet, or a damaged one; damage shows as almost any exception (zipfile, zlib, NotImplementedError, ...).
         return None
     if target_ids.shape != (size,) or distances.shape != (size,):
         return None
     return VocabularyMap(target_ids.astype(np.int32), distances.astype(np.int32), method)
 
 
-def _write(path: Path, made: VocabularyMap) -> None:
+def _write(path: Path, vocabulary: VocabularyMap) -> None:
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, target_ids=made.target_ids, distances=made.distances)
-    # A name of its own, because several data workers may write the same map at once.
+    np.savez_compressed(buffer, target_ids=vocabulary.target_ids, distances=vocabulary.distances)
+    # One name per process, because several data workers may write the same map at once; the rename is atomic, so a
+    # reader never sees half a file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,12 @@
-"""The plugin manager: built-ins, then the entry points of installed packages, all through the same hooks.
+"""The plugin manager, and the one place where a name of a configuration becomes a function or class.
 
+Built-ins and the entry points of installed packages register through the same hooks (:mod:`fusion_plugins.hookspecs`).
 ``FUSION_PLUGINS_LOAD`` limits which entry points are loaded (comma-separated names, empty for none), to find a bad one.
 """
 
 import os
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Mapping
+from functools import cache, partial
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -15,16 +16,23 @@ from fusion_plugins import hookspecs
 from fusion_plugins.errors import PluginError
 from fusion_plugins.hookspecs import Register, hookimpl
 
-__all__ = ["KINDS", "Registry", "get_plugin_manager", "get_registry", "lookup"]
+__all__ = ["KINDS", "get_plugin_manager", "get_registry", "lookup"]
 
-KINDS = ("fusion_rules", "aligners", "losses", "scorers", "pair_rules")
+#: kind of extension -> what messages call one of them; ``register_<kind>`` is its hook
+KINDS = {
+    "fusion_rules": "fusion rule",
+    "aligners": "aligner",
+    "losses": "loss",
+    "scorers": "scorer",
+    "pair_rules": "pair rule",
+}
 LOAD_VARIABLE = "FUSION_PLUGINS_LOAD"
 
 Registry = Mapping[str, Any]
 
 
 def get_plugin_manager(*, load: list[str] | None = None) -> pluggy.PluginManager:
-    """Make a manager with the specs, the built-ins and the entry points registered.
+    """Return a new manager with the hooks, the built-ins and the entry points registered.
 
     Args:
         load: names of the entry points to load; ``None`` means all, or those that ``FUSION_PLUGINS_LOAD`` names.
@@ -32,15 +40,17 @@ def get_plugin_manager(*, load: list[str] | None = None) -> pluggy.PluginManager
     Raises:
         PluginError: an entry point fails to import, or a plugin implements a hook that does not exist.
     """
+    if load is None and LOAD_VARIABLE in os.environ:
+        load = [name.strip() for name in os.environ[LOAD_VARIABLE].split(",")]
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     manager.register(_BuiltIns(), "builtins")
-    wanted = _wanted(load)
     for entry in entry_points(group=hookspecs.PROJECT):
-        if wanted is not None and entry.name not in wanted:
+        if load is not None and entry.name not in load:
             continue
         try:
             manager.register(entry.load(), entry.name)
+        # Loading runs the other package's code, so any exception can get here.
         except Exception as error:
             raise PluginError(
                 f"plugin {entry.name!r} ({entry.value}) cannot be loaded: {type(error).__name__}: {error}. "
@@ -49,8 +59,8 @@ def get_plugin_manager(*, load: list[str] | None = None) -> pluggy.PluginManager
     try:
         manager.check_pending()
     except pluggy.PluginValidationError as error:
-        name = manager.get_name(error.plugin)
-        raise PluginError(f"plugin {name!r}: {error}. The hooks are: {', '.join(_hook_names())}.") from error
+        hooks = ", ".join(f"register_{kind}" for kind in KINDS)
+        raise PluginError(f"plugin {manager.get_name(error.plugin)!r}: {error}. The hooks are: {hooks}.") from error
     return manager
 
 
@@ -62,24 +72,25 @@ def get_registry(kind: str, manager: pluggy.PluginManager | None = None) -> Regi
         manager: the manager to ask; the shared one by default.
 
     Raises:
-        PluginError: the kind is unknown, or a name is registered twice.
+        PluginError: the kind is unknown, or two plugins register one name.
     """
     if kind not in KINDS:
-        raise PluginError(f"unknown kind of extension {kind!r}; expected one of {', '.join(KINDS)}")
-    if manager is None:
-        return _shared_registry(kind)
-    return _collect(kind, manager)
+        raise PluginError(f"unknown kind of extension: expected one of {', '.join(KINDS)}, got {kind!r}")
+    return _shared_registry(kind) if manager is None else _collect(kind, manager)
 
 
 def lookup(kind: str, name: str) -> Any:
-    """Return the object registered under ``name``, or say which names there are.
+    """Return the object registered under ``name``.
 
     Raises:
-        PluginError: nothing is registered under that name.
+        PluginError: nothing is registered under that name; the message lists the names that are.
     """
     registry = get_registry(kind)
     if name not in registry:
-        raise PluginError(f"no {kind[:-1].replace('_', ' ')} named {name!r}; known: {', '.join(sorted(registry))}")
+        raise PluginError(
+            f"no {KINDS[kind]} named {name!r}: expected one of {', '.join(sorted(registry))}. Correct the name, or "
+            "install the package that registers it."
+        )
     return registry[name]
 
 
@@ -96,41 +107,25 @@ def _shared_registry(kind: str) -> Registry:
 def _collect(kind: str, manager: pluggy.PluginManager) -> dict[str, Any]:
     found: dict[str, Any] = {}
     owner: dict[str, str] = {}
-    hook = f"register_{kind}"
-    # One plugin at a time, so that an error can name both owners of a name.
-    for implementation in getattr(manager.hook, hook).get_hookimpls():
-        implementation.function(register=_registrar(kind, found, owner, implementation.plugin_name))
-    return found
 
-
-def _registrar(kind: str, found: dict[str, Any], owner: dict[str, str], plugin: str) -> Callable[[str, Any], None]:
-    def register(name: str, obj: Any) -> None:
+    def register(plugin: str, name: str, obj: Any) -> None:
         if name in found:
             raise PluginError(
-                f"{kind[:-1].replace('_', ' ')} {name!r} is registered twice, by plugin {owner[name]!r} and by plugin "
-                f"{plugin!r}; names are unique, so one of them must choose another"
+                f"{KINDS[kind]} {name!r} is registered twice, by plugin {owner[name]!r} and by plugin {plugin!r}: "
+                f"expected unique names. Rename one, or leave a plugin out with {LOAD_VARIABLE}=<names of the others>."
             )
-        found[name] = obj
-        owner[name] = plugin
+        found[name], owner[name] = obj, plugin
 
-    return register
-
-
-def _wanted(load: list[str] | None) -> set[str] | None:
-    if load is not None:
-        return set(load)
-    value = os.environ.get(LOAD_VARIABLE)
-    return None if value is None else {name.strip() for name in value.split(",") if name.strip()}
-
-
-def _hook_names() -> list[str]:
-    return [f"register_{kind}" for kind in KINDS]
+    # Called one by one and not through pluggy's `manager.hook`, so that the error above can name both plugins.
+    for implementation in getattr(manager.hook, f"register_{kind}").get_hookimpls():
+        implementation.function(register=partial(register, implementation.plugin_name))
+    return found
 
 
 class _BuiltIns:
     """The built-in extensions, registered through the hooks that other packages use.
 
-    Each hook imports its table only when it is asked, so that a run that needs no loss loads no torch.
+    Each hook imports its table only when it is called, so that a run that needs no loss loads no torch.
     """
 
     @hookimpl

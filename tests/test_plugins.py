@@ -39,7 +39,7 @@ def test_every_hook_has_a_kind_and_every_kind_a_hook():
 
 
 @pytest.mark.parametrize("name", HOOKS)
-def test_every_hook_stands_in_the_document_with_its_signature(name):
+def test_every_hook_is_in_the_document_with_its_signature(name):
     arguments = ", ".join(inspect.signature(HOOKS[name]).parameters)
     assert f"## {name}({arguments})" in DOCUMENT
     assert HOOKS[name].__doc__
@@ -110,7 +110,7 @@ def test_a_plugin_that_cannot_be_imported_is_an_error_that_names_it_and_can_be_l
 
 
 def test_unknown_names_and_kinds_are_refused_with_the_known_ones():
-    with pytest.raises(PluginError, match="no pair rule named 'best'; known: .*across_sources.*same_source"):
+    with pytest.raises(PluginError, match="no pair rule named 'best': expected one of .*across_sources.*same_source"):
         lookup("pair_rules", "best")
-    with pytest.raises(PluginError, match="unknown kind of extension 'rules'.*fusion_rules"):
+    with pytest.raises(PluginError, match="expected one of fusion_rules.*got 'rules'"):
         get_registry("rules")

@@ -13,9 +13,10 @@ EXAMPLE = ROOT / "examples" / "third_party"
 
 USE = """
 import numpy as np
-from fusion_plugins.core.fuse import fuse
-from fusion_plugins.core.pairs import build_pairs
-from fusion_plugins.core.types import Candidate, SparseDistributions
+from fusion_plugins.core.fusion.fuse import fuse
+from fusion_plugins.core.fusion.types import SparseDistributions
+from fusion_plugins.core.preferences.candidates import Candidate
+from fusion_plugins.core.preferences.pairs import build_pairs
 from fusion_plugins.plugins import lookup
 
 def source(ids, probs):
@@ -26,6 +27,13 @@ sources = [source([[1, 2], [3, 4]], [[0.9, 0.05], [0.3, 0.2]]), source([[5, 6], 
 fused = fuse(sources, [1.0, 2.0], rule=lookup("fusion_rules", "most_confident"), floor=0.34)
 assert fused.ids.tolist() == [[1, 2], [7, 8]], fused
 assert fuse(sources, [1.0, 2.0], rule=lookup("fusion_rules", "most_confident"), floor=0.5).ids.tolist()[1] == [-1, -1]
+
+# Stores that differ in top_k: `fuse` pads the sources to one K.
+narrow, wide = source([[1], [3]], [[0.4], [0.6]]), source([[5, 6, 9], [7, 8, 9]], [[0.5, 0.3, 0.1], [0.4, 0.1, 0.1]])
+fused = fuse([narrow, wide], [1.0, 2.0], rule=lookup("fusion_rules", "most_confident"))
+assert fused.ids.tolist() == [[5, 6, 9], [3, -1, -1]], fused
+assert np.allclose(np.exp(fused.logprobs), [[0.5, 0.3, 0.1], [0.6, 0, 0]])
+assert np.allclose(fused.leftover, [0.1, 0.4])
 
 answers = [Candidate("p", "a", i, "?", text, reward) for i, (text, reward) in enumerate(
     [("short", 0.10), ("a very much longer answer", 0.18), ("sharp", 0.14)])]

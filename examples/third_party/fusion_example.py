@@ -1,12 +1,10 @@
-"""A plugin: one fusion rule, one pair rule and one scorer, under names that YAML files can use.
+"""A plugin: one fusion rule, one pair rule and one scorer, with names for YAML files.
 
-After ``pip install`` of this folder, ``fusion plugins`` lists them, and
+After ``pip install`` of this folder, ``fusion plugins`` lists them. They are used by
 
 * ``fusion: {rule: most_confident}`` in an axolotl YAML,
 * ``fusion: {pairs: {rule: equal_length}}`` in an axolotl YAML,
-* ``scorers: {contains_reference: {ignore_case: true}}`` in the YAML of ``fusion score``
-
-use them. Nothing else is needed.
+* ``scorers: {contains_reference: {ignore_case: true}}`` in the YAML of ``fusion score``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,13 +26,16 @@ def most_confident(
     """Take each position from the source whose most probable token is most probable; the first of equals.
 
     Args:
-        distributions: S sources, ids and logprobs (..., T, K) of one K, leftover (..., T).
-        cross_entropies: not used; the rule looks at the rows alone.
-        floor: a position whose best probability is below this gets no target.
+        distributions: S sources, ids and logprobs (..., T, K), leftover (..., T). `fuse` pads all of them to one K, so
+            they can be stacked.
+        cross_entropies: not used. A rule that wants those of each token, and not of the text, is marked with
+            `fusion_plugins.core.fusion.fuse.per_token`.
+        floor: a position whose best probability is below this gets no fused distribution.
     """
     ids = np.stack([d.ids for d in distributions])  # (S, ..., T, K)
     logprobs = np.stack([d.logprobs for d in distributions])
     leftover = np.stack([d.leftover for d in distributions])  # (S, ..., T)
+    # A source without a distribution at a position has only empty entries there, -inf: it is never the best.
     best = logprobs.max(axis=-1)
     source = best.argmax(axis=0)[None]  # (1, ..., T)
     weak = np.exp(np.take_along_axis(best, source, 0)[0]) < floor
@@ -48,10 +49,10 @@ def most_confident(
 
 
 def equal_length(candidates: Sequence[Candidate], *, tolerance: float = 0.2) -> list[Pair]:
-    """Propose, for each source, the pair with the widest reward gap among answers of nearly equal length.
+    """Propose, for each source, the pair with the widest reward gap among responses of nearly equal length.
 
     Args:
-        candidates: the answers to one prompt, without empty and repeated ones.
+        candidates: the responses to one prompt, without empty and repeated ones.
         tolerance: largest difference of the lengths, as a share of the longer one.
 
     Returns:
@@ -71,7 +72,7 @@ def equal_length(candidates: Sequence[Candidate], *, tolerance: float = 0.2) -> 
 
 
 class ContainsReference:
-    """Says "correct" when the response contains the reference; for questions with one short answer."""
+    """Judges a response correct if it contains the reference; for questions with one short answer."""
 
     domains: frozenset[str] | None = frozenset({"trivia"})
 
@@ -79,11 +80,11 @@ class ContainsReference:
         self.facts: dict[str, Any] = {"ignore_case": ignore_case}
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> list[Score]:
-        """Return one verdict per row; a row without a reference has none."""
+        """Return one score per response; without a reference it has no verdict."""
         return [self._score(row) for row in rows]
 
     def close(self) -> None:
-        """There is nothing to give back."""
+        """Nothing to free."""
 
     def _score(self, row: Mapping[str, Any]) -> Score:
         if not row.get("reference"):
@@ -96,18 +97,18 @@ class ContainsReference:
 
 @hookimpl
 def register_fusion_rules(register: Any) -> None:
-    """Hand over the fusion rule."""
+    """Register the fusion rule."""
     register("most_confident", most_confident)
 
 
 @hookimpl
 def register_pair_rules(register: Any) -> None:
-    """Hand over the pair rule."""
+    """Register the pair rule."""
     register("equal_length", equal_length)
 
 
 @hookimpl
 def register_scorers(register: Any) -> None:
-    """Hand over what makes a scorer from its options: here, the class."""
+    """Register what makes a scorer from its options: here, the class."""
     scorer: type[Scorer] = ContainsReference
     register("contains_reference", scorer)

@@ -1,1 +1,5 @@
-"""Reports: one self-contained HTML page per kind of folder."""
+"""``fusion doctor``: what fusing some sources into a target can give, measured on a sample before any training.
+
+Reading order: examine (opens stores and tokenizers, runs everything), diagnosis (counts, one source at a time),
+label_classes (digits, CJK, ...), advice (counts -> verdict and settings), page (table, picture, HTML).
+"""

@@ -1,4 +1,4 @@
-"""What stands in the way of a source, in words, and the setting that would improve it."""
+"""The verdict about a source, and the settings that would improve it."""
 
 from collections.abc import Sequence
 
@@ -9,30 +9,40 @@ __all__ = ["advice", "verdict"]
 
 #: a source that is better than the target on a smaller share of the texts is not worth its store
 FEW_WINS = 0.05
-#: share of the rows below which a source teaches little
+#: share of the supervised positions with a distribution below which a source teaches little
 LOW_COVERAGE = 0.5
+#: shares of the probability mass above which its loss is reported
+MUCH_OUTSIDE, MUCH_UNMAPPED = 0.2, 0.1
 #: the target counts as better than the source when it gives the labels this much more probability
 MARGIN = 1.01
 
 
 def advice(diagnosis: Diagnosis, options: ProjectionOptions) -> list[str]:
-    """Return what stands in the way of this source and the setting that would improve it, worst first.
+    """Return the problems of a source, each with the setting that helps, worst first; empty where there is none.
 
-    About the target's own store there is nothing to judge; it is only said to be that.
+    The target's own store has no problems; the one line about it says how to mark it.
+
+    Args:
+        diagnosis: the counts.
+        options: the options of the projection that they were counted with.
     """
     if diagnosis.is_target:
         return [
-            "this is the target's own store (same tokenizer, same probabilities), not a source: mark it with "
-            "is_target: true, and min_ce keeps the target's own rows where no source is better"
+            "this is the target's own store (same tokenizer, same probabilities), not another source: set is_target: "
+            "true in its entry of fusion.sources. With fusion.rule: min_ce the target then keeps its own distributions "
+            "on the texts where no source is better"
         ]
-    found = _about_rows(diagnosis) + _about_mass(diagnosis)
+    found = _about_positions(diagnosis) + _about_mass(diagnosis)
     digits, total = diagnosis.classes.get("digits", ClassCount()), diagnosis.total
     if not options.chain and digits.gold * MARGIN < digits.own:
-        found.append("on digits the projected rows are worse than the target: set alignment.chain: true")
+        found.append(
+            "on digits the projected distributions give the right token less probability than the target does: set "
+            "fusion.projection.chain: true"
+        )
     if diagnosis.compared and not _rarely_wins(diagnosis) and total.gold * MARGIN < total.own:
         found.append(
             "on these texts the target itself gives the right token more probability than the source does: a larger "
-            "lm_loss_weight, or token_min_ce as the rule, limits the harm"
+            "fusion.lm_loss_weight, or fusion.rule: token_min_ce, limits the harm"
         )
     return found
 
@@ -40,8 +50,12 @@ def advice(diagnosis: Diagnosis, options: ProjectionOptions) -> list[str]:
 def verdict(diagnosis: Diagnosis, found: Sequence[str]) -> str:
     """Return ``good``, ``fair``, ``poor`` or, for the target's own store, ``own``.
 
-    Good is a source without complaints. Poor is one with less than half of the rows usable, or one that is better than
-    the target on less than one text in twenty.
+    A good source has no problems. A poor one has a distribution at less than half of the supervised positions, or is
+    better than the target on less than one text in twenty.
+
+    Args:
+        diagnosis: the counts.
+        found: what :func:`advice` returned for them.
     """
     if diagnosis.is_target:
         return "own"
@@ -54,34 +68,33 @@ def _rarely_wins(diagnosis: Diagnosis) -> bool:
     return diagnosis.compared and diagnosis.wins < FEW_WINS * diagnosis.texts
 
 
-def _about_rows(diagnosis: Diagnosis) -> list[str]:
+def _about_positions(diagnosis: Diagnosis) -> list[str]:
     found = []
     if _rarely_wins(diagnosis):
         found.append(
             f"the source is better than the target on only {diagnosis.wins} of {diagnosis.texts} texts: min_ce will "
-            "hardly choose it; leave it out, or capture texts of its own field"
+            "rarely choose it; leave it out, or capture texts from its own field"
         )
     if diagnosis.projection.coverage < LOW_COVERAGE:
         found.append(
-            f"only {diagnosis.projection.coverage:.0%} of the rows can be taught, because the tokenizers end at "
-            "different bytes: expect a weak signal"
+            f"only {diagnosis.projection.coverage:.0%} of the supervised positions have a distribution, because the "
+            "tokens of source and target end at different bytes: expect a weak signal"
         )
     return found
 
 
 def _about_mass(diagnosis: Diagnosis) -> list[str]:
-    found, report, used = [], diagnosis.projection, max(diagnosis.projection.used, 1)
+    found, used = [], max(diagnosis.projection.used, 1)
+    outside, unmapped = diagnosis.projection.outside_mass / used, diagnosis.projection.unmapped_mass / used
+    # A store of the whole vocabulary cannot hold more entries.
     larger = min(4 * diagnosis.top_k, diagnosis.vocab_size)
-    if report.outside_mass / used > 0.2 and larger > diagnosis.top_k:
+    if outside > MUCH_OUTSIDE and larger > diagnosis.top_k:
         found.append(
-            f"{report.outside_mass / used:.0%} of the mass lies outside the stored top {diagnosis.top_k}: capture with "
-            f"a larger top_k ({larger})"
+            f"{outside:.0%} of the probability lies outside the stored top {diagnosis.top_k}: capture with a larger "
+            f"top_k ({larger})"
         )
-    if report.unmapped_mass / used > 0.1:
-        cure = (
-            "expect a weak signal" if diagnosis.vocabulary == "first_token" else "use alignment.vocabulary: first_token"
-        )
-        found.append(
-            f"{report.unmapped_mass / used:.0%} of the mass has no counterpart in the target's vocabulary: {cure}"
-        )
+    if unmapped > MUCH_UNMAPPED:
+        best = diagnosis.vocabulary_map == "first_token"
+        cure = "expect a weak signal" if best else "set fusion.projection.vocabulary_map: first_token"
+        found.append(f"{unmapped:.0%} of the probability has no counterpart in the target's vocabulary: {cure}")
     return found

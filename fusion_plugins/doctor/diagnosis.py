@@ -1,11 +1,11 @@
-"""What fusion of some sources into a target can be expected to give, measured on a sample before any training.
+"""Count what alignment and projection make of one source's distributions on a sample of texts.
 
-Every text of the sample goes the way that training will send it (align, project), source by source, and the rows are
-counted by what the target's next token is: digits, CJK, white space, special tokens, the rest.
+Every text is aligned and projected as in training. Positions are counted by what the target's next token (their label)
+is: digits, CJK, white space, special tokens, the rest.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +20,12 @@ from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.doctor.label_classes import CLASSES, label_classes, token_classes
 
-__all__ = ["ClassCount", "Diagnosis", "diagnose", "figures", "vocabulary_overlap"]
+__all__ = ["ClassCount", "Diagnosis", "diagnose", "figures"]
 
-#: mean difference of two models' log-probabilities of the same tokens, in nats, below which they are one model: what
-#: another precision or batch leaves
+#: Mean difference of log-probabilities of the same tokens, in nats, below which two stores are of one model. Not 0:
+#: another precision or batch size changes a model's numbers a little.
 SAME_MODEL = 0.02
+#: used positions; `unchecked` is missing because it exists with `dtw` only, and doctor aligns by offsets
 POSITION_KINDS = ("one_to_one", "one_to_many", "many_to_one", "crossing", "special")
 
 
@@ -34,7 +35,7 @@ class ClassCount:
 
     Attributes:
         positions: supervised positions.
-        used: those with a distribution of the source.
+        used: those of them with a distribution of the source.
         gold: sum over used positions of the probability that the source gives the label, before renormalisation.
         own: sum over used positions of the probability that the target itself gives the label.
         top1: used positions whose most probable entry is the label.
@@ -47,13 +48,7 @@ class ClassCount:
     top1: int = 0
 
     def __add__(self, other: "ClassCount") -> "ClassCount":
-        return ClassCount(
-            self.positions + other.positions,
-            self.used + other.used,
-            self.gold + other.gold,
-            self.own + other.own,
-            self.top1 + other.top1,
-        )
+        return ClassCount(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -68,14 +63,14 @@ class Diagnosis:
         target_ce_per_byte: the target's.
         overlap: share of the target's ordinary tokens that are tokens of the source, by bytes.
         mapped: shares of the source's vocabulary: exact, edited, unmapped.
-        projection: what became of rows and mass.
+        projection: counts of positions, entries and probability mass.
         classes: label class -> counts.
-        vocabulary: method of the vocabulary map; ``identity`` where the tokenizers are the same.
+        vocabulary_map: method of the vocabulary map; ``identity`` where the tokenizers are the same.
         vocab_size: tokens of the source's vocabulary.
-        top_k: entries per row of the source.
+        top_k: entries per position of the source.
         tokens: the source's tokens of the sample.
         n_bytes: bytes of the sample, with what the source's template adds.
-        is_target: the source's rows are the target's own.
+        is_target: the source's distributions are the target's own.
     """
 
     name: str
@@ -87,7 +82,7 @@ class Diagnosis:
     mapped: dict[str, float]
     projection: ProjectionReport
     classes: dict[str, ClassCount] = field(default_factory=dict)
-    vocabulary: str = "first_token"
+    vocabulary_map: str = "first_token"
     vocab_size: int = 0
     top_k: int = 1
     tokens: int = 0
@@ -111,9 +106,9 @@ def diagnose(
     tables: tuple[TokenTable, TokenTable],
     vocabulary: VocabularyMap,
     options: ProjectionOptions = ProjectionOptions(),
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[int, int], None] = lambda items, tokens: None,
 ) -> Diagnosis:
-    """Send a sample of texts through alignment and projection.
+    """Align and project a sample of texts, and return the counts.
 
     Args:
         name: the source.
@@ -121,7 +116,7 @@ def diagnose(
         tables: token tables of source and target.
         vocabulary: source id -> target id.
         options: options of the projection.
-        advance: called after each text.
+        advance: called after each text with 1 and the number of its source tokens.
 
     Raises:
         AlignmentError: two records are not of the same text.
@@ -134,18 +129,18 @@ def diagnose(
         source, target = common_text(source, own.text, projector.source_bytes, projector.target_bytes)
         projection = projector(source, align_texts(source.text, target), target)
         tally.count(projection, target, own, label_classes(target, target_table, by_token))
-        advance()
+        advance(1, len(source.text.input_ids))
     return Diagnosis(
         name=name,
         texts=len(tally.ces),
         wins=sum(source < own for source, own in tally.ces),
         ce_per_byte=_mean([source for source, _ in tally.ces]),
         target_ce_per_byte=_mean([own for _, own in tally.ces]),
-        overlap=vocabulary_overlap(source_table, target_table),
+        overlap=_overlap(source_table, target_table),
         mapped=_mapped(vocabulary, source_table),
         projection=tally.report,
         classes=tally.classes,
-        vocabulary=vocabulary.method,
+        vocabulary_map=vocabulary.method,
         vocab_size=source_table.vocab_size,
         top_k=tally.top_k,
         tokens=tally.tokens,
@@ -155,10 +150,10 @@ def diagnose(
 
 
 def figures(diagnosis: Diagnosis) -> dict[str, float]:
-    """Return the figures that stand in the table, name -> value; shares in [0, 1], cross-entropies in nats/byte.
+    """Return the figures of the table, name -> value; shares in [0, 1], cross-entropies in nats/byte.
 
-    ``fallback`` is the share of supervised rows without a distribution: masked, or taught the label alone. What needs
-    distributions that are not there is nan.
+    ``fallback`` is the share of supervised positions without a distribution: training masks them or teaches the label
+    alone. Figures that need distributions are nan where there is only a tokenizer.
     """
     report, total = diagnosis.projection, diagnosis.total
     positions, used = max(report.positions, 1), max(report.used, 1)
@@ -186,14 +181,8 @@ def figures(diagnosis: Diagnosis) -> dict[str, float]:
     }
 
 
-def vocabulary_overlap(source: TokenTable, target: TokenTable) -> float:
-    """Return the share of the target's ordinary tokens whose bytes are an ordinary token of the source."""
-    own, others = _ordinary(target), _ordinary(source)
-    return len(own & others) / len(own) if own else 0.0
-
-
 class _Tally:
-    """What the texts seen so far add up to."""
+    """The sums over the texts so far."""
 
     def __init__(self) -> None:
         self.report = ProjectionReport()
@@ -204,10 +193,11 @@ class _Tally:
 
     @property
     def same_distributions(self) -> bool:
-        """Whether source and target gave their tokens, which are the same, the same probabilities."""
+        """Whether source and target have the same tokens and gave them the same probabilities."""
         return self._positions > 0 and self._difference < SAME_MODEL * self._positions
 
     def compare(self, source: Record, own: Record) -> None:
+        """Add what the two records of one text tell without alignment."""
         self.ces.append((source.ce_per_byte, own.ce_per_byte))
         self.top_k = max(self.top_k, source.topk.ids.shape[1])
         self.tokens += len(source.text.input_ids)
@@ -216,9 +206,11 @@ class _Tally:
         if np.array_equal(source.text.input_ids, own.text.input_ids):
             self._difference += float(np.abs(source.topk.token_logprobs[:-1] - own.topk.token_logprobs[:-1]).sum())
         else:
+            # Other tokens anywhere mean another tokenizer or template, so the stores are not of one model.
             self._difference = float("inf")
 
     def count(self, projection: Projection, target: TokenizedText, own: Record, classes: npt.NDArray[np.uint8]) -> None:
+        """Add the projection of one text; ``classes`` (T,) are those of the target's tokens."""
         self.report += projection.report
         for index, label_class in enumerate(CLASSES):
             self.classes[label_class] += _count(projection, target, own, classes[1:] == index)
@@ -246,8 +238,12 @@ def _mean(values: list[float]) -> float:
     return float(np.mean(finite)) if finite else float("nan")
 
 
-def _ordinary(table: TokenTable) -> set[bytes]:
-    return {data for index, data in enumerate(table.tokens) if data and table.role_of(index) is None}
+def _overlap(source: TokenTable, target: TokenTable) -> float:
+    """Return the share of the target's ordinary tokens whose bytes are an ordinary token of the source."""
+    own, others = (
+        {table.tokens[index] for index in np.flatnonzero(table.ordinary).tolist()} for table in (target, source)
+    )
+    return len(own & others) / len(own) if own else 0.0
 
 
 def _mapped(vocabulary: VocabularyMap, source: TokenTable) -> dict[str, float]:

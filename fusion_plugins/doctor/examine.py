@@ -1,17 +1,19 @@
-"""``fusion doctor``: is it worth fusing these sources into this target, and what should be set otherwise?
+"""Examine sources against a target: open stores and tokenizers, take a sample of texts, and judge every source.
 
-Reads stores. A folder with a tokenizer may stand in place of a store: then only what depends on the tokenizers is
-measured (coverage, vocabulary), on the texts that are given besides.
+A folder with a tokenizer may take the place of a store. Then only what depends on the tokenizers is measured (coverage,
+vocabulary), on texts that are given separately.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field, model_validator
 
+from fusion_plugins.config import Settings
 from fusion_plugins.core.fusion.project import ProjectionOptions
 from fusion_plugins.core.fusion.record import build_record
 from fusion_plugins.core.fusion.types import Record, TopK
@@ -22,18 +24,57 @@ from fusion_plugins.doctor.advice import advice, verdict
 from fusion_plugins.doctor.diagnosis import Diagnosis, diagnose, figures
 from fusion_plugins.errors import ConfigError, FusionError, MismatchError
 from fusion_plugins.map_cache import cached_map
+from fusion_plugins.progress import meter
 from fusion_plugins.store import Store, open_store
 
-__all__ = ["DoctorReport", "Side", "SourceVerdict", "examine", "open_side", "open_target"]
+__all__ = ["DoctorConfig", "DoctorReport", "Side", "SourceVerdict", "examine", "open_side", "open_target"]
 
-#: training step that the memory estimate is for; ENTRIES is what `fusion capture` keeps by default
+#: the training step whose memory is reported; ENTRIES is what `fusion capture` keeps by default
 BATCH, TOKENS, ENTRIES = 1, 2048, 64
 #: bytes on disk per token that `fusion capture` can be expected to write at its default top_k of 64
 EXPECTED_BYTES = 117.0
 
 
+class DoctorConfig(Settings):
+    """Keys of the YAML file of ``fusion doctor``; ``vocabulary_map`` and ``chain`` as in ``fusion.projection``."""
+
+    MOVED = {"vocabulary": "vocabulary_map"}
+
+    sources: list[str] = Field(min_length=1, description="stores of the sources, or their tokenizers")
+    target: str | None = Field(None, description="store of the target, or its tokenizer; null for the last of sources")
+    texts: str | list[str] | None = Field(
+        None, description=".jsonl or .parquet files, or folders of them, where tokenizers take the place of stores"
+    )
+    tokenizer: str | None = Field(None, description="tokenizer of the target's store; null for that of its model")
+    vocabulary_map: Literal["first_token", "min_edit", "exact"] = Field(
+        "first_token", description="method of the vocabulary maps; those by counts are made in training only"
+    )
+    chain: bool = Field(True, description="use the text where source and target split it differently")
+    limit: int = Field(200, ge=1, description="texts of the sample")
+    out: str = Field("doctor", description="folder for doctor.json, doctor.html and doctor.png")
+
+    @model_validator(mode="after")
+    def _two_sides(self) -> "DoctorConfig":
+        if self.target is None and len(self.sources) == 1:
+            raise ValueError(f"expected a target and at least one source, got {self.sources[0]!r} alone; give both")
+        return self
+
+    def sides(self) -> tuple[str, list[str]]:
+        """Return the target and the sources."""
+        if self.target is None:
+            return self.sources[-1], self.sources[:-1]
+        return self.target, self.sources
+
+
 class Side:
-    """A store, or a tokenizer with texts, seen as a lookup of records by id."""
+    """The records of one model by text id: those of a store, or records made of a tokenizer and texts.
+
+    Attributes:
+        name: name in the report.
+        table: the model's tokens.
+        store: None where there is only a tokenizer.
+        tokenizer: the Hugging Face tokenizer; None where only a store is at hand.
+    """
 
     def __init__(
         self, name: str, table: TokenTable, store: Store | None, tokenizer: Any, texts: dict[str, Any]
@@ -42,7 +83,7 @@ class Side:
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes on disk per stored token; what is to be expected where there is no store yet."""
+        """Bytes on disk per stored token; the expected number where there is no store."""
         return self.store.manifest.bytes / max(self.store.manifest.tokens, 1) if self.store else EXPECTED_BYTES
 
     def ids(self) -> list[str]:
@@ -50,22 +91,22 @@ class Side:
         return self.store.ids() if self.store else list(self._texts)
 
     def record(self, id: str) -> Record:
-        """Return the stored record, or one that knows nothing but the tokens of the text."""
+        """Return the stored record; without a store, that of a source that is certain of every next token."""
         if self.store:
             return self.store[id]
         text, _ = tokenize_content(self.tokenizer, self.table, self._texts[id])
-        return _record_of_tokens(id, text)
+        return _certain_record(id, text)
 
 
 @dataclass(frozen=True)
 class SourceVerdict:
-    """What was found about one source.
+    """The result for one source.
 
     Attributes:
         diagnosis: the counts.
         verdict: good, fair, poor, or own for the target's own store.
-        advice: what stands in the way, and what to set.
-        captured: whether there is a store, or a tokenizer alone.
+        advice: the problems, and the settings that help.
+        captured: True for a store, False for a tokenizer alone.
         bytes_per_token: bytes on disk per token; an estimate where there is no store.
     """
 
@@ -88,29 +129,30 @@ class DoctorReport:
     Attributes:
         target: name of the target's side.
         texts: texts of the sample.
-        vocabulary: method of the vocabulary maps.
+        vocabulary_map: method of the vocabulary maps.
         sources: one verdict per source.
-        sparse_bytes: memory of the fused targets of one step of 1 x 2048 tokens with 64 entries per row.
-        dense_bytes: memory of the same targets as a dense float32 tensor.
-        notes: what the figures leave out.
+        sparse_bytes: memory of the fused distributions of one step of 1 x 2048 tokens with 64 entries per position.
+        dense_bytes: memory of the same distributions as a dense float32 tensor.
+        notes: what makes the figures inexact.
     """
 
     target: str
     texts: int
-    vocabulary: str
+    vocabulary_map: str
     sources: list[SourceVerdict]
     sparse_bytes: int
     dense_bytes: int
     notes: list[str]
 
     def to_json(self) -> str:
-        """Return everything as JSON, per source also the figures of the table; what does not exist is null."""
+        """Return everything as JSON, with the figures of the table per source; null for what cannot be measured."""
 
         def clean(value: Any) -> Any:
             if isinstance(value, dict):
                 return {key: clean(item) for key, item in value.items()}
             if isinstance(value, list):
                 return [clean(item) for item in value]
+            # JSON has no NaN.
             return None if isinstance(value, float) and not np.isfinite(value) else value
 
         fields = asdict(self)
@@ -120,10 +162,10 @@ class DoctorReport:
 
 
 def open_side(path: str, texts: dict[str, Any] | None) -> Side:
-    """Open a store, or load a tokenizer to be tried on ``texts`` (id -> text or messages).
+    """Open a store, or load a tokenizer that will tokenize ``texts`` (id -> text or messages).
 
     Raises:
-        ConfigError: the path is no store and there are no texts, or it holds no tokenizer.
+        ConfigError: the path is not a store and there are no texts, or it is not a tokenizer either.
         StoreError: the store is damaged.
     """
     name = path.rstrip("/").rsplit("/", 1)[-1]
@@ -132,23 +174,23 @@ def open_side(path: str, texts: dict[str, Any] | None) -> Side:
         return Side(name, store.table, store, None, {})
     if texts is None:
         raise ConfigError(
-            f"{path} is not a store (it has no manifest.json). Give the folder that `fusion capture` wrote, or a "
-            "tokenizer together with --texts."
+            f"expected a store, got {path}, which has no manifest.json. Give the folder that `fusion capture` wrote, "
+            "or a tokenizer together with --texts."
         )
     tokenizer, table = _load_tokenizer(path)
     return Side(name, table, None, tokenizer, texts)
 
 
 def open_target(path: str, texts: dict[str, Any] | None, tokenizer: str | None = None) -> Side:
-    """Open the target's side, with a tokenizer for the ``first_token`` maps wherever one can be had.
+    """Open the target's side, with a tokenizer for the ``first_token`` maps if one can be found.
 
     Args:
         path: a store or a tokenizer, as for :func:`open_side`.
         texts: as for :func:`open_side`.
-        tokenizer: the tokenizer of the store; by default that of the captured model, if its folder is still there.
+        tokenizer: the tokenizer of the store; by default that of the captured model, if its folder still exists.
 
     Raises:
-        ConfigError: as for :func:`open_side`, or ``tokenizer`` is none, or ``path`` is a tokenizer itself.
+        ConfigError: as for :func:`open_side`; ``tokenizer`` is not one; or it is given and ``path`` is a tokenizer.
         MismatchError: the store was captured with another tokenizer.
     """
     side = open_side(path, texts)
@@ -163,36 +205,36 @@ def examine(
     target: Side,
     sources: Sequence[Side],
     *,
-    vocabulary: str = "first_token",
+    vocabulary_map: str = "first_token",
     options: ProjectionOptions = ProjectionOptions(),
     limit: int = 200,
-    advance: Any = lambda: None,
 ) -> DoctorReport:
-    """Examine every source against the target on a sample of the texts that all of them have.
+    """Examine every source against the target on a sample of the texts that all of them have; shows a progress bar.
 
     Args:
-        target: the model that is to be trained.
+        target: the model to train.
         sources: at least one.
-        vocabulary: method of the vocabulary maps; ``statistics`` is counted in training and cannot be tried here.
+        vocabulary_map: method of the vocabulary maps, one that needs no counts.
         options: options of the projection.
         limit: texts of the sample, spread evenly over the set.
-        advance: called after each text of each source.
 
     Raises:
         MismatchError: the sides have no text in common.
     """
     ids = _sample(target, sources, limit)
     verdicts = []
-    for source in sources:
-        mapping = cached_map(source.table, target.table, method=vocabulary, tokenizer=target.tokenizer)
-        pairs = ((source.record(id), target.record(id)) for id in ids)
-        found = diagnose(source.name, pairs, (source.table, target.table), mapping, options, advance)
-        problems, captured = advice(found, options), source.store is not None
-        verdicts.append(SourceVerdict(found, verdict(found, problems), problems, captured, source.bytes_per_token))
+    with meter("examine", len(ids) * len(sources)) as progress:
+        for source in sources:
+            tables = source.table, target.table
+            vocabulary = cached_map(*tables, method=vocabulary_map, tokenizer=target.tokenizer)
+            pairs = ((source.record(id), target.record(id)) for id in ids)
+            found = diagnose(source.name, pairs, tables, vocabulary, options, progress.advance)
+            problems, captured = advice(found, options), source.store is not None
+            verdicts.append(SourceVerdict(found, verdict(found, problems), problems, captured, source.bytes_per_token))
     return DoctorReport(
         target=target.name,
         texts=len(ids),
-        vocabulary=vocabulary,
+        vocabulary_map=vocabulary_map,
         sources=verdicts,
         sparse_bytes=BATCH * TOKENS * ENTRIES * (np.dtype(np.int32).itemsize + np.dtype(np.float32).itemsize),
         dense_bytes=BATCH * TOKENS * target.table.vocab_size * np.dtype(np.float32).itemsize,
@@ -201,12 +243,19 @@ def examine(
 
 
 def _notes(verdicts: Sequence[SourceVerdict], target: Side) -> list[str]:
-    if target.tokenizer is not None or all(found.diagnosis.vocabulary != "first_token" for found in verdicts):
-        return []
-    return [
-        "The first_token map was made without the target's tokenizer, from the bytes of its tokens: the figures may "
-        "differ slightly from training's. Name the tokenizer with --tokenizer."
-    ]
+    notes = []
+    if target.tokenizer is None and any(found.diagnosis.vocabulary_map == "first_token" for found in verdicts):
+        notes.append(
+            "The first_token map was made from the bytes of the target's tokens, because its tokenizer was not found: "
+            "the figures may differ slightly from training's. Name the tokenizer with --tokenizer."
+        )
+    uncaptured = [found.diagnosis.name for found in verdicts if not found.captured]
+    if uncaptured:
+        notes.append(
+            f"Without a store, a tokenizer ({', '.join(uncaptured)}) is examined as a source that is certain of every "
+            "next token: its label probability says how often that token reaches the target's label."
+        )
+    return notes
 
 
 def _sample(target: Side, sources: Sequence[Side], limit: int) -> list[str]:
@@ -216,7 +265,7 @@ def _sample(target: Side, sources: Sequence[Side], limit: int) -> list[str]:
         names = ", ".join(side.name for side in (target, *sources))
         raise MismatchError(
             f"expected texts that all of {names} have; they have none in common. Capture every store from the same "
-            "texts: records are joined by id."
+            "texts, because records are joined by id."
         )
     size = min(limit, len(common))
     return [common[index * len(common) // size] for index in range(size)]
@@ -228,32 +277,34 @@ def _load_tokenizer(path: str) -> tuple[Any, TokenTable]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is neither a store nor a tokenizer: {error}") from error
+        raise ConfigError(f"expected a store or a tokenizer, got {path}, which is neither: {error}") from error
     return tokenizer, TokenTable.from_tokenizer(tokenizer)
 
 
 def _tokenizer_of(store: Store, named: str | None) -> Any:
-    """Load the tokenizer of a store; None where none was named and that of the captured model is gone."""
-    if named is None and not Path(store.manifest.model).is_dir():
+    """Return the tokenizer of a store; None where none was named and that of the captured model cannot be used."""
+    path = named or store.manifest.model
+    # The manifest may name a model of the hub; doctor downloads nothing.
+    if named is None and not Path(path).is_dir():
         return None
+    expected = store.manifest.tokenizer_fingerprint
     try:
-        tokenizer, table = _load_tokenizer(named or store.manifest.model)
+        tokenizer, table = _load_tokenizer(path)
+        if table.fingerprint != expected:
+            raise MismatchError(
+                f"{store.path}: expected the tokenizer it was captured with, {expected[:16]} ({store.manifest.model}); "
+                f"got --tokenizer {named}, {table.fingerprint[:16]}. Name the one it was captured with."
+            )
     except FusionError:
+        # The captured model's folder was a guess. Without it the maps are made from bytes, and a note says so.
         if named is None:
             return None
         raise
-    if table.fingerprint == store.manifest.tokenizer_fingerprint:
-        return tokenizer
-    if named is None:
-        return None
-    raise MismatchError(
-        f"{store.path} was captured with tokenizer {store.manifest.tokenizer_fingerprint[:16]} "
-        f"({store.manifest.model}); --tokenizer {named} is {table.fingerprint[:16]}. Name the one it was captured with."
-    )
+    return tokenizer
 
 
-def _record_of_tokens(id: str, text: TokenizedText) -> Record:
-    """Make the record of a source that is certain of every next token, so that only alignment and maps matter."""
+def _certain_record(id: str, text: TokenizedText) -> Record:
+    """Return the record of a source that is certain of every next token, so that only alignment and maps matter."""
     following = np.append(text.input_ids[1:], -1).astype(np.int32)[:, None]
     unknown = np.full(len(text.input_ids), np.nan, np.float32)
     return build_record(id, text, TopK(following, np.where(following >= 0, 0.0, -np.inf), unknown))

@@ -1,7 +1,7 @@
-"""What kind of text a token stands for: digits, CJK, white space, special tokens, the rest.
+"""The class of a label: digits, CJK, white space, special tokens, the rest.
 
-A token that holds only a part of a character (byte-level BPE and byte fallback make such tokens) belongs to the class
-of the character that it is a part of in its text.
+A token that holds only a part of a character (byte-level BPE and byte fallback make such tokens) has the class of that
+character, which only the text around the token tells.
 """
 
 import numpy as np
@@ -10,10 +10,10 @@ import numpy.typing as npt
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.types import TokenizedText
 
-__all__ = ["CLASSES", "FRAGMENT", "label_classes", "token_classes"]
+__all__ = ["CLASSES", "label_classes", "token_classes"]
 
 CLASSES = ("special", "digits", "cjk", "white space", "other")
-#: class of a token that begins or ends inside a character: only its text says what it is
+#: in place of a class: the token begins or ends inside a character, so its class depends on the text
 FRAGMENT = 255
 #: CJK scripts, kana, hangul and their punctuation as ranges of code points
 CJK = ((0x1100, 0x11FF), (0x2E80, 0x9FFF), (0xAC00, 0xD7AF), (0xF900, 0xFAFF), (0xFF01, 0xFFEF), (0x20000, 0x3FFFF))
@@ -22,15 +22,15 @@ Classes = npt.NDArray[np.uint8]
 
 
 def token_classes(table: TokenTable) -> Classes:
-    """Return (V,) uint8, for every token the index into :data:`CLASSES`, or :data:`FRAGMENT`.
+    """Return (V,) uint8: for every token the index into :data:`CLASSES`, or ``FRAGMENT`` (255).
 
-    Digits win over everything, then CJK, then white space; ids without bytes count as special.
+    A token with several kinds of characters counts as digits, else as CJK. Ids without bytes count as special.
     """
     return np.array([_token_class(table, index) for index in range(table.vocab_size)], np.uint8)
 
 
 def label_classes(text: TokenizedText, table: TokenTable, by_token: Classes) -> Classes:
-    """Return (T,) uint8, the index into :data:`CLASSES` of every token of a text.
+    """Return (T,) uint8: the index into :data:`CLASSES` of every token of a text.
 
     Args:
         text: T tokens.
@@ -41,7 +41,11 @@ def label_classes(text: TokenizedText, table: TokenTable, by_token: Classes) -> 
     fragments = np.flatnonzero(classes == FRAGMENT).tolist()
     if fragments:
         begins, ends = [0, *text.ends[:-1].tolist()], text.ends.tolist()
-        data = _spell(text.input_ids.tolist(), begins, ends, table)
+        # Question marks stay where a normaliser changed the bytes of the text, so that a token's own do not fit.
+        data = bytearray(b"?" * ends[-1])
+        for token, begin, end in zip(text.input_ids.tolist(), begins, ends, strict=True):
+            if len(table.tokens[token]) == end - begin:
+                data[begin:end] = table.tokens[token]
         classes[fragments] = [_class_of(_whole_characters(data, begins[t], ends[t])) for t in fragments]
     return classes
 
@@ -64,16 +68,8 @@ def _class_of(text: str) -> int:
     return CLASSES.index("white space" if text.isspace() else "other")
 
 
-def _spell(ids: list[int], begins: list[int], ends: list[int], table: TokenTable) -> bytes:
-    """Return the text as far as its tokens tell it; a question mark for each byte that a normaliser changed."""
-    data = bytearray(b"?" * ends[-1])
-    for token, begin, end in zip(ids, begins, ends, strict=True):
-        if len(table.tokens[token]) == end - begin:
-            data[begin:end] = table.tokens[token]
-    return bytes(data)
-
-
-def _whole_characters(data: bytes, begin: int, end: int) -> str:
+def _whole_characters(data: bytearray, begin: int, end: int) -> str:
+    """Return the characters that the bytes from ``begin`` to ``end`` belong to."""
     while 0 < begin < len(data) and _continues(data[begin]):
         begin -= 1
     while end < len(data) and _continues(data[end]):
@@ -82,5 +78,5 @@ def _whole_characters(data: bytes, begin: int, end: int) -> str:
 
 
 def _continues(byte: int) -> bool:
-    """Whether a byte of UTF-8 is the second or a later one of its character."""
+    """Whether a byte is the second or a later one of its character: UTF-8 marks these with the bits 10......"""
     return byte & 0xC0 == 0x80
