@@ -160,7 +160,8 @@ def _read(references: Sequence[ModelReference], options: MergeOptions, check: Me
         try:
             checkpoint = read_checkpoint(reference, trust_remote_code=options.trust_remote_code)
         except MergeError as error:
-            check.error(str(error), "correct the path or name, or download the model")
+            cure = "correct the path or the name; check network and access token; download or save the model again"
+            check.error(str(error), cure)
             continue
         checkpoints[checkpoint.name] = checkpoint
         elements = sum(info.elements for info in checkpoint.tensors.values())

@@ -83,7 +83,7 @@ def read_checkpoint(reference: ModelReference, *, trust_remote_code: bool = Fals
     except Exception as error:
         raise MergeError(
             f"{reference.model}: expected a folder with config.json or the name of a model on the hub, got no model "
-            f"there ({_first_line(error)}). Correct the path or the name."
+            f"there ({_first_line(error)})"
         ) from error
     tensors = _from_folder(folder) if folder is not None else _from_hub(reference)
     try:
@@ -100,13 +100,13 @@ def read_checkpoint(reference: ModelReference, *, trust_remote_code: bool = Fals
 def sample_bytes(checkpoint: Checkpoint) -> dict[str, bytes]:
     """Return about 16 kB from the start of up to 64 tensors, to tell whether two checkpoints hold the same weights.
 
-    The result is empty for a checkpoint that is not here as safetensors.
+    The result is empty for a checkpoint that is not here as safetensors, or has a dtype that torch cannot read.
     """
     sampled = {}
     names = sorted(checkpoint.tensors)
     for name in names[:: max(1, len(names) // SAMPLED_TENSORS)]:
         info = checkpoint.tensors[name]
-        if info.file is None:
+        if info.file is None or not hasattr(torch, info.dtype):
             return {}
         with safe_open(info.file, framework="pt") as file:
             if info.shape:  # whole rows: a slice reads no more than it returns
@@ -137,23 +137,18 @@ def _from_folder(folder: Path) -> dict[str, TensorInfo]:
     """Read the headers of the files that mergekit would read."""
     try:
         index = ShardedTensorIndex.from_disk(str(folder))
-    except RuntimeError as error:
-        raise MergeError(
-            f"{folder}: expected model.safetensors or pytorch_model.bin (or shards with an index), got no weights "
-            "there. Download the model again, or save it with transformers."
-        ) from error
     except SafetensorError as error:  # mergekit opens a safetensors file here only if it is the only one
         raise _damaged(folder / "model.safetensors", error) from error
     except Exception as error:
         raise MergeError(
-            f"{folder}: expected weights that mergekit can read, got {_first_line(error)}. Save them as safetensors."
+            f"{folder}: expected model.safetensors or pytorch_model.bin (or shards with an index), got "
+            f"{_first_line(error)}"
         ) from error
     files = [folder / shard.filename for shard in index.shards]
     missing = [file.name for file in files if not file.exists()]
     if missing:
         raise MergeError(
-            f"{folder}: incomplete; expected the shards that its index names, got none called {', '.join(missing)}. "
-            "Download the model again."
+            f"{folder}: incomplete; expected the shards that the index names, got none named {', '.join(missing)}"
         )
     read = _read_header if index.is_safetensors else _read_pickle
     return {name: info for file in files for name, info in read(file).items()}
@@ -162,13 +157,13 @@ def _from_folder(folder: Path) -> dict[str, TensorInfo]:
 def _read_header(file: Path) -> dict[str, TensorInfo]:
     try:
         with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}
+            lazy = {name: opened.get_slice(name) for name in opened.keys()}
+            return {
+                name: TensorInfo(tuple(tensor.get_shape()), DTYPES.get(tensor.get_dtype(), tensor.get_dtype()), file)
+                for name, tensor in lazy.items()
+            }
     except SafetensorError as error:
         raise _damaged(file, error) from error
-    return {
-        name: TensorInfo(tuple(each.get_shape()), DTYPES.get(each.get_dtype(), each.get_dtype()), file)
-        for name, each in slices.items()
-    }
 
 
 def _read_pickle(file: Path) -> dict[str, TensorInfo]:
@@ -176,16 +171,14 @@ def _read_pickle(file: Path) -> dict[str, TensorInfo]:
         state = torch.load(file, map_location="meta", weights_only=True, mmap=True)
     except Exception as error:
         raise MergeError(
-            f"{file}: expected a state dict of tensors, got a file that torch cannot read ({_first_line(error)}). Save "
-            "the model as safetensors."
+            f"{file}: expected a state dict of tensors, got a file that torch cannot read ({_first_line(error)})"
         ) from error
     return {name: TensorInfo(tuple(each.shape), str(each.dtype).removeprefix("torch.")) for name, each in state.items()}
 
 
 def _damaged(file: Path, error: Exception) -> MergeError:
     return MergeError(
-        f"{file}: expected a complete safetensors file, got one that cannot be read ({_first_line(error)}). Download "
-        "or save the model again."
+        f"{file}: expected a complete safetensors file, got one that cannot be read ({_first_line(error)})"
     )
 
 
@@ -197,7 +190,7 @@ def _from_hub(reference: ModelReference) -> dict[str, TensorInfo]:
     except Exception as error:
         raise MergeError(
             f"{reference.model}: expected a model on this machine or on the hub, got no headers from either "
-            f"({_first_line(error)}). Check the name, the network and the access token."
+            f"({_first_line(error)})"
         ) from error
     return {
         name: TensorInfo(tuple(info.shape), DTYPES.get(info.dtype, info.dtype))
@@ -218,8 +211,7 @@ def _require_adapter(reference: ModelReference) -> None:
         found = False
     if not found:
         raise MergeError(
-            f"{lora}: expected an adapter (a folder or a name on the hub with adapter_config.json), got none there. "
-            "Correct the path or the name."
+            f"{lora}: expected an adapter (a folder or a name on the hub with adapter_config.json), got none there"
         )
 
 

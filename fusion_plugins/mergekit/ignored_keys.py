@@ -51,10 +51,11 @@ def unknown_keys(raw: Any, model: type[BaseModel], where: str = "") -> list[str]
         if inner is None or key == "parameters":  # their names belong to the method: see parameter_problems
             continue
         path = f"{where}.{key}" if where else key
+        named_by_user = any(get_origin(each) is dict for each in (annotation, *get_args(annotation)))  # modules, tokens
         if isinstance(value, list):
             parts = {f"{path}[{index}]": part for index, part in enumerate(value)}
-        elif isinstance(value, Mapping) and dict in map(get_origin, (annotation, *get_args(annotation))):
-            parts = {f"{path}.{name}": part for name, part in value.items()}  # modules and tokens: the user names them
+        elif isinstance(value, Mapping) and named_by_user:
+            parts = {f"{path}.{name}": part for name, part in value.items()}
         else:
             parts = {path: value}
         for place, part in parts.items():
