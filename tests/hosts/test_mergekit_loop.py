@@ -1,4 +1,4 @@
-"""The whole loop of FuseChat: two pairwise-fused targets, merged and reported on; a third joins later."""
+"""FuseChat from sources to a merge: two tuned models, merged and reported on; a third is added later."""
 
 import json
 
@@ -28,7 +28,7 @@ def fused_target(material, source, folder, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_targets_are_fused_and_merged_and_a_third_joins_without_the_first_two_being_trained_again(
+def test_two_models_are_fused_and_merged_and_a_third_is_added_without_training_the_first_two_again(
     material, run_folder, monkeypatch
 ):
     models = {"base": material.target}

@@ -252,7 +252,7 @@ def test_tied_embeddings_are_merged_once(tmp_path):
         ["--clone-tensors"],
     ],
 )
-def test_flags_change_the_way_and_not_the_result(models, tmp_path, flags):
+def test_flags_do_not_change_the_result(models, tmp_path, flags):
     config = config_of(models, "one", "two", dtype="float32", parameters={"granularity": "layer"})
     merged = merge(tmp_path, config, *flags)
     assert_same(merged, expected_of(models, "one", "two", granularity="layer"))

@@ -156,7 +156,7 @@ def _kth_largest(values: Tensor, k: int) -> float:
 
 
 def _calculate(squares: Tensor, *, equal_at_zero: bool) -> Tensor:
-    """(J,) ``eta`` of (J,) sums of squares; where nothing moved: equal weights or zeros."""
+    """(J,) ``eta`` of (J,) sums of squares; where nothing changed: equal weights or zeros."""
     total = squares.sum()
     if not bool(total == 0):  # NaN comes through, and is refused by the caller
         return squares / total
