@@ -5,8 +5,8 @@
 Makes a Llama of random weights and fine-tuned copies of it (bfloat16, safetensors) and merges them with every method
 through `mergekit.merge.run_merge`, each run in a process that is forked after the imports. Prints the medians of wall
 and processor time and the largest resident memory beyond the imports. `linear` gets the same checkpoints, base
-included. Inputs are read once before, so that all methods find them in the page cache. Processor time is the one to
-compare on a machine that does other things, too.
+included. Inputs are read once before each run, so that all methods find them in the page cache. On a machine that is
+busy with other work, compare processor times.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def _import_everything() -> None:
 
 
 def _in_a_fork(function, *arguments):
-    """Call in a forked process, so that neither its memory nor its threads stay."""
+    """Call in a forked process, so that neither its memory nor its threads remain."""
     with multiprocessing.get_context("fork").Pool(1) as pool:
         return pool.apply(function, arguments)
 

@@ -1,9 +1,10 @@
-"""Makes stock mergekit know our methods: it discovers no plugins, so we act on its imports.
+"""Makes stock mergekit know our methods. It discovers no plugins, so we act when it is imported.
 
-``fusion_plugins_mergekit.pth`` calls :func:`install` at interpreter start. That adds one finder to ``sys.meta_path``
-which waits for the modules of :data:`HOOKS`; when one has been imported, it calls our function with the module. An
-interpreter that never imports mergekit pays for one dictionary look-up per import. Whatever goes wrong in a hook is a
-warning: mergekit itself must keep working. Only modules that every interpreter has loaded anyway are imported here.
+``fusion_plugins_mergekit.pth`` calls :func:`install` whenever a Python interpreter of the environment starts. That adds
+one finder to ``sys.meta_path`` which waits for the modules of :data:`HOOKS`; when one has been imported, it calls our
+function with the module. An interpreter that never imports mergekit pays for one dictionary look-up per import. So this
+file imports only modules that every interpreter has loaded anyway, and it has no type annotations that would need
+``typing``. An error in a hook is a warning: mergekit itself must keep working.
 """
 
 import sys
@@ -30,10 +31,15 @@ class _Finder:
         hook = self.pending.pop(name)
         if not self.pending:
             sys.meta_path.remove(self)
-        spec = _find_elsewhere(self, name, path, target)
-        if spec is not None and spec.loader is not None:
-            _call_after(spec.loader, hook)
-        return spec
+        for finder in list(sys.meta_path):
+            find_spec = getattr(finder, "find_spec", None)
+            # Not this finder, which would report the module as missing now that it is no longer pending.
+            spec = find_spec(name, path, target) if finder is not self and find_spec is not None else None
+            if spec is not None:
+                if spec.loader is not None:
+                    _call_after(spec.loader, hook)
+                return spec
+        return None
 
 
 def install():
@@ -46,17 +52,8 @@ def install():
         sys.meta_path.insert(0, _Finder(pending))
 
 
-def _find_elsewhere(this, name, path, target):
-    for finder in list(sys.meta_path):
-        find_spec = getattr(finder, "find_spec", None)
-        if finder is not this and find_spec is not None:
-            spec = find_spec(name, path, target)
-            if spec is not None:
-                return spec
-    return None
-
-
 def _call_after(loader, hook):
+    """Call the hook when the loader has executed its module. The import system makes a new loader for every module."""
     execute = loader.exec_module
 
     def exec_module(module):
@@ -67,14 +64,11 @@ def _call_after(loader, hook):
     loader.exec_module = exec_module
 
 
-def _importing(name):
-    spec = getattr(sys.modules.get(name), "__spec__", None)
-    return getattr(spec, "_initializing", False)
-
-
 def _run(hook, module):
-    if _importing(hook[0]):
-        # It was imported before mergekit and is what imports mergekit now; it acts on mergekit itself when it is done.
+    spec = getattr(sys.modules.get(hook[0]), "__spec__", None)
+    if getattr(spec, "_initializing", False):
+        # Our module is half imported: it was imported before mergekit, and its own imports load mergekit now. Only
+        # methods.py can be in this state; it registers the methods itself when it is complete.
         return
     try:
         ours = __import__(hook[0], fromlist=[hook[1]])

@@ -1,6 +1,6 @@
 """What can go wrong with a merge, found before it starts: the checks behind ``fusion merge-check``.
 
-Nothing is loaded or merged; a model on the hub that is not on this machine is described from its headers.
+Nothing is loaded or merged. Of a model that is only on the hub, the headers are fetched.
 """
 
 import os
@@ -18,27 +18,30 @@ from mergekit.merge_methods.registry import registered_methods
 from mergekit.options import MergeOptions
 
 from fusion_plugins.errors import ConfigError, FusionError, MergeError
-from fusion_plugins.mergekit.checkpoints import Checkpoint, TensorInfo, read_checkpoint, sample_bytes
+from fusion_plugins.mergekit.checkpoints import Checkpoint, read_checkpoint, sample_bytes
 from fusion_plugins.mergekit.ignored_keys import parameter_problems, unknown_keys
 
 __all__ = ["Finding", "MergeCheck", "check_merge"]
 
+#: Keys of a model's configuration that say what its weights mean.
 SHAPE_KEYS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "hidden_act", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "max_position_embeddings",
 )  # fmt: skip
 SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token")
-WIDTH = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+#: Parts of the names of tensors that have a row per token.
+VOCABULARY_PARTS = ("embed", "lm_head", "wte", "output.weight")
+#: Names that mergekit takes as `dtype` and `out_dtype` -> bytes per element.
+WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong or worth knowing.
+    """One problem, or something worth knowing.
 
     Attributes:
-        level: an error makes the merge fail or its result wrong; a warning is for the user to decide.
-        text: what is the matter.
+        level: an error makes the merge fail or its result wrong; a warning is for the user to judge.
+        text: what was found.
         cure: what to do about it.
     """
 
@@ -53,7 +56,7 @@ class MergeCheck:
 
     Attributes:
         findings: what was found, in the order of the checks.
-        facts: what the merge will take and make, as (name, text).
+        facts: what the merge reads, writes and needs, as (name, text).
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -86,6 +89,8 @@ def check_merge(path: Path, *, out: Path | None = None, options: MergeOptions | 
     """
     check, options = MergeCheck(), options or MergeOptions()
     documents = _documents(path)
+    # With several documents, mergekit-multi writes the named ones first, and others may merge them by that name. For
+    # mergekit-yaml, which reads one document, a name is a key that it ignores.
     made_here = {document["name"] for document in documents if "name" in document}
     for document in documents:
         raw = {key: value for key, value in document.items() if key != "name" or len(documents) == 1}
@@ -107,37 +112,41 @@ def _documents(path: Path) -> list[dict[str, Any]]:
     try:
         documents = [document for document in yaml.safe_load_all(path.read_text(encoding="utf-8")) if document]
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        raise ConfigError(f"{path}: expected a merge configuration, but cannot read it: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    if not documents or not all(isinstance(document, dict) for document in documents):
-        raise ConfigError(f"{path}: expected a merge configuration (a mapping)")
+        raise ConfigError(f"{path}: expected a merge configuration, got a file that is not YAML: {error}") from error
+    wrong = [type(document).__name__ for document in documents if not isinstance(document, dict)]
+    if not documents or wrong:
+        raise ConfigError(
+            f"{path}: expected a merge configuration (a mapping), got {wrong[0] if wrong else 'an empty file'}. Start "
+            "from a file in mergekit_configs."
+        )
     return documents
 
 
 def _parse(raw: dict[str, Any], check: MergeCheck) -> MergeConfiguration | None:
     """Read one configuration and look for what mergekit would ignore."""
     for problem in unknown_keys(raw, MergeConfiguration):
-        check.error(problem, "correct or remove it; mergekit ignores it in silence")
+        check.error(problem, "correct or remove it; mergekit ignores it silently")
     try:
         config = MergeConfiguration.model_validate(raw)
     except Exception as error:
         check.error(f"mergekit cannot read the configuration: {_short(error)}", "correct what the message names")
         return None
     for key, dtype in (("dtype", config.dtype), ("out_dtype", config.out_dtype)):
-        if dtype is not None and dtype.removeprefix("torch.") not in WIDTH:
-            check.error(f"{key}: {dtype!r} is no dtype of mergekit", f"take one of {', '.join(WIDTH)}")
+        if dtype is not None and dtype.removeprefix("torch.") not in WIDTHS:
+            check.error(f"{key}: expected a dtype of mergekit, got {dtype!r}", f"use one of {', '.join(WIDTHS)}")
     methods = {method.spec.name: method.spec for method in registered_methods()}
     spec = methods.get(config.merge_method)
     if spec is None:
         close = get_close_matches(config.merge_method, methods)
         check.error(
             f"no merge method {config.merge_method!r}",
-            f"did you mean {' or '.join(close)}?" if close else f"take one of {', '.join(sorted(methods))}",
+            f"did you mean {' or '.join(close)}?" if close else f"use one of {', '.join(sorted(methods))}",
         )
         return None
     for problem in parameter_problems(config.model_dump(mode="json", exclude_defaults=True), spec):
-        check.error(problem, "correct, move or remove it; mergekit ignores it in silence")
+        check.error(problem, "correct, move or remove it; mergekit ignores it silently")
     return config
 
 
@@ -151,21 +160,23 @@ def _read(references: Sequence[ModelReference], options: MergeOptions, check: Me
         try:
             checkpoint = read_checkpoint(reference, trust_remote_code=options.trust_remote_code)
         except MergeError as error:
-            check.error(str(error), "correct the path or name, or download the model")
+            cure = "correct the path or the name; check network and access token; download or save the model again"
+            check.error(str(error), cure)
             continue
         checkpoints[checkpoint.name] = checkpoint
         elements = sum(info.elements for info in checkpoint.tensors.values())
-        dtypes = "/".join(sorted({STORED.get(info.dtype, info.dtype) for info in checkpoint.tensors.values()}))
+        dtypes = "/".join(sorted({info.dtype for info in checkpoint.tensors.values()}))
         text = f"{_architecture(checkpoint)}, {elements:,} parameters, {dtypes}"
         check.facts.append((checkpoint.name, text))
         for part in filter(None, (reference.model.path, reference.lora and reference.lora.path)):
+            # For its model card mergekit asks the hub about every name of the form "word" or "word/word".
             if Path(part).exists() and part[0] not in "/~." and part.count("/") < 2:
                 check.warning(
                     f"{part} is a folder, but mergekit asks the hub about such a name when it writes the model card",
-                    f"write ./{part}: without network the merge would end with an error",
+                    f"write ./{part}: without network the merge would fail at its end",
                 )
         if checkpoint.adapter and not options.lora_merge_cache:
-            check.error(f"{checkpoint.name}: an adapter has to be merged first", "run with --lora-merge-cache FOLDER")
+            check.error(f"{checkpoint.name}: the adapter must be merged first", "run with --lora-merge-cache FOLDER")
     return checkpoints
 
 
@@ -182,14 +193,14 @@ def _compare(
         if _architecture(other) != _architecture(base):
             check.error(
                 f"{other.name} is a {_architecture(other)}, {base.name} a {_architecture(base)}",
-                "merge models of one architecture; fuse others by training instead",
+                "merge models of one architecture; fuse other models by training",
             )
             continue
         for text, cure, level in _differences(base, other, aligned, sliced=bool(config.slices or config.modules)):
             check.findings.append(Finding(level, text, cure))
         _compare_tokenizers(base, other, aligned, bool(config.chat_template), check)
     _find_identical([base, *others], check)
-    dtypes = {STORED.get(info.dtype, info.dtype) for one in checkpoints.values() for info in one.tensors.values()}
+    dtypes = {info.dtype for one in checkpoints.values() for info in one.tensors.values()}
     if config.dtype == "float16" and "bfloat16" in dtypes:
         check.warning("dtype float16 narrows the range of bfloat16 weights", "set dtype: float32, out_dtype: bfloat16")
     if config.dtype in ("bfloat16", "float16") and "float32" in dtypes:
@@ -214,7 +225,8 @@ def _differences(
     for name in sorted(set(base.tensors) & set(other.tensors)):
         ours, theirs = base.tensors[name].shape, other.tensors[name].shape
         if ours != theirs:
-            (vocabulary if ours[1:] == theirs[1:] and _is_vocabulary(name) else shapes).append((name, ours, theirs))
+            of_tokens = ours[1:] == theirs[1:] and any(part in name for part in VOCABULARY_PARTS)
+            (vocabulary if of_tokens else shapes).append((name, ours, theirs))
     if vocabulary and not aligned:
         name, ours, theirs = vocabulary[0]
         text = f"vocabularies differ: {name} is {list(theirs)} in {other.name} and {list(ours)} in {base.name}"
@@ -224,14 +236,14 @@ def _differences(
         yield text, "only copies of one model can be merged", "error"
     odd = sorted(set(base.tensors) ^ set(other.tensors))
     if odd and tied[0] == tied[1] and not sliced:
-        text = f"{len(odd)} tensor(s) are in one of {base.name} and {other.name} only, such as {odd[0]}"
-        yield text, "mergekit stops if a tensor that is not optional is missing; save both with one program", "warning"
+        text = f"{len(odd)} tensor(s) are only in one of {base.name} and {other.name}, such as {odd[0]}"
+        yield text, "mergekit stops if a tensor that is not optional is missing; save both the same way", "warning"
 
 
 def _compare_tokenizers(base: Checkpoint, other: Checkpoint, aligned: bool, templated: bool, check: MergeCheck) -> None:
     if base.tokenizer is None or other.tokenizer is None:
         absent = [one.name for one in (base, other) if one.tokenizer is None]
-        check.warning(f"no tokenizer in {', '.join(absent)}", "make sure that the models use the same one")
+        check.warning(f"no tokenizer in {', '.join(absent)}", "make sure that all models use the same one")
         return
     ours, theirs = base.tokenizer.get_vocab(), other.tokenizer.get_vocab()
     moved = sum(1 for token, index in ours.items() if theirs.get(token, index) != index)
@@ -243,7 +255,7 @@ def _compare_tokenizers(base: Checkpoint, other: Checkpoint, aligned: bool, temp
         )
     elif extra and not aligned:
         check.warning(
-            f"{extra} tokens are in one of {base.name} and {other.name} only", "add tokenizer: {source: union}"
+            f"{extra} tokens are only in one of {base.name} and {other.name}", "add tokenizer: {source: union}"
         )
     for name in SPECIALS:
         mine, its = getattr(base.tokenizer, name, None), getattr(other.tokenizer, name, None)
@@ -265,7 +277,7 @@ def _find_identical(checkpoints: Sequence[Checkpoint], check: MergeCheck) -> Non
             if sample and sample == other:
                 check.warning(
                     f"{name} seems to hold the same weights as {earlier}",
-                    "check the paths: a copy of the base weighs nothing, a copy of another model counts twice",
+                    "check the paths: a copy of the base gets no weight, a copy of another model counts twice",
                 )
 
 
@@ -274,10 +286,11 @@ def _resources(
 ) -> None:
     """Estimate what the merge takes; the merged model is assumed to be as large as the base."""
     tensors = list(base.tensors.values())
-    width = WIDTH.get(config.out_dtype or config.dtype or "", 0)
+    width = WIDTHS.get(config.out_dtype or config.dtype or "", 0)
     size = sum(info.elements * width if width else info.size for info in tensors)
     largest = max(tensors, key=lambda info: info.elements)
-    working = largest.elements * (WIDTH.get(config.dtype or "", 0) or _width(largest))
+    working = largest.elements * WIDTHS[config.dtype] if config.dtype in WIDTHS else largest.size
+    # The largest tensor of every model as stored, as converted and once as merged, and the shard that is being filled.
     memory = working * (models + 1) + min(size, options.out_shard_size) + largest.size * models
     free = shutil.disk_usage(_existing(out)).free
     check.facts += [
@@ -309,8 +322,9 @@ def _plan(config: MergeConfiguration, base: Checkpoint | None, options: MergeOpt
         LoaderCache().setup(options)
         architecture = get_architecture_info(config, options)
         out_config = _model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
+        # A copy, since planning rewrites the configuration.
         planner = MergePlanner(config.model_copy(deep=True), architecture, options=options, out_model_config=out_config)
-        planner.plan_to_disk(out_path=os.devnull)  # the writer's folder would be made when the plan runs
+        planner.plan_to_disk(out_path=os.devnull)  # nothing is written before the plan runs
     except FusionError as error:
         check.error(str(error), "correct the value")
     except Exception as error:
@@ -337,14 +351,6 @@ def _architecture(checkpoint: Checkpoint) -> str:
     return ", ".join(getattr(checkpoint.config, "architectures", None) or [checkpoint.config.model_type])
 
 
-def _is_vocabulary(name: str) -> bool:
-    return any(part in name for part in ("embed", "lm_head", "wte", "output.weight"))
-
-
-def _width(info: TensorInfo) -> int:
-    return info.size // max(info.elements, 1)
-
-
 def _existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.resolve().parents) if folder.exists())
 
@@ -354,9 +360,9 @@ def _memory() -> int:
 
 
 def _bytes(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+    for suffix, size in (("GB", 1e9), ("MB", 1e6)):
         if count >= size:
-            return f"{count / size:.1f} {unit}"
+            return f"{count / size:.1f} {suffix}"
     return f"{count / 1e3:.1f} kB"
 
 

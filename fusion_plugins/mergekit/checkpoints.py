@@ -1,45 +1,53 @@
 """What can be known about a model without loading it: its configuration, the shapes of its tensors, its tokenizer."""
 
-import json
-import struct
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from mergekit.common import ModelReference
+from mergekit.io import ShardedTensorIndex
+from safetensors import SafetensorError, safe_open
 
 from fusion_plugins.errors import MergeError
 
 __all__ = ["Checkpoint", "TensorInfo", "read_checkpoint", "sample_bytes"]
 
-#: safetensors name of a dtype -> bytes per element; others are taken for two.
-WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-SAMPLE_BYTES = 1 << 14
+#: safetensors' name of a dtype -> torch's
+DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
+    "BOOL": "bool",
+}  # fmt: skip
 SAMPLED_TENSORS = 64
+SAMPLED_BYTES = 1 << 14
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Shape and dtype of one tensor, and where its bytes are if the file is here."""
+    """Shape and dtype of one tensor, and its safetensors file if that is on this machine.
+
+    Attributes:
+        shape: as stored.
+        dtype: torch's name; that of safetensors if torch has none.
+        file: the safetensors file that holds the tensor, or None.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     file: Path | None = None
-    start: int = 0
 
     @property
     def elements(self) -> int:
         """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def size(self) -> int:
-        """Bytes on disk."""
-        return self.elements * WIDTHS.get(self.dtype, 2)
+        """Bytes on disk; an unknown dtype counts as two bytes per element."""
+        return self.elements * getattr(torch, self.dtype, torch.float16).itemsize
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class Checkpoint:
 
 
 def read_checkpoint(reference: ModelReference, *, trust_remote_code: bool = False) -> Checkpoint:
-    """Read what describes a model; of a model on the hub that is not here yet, only the headers are fetched.
+    """Read what describes a model; of a model that is only on the hub, fetch the headers and no weights.
 
     Raises:
         MergeError: the model, or its adapter, is not there or has no readable weights.
@@ -74,38 +82,45 @@ def read_checkpoint(reference: ModelReference, *, trust_remote_code: bool = Fals
         config = reference.config(trust_remote_code=trust_remote_code)
     except Exception as error:
         raise MergeError(
-            f"{reference.model}: no model there ({_first_line(error)}); expected a folder with config.json or the name "
-            "of a model on the hub"
+            f"{reference.model}: expected a folder with config.json or the name of a model on the hub, got no model "
+            f"there ({_first_line(error)})"
         ) from error
     tensors = _from_folder(folder) if folder is not None else _from_hub(reference)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             reference.model.path, revision=reference.model.revision, trust_remote_code=trust_remote_code
         )
-    except Exception:
+    except Exception:  # transformers raises many types for a tokenizer that is missing; the check warns about it
         tokenizer = None
+    _require_adapter(reference)
     adapter = str(reference.lora) if reference.lora is not None else None
-    if reference.lora is not None:
-        _require_adapter(reference)
     return Checkpoint(str(reference), config, tensors, tokenizer, adapter)
 
 
 def sample_bytes(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Return the first bytes of up to 64 tensors, to tell whether two checkpoints hold the same weights."""
+    """Return about 16 kB from the start of up to 64 tensors, to tell whether two checkpoints hold the same weights.
+
+    The result is empty for a checkpoint that is not here as safetensors, or has a dtype that torch cannot read.
+    """
     sampled = {}
     names = sorted(checkpoint.tensors)
     for name in names[:: max(1, len(names) // SAMPLED_TENSORS)]:
         info = checkpoint.tensors[name]
-        if info.file is None:
+        if info.file is None or not hasattr(torch, info.dtype):
             return {}
-        with info.file.open("rb") as file:
-            file.seek(info.start)
-            sampled[name] = file.read(min(info.size, SAMPLE_BYTES))
+        with safe_open(info.file, framework="pt") as file:
+            if info.shape:  # whole rows: a slice reads no more than it returns
+                rows = -(-SAMPLED_BYTES * info.shape[0] // max(info.size, 1))
+                tensor = file.get_slice(name)[:rows]
+            else:
+                tensor = file.get_tensor(name)
+        # Bytes, since NaN is not equal to itself; numpy has no bfloat16.
+        sampled[name] = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
     return sampled
 
 
 def _local_folder(path: str, revision: str | None) -> Path | None:
-    """The folder of a model that is on this machine, also in the hub's cache; else None."""
+    """Return the folder of a model that is on this machine, also in the hub's cache; else None."""
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
@@ -114,63 +129,56 @@ def _local_folder(path: str, revision: str | None) -> Path | None:
         folder = Path(snapshot_download(path, revision=revision, local_files_only=True))
     except Exception:
         return None
+    # Whoever loaded only a tokenizer or a configuration has a folder without weights in the cache.
     return folder if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")) else None
 
 
 def _from_folder(folder: Path) -> dict[str, TensorInfo]:
-    tensors: dict[str, TensorInfo] = {}
-    files = sorted(folder.glob("*.safetensors"))
-    for file in files:
-        tensors |= _read_header(file)
-    for file in [] if files else sorted(folder.glob("pytorch_model*.bin")):
-        tensors |= _read_pickle(file)
-    if not tensors:
-        raise MergeError(f"{folder}: no weights there; expected *.safetensors or pytorch_model*.bin")
-    missing = _missing_shards(folder)
+    """Read the headers of the files that mergekit would read."""
+    try:
+        index = ShardedTensorIndex.from_disk(str(folder))
+    except SafetensorError as error:  # mergekit opens a safetensors file here only if it is the only one
+        raise _damaged(folder / "model.safetensors", error) from error
+    except Exception as error:
+        raise MergeError(
+            f"{folder}: expected model.safetensors or pytorch_model.bin (or shards with an index), got "
+            f"{_first_line(error)}"
+        ) from error
+    files = [folder / shard.filename for shard in index.shards]
+    missing = [file.name for file in files if not file.exists()]
     if missing:
         raise MergeError(
-            f"{folder}: incomplete; the index names {', '.join(missing)}, which is not there. Download again."
+            f"{folder}: incomplete; expected the shards that the index names, got none named {', '.join(missing)}"
         )
-    return tensors
+    read = _read_header if index.is_safetensors else _read_pickle
+    return {name: info for file in files for name, info in read(file).items()}
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
-    """A safetensors file starts with the length of its header and the header, which is JSON."""
     try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-    except (struct.error, ValueError, MemoryError) as error:
-        raise MergeError(f"{file}: not a readable safetensors file ({error}); download or save it again") from error
-    header.pop("__metadata__", None)
-    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if end != file.stat().st_size:
-        raise MergeError(f"{file}: expected {end} bytes, came {file.stat().st_size}; download or save it again")
-    return {
-        name: TensorInfo(tuple(entry["shape"]), entry["dtype"], file, 8 + length + entry["data_offsets"][0])
-        for name, entry in header.items()
-    }
+        with safe_open(file, framework="pt") as opened:
+            lazy = {name: opened.get_slice(name) for name in opened.keys()}
+            return {
+                name: TensorInfo(tuple(tensor.get_shape()), DTYPES.get(tensor.get_dtype(), tensor.get_dtype()), file)
+                for name, tensor in lazy.items()
+            }
+    except SafetensorError as error:
+        raise _damaged(file, error) from error
 
 
 def _read_pickle(file: Path) -> dict[str, TensorInfo]:
-    import torch
-
-    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
     try:
         state = torch.load(file, map_location="meta", weights_only=True, mmap=True)
     except Exception as error:
-        raise MergeError(f"{file}: cannot be read ({_first_line(error)}); save the model as safetensors") from error
-    return {
-        name: TensorInfo(tuple(value.shape), names.get(value.dtype, str(value.dtype))) for name, value in state.items()
-    }
+        raise MergeError(
+            f"{file}: expected a state dict of tensors, got a file that torch cannot read ({_first_line(error)})"
+        ) from error
+    return {name: TensorInfo(tuple(each.shape), str(each.dtype).removeprefix("torch.")) for name, each in state.items()}
 
 
-def _missing_shards(folder: Path) -> list[str]:
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return []
-    return sorted(
-        {name for name in json.loads(index.read_text())["weight_map"].values() if not (folder / name).exists()}
+def _damaged(file: Path, error: Exception) -> MergeError:
+    return MergeError(
+        f"{file}: expected a complete safetensors file, got one that cannot be read ({_first_line(error)})"
     )
 
 
@@ -181,11 +189,11 @@ def _from_hub(reference: ModelReference) -> dict[str, TensorInfo]:
         metadata = get_safetensors_metadata(reference.model.path, revision=reference.model.revision)
     except Exception as error:
         raise MergeError(
-            f"{reference.model}: neither on this machine nor readable on the hub ({_first_line(error)}); check the "
-            "name, the network, or the access token"
+            f"{reference.model}: expected a model on this machine or on the hub, got no headers from either "
+            f"({_first_line(error)})"
         ) from error
     return {
-        name: TensorInfo(tuple(info.shape), info.dtype)
+        name: TensorInfo(tuple(info.shape), DTYPES.get(info.dtype, info.dtype))
         for file in metadata.files_metadata.values()
         for name, info in file.tensors.items()
     }
@@ -202,7 +210,9 @@ def _require_adapter(reference: ModelReference) -> None:
     except Exception:
         found = False
     if not found:
-        raise MergeError(f"{lora}: no adapter there; expected a folder or hub name with adapter_config.json")
+        raise MergeError(
+            f"{lora}: expected an adapter (a folder or a name on the hub with adapter_config.json), got none there"
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -1,15 +1,15 @@
 """The commands ``fusion merge-check`` and ``fusion report``."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fusion_plugins.config import as_defaults
-from fusion_plugins.errors import ConfigError, DataError
+from fusion_plugins.errors import ConfigError
+from fusion_plugins.mergekit.report import render_merge_report
 
-__all__ = ["KINDS", "merge_check", "report"]
+__all__ = ["merge_check", "report"]
 
 Config = Annotated[
     str | None,
@@ -23,7 +23,7 @@ def merge_check(
     lora_merge_cache: Annotated[str | None, typer.Option(help="As for mergekit-yaml.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="As for mergekit-yaml.")] = False,
 ) -> None:
-    """Say what is wrong with a merge before it starts, and what it will take; status 1 if it cannot work."""
+    """Report what is wrong with a merge before it starts, and what it will take; status 1 if it cannot work."""
     from rich.console import Console
 
     try:
@@ -43,46 +43,21 @@ def merge_check(
         console.print(f"{finding.level.upper()}: {finding.text}\n  -> {finding.cure}", markup=False)
     if not result.ok:
         raise typer.Exit(1)
-    console.print("nothing stands in the way of this merge", markup=False)
-
-
-def _merge(folder: Path) -> str:
-    from fusion_plugins.mergekit.report import render_merge_report
-
-    return render_merge_report(folder)
-
-
-#: File that tells what a folder holds -> (what that is, function that makes its page).
-KINDS: dict[str, tuple[str, Callable[[Path], str]]] = {
-    "fusion_merge.json": ("a merged model", _merge),
-}
+    console.print("no problems found" if not result.findings else "no errors found", markup=False)
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder to report on, such as a merged model.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a model that was merged with varm or fusechat_sce.")],
     out: Annotated[Path | None, typer.Option(help="HTML file to write; fusion_report.html in the folder.")] = None,
     config: Config = None,
 ) -> None:
-    """Write one self-contained HTML page about what a folder holds."""
-    target = out or folder / "fusion_report.html"
-    target.write_text(render(folder), encoding="utf-8")
-    typer.echo(str(target))
-
-
-def render(folder: Path) -> str:
-    """Return the page for a folder.
-
-    Raises:
-        ConfigError: a package that the page needs is not installed.
-        DataError: nothing in the folder is known.
-    """
-    for name, (_, page) in KINDS.items():
-        if (folder / name).exists():
-            try:
-                return page(folder)
-            except ModuleNotFoundError as error:
-                raise ConfigError(
-                    f"fusion report needs {error.name}, which is not installed: pip install 'fusion-plugins[report]'"
-                ) from error
-    known = ", ".join(f"{name} ({what})" for name, (what, _) in KINDS.items())
-    raise DataError(f"{folder}: nothing to report on; expected one of: {known}")
+    """Write one self-contained HTML page about a merged model."""
+    try:
+        page = render_merge_report(folder)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"fusion report needs {error.name}, which is not installed: pip install 'fusion-plugins[report]'"
+        ) from error
+    file = out or folder / "fusion_report.html"
+    file.write_text(page, encoding="utf-8")
+    typer.echo(str(file))

@@ -1,8 +1,8 @@
-"""Finds what mergekit ignores in silence: misspelt keys, and parameters that have no effect where they stand."""
+"""Finds what mergekit ignores silently: misspelt keys, and parameters that have no effect where they are."""
 
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from mergekit.merge_methods.base import MergeMethodSpec, ParameterScope
 from pydantic import BaseModel
@@ -31,62 +31,68 @@ def parameter_problems(config: Mapping[str, Any], spec: MergeMethodSpec) -> list
     return problems
 
 
-def unknown_keys(raw: Any, model: type[BaseModel], where: str = "configuration") -> list[str]:
-    """Return one message per key that a configuration model of mergekit would drop.
+def unknown_keys(raw: Any, model: type[BaseModel], where: str = "") -> list[str]:
+    """Return one message per key that mergekit would drop when it reads a configuration.
 
     Args:
         raw: the parsed YAML.
         model: the pydantic model that it is read into.
-        where: how to call this place.
+        where: path of this part within the configuration, for the messages.
     """
     if not isinstance(raw, Mapping):
         return []
     problems = []
     for key, value in raw.items():
         if key not in model.model_fields:
-            problems.append(f"{where}: unknown key {key!r}{_hint(key, model.model_fields)}")
+            problems.append(f"{where or 'configuration'}: unknown key {key!r}{_hint(key, model.model_fields)}")
             continue
-        inner = _model_within(model.model_fields[key].annotation)
-        if inner is None or key == "parameters":
+        annotation = model.model_fields[key].annotation
+        inner = _model_within(annotation)
+        if inner is None or key == "parameters":  # their names belong to the method: see parameter_problems
             continue
-        for index, item in enumerate(value if isinstance(value, list) else [value]):
-            place = f"{key}[{index}]" if isinstance(value, list) else key
-            problems += unknown_keys(item, inner, place if where == "configuration" else f"{where}.{place}")
+        path = f"{where}.{key}" if where else key
+        named_by_user = any(get_origin(each) is dict for each in (annotation, *get_args(annotation)))  # modules, tokens
+        if isinstance(value, list):
+            parts = {f"{path}[{index}]": part for index, part in enumerate(value)}
+        elif isinstance(value, Mapping) and named_by_user:
+            parts = {f"{path}.{name}": part for name, part in value.items()}
+        else:
+            parts = {path: value}
+        for place, part in parts.items():
+            problems += unknown_keys(part, inner, place)
     return problems
 
 
 def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], bool]]:
-    """Yield (where, parameters, whether they stand under a model)."""
-    yield "parameters", config.get("parameters") or {}, False
-    yield from _models("models", config.get("models"))
-    for where, part in [("slices", config), *_modules(config)]:
-        if where != "slices":
-            yield f"{where}.parameters", part.get("parameters") or {}, False
-            yield from _models(f"{where}.models", part.get("models"))
+    """Yield (where, parameters, whether they belong to one model)."""
+    modules = {f"modules.{name}.": part for name, part in (config.get("modules") or {}).items()}
+    for prefix, part in {"": config, **modules}.items():
+        yield f"{prefix}parameters", part.get("parameters") or {}, False
+        for index, model in enumerate(part.get("models") or []):
+            yield f"{prefix}models[{index}].parameters", model.get("parameters") or {}, True
         for index, output in enumerate(part.get("slices") or []):
-            place = f"slices[{index}]" if where == "slices" else f"{where}.slices[{index}]"
+            place = f"{prefix}slices[{index}]"
             yield f"{place}.parameters", output.get("parameters") or {}, False
-            yield from _models(f"{place}.sources", output.get("sources"))
-
-
-def _modules(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    return [(f"modules.{name}", part) for name, part in (config.get("modules") or {}).items()]
-
-
-def _models(where: str, models: Any) -> Iterator[tuple[str, Mapping[str, Any], bool]]:
-    for index, model in enumerate(models or []):
-        yield f"{where}[{index}].parameters", model.get("parameters") or {}, True
+            for number, source in enumerate(output.get("sources") or []):
+                yield f"{place}.sources[{number}].parameters", source.get("parameters") or {}, True
 
 
 def _model_within(annotation: Any) -> type[BaseModel] | None:
-    """The pydantic model inside ``Optional[List[...]]``; None for models that are also written as a string."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return None if annotation.__name__ in ("ModelReference", "ModelPath") else annotation
-    for argument in get_args(annotation):
-        found = _model_within(argument)
-        if found is not None:
-            return found
-    return None
+    """Return the pydantic model inside an annotation such as ``Optional[List[...]]``, or None."""
+    models = [each for each in _classes(annotation) if issubclass(each, BaseModel)]
+    # Where several are allowed, only pydantic can tell which is meant. References to models are usually written as
+    # strings, and their mapping form has a validator of its own.
+    if len(models) != 1 or models[0].__name__ in ("ModelReference", "ModelPath"):
+        return None
+    return models[0]
+
+
+def _classes(annotation: Any) -> Iterator[type]:
+    arguments = get_args(annotation)
+    if not arguments and isinstance(annotation, type):
+        yield annotation
+    for argument in arguments:
+        yield from _classes(argument)
 
 
 def _hint(name: str, known: Any) -> str:

@@ -1,15 +1,19 @@
 """What a planned merge gets from us: statistics of large units, and a record of the weights.
 
-mergekit plans a merge as a graph of tasks. :func:`extend_plan` takes the tasks of a merge with one of our methods and
-puts a :class:`FusionMergeTask` in the place of every merge task. That is mergekit's own task, run where the method can
-learn the sums of its unit and report its weights. A last task writes the record.
+mergekit plans a merge as a graph of tasks: one ``SaveTensor`` per output tensor, which depends on one
+``ExecuteMergeMethodTask``, and one ``FinalizeModel``, which depends on all ``SaveTensor`` tasks. :func:`extend_plan`
+rebuilds this graph for a merge with one of our methods:
+
+- every ``ExecuteMergeMethodTask`` becomes a :class:`FusionMergeTask`. That is mergekit's own task, which also depends
+  on the statistics of its unit and gives the method a :class:`~fusion_plugins.mergekit.methods.Planned`;
+- a last task writes the record.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from mergekit.common import ModelReference
+from mergekit.common import ImmutableMap, ModelReference
 from mergekit.graph import Task
 from mergekit.io.tasks import FinalizeModel, SaveTensor
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
@@ -17,16 +21,15 @@ from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 from pydantic import ConfigDict, SkipValidation
 
 from fusion_plugins.core.merging.varm import unit_of
-from fusion_plugins.mergekit.record import CurrentMerge, MergeRecord, merging
-from fusion_plugins.mergekit.unit_sums import Unit, UnitStatistics, UnitSums, unwidened
+from fusion_plugins.mergekit.methods import Planned, UnitSums
+from fusion_plugins.mergekit.record import MergeRecord
+from fusion_plugins.mergekit.unit_sums import Unit, UnitStatistics, unwidened
 
-__all__ = ["FusionMergeTask", "WriteRecord", "extend_plan", "plan_units"]
-
-LARGE_UNITS = ("module", "layer", "model")
+__all__ = ["extend_plan"]
 
 
 class FusionMergeTask(ExecuteMergeMethodTask):
-    """mergekit's merge of one tensor, with our record and the statistics of the tensor's unit at hand."""
+    """mergekit's merge of one tensor, with what the plan knows as one more argument of the method."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -44,11 +47,10 @@ class FusionMergeTask(ExecuteMergeMethodTask):
     ) -> torch.Tensor | None:
         """Merge."""
         dtype = torch.float32 if self.widen else None
-        current = CurrentMerge(self.record, dtype=dtype)
-        if unit is not None and self.statistics is not None:
-            current = CurrentMerge(self.record, unit.sums, unit.sizes, self.statistics.unit.name, dtype)
-        with merging(current):
-            merged = super().execute(tensors)
+        # mergekit's task calls the method with its `parameters`, so this is how one more argument gets there.
+        parameters = {**dict(self.parameters.items()), "planned": Planned(self.record, unit, dtype)}
+        task = self.model_copy(update={"parameters": ImmutableMap(parameters)})
+        merged = super(FusionMergeTask, task).execute(tensors)
         # What mergekit copies without asking the method has the dtype of the checkpoint.
         return merged.to(dtype) if dtype and merged is not None and merged.is_floating_point() else merged
 
@@ -75,21 +77,23 @@ class WriteRecord(Task[None]):
 
 
 def extend_plan(tasks: Sequence[Task], record: MergeRecord, device: str) -> list[Task]:
-    """Return the planned tasks with ours in the place of the merges, and the record's at the end.
+    """Return the planned tasks with our merge tasks in them, and one that writes the record.
 
     Args:
-        tasks: what mergekit planned: one ``SaveTensor`` per output tensor, a ``FinalizeModel``, perhaps a tokenizer.
+        tasks: what mergekit planned.
         record: where the weights go.
         device: where mergekit computes.
     """
     merges = [task.tensor_task for task in tasks if isinstance(task, SaveTensor)]
     tokenizer = next((task for task in tasks if isinstance(task, BuildTokenizer)), None)
-    statistics = plan_units([merge for merge in merges if _merges(merge)], device, tokenizer)
+    statistics = _plan_units([task for task in merges if isinstance(task, ExecuteMergeMethodTask)], device, tokenizer)
     saves: list[Task] = []
     others: list[Task] = []
     for task in tasks:
+        # Tasks are immutable and hold the tasks they depend on, so a new merge task needs a new SaveTensor, and new
+        # SaveTensor tasks need a new FinalizeModel. mergekit lists it after all SaveTensor tasks.
         if isinstance(task, SaveTensor):
-            saves.append(task.model_copy(update={"tensor_task": _ours(task.tensor_task, record, statistics)}))
+            saves.append(task.model_copy(update={"tensor_task": _extended(task.tensor_task, record, statistics)}))
         elif isinstance(task, FinalizeModel):
             finalize = task.model_copy(update={"tensor_save_tasks": tuple(saves)})
             others += [finalize, WriteRecord(finalize=finalize, record=record)]
@@ -98,7 +102,7 @@ def extend_plan(tasks: Sequence[Task], record: MergeRecord, device: str) -> list
     return saves + others
 
 
-def plan_units(
+def _plan_units(
     merges: Sequence[ExecuteMergeMethodTask], device: str, tokenizer: BuildTokenizer | None
 ) -> dict[str, UnitStatistics]:
     """Return output tensor -> statistics of its unit, for the tensors whose unit is larger than a tensor.
@@ -110,34 +114,27 @@ def plan_units(
     member_of: dict[str, tuple[Any, ...]] = {}
     for merge in merges:
         settings = dict(merge.parameters.items())
-        granularity = settings.get("granularity")
-        if granularity not in LARGE_UNITS or merge.base_model is None:
+        granularity = settings.get("granularity")  # None for methods that have no such parameter
+        if granularity not in ("module", "layer", "model") or merge.base_model is None:
             continue
         name = merge.output_weight.name
         key = (unit_of(name, granularity), granularity, settings["measure"], merge.model_order, merge.base_model)
         unit = units.setdefault(key, Unit(key[0], settings["measure"], merge.model_order, merge.base_model, device))
         unit.inputs[name] = merge.gather_tensors
         member_of[name] = key
-    tasks = {
-        key: UnitStatistics(unit=unit, tokenizer=tokenizer if _permutes(unit) else None) for key, unit in units.items()
-    }
+    tasks = {}
+    for key, unit in units.items():
+        permuted = any(isinstance(inputs, PermutedVocabulary) for inputs in unit.inputs.values())
+        tasks[key] = UnitStatistics(unit=unit, tokenizer=tokenizer if permuted else None)
     return {name: tasks[key] for name, key in member_of.items()}
 
 
-def _merges(task: Task) -> bool:
-    return isinstance(task, ExecuteMergeMethodTask)
-
-
-def _permutes(unit: Unit) -> bool:
-    return any(isinstance(task, PermutedVocabulary) for task in unit.inputs.values())
-
-
-def _ours(task: Task, record: MergeRecord, statistics: dict[str, UnitStatistics]) -> Task:
+def _extended(task: Task, record: MergeRecord, statistics: dict[str, UnitStatistics]) -> Task:
     if not isinstance(task, ExecuteMergeMethodTask):
         return task
     fields = {name: getattr(task, name) for name in ExecuteMergeMethodTask.model_fields}
     fields["gather_tensors"] = unwidened(task.gather_tensors)
-    # Constructed, not validated: every value comes out of a validated task.
+    # Constructed, not validated: every value was validated in the task that it is taken from.
     return FusionMergeTask.model_construct(
         **fields,
         record=record,

@@ -1,7 +1,8 @@
-"""The report on a merge: who contributed how much, where.
+"""The report on a merge: how much each model contributed, and where.
 
-``fusion_merge.json`` in, one self-contained HTML page out: shares per model, a heat map of layers by modules for every
-model, the largest and smallest shares, and how far the merge is from a plain mean.
+It turns ``fusion_merge.json`` into one self-contained HTML page: shares per model, a heat map of layers by modules for
+every model, the largest and smallest shares, and how far the merge is from a plain mean. A share is a model's merge
+weight. This module needs neither torch nor mergekit, so that a record can be drawn on any machine.
 """
 
 import json
@@ -9,28 +10,28 @@ import math
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from fusion_plugins.errors import DataError
+from fusion_plugins.mergekit.record import FORMAT, RECORD_NAME
 
-__all__ = ["RECORD_NAME", "MergeSummary", "render_merge_report", "summarize_merge"]
+__all__ = ["render_merge_report", "summarize_merge"]
 
-RECORD_NAME = "fusion_merge.json"
+#: Number of tensors in a list of extremes.
 LISTED = 10
 
 
 @dataclass(frozen=True)
 class MergeSummary:
-    """What the report says in numbers.
+    """The numbers of the report.
 
     Attributes:
         models: tuned models, by their shortest distinct names.
         mean: mean share per model, every parameter counting once.
         extremes: per model the (share, tensor) of the smallest and of the largest shares, most extreme first.
-        distance: share of the weight, from 0 to 1, that a plain mean would give to other models; mean over parameters.
+        distance: part of the weight, from 0 to 1, that a plain mean would give to other models; mean over parameters.
         farthest: (distance, tensor), the tensors farthest from a plain mean.
         effective: exp of the entropy of the shares: how many models take part, mean over parameters.
         unchanged: tensors that no model changed.
@@ -52,16 +53,16 @@ def summarize_merge(record: Mapping[str, Any]) -> MergeSummary:
         record: the content of ``fusion_merge.json``.
     """
     models = record["models"]
-    moved = [entry for entry in record["tensors"] if sum(entry["weights"].values()) > 0]
-    shares = [[entry["weights"].get(model, 0.0) for model in models] for entry in moved]
-    sizes = [entry["elements"] for entry in moved]
+    changed = [entry for entry in record["tensors"] if sum(entry["weights"].values()) > 0]
+    names = [entry["name"] for entry in changed]
+    sizes = [entry["elements"] for entry in changed]
+    shares = [[entry["weights"].get(model, 0.0) for model in models] for entry in changed]
     uniform = 1 / max(len(models), 1)
-    distances = [sum(abs(share - uniform) for share in row) / 2 for row in shares]
-    entropies = [-sum(share * math.log(share) for share in row if share > 0) for row in shares]
-    names = [entry["name"] for entry in moved]
+    distances = [sum(abs(share - uniform) for share in tensor) / 2 for tensor in shares]
+    entropies = [-sum(share * math.log(share) for share in tensor if share > 0) for tensor in shares]
     extremes = []
     for index in range(len(models)):
-        ranked = sorted((row[index], name) for row, name in zip(shares, names, strict=True))
+        ranked = sorted((tensor[index], name) for tensor, name in zip(shares, names, strict=True))
         extremes.append((ranked[:LISTED], ranked[::-1][:LISTED]))
     return MergeSummary(
         models=_short_names(models),
@@ -81,13 +82,13 @@ def render_merge_report(folder: Path) -> str:
         folder: of the merged model.
 
     Raises:
-        DataError: there is no readable record, or it is of another format.
+        DataError: there is no readable record, or it has another format.
     """
     from jinja2 import Environment, PackageLoader
 
     record = _read(folder / RECORD_NAME)
     summary = summarize_merge(record)
-    environment = Environment(loader=PackageLoader("fusion_plugins.doctor"), autoescape=True)
+    environment = Environment(loader=PackageLoader("fusion_plugins.mergekit"), autoescape=True)
     return environment.get_template("merge.html").render(
         name=folder.resolve().name,
         record=record,
@@ -100,20 +101,25 @@ def render_merge_report(folder: Path) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise DataError(
+            f"{path.parent}: expected a merged model with {path.name}, got no such file. Merge with varm or "
+            "fusechat_sce: other methods leave no record."
+        )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: expected the record of a merge; {escape(str(error))}") from error
-    if record.get("format") != 1 or not record.get("tensors"):
+        raise DataError(f"{path}: expected the record of a merge, got {error}. Merge again.") from error
+    if record.get("format") != FORMAT or not record.get("tensors"):
         raise DataError(
-            f"{path}: expected format 1 and at least one tensor; came format {record.get('format')!r} and "
-            f"{len(record.get('tensors') or [])} tensors. Merge again with this version."
+            f"{path}: expected format {FORMAT} and at least one tensor, got format {record.get('format')!r} and "
+            f"{len(record.get('tensors') or [])} tensors. Merge again with this version of fusion-plugins."
         )
     return record  # type: ignore[no-any-return]
 
 
 def _heat_map(record: Mapping[str, Any], names: Sequence[str]) -> str:
-    """One picture, a panel per model, rows are layers, columns what a layer holds: a PNG as a data URL."""
+    """Return one picture as a data URL (PNG): a panel per model, layers from top to bottom, their tensors across."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
@@ -127,6 +133,7 @@ def _heat_map(record: Mapping[str, Any], names: Sequence[str]) -> str:
     figure = Figure(figsize=(len(names) * width + 1, height), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
+    # White is an equal share. The centre has to lie below vmax, also for one model, whose equal share is 1.
     norm = TwoSlopeNorm(vcenter=min(1 / len(names), 0.999), vmin=0, vmax=1)
     for panel, model, name in zip(panels, record["models"], names, strict=True):
         grid = [[math.nan] * len(columns) for _ in layers]
@@ -149,9 +156,11 @@ def _within_layer(entry: Mapping[str, Any]) -> str:
 
 
 def _short_names(models: Sequence[str]) -> list[str]:
+    """Return the last part of every path or name, or all of it where two models share the last part."""
     short = [model.rstrip("/").rpartition("/")[2] for model in models]
     return [name if short.count(name) == 1 else model for name, model in zip(short, models, strict=True)]
 
 
 def _mean(values: Sequence[float], sizes: Sequence[int]) -> float:
+    """Return the mean over the parameters, for one value per tensor."""
     return sum(value * size for value, size in zip(values, sizes, strict=True)) / max(sum(sizes), 1)

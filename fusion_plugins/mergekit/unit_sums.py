@@ -1,11 +1,11 @@
 """Statistics of units that are larger than a tensor, from one lazy pass over the checkpoints.
 
-mergekit hands a method one tensor at a time. A module, a layer or a model needs the sums of all its tensors first. So
-the plan of a merge gets one :class:`UnitStatistics` task per unit, which the merges of the unit's tensors depend on. It
-runs the very tasks that load the inputs of those merges, one tensor at a time, in an executor of its own: whatever
-mergekit does between the file and the method (dtype, slices, tied and renamed tensors, converted experts, LoRA,
-permuted or truncated vocabularies) is in the statistics, and no more than one tensor of each model is in memory. The
-graph keeps the result, a few numbers, for as long as a tensor of the unit is still to be merged.
+mergekit hands a method one tensor at a time, but the weight of a module, a layer or a model depends on all its tensors.
+So the plan of a merge gets one :class:`UnitStatistics` task per unit, and the merges of the unit's tensors depend on
+it. It runs the same tasks that load the inputs of those merges, one tensor at a time, in an executor of its own. This
+way the statistics see whatever mergekit does between the file and the method (dtype, slices, tied and renamed tensors,
+converted experts, LoRA, permuted or truncated vocabularies), and memory holds one tensor of each model. The graph keeps
+the result, a few numbers, until the last tensor of the unit is merged.
 """
 
 import logging
@@ -23,28 +23,18 @@ from pydantic import ConfigDict, SkipValidation
 
 from fusion_plugins.core.merging.deltas import delta_sums, require_finite
 from fusion_plugins.errors import MergeError
+from fusion_plugins.mergekit.methods import UnitSums
 
-__all__ = ["Unit", "UnitStatistics", "UnitSums", "unwidened"]
+__all__ = ["Unit", "UnitStatistics", "unwidened"]
 
 LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class UnitSums:
-    """What a pass over a unit found.
-
-    Attributes:
-        sums: (J,) float64 per tensor, in the order of the tuned models of the plan.
-        sizes: number of elements per tensor.
-    """
-
-    sums: list[torch.Tensor]
-    sizes: list[int]
-
-
 @dataclass(eq=False)
 class Unit:
-    """The tensors that share one weight per model; equal only to itself, so that tasks hash it cheaply.
+    """The tensors that share one weight per model.
+
+    A unit is equal only to itself, so that mergekit's graph, which hashes tasks often, hashes it by its identity.
 
     Attributes:
         name: of the unit, such as ``model.layers.3.mlp``.
@@ -80,7 +70,7 @@ class UnitStatistics(Task[UnitSums]):
         return self.tokenizer is None
 
     def execute(self, **arguments: Any) -> UnitSums:
-        """Stream the tensors of the unit."""
+        """Read the tensors of the unit, one after the other, and return their sums."""
         unit = self.unit
         LOG.info("Statistics of %s over %d tensors", unit.name, len(unit.inputs))
         universe = TaskUniverse()
@@ -88,12 +78,14 @@ class UnitStatistics(Task[UnitSums]):
             universe.add_task(DeltaSums(unit=unit, name=name, inputs=unwidened(unit.inputs[name])))
             for name in unit.inputs
         ]
+        # The outer executor has built the tokenizer already. It must not be built again for every unit.
         cached = {}
         if self.tokenizer is not None:
             cached[universe.add_task(self.tokenizer)] = arguments["tokenizer_info"]
         executor = Executor(targets, math_device=unit.device, storage_device="cpu", cached_values=cached)
         found = [value for _, value in executor.run(quiet=True) if value is not None]
-        LoaderCache().flush_all()  # unmap the files: their pages count as memory of this process
+        # Unmap the files: pages that were read count as memory of this process until then.
+        LoaderCache().flush_all()
         return UnitSums([sums for sums, _ in found], [size for _, size in found])
 
 
@@ -119,35 +111,38 @@ class DeltaSums(Task[tuple[torch.Tensor, int] | None]):
         return True
 
     def execute(self, tensors: Mapping[ModelReference, torch.Tensor | None]) -> tuple[torch.Tensor, int] | None:
-        """Sum, and refuse what cannot be summed."""
+        """Return the sums; refuse tensors that are missing, differ in shape or hold NaN."""
         unit = self.unit
         found = {model: tensor for model in unit.models if (tensor := tensors.get(model)) is not None}
+        # mergekit copies such tensors without asking the method: optional ones of the base alone, and integers.
         if set(found) == {unit.base_model} or not all(tensor.is_floating_point() for tensor in found.values()):
             return None
         missing = [str(model) for model in unit.models if model not in found]
         if missing:
             raise MergeError(
-                f"tensor {self.name!r} belongs to the unit {unit.name!r} but is not in {', '.join(missing)}; a unit "
-                "larger than a tensor needs all its tensors in all models. Give this tensor granularity matrix (a "
-                "filter)."
+                f"tensor {self.name!r} of the unit {unit.name!r}: expected it in all models, got none from "
+                f"{', '.join(missing)}. Give this tensor granularity matrix with a filter: a larger unit needs all its "
+                "tensors in all models."
             )
         base = found.pop(unit.base_model)
         for model, tensor in found.items():
             if tensor.shape != base.shape:
                 raise MergeError(
-                    f"tensor {self.name!r}: shape {tuple(base.shape)} in {unit.base_model}, {tuple(tensor.shape)} in "
-                    f"{model}. Vocabularies of different size need tokenizer: {{source: base}}; other shapes must be "
-                    "the same."
+                    f"tensor {self.name!r} of {model}: expected shape {tuple(base.shape)} as in {unit.base_model}, got "
+                    f"{tuple(tensor.shape)}. Vocabularies of different size need tokenizer: {{source: base}}; other "
+                    "shapes must be the same."
                 )
         sums = delta_sums(base, list(found.values()), unit.measure)
-        if not bool(torch.isfinite(sums).all()):
-            labelled = {unit.base_model: base, **found}
-            require_finite(self.name, {str(model): tensor for model, tensor in labelled.items()})
+        labelled = {unit.base_model: base, **found}
+        require_finite(sums, self.name, {str(model): tensor for model, tensor in labelled.items()})
         return sums, base.numel()
 
 
 def unwidened(inputs: Task) -> Task:
-    """Leave out a cast to float32: our kernels widen a chunk at a time, a widened copy takes time and memory."""
+    """Return the loading task without a cast to float32.
+
+    Our functions convert one chunk at a time; a converted copy of the tensors would take time and memory.
+    """
     if isinstance(inputs, GatherTensors) and inputs.dtype == "float32":
         return inputs.model_copy(update={"dtype": None})
     return inputs

@@ -1,4 +1,4 @@
-"""The hook that registers our methods: silent, cheap, gone after uninstall, and no one else's business."""
+"""The hook that registers our methods: silent, cheap, gone after uninstall, without effect on other methods."""
 
 import json
 import os

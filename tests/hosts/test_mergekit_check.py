@@ -53,6 +53,7 @@ def test_a_sound_configuration_passes_and_says_what_it_takes(models, tmp_path):
         ({"merge_method": "vram"}, "no merge method 'vram' -> did you mean ram or varm?"),
         ({"parameters": {"granularty": "row"}}, "varm has no parameter 'granularty'; did you mean 'granularity'?"),
         ({"parameters": {"granularity": "tensor"}}, "'granularity': expected one of matrix, row"),
+        ({"parameters": {"compat": "none"}}, "'compat': expected 'fusechat' or no such parameter; got 'none'"),
         ({"out_dtpe": "bfloat16"}, "unknown key 'out_dtpe'; did you mean 'out_dtype'?"),
         ({"base_model": None}, "requires a base input"),
         ({"slices": [{"sources": []}]}, "Exactly one of 'models', 'slices', or 'modules'"),
@@ -128,11 +129,12 @@ def test_missing_and_damaged_models_are_named(models, tmp_path):
     (tmp_path / "weightless" / "model.safetensors").unlink()
     names = {name: tmp_path / name for name in ("empty", "cut", "incomplete", "weightless", "absent")}
     found = "\n".join(texts(check_of(tmp_path, config_of(models | names, *names))))
-    assert f"{tmp_path / 'empty'}: no model there" in found
-    assert f"{tmp_path / 'absent'}: no model there" in found
-    assert "model.safetensors: expected" in found
-    assert "incomplete; the index names model-00002" in found
-    assert f"{tmp_path / 'weightless'}: no weights there" in found
+    for name in ("empty", "absent"):
+        assert f"{tmp_path / name}: expected a folder with config.json" in found
+    assert f"{tmp_path / 'cut' / 'model.safetensors'}: expected a complete safetensors file" in found
+    assert f"{tmp_path / 'incomplete'}: incomplete; expected the shards that the index names, got none named " in found
+    assert "got none named model-00002" in found
+    assert f"{tmp_path / 'weightless'}: expected model.safetensors or pytorch_model.bin" in found
 
 
 def test_tensors_that_mergekit_drops_are_named(tmp_path):
@@ -189,7 +191,7 @@ def test_the_command_ends_with_status_1_on_errors(models, tmp_path):
 
     path = tmp_path / "merge.yml"
     for settings, status, said in (
-        ({}, 0, "nothing stands in the way of this merge"),
+        ({}, 0, "no problems found"),
         ({"measure": "squre"}, 1, "ERROR: "),
     ):
         path.write_text(yaml.safe_dump(config_of(models, "one", "two", parameters=settings)))
@@ -200,11 +202,12 @@ def test_the_command_ends_with_status_1_on_errors(models, tmp_path):
 
 def test_a_file_that_is_no_configuration_is_refused(tmp_path):
     path = tmp_path / "merge.yml"
-    with pytest.raises(ConfigError, match="cannot read"):
+    with pytest.raises(ConfigError, match="expected a merge configuration, but cannot read it"):
         check_merge(path)
-    path.write_text("- 1\n")
-    with pytest.raises(ConfigError, match="expected a merge configuration"):
-        check_merge(path)
+    for text, found in (("- 1\n", "list"), ("", "an empty file")):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=rf"expected a merge configuration \(a mapping\), got {found}"):
+            check_merge(path)
     path.write_text("a: [")
     with pytest.raises(ConfigError, match="is not YAML"):
         check_merge(path)

@@ -1,4 +1,4 @@
-"""The whole loop of FuseChat: two pairwise-fused targets, merged and reported on; a third joins later."""
+"""FuseChat from sources to a merge: two tuned models, merged and reported on; a third is added later."""
 
 import json
 
@@ -10,7 +10,7 @@ import torch
 
 from fusion_plugins.core.merging.varm import varm_merge
 from fusion_plugins.mergekit.check import check_merge
-from fusion_plugins.mergekit.commands import render
+from fusion_plugins.mergekit.report import render_merge_report
 
 SOURCES = {"digits": tiny.digit_splitting, "bytes": tiny.byte_level, "words": lambda: tiny.byte_level(390)}
 
@@ -28,7 +28,7 @@ def fused_target(material, source, folder, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_targets_are_fused_and_merged_and_a_third_joins_without_the_first_two_being_trained_again(
+def test_two_models_are_fused_and_merged_and_a_third_is_added_without_training_the_first_two_again(
     material, run_folder, monkeypatch
 ):
     models = {"base": material.target}
@@ -47,7 +47,7 @@ def test_two_targets_are_fused_and_merged_and_a_third_joins_without_the_first_tw
             assert torch.equal(tensor, expected[name]), name
         record = json.loads((out / "fusion_merge.json").read_text())
         assert [share > 0 for share in record["mean_weights"].values()] == [True] * len(names)
-        page = render(out)
+        page = render_merge_report(out)
         assert all(str(models[name]) in page for name in names)
         return out
 

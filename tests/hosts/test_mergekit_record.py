@@ -13,8 +13,7 @@ from typer.testing import CliRunner
 
 from fusion_plugins.core.merging.varm import varm_weights
 from fusion_plugins.errors import DataError
-from fusion_plugins.mergekit.commands import render
-from fusion_plugins.mergekit.report import summarize_merge
+from fusion_plugins.mergekit.report import render_merge_report, summarize_merge
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +68,7 @@ def test_rows_are_recorded_by_mean_and_range(models, tmp_path):
     assert entry["rows"][str(models["one"])] == pytest.approx([float(one.min()), float(one.max())])
 
 
-def test_tensors_stand_in_natural_order(tmp_path):
+def test_tensors_are_recorded_in_natural_order(tmp_path):
     models = merging.make_models(tmp_path, num_hidden_layers=11)
     record = json.loads((run_merge(tmp_path, config_of(models, "one", "two")) / "fusion_merge.json").read_text())
     layers = list(dict.fromkeys(entry["layer"] for entry in record["tensors"] if entry["layer"]))
@@ -99,7 +98,7 @@ def test_other_methods_leave_no_record(models, tmp_path):
 
 
 def test_the_report_is_one_page_with_a_picture_and_the_shares(models, merged):
-    page = render(merged)
+    page = render_merge_report(merged)
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     (picture,) = re.findall(r"data:image/png;base64,([^\"]+)", page)
     assert base64.b64decode(picture).startswith(b"\x89PNG")
@@ -111,7 +110,7 @@ def test_the_report_is_one_page_with_a_picture_and_the_shares(models, merged):
 
 
 def test_the_report_compares_with_a_plain_mean():
-    """Half the parameters at (0.9, 0.1), half at (0.5, 0.5): 0.2 of the weight lies elsewhere."""
+    """Half the parameters at (0.9, 0.1), half at (0.5, 0.5): a plain mean would give 0.2 of the weight to others."""
     tensors = [
         {"name": f"layers.{i}.w", "layer": f"layers.{i}", "module": "w", "elements": 10, "weights": w, "values": w}
         for i, w in enumerate(({"a": 0.9, "b": 0.1}, {"a": 0.5, "b": 0.5}, {"a": 0.0, "b": 0.0}))
@@ -138,13 +137,13 @@ def test_one_model_and_models_of_one_name_are_drawn(models, tmp_path):
     tiny.llama_checkpoint(same_name, seed=5, moved=1e-2, base=models["base"])
     for index, names in enumerate((("one",), ("one", "other"))):
         config = config_of(models | {"other": same_name}, *names)
-        page = render(run_merge(tmp_path, config, name=f"out{index}"))
+        page = render_merge_report(run_merge(tmp_path, config, name=f"out{index}"))
         assert (str(same_name) in page) == (len(names) == 2)
 
 
 def test_a_folder_without_anything_to_report_on_is_named(tmp_path):
-    with pytest.raises(DataError, match="nothing to report on; expected one of: fusion_merge.json"):
-        render(tmp_path)
+    with pytest.raises(DataError, match=f"{tmp_path}: expected a merged model with fusion_merge.json"):
+        render_merge_report(tmp_path)
     (tmp_path / "fusion_merge.json").write_text('{"format": 7}')
-    with pytest.raises(DataError, match="expected format 1 .*; came format 7"):
-        render(tmp_path)
+    with pytest.raises(DataError, match="expected format 1 .*, got format 7"):
+        render_merge_report(tmp_path)

@@ -1,4 +1,4 @@
-"""`fusechat_sce` inside stock mergekit, and how it stands to mergekit's own `sce`."""
+"""`fusechat_sce` inside stock mergekit, and how it compares with mergekit's own `sce`."""
 
 import json
 
@@ -35,7 +35,7 @@ def test_the_command_gives_what_the_core_gives(models, tmp_path, variant, select
 
 @pytest.fixture(scope="module")
 def strong(tmp_path_factory):
-    """Three models that moved so far that mergekit's absolute threshold of 1e-6 plays no part."""
+    """Three models that changed so much that mergekit's absolute threshold of 1e-6 has no effect."""
     folder = tmp_path_factory.mktemp("strong")
     base = tiny.llama_checkpoint(folder / "base")
     tuned = {
@@ -46,7 +46,7 @@ def strong(tmp_path_factory):
 
 
 @pytest.mark.parametrize("select_topk", [0.1, 0.5, 1.0])
-def test_variant_mergekit_is_what_mergekit_does_where_its_threshold_plays_no_part(strong, tmp_path, select_topk):
+def test_variant_mergekit_is_what_mergekit_does_where_its_threshold_has_no_effect(strong, tmp_path, select_topk):
     chosen = {"dtype": "float32", "parameters": {"select_topk": select_topk}}
     theirs = merge(tmp_path, config_of(strong, "one", "two", "three", method="sce", **chosen), name="theirs")
     chosen["parameters"]["variant"] = "mergekit"

@@ -64,6 +64,16 @@ def test_compat_gives_what_the_released_code_gives(models, tmp_path, granularity
     assert_same(merged, expected_of(models, "one", "two", "same", **chosen))
 
 
+def test_compat_can_be_set_for_some_tensors_only(models, tmp_path):
+    """Where no filter matches, the parameter has its default, which is None."""
+    setting = [{"filter": "mlp", "value": "fusechat"}]
+    merged = merge(tmp_path, config_of(models, "one", "same", dtype="float32", parameters={"compat": setting}))
+    published = expected_of(models, "one", "same", compat="fusechat")
+    ours = expected_of(models, "one", "same")
+    assert not torch.equal(published["lm_head.weight"], ours["lm_head.weight"])
+    assert_same(merged, {name: (published if "mlp" in name else ours)[name] for name in merged})
+
+
 def test_all_unchanged_keeps_the_base(models, tmp_path):
     for granularity in ("matrix", "layer"):
         config = config_of(models, "same", dtype="bfloat16", parameters={"granularity": granularity})
@@ -134,6 +144,19 @@ def test_slices_merge_what_they_pair(models, tmp_path, granularity):
     assert len(merged) == len(inputs["base"]) + 9
     for name, tensor in expected.items():
         torch.testing.assert_close(merged[name], tensor.float(), rtol=1e-6, atol=1e-7)
+
+
+def test_modules_and_tokens_that_the_user_names_are_no_unknown_keys(models, tmp_path):
+    config = config_of(models, "one", "two", dtype="float32")
+    config["modules"] = {"default": {"models": config.pop("models")}}
+    config["tokenizer"] = {"source": "base", "tokens": {"<|im_start|>": {"source": str(models["one"])}}}
+    merged = merge(tmp_path, config)
+    assert set(merged) == set(tiny.tensors_of(models["base"]))
+    record = json.loads((tmp_path / "out" / "fusion_merge.json").read_text())
+    assert record["models"] == [str(models[name]) for name in ("one", "two")]
+    config["modules"]["default"]["models"][0]["wieght"] = 1
+    with pytest.raises(ConfigError, match=r"modules\.default\.models\[0\]: unknown key 'wieght'"):
+        merge(tmp_path, config, name="misspelt")
 
 
 @pytest.mark.parametrize("granularity", ["matrix", "layer"])
@@ -229,7 +252,7 @@ def test_tied_embeddings_are_merged_once(tmp_path):
         ["--clone-tensors"],
     ],
 )
-def test_flags_change_the_way_and_not_the_result(models, tmp_path, flags):
+def test_flags_do_not_change_the_result(models, tmp_path, flags):
     config = config_of(models, "one", "two", dtype="float32", parameters={"granularity": "layer"})
     merged = merge(tmp_path, config, *flags)
     assert_same(merged, expected_of(models, "one", "two", granularity="layer"))
@@ -350,6 +373,8 @@ def test_nan_is_refused_by_tensor_and_model(models, tmp_path, method, granularit
         ({"temperature": 0}, "'temperature': expected a number above 0; got 0"),
         ({"measure": "squre"}, "'measure': expected one of square, abs; got 'squre'"),
         ({"granularty": "row"}, "varm has no parameter 'granularty'; did you mean 'granularity'?"),
+        ({"compat": "none"}, "'compat': expected 'fusechat' or no such parameter; got 'none'. Remove 'compat'"),
+        ({"planned": 1}, "varm has no parameter 'planned'"),
     ],
 )
 def test_wrong_parameters_are_named(models, tmp_path, settings, message):
@@ -386,7 +411,7 @@ def test_large_units_are_refused_where_no_checkpoint_is_planned(models):
     tensors = [torch.zeros(2, 2), torch.ones(2, 2), torch.full((2, 2), 2.0)]
     merged = merge_tensors(tensors, "varm", base_index=0, parameters={"granularity": "row"})
     assert merged.unique().tolist() == pytest.approx([1.8])
-    with pytest.raises(MergeError, match="granularity 'layer' needs a planned merge of whole checkpoints"):
+    with pytest.raises(MergeError, match="expected a planned merge of whole checkpoints .* granularity 'layer'"):
         merge_tensors(tensors, "varm", base_index=0, parameters={"granularity": "layer"})
 
 

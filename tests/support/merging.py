@@ -12,7 +12,7 @@ CONFIGS = Path(__file__).parents[2] / "mergekit_configs"
 
 
 def make_models(folder: Path, **config) -> dict[str, Path]:
-    """A base in bfloat16, two fine-tunes that moved by different amounts, and one that did not move."""
+    """A base in bfloat16, two tuned models that changed by different amounts, and one unchanged copy."""
     base = tiny.llama_checkpoint(folder / "base", dtype="bfloat16", **config)
     return {
         "base": base,
@@ -50,6 +50,6 @@ def merge(folder: Path, config, *flags, name="out"):
 
 
 def expected_of(models, *tuned, **settings):
-    """What the core makes of the whole checkpoints in memory, in float32."""
+    """What the core returns for the whole checkpoints in memory, in float32."""
     base = {key: tensor.float() for key, tensor in tiny.tensors_of(models["base"]).items()}
     return varm_merge(base, [tiny.tensors_of(models[name]) for name in tuned], **settings)

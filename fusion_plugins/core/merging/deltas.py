@@ -1,8 +1,8 @@
-"""Differences between a base and its fine-tuned copies, one tensor at a time, in little memory.
+"""Differences between a base and its tuned models, one tensor at a time, with little memory.
 
-Both merges, :mod:`~fusion_plugins.core.merging.varm` and :mod:`~fusion_plugins.core.merging.sce`, use these. A tensor
-is worked through in chunks of :data:`CHUNK_ELEMENTS` elements that are widened to float32 (float64 stays float64), so
-that the scratch memory is a few MB whatever the size and dtype of the tensors. Sums over chunks are in float64.
+Both merges, :mod:`~fusion_plugins.core.merging.varm` and :mod:`~fusion_plugins.core.merging.sce`, use these functions.
+They process a tensor in chunks of :data:`CHUNK_ELEMENTS` elements and convert only the chunk to float32 (float64 stays
+float64), so that the scratch memory is a few MB for any size and dtype. Sums over chunks are in float64.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,28 +12,19 @@ from torch import Tensor
 
 from fusion_plugins.errors import MergeError
 
-__all__ = [
-    "CHUNK_ELEMENTS",
-    "MEASURES",
-    "chunks",
-    "combine",
-    "compute_dtype",
-    "delta_sums",
-    "measured",
-    "require_finite",
-]
+__all__ = ["MEASURES", "chunks", "combine", "compute_dtype", "delta_sums", "measured", "require_finite"]
 
 MEASURES = ("square", "abs")
-#: Elements of one tensor that are widened at a time: small enough to stay in the processor's cache.
+#: Elements of one tensor that are converted at a time: 256 kB in float32, so that a few chunks fit into the cache.
 CHUNK_ELEMENTS = 1 << 16
-#: An accelerator takes so many times more at once: there a call costs more than the memory.
+#: Chunks on an accelerator are larger by this factor: there, starting a kernel costs more than the memory does.
 ACCELERATOR_FACTOR = 64
-#: A sum of squares below this may have lost changes whose squares float32 cannot hold.
+#: float32 cannot hold squares below about 1e-45. A sum below this bound may have lost some of them.
 UNDERFLOW = 1e-30
 
 
 def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """Return float64 if one of the tensors is, else float32."""
+    """Return float64 if any tensor is float64, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
@@ -45,17 +36,18 @@ def measured(delta: Tensor, measure: str) -> Tensor:
 def chunks(
     views: Sequence[Tensor], *, whole_rows: bool = False, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[tuple[slice, slice], tuple[Tensor, ...]]]:
-    """Yield where a chunk lies and the chunk of every view.
+    """Yield the position of each chunk and that chunk of every view.
 
     Args:
         views: (R, C) each, the base first.
-        whole_rows: never divide a row.
+        whole_rows: never split a row.
         dtype: of the chunks; :func:`compute_dtype` by default.
     """
     rows, columns = views[0].shape
     dtype = dtype or compute_dtype(views)
     limit = CHUNK_ELEMENTS * (1 if views[0].device.type == "cpu" else ACCELERATOR_FACTOR)
     width = columns if whole_rows else min(columns, limit)
+    # An empty tensor has a width of 0, which is no step for a range.
     height = max(1, limit // max(width, 1))
     for top in range(0, rows, height):
         for left in range(0, columns, max(width, 1)):
@@ -75,8 +67,10 @@ def delta_sums(base: Tensor, tuned: Sequence[Tensor], measure: str = "square") -
         (J,) float64 on the CPU.
     """
     flat = [tensor.reshape(1, -1) for tensor in (base, *tuned)]
-    sums = _delta_sums(flat, measure, compute_dtype(flat))
-    if compute_dtype(flat) == torch.float32 and base.device.type != "mps" and bool((sums < UNDERFLOW).any()):
+    dtype = compute_dtype(flat)
+    sums = _delta_sums(flat, measure, dtype)
+    # Repeat in float64 what float32 may have rounded to 0. MPS has no float64.
+    if dtype == torch.float32 and base.device.type != "mps" and bool((sums < UNDERFLOW).any()):
         return _delta_sums(flat, measure, torch.float64)
     return sums
 
@@ -84,7 +78,7 @@ def delta_sums(base: Tensor, tuned: Sequence[Tensor], measure: str = "square") -
 def combine(base: Tensor, tuned: Sequence[Tensor], weights: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """Return ``base + sum_j weights[j] * (tuned[j] - base)``.
 
-    An element that no model changed is the base's, and a weight of 1 gives that model's tensor, bit for bit.
+    An element that no model changed is exactly the base's, and a weight of 1 gives exactly that model's tensor.
 
     Args:
         base: any shape, floating point.
@@ -92,8 +86,10 @@ def combine(base: Tensor, tuned: Sequence[Tensor], weights: Tensor, *, dtype: to
         weights: (J,).
         dtype: of the result; the base's by default.
     """
+    # The largest weight goes first, through lerp: at a weight of 1 lerp returns its second argument exactly, whereas
+    # base + (tuned - base) is rounded twice.
     ranked = sorted(zip(weights.tolist(), tuned, strict=True), key=lambda pair: -pair[0])
-    taken = [(share, tensor) for share, tensor in ranked if share != 0]
+    taken = [(weight, tensor) for weight, tensor in ranked if weight != 0]
     if not taken:
         return base.to(dtype or base.dtype, copy=True)
     flat = [tensor.reshape(1, -1) for tensor in (base, *(tensor for _, tensor in taken))]
@@ -101,12 +97,42 @@ def combine(base: Tensor, tuned: Sequence[Tensor], weights: Tensor, *, dtype: to
     (largest, _), *smaller = taken
     for where, (anchor, first, *others) in chunks(flat):
         slot = merged[where]
+        # Where the result has the dtype of the computation, compute in place and save a copy.
         total = torch.lerp(anchor, first, largest, out=slot if slot.dtype == anchor.dtype else None)
-        for (share, _), other in zip(smaller, others, strict=True):
-            total.add_(other - anchor, alpha=share)
+        for (weight, _), other in zip(smaller, others, strict=True):
+            total.add_(other - anchor, alpha=weight)
         if total is not slot:
             slot.copy_(total)
     return merged.reshape(base.shape)
+
+
+def require_finite(numbers: Tensor, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse NaN and infinity in the inputs of a merge.
+
+    NaN and infinity survive every sum, so the few numbers that a merge computes anyway tell whether an input has any.
+    Only then are the inputs searched.
+
+    Args:
+        numbers: computed from all elements of all inputs.
+        name: of the parameter, for the message.
+        tensors: model -> its tensor.
+
+    Raises:
+        MergeError: names the parameter and the first model whose tensor has such a value.
+    """
+    if bool(torch.isfinite(numbers).all()):
+        return
+    for model, tensor in tensors.items():
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise MergeError(
+                f"tensor {name!r} of model {model!r}: expected finite values, got NaN or infinity in {bad} of "
+                f"{tensor.numel()}. The checkpoint is damaged or its training diverged: use another checkpoint."
+            )
+    raise MergeError(
+        f"tensor {name!r}: expected differences from the base whose measure is finite, got an overflow. Check that all "
+        "models are tuned from this base: no fine-tuning changes a model that much."
+    )
 
 
 def _delta_sums(flat: Sequence[Tensor], measure: str, dtype: torch.dtype) -> Tensor:
@@ -114,25 +140,6 @@ def _delta_sums(flat: Sequence[Tensor], measure: str, dtype: torch.dtype) -> Ten
     for _, (anchor, *others) in chunks(flat, dtype=dtype):
         for index, other in enumerate(others):
             delta = (other - anchor).flatten()
+            # dot squares and sums in one pass over the memory.
             sums[index] += (torch.dot(delta, delta) if measure == "square" else delta.abs_().sum()).cpu()
     return sums
-
-
-def require_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse NaN and infinity.
-
-    Args:
-        name: of the parameter, for the message.
-        tensors: model -> its tensor.
-
-    Raises:
-        MergeError: names the parameter and the first model whose tensor has such a value.
-    """
-    for model, tensor in tensors.items():
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise MergeError(
-                f"tensor {name!r} of model {model!r}: expected finite values; {bad} of {tensor.numel()} are NaN or "
-                "infinite. The checkpoint is damaged or its training diverged: take another checkpoint of this model."
-            )
-    raise MergeError(f"tensor {name!r}: the differences between the models are too large for float64")

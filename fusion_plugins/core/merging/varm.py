@@ -1,17 +1,18 @@
-"""VaRM: merge fine-tuned copies of one base model, weighted by how much each of them moved.
+"""VaRM: merge tuned models of one base, weighted by how much each of them changed it.
 
-For a unit ``m`` (a tensor, by default) and tuned model ``j``, with ``delta[j] = tuned[j] - base``::
+A unit ``m`` holds the parameters that share one merge weight: a tensor, by default. For each tuned model ``j``, with
+``delta[j] = tuned[j] - base``::
 
     value[j, m]  = mean over the elements of m of delta[j] ** 2          (measure "square"; "abs": of |delta[j]|)
     weight[j, m] = prior[j] * value[j, m] / sum_l prior[l] * value[l, m] (normalize "ratio")
     merged       = base + sum_j weight[j, m] * delta[j]
 
-The weights of a unit sum to 1, except where no model moved: then they are 0 and the base stays as it is. Only ratios
-enter, so deltas of 1e-7 are weighed like deltas of 1e-1. Differences are taken in float32 or better and added up in
-float64 (:mod:`fusion_plugins.core.merging.deltas`); the result is rounded once, to the dtype of the base.
+The weights of a unit sum to 1, except where no model changed anything: then they are 0 and the base stays as it is.
+Only ratios matter, so deltas of 1e-7 are weighted like deltas of 1e-1. Differences are taken in float32 or better and
+summed in float64 (:mod:`fusion_plugins.core.merging.deltas`); the result is rounded once, to the dtype of the base.
 
-``compat="fusechat"`` reproduces the released code for comparison, with what we take for its defects: modules and layers
-add the means of their tensors without regard to size, tensors outside layers get equal weights at layer granularity, a
+``compat="fusechat"`` reproduces the released code for comparison, with what we consider its defects: modules and layers
+add the means of their tensors regardless of size, tensors outside the layers get equal weights at layer granularity, a
 single unchanged model makes the weights of a tensor or module equal, and elements that no model changed become 0.
 
 References:
@@ -37,9 +38,9 @@ from fusion_plugins.core.merging.deltas import (
 from fusion_plugins.errors import ConfigError, MergeError
 
 __all__ = [
+    "COMPATIBILITIES",
     "GRANULARITIES",
     "NORMALIZATIONS",
-    "RowMerge",
     "VarmRule",
     "layer_of",
     "merge_rows",
@@ -52,27 +53,30 @@ __all__ = [
 
 GRANULARITIES = ("matrix", "row", "module", "layer", "model", "element")
 NORMALIZATIONS = ("ratio", "softmax")
-COMPATIBILITIES = ("none", "fusechat")
+COMPATIBILITIES = (None, "fusechat")
 #: The released code's floor under the sum over models, element granularity.
 FUSECHAT_ELEMENT_FLOOR = 1e-13
 #: The first purely numeric part of a parameter's name is its layer: ``model.layers.3.mlp.up_proj.weight``.
 _LAYER = re.compile(r"^(?:.*?\.)??\d+(?=\.)")
 
+#: Models with the same parameters: name -> (the base's tensor, the tensors of the J tuned models).
+_Tensors = Mapping[str, tuple[Tensor, list[Tensor]]]
+
 
 @dataclass(frozen=True)
 class VarmRule:
-    """How the movement of the models becomes weights.
+    """How the changes of the models become weights.
 
     Attributes:
-        granularity: what shares one weight per model: ``matrix`` (a tensor), ``row`` (a row of a tensor of two or more
-            axes, all of any other), ``module`` (attention, feed-forward, each norm, embeddings, head), ``layer``,
-            ``model`` or ``element``.
+        granularity: what shares one weight per model: ``matrix`` (a tensor), ``row`` (a row of a tensor with two or
+            more axes, the whole of any other), ``module`` (attention, feed-forward, each norm, embeddings, head),
+            ``layer``, ``model`` or ``element``.
         measure: ``square`` or ``abs`` of the differences.
         normalize: ``ratio`` divides by the sum over models; ``softmax`` takes exp(value / temperature) first. Mean
             squares are tiny, so softmax needs a temperature of their size to differ from equal weights.
         temperature: of the softmax, in units of the measure.
         prior: (J,) non-negative factors, one per tuned model; ``None`` means all equal.
-        compat: ``none``, or ``fusechat`` for the released code's statistics.
+        compat: ``None``, or ``fusechat`` for the released code's statistics.
     """
 
     granularity: str = "matrix"
@@ -80,11 +84,11 @@ class VarmRule:
     normalize: str = "ratio"
     temperature: float = 1.0
     prior: Sequence[float] | None = None
-    compat: str = "none"
+    compat: str | None = None
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name}: expected one of {', '.join(allowed)}; got {getattr(self, name)!r}"
+            f"{name}: expected one of {', '.join(map(str, allowed))}; got {getattr(self, name)!r}"
             for name, allowed in (
                 ("granularity", GRANULARITIES),
                 ("measure", MEASURES),
@@ -99,11 +103,6 @@ class VarmRule:
             problems.append(f"prior: expected finite numbers of 0 or more; got {list(self.prior)!r}")
         if problems:
             raise ConfigError("VaRM settings: " + "; ".join(problems))
-
-    @property
-    def within_tensor(self) -> bool:
-        """Whether a unit never reaches beyond one tensor."""
-        return self.granularity in ("matrix", "row", "element")
 
 
 def layer_of(name: str) -> str | None:
@@ -137,6 +136,27 @@ def unit_of(name: str, granularity: str) -> str:
     return f"{layer}.{name[len(layer) + 1 :].partition('.')[0]}"
 
 
+def unit_values(sums: Sequence[Tensor], sizes: Sequence[int], rule: VarmRule, name: str = "") -> Tensor:
+    """Turn the sums of a unit's tensors into the unit's values.
+
+    Args:
+        sums: (J,) float64 per tensor, from :func:`~fusion_plugins.core.merging.deltas.delta_sums`.
+        sizes: number of elements per tensor.
+        rule: the settings.
+        name: of one parameter of the unit; the released code gives a parameter outside the layers equal values at
+            layer granularity.
+
+    Returns:
+        (J,) float64: the mean over all elements of the unit, or under ``compat="fusechat"`` the sum of the means of the
+        tensors (``module``, ``layer``).
+    """
+    if rule.compat == "fusechat" and rule.granularity == "layer" and layer_of(name) is None:
+        return torch.ones_like(sums[0])
+    if rule.compat == "fusechat" and rule.granularity in ("module", "layer"):
+        return torch.stack([total / max(size, 1) for total, size in zip(sums, sizes, strict=True)]).sum(dim=0)
+    return torch.stack(list(sums)).sum(dim=0) / max(sum(sizes), 1)
+
+
 def unit_weights(values: Tensor, rule: VarmRule) -> Tensor:
     """Turn the values of units into weights of models.
 
@@ -145,20 +165,23 @@ def unit_weights(values: Tensor, rule: VarmRule) -> Tensor:
         rule: the settings; under ``compat="fusechat"`` also its treatment of zeros.
 
     Returns:
-        (J, ...) float64; each column sums to 1, or is 0 where no model with a positive prior moved (``ratio``).
+        (J, ...) float64; each column sums to 1, or is 0 where no model with a positive prior changed (``ratio``).
 
     Raises:
         ConfigError: there are not as many priors as models.
     """
-    if rule.compat == "fusechat":
-        values = _fusechat_zeros(values, rule.granularity)
+    if rule.compat == "fusechat" and rule.granularity in ("matrix", "module"):
+        # In the released code one value of 0 makes all values of the unit equal.
+        values = torch.where((values == 0).any(dim=0, keepdim=True), torch.ones_like(values), values)
     shares = torch.softmax(values / rule.temperature, dim=0) if rule.normalize == "softmax" else values
     if rule.prior is not None:
-        shares = shares * _prior(rule.prior, values)
+        if len(rule.prior) != len(values):
+            raise ConfigError(f"prior: expected {len(values)} values, one per tuned model; got {len(rule.prior)}")
+        shares = shares * values.new_tensor(list(rule.prior)).reshape((-1,) + (1,) * (values.ndim - 1))
     total = shares.sum(dim=0, keepdim=True)
     if rule.compat == "fusechat" and rule.granularity == "element":
         return shares / total.clamp(min=FUSECHAT_ELEMENT_FLOOR)
-    return shares / torch.where(total == 0, 1.0, total)  # NaN comes through
+    return shares / torch.where(total == 0, 1.0, total)  # NaN comes through, and is refused by the caller
 
 
 @dataclass(frozen=True)
@@ -188,15 +211,21 @@ def merge_rows(base: Tensor, tuned: Sequence[Tensor], rule: VarmRule, *, dtype: 
     views = [_rows(tensor, rule.granularity) for tensor in (base, *tuned)]
     merged = torch.empty_like(views[0], dtype=dtype)
     by_element = rule.granularity == "element"
-    published = by_element and rule.compat == "fusechat"
     kept = [torch.zeros(len(tuned), 0, dtype=torch.float64)]
     value_sums = torch.zeros(len(tuned), dtype=torch.float64)
+    # A row is complete within its chunk, so its weight is known in the same pass that merges it.
     for where, (anchor, *others) in chunks(views, whole_rows=True):
         deltas = [other - anchor for other in others]
-        values = torch.stack([_row_means(measured(delta, rule.measure)) for delta in deltas])
+        measures = (measured(delta, rule.measure) for delta in deltas)
+        # Of a single element per row no mean is computed: torch is slow at it.
+        values = torch.stack([each.squeeze(1) if each.shape[1] == 1 else each.mean(dim=1) for each in measures])
         value_sums += values.sum(dim=1).cpu()
+        # Weights of rows are few and computed in float64; weights of elements are as many as the elements.
         weights = unit_weights(values if by_element else values.cpu().double(), rule).to(anchor)  # (J, rows)
-        total = anchor * weights.sum(dim=0).unsqueeze(1) if published else anchor.clone()
+        total = anchor.clone()
+        if by_element and rule.compat == "fusechat":
+            # The released code adds up weight * (base + delta), so that weights of 0 give 0 in place of the base.
+            total *= weights.sum(dim=0).unsqueeze(1)
         for weight, delta in zip(weights, deltas, strict=True):
             total.addcmul_(weight.unsqueeze(1), delta)
         merged[where] = total
@@ -223,12 +252,12 @@ def varm_weights(
     Args:
         base: name -> tensor.
         tuned: J such, with the same names and shapes.
-        granularity: see :class:`VarmRule`, as are the next four.
+        granularity: see :class:`VarmRule`, as are the next five.
         measure: ``square`` or ``abs``.
         normalize: ``ratio`` or ``softmax``.
         temperature: of the softmax.
         prior: (J,) non-negative factors.
-        compat: ``"fusechat"`` for the released code's statistics; None (or ``"none"``) for ours.
+        compat: ``None`` or ``fusechat``.
 
     Returns:
         name -> float64 weights: (J,); (J, rows) for ``row``; (J, *shape) for ``element``.
@@ -242,11 +271,11 @@ def varm_weights(
         >>> varm_weights(base, [{"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([1.0, 1.0]) * 3**0.5}])["w"]
         tensor([0.2500, 0.7500], dtype=torch.float64)
     """
-    rule = VarmRule(granularity, measure, normalize, temperature, prior, compat or "none")
-    _require_same(base, tuned)
-    if rule.granularity in ("row", "element"):
-        return {name: _row_weights(name, base[name], [model[name] for model in tuned], rule) for name in base}
-    return _shared_weights(base, tuned, rule)
+    rule = VarmRule(granularity, measure, normalize, temperature, prior, compat)
+    tensors = _paired(base, tuned)
+    if granularity in ("row", "element"):
+        return {name: _row_weights(name, *pair, rule) for name, pair in tensors.items()}
+    return _shared_weights(tensors, rule)
 
 
 def varm_merge(
@@ -265,67 +294,53 @@ def varm_merge(
     Returns:
         name -> tensor, in the dtype of the base.
     """
-    rule = VarmRule(granularity, measure, normalize, temperature, prior, compat or "none")
-    _require_same(base, tuned)
-    if rule.granularity not in ("row", "element"):
-        weights = _shared_weights(base, tuned, rule)
-        return {name: combine(base[name], [model[name] for model in tuned], weights[name]) for name in base}
+    rule = VarmRule(granularity, measure, normalize, temperature, prior, compat)
+    tensors = _paired(base, tuned)
+    if granularity not in ("row", "element"):
+        weights = _shared_weights(tensors, rule)
+        return {name: combine(*pair, weights[name]) for name, pair in tensors.items()}
     merged: dict[str, Tensor] = {}
-    for name, anchor in base.items():
-        others = [model[name] for model in tuned]
+    for name, (anchor, others) in tensors.items():
         result = merge_rows(anchor, others, rule)
-        if not bool(torch.isfinite(result.values).all()):
-            require_finite(name, _labelled(anchor, others))
+        require_finite(result.values, name, _labelled(anchor, others))
         merged[name] = result.merged
     return merged
 
 
-def unit_values(sums: Sequence[Tensor], sizes: Sequence[int], rule: VarmRule, name: str = "") -> Tensor:
-    """Turn the sums of a unit's tensors into the unit's values.
+def _paired(base: Mapping[str, Tensor], tuned: Sequence[Mapping[str, Tensor]]) -> _Tensors:
+    """Put the tensors of one name together; refuse models that do not have the parameters of the base."""
+    if not tuned:
+        raise MergeError("VaRM: expected one tuned model or more, got none")
+    for index, model in enumerate(tuned):
+        odd = sorted(set(base) ^ set(model))
+        if odd:
+            raise MergeError(
+                f"tuned[{index}]: expected the parameters of the base, got {len(odd)} that are only in one of the two: "
+                f"{odd[:5]}. VaRM merges tuned models of one base."
+            )
+        for name, anchor in base.items():
+            if model[name].shape != anchor.shape:
+                raise MergeError(
+                    f"tensor {name!r} of tuned[{index}]: expected the base's shape {tuple(anchor.shape)}, got "
+                    f"{tuple(model[name].shape)}. VaRM merges tuned models of one base."
+                )
+    return {name: (anchor, [model[name] for model in tuned]) for name, anchor in base.items()}
 
-    Args:
-        sums: (J,) float64 per tensor, from :func:`delta_sums`.
-        sizes: number of elements per tensor.
-        rule: the settings.
-        name: of one parameter of the unit; the released code gives a parameter outside the layers equal values at layer
-            granularity.
 
-    Returns:
-        (J,) float64: the mean over all elements of the unit, or under ``compat="fusechat"`` the sum of the means of the
-        tensors (``module``, ``layer``).
-    """
-    if rule.compat == "fusechat" and rule.granularity == "layer" and layer_of(name) is None:
-        return torch.ones_like(sums[0])
-    if rule.compat == "fusechat" and rule.granularity in ("module", "layer"):
-        return torch.stack([total / max(size, 1) for total, size in zip(sums, sizes, strict=True)]).sum(dim=0)
-    return torch.stack(list(sums)).sum(dim=0) / max(sum(sizes), 1)
-
-
-def _shared_weights(
-    base: Mapping[str, Tensor], tuned: Sequence[Mapping[str, Tensor]], rule: VarmRule
-) -> dict[str, Tensor]:
-    """One weight per model for each unit of whole tensors."""
-    sums, sizes = _all_sums(base, tuned, rule)
+def _shared_weights(tensors: _Tensors, rule: VarmRule) -> dict[str, Tensor]:
+    """Return name -> (J,) weights, for units of whole tensors."""
     units: dict[str, list[str]] = {}
-    for name in base:
+    sums: dict[str, Tensor] = {}
+    for name, (base, tuned) in tensors.items():
         units.setdefault(unit_of(name, rule.granularity), []).append(name)
+        sums[name] = delta_sums(base, tuned, rule.measure)
+        require_finite(sums[name], name, _labelled(base, tuned))
     weights: dict[str, Tensor] = {}
     for names in units.values():
-        shared = unit_weights(unit_values([sums[n] for n in names], [sizes[n] for n in names], rule, names[0]), rule)
-        weights.update(dict.fromkeys(names, shared))
-    return {name: weights[name] for name in base}
-
-
-def _all_sums(
-    base: Mapping[str, Tensor], tuned: Sequence[Mapping[str, Tensor]], rule: VarmRule
-) -> tuple[dict[str, Tensor], dict[str, int]]:
-    sums: dict[str, Tensor] = {}
-    for name, anchor in base.items():
-        others = [model[name] for model in tuned]
-        sums[name] = delta_sums(anchor, others, rule.measure)
-        if not bool(torch.isfinite(sums[name]).all()):
-            require_finite(name, _labelled(anchor, others))
-    return sums, {name: tensor.numel() for name, tensor in base.items()}
+        sizes = [tensors[name][0].numel() for name in names]
+        values = unit_values([sums[name] for name in names], sizes, rule, names[0])
+        weights |= dict.fromkeys(names, unit_weights(values, rule))
+    return {name: weights[name] for name in tensors}  # in the order of the base
 
 
 def _row_weights(name: str, base: Tensor, tuned: Sequence[Tensor], rule: VarmRule) -> Tensor:
@@ -333,45 +348,9 @@ def _row_weights(name: str, base: Tensor, tuned: Sequence[Tensor], rule: VarmRul
     dtype = compute_dtype((base, *tuned))
     views = [_rows(tensor, rule.granularity).to(dtype) for tensor in (base, *tuned)]
     values = torch.stack([measured(other - views[0], rule.measure).mean(dim=1) for other in views[1:]])
-    if not bool(torch.isfinite(values).all()):
-        require_finite(name, _labelled(base, tuned))
+    require_finite(values, name, _labelled(base, tuned))
     weights = unit_weights(values, rule).cpu().double()
     return weights.reshape(len(tuned), *base.shape) if rule.granularity == "element" else weights
-
-
-def _labelled(base: Tensor, tuned: Sequence[Tensor]) -> dict[str, Tensor]:
-    return {"base": base, **{f"tuned[{index}]": tensor for index, tensor in enumerate(tuned)}}
-
-
-def _require_same(base: Mapping[str, Tensor], tuned: Sequence[Mapping[str, Tensor]]) -> None:
-    if not tuned:
-        raise MergeError("VaRM: expected one tuned model or more; got none")
-    for index, model in enumerate(tuned):
-        odd = sorted(set(base) ^ set(model))
-        if odd:
-            raise MergeError(f"tuned[{index}] and the base do not have the same parameters; only in one: {odd[:5]}")
-        for name, anchor in base.items():
-            if model[name].shape != anchor.shape:
-                raise MergeError(
-                    f"tensor {name!r}: the base has shape {tuple(anchor.shape)}, tuned[{index}] has "
-                    f"{tuple(model[name].shape)}; VaRM merges copies of one model only"
-                )
-
-
-def _prior(prior: Sequence[float], values: Tensor) -> Tensor:
-    if len(prior) != values.shape[0]:
-        raise ConfigError(f"prior: expected {values.shape[0]} values, one per tuned model; got {len(prior)}")
-    return values.new_tensor(list(prior)).reshape((-1,) + (1,) * (values.ndim - 1))
-
-
-def _fusechat_zeros(values: Tensor, granularity: str) -> Tensor:
-    if granularity not in ("matrix", "module"):
-        return values
-    return torch.where((values == 0).any(dim=0, keepdim=True), torch.ones_like(values), values)
-
-
-def _row_means(values: Tensor) -> Tensor:
-    return values.squeeze(1) if values.shape[1] == 1 else values.mean(dim=1)
 
 
 def _rows(tensor: Tensor, granularity: str) -> Tensor:
@@ -379,3 +358,7 @@ def _rows(tensor: Tensor, granularity: str) -> Tensor:
     if granularity == "element":
         return tensor.reshape(-1, 1)
     return tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(1, -1)
+
+
+def _labelled(base: Tensor, tuned: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {"base": base, **{f"tuned[{index}]": tensor for index, tensor in enumerate(tuned)}}

@@ -19,7 +19,7 @@ def brute_sce(base, tuned, select_topk, variant):
         count = int(select_topk * (len(base) if variant == "paper" else len(candidates)) + 1e-9)
         selected = set(sorted(candidates, key=lambda i: (-variance[i], i))[:count])
     kept = [[deltas[j][i] if i in selected else 0.0 for i in elements] for j in models]
-    squares = [sum(value**2 for value in row) for row in kept]
+    squares = [sum(value**2 for value in model) for model in kept]
     total = sum(squares)
     eta = [s / total if total else (1 / len(deltas) if variant == "fusechat" else 0.0) for s in squares]
     used = deltas if variant == "fusechat" else kept
@@ -68,7 +68,7 @@ def test_weights_do_not_depend_on_the_scale_of_the_change(variant):
 
 
 def test_light_changes_are_not_made_uniform():
-    """Changes of 1e-4 and 3e-4 have mean squares far below 1e-6 and weigh 1 to 9."""
+    """Changes of 1e-4 and 3e-4 have mean squares far below 1e-6, and their weights are as 1 to 9."""
     base = torch.zeros(8)
     result = sce(base, [torch.full((8,), 1e-4), torch.full((8,), 3e-4)])
     assert result.weights.tolist() == pytest.approx([0.1, 0.9], rel=1e-6)

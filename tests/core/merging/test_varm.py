@@ -188,31 +188,21 @@ def test_weights_do_not_depend_on_the_scale_of_the_change(granularity, measure, 
         torch.testing.assert_close(weights[name], expected[name], rtol=1e-5, atol=1e-7)
 
 
-def test_changes_whose_squares_float32_cannot_hold_are_weighed_too():
+def test_changes_whose_squares_float32_cannot_hold_are_weighted_too():
     base = {"w": torch.zeros(100)}
     tuned = [{"w": torch.full((100,), 1e-25)}, {"w": torch.full((100,), 3e-25)}]
     assert varm_weights(base, tuned)["w"].tolist() == pytest.approx([0.1, 0.9], rel=1e-6)
 
 
-def test_float32_sums_of_a_million_elements_are_exact_to_six_digits():
-    generator = torch.Generator().manual_seed(0)
-    base = torch.randn(1 << 20, generator=generator)
-    tuned = base + 1e-3 * torch.randn(1 << 20, generator=generator)
-    for measure in deltas.MEASURES:
-        delta = tuned.double() - base.double()
-        expected = (delta**2 if measure == "square" else delta.abs()).sum()
-        torch.testing.assert_close(deltas.delta_sums(base, [tuned], measure)[0], expected, rtol=1e-6, atol=0)
-
-
 def test_the_worked_example_of_mean_squares():
-    """Mean squares 3e-9 and 9e-9 weigh 1/4 and 3/4; softmax at temperature 1 cannot tell them apart."""
+    """Mean squares 3e-9 and 9e-9 give weights 1/4 and 3/4; softmax at temperature 1 cannot tell them apart."""
     values = torch.tensor([[3e-9], [9e-9]], dtype=torch.float64)
     assert unit_weights(values, VarmRule()).flatten().tolist() == pytest.approx([0.25, 0.75])
     assert unit_weights(values, VarmRule(normalize="softmax")).flatten().tolist() == pytest.approx([0.5, 0.5], abs=1e-8)
 
 
 @pytest.mark.parametrize("granularity", varm.GRANULARITIES)
-def test_an_unchanged_target_weighs_nothing_and_the_other_is_returned(granularity):
+def test_an_unchanged_model_gets_no_weight_and_the_other_is_returned(granularity):
     base, (tuned,) = random_models(1, dtype=torch.float32)
     merged = varm_merge(base, [dict(base), tuned], granularity=granularity)
     weights = varm_weights(base, [dict(base), tuned], granularity=granularity)
@@ -234,7 +224,7 @@ def test_all_unchanged_keeps_the_base_bit_for_bit(granularity, dtype):
 
 
 @pytest.mark.parametrize("granularity", varm.GRANULARITIES)
-def test_identical_targets_give_the_target(granularity):
+def test_identical_models_give_that_model(granularity):
     base, (tuned,) = random_models(1, dtype=torch.bfloat16)
     merged = varm_merge(base, [tuned, dict(tuned), dict(tuned)], granularity=granularity)
     for name in base:
@@ -335,13 +325,15 @@ def test_wrong_settings_are_named_together():
         varm_weights({"w": torch.zeros(1)}, [{"w": torch.ones(1)}], prior=[1, 2])
     with pytest.raises(ConfigError, match="prior: expected finite numbers"):
         VarmRule(prior=[1, -1])
+    with pytest.raises(ConfigError, match="compat: expected one of None, fusechat; got 'none'"):
+        varm_merge({"w": torch.zeros(1)}, [{"w": torch.ones(1)}], compat="none")
 
 
 def test_models_of_other_names_or_shapes_are_refused():
     base = {"w": torch.zeros(2)}
-    with pytest.raises(MergeError, match="only in one: \\['v'\\]"):
+    with pytest.raises(MergeError, match=r"tuned\[0\]: expected the parameters of the base, got 1 .*: \['v'\]"):
         varm_weights(base, [{"w": torch.zeros(2), "v": torch.zeros(1)}])
-    with pytest.raises(MergeError, match=r"base has shape \(2,\), tuned\[0\] has \(3,\)"):
+    with pytest.raises(MergeError, match=r"'w' of tuned\[0\]: expected the base's shape \(2,\), got \(3,\)"):
         varm_merge(base, [{"w": torch.zeros(3)}], granularity="element")
     with pytest.raises(MergeError, match="expected one tuned model or more"):
         varm_merge(base, [])
