@@ -137,7 +137,8 @@ def make(folder: Path) -> None:
     ]
     write_lines(folder / "prompts.jsonl", rows)
     for name in MODELS:
-        train(name, folder)
+        if not (folder / name / "tokenizer.json").exists():  # written last
+            train(name, folder)
 
 
 @torch.no_grad()

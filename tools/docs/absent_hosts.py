@@ -28,6 +28,7 @@ class Absent(ModuleType):
         return Absent(f"{self.__name__}.{name}")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what is decorated, if this is used as a decorator; else itself."""
         decorates = len(args) == 1 and not kwargs and (inspect.isfunction(args[0]) or inspect.isclass(args[0]))
         return args[0] if decorates else self
 

@@ -11,8 +11,8 @@ from docstrings import as_markdown
 
 __all__ = ["cli_page"]
 
-INTRODUCTION = """Generated from the commands; `fusion COMMAND --help` prints the same. An option wins over the same key of
-a file that `--config` names, and `--set KEY=VALUE` reaches every [key](config.md), nested ones with dots."""
+INTRODUCTION = """Generated from the commands; `fusion COMMAND --help` prints the same. An option wins over the same key
+of a file that `--config` names, and `--set KEY=VALUE` reaches every [key](config.md), nested ones with dots."""
 WORDS = {str: "text", int: "whole number", float: "number", bool: "", Path: "path"}
 
 

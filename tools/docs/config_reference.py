@@ -111,8 +111,8 @@ def config_page() -> str:
 
 
 INTRODUCTION = """Every key of every file that this package reads, with its legal values. The page is generated from the
-code that checks the files. A key that is not listed here is an error, and the message names it. `required` in the column
-*default* means that there is none. `[]` in the name of a key stands for every entry of a list."""
+code that checks the files. A key that is not listed here is an error, and the message names it. `required` in the
+column *default* means that there is none. `[]` in the name of a key stands for every entry of a list."""
 
 
 def _line(section: Section, key: Key) -> str:

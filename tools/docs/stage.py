@@ -1,4 +1,4 @@
-"""Lay out what the site is built from: the documents as they are, the generated pages, and files that documents link to.
+"""Lay out what the site is built from: the documents as they are, generated pages, and files that documents link to.
 
 The documents also have to read well as plain files in the repository, so they link to recipes, examples and benchmarks
 beside ``docs/``. Here such a link is pointed at the page or the copy that the site has of it, and an example for
@@ -94,7 +94,7 @@ def _write(root: Path, out: Path, path: Path, page: str) -> None:
 
 
 def _staged(root: Path, out: Path, path: Path, target: str) -> str:
-    """Where the site has what ``target``, a link in the document ``path``, leads to; a file without a page is copied."""
+    """Where the site has what ``target``, a link in ``path``, leads to; a file without a page is copied."""
     place = (path.parent / target).resolve()
     inside = relpath(place, root / "docs")
     if inside in GENERATED or not inside.startswith(".."):
