@@ -182,7 +182,7 @@ def test_every_command_and_option_is_on_the_page(pages):
     commands = set(re.findall(r"^[│|] (\w[\w-]*) ", done.stdout, flags=re.MULTILINE))
     assert len(commands) >= 9
     assert all(f"## fusion {command}" in page for command in commands)
-    assert {"`--config`, `-c`", "`--set`", "`--dry-run`, `--no-dry-run`", "`SOURCES`"} <= set(
+    assert {"`--config`, `-c`", "`--set`", "`--dry-run`", "`--chain`, `--no-chain`", "`SOURCES`"} <= set(
         re.findall(r"^\| (.*?) \|", page, flags=re.MULTILINE)
     )
 

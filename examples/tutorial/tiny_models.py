@@ -127,7 +127,7 @@ def make(folder: Path) -> None:
     """Write everything that the tutorials start from."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(1)
-    chats = [make_chat(rng, 0.5) for _ in range(400)]
+    chats = [make_chat(rng, 0.5) for _ in range(100)]
     write_lines(folder / "texts.jsonl", [{"id": f"t{i}", "text": as_text(chat)} for i, chat in enumerate(chats)])
     write_lines(folder / "chats.jsonl", [{"id": f"c{i}", "messages": chat} for i, chat in enumerate(chats)])
     prompts = {question: gold for question, _, gold in (make_sum(rng) for _ in range(400))}

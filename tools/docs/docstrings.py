@@ -19,6 +19,8 @@ def _code(match: re.Match[str]) -> str:
 def as_markdown(text: str) -> str:
     """Return a docstring with Sphinx roles, double backticks and ``::`` blocks written as Markdown."""
     text = _ROLE.sub(_code, text).replace("``", "`")
+    # The section that is rendered as code has the plural as its name.
+    text = re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.MULTILINE)
     return re.sub(r"::\n\n(?=    )", ":\n\n", text)
 
 
