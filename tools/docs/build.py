@@ -37,8 +37,9 @@ def main() -> int:
         "--config-file",
         str(ROOT / "zensical.toml"),
     ]
-    # The builder imports our griffe extension by name.
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    # The builder imports our griffe extension by name, and formats signatures with the ruff that is beside it.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    environment = os.environ | {"PYTHONPATH": str(HERE), "PATH": path}
     built = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     print(built.stderr, file=sys.stderr, end="")
     if built.returncode != 0 or "warning" in built.stderr.lower():
