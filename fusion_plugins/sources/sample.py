@@ -95,7 +95,7 @@ class SampleConfig(BaseModel):
 
     prompts: str | list[str] = Field(description=".jsonl or .parquet files, or folders of them")
     out: str = Field(description="folder of the responses")
-    sources: list[SampledSource] = Field(min_length=1)
+    sources: list[SampledSource] = Field(min_length=1, description="the models to ask, each with its own settings")
     n: int | dict[str, int] = Field(
         default_factory=lambda: dict(SAMPLES_PER_PROMPT), description="samples per prompt and source, or per domain"
     )

@@ -63,7 +63,10 @@ class SourceSettings(BaseModel):
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     tokenizer: str | None = Field(None, description="folder or hub name of the tokenizer, if it is not `model`")
     chat_template: str | None = Field(None, description="file with a Jinja chat template to use instead of the model's")
-    backend: BackendName = "transformers"
+    backend: BackendName = Field(
+        "transformers",
+        description="what runs the model: transformers or vllm in this process, openai for servers, ray for actors",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: as in the checkpoint")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     max_length: int | None = Field(None, ge=2, description="longest text in tokens; default: the model's context")
@@ -81,9 +84,9 @@ class Sampling(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     temperature: float = Field(1.0, ge=0, description="0 takes the most probable token")
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="0: no limit")
-    repetition_penalty: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1, description="draw from the most probable tokens that hold this probability")
+    top_k: int = Field(0, ge=0, description="draw from this many most probable tokens; 0: no limit")
+    repetition_penalty: float = Field(1.0, gt=0, description="above 1: tokens that were there become less probable")
     max_tokens: int = Field(2048, ge=1, description="longest response in tokens")
     stop: tuple[str, ...] = Field((), description="strings that end a response; they are cut off")
     system: str | None = Field(None, description="system prompt put before prompts that have none")

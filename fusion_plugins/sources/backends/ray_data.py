@@ -53,7 +53,7 @@ class RayOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    backend: Literal["transformers", "vllm"] = "transformers"
+    backend: Literal["transformers", "vllm"] = Field("transformers", description="what each actor runs")
     options: dict[str, Any] = Field(default_factory=dict, description="options of that backend")
     actors: int = Field(1, ge=1, description="sources that run at the same time")
     num_cpus: float = Field(
