@@ -13,9 +13,6 @@ __all__ = ["Settings", "load_config", "validate"]
 
 Model = TypeVar("Model", bound=BaseModel)
 
-#: not used any more; only until mergekit/commands.py stops importing it
-as_defaults = None
-
 
 class Settings(BaseModel):
     """A group of settings. An unknown key is an error; a renamed one is an error that gives the new name.

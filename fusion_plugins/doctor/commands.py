@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
+from fusion_plugins.command_options import Assignments, ConfigFile
 from fusion_plugins.errors import ConfigError
-from fusion_plugins.options import Assignments, ConfigFile
 
 __all__ = ["doctor"]
 

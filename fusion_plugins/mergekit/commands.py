@@ -4,17 +4,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import Field
 
-from fusion_plugins.config import as_defaults
+from fusion_plugins.command_options import Assignments, ConfigFile
+from fusion_plugins.config import Settings, load_config
 from fusion_plugins.errors import ConfigError
 from fusion_plugins.mergekit.report import render_merge_report
 
 __all__ = ["merge_check", "report"]
 
-Config = Annotated[
-    str | None,
-    typer.Option("--config", "-c", is_eager=True, callback=as_defaults, help="YAML file with the settings."),
-]
+
+class ReportConfig(Settings):
+    """Keys of the YAML file of ``fusion report``."""
+
+    folder: Path = Field(description="folder of a merged model")
+    out: Path | None = Field(None, description="HTML file to write; default: fusion_report.html in the folder")
 
 
 def merge_check(
@@ -47,17 +51,21 @@ def merge_check(
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder of a model that was merged with varm or fusechat_sce.")],
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder of a model that was merged with varm or fusechat_sce.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="HTML file to write; fusion_report.html in the folder.")] = None,
-    config: Config = None,
+    config: ConfigFile = None,
+    assign: Assignments = None,
 ) -> None:
     """Write one self-contained HTML page about a merged model."""
+    settings = load_config(ReportConfig, config, {"folder": folder, "out": out}, assign)
     try:
-        page = render_merge_report(folder)
+        page = render_merge_report(settings.folder)
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"fusion report needs {error.name}, which is not installed: pip install 'fusion-plugins[report]'"
         ) from error
-    file = out or folder / "fusion_report.html"
+    file = settings.out or settings.folder / "fusion_report.html"
     file.write_text(page, encoding="utf-8")
     typer.echo(str(file))

@@ -3,32 +3,30 @@
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
+
+from fusion_plugins.command_options import Assignments, ConfigFile, Limit, Out
+from fusion_plugins.config import load_config
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from fusion_plugins.scoring.score import GroupSummary
 
 __all__ = ["score"]
 
 
 def score(
-    config: Annotated[str | None, typer.Option("--config", "-c", help="YAML file with the settings.")] = None,
+    config: ConfigFile = None,
     responses: Annotated[str | None, typer.Option(help="Folder of responses, or a .jsonl or .parquet file.")] = None,
-    out: Annotated[str | None, typer.Option(help="Folder to write into; an unfinished one is continued.")] = None,
+    out: Out = None,
     scorer: Annotated[
         list[str] | None,
         typer.Option(help="A scorer with its default options (repeatable), in place of the file's `scorers`."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Score the first so many responses only.")] = None,
-    assign: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE for any key of the YAML file, dots for nested ones.")
-    ] = None,
+    limit: Limit = None,
+    assign: Assignments = None,
 ) -> None:
     """Score responses: verdicts of verifiers, rewards of a reward model; prints a table per domain and source."""
-    from rich.console import Console
-
-    from fusion_plugins.config import load_config
     from fusion_plugins.scoring.score import ScoreConfig, score_responses, summarize
     from fusion_plugins.store import open_rows
 
@@ -49,9 +47,7 @@ def score(
     )
 
 
-def _table(groups: "dict[tuple[str, str], GroupSummary]") -> "Table":
-    from rich.table import Table
-
+def _table(groups: "dict[tuple[str, str], GroupSummary]") -> Table:
     table = Table("domain", "source", "responses", "accuracy", "no verdict", "mean reward", "characters", "why not")
     for (domain, source), group in groups.items():
         reasons = "; ".join(f"{count} {reason}" for reason, count in list(group.reasons.items())[:2])
