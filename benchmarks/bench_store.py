@@ -1,8 +1,8 @@
-"""Size, speed and error of the store, next to the plain data set that it replaces: one row per text, lists of floats.
+"""Size, speed and error of the store, next to the plain dataset that it replaces: one row per text, lists of floats.
 
     python benchmarks/bench_store.py [--tokens 40000] [--megabytes 12]
 
-Prints one table per K; exits 1 when the size, the error or the ratio to the plain data set is worse than promised.
+Prints one table per K; exits 1 when the size, the error or the ratio to the plain dataset is worse than promised.
 """
 
 import argparse
@@ -17,6 +17,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
+
 from realistic_rows import make_records
 
 from fusion_plugins.core.fusion.types import Record
@@ -76,25 +79,25 @@ def timed(action: Callable[[], Any]) -> tuple[Any, float]:
 def divergence(stored: list[Record], exact: list[Record]) -> tuple[float, float]:
     """Return mean and maximum of KL(stored || exact) in nats over the K entries and the tail as one more."""
 
-    def rows(records: list[Record]) -> np.ndarray:
+    def distributions(records: list[Record]) -> np.ndarray:
         parts = [np.column_stack([np.exp(r.topk.logprobs.astype(np.float64)), r.tail]) for r in records]
         held = np.concatenate(parts)
         return held / held.sum(axis=1, keepdims=True)
 
-    p, q = rows(stored), rows(exact)
+    p, q = distributions(stored), distributions(exact)
     with np.errstate(divide="ignore", invalid="ignore"):
         kl = np.where(p > 0, p * np.log(p / q), 0).sum(axis=1)
     return float(kl.mean()), float(kl.max())
 
 
-def largest_error(came: Record, exact: Record) -> float:
+def largest_error(stored: Record, exact: Record) -> float:
     """Return the largest error of a log-probability, in nats."""
     held = exact.topk.ids >= 0
-    return float(np.abs(came.topk.logprobs[held] - exact.topk.logprobs[held]).max())
+    return float(np.abs(stored.topk.logprobs[held] - exact.topk.logprobs[held]).max())
 
 
 def hardest(records: list[Record]) -> list[Record]:
-    """The same rows in random order under random ids: no phrase repeats, and no id is typically small."""
+    """Return the same distributions in random order under random ids: no phrase repeats, no id is typically small."""
     rng = np.random.default_rng(0)
     order = rng.permutation(sum(len(record.topk.ids) for record in records))
     names = rng.permutation(1 + max(int(record.topk.ids.max()) for record in records)).astype(np.int32)
@@ -115,13 +118,13 @@ def bench(records: list[Record], table: TokenTable, folder: Path) -> list[str]:
     store, wrote = timed(lambda: write_store(folder / "store", records, table))
     back, read = timed(lambda: list(open_store(folder / "store")))
     plain = folder / "plain.parquet"
-    rows, listed = timed(lambda: plain_table(records))
-    _, plain_wrote = timed(lambda: pq.write_table(rows, plain))
+    lists, listed = timed(lambda: plain_table(records))
+    _, plain_wrote = timed(lambda: pq.write_table(lists, plain))
     _, plain_read = timed(lambda: pq.read_table(plain).to_pylist())
     size, plain_size = store.manifest.bytes / n_tokens, plain.stat().st_size / n_tokens
     hard = write_store(folder / "hard", hardest(records), table).manifest.bytes / n_tokens
     mean_kl, max_kl = divergence(back, records)
-    error = max(largest_error(came, exact) for came, exact in zip(back, records, strict=True))
+    error = max(largest_error(stored, exact) for stored, exact in zip(back, records, strict=True))
     ids = store.ids()
     mean_tail = np.mean([record.tail.mean() for record in records])
     _, in_order = timed(lambda: [store[id] for id in ids])
@@ -134,7 +137,7 @@ def bench(records: list[Record], table: TokenTable, folder: Path) -> list[str]:
     ):
         ratio = theirs / ours if name == "bytes/token" else ours / theirs
         print(f"{name:24}{ours:12,.1f}{theirs:14,.1f}{ratio:7.1f}x")
-    print(f"rows shuffled, ids renamed: {hard:.1f} bytes/token")
+    print(f"positions shuffled, ids renamed: {hard:.1f} bytes/token")
     print(f"KL(stored || exact): mean {mean_kl:.1e}, max {max_kl:.1e} nats; largest log-probability error {error:.1e}")
     print(f"by id, in order: {len(ids) / in_order:,.0f} records/CPU s")
     promises = {

@@ -1,9 +1,10 @@
-"""The store: what capture writes and everything after it reads.
+"""The store: a folder with what one source says about a set of texts. Capture writes it, every later step reads it.
 
-A store is a folder: ``manifest.json``, ``tokens.parquet`` and Parquet shards. The manifest says what was captured, and
-lists the shards; a shard that it does not list does not exist. See ``docs/store.md``.
+It holds ``manifest.json``, ``tokens.parquet`` and Parquet shards. The manifest says what was captured, and lists the
+shards; a shard that it does not list does not exist. See ``docs/store.md``.
 
-Names are resolved on first use, and none of them loads torch or a host.
+Read ``manifest``, ``shards`` and ``schema`` (what is on disk), then ``shard_writer`` with ``writer`` and ``rows`` (how
+it gets there), then ``reader``, ``maintain`` and ``export``. Names are resolved on first use; none loads torch.
 """
 
 from importlib import import_module

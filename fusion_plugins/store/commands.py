@@ -4,64 +4,65 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fusion_plugins.errors import StoreError
 
 __all__ = ["compact", "export", "info", "merge", "verify"]
+
+# pyarrow, numpy and pydantic are imported inside the commands, so that `fusion --help` stays fast.
 
 Folder = Annotated[Path, typer.Argument(help="A store, or a folder of responses or scored responses.")]
 
 
-def info(folder: Folder) -> None:
-    """Say what a folder holds: how it was made, how much is in it, and what it costs per token."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+def _say(text: str) -> None:
+    Console(soft_wrap=True, markup=False).print(text)
 
+
+def info(folder: Folder) -> None:
+    """Show what a folder holds: how it was made, how much is in it, and what it costs per token."""
     from fusion_plugins.store.manifest import load_manifest
 
     manifest = load_manifest(folder)
-    table = Table("", str(folder), show_header=True)
-    for name, value in manifest.identity().items():
-        table.add_row(name, escape(str(value)))
-    rows = {
+    unfinished = "no: run the command that made it again to continue"
+    counts = {
         "made by": f"{manifest.made_by}, {manifest.created}",
-        "complete": "yes" if manifest.complete else "no: run the command that made it again to go on",
-        "rows": f"{manifest.rows:,} in {len(manifest.shards)} shards",
+        "complete": "yes" if manifest.complete else unfinished,
+        manifest.NOUN: f"{manifest.rows:,} in {len(manifest.shards)} shards",
         "bytes": f"{manifest.bytes:,}",
     }
     if manifest.tokens:
-        rows["tokens"] = f"{manifest.tokens:,}, {manifest.bytes / manifest.tokens:.1f} bytes each"
-    rows |= {str(name): str(value) for name, value in manifest.provenance.items()}
-    for name, text in rows.items():
-        table.add_row(name, escape(text))
+        counts["tokens"] = f"{manifest.tokens:,}, {manifest.bytes / manifest.tokens:.1f} bytes each"
+    table = Table("", str(folder), show_header=True)
+    for lines in (manifest.identity(), counts, manifest.provenance):
+        for name, value in lines.items():
+            table.add_row(name, escape(str(value)))
     Console().print(table)
 
 
 def verify(
     folder: Folder,
     drop_damaged: Annotated[
-        bool, typer.Option(help="Take damaged shards out, so that the command that made them makes their rows again.")
+        bool, typer.Option(help="Remove damaged shards, so that the command that made them makes their content again.")
     ] = False,
 ) -> None:
-    """Read a folder to the last byte, compare checksums and counts, and look for rows that stand twice."""
-    from rich.console import Console
-
-    from fusion_plugins.errors import StoreError
+    """Read a folder to the last byte, compare checksums and counts, and look for ids or keys that appear twice."""
     from fusion_plugins.store.maintain import verify as run
 
     verdict = run(folder, drop_damaged=drop_damaged)
+    manifest = verdict.manifest
     if verdict.dropped:
         lost = sum(shard.rows for shard in verdict.damaged)
-        Console(soft_wrap=True, markup=False).print(
-            f"{len(verdict.damaged)} damaged shards with {lost} rows were taken out of {folder}; "
-            f"{verdict.manifest.rows} rows are left. Run the command that made it again."
+        _say(
+            f"{len(verdict.damaged)} damaged shards with {lost} {manifest.NOUN} were removed from {folder}; "
+            f"{manifest.rows} {manifest.NOUN} are left. Run the command that made it again."
         )
         return
     if verdict.problems:
         raise StoreError(f"{folder}: {len(verdict.problems)} problem(s). " + " ".join(verdict.problems))
-    count = len(verdict.manifest.shards)
-    Console(soft_wrap=True, markup=False).print(
-        f"{folder}: {verdict.manifest.rows:,} rows in {count} shards, all sound"
-    )
+    _say(f"{folder}: {manifest.rows:,} {manifest.NOUN} in {len(manifest.shards)} shards, no problems found")
 
 
 def merge(
@@ -69,26 +70,20 @@ def merge(
     out: Annotated[Path, typer.Option(help="Folder to write; an interrupted merge is continued.")],
 ) -> None:
     """Join the parts of one capture (or of one sampling run) into one folder."""
-    from rich.console import Console
-
     from fusion_plugins.store.maintain import merge as run
 
     manifest = run(parts, out)
-    Console(soft_wrap=True, markup=False).print(f"{out}: {manifest.rows:,} rows in {len(manifest.shards)} shards")
+    _say(f"{out}: {manifest.rows:,} {manifest.NOUN} in {len(manifest.shards)} shards")
 
 
 def compact(folder: Folder) -> None:
     """Join small shards, and rewrite those of an older version."""
-    from rich.console import Console
-
     from fusion_plugins.store.maintain import compact as run
     from fusion_plugins.store.manifest import load_manifest
 
     before = load_manifest(folder)
     after = run(folder)
-    Console(soft_wrap=True, markup=False).print(
-        f"{folder}: {len(before.shards)} shards became {len(after.shards)}, {before.bytes:,} bytes {after.bytes:,}"
-    )
+    _say(f"{folder}: {len(before.shards)} shards became {len(after.shards)}, {before.bytes:,} bytes {after.bytes:,}")
 
 
 def export(
@@ -98,9 +93,7 @@ def export(
     temperature: Annotated[float, typer.Option(help="For axolotl-kd: the kd_temperature of the run.")] = 1.0,
 ) -> None:
     """Write a store as plain Parquet for Hugging Face datasets, or for axolotl's own knowledge distillation."""
-    from rich.console import Console
-
     from fusion_plugins.store.export import export as run
 
     count = run(folder, out, format=format, temperature=temperature)
-    Console(soft_wrap=True, markup=False).print(f"{out}: {count:,} records as {format}")
+    _say(f"{out}: {count:,} records as {format}")

@@ -1,4 +1,4 @@
-"""Stores in other people's formats: plain Parquet folders that Hugging Face datasets and axolotl read as they are.
+"""Stores in other formats: plain Parquet folders that Hugging Face datasets and axolotl read as they are.
 
 ``datasets`` has one row per record with the fields of :class:`~fusion_plugins.core.fusion.types.Record` as plain lists.
 ``axolotl-kd`` has the columns of axolotl's own knowledge distillation (same tokenizer, one teacher), already tokenized.
@@ -19,16 +19,94 @@ from fusion_plugins.errors import ConfigError, StoreError
 from fusion_plugins.store.files import TEMPORARY_SUFFIX, make_folder, write_atomic
 from fusion_plugins.store.reader import Store, open_store
 
-__all__ = ["FORMATS", "export", "kd_columns", "plain_columns"]
+__all__ = ["export", "kd_columns"]
 
+FORMATS = ("datasets", "axolotl-kd")
 #: log-probabilities per exported file
 FILE_VALUES = 1 << 23
-#: log-probability of an entry that is masked; axolotl's collator fills with the same
+#: log-probability of an entry that is masked; axolotl's collator pads with the same
 MASKED = -1e9
 IGNORED_LABEL = -100
 
 
-def plain_columns(record: Record) -> dict[str, Any]:
+def kd_columns(record: Record, exponent: float = 1.0) -> dict[str, Any]:
+    """Return a record as a tokenized row of axolotl's knowledge distillation.
+
+    Element t of ``target_*`` belongs to the logits at position t, as in the store; axolotl shifts only the labels. Each
+    distribution is renormalised over its entries after probabilities were raised to ``exponent`` (temperature of the
+    store over that of the run). Labels are the tokens that stored distributions predict.
+    """
+    held = record.topk.ids >= 0
+    scaled = record.topk.logprobs.astype(np.float64) * exponent
+    with np.errstate(divide="ignore"):
+        normaliser = np.log(np.exp(scaled).sum(axis=1, keepdims=True))
+    logprobs = np.where(held, scaled - np.where(np.isfinite(normaliser), normaliser, 0), MASKED)
+    # A label is the token itself; the distribution that predicts it is one position to the left.
+    predicted = np.concatenate([[False], held.any(axis=1)])[:-1]
+    return {
+        "input_ids": record.text.input_ids,
+        "attention_mask": np.ones(len(record.text.input_ids), np.int8),
+        "labels": np.where(predicted, record.text.input_ids, IGNORED_LABEL),
+        "target_logprobs": np.maximum(logprobs, MASKED).astype(np.float32),
+        "target_token_ids": np.where(held, record.topk.ids, 0),
+        "target_mask": held.astype(np.int8),
+    }
+
+
+def export(path: str | Path, out: str | Path, *, format: str = "datasets", temperature: float = 1.0) -> int:
+    """Write a store as a folder of plain Parquet files and return the number of records.
+
+    The folder stays empty until all files are there.
+
+    Args:
+        path: the store.
+        out: a folder that does not exist or is empty.
+        format: one of :data:`FORMATS`.
+        temperature: for ``axolotl-kd``: the run's ``kd_temperature``.
+
+    Raises:
+        ConfigError: the format is unknown, the temperature is not positive, or the folder is not empty.
+        StoreError: the path is no store of log-probabilities, or it is damaged; or the disk is full.
+    """
+    out = Path(out).absolute()
+    if format not in FORMATS:
+        raise ConfigError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    if temperature <= 0 or (temperature != 1.0 and format != "axolotl-kd"):
+        raise ConfigError(
+            f"temperature: expected a positive number, and 1.0 for any format but axolotl-kd, got {temperature} for "
+            f"{format}"
+        )
+    store = open_store(path)
+    make_folder(out)
+    if any(out.iterdir()):
+        raise ConfigError(f"out: expected an empty or new folder, got {out}, which holds files. Name another folder.")
+    unfinished = out.with_name(f".{out.name}{TEMPORARY_SUFFIX}")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
+    make_folder(unfinished)
+    try:
+        count = _write(store, unfinished, format, store.manifest.temperature / temperature)
+        os.replace(unfinished, out)  # a folder may replace an empty one, in one step
+    except OSError as error:
+        raise StoreError(f"cannot write {out}: {error.strerror or error}. Name another folder.") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return count
+
+
+def _write(store: Store, folder: Path, format: str, exponent: float) -> int:
+    count = 0
+    for number, records in enumerate(_portions(store)):
+        kd = format == "axolotl-kd"
+        rows = [kd_columns(record, exponent) if kd else _plain_columns(record) for record in records]
+        table = pa.table({name: _column([row[name] for row in rows]) for name in rows[0]})
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        write_atomic(folder / f"data-{number:05d}.parquet", memoryview(sink.getvalue()))
+        count += len(records)
+    return count
+
+
+def _plain_columns(record: Record) -> dict[str, Any]:
     """Return a record as plain lists; entries as in the store, -1 and -inf where there is none."""
     return {
         "id": record.id,
@@ -43,86 +121,6 @@ def plain_columns(record: Record) -> dict[str, Any]:
         "ce_per_token": record.ce_per_token,
         "ce_per_byte": record.ce_per_byte,
     }
-
-
-def kd_columns(record: Record, exponent: float = 1.0) -> dict[str, Any]:
-    """Return a record as a tokenized row of axolotl's knowledge distillation.
-
-    Row t of ``target_*`` belongs to the logits at position t, as in the store; axolotl shifts only the labels. Rows are
-    renormalised over their entries after probabilities were raised to ``exponent`` (temperature of the store over that
-    of the run). Labels are the tokens that stored rows predict.
-    """
-    held = record.topk.ids >= 0
-    scaled = record.topk.logprobs.astype(np.float64) * exponent
-    with np.errstate(divide="ignore"):
-        normaliser = np.log(np.exp(scaled).sum(axis=1, keepdims=True))
-    logprobs = np.where(held, scaled - np.where(np.isfinite(normaliser), normaliser, 0), MASKED)
-    predicted = np.concatenate([[False], held.any(axis=1)])[:-1]
-    return {
-        "input_ids": record.text.input_ids,
-        "attention_mask": np.ones(len(record.text.input_ids), np.int8),
-        "labels": np.where(predicted, record.text.input_ids, IGNORED_LABEL),
-        "target_logprobs": np.maximum(logprobs, MASKED).astype(np.float32),
-        "target_token_ids": np.where(held, record.topk.ids, 0),
-        "target_mask": held.astype(np.int8),
-    }
-
-
-FORMATS = ("datasets", "axolotl-kd")
-
-
-def export(path: str | Path, out: str | Path, *, format: str = "datasets", temperature: float = 1.0) -> int:
-    """Write a store as a folder of plain Parquet files, which stays empty until all of them are there.
-
-    Args:
-        path: the store.
-        out: a folder that does not exist or is empty.
-        format: one of :data:`FORMATS`.
-        temperature: for ``axolotl-kd``: the run's ``kd_temperature``.
-
-    Returns:
-        The number of records written.
-
-    Raises:
-        ConfigError: the format is unknown, the temperature is not positive, or the folder is not empty.
-        StoreError: the path is no store of log-probabilities, or it is damaged; or the disk is full.
-    """
-    out = Path(out).absolute()
-    if format not in FORMATS:
-        raise ConfigError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
-    if temperature <= 0 or (temperature != 1.0 and format != "axolotl-kd"):
-        raise ConfigError(f"temperature {temperature}: it must be positive, and only axolotl-kd knows one")
-    store = open_store(path)
-    make_folder(out)
-    if any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty; name a folder that is, so that old and new files do not mix")
-    unfinished = out.with_name(f".{out.name}{TEMPORARY_SUFFIX}")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
-    make_folder(unfinished)
-    try:
-        count = _write(store, unfinished, format, store.manifest.temperature / temperature)
-        os.replace(unfinished, out)
-    except OSError as error:
-        raise StoreError(f"cannot write {out}: {error.strerror or error}. Name another folder.") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return count
-
-
-def _write(store: Store, folder: Path, format: str, exponent: float) -> int:
-    count = 0
-    for number, records in enumerate(_portions(store)):
-        rows = [_columns(record, format, exponent) for record in records]
-        table = pa.table({name: _column([row[name] for row in rows]) for name in rows[0]})
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        write_atomic(folder / f"data-{number:05d}.parquet", memoryview(sink.getvalue()))
-        count += len(records)
-    return count
-
-
-def _columns(record: Record, format: str, exponent: float) -> dict[str, Any]:
-    return kd_columns(record, exponent) if format == "axolotl-kd" else plain_columns(record)
 
 
 def _column(values: list[Any]) -> pa.Array:

@@ -1,29 +1,32 @@
-"""Files that appear whole or not at all, and the lock that keeps a second writer out.
+"""Files that appear whole or not at all, and the lock that keeps a second writer out of a folder.
 
-Every commit of a store is one of these writes: temporary file, fsync, rename, fsync of the folder.
+Every commit of a store is one such write: temporary file, fsync, rename, fsync of the folder.
 """
 
-import fcntl
+import errno
 import os
 import signal
 import socket
 import threading
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from filelock import FileLock, Timeout
+
 from fusion_plugins.errors import StoreError
 
-__all__ = ["FolderLock", "interrupts_deferred", "make_folder", "sync_folder", "write_atomic"]
+__all__ = ["TEMPORARY_SUFFIX", "FolderLock", "interrupts_deferred", "make_folder", "sync_folder", "write_atomic"]
 
 LOCK_NAME = ".lock"
 TEMPORARY_SUFFIX = ".tmp"
+#: how Lustre, NFS and others say that they were mounted without locks
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power failure."""
+    """Flush the names in a folder to the disk, so that files made, renamed or deleted there stay so."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -35,28 +38,32 @@ def make_folder(folder: Path) -> None:
     """Make a folder and those above it, if they are not there.
 
     Raises:
-        StoreError: a file is in the way, or a permission.
+        StoreError: a file or a permission is in the way.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise StoreError(f"expected a folder, or a name for a new one: {folder} is a file or lies below one") from error
+        raise StoreError(
+            f"expected a folder, or a name for a new one: {folder} is a file or lies below one. Name another folder."
+        ) from error
     except OSError as error:
-        raise StoreError(f"cannot make the folder {folder}: {error.strerror or error}. Name another one.") from error
+        raise StoreError(f"cannot make the folder {folder}: {error.strerror or error}. Name another folder.") from error
 
 
 def write_atomic(path: Path, data: bytes | memoryview) -> None:
     """Write a file that is visible under its name only once it is complete and on the disk.
 
     Raises:
-        StoreError: the disk is full, a quota or a permission is in the way. What stood there before is still there,
-            unless the message says that the new file is.
+        StoreError: the disk is full, or a quota or a permission is in the way. A file that had this name before is
+            still there, unless the message says that the new one is.
     """
+    # A rename is atomic only within one file system, so the temporary file lies in the same folder.
     temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
+            # Before the rename: otherwise a power failure can leave the new name with an empty file behind it.
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
@@ -65,22 +72,21 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
         if isinstance(error, OSError):
             raise StoreError(
                 f"cannot write {path}: {error.strerror or error}. What was written before is kept; free space or "
-                f"repair the permission, then run the same command again to go on."
+                f"repair the permission, then run the same command again to continue."
             ) from error
         raise
+    # A rename changes the folder, which is a file of its own: until it is flushed, a power failure undoes the rename.
     try:
         sync_folder(path.parent)
     except OSError as error:
         raise StoreError(
             f"{path} was written, but its folder cannot be flushed to the disk: {error.strerror or error}. Nothing is "
-            f"lost unless the machine fails now; repair the disk, then run the same command again to go on."
+            f"lost unless the machine fails now; repair the disk, then run the same command again to continue."
         ) from error
 
 
 class FolderLock:
     """The right to write into a folder, held until :meth:`close` or the end of the process, however it ends.
-
-    The lock belongs to an open file, so a killed process leaves none behind.
 
     Raises:
         StoreError: another process, or another writer of this one, holds it; the file system has no locks; or the
@@ -88,52 +94,59 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
+        path = folder / LOCK_NAME
+        # The lock belongs to an open file, so kill -9 frees it, and a forked worker drops it. A soft lock, which is a
+        # file that exists, would outlive its process: where there are no real locks we refuse instead.
+        self._lock = FileLock(
+            path,
+            blocking=False,
+            thread_local=False,  # a writer may be closed by another thread than the one that opened it
+            fallback_to_soft=False,
+            preserve_lock_file=True,
+            on_acquired=_sign,
+        )
         try:
-            self._file = open(folder / LOCK_NAME, "a+")
-        except OSError as error:
-            raise StoreError(f"cannot write into {folder}: {error.strerror or error}") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
+            self._lock.acquire()
+        except Timeout:
+            holder = ""
+            with suppress(OSError):
+                holder = path.read_text().strip()
             raise StoreError(
-                f"{folder} is being written by {holder}. Wait until it ends, or give this run a folder of its own and "
-                f"join the two with `fusion store merge`."
+                f"{folder} is being written by {holder or 'another process'}. Wait until it ends, or give this run a "
+                f"folder of its own and join the two with `fusion store merge`."
             ) from None
         except OSError as error:
-            self._file.close()
+            if error.errno not in NO_LOCKS:
+                raise StoreError(
+                    f"cannot write into {folder}: {error.strerror or error}. Repair the permission or the disk, or "
+                    f"name another folder."
+                ) from error
             raise StoreError(
                 f"the file system of {folder} gives no locks ({error.strerror or error}), so that nothing would keep a "
                 f"second writer out. Mount it with locks (Lustre: the option flock; NFS: a lock service on the "
                 f"server), or write into a folder on a local disk and copy it when it is complete."
             ) from error
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
-        _HELD.add(self)
 
     def close(self) -> None:
         """Let the next writer in."""
-        self._file.close()
+        self._lock.release()
 
 
-_HELD: "weakref.WeakSet[FolderLock]" = weakref.WeakSet()
-
-
-def _close_in_child() -> None:
-    # A forked worker shares the open file; were it kept, the worker would hold the lock after its parent was killed.
-    for lock in list(_HELD):
-        lock.close()
-
-
-os.register_at_fork(after_in_child=_close_in_child)
+def _sign(descriptor: int) -> None:
+    """Write into the lock file who holds it, for the message to the next who wants it."""
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """Hold a Ctrl-C back until the block has ended, so that a commit and what we remember of it stay together."""
+    """Hold a Ctrl-C back until the block has ended.
+
+    A commit changes the disk and then what the writer remembers of it (which items are done, what is still buffered).
+    A KeyboardInterrupt between the two would make the writer, which commits its buffer when it closes, write the same
+    items twice.
+    """
+    # Python runs signal handlers in the main thread, and lets only that thread set them.
     if threading.current_thread() is not threading.main_thread():
         yield
         return

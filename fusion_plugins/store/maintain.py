@@ -1,4 +1,4 @@
-"""Looking after folders that exist: verify, merge, compact. Works on stores and on folders of rows alike."""
+"""Verify, merge and compact folders that exist: stores and folders of rows alike."""
 
 import hashlib
 from collections import Counter
@@ -13,15 +13,14 @@ import pyarrow as pa
 from fusion_plugins.core.text.content_id import texts_fingerprint
 from fusion_plugins.errors import ConfigError, FusionError, MismatchError, StoreError
 from fusion_plugins.store.files import FolderLock
-from fusion_plugins.store.manifest import Manifest, RowManifest, ShardInfo, load_manifest
+from fusion_plugins.store.manifest import TABLE_NAME, Manifest, RowManifest, ShardInfo, load_manifest
 from fusion_plugins.store.reader import Store
-from fusion_plugins.store.rows import row_codec
-from fusion_plugins.store.schema import record_codec
+from fusion_plugins.store.rows import RowCodec
+from fusion_plugins.store.schema import RecordCodec
 from fusion_plugins.store.shard_writer import ShardWriter
-from fusion_plugins.store.shards import Codec, parquet_bytes, read_keys
-from fusion_plugins.store.writer import TABLE_NAME, say_how_to_go_on
+from fusion_plugins.store.shards import Codec, cure, encode_shard, read_items, read_keys
 
-__all__ = ["Verdict", "codec_of", "compact", "merge", "verify"]
+__all__ = ["compact", "merge", "verify"]
 
 AnyManifest = Manifest | RowManifest
 #: parts of one capture agree in these, unless they cover different texts
@@ -30,20 +29,15 @@ _TEXT_SETS = ("texts_fingerprint", "prompts_fingerprint")
 _ENGINE = ("engine", "engine_version")
 
 
-def codec_of(manifest: AnyManifest) -> Codec[Any]:
-    """Return how the items of a folder are kept."""
-    return record_codec(manifest) if isinstance(manifest, Manifest) else row_codec(manifest)
-
-
 @dataclass(frozen=True)
 class Verdict:
     """What :func:`verify` found.
 
     Attributes:
         manifest: of the folder, without the shards that were dropped.
-        problems: one sentence each; empty when all is well.
+        problems: one message each; empty when there is none.
         damaged: the shards that cannot be used.
-        dropped: whether they were taken out of the manifest.
+        dropped: whether they were removed from the manifest.
     """
 
     manifest: AnyManifest
@@ -53,60 +47,64 @@ class Verdict:
 
 
 def verify(folder: str | Path, *, drop_damaged: bool = False) -> Verdict:
-    """Read a folder to the last byte and compare it with its manifest.
+    """Read a folder to the last byte and return what does not agree with its manifest.
 
     Args:
         folder: a store or a folder of rows.
-        drop_damaged: take damaged shards out, so that the command that made the folder makes their rows again.
+        drop_damaged: remove damaged shards, so that the command that made the folder makes their content again.
 
     Raises:
-        StoreError: the manifest itself is unusable, or a writer is at work.
+        StoreError: the manifest itself is unusable, or (with ``drop_damaged``) a writer is at work.
     """
     folder = Path(folder)
     manifest = load_manifest(folder)
-    problems, damaged = _table_problems(folder, manifest), []
+    problems: list[str] = []
+    damaged: list[ShardInfo] = []
+    if isinstance(manifest, Manifest):
+        try:
+            _ = Store(folder).table
+        except FusionError as error:
+            problems.append(str(error))
     seen: Counter[Hashable] = Counter()
     for shard in manifest.shards:
         try:
-            seen.update(_checked_keys(folder, shard, codec_of(manifest)))
+            seen.update(_checked_keys(folder, shard, _codec_of(manifest)))
         except StoreError as error:
             problems.append(str(error))
             damaged.append(shard)
     twice = [key for key, count in seen.items() if count > 1]
     if twice:
-        problems.append(f"{len(twice)} rows stand twice, the first of them {twice[0]!r}. Make the folder again.")
+        problems.append(
+            f"{folder}: expected every key once, got {len(twice)} that appear more often, the first of them "
+            f"{twice[0]!r}. Make the folder again."
+        )
     if not (drop_damaged and damaged):
         return Verdict(manifest, problems, damaged)
     return Verdict(_drop(folder, damaged), problems, damaged, dropped=True)
 
 
-def _table_problems(folder: Path, manifest: AnyManifest) -> list[str]:
-    if isinstance(manifest, RowManifest):
-        return []
-    try:
-        _ = Store(folder).table
-    except FusionError as error:
-        return [str(error)]
-    return []
+def _codec_of(manifest: AnyManifest) -> Codec[Any]:
+    return RecordCodec(manifest.top_k) if isinstance(manifest, Manifest) else RowCodec(manifest)
 
 
 def _checked_keys(folder: Path, shard: ShardInfo, codec: Codec[Any]) -> list[Hashable]:
+    path = folder / shard.name
     try:
-        items = list(codec.items(folder, shard))
+        items = list(read_items(folder, shard, codec))
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise StoreError(f"{folder / shard.name} cannot be decoded: {type(error).__name__}: {error}") from error
+        raise StoreError(f"{path} cannot be decoded: {type(error).__name__}: {error}. {cure(folder)}") from error
     tokens = sum(codec.tokens(item) for item in items)
     if (len(items), tokens) != (shard.rows, shard.tokens):
         raise StoreError(
-            f"{folder / shard.name} holds {len(items)} rows of {tokens} tokens; the manifest says {shard.rows} of "
-            f"{shard.tokens}"
+            f"{path}: expected {shard.rows} rows of {shard.tokens} tokens, as the manifest says, got {len(items)} of "
+            f"{tokens}. {cure(folder)}"
         )
     return [codec.key(item) for item in items]
 
 
 def _drop(folder: Path, damaged: Sequence[ShardInfo]) -> AnyManifest:
     with closing(FolderLock(folder)):
-        manifest = load_manifest(folder)
+        manifest = load_manifest(folder)  # again: before the lock was held, a writer may have changed it
         kept = [shard for shard in manifest.shards if shard not in damaged]
         manifest = manifest.model_copy(update={"shards": kept, "complete": False})
         manifest.save(folder)
@@ -116,66 +114,65 @@ def _drop(folder: Path, damaged: Sequence[ShardInfo]) -> AnyManifest:
 
 
 def compact(folder: str | Path) -> AnyManifest:
-    """Join small shards and rewrite those of an older version; can be interrupted and repeated at any point.
+    """Join small shards, rewrite those of an older version, and return the new manifest.
+
+    It can be interrupted and repeated at any point.
 
     Raises:
         StoreError: the folder is damaged, or another writer is at work.
     """
     folder = Path(folder)
-    manifest = load_manifest(folder)
-    with closing(_writer(folder, manifest)) as writer:
+    with _writer(folder, load_manifest(folder)) as writer:
         writer.compact()
-        return writer.manifest  # type: ignore[return-value]
+        return writer.manifest
 
 
-def _writer(folder: Path, manifest: AnyManifest, like: Path | None = None) -> ShardWriter[Any]:
+def _writer(folder: Path, manifest: AnyManifest, like: Path | None = None) -> ShardWriter[Any, AnyManifest]:
     """Open a folder for writing, a new one with the token table of the folder that it is like."""
     fresh = manifest.model_copy(update={"shards": [], "complete": False, "schema_version": type(manifest).VERSION})
     companions = {}
     if like is not None and isinstance(manifest, Manifest):
         companions[TABLE_NAME] = (like / TABLE_NAME).read_bytes
-    return ShardWriter(folder, fresh, codec_of(manifest), companions=companions)
+    return ShardWriter(folder, fresh, _codec_of(manifest), companions=companions)
 
 
 def merge(parts: Sequence[str | Path], out: str | Path) -> AnyManifest:
-    """Join folders that were made with the same settings into one; an interrupted merge is continued.
+    """Join folders that were made with the same settings into one and return its manifest.
 
-    A row that stands in several parts must be the same in all of them, and is taken once. Parts that cover different
-    texts get a text fingerprint made of theirs.
+    An interrupted merge is continued. A record or row that appears in several parts must be the same in all of them,
+    and is taken once. Parts that cover different texts get a text fingerprint made of theirs.
 
     Raises:
-        MismatchError: the parts differ in their settings, or in a row that they share.
+        ConfigError: there are no parts, or the folder to write is one of them.
+        MismatchError: the parts differ in their settings, or in a record or row that they share.
         StoreError: a part is damaged, or another writer is at work.
     """
     folders = [Path(part) for part in parts]
     out = Path(out)
-    if not folders or out.resolve() in [folder.resolve() for folder in folders]:
-        raise ConfigError(f"expected at least one folder to merge, and another one than {out} to write into")
+    if not folders:
+        raise ConfigError("merge: expected at least one folder to merge, got none. Name the parts.")
+    if out.resolve() in [folder.resolve() for folder in folders]:
+        raise ConfigError(f"merge: expected another folder to write into than the parts, got {out}. Name a new one.")
     manifests = [load_manifest(folder) for folder in folders]
     joined = _joined_manifest(folders, manifests)
-    codec = codec_of(joined)
+    codec = _codec_of(joined)
     _refuse_conflicts(folders, manifests, codec)
-    with closing(_writer(out, joined, folders[0])) as writer:
-        try:
-            for folder, manifest in zip(folders, manifests, strict=True):
-                for shard in manifest.shards:
-                    _copy_rows(folder, shard, codec, writer)
-        except KeyboardInterrupt:
-            writer.flush()
-            say_how_to_go_on(out, len(writer.done), "rows")
-            raise
+    with _writer(out, joined, folders[0]) as writer:
+        for folder, manifest in zip(folders, manifests, strict=True):
+            for shard in manifest.shards:
+                _copy_items(folder, shard, codec, writer)
         if all(manifest.complete for manifest in manifests):
             writer.finish()
         writer.flush()
         writer.compact()
-        return writer.manifest  # type: ignore[return-value]
+        return writer.manifest
 
 
-def _copy_rows(folder: Path, shard: ShardInfo, codec: Codec[Any], writer: ShardWriter[Any]) -> None:
-    keys = read_keys(folder, shard, codec)
-    if all(writer.holds(key) for key in keys):
+def _copy_items(folder: Path, shard: ShardInfo, codec: Codec[Any], writer: ShardWriter[Any, AnyManifest]) -> None:
+    # The keys are a small part of a shard: a merge that is continued passes over what is done without decoding it.
+    if all(writer.holds(key) for key in read_keys(folder, shard, codec)):
         return
-    for item in codec.items(folder, shard):
+    for item in read_items(folder, shard, codec):
         if not writer.holds(codec.key(item)):
             writer.write(item)
 
@@ -189,8 +186,8 @@ def _joined_manifest(folders: Sequence[Path], manifests: Sequence[AnyManifest]) 
             changes[name] = texts_fingerprint((name, str(value)) for value in values)
     for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
         expected = {name: value for name, value in first.identity().items() if name not in changes}
-        cure = f"Only parts that were made with the same settings can be merged; the first is {folders[0]}."
-        manifest.require(folder, cure, kind=first.kind, **expected)
+        fix = f"Only parts that were made with the same settings can be merged; the first is {folders[0]}."
+        manifest.require(folder, fix, kind=first.kind, **expected)
     provenance = {"merged": [_origin(folder, part) for folder, part in zip(folders, manifests, strict=True)]}
     if isinstance(first, Manifest):
         for name in _ENGINE:
@@ -200,13 +197,13 @@ def _joined_manifest(folders: Sequence[Path], manifests: Sequence[AnyManifest]) 
 
 
 def _origin(folder: Path, manifest: AnyManifest) -> dict[str, Any]:
-    """Return what a part says about how it was made and nothing checks; the joined manifest keeps it."""
+    """Return how a part was made, as far as nothing checks it; the joined manifest keeps it."""
     names = (*(name for name in _ENGINE if hasattr(manifest, name)), "created", "made_by", "provenance")
     return {"folder": str(folder), **{name: getattr(manifest, name) for name in names}}
 
 
 def _refuse_conflicts(folders: Sequence[Path], manifests: Sequence[AnyManifest], codec: Codec[Any]) -> None:
-    """Compare the rows that several parts hold, before anything is written."""
+    """Compare the items that several parts hold, before anything is written."""
     shards = [(folder, shard) for folder, manifest in zip(folders, manifests, strict=True) for shard in manifest.shards]
     keys = [read_keys(folder, shard, codec) for folder, shard in shards]
     counts = Counter(key for part in keys for key in part)
@@ -215,14 +212,16 @@ def _refuse_conflicts(folders: Sequence[Path], manifests: Sequence[AnyManifest],
     for (folder, shard), part in zip(shards, keys, strict=True):
         if shared.isdisjoint(part):
             continue
-        for item in codec.items(folder, shard):
+        for item in read_items(folder, shard, codec):
             key = codec.key(item)
             if key not in shared:
                 continue
-            digest = hashlib.sha256(parquet_bytes(codec, codec.encode([item]), 0)).hexdigest()
+            # Compared as they would be written: shards of two versions may hold the same record in other bytes.
+            data, _ = encode_shard([item], codec, "")
+            digest = hashlib.sha256(data).hexdigest()
             known, other = digests.setdefault(key, (digest, folder))
             if known != digest:
                 raise MismatchError(
-                    f"row {key!r} is not the same in {other} and in {folder}. Leave one of the two out, or make them "
-                    f"again from the same texts."
+                    f"expected the same {key!r} in all parts, got two that differ, in {other} and in {folder}. Leave "
+                    f"one of the two out, or make them again from the same texts."
                 )

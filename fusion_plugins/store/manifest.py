@@ -1,7 +1,7 @@
 """The manifest: what a folder holds, how it was made, and which shards belong to it.
 
-It is the only file that is ever replaced, and replacing it is what commits a shard. Before a later step uses a folder
-it asks :meth:`ManifestBase.require`, which refuses by name and with the values of both sides.
+It is the only file that is ever replaced, and replacing it is what commits a shard. A step that uses a folder first
+calls :meth:`ManifestBase.require`, which names every setting that differs, with both values.
 """
 
 import hashlib
@@ -16,17 +16,12 @@ import fusion_plugins
 from fusion_plugins.errors import MismatchError, StoreError
 from fusion_plugins.store.files import write_atomic
 
-__all__ = ["MANIFEST_NAME", "Manifest", "ManifestBase", "RowManifest", "ShardInfo", "load_manifest"]
+__all__ = ["MANIFEST_NAME", "TABLE_NAME", "Manifest", "ManifestBase", "RowManifest", "ShardInfo", "load_manifest"]
 
 MANIFEST_NAME = "manifest.json"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=str)
+#: the source tokenizer's tokens, in a store of log-probabilities
+TABLE_NAME = "tokens.parquet"
+_KINDS = {"logprobs": "a store of log-probabilities", "rows": "a folder of responses or scored responses"}
 
 
 class ShardInfo(BaseModel):
@@ -47,6 +42,8 @@ class ManifestBase(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    #: what the folder holds, for messages
+    NOUN: ClassVar[str] = "rows"
     #: fields that must be equal before anything may be added to a folder
     IDENTITY: ClassVar[tuple[str, ...]] = ()
     #: version that is written, and the oldest that is still read
@@ -54,8 +51,8 @@ class ManifestBase(BaseModel):
     OLDEST: ClassVar[int] = 1
 
     schema_version: int = Field(default=1, description="the newest layout among the shards")
-    complete: bool = Field(default=False, description="everything that was asked for is here")
-    created: str = Field(default_factory=_now)
+    complete: bool = Field(default=False, description="everything that was asked for is there")
+    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     made_by: str = f"fusion-plugins {fusion_plugins.__version__}"
     provenance: dict[str, Any] = Field(default_factory=dict, description="free notes; never checked, never secrets")
     shards: list[ShardInfo] = Field(default_factory=list)
@@ -78,8 +75,7 @@ class ManifestBase(BaseModel):
     @property
     def fingerprint(self) -> str:
         """sha256 of identity and shards: changes whenever the content does (and when shards are joined)."""
-        content = [self.identity(), sorted(shard.sha256 for shard in self.shards)]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return _digest([self.identity(), sorted(shard.sha256 for shard in self.shards)])
 
     def identity(self) -> dict[str, Any]:
         """Return what must be equal before anything may be added."""
@@ -88,14 +84,14 @@ class ManifestBase(BaseModel):
     @property
     def identity_digest(self) -> str:
         """sha256 of the identity; every shard carries it."""
-        return hashlib.sha256(_as_json(self.identity()).encode()).hexdigest()
+        return _digest(self.identity())
 
     def require(self, where: str | Path, cure: str = "", /, **expected: Any) -> None:
-        """Refuse when fields differ from what the next step expects.
+        """Raise an error when fields differ from what the next step expects.
 
         Args:
             where: the folder, for the message.
-            cure: what to do about it.
+            cure: what to do about it, for the message.
             expected: field name -> value; names may also be keys of :meth:`identity`.
 
         Raises:
@@ -103,29 +99,34 @@ class ManifestBase(BaseModel):
         """
         identity = self.identity()
         pairs = {name: (identity.get(name, getattr(self, name, None)), value) for name, value in expected.items()}
+        # Compared as JSON, because a value that was read back from the disk has lists where the caller's has tuples.
         wrong = [
-            f"{name}: the folder has {came!r}, expected {value!r}"
-            for name, (came, value) in pairs.items()
-            if _as_json(came) != _as_json(value)
+            f"{name}: the folder has {found!r}, expected {value!r}"
+            for name, (found, value) in pairs.items()
+            if _as_json(found) != _as_json(value)
         ]
         if wrong:
             raise MismatchError(f"{where} does not fit. " + "; ".join(wrong) + f". {cure}".rstrip())
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read the manifest of a folder.
+        """Return the manifest of a folder.
 
         Raises:
             StoreError: there is none, it is damaged, it is of another kind, or of a version that we cannot read.
         """
         path = folder / MANIFEST_NAME
         found = _read_json(path)
-        _refuse_other_kinds(path, found, cls.model_fields["kind"].default)
+        kind, expected = found.get("kind"), cls.model_fields["kind"].default
+        if kind != expected:
+            got = _KINDS.get(str(kind), f"the kind {kind!r}")
+            raise StoreError(f"{path}: expected the manifest of {_KINDS[expected]}, got {got}. Name another folder.")
+        # Before the fields are looked at: a later version may have other ones, and its folder is not damaged.
         version, maker = found.get("schema_version"), found.get("made_by", "it does not say which")
         if isinstance(version, int) and not cls.OLDEST <= version <= cls.VERSION:
             raise StoreError(
-                f"{path} has schema version {version}; this version of fusion-plugins reads {cls.OLDEST} to "
-                f"{cls.VERSION}. The folder is sound: use the version that wrote it ({maker}), or a newer one."
+                f"{path}: this version of fusion-plugins expected schema version {cls.OLDEST} to {cls.VERSION}, got "
+                f"{version}. The folder is sound: use the version that wrote it ({maker}), or a newer one."
             )
         try:
             return cls.model_validate(found)
@@ -142,6 +143,7 @@ class ManifestBase(BaseModel):
 class Manifest(ManifestBase):
     """What a store of log-probabilities holds."""
 
+    NOUN = "records"
     IDENTITY = (
         "model",
         "revision",
@@ -154,7 +156,6 @@ class Manifest(ManifestBase):
         "texts_fingerprint",
         "template_hash",
     )
-
     VERSION = 2
 
     kind: Literal["logprobs"] = "logprobs"
@@ -163,10 +164,10 @@ class Manifest(ManifestBase):
     tokenizer_fingerprint: str = Field(description="TokenTable.fingerprint")
     vocab_size: int = Field(description="tokens in the tokenizer")
     logits_width: int = Field(description="columns of the model's head; may exceed vocab_size")
-    top_k: int = Field(gt=0, description="entries stored per row")
+    top_k: int = Field(gt=0, description="entries stored per position")
     temperature: float = Field(default=1.0, gt=0, description="at which the log-probabilities were taken")
     dtype: str = Field(description="dtype in which the model ran")
-    texts_fingerprint: str = Field(description="core.texts.texts_fingerprint of the whole text set")
+    texts_fingerprint: str = Field(description="content_id.texts_fingerprint of all texts")
     template_hash: str | None = Field(default=None, description="sha256 of the chat template; None for plain text")
     engine: str = Field(description="transformers | vllm | openai | ...")
     engine_version: str
@@ -182,7 +183,8 @@ class RowManifest(ManifestBase):
     )
     key: tuple[str, ...] = Field(min_length=1, description="columns whose values together name a row")
     facts: dict[str, Any] = Field(
-        default_factory=dict, description="what must be equal to go on: sampling and prompt fingerprints, scorers, ..."
+        default_factory=dict,
+        description="what must be equal to continue: sampling and prompt fingerprints, scorers, ...",
     )
 
     def identity(self) -> dict[str, Any]:
@@ -191,7 +193,7 @@ class RowManifest(ManifestBase):
 
 
 def load_manifest(folder: Path) -> Manifest | RowManifest:
-    """Read the manifest of a folder of either kind.
+    """Return the manifest of a folder of either kind.
 
     Raises:
         StoreError: there is none, or it is damaged.
@@ -200,34 +202,32 @@ def load_manifest(folder: Path) -> Manifest | RowManifest:
     return RowManifest.load(folder) if is_rows else Manifest.load(folder)
 
 
-_KINDS = {"logprobs": "a store of log-probabilities", "rows": "a folder of responses or scored responses"}
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"{path.parent} is no store: it has no {MANIFEST_NAME}. Check the path.") from None
     except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise StoreError(
+            f"{path} cannot be read: {error.strerror or error}. Repair the permission or the disk."
+        ) from error
     except ValueError as error:
         raise _damaged(path, str(error)) from error
     if not isinstance(found, dict):
-        raise _damaged(path, f"expected a JSON object, came {type(found).__name__}")
+        raise _damaged(path, f"expected a JSON object, got {type(found).__name__}")
     return found
 
 
-def _refuse_other_kinds(path: Path, found: dict[str, Any], expected: str) -> None:
-    kind = found.get("kind")
-    if kind == expected:
-        return
-    if kind in _KINDS:
-        raise StoreError(f"{path.parent} is {_KINDS[kind]}, expected {_KINDS[expected]}. Name the other folder.")
-    raise StoreError(f"{path} is no manifest of a store: its kind is {kind!r}. Check the path.")
+def _as_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(_as_json(value).encode()).hexdigest()
 
 
 def _damaged(path: Path, problem: str) -> StoreError:
     return StoreError(
-        f"{path} is damaged: {problem}. Restore it from a copy: an older one will do, because rows of shards that it "
-        f"does not list are taken in by the next run. Without a copy, make the folder again under another name."
+        f"{path} is damaged: {problem}. Restore it from a copy: an older one will do, because the next run takes in "
+        f"the shards that it does not list. Without a copy, make the folder again under another name."
     )

@@ -1,8 +1,8 @@
 """Reading a store of log-probabilities: by id, or from the first shard to the last.
 
 Shards are mapped into memory and decoded a row group at a time. The list of ids costs a look at each shard's size and
-ids; a shard's checksum is compared before its first record is handed out. A store can be pickled and forked: a worker
-opens the files anew, and trusts what its parent has compared.
+ids; a shard's checksum is compared before its first record is returned. A store can be pickled and forked: a worker
+opens the files anew, and trusts the checksums that its parent has compared.
 """
 
 import os
@@ -15,10 +15,9 @@ import pyarrow.parquet as pq
 
 from fusion_plugins.core.fusion.types import Record
 from fusion_plugins.errors import MismatchError, StoreError
-from fusion_plugins.store.manifest import Manifest
+from fusion_plugins.store.manifest import TABLE_NAME, Manifest
 from fusion_plugins.store.schema import RecordTable, decode_records
 from fusion_plugins.store.shards import compare_checksum, open_shard, read_columns
-from fusion_plugins.store.writer import TABLE_NAME
 
 if TYPE_CHECKING:
     from fusion_plugins.core.text.token_table import TokenTable
@@ -30,7 +29,7 @@ CACHED_GROUPS = 16
 
 
 def open_store(path: str | Path) -> "Store":
-    """Open a store for reading.
+    """Return a store, open for reading.
 
     Raises:
         StoreError: the folder is no store, or it is damaged.
@@ -57,6 +56,7 @@ class Store:
 
     def _open(self) -> None:
         """Start with no file open: at first, and again in a forked worker."""
+        # Caches of the instance: as decorators of the methods they would keep every store alive.
         self._pid = os.getpid()
         self._file = lru_cache(maxsize=None)(self._open_shard)
         self._group = lru_cache(maxsize=CACHED_GROUPS)(self._decode_group)
@@ -82,14 +82,14 @@ class Store:
         table = TokenTable.from_columns({name: columns[name].to_pylist() for name in columns.column_names})
         if table.fingerprint != self.manifest.tokenizer_fingerprint:
             raise MismatchError(
-                f"{path} is tokenizer {table.fingerprint}, the manifest says {self.manifest.tokenizer_fingerprint}. "
-                f"One of the two comes from another store: restore it from a copy."
+                f"{path}: expected the table of tokenizer {self.manifest.tokenizer_fingerprint}, as the manifest says, "
+                f"got {table.fingerprint}. One of the two files is of another store: restore it from a copy."
             )
         return table
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, int, int]]:
-        """Id -> (shard, row group, row in it)."""
+        """Id -> (shard, row group, row of the group)."""
         places: dict[str, tuple[int, int, int]] = {}
         for shard in range(len(self.manifest.shards)):
             file = self._file(shard)
@@ -143,7 +143,7 @@ def _reopen(path: str, fingerprint: str, checked: set[int]) -> Store:
     store._checked = checked  # by the process that pickled it: not every worker needs to read the whole store
     if store.manifest.fingerprint != fingerprint:
         raise MismatchError(
-            f"{path} changed while it was in use: fingerprint {fingerprint} became {store.manifest.fingerprint}. "
-            f"Let nothing write to a store that is being read, and start again."
+            f"{path} changed while it was in use: expected fingerprint {fingerprint}, got "
+            f"{store.manifest.fingerprint}. Let nothing write to a store that is being read, and start again."
         )
     return store

@@ -5,23 +5,21 @@ which :class:`RowStore` turns back into what was written.
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any
 
 import pyarrow as pa
 
 from fusion_plugins.errors import DataError
 from fusion_plugins.store.manifest import RowManifest
 from fusion_plugins.store.shard_writer import SHARD_ROWS, ShardWriter
-from fusion_plugins.store.shards import Codec, read_keys, read_shard
-from fusion_plugins.store.writer import say_how_to_go_on
+from fusion_plugins.store.shards import read_items, read_keys
 
-__all__ = ["Row", "RowStore", "RowWriter", "open_rows", "row_codec"]
+__all__ = ["RowCodec", "RowStore", "RowWriter", "open_rows"]
 
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 Key = tuple[Any, ...]
 
 _ARROW = {
@@ -34,23 +32,56 @@ _ARROW = {
 _PYTHON: dict[str, tuple[type, ...]] = {"string": (str,), "int64": (int,), "float64": (float, int), "bool": (bool,)}
 
 
-def row_codec(manifest: RowManifest) -> Codec[Row]:
-    """Return how the rows of a folder are kept."""
-    return Codec(
-        encode=lambda rows: _encode(rows, manifest),
-        decode=lambda table, version: _decode(table, manifest),
-        key=lambda row: tuple(row[name] for name in manifest.key),
-        keys=lambda table: _keys(table, manifest.key),
-        key_columns=list(manifest.key),
-    )
+class RowCodec:
+    """How the rows of a folder are kept: one Parquet column per declared column."""
+
+    version = RowManifest.VERSION
+    shard_tokens = 1 << 62  # rows have no tokens: their number alone limits a shard
+    group_tokens = 1
+    parquet: dict[str, Any] = {}
+
+    def __init__(self, manifest: RowManifest) -> None:
+        self.columns = manifest.columns
+        self.key_columns = list(manifest.key)
+
+    def encode(self, items: list[Row]) -> pa.Table:
+        """Return one table row per row."""
+        columns = {}
+        for name, kind in self.columns.items():
+            values = [row.get(name) for row in items]
+            if kind == "json":
+                values = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
+            # from_pandas=False: a float nan stays a nan instead of becoming a null
+            columns[name] = pa.array(values, _ARROW[kind], from_pandas=False)
+        return pa.table(columns)
+
+    def decode(self, table: pa.Table, version: int) -> list[Row]:
+        """Return the rows of a table; there is one version."""
+        rows: list[Row] = table.to_pylist()
+        for name in (name for name, kind in self.columns.items() if kind == "json"):
+            for row in rows:
+                row[name] = None if row[name] is None else json.loads(row[name])
+        return rows
+
+    def key(self, item: Row) -> Key:
+        """Return the values of the key columns."""
+        return tuple(item[name] for name in self.key_columns)
+
+    def keys(self, table: pa.Table) -> list[Key]:
+        """Return the keys of a table's rows."""
+        return list(zip(*(table[name].to_pylist() for name in self.key_columns), strict=True))
+
+    def tokens(self, item: Row) -> int:
+        """Return 0."""
+        return 0
 
 
-class RowWriter:
-    """Adds rows to a folder, one shard at a time; the rules are those of :class:`~fusion_plugins.store.StoreWriter`.
+class RowWriter(ShardWriter[Row, RowManifest]):
+    """Adds rows to a folder; commits and resumes as :class:`~fusion_plugins.store.shard_writer.ShardWriter` says.
 
     Args:
         path: the folder; made if it does not exist, continued if it does.
-        manifest: columns, key and the facts that must be equal to go on.
+        manifest: columns, key and the facts that must be equal to continue.
         flush_rows: rows after which a shard is written without being asked.
 
     Raises:
@@ -60,60 +91,54 @@ class RowWriter:
     """
 
     def __init__(self, path: str | Path, manifest: RowManifest, *, flush_rows: int = SHARD_ROWS) -> None:
-        self.path = Path(path)
         missing = [name for name in manifest.key if name not in manifest.columns]
         if missing:
-            raise DataError(f"{path}: key column {missing[0]!r} is not declared in columns {list(manifest.columns)}")
-        self._shards = ShardWriter(self.path, manifest, row_codec(manifest), flush_rows)
-
-    @property
-    def manifest(self) -> RowManifest:
-        """The manifest as it is on the disk."""
-        return cast(RowManifest, self._shards.manifest)
+            raise DataError(
+                f"{path}: expected a key of the declared columns {', '.join(manifest.columns)}, got {missing[0]!r}. "
+                f"Declare it, or take it out of the key."
+            )
+        super().__init__(path, manifest, RowCodec(manifest), flush_rows)
 
     @property
     def done_keys(self) -> set[Key]:
-        """Keys of the rows that are safely on the disk."""
-        return cast(set[Key], self._shards.done)
+        """Keys of the rows that are on the disk."""
+        return self.done
 
-    def write(self, row: Row) -> None:
+    def write(self, item: Mapping[str, Any]) -> None:
         """Take one row; declared columns that it lacks are None.
 
         Raises:
-            DataError: an undeclared column, a value of another type, or a key that is already here.
+            DataError: an undeclared column, a value of another type, or a key that the folder has already.
         """
-        _check(row, self.manifest)
-        self._shards.write(dict(row))
+        self._check(item)
+        super().write(dict(item))
 
-    def drop(self, keys: Collection[Key]) -> None:
-        """Take rows out, so that they can be written anew."""
-        self._shards.drop(keys)
-
-    def flush(self) -> None:
-        """Commit the rows that came so far as a shard of their own."""
-        self._shards.flush()
-
-    def finish(self) -> None:
-        """Commit, and mark the folder complete."""
-        self._shards.finish()
-
-    def close(self) -> None:
-        """Commit what came so far and let the next writer in."""
-        self._shards.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-        if kind is KeyboardInterrupt:
-            say_how_to_go_on(self.path, len(self.done_keys), "rows")
+    def _check(self, row: Mapping[str, Any]) -> None:
+        columns, key = self.manifest.columns, self.manifest.key
+        where = f"{self.path}: row {tuple(row.get(name) for name in key)}"
+        for name, value in row.items():
+            kind = columns.get(name)
+            if kind is None:
+                raise DataError(
+                    f"{where}: expected the declared columns {', '.join(columns)}, got {name!r}. Declare it or drop it."
+                )
+            if value is None or kind == "json":
+                continue
+            # In Python a bool is an int, in Parquet it is not.
+            if not isinstance(value, _PYTHON[kind]) or (isinstance(value, bool) and kind != "bool"):
+                raise DataError(
+                    f"{where}: expected {kind} in column {name!r}, got {value!r} ({type(value).__name__}). Convert "
+                    f"the value, or declare the column as json."
+                )
+        for name in key:
+            if row.get(name) is None:
+                raise DataError(
+                    f"{where}: expected a value in every column of the key, got none in {name!r}. Give one."
+                )
 
 
 def open_rows(path: str | Path) -> "RowStore":
-    """Open a folder of rows for reading.
+    """Return a folder of rows, open for reading.
 
     Raises:
         StoreError: the folder holds no rows, or it is damaged.
@@ -134,6 +159,7 @@ class RowStore:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = RowManifest.load(self.path)
+        self._codec = RowCodec(self.manifest)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RowStore, (str(self.path),)
@@ -141,13 +167,13 @@ class RowStore:
     def __len__(self) -> int:
         return self.manifest.rows
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Row]:
         for shard in self.manifest.shards:
-            yield from _decode(read_shard(self.path, shard), self.manifest)
+            yield from read_items(self.path, shard, self._codec)
 
     @cached_property
-    def _by_key(self) -> dict[Key, dict[str, Any]]:
-        return {tuple(row[name] for name in self.manifest.key): row for row in self}
+    def _by_key(self) -> dict[Key, Row]:
+        return {self._codec.key(row): row for row in self}
 
     @cached_property
     def _key_set(self) -> set[Key]:
@@ -155,49 +181,10 @@ class RowStore:
 
     def keys(self) -> list[Key]:
         """Return the key of every row, in the order of the shards."""
-        codec = row_codec(self.manifest)
-        return [key for shard in self.manifest.shards for key in read_keys(self.path, shard, codec)]
+        return [key for shard in self.manifest.shards for key in read_keys(self.path, shard, self._codec)]
 
-    def __getitem__(self, key: Key) -> dict[str, Any]:
+    def __getitem__(self, key: Key) -> Row:
         return self._by_key[key]
 
     def __contains__(self, key: object) -> bool:
         return key in self._key_set
-
-
-def _check(row: Row, manifest: RowManifest) -> None:
-    for name, value in row.items():
-        kind = manifest.columns.get(name)
-        if kind is None:
-            raise DataError(
-                f"row has column {name!r}; declared are {', '.join(manifest.columns)}. Declare it or drop it."
-            )
-        if value is None or kind == "json":
-            continue
-        if not isinstance(value, _PYTHON[kind]) or (isinstance(value, bool) and kind != "bool"):
-            raise DataError(f"column {name!r} is {kind}, the row has {value!r} ({type(value).__name__})")
-    for name in manifest.key:
-        if row.get(name) is None:
-            raise DataError(f"row has no {name!r}, which is part of the key {manifest.key}")
-
-
-def _encode(rows: list[Row], manifest: RowManifest) -> pa.Table:
-    columns = {}
-    for name, kind in manifest.columns.items():
-        values = [row.get(name) for row in rows]
-        if kind == "json":
-            values = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
-        columns[name] = pa.array(values, _ARROW[kind], from_pandas=False)
-    return pa.table(columns)
-
-
-def _decode(table: pa.Table, manifest: RowManifest) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = table.to_pylist()
-    for name in (name for name, kind in manifest.columns.items() if kind == "json"):
-        for row in rows:
-            row[name] = None if row[name] is None else json.loads(row[name])
-    return rows
-
-
-def _keys(table: pa.Table, names: tuple[str, ...]) -> list[Key]:
-    return list(zip(*(table[name].to_pylist() for name in names), strict=True))

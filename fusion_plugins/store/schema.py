@@ -1,12 +1,7 @@
 """Records as rows of a Parquet shard, and back.
 
-One row per record, one list per column, U tokens long; the K entries of a token are one value of fixed size.
-
-Version 2, which is written, spends its bytes as follows. Probabilities are float16. Log-probabilities of a row
-ascend in magnitude, and so do the bit patterns of non-negative floats: we keep the difference of each pattern to its
-left neighbour, which is small. A byte-stream split then puts the bytes of one rank next to each other, where zstd finds
-least entropy. The gold log-probability is kept only where the gold token is outside the top k. Ends are widths.
-Version 1 kept float32 values as they were; it is still read.
+One Parquet row per record, one list per column, U tokens long; the K entries of a position are one value of fixed size.
+``docs/store.md`` describes version 2, which is written. Version 1 kept float32 values as they were; it is still read.
 """
 
 from collections.abc import Iterator
@@ -14,113 +9,129 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from fusion_plugins.core.fusion.types import Record, TopK
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.store.manifest import Manifest
-from fusion_plugins.store.shards import Codec
 
-__all__ = ["RecordTable", "decode_records", "encode_records", "record_codec"]
+__all__ = ["RecordCodec", "RecordTable", "decode_records"]
+
+Array = npt.NDArray[Any]
 
 #: log-probabilities per row group: what one random access decodes
 GROUP_VALUES = 1 << 17
 #: log-probabilities per shard
 SHARD_VALUES = 1 << 24
-#: in `gold`: the value is the one that the top k hold for the gold token
+#: in `gold`: the value is the one that the top k have for that token
 IN_TOP_K = 0xFFFF
 #: bit pattern -> log-probability; numpy's own conversion takes five times as long
 _LOGPROBS = -np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+# A byte-stream split writes the first bytes of all values of a page, then all second bytes, and so on; for
+# `topk_logprobs` that is rank by rank. High bytes of small numbers are zero, and zstd packs runs of zeros into almost
+# nothing. Parquet allows it only without a dictionary. `topk_ids` stay together: phrases repeat, and zstd finds that
+# only in bytes that are next to each other. No reader uses statistics.
+_SPLIT = ("input_ids", "widths", "topk_logprobs", "gold", "tail")
 PARQUET_OPTIONS: dict[str, Any] = {
     "compression_level": 9,
     "use_dictionary": False,
     "write_statistics": False,
-    "column_encoding": {
-        "input_ids.list.element": "BYTE_STREAM_SPLIT",
-        "widths.list.element": "BYTE_STREAM_SPLIT",
-        "topk_logprobs.list.element": "BYTE_STREAM_SPLIT",
-        "gold.list.element": "BYTE_STREAM_SPLIT",
-        "tail.list.element": "BYTE_STREAM_SPLIT",
-    },
+    "column_encoding": {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in _SPLIT},
 }
 
 
-def record_codec(manifest: Manifest) -> Codec[Record]:
-    """Return how the records of a store are kept."""
-    return Codec(
-        encode=encode_records,
-        decode=lambda table, version: decode_records(table, version).records(),
-        key=lambda record: record.id,
-        keys=lambda table: table["id"].to_pylist(),
-        key_columns=["id"],
-        tokens=lambda record: len(record.text.input_ids),
-        version=Manifest.VERSION,
-        shard_tokens=max(1, SHARD_VALUES // manifest.top_k),
-        group_tokens=max(1, GROUP_VALUES // manifest.top_k),
-        parquet=PARQUET_OPTIONS,
-    )
+class RecordCodec:
+    """How the records of a store with K entries per position are kept."""
+
+    version = Manifest.VERSION
+    key_columns = ["id"]
+    parquet = PARQUET_OPTIONS
+
+    def __init__(self, top_k: int) -> None:
+        self.shard_tokens = max(1, SHARD_VALUES // top_k)
+        self.group_tokens = max(1, GROUP_VALUES // top_k)
+
+    def encode(self, items: list[Record]) -> pa.Table:
+        """Return one table row per record, in the layout of the current version."""
+        lengths = [len(record.text.input_ids) for record in items]
+        inputs = np.concatenate([record.text.input_ids for record in items])
+        ids = np.concatenate([record.topk.ids for record in items])  # (U, K)
+        bits = _float16_bits(np.concatenate([record.topk.logprobs for record in items]))
+        gold = _float16_bits(np.concatenate([record.topk.token_logprobs for record in items]))
+        inside, held = _gold_in_top_k(inputs, ids, bits)
+        # Arrays of all records are one: the position after a record's last one belongs to the next record.
+        inside[[stop - 1 for stop in np.cumsum(lengths) if stop]] = False
+        # The gold log-probability is written only where it is not the one that the top k have already. An engine may
+        # give another value for the same token: that one is kept.
+        gold = np.where(inside & (gold == held), np.uint16(IN_TOP_K), gold)
+        tail = np.concatenate([record.tail for record in items]).astype(np.float16).view(np.uint16)
+        widths = [np.diff(record.text.ends, prepend=np.int32(0)) for record in items]
+        spans = np.concatenate([record.text.spans.ravel() for record in items])
+        # Log-probabilities descend, so their magnitudes ascend, and so do the bit patterns, because non-negative floats
+        # sort like their patterns read as integers. Each pattern less its left neighbour is a small number.
+        steps = np.diff(bits, axis=1, prepend=np.uint16(0))
+        return pa.table(
+            {
+                "id": pa.array([record.id for record in items], pa.string()),
+                "input_ids": _lists(pa.array(inputs), lengths),
+                "widths": _lists(pa.array(np.concatenate(widths)), lengths),
+                "exact": _lists(pa.array(np.concatenate([record.text.exact for record in items])), lengths),
+                "spans": _lists(pa.array(spans), [record.text.spans.size for record in items]),
+                "topk_ids": _lists(_fixed(_narrowed(ids)), lengths),
+                "topk_logprobs": _lists(_fixed(steps), lengths),
+                "gold": _lists(pa.array(gold), lengths),
+                "tail": _lists(pa.array(tail), lengths),
+                "ce_per_token": pa.array([record.ce_per_token for record in items], pa.float64(), from_pandas=False),
+                "ce_per_byte": pa.array([record.ce_per_byte for record in items], pa.float64(), from_pandas=False),
+            }
+        )
+
+    def decode(self, table: pa.Table, version: int) -> Iterator[Record]:
+        """Return the records of a table that was written with that version."""
+        return decode_records(table, version).records()
+
+    def key(self, item: Record) -> str:
+        """Return the id of a record."""
+        return item.id
+
+    def keys(self, table: pa.Table) -> list[str]:
+        """Return the ids of a table's rows."""
+        return table["id"].to_pylist()
+
+    def tokens(self, item: Record) -> int:
+        """Return the number of tokens of a record."""
+        return len(item.text.input_ids)
 
 
-def encode_records(records: list[Record]) -> pa.Table:
-    """Return one table row per record, in the layout of the current version; every record has the same K."""
-    lengths = [len(record.text.input_ids) for record in records]
-    inputs = np.concatenate([record.text.input_ids for record in records])
-    ids = np.concatenate([record.topk.ids for record in records])  # (U, K)
-    bits = _float16_bits(np.concatenate([record.topk.logprobs for record in records]))
-    gold = _float16_bits(np.concatenate([record.topk.token_logprobs for record in records]))
-    inside, held = _gold_in_top_k(inputs, ids, bits)
-    inside[[stop - 1 for stop in np.cumsum(lengths) if stop]] = False  # what follows is another record's token
-    gold = np.where(inside & (gold == held), np.uint16(IN_TOP_K), gold)
-    tail = np.concatenate([record.tail for record in records]).astype(np.float16).view(np.uint16)
-    widths = [np.diff(record.text.ends, prepend=np.int32(0)) for record in records]
-    return pa.table(
-        {
-            "id": pa.array([record.id for record in records], pa.string()),
-            "input_ids": _lists(pa.array(inputs), lengths),
-            "widths": _lists(pa.array(np.concatenate(widths)), lengths),
-            "exact": _lists(pa.array(np.concatenate([record.text.exact for record in records])), lengths),
-            "spans": _lists(
-                pa.array(np.concatenate([record.text.spans.ravel() for record in records])),
-                [record.text.spans.size for record in records],
-            ),
-            "topk_ids": _lists(_fixed(_narrowed(ids)), lengths),
-            "topk_logprobs": _lists(_fixed(np.diff(bits, axis=1, prepend=np.uint16(0))), lengths),
-            "gold": _lists(pa.array(gold), lengths),
-            "tail": _lists(pa.array(tail), lengths),
-            "ce_per_token": pa.array([record.ce_per_token for record in records], pa.float64(), from_pandas=False),
-            "ce_per_byte": pa.array([record.ce_per_byte for record in records], pa.float64(), from_pandas=False),
-        }
-    )
+def _float16_bits(logprobs: Array) -> Array:
+    """Return uint16 bit patterns of the magnitudes: 0 for log 1, ascending, 0x7C00 for -inf, 0x7E00 for nan.
 
-
-def _float16_bits(logprobs: Any) -> Any:
-    """Return uint16 bit patterns of the magnitudes: 0 for log 1, ascending, 0x7C00 for -inf, 0x7E00 for nan."""
+    A float16 has 11 significant bits, so the absolute error is smallest near log 1, where most of the probability is.
+    """
     with np.errstate(over="ignore"):  # below -65504 nothing is left of a probability
         return np.abs(np.minimum(logprobs, 0)).astype(np.float16).view(np.uint16)
 
 
-def _from_bits(bits: Any) -> Any:
-    return _LOGPROBS.take(bits)
-
-
-def _gold_in_top_k(inputs: Any, ids: Any, values: Any) -> tuple[Any, Any]:
-    """Return for each row whether its entries hold the next token, and the value they have for it."""
+def _gold_in_top_k(inputs: Array, ids: Array, values: Array) -> tuple[Array, Array]:
+    """Return for each position whether its entries hold the next token, and the value they have for it."""
     matches = ids[:-1] == inputs[1:, None]
+    # The last position has no next token. `ids[-1:]` has one element or, without any token, none.
     rank = np.concatenate([matches.argmax(axis=1), np.zeros(len(ids[-1:]), np.int64)])
     inside = np.concatenate([matches.any(axis=1), np.zeros(len(ids[-1:]), np.bool_)])
     return inside, np.take_along_axis(values, rank[:, None], axis=1)[:, 0]
 
 
-def _narrowed(ids: Any) -> Any:
+def _narrowed(ids: Array) -> Array:
     """Return ids in two bytes if they fit; -1 becomes the largest number of the type."""
     return ids.astype(np.uint16) if ids.size == 0 or ids.max() < 0xFFFF else ids.astype(np.uint32)
 
 
-def _fixed(rows: Any) -> pa.Array:
-    """Return (U, K) values as U values of fixed size."""
-    rows = np.ascontiguousarray(rows)
+def _fixed(values: Array) -> pa.Array:
+    """Return (U, K) values as U values of fixed size; for nested lists, Parquet would keep levels per entry."""
+    values = np.ascontiguousarray(values)
     return pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(rows.shape[1] * rows.itemsize), len(rows), [None, pa.py_buffer(rows)]
+        pa.binary(values.shape[1] * values.itemsize), len(values), [None, pa.py_buffer(values)]
     )
 
 
@@ -131,7 +142,7 @@ def _lists(values: pa.Array, lengths: list[int]) -> pa.Array:
 
 @dataclass(frozen=True)
 class RecordTable:
-    """Some decoded rows of a shard: N records of together U tokens, as flat read-only arrays.
+    """Some decoded records of a shard: N records of together U tokens, as flat read-only arrays.
 
     Attributes:
         ids: (N,) names.
@@ -141,9 +152,9 @@ class RecordTable:
     """
 
     ids: list[str]
-    starts: Any
-    span_starts: Any
-    columns: dict[str, Any]
+    starts: Array
+    span_starts: Array
+    columns: dict[str, Array]
 
     def record(self, row: int) -> Record:
         """Return one record; its arrays are read-only views."""
@@ -165,7 +176,7 @@ class RecordTable:
 
 
 def decode_records(table: pa.Table, version: int) -> RecordTable:
-    """Return the rows of a table of that version."""
+    """Return the records of a table that was written with that version."""
     starts, input_ids = _flat(table, "input_ids")
     span_starts, spans = _flat(table, "spans")
     columns = {
@@ -175,41 +186,37 @@ def decode_records(table: pa.Table, version: int) -> RecordTable:
         "ce_per_token": table["ce_per_token"].to_numpy(),
         "ce_per_byte": table["ce_per_byte"].to_numpy(),
     }
-    columns |= _distributions_v1(table) if version == 1 else _distributions(table, input_ids, starts)
+    if version == 1:
+        names = ("ends", "topk_ids", "topk_logprobs", "token_logprobs", "tail")
+        columns |= {name: _flat(table, name)[1] for name in names}
+    else:
+        columns |= _decode_version_2(table, input_ids, starts)
     for array in columns.values():
-        array.flags.writeable = False
+        array.flags.writeable = False  # records are views of these arrays and share them
     return RecordTable(table["id"].to_pylist(), starts, span_starts // 2, columns)
 
 
-def _distributions(table: pa.Table, input_ids: Any, starts: Any) -> dict[str, Any]:
-    widths = _flat(table, "widths")[1]
-    running = np.concatenate([[0], np.cumsum(widths, dtype=np.int64)])
+def _decode_version_2(table: pa.Table, input_ids: Array, starts: Array) -> dict[str, Array]:
+    running = np.concatenate([[0], np.cumsum(_flat(table, "widths")[1], dtype=np.int64)])
     ends = running[1:] - np.repeat(running[starts[:-1]], np.diff(starts))
     ids = _flat(table, "topk_ids", np.uint16)[1]
-    width = table["topk_logprobs"].type.value_type.byte_width // 2
-    if ids.shape[1] != width:
+    top_k = table["topk_logprobs"].type.value_type.byte_width // 2
+    if ids.shape[1] != top_k:
         ids = _flat(table, "topk_ids", np.uint32)[1]
-    empty = np.iinfo(ids.dtype).max
-    ids = np.where(ids == empty, np.int32(-1), ids.astype(np.int32))
+    ids = np.where(ids == np.iinfo(ids.dtype).max, np.int32(-1), ids.astype(np.int32))
     bits = np.cumsum(_flat(table, "topk_logprobs", np.uint16)[1], axis=1, dtype=np.uint16)
     gold = _flat(table, "gold")[1]
     gold = np.where(gold == IN_TOP_K, _gold_in_top_k(input_ids, ids, bits)[1], gold)
     return {
         "ends": ends.astype(np.int32),
         "topk_ids": ids,
-        "topk_logprobs": _from_bits(bits),
-        "token_logprobs": _from_bits(gold),
+        "topk_logprobs": _LOGPROBS.take(bits),
+        "token_logprobs": _LOGPROBS.take(gold),
         "tail": _flat(table, "tail")[1].view(np.float16).astype(np.float32),
     }
 
 
-def _distributions_v1(table: pa.Table) -> dict[str, Any]:
-    return {
-        **{name: _flat(table, name)[1] for name in ("ends", "topk_ids", "topk_logprobs", "token_logprobs", "tail")},
-    }
-
-
-def _flat(table: pa.Table, name: str, dtype: Any = None) -> tuple[Any, Any]:
+def _flat(table: pa.Table, name: str, dtype: Any = None) -> tuple[Array, Array]:
     """Return where each list starts, and all values, (U,) or (U, K); ``dtype`` says what fixed-size values are."""
     lists = table[name].combine_chunks()
     if isinstance(lists, pa.ChunkedArray):  # no rows at all

@@ -1,9 +1,7 @@
-"""Writing a store of log-probabilities: capture hands records in, and goes on where it stopped."""
+"""Writing a store of log-probabilities: capture writes its records here and resumes where it stopped."""
 
-import sys
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +9,8 @@ import pyarrow.parquet as pq
 
 from fusion_plugins.core.fusion.types import Record
 from fusion_plugins.errors import DataError, MismatchError
-from fusion_plugins.store.manifest import Manifest
-from fusion_plugins.store.schema import record_codec
+from fusion_plugins.store.manifest import TABLE_NAME, Manifest
+from fusion_plugins.store.schema import RecordCodec
 from fusion_plugins.store.shard_writer import SHARD_ROWS, ShardWriter
 
 if TYPE_CHECKING:
@@ -20,14 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["StoreWriter"]
 
-TABLE_NAME = "tokens.parquet"
 
-
-class StoreWriter:
-    """Adds records to a store, one shard at a time.
-
-    A shard is committed when enough records have come, at :meth:`flush`, and at the end of the ``with`` block, also
-    when that ends by Ctrl-C or an error. A killed process loses only what came after the last commit.
+class StoreWriter(ShardWriter[Record, Manifest]):
+    """Adds records to a store; commits and resumes as :class:`~fusion_plugins.store.shard_writer.ShardWriter` says.
 
     Args:
         path: the folder; made if it does not exist, continued if it does.
@@ -46,61 +39,33 @@ class StoreWriter:
     def __init__(
         self, path: str | Path, manifest: Manifest, table: "TokenTable", *, flush_records: int = SHARD_ROWS
     ) -> None:
-        self.path = Path(path)
         if table.fingerprint != manifest.tokenizer_fingerprint:
             raise MismatchError(
                 f"{path}: the manifest names tokenizer {manifest.tokenizer_fingerprint}, the token table is "
                 f"{table.fingerprint}. Build both from the same tokenizer."
             )
-        manifest = manifest.model_copy(update={"schema_version": Manifest.VERSION})
-        companions = {TABLE_NAME: lambda: _table_bytes(table)}
-        self._shards = ShardWriter(self.path, manifest, record_codec(manifest), flush_records, companions)
 
-    @property
-    def manifest(self) -> Manifest:
-        """The manifest as it is on the disk."""
-        return cast(Manifest, self._shards.manifest)
+        def table_bytes() -> memoryview:
+            sink = pa.BufferOutputStream()
+            pq.write_table(pa.table(table.to_columns()), sink, compression="zstd")
+            return memoryview(sink.getvalue())
+
+        manifest = manifest.model_copy(update={"schema_version": Manifest.VERSION})
+        super().__init__(path, manifest, RecordCodec(manifest.top_k), flush_records, {TABLE_NAME: table_bytes})
 
     @property
     def done_ids(self) -> set[str]:
-        """Ids of the records that are safely on the disk."""
-        return cast(set[str], self._shards.done)
+        """Ids of the records that are on the disk."""
+        return self.done
 
-    def write(self, record: Record) -> None:
-        """Take one record.
+    def write(self, item: Record) -> None:
+        """Take one record; a shard is written when enough are buffered.
 
         Raises:
-            DataError: its arrays do not fit together, or a record of that id is already here.
+            DataError: its arrays do not fit together, or the store has a record of that id already.
         """
-        _check(record, self.manifest.top_k)
-        self._shards.write(record)
-
-    def flush(self) -> None:
-        """Commit the records that came so far as a shard of their own."""
-        self._shards.flush()
-
-    def finish(self) -> None:
-        """Commit, and mark the store complete."""
-        self._shards.finish()
-
-    def close(self) -> None:
-        """Commit what came so far and let the next writer in."""
-        self._shards.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-        if kind is KeyboardInterrupt:
-            say_how_to_go_on(self.path, len(self.done_ids), "records")
-
-
-def say_how_to_go_on(path: Path, count: int, what: str) -> None:
-    """Tell whoever pressed Ctrl-C that nothing is lost."""
-    sys.stderr.write(f"Stopped. {count} {what} are safe in {path}; run the same command again to go on from there.\n")
+        _check(item, self.manifest.top_k)
+        super().write(item)
 
 
 def _check(record: Record, top_k: int) -> None:
@@ -112,17 +77,17 @@ def _check(record: Record, top_k: int) -> None:
         "topk_logprobs": (record.topk.logprobs.shape, (n_tokens, top_k)),
         "token_logprobs": (record.topk.token_logprobs.shape, (n_tokens,)),
         "tail": (record.tail.shape, (n_tokens,)),
-        "spans": (record.text.spans.shape[1:], (2,)),
+        "spans": (record.text.spans.shape, (len(record.text.spans), 2)),
     }
-    for name, (came, expected) in shapes.items():
-        if came != expected:
-            raise DataError(f"record {record.id!r}: {name} has shape {came}, expected {expected}")
+    for name, (found, expected) in shapes.items():
+        if found != expected:
+            raise DataError(
+                f"record {record.id!r}: expected {name} of shape {expected}, got {found}. Give one element per token, "
+                f"and the manifest's top_k entries per position."
+            )
     logprobs = record.topk.logprobs
     if (logprobs[:, 1:] > logprobs[:, :-1]).any() or np.isnan(logprobs).any():
-        raise DataError(f"record {record.id!r}: topk_logprobs must descend within a row; sort ids and values together")
-
-
-def _table_bytes(table: "TokenTable") -> memoryview:
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(table.to_columns()), sink, compression="zstd")
-    return memoryview(sink.getvalue())
+        raise DataError(
+            f"record {record.id!r}: expected topk_logprobs that descend within a position, got others. Sort ids and "
+            f"values together, and replace nan."
+        )

@@ -61,14 +61,14 @@ def test_kd_rows_at_another_temperature_are_the_powers_of_the_probabilities(stor
 
 def test_wrong_requests_are_refused(store: Path, tmp_path: Path) -> None:
     for wanted, message in [
-        ({"format": "other"}, "unknown format 'other'; known: datasets, axolotl-kd"),
-        ({"temperature": 2.0}, "only axolotl-kd knows one"),
-        ({"format": "axolotl-kd", "temperature": 0.0}, "must be positive"),
+        ({"format": "other"}, "expected one of datasets, axolotl-kd, got 'other'"),
+        ({"temperature": 2.0}, "1.0 for any format but axolotl-kd, got 2.0 for datasets"),
+        ({"format": "axolotl-kd", "temperature": 0.0}, "expected a positive number"),
     ]:
         with pytest.raises(ConfigError, match=message):
             export(store, tmp_path / "out", **wanted)  # type: ignore[arg-type]
     export(store, tmp_path / "out")
-    with pytest.raises(ConfigError, match="out is not empty"):
+    with pytest.raises(ConfigError, match="expected an empty or new folder, got .*out"):
         export(store, tmp_path / "out")
 
 
@@ -96,7 +96,9 @@ module.export(*sys.argv[1:])
 
 def test_what_is_no_store_or_no_folder_is_named(store: Path, tmp_path: Path) -> None:
     RowWriter(tmp_path / "rows", RowManifest(stage="responses", columns={"a": "string"}, key=("a",))).close()
-    with pytest.raises(StoreError, match="rows is a folder of responses or scored responses, expected a store"):
+    with pytest.raises(
+        StoreError, match="expected the manifest of a store of log-probabilities, got a folder of responses"
+    ):
         export(tmp_path / "rows", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("")

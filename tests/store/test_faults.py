@@ -1,30 +1,31 @@
-"""A store survives kill -9 anywhere, Ctrl-C, a full disk and a second writer; damage is refused by name."""
+"""No fault costs a committed record: kill -9 at any call, Ctrl-C, a full disk, a disk that fails at any call."""
 
-import json
+import errno
 import os
-import pickle
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, BinaryIO
 
 import pytest
 import store_jobs
-from store_contents import content, record_bytes, store_or_rows
+from store_contents import content, make_store, record_bytes, store_or_rows
 from store_samples import manifest, record, table
 
 from fusion_plugins.core.fusion.types import Record
-from fusion_plugins.errors import MismatchError, StoreError
-from fusion_plugins.store import RowWriter, StoreWriter, open_rows, open_store
-from fusion_plugins.store.maintain import merge, verify
-from fusion_plugins.store.manifest import load_manifest
+from fusion_plugins.errors import StoreError
+from fusion_plugins.store import StoreWriter, files, open_store
+from fusion_plugins.store.maintain import compact, merge, verify
 
 JOBS = str(Path(store_jobs.__file__))
 KILLS = 20
+N_RECORDS = 9
 
 
 def environment() -> dict[str, str]:
@@ -123,141 +124,115 @@ def read_back(folder: Path, number: int) -> Record:
     return open_store(one)[f"text-{number:04d}"]
 
 
-@pytest.fixture
-def sound(tmp_path: Path) -> Path:
-    folder = tmp_path / "store"
-    with StoreWriter(folder, manifest(), table(), flush_records=2) as writer:
-        for number in range(4):
-            writer.write(record(number))
-        writer.finish()
-    return folder
+class Disk:
+    """Notes the calls that change files, and lets the ``fail_at``-th of them fail.
+
+    Args:
+        fail_at: number of the call; 0 for none.
+        how: "before" or "after" it has done its work, or "for good": before, and so do all later ones.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, fail_at: int = 0, how: str = "before") -> None:
+        self.calls: list[str] = []
+        self.fail_at, self.how = fail_at, how
+        for name in ("replace", "rename", "unlink"):
+            patch.setattr(os, name, self.failing(name, getattr(os, name)))
+        patch.setattr(
+            os, "fsync", self.failing("fsync", lambda descriptor: None)
+        )  # the machine does not fail, and fast
+        patch.setattr(files, "open", self.open, raising=False)
+
+    def failing(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.calls.append(name)
+            late = self.fail_at and len(self.calls) > self.fail_at and self.how == "for good"
+            if len(self.calls) != self.fail_at and not late:
+                return function(*arguments, **options)
+            if self.how == "after":
+                function(*arguments, **options)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        return call
+
+    def open(self, path: Path, mode: str) -> Any:
+        return FailingFile(self, open(path, mode)) if mode == "wb" else open(path, mode)  # type: ignore[arg-type]
 
 
-def test_every_damaged_byte_of_a_shard_is_noticed(sound: Path) -> None:
-    shard = sound / "shard-000001.parquet"
-    data = shard.read_bytes()
-    for place in random.Random(0).sample(range(len(data)), 25):
-        shard.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-        with pytest.raises(StoreError, match=r"shard-000001.parquet is damaged: "):
-            list(open_store(sound))
-    shard.write_bytes(data)
-    assert len(list(open_store(sound))) == 4
+class FailingFile:
+    def __init__(self, disk: Disk, file: BinaryIO) -> None:
+        self.file, self.flush, self.fileno = file, file.flush, file.fileno
+        self.write = disk.failing("write", file.write)
+
+    def __enter__(self) -> "FailingFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.file.close()
 
 
-@pytest.mark.parametrize("damage", ["short", "gone", "changed"])
-def test_a_damaged_shard_is_refused_everywhere_and_can_be_made_again(sound: Path, damage: str) -> None:
-    whole = content(sound)
-    shard = sound / "shard-000000.parquet"
-    data = shard.read_bytes()
-    if damage == "gone":
-        shard.unlink()
+def run(job: str, folder: Path, parts: list[Path]) -> None:
+    if job == "store":
+        store_jobs.write_store(str(folder), "0", str(N_RECORDS))
+    elif job == "rows":
+        store_jobs.write_rows(str(folder), N_RECORDS)
+    elif job == "compact":
+        compact(folder)
     else:
-        shard.write_bytes(data[:-1] if damage == "short" else data[:100] + b"x" + data[101:])
-    uses = [lambda: open_store(sound)["text-0001"], lambda: merge([sound], sound.with_name("merged"))]
-    if damage != "changed":  # opening for writing does not read all bytes
-        uses.append(lambda: StoreWriter(sound, manifest(), table()))
-    for use in uses:
-        with pytest.raises(StoreError, match=r"shard-000000.parquet (is damaged|cannot be read).*--drop-damaged"):
-            use()
-    verdict = verify(sound, drop_damaged=True)
-    assert [item.name for item in verdict.damaged] == ["shard-000000.parquet"]
-    assert open_store(sound).ids() == ["text-0002", "text-0003"]
-    assert not open_store(sound).manifest.complete
-    with StoreWriter(sound, manifest(), table()) as writer:
-        for number in range(4):
-            if f"text-{number:04d}" not in writer.done_ids:
-                writer.write(record(number))
-        writer.finish()
-    assert content(sound) == whole
+        merge(parts, folder)
 
 
-def test_the_list_of_ids_costs_no_checksum_and_no_row_of_a_damaged_shard_is_handed_out(sound: Path) -> None:
-    flip(sound / "shard-000001.parquet", b"PAR1", 1500)
-    store = open_store(sound)
-    assert store.ids() == [f"text-{number:04d}" for number in range(4)]
-    assert store["text-0001"].id == "text-0001"
-    for use in (lambda: store["text-0002"], lambda: store.get("text-0003"), lambda: list(store)):
-        with pytest.raises(StoreError, match="shard-000001.parquet is damaged: its sha256"):
-            use()
+@pytest.mark.parametrize("how", ["before", "after", "for good"])
+@pytest.mark.parametrize("job", ["store", "rows", "compact", "merge"])
+def test_a_disk_that_fails_at_any_call_costs_no_row(tmp_path: Path, job: str, how: str) -> None:
+    parts: list[Path] = []
+    if job == "merge":
+        parts = [
+            make_store(tmp_path / name, range(*numbers), finish=False)
+            for name, numbers in {"a": (0, 5), "b": (3, N_RECORDS)}.items()
+        ]
+    small = make_store(tmp_path / "small", range(N_RECORDS), finish=False) if job == "compact" else None
+
+    def attempt(folder: Path, fail_at: int = 0) -> tuple[bool, list[str]]:
+        with pytest.MonkeyPatch.context() as patch:
+            disk = Disk(patch, fail_at, how)
+            try:
+                run(job, folder, parts)
+            except StoreError:
+                return False, disk.calls
+            return True, disk.calls
+
+    def fresh(name: str) -> Path:
+        return shutil.copytree(small, tmp_path / name) if small else tmp_path / name
+
+    ended, calls = attempt(fresh("whole"))
+    assert ended
+    assert set(calls) - {"unlink"} == {"write", "fsync", "replace"}
+    expected = content(tmp_path / "whole")
+    assert len(expected) == N_RECORDS
+    for fail_at in range(1, len(calls) + 1):
+        folder = fresh(f"failed-{fail_at}")
+        ended, made = attempt(folder, fail_at)
+        assert made[:fail_at] == calls[:fail_at]
+        assert not ended or calls[fail_at - 1] == "unlink"  # the next run deletes it
+        if (folder / "manifest.json").exists():
+            held = content(folder)
+            assert held == expected if small else all(item in expected for item in held)
+        assert attempt(folder)[0]
+        assert content(folder) == expected
+        left = {path.name for path in folder.iterdir()} - {"manifest.json", "tokens.parquet", ".lock"}
+        assert left == {shard.name for shard in store_or_rows(folder).manifest.shards}
+        shutil.rmtree(folder)
 
 
-def test_a_damaged_id_is_noticed_when_ids_are_listed(sound: Path) -> None:
-    """It would be missing without a word otherwise."""
-    flip(sound / "shard-000001.parquet", b"text-0002", 5)
-    for use in (lambda: "text-0000" in open_store(sound), lambda: StoreWriter(sound, manifest(), table())):
-        with pytest.raises(StoreError, match="shard-000001.parquet is damaged: "):
-            use()
-
-
-def flip(path: Path, near: bytes, distance: int) -> None:
-    """Change one bit at a distance from the first place where some bytes stand."""
-    data = bytearray(path.read_bytes())
-    data[data.index(near) + distance] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("length", [0, 1, 200, -3])
-def test_a_truncated_manifest_is_refused(sound: Path, length: int) -> None:
-    path = sound / "manifest.json"
-    path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(StoreError, match=r"manifest.json is damaged: .* Restore it from a copy"):
-        open_store(sound)
-    with pytest.raises(StoreError, match="is damaged"):
-        StoreWriter(sound, manifest(), table())
-
-
-def test_a_missing_manifest_is_not_taken_for_an_empty_folder(sound: Path) -> None:
-    (sound / "manifest.json").unlink()
-    with pytest.raises(StoreError, match="it has no manifest.json"):
-        open_store(sound)
-    with pytest.raises(StoreError, match="holds shard-000000.parquet"):
-        StoreWriter(sound, manifest(), table())
-
-
-def test_the_token_table_of_another_store_is_refused(sound: Path, tmp_path: Path) -> None:
-    other = table(301)
-    wanted = manifest(tokenizer_fingerprint=other.fingerprint, vocab_size=301)
-    StoreWriter(tmp_path / "other", wanted, other).close()
-    (sound / "tokens.parquet").write_bytes((tmp_path / "other" / "tokens.parquet").read_bytes())
-    with pytest.raises(MismatchError, match="comes from another store"):
-        _ = open_store(sound).table
-    (sound / "tokens.parquet").write_bytes(b"PAR1")
-    with pytest.raises(StoreError, match="tokens.parquet cannot be read"):
-        _ = open_store(sound).table
-    assert "tokens.parquet" in verify(sound).problems[0]
-
-
-def test_a_folder_of_the_other_kind_is_refused_as_what_it_is(sound: Path, tmp_path: Path) -> None:
-    RowWriter(tmp_path / "rows", store_jobs.rows_manifest()).close()
-    with pytest.raises(StoreError, match="rows is a folder of responses or scored responses, expected a store of log"):
-        open_store(tmp_path / "rows")
-    with pytest.raises(StoreError, match="store is a store of log-probabilities, expected a folder of responses"):
-        open_rows(sound)
-    (sound / "manifest.json").write_text('{"kind": "other", "schema_version": 1}')
-    with pytest.raises(StoreError, match="is no manifest of a store: its kind is 'other'"):
-        load_manifest(sound)
-
-
-@pytest.mark.parametrize("kind", ["logprobs", "rows"])
-def test_a_sound_folder_of_a_later_version_is_not_called_damaged(tmp_path: Path, kind: str) -> None:
-    newer = {"kind": kind, "schema_version": 9, "made_by": "fusion-plugins 7.0", "something_new": 1}
-    (tmp_path / "manifest.json").write_text(json.dumps(newer))
-    with pytest.raises(StoreError, match=r"has schema version 9; .* sound: use the version that wrote it \(.* 7.0\)"):
-        load_manifest(tmp_path)
-
-
-def test_a_reader_does_not_see_what_is_not_committed(tmp_path: Path) -> None:
+def test_a_writer_whose_commit_failed_takes_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with StoreWriter(tmp_path, manifest(), table()) as writer:
         writer.write(record(0))
-        assert len(open_store(tmp_path)) == 0
-        writer.flush()
-        assert open_store(tmp_path).ids() == ["text-0000"]
-
-
-def test_a_worker_checks_what_its_parent_did_not(sound: Path) -> None:
-    pickled = pickle.dumps(open_store(sound))
-    shard = sound / "shard-000001.parquet"
-    data = shard.read_bytes()
-    shard.write_bytes(data[:100] + b"x" + data[101:])
-    with pytest.raises(StoreError, match="shard-000001.parquet is damaged"):
-        _ = pickle.loads(pickled)["text-0002"]
+        with monkeypatch.context() as patch:
+            Disk(patch, 1)
+            with pytest.raises(StoreError, match="Input/output error"):
+                writer.flush()
+        with pytest.raises(StoreError, match="an earlier write failed"):
+            writer.flush()
+    assert len(open_store(tmp_path)) == 0

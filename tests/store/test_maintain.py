@@ -1,38 +1,18 @@
-"""verify, merge, compact and info: what they refuse, what they leave, what they say."""
+"""verify, merge and compact: what they refuse and what they leave."""
 
 import signal
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import store_jobs
+from store_contents import command, make_store
 from store_samples import changed, manifest, record, table
-from typer.testing import CliRunner
 
-from fusion_plugins.cli import app
 from fusion_plugins.errors import ConfigError, MismatchError, StoreError
 from fusion_plugins.store import RowWriter, Store, StoreWriter, maintain, open_rows, open_store
 from fusion_plugins.store.maintain import compact, merge, verify
 from fusion_plugins.store.manifest import load_manifest
-
-
-def make(folder: Path, numbers: Sequence[int], finish: bool = True, **changes: object) -> Path:
-    with StoreWriter(folder, manifest(**changes), table()) as writer:
-        for number in numbers:
-            writer.write(record(number))
-            writer.flush()
-        if finish:
-            writer.finish()
-    return folder
-
-
-def command(*arguments: object) -> str:
-    result = CliRunner().invoke(app, ["store", *map(str, arguments)])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0
-    return " ".join(result.output.split())
 
 
 def ids(store: Store) -> list[str]:
@@ -40,7 +20,7 @@ def ids(store: Store) -> list[str]:
 
 
 def test_merge_joins_the_parts_of_one_capture(tmp_path: Path) -> None:
-    parts = [make(tmp_path / "a", range(4)), make(tmp_path / "b", range(2, 7))]
+    parts = [make_store(tmp_path / "a", range(4)), make_store(tmp_path / "b", range(2, 7))]
     command("merge", *parts, "--out", tmp_path / "all")
     assert "merged [{'folder': '" in command("info", tmp_path / "all").replace("│ ", "")
     store = open_store(tmp_path / "all")
@@ -52,12 +32,12 @@ def test_merge_joins_the_parts_of_one_capture(tmp_path: Path) -> None:
 
 
 def test_merge_of_unfinished_parts_is_not_complete(tmp_path: Path) -> None:
-    parts = [make(tmp_path / "a", [1]), make(tmp_path / "b", [2], finish=False)]
+    parts = [make_store(tmp_path / "a", [1]), make_store(tmp_path / "b", [2], finish=False)]
     assert not merge(parts, tmp_path / "all").complete
 
 
 def test_merge_of_other_texts_gets_a_fingerprint_of_its_own(tmp_path: Path) -> None:
-    parts = [make(tmp_path / "a", [1]), make(tmp_path / "b", [2], texts_fingerprint="others")]
+    parts = [make_store(tmp_path / "a", [1]), make_store(tmp_path / "b", [2], texts_fingerprint="others")]
     first, second = merge(parts, tmp_path / "ab"), merge(parts[::-1], tmp_path / "ba")
     assert first.texts_fingerprint == second.texts_fingerprint  # type: ignore[union-attr]
     assert first.texts_fingerprint not in {"others", manifest().texts_fingerprint}  # type: ignore[union-attr]
@@ -65,8 +45,8 @@ def test_merge_of_other_texts_gets_a_fingerprint_of_its_own(tmp_path: Path) -> N
 
 def test_merge_keeps_how_every_part_was_made(tmp_path: Path) -> None:
     parts = [
-        make(tmp_path / "a", [1], provenance={"texts": "a.jsonl"}),
-        make(tmp_path / "b", [2], provenance={"texts": "b.jsonl"}, engine="vllm", engine_version="0.9"),
+        make_store(tmp_path / "a", [1], provenance={"texts": "a.jsonl"}),
+        make_store(tmp_path / "b", [2], provenance={"texts": "b.jsonl"}, engine="vllm", engine_version="0.9"),
     ]
     joined = merge(parts, tmp_path / "all")
     assert joined.engine == "test + vllm"  # type: ignore[union-attr]
@@ -80,29 +60,31 @@ def test_merge_keeps_how_every_part_was_made(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("model", "other"), ("dtype", "bfloat16"), ("template_hash", "x")])
 def test_merge_refuses_parts_with_other_settings(tmp_path: Path, name: str, value: str) -> None:
-    parts = [make(tmp_path / "a", [1]), make(tmp_path / "b", [2], **{name: value})]
+    parts = [make_store(tmp_path / "a", [1]), make_store(tmp_path / "b", [2], **{name: value})]
     with pytest.raises(MismatchError, match=f"b does not fit. {name}: the folder has '{value}'"):
         merge(parts, tmp_path / "all")
     assert not (tmp_path / "all").exists()
 
 
 def test_merge_refuses_parts_that_disagree_about_a_record(tmp_path: Path) -> None:
-    first = make(tmp_path / "a", [1, 2])
+    first = make_store(tmp_path / "a", [1, 2])
     with StoreWriter(tmp_path / "b", manifest(), table()) as writer:
         writer.write(changed(record(2), tail=record(2).tail / 2))
-    with pytest.raises(MismatchError, match="row 'text-0002' is not the same in .*a and in .*b"):
+    with pytest.raises(
+        MismatchError, match="expected the same 'text-0002' in all parts, got two that differ, in .*a and in .*b"
+    ):
         merge([first, tmp_path / "b"], tmp_path / "all")
 
 
 def test_merge_refuses_a_store_and_rows(tmp_path: Path) -> None:
     RowWriter(tmp_path / "rows", store_jobs.rows_manifest()).close()
     with pytest.raises(MismatchError, match="kind: the folder has 'rows', expected 'logprobs'"):
-        merge([make(tmp_path / "a", [1]), tmp_path / "rows"], tmp_path / "all")
+        merge([make_store(tmp_path / "a", [1]), tmp_path / "rows"], tmp_path / "all")
 
 
 def test_merge_into_a_part_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="another one than"):
-        merge([make(tmp_path / "a", [1])], tmp_path / "a")
+    with pytest.raises(ConfigError, match="expected another folder to write into than the parts"):
+        merge([make_store(tmp_path / "a", [1])], tmp_path / "a")
 
 
 def test_rows_are_merged_too(tmp_path: Path) -> None:
@@ -115,7 +97,7 @@ def test_rows_are_merged_too(tmp_path: Path) -> None:
 
 
 def test_compact_joins_shards_and_keeps_the_records(tmp_path: Path) -> None:
-    make(tmp_path, range(5), finish=False)
+    make_store(tmp_path, range(5), finish=False)
     assert len(open_store(tmp_path).manifest.shards) == 5
     said = command("compact", tmp_path)
     assert "5 shards became 1" in said
@@ -124,61 +106,46 @@ def test_compact_joins_shards_and_keeps_the_records(tmp_path: Path) -> None:
 
 
 def test_a_reader_of_a_compacted_store_is_told(tmp_path: Path) -> None:
-    before = open_store(make(tmp_path, range(3), finish=False))
+    before = open_store(make_store(tmp_path, range(3), finish=False))
     compact(tmp_path)
     with pytest.raises(StoreError, match="If the folder was compacted meanwhile, open it again"):
         list(before)
 
 
-def test_verify_finds_rows_that_stand_twice(tmp_path: Path) -> None:
-    make(tmp_path, range(3), finish=False)
+def test_verify_finds_records_that_appear_twice(tmp_path: Path) -> None:
+    make_store(tmp_path, range(3), finish=False)
     text = open_store(tmp_path).manifest
     text.model_copy(update={"shards": [*text.shards, text.shards[1]]}).save(tmp_path)
-    assert verify(tmp_path).problems == ["1 rows stand twice, the first of them 'text-0001'. Make the folder again."]
+    assert verify(tmp_path).problems == [
+        f"{tmp_path}: expected every key once, got 1 that appear more often, the first of them 'text-0001'. Make the "
+        f"folder again."
+    ]
 
 
 def test_verify_finds_counts_that_are_wrong(tmp_path: Path) -> None:
-    make(tmp_path, range(3))
+    make_store(tmp_path, range(3))
     text = open_store(tmp_path).manifest
     wrong = text.shards[0].model_copy(update={"tokens": 1})
     text.model_copy(update={"shards": [wrong]}).save(tmp_path)
-    with pytest.raises(StoreError, match="holds 3 rows of .* tokens; the manifest says 3 of 1"):
+    with pytest.raises(StoreError, match="expected 3 rows of 1 tokens, as the manifest says, got 3 of "):
         command("verify", tmp_path)
 
 
-def test_the_commands_say_what_they_found(tmp_path: Path) -> None:
-    folder = make(tmp_path / "store", range(3), finish=False)
-    said = command("info", folder)
-    for expected in ("top_k", "tiny", "3 in 3 shards", "bytes each", "no: run the command"):
-        assert expected in said
-    assert "3 rows in 3 shards, all sound" in command("verify", folder)
-    (folder / "shard-000001.parquet").write_bytes(b"PAR1")
-    with pytest.raises(StoreError, match="1 problem"):
-        command("verify", folder)
-    assert "1 damaged shards with 1 rows were taken out" in command("verify", folder, "--drop-damaged")
-    assert "2 rows in 2 shards, all sound" in command("verify", folder)
-
-
-def test_a_folder_of_rows_has_info_too(tmp_path: Path) -> None:
-    RowWriter(tmp_path, store_jobs.rows_manifest()).close()
-    assert "responses" in command("info", tmp_path)
-
-
-def test_an_interrupted_merge_keeps_its_rows_and_says_how_to_go_on(
+def test_an_interrupted_merge_keeps_its_records_and_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parts = [make(tmp_path / "a", range(3)), make(tmp_path / "b", range(3, 6))]
-    copy = maintain._copy_rows
+    parts = [make_store(tmp_path / "a", range(3)), make_store(tmp_path / "b", range(3, 6))]
+    copy = maintain._copy_items
 
     def press_ctrl_c(folder: Path, *rest: Any) -> None:
         if folder == parts[1]:
             signal.raise_signal(signal.SIGINT)
         copy(folder, *rest)
 
-    monkeypatch.setattr(maintain, "_copy_rows", press_ctrl_c)
+    monkeypatch.setattr(maintain, "_copy_items", press_ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         merge(parts, tmp_path / "all")
-    assert "3 rows are safe in" in capsys.readouterr().err
+    assert "3 records are safe in" in capsys.readouterr().err
     assert ids(open_store(tmp_path / "all")) == [f"text-{number:04d}" for number in range(3)]
     monkeypatch.undo()
     merge(parts, tmp_path / "all")

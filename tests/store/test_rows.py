@@ -1,8 +1,10 @@
 """Responses and scored rows: what was written comes back, by key and in order."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import store_jobs
 
 from fusion_plugins.errors import DataError, MismatchError
 from fusion_plugins.store import RowManifest, RowWriter, open_rows
@@ -35,6 +37,16 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert rows.manifest.complete
 
 
+def test_rows_that_an_earlier_release_wrote_are_read_and_continued(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    shutil.copytree("tests/golden/rows_v1", folder)
+    assert list(open_rows(folder)) == [store_jobs.row(number) for number in range(4)]
+    with RowWriter(folder, store_jobs.rows_manifest()) as writer:
+        assert writer.done_keys == {("p0", index) for index in range(4)}
+        writer.write(store_jobs.row(4))
+    assert list(open_rows(folder)) == [store_jobs.row(number) for number in range(5)]
+
+
 def test_rows_go_on_where_they_stopped(tmp_path: Path) -> None:
     with RowWriter(tmp_path, manifest(sampling="s1")) as writer:
         writer.write(ROWS[0])
@@ -49,10 +61,10 @@ def test_rows_go_on_where_they_stopped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"colour": 1}, "row has column 'colour'"),
-        ({"index": "0"}, "column 'index' is int64"),
-        ({"correct": 1}, "column 'correct' is bool"),
-        ({"source": None}, "row has no 'source'"),
+        ({"colour": 1}, "expected the declared columns .*, got 'colour'"),
+        ({"index": "0"}, "expected int64 in column 'index', got '0'"),
+        ({"correct": 1}, "expected bool in column 'correct', got 1"),
+        ({"source": None}, "expected a value in every column of the key, got none in 'source'"),
     ],
 )
 def test_a_row_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:

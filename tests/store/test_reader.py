@@ -1,0 +1,113 @@
+"""Every way of reaching a record: by id, in order, from another process; and what a reader refuses."""
+
+import multiprocessing
+import pickle
+import time
+from pathlib import Path
+
+import pytest
+from store_contents import assert_same_record, flip, write_records
+from store_samples import changed, manifest, record, table
+
+from fusion_plugins.errors import MismatchError, StoreError
+from fusion_plugins.store import Store, StoreWriter, open_store
+from fusion_plugins.store.maintain import verify
+
+
+def test_iteration_goes_through_the_shards_in_order(tmp_path: Path) -> None:
+    store = write_records(tmp_path, [record(number) for number in (3, 1, 2)], flush_records=2)
+    assert [item.id for item in store] == store.ids() == ["text-0003", "text-0001", "text-0002"]
+
+
+def test_a_missing_id_is_a_key_error_and_get_gives_the_default(tmp_path: Path) -> None:
+    store = write_records(tmp_path, [record(1)])
+    assert "text-0001" in store
+    assert "other" not in store
+    assert store.get("other") is None
+    with pytest.raises(KeyError, match="holds no record 'other'"):
+        store["other"]
+
+
+def test_the_token_table_comes_back(tmp_path: Path) -> None:
+    assert write_records(tmp_path, [record(1)]).table == table()
+
+
+def test_the_token_table_of_another_store_is_refused(sound: Path, tmp_path: Path) -> None:
+    other = table(301)
+    wanted = manifest(tokenizer_fingerprint=other.fingerprint, vocab_size=301)
+    StoreWriter(tmp_path / "other", wanted, other).close()
+    (sound / "tokens.parquet").write_bytes((tmp_path / "other" / "tokens.parquet").read_bytes())
+    with pytest.raises(MismatchError, match="One of the two files is of another store"):
+        _ = open_store(sound).table
+    (sound / "tokens.parquet").write_bytes(b"PAR1")
+    with pytest.raises(StoreError, match="tokens.parquet cannot be read"):
+        _ = open_store(sound).table
+    assert "tokens.parquet" in verify(sound).problems[0]
+
+
+def test_a_record_is_read_only(tmp_path: Path) -> None:
+    got = write_records(tmp_path, [record(1)])["text-0001"]
+    with pytest.raises(ValueError, match="read-only"):
+        got.topk.ids[0] = 0
+
+
+def test_a_reader_does_not_see_what_is_not_committed(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path, manifest(), table()) as writer:
+        writer.write(record(0))
+        assert len(open_store(tmp_path)) == 0
+        writer.flush()
+        assert open_store(tmp_path).ids() == ["text-0000"]
+
+
+def test_the_list_of_ids_costs_no_checksum_and_no_row_of_a_damaged_shard_is_handed_out(sound: Path) -> None:
+    flip(sound / "shard-000001.parquet", b"PAR1", 1500)
+    store = open_store(sound)
+    assert store.ids() == [f"text-{number:04d}" for number in range(4)]
+    assert store["text-0001"].id == "text-0001"
+    for use in (lambda: store["text-0002"], lambda: store.get("text-0003"), lambda: list(store)):
+        with pytest.raises(StoreError, match="shard-000001.parquet is damaged: expected sha256"):
+            use()
+
+
+def test_a_store_can_be_pickled(tmp_path: Path) -> None:
+    store = write_records(tmp_path, [record(1)])
+    assert_same_record(pickle.loads(pickle.dumps(store))["text-0001"], record(1))
+
+
+def in_worker(store: Store, id: str) -> float:
+    return store[id].ce_per_token
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_read_a_store_that_their_parent_has_open(tmp_path: Path, method: str) -> None:
+    store = write_records(tmp_path, [record(number) for number in range(8)], flush_records=3)
+    expected = [item.ce_per_token for item in store]
+    with multiprocessing.get_context(method).Pool(1 if method == "spawn" else 2) as pool:
+        got = pool.starmap(in_worker, [(store, id) for id in store.ids()])
+    assert got == expected
+
+
+def test_a_worker_notices_that_the_store_changed(tmp_path: Path) -> None:
+    pickled = pickle.dumps(write_records(tmp_path, [record(1)]))
+    write_records(tmp_path, [record(2)])
+    with pytest.raises(MismatchError, match="changed while it was in use"):
+        pickle.loads(pickled)
+
+
+def test_a_worker_checks_what_its_parent_did_not(sound: Path) -> None:
+    pickled = pickle.dumps(open_store(sound))
+    shard = sound / "shard-000001.parquet"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:100] + b"x" + data[101:])
+    with pytest.raises(StoreError, match="shard-000001.parquet is damaged"):
+        _ = pickle.loads(pickled)["text-0002"]
+
+
+def test_ids_in_order_are_read_at_more_than_2000_records_per_second(tmp_path: Path) -> None:
+    """CPU seconds, so that a busy machine does not decide."""
+    store = write_records(tmp_path, [changed(record(number % 20, 10, 100), id=str(number)) for number in range(600)])
+    ids = store.ids()
+    start = time.process_time()
+    for id in ids:
+        _ = store[id]
+    assert len(ids) / (time.process_time() - start) > 2000
