@@ -43,9 +43,8 @@ class Meter:
             # Only this run's items tell its speed; what an earlier run has done took no time now.
             seconds_per_item = self.seconds / max(self._count - self._at_start, 1)
             left = f"about {seconds_per_item * max(self._total - self._count, 0):,.0f} s left"
-            self._console.print(
-                f"{self._label}: " + ", ".join(filter(None, [f"{self._count}/{self._total}", speed, left]))
-            )
+            parts = [f"{self._label}: {self._count}/{self._total}", speed, left]
+            self._console.print(", ".join(part for part in parts if part))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""``fusion sample --dry-run``: draw a few responses of every source, keep none, and estimate what all of them will take."""
+"""``fusion sample --dry-run``: draw a few responses of every source, keep none, and estimate what all will take."""
 
 import random
 from collections import defaultdict

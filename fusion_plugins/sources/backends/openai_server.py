@@ -267,8 +267,8 @@ def _check_settings(settings: SourceSettings) -> None:
     ignored = [n for n in DECIDED_BY_SERVER if getattr(settings, n) != SourceSettings.model_fields[n].default]
     if ignored:
         raise ConfigError(
-            f"source {settings.source_name!r}: {', '.join(ignored)} cannot be chosen here when a server samples. Remove "
-            "the setting, and start the server with it."
+            f"source {settings.source_name!r}: {', '.join(ignored)} cannot be chosen here when a server samples. "
+            "Remove the setting, and start the server with it."
         )
 
 
