@@ -179,7 +179,7 @@ def _identity(config: CaptureConfig, texts: Sequence[Text], tokenizer: Any, tabl
 
 
 def _check_folder(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Refuse what the store would refuse anyway, but before hours are spent on loading the model."""
+    """Refuse what the store would refuse anyway, but before the model is loaded."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"out: expected a folder, got {str(folder)!r}, which is a file. Name another folder.")
     if not (folder / MANIFEST_NAME).exists():

@@ -41,7 +41,7 @@ from fusion_plugins.sources.backends.base import (
 from fusion_plugins.sources.fingerprints import numeric_options, stored_dtype
 from fusion_plugins.sources.loading import load_config, load_tokenizer
 
-__all__ = ["RayOptions", "RaySource", "connect", "open_source"]
+__all__ = ["RayOptions", "connect", "open_source"]
 
 START_ATTEMPTS = 3
 #: batches per actor that are tokenized and wait, are worked on, or are on their way back

@@ -42,7 +42,7 @@ try:
 except ImportError:  # older versions raise a ValueError instead
     VLLMClientError = ValueError
 
-__all__ = ["VllmOptions", "VllmSource", "open_source", "scheduled_tokens"]
+__all__ = ["VllmOptions", "open_source"]
 
 #: bytes of scratch per scheduled token and id of the vocabulary: logits as computed, in float32, and log-probabilities
 SCRATCH_BYTES = 12
