@@ -4,7 +4,7 @@
     python benchmarks/bench_capture.py --backend ray                  # the same in one actor of Ray Data
     .venv-vllm/bin/python benchmarks/bench_capture.py --backend vllm  # vLLM offline, ours and default, and its server
 
-The model is tiny: what is compared is the way of the numbers out of the engine. A CPU with a vocabulary of 32,000
+The model is tiny: the comparison is of how the numbers get out of the engine. A CPU with a vocabulary of 32,000
 (``--vocabulary 32000``) spends most of the time on the log-probabilities themselves; with 4,096 the time goes where it
 goes on a GPU. Exits 1 when ours is less than three times as fast as vLLM's default settings with 4,096.
 """

@@ -1,11 +1,14 @@
+"""Texts, prompts and rows of JSONL and Parquet files."""
+
 import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fusion_plugins.core.text.content_id import texts_fingerprint
 from fusion_plugins.errors import DataError
-from fusion_plugins.inputs import fingerprint, read_prompts, read_texts
+from fusion_plugins.inputs import prompts_fingerprint, read_prompts, read_row_file, read_texts
 
 ROWS = [{"id": "a", "text": "eins"}, {"id": "b", "text": "zwei\n"}]
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -14,6 +17,10 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hel
 def write(path, rows):
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def fingerprint(texts):
+    return texts_fingerprint((text.id, text.content_id) for text in texts)
 
 
 def test_parquet_and_jsonl_give_the_same_ids_and_fingerprint(tmp_path):
@@ -50,15 +57,15 @@ def test_a_folder_is_read_in_the_order_of_its_names_and_limit_stops_early(tmp_pa
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([ROWS[0], ROWS[0]], r"2: id 'a' stands already at .*:1"),
-        ([{"id": "a"}], "expected a column 'text' or a column 'messages', came id"),
-        ([{"text": "a", "messages": CHAT}], "expected a column 'text' or a column 'messages'"),
+        ([ROWS[0], ROWS[0]], r"2: expected an id that no other row has, got 'a', which is also the id of .*:1"),
+        ([{"id": "a"}], "expected either a column 'text' or a column 'messages', got id"),
+        ([{"text": "a", "messages": CHAT}], "expected either a column 'text' or a column 'messages'"),
         ([{"text": ""}], "a string that is not empty"),
         ([{"text": 5}], "a string that is not empty"),
         ([{"messages": []}], "a list of messages that is not empty"),
         ([{"messages": [{"role": "robot", "content": "x"}]}], "a role out of"),
         ([{"messages": [{"role": "user", "content": None}]}], "text as a message's content"),
-        (["text"], "expected a JSON object, came str"),
+        (["text"], "expected a JSON object, got str"),
     ],
 )
 def test_a_broken_row_is_refused_with_its_place(tmp_path, rows, message):
@@ -74,10 +81,10 @@ def test_what_is_no_json_and_what_is_no_text_is_refused(tmp_path):
     with pytest.raises(DataError, match="lone surrogate"):
         read_texts(tmp_path / "y.jsonl")
     (tmp_path / "i.jsonl").write_text('{"id": "a\\ud800", "text": "a"}\n')
-    with pytest.raises(DataError, match=r"i\.jsonl:1: expected an id that UTF-8 can write"):
+    with pytest.raises(DataError, match=r"i\.jsonl:1: expected an id that UTF-8 can encode"):
         read_texts(tmp_path / "i.jsonl")
     (tmp_path / "u.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
-    with pytest.raises(DataError, match=r"u\.jsonl:2: expected UTF-8"):
+    with pytest.raises(DataError, match=r"u\.jsonl:2: expected one JSON object per line, in UTF-8"):
         read_texts(tmp_path / "u.jsonl")
     (tmp_path / "z.parquet").write_bytes(b"nothing")
     with pytest.raises(DataError, match="no readable Parquet"):
@@ -99,5 +106,32 @@ def test_prompts_have_a_domain_a_reference_and_tests(tmp_path):
 
 
 def test_a_prompt_that_ends_with_an_answer_is_refused(tmp_path):
-    with pytest.raises(DataError, match="drop the last message"):
+    with pytest.raises(DataError, match="Drop the last message"):
         read_prompts(write(tmp_path / "p.jsonl", [{"messages": CHAT}]))
+
+
+def test_the_fingerprint_of_prompts_covers_what_responses_are_scored_by_and_not_their_order(tmp_path):
+    row = {"id": "1", "text": "2+2", "domain": "math", "reference": "4"}
+    other = {"id": "2", "text": "3+3"}
+    variants = [[row], [row | {"reference": "5"}], [row | {"domain": "code"}], [row | {"tests": ["assert True"]}]]
+    marks = [prompts_fingerprint(read_prompts(write(tmp_path / "p.jsonl", rows))) for rows in variants]
+    assert len(set(marks)) == 4
+    # Folders of responses of earlier versions hold this one.
+    assert marks[0] == "6971c87163bd327adcd40e38d28d0056ec387f7ccc1d147ff87f8d3562628fab"
+    orders = [read_prompts(write(tmp_path / "p.jsonl", rows)) for rows in ([row, other], [other, row])]
+    assert prompts_fingerprint(orders[0]) == prompts_fingerprint(orders[1])
+
+
+def test_rows_of_a_file_come_with_their_places_and_empty_lines_and_a_byte_order_mark_do_no_harm(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n{"a": 2}\n')
+    assert list(read_row_file(tmp_path / "x.jsonl")) == [
+        (f"{tmp_path / 'x.jsonl'}:1", {"a": 1}),
+        (f"{tmp_path / 'x.jsonl'}:3", {"a": 2}),
+    ]
+    pq.write_table(pa.Table.from_pylist([{"a": 1}, {"a": 2}]), tmp_path / "x.parquet")
+    assert list(read_row_file(str(tmp_path / "x.parquet"))) == [
+        (f"{tmp_path / 'x.parquet'}:1", {"a": 1}),
+        (f"{tmp_path / 'x.parquet'}:2", {"a": 2}),
+    ]
+    with pytest.raises(DataError, match=r"x\.csv: expected a \.jsonl or \.parquet file that exists"):
+        list(read_row_file(tmp_path / "x.csv"))

@@ -1,77 +1,103 @@
-"""Units of work: what is done and committed together, the same in every run over the same input.
+"""Batches: what is asked of a source and committed together, the same in every run over the same input.
 
-A unit is computed anew as a whole when any of it is missing, so that a run that was killed and went on writes the same
-numbers as one that was not: padding and batching, which change the last bits, depend on the unit alone.
+Padding and the texts that share a forward pass change the last bits of the numbers. Both depend on the batch alone, and
+a batch of which anything is missing is done again as a whole. So a run that was killed and resumed writes the same
+numbers as one that was not.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
 
-__all__ = ["MadeUnits", "plan_units", "run_units"]
+__all__ = ["LazyBatches", "commit_batches", "missing_batches", "plan_batches"]
 
 Item = TypeVar("Item")
 Content = TypeVar("Content")
 Result = TypeVar("Result")
 
 
-def plan_units(items: Iterable[Item], size: Callable[[Item], int], budget: int) -> Iterator[list[Item]]:
-    """Cut items, in order, into runs whose sizes add up to at most ``budget`` (or one item that is larger).
+def plan_batches(items: Iterable[Item], size: Callable[[Item], int], budget: int) -> Iterator[list[Item]]:
+    """Cut items, in order, into batches whose sizes add up to at most ``budget`` (or one item that is larger).
 
     Example:
-        >>> list(plan_units("aa b cc d".split(), len, 3))
+        >>> list(plan_batches("aa b cc d".split(), len, 3))
         [['aa', 'b'], ['cc', 'd']]
     """
-    unit: list[Item] = []
+    batch: list[Item] = []
     total = 0
     for item in items:
-        if unit and total + size(item) > budget:
-            yield unit
-            unit, total = [], 0
-        unit.append(item)
+        if batch and total + size(item) > budget:
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
         total += size(item)
-    if unit:
-        yield unit
+    if batch:
+        yield batch
 
 
-class MadeUnits(Generic[Item, Content]):
-    """Units in the form that a source takes, made when they are asked for, so that few are in memory.
+def missing_batches(
+    items: Iterable[Item], size: Callable[[Item], int], budget: int, done: Callable[[Item], bool], *, whole: bool
+) -> list[list[Item]]:
+    """Return the batches of which something is missing.
 
     Args:
-        units: what they are made of.
-        make: takes the unit's number and its items.
+        items: everything, also what is done already.
+        size: size of an item.
+        budget: see :func:`plan_batches`.
+        done: whether an item is done.
+        whole: return the whole batch, not only its missing items.
+
+    Example:
+        >>> missing_batches([1, 2, 3, 4, 5, 6], lambda item: 1, 2, lambda item: item < 4, whole=True)
+        [[3, 4], [5, 6]]
+    """
+    batches = []
+    # The plan covers what is done too: otherwise the borders would depend on where earlier runs have stopped.
+    for batch in plan_batches(items, size, budget):
+        missing = [item for item in batch if not done(item)]
+        if missing:
+            batches.append(batch if whole else missing)
+    return batches
+
+
+class LazyBatches(Generic[Item, Content]):
+    """Batches in the form that a source takes, each made when the source asks for it, so that few are in memory.
+
+    Args:
+        batches: the items that the batches are made of.
+        make: turns the number and the items of a batch into its contents.
     """
 
-    def __init__(self, units: Sequence[Sequence[Item]], make: Callable[[int, Sequence[Item]], list[Content]]) -> None:
-        self._units, self._make = units, make
+    def __init__(self, batches: Sequence[Sequence[Item]], make: Callable[[int, Sequence[Item]], list[Content]]) -> None:
+        self._batches, self._make = batches, make
 
     def __len__(self) -> int:
-        return len(self._units)
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[list[Content]]:
-        for number, unit in enumerate(self._units):
-            yield self._make(number, unit)
+        for number, batch in enumerate(self._batches):
+            yield self._make(number, batch)
 
 
-def run_units(
-    units: Sequence[Sequence[Item]],
+def commit_batches(
+    batches: Sequence[Sequence[Item]],
     results: Iterable[tuple[tuple[int, int], Result]],
     commit: Callable[[int, Mapping[int, Result]], None],
 ) -> None:
-    """Collect results and commit each unit once it is complete.
+    """Collect results and commit each batch once it is complete.
 
-    When the results end early (a source failed, Ctrl-C), what has come of the open units is committed too.
+    When the results end early (a source failed, Ctrl-C), the results of unfinished batches are committed too.
 
     Args:
-        units: what was asked for.
-        results: ((number of the unit, index within it), result), in any order.
-        commit: takes the unit's number, and index -> result in ascending order.
+        batches: what was asked for.
+        results: ((number of the batch, index within it), result), in any order.
+        commit: takes the batch's number, and index -> result in ascending order.
     """
     pending: dict[int, dict[int, Result]] = defaultdict(dict)
     try:
         for (number, index), result in results:
             pending[number][index] = result
-            if len(pending[number]) == len(units[number]):
+            if len(pending[number]) == len(batches[number]):
                 commit(number, dict(sorted(pending.pop(number).items())))
     finally:
         for number in sorted(pending):

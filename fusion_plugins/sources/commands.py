@@ -1,18 +1,17 @@
 """The commands ``fusion cut``, ``fusion capture`` and ``fusion sample``."""
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated
 
 import typer
+from rich.console import Console
+
+from fusion_plugins.command_options import Assignments, ConfigFile, DryRun, Limit, Out
+from fusion_plugins.config import load_config
 
 __all__ = ["capture", "cut", "sample"]
 
-ConfigFile = Annotated[str | None, typer.Option("--config", "-c", help="YAML file with the settings.")]
-Assignments = Annotated[
-    list[str] | None, typer.Option("--set", help="KEY=VALUE for any key of the YAML file, dots for nested ones.")
-]
-Limit = Annotated[int | None, typer.Option(help="Take the first so many rows only.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Measure a little and say what everything will take.")]
-Out = Annotated[str | None, typer.Option(help="Folder to write into; an unfinished one is continued.")]
+# The modules that do the work load numpy and pyarrow. Each command imports its own, so that `fusion --help` is fast.
 
 
 def capture(
@@ -21,16 +20,13 @@ def capture(
     model: Annotated[str | None, typer.Option(help="Folder or hub name of the source model.")] = None,
     out: Out = None,
     backend: Annotated[str | None, typer.Option(help="transformers, vllm, openai or ray.")] = None,
-    top_k: Annotated[str | None, typer.Option(help="Entries per row, or 'all'.")] = None,
+    top_k: Annotated[str | None, typer.Option(help="Entries per position, or 'all'.")] = None,
     limit: Limit = None,
     dry_run: DryRun = False,
     assign: Assignments = None,
 ) -> None:
     """Store the top-k log-probabilities of one source model over a set of texts."""
-    from rich.console import Console
-
-    from fusion_plugins.config import load_config
-    from fusion_plugins.sources.capture import CaptureConfig, capture_texts, describe_estimate, estimate_capture
+    from fusion_plugins.sources.capture import CaptureConfig, capture_texts, estimate_capture
 
     flags = {
         "texts": texts,
@@ -41,14 +37,15 @@ def capture(
         "limit": limit,
     }
     settings = load_config(CaptureConfig, config, flags, assign)
-    console = Console(stderr=True, soft_wrap=True)
+    console = _console()
     if dry_run:
-        console.print(describe_estimate(estimate_capture(settings)))
+        estimate = estimate_capture(settings)
+        console.print(f"{estimate['texts']:,} texts, {_described(estimate)}")
         return
     report = capture_texts(settings)
     console.print(
-        f"{report.captured} texts captured ({report.tokens:,} tokens, {_speed(report):,.0f} tokens/s), "
-        f"{report.present} were there, {len(report.skipped)} left out: {report.out}"
+        f"{report.captured} texts captured ({_speed(report.tokens, report.seconds)}), {report.present} were there, "
+        f"{len(report.skipped)} left out: {report.out}"
     )
     for text_id, reason in report.skipped.items():
         console.print(f"left out {text_id}: {reason}")
@@ -58,33 +55,26 @@ def sample(
     config: ConfigFile = None,
     prompts: Annotated[str | None, typer.Option(help="JSONL or Parquet file or folder with the prompts.")] = None,
     out: Out = None,
-    only: Annotated[list[str] | None, typer.Option(help="Ask this source only (may stand several times).")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Ask only this source (may be given several times).")] = None,
     limit: Limit = None,
     dry_run: DryRun = False,
     assign: Assignments = None,
 ) -> None:
     """Draw N responses of each of M source models to a set of prompts."""
-    from rich.console import Console
-
-    from fusion_plugins.config import load_config
     from fusion_plugins.sources.estimate import estimate_samples
     from fusion_plugins.sources.sample import SampleConfig, sample_prompts
 
     flags = {"prompts": prompts, "out": out, "only": only or None, "limit": limit}
     settings = load_config(SampleConfig, config, flags, assign)
-    console = Console(stderr=True, soft_wrap=True)
+    console = _console()
     if dry_run:
         for name, estimate in estimate_samples(settings).items():
-            console.print(
-                f"{name}: {estimate['responses']:,} responses, about {estimate['tokens']:,.0f} tokens, "
-                f"{estimate['bytes'] / 1e6:,.1f} MB, {estimate['hours']:,.2f} hours at the measured "
-                f"{estimate['tokens_per_second']:,.0f} tokens/s"
-            )
+            console.print(f"{name}: {estimate['responses']:,} responses, {_described(estimate)}")
         return
     report = sample_prompts(settings)
     console.print(
-        f"{report.drawn} responses drawn ({report.tokens:,} tokens, {_speed(report):,.0f} tokens/s), "
-        f"{report.present} were there: {report.out}"
+        f"{report.drawn} responses drawn ({_speed(report.tokens, report.seconds)}), {report.present} were there, "
+        f"{len(report.skipped)} prompts left out: {report.out}"
     )
     for (source, prompt), reason in report.skipped.items():
         console.print(f"left out {prompt} of {source}: {reason}")
@@ -100,16 +90,25 @@ def cut(
     max_length: Annotated[int | None, typer.Option(help="Longest piece in tokens.")] = None,
     assign: Assignments = None,
 ) -> None:
-    """Cut long texts into pieces that every tokenizer's model can take."""
-    from rich.console import Console
-
-    from fusion_plugins.config import load_config
+    """Cut long texts into pieces that fit the context of every model."""
     from fusion_plugins.sources.cut import CutConfig, cut_texts
 
     flags = {"texts": texts, "out": out, "tokenizers": tokenizer or None, "max_length": max_length}
     report = cut_texts(load_config(CutConfig, config, flags, assign))
-    Console(stderr=True, soft_wrap=True).print(f"{report.texts} texts cut into {report.pieces}: {report.out}")
+    _console().print(f"{report.texts} texts cut into {report.pieces}: {report.out}")
 
 
-def _speed(report: Any) -> float:
-    return float(report.tokens / max(report.seconds, 1e-9))
+def _console() -> Console:
+    # Ids and prompts may hold what rich takes for markup: `[/INST]` would be an error.
+    return Console(stderr=True, soft_wrap=True, markup=False)
+
+
+def _described(estimate: Mapping[str, float]) -> str:
+    return (
+        f"about {estimate['tokens']:,.0f} tokens, {estimate['bytes'] / 1e6:,.1f} MB, {estimate['hours']:,.2f} hours at "
+        f"the measured {estimate['tokens_per_second']:,.0f} tokens/s"
+    )
+
+
+def _speed(tokens: int, seconds: float) -> str:
+    return f"{tokens:,} tokens, {tokens / max(seconds, 1e-9):,.0f} tokens/s"

@@ -1,9 +1,9 @@
-"""``fusion cut``: long texts -> pieces that the context of every model takes, whatever its tokenizer.
+"""``fusion cut``: long texts -> pieces that fit the context of every model, whatever its tokenizer.
 
 Sources and target must see the same pieces, so texts are cut once, before anything is captured or trained on. A piece
 ends where tokenizers end a token anyway (behind an empty line, behind a line, before a space), never inside a
-character, and before a mark that joins the one before only where such a run alone is too long. Each piece is tokenized
-by every model before it is written.
+character. A letter and its combining marks are separated only where such a run alone is too long. Each piece is
+tokenized with every tokenizer before it is written.
 """
 
 import json
@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from fusion_plugins.config import Settings
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize_content
 from fusion_plugins.errors import ConfigError, DataError
@@ -26,18 +27,16 @@ from fusion_plugins.sources.loading import load_tokenizer
 __all__ = ["CutConfig", "CutReport", "cut_text", "cut_texts"]
 
 Count = Callable[[str], int]
-#: good places to end a piece, the best first
+#: good places to end a piece, the best first: behind an empty line, behind a line, before the first of several spaces
 PLACES = (re.compile(r"\n[ \t]*\n+"), re.compile(r"\n"), re.compile(r"(?=(?<! ) )"))
-#: a good place is taken when it leaves at least this share of what would fit
+#: a good place is used when the piece then has at least this share of the characters that fit
 LEAST_SHARE = 0.5
-#: where the search for the first piece starts
+#: the first piece that is tried has so many characters per token that fits: few tokens are longer on average
 CHARACTERS_PER_TOKEN = 8
 
 
-class CutConfig(BaseModel):
+class CutConfig(Settings):
     """Keys of the YAML file of ``fusion cut``."""
-
-    model_config = ConfigDict(extra="forbid")
 
     texts: str | list[str] = Field(description=".jsonl or .parquet files, or folders of them")
     out: str = Field(description=".jsonl file to write")
@@ -62,17 +61,17 @@ class CutReport:
 
 
 def cut_texts(config: CutConfig) -> CutReport:
-    """Cut a set of texts. What fits keeps its id; the pieces of ``x`` are ``x#0``, ``x#1``, ...
+    """Cut a set of texts. A text that fits keeps its id; the pieces of ``x`` are ``x#0``, ``x#1``, ...
 
     Raises:
         ConfigError: ``out`` cannot be a file.
-        DataError: a chat is too long (it has no good place to cut), or a piece cannot be made short enough.
+        DataError: a chat is too long (chats are not cut), or a piece cannot be made short enough.
     """
     texts = read_texts(config.texts)
     counters = [_counter(name, config) for name in config.tokenizers]
     out = Path(config.out)
     if out.is_dir() or not out.parent.is_dir():
-        raise ConfigError(f"out: expected a file to write in a folder that exists, came {config.out!r}")
+        raise ConfigError(f"out: expected a file to write in a folder that exists, got {config.out!r}")
     temporary = out.with_name(f".{out.name}.tmp")
     pieces = 0
     with temporary.open("w", encoding="utf-8") as file:
@@ -99,16 +98,17 @@ def cut_text(text: str, max_length: int, counters: Sequence[Count]) -> Iterator[
     while text:
         size = len(text) if len(text) <= reach else _end(text, reach)
         while (longest := max(count(text[:size]) for count in counters)) > max_length:
-            # Aim a little below what the share of tokens says, so that few rounds are needed.
+            # In proportion to the tokens, and 5 % less: tokenizing is slow, so that one more round costs more than a
+            # slightly short piece.
             size = _end(text, min(size - 1, max(1, int(size * max_length / longest * 0.95))))
             if size < 1:
                 raise DataError(
-                    f"expected that a few characters fit into {max_length} tokens, but {text[:8]!r} takes more; "
-                    "raise max_length"
+                    f"expected that a few characters fit into {max_length} tokens, but {text[:8]!r} needs more. Raise "
+                    "max_length."
                 )
         yield text[:size]
         text = text[size:]
-        reach = max(2 * size, max_length)
+        reach = max(2 * size, max_length)  # a text is of one kind: the next piece will not be many times as long
 
 
 def _counter(name: str, config: CutConfig) -> Callable[[Any], int]:
@@ -124,8 +124,8 @@ def _rows(text: Text, counters: Sequence[Callable[[Any], int]], config: CutConfi
         longest = max(count(text.content) for count in counters)
         if longest > config.max_length:
             raise DataError(
-                f"chat {text.id!r}: expected at most {config.max_length} tokens, came {longest}; chats are not cut: "
-                "leave it out or raise max_length"
+                f"chat {text.id!r}: expected at most {config.max_length} tokens, got {longest}; chats are not cut. "
+                "Leave it out or raise max_length."
             )
         yield {"id": text.id, "messages": text.content}
         return
@@ -144,7 +144,7 @@ def _end(text: str, limit: int) -> int:
     end = limit
     while end > 0 and _joins(text, end):
         end -= 1
-    return end or limit  # all of it is one run of marks: it is cut where it must be
+    return end or limit  # one run of marks that is longer than the limit has to be cut somewhere
 
 
 def _joins(text: str, place: int) -> bool:

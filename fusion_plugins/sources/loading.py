@@ -1,33 +1,39 @@
-"""Tokenizers, chat templates and sizes: what all local backends need before they load a model."""
+"""Tokenizers, configurations and prompts: what local backends need before they load a model, and servers partly too."""
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.errors import ConfigError, SourceError
 from fusion_plugins.sources.backends.base import Refusal, SampleRequest, Sampling, SourceSettings
 
 __all__ = [
     "capture_tokenizer",
+    "chat_messages",
     "chat_template_hash",
     "load_config",
     "load_tokenizer",
+    "plain_text",
     "prompt_ids",
     "prompt_text",
+    "response_text",
     "split_prompts",
     "vocabulary_size",
 ]
+
+Content = str | list[dict[str, Any]]
 
 
 def load_tokenizer(settings: SourceSettings) -> Any:
     """Load the tokenizer of a source, with the chat template that the settings name.
 
-    ``revision`` is the model's: a tokenizer of another repository comes from its main branch.
+    ``revision`` is the model's: a tokenizer of another repository is loaded from its main branch.
 
     Raises:
         SourceError: it cannot be loaded.
-        ConfigError: the chat template's file cannot be read.
+        ConfigError: the file of the chat template cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -49,12 +55,12 @@ def capture_tokenizer(settings: SourceSettings) -> Any:
     """Load the tokenizer that texts are captured with.
 
     Raises:
-        SourceError, ConfigError: as :func:`load_tokenizer`; or a server whose tokenizer is not named.
+        SourceError, ConfigError: as :func:`load_tokenizer`; or the source is a server and no tokenizer is named.
     """
     if settings.backend == "openai" and settings.tokenizer is None:
         raise ConfigError(
-            f"source {settings.source_name!r}: capture through a server needs `tokenizer`, the folder or hub name of "
-            "the served model's tokenizer"
+            f"source {settings.source_name!r}: capture through a server needs `tokenizer`. Name the folder or hub name "
+            "of the served model's tokenizer."
         )
     return load_tokenizer(settings)
 
@@ -90,9 +96,28 @@ def vocabulary_size(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def prompt_text(
-    tokenizer: Any, content: str | list[dict[str, Any]], template: str, system: str | None
-) -> tuple[str, bool]:
+def plain_text(content: Content) -> str:
+    """Return the text of a prompt that is given to the model as it is.
+
+    Raises:
+        ConfigError: the prompt is a chat.
+    """
+    if not isinstance(content, str):
+        raise ConfigError(
+            "template 'plain' takes prompts with 'text', got one with 'messages'. Set `template: chat` or auto."
+        )
+    return content
+
+
+def chat_messages(content: Content, system: str | None) -> list[dict[str, Any]]:
+    """Return a prompt as messages, with the system prompt where the prompt has none of its own."""
+    messages = as_messages(content)
+    if system is not None and messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    return messages
+
+
+def prompt_text(tokenizer: Any, content: Content, template: str, system: str | None) -> tuple[str, bool]:
     """Render a prompt for a model.
 
     Args:
@@ -102,52 +127,47 @@ def prompt_text(
         system: system prompt for chats that have none.
 
     Returns:
-        The text, and whether the tokenizer has still to add its special tokens.
+        The text, and whether the tokenizer still has to add its special tokens.
 
     Raises:
-        ConfigError: a chat for a source without a chat template.
+        ConfigError: a chat for a source without a chat template, or with ``plain``.
         SourceError: the template refuses the messages.
     """
     if template == "plain" or (template == "auto" and isinstance(content, str) and not tokenizer.chat_template):
-        if not isinstance(content, str):
-            raise ConfigError("template 'plain' takes prompts with 'text', came one with 'messages'")
-        return content, True
+        return plain_text(content), True
     if not tokenizer.chat_template:
         raise ConfigError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template, but the prompt is a chat; name a file "
-            "with one in `chat_template`, or use prompts with 'text' and `template: plain`"
+            f"expected a chat template, because the prompt is a chat, but the tokenizer {tokenizer.name_or_path!r} has "
+            "no chat template. Name a file with one in `chat_template`, or use prompts with 'text' and "
+            "`template: plain`."
         )
-    messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
-    if system is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
+    messages = chat_messages(content, system)
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), False
-    except Exception as error:  # templates raise what they like; Jinja's own errors are not enough
+    except Exception as error:  # templates raise errors of any type, not only Jinja's own
         raise SourceError(f"the chat template of {tokenizer.name_or_path!r} refuses a prompt: {error}") from error
 
 
 def response_text(tokenizer: Any, token_ids: list[int], stop: tuple[str, ...]) -> tuple[str, bool]:
     """Return the text of generated tokens, cut before the first stop string, and whether there was one.
 
-    Engines decode as they go, which spells bytes that are no UTF-8 in other ways; one function for all of them makes
-    their answers comparable.
+    Engines decode token by token, and write bytes that are not UTF-8 in different ways. With one function for all of
+    them their responses can be compared.
     """
     text: str = tokenizer.decode(token_ids, skip_special_tokens=True)
     cut = min((text.find(string) for string in stop if string in text), default=None)
     return (text, False) if cut is None else (text[:cut], True)
 
 
-def prompt_ids(
-    tokenizer: Any, content: str | list[dict[str, Any]], sampling: Sampling, max_length: int | None
-) -> list[int]:
-    """Render and tokenize a prompt so that a model goes on from there.
+def prompt_ids(tokenizer: Any, content: Content, sampling: Sampling, max_length: int | None) -> list[int]:
+    """Render and tokenize a prompt so that a model continues it.
 
     Raises:
         SourceError: prompt and response together exceed ``max_length`` tokens.
     """
     text, special = prompt_text(tokenizer, content, sampling.template, sampling.system)
     ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
-    # Some tokenizers end every text with EOS; a prompt goes on.
+    # Some tokenizers put EOS behind every text; a model would not continue behind it.
     while special and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]
     if max_length is not None and len(ids) + sampling.max_tokens > max_length:
@@ -164,7 +184,7 @@ def split_prompts(
     """Tokenize prompts.
 
     Returns:
-        Index -> ids of those that a model can answer, and index -> why for the others.
+        Index -> ids of the prompts that the model can answer, and index -> why for the others.
     """
     prompts: dict[int, list[int]] = {}
     refused: dict[int, Refusal] = {}

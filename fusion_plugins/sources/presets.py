@@ -8,18 +8,18 @@ from typing import Any
 
 __all__ = ["DEFAULT_SAMPLES", "PRESETS", "SAMPLES_PER_PROMPT"]
 
-_ALL_FOUR = ["instruction", "code"]
+_INSTRUCTION_AND_CODE = ["instruction", "code"]
 
 #: name -> settings of a source
 PRESETS: dict[str, dict[str, Any]] = {
-    "fusechat3-gemma-2-27b": {"temperature": 0.8, "top_p": 0.95, "domains": _ALL_FOUR},
-    "fusechat3-mistral-large-2407": {"temperature": 0.8, "top_p": 0.95, "domains": _ALL_FOUR},
-    "fusechat3-llama-3.1-70b": {"temperature": 0.8, "top_p": 0.95, "domains": _ALL_FOUR},
+    "fusechat3-gemma-2-27b": {"temperature": 0.8, "top_p": 0.95, "domains": _INSTRUCTION_AND_CODE},
+    "fusechat3-mistral-large-2407": {"temperature": 0.8, "top_p": 0.95, "domains": _INSTRUCTION_AND_CODE},
+    "fusechat3-llama-3.1-70b": {"temperature": 0.8, "top_p": 0.95, "domains": _INSTRUCTION_AND_CODE},
     "fusechat3-qwen-2.5-72b": {
         "temperature": 0.7,
         "top_p": 0.8,
         "repetition_penalty": 1.05,
-        "domains": [*_ALL_FOUR, "chinese"],
+        "domains": [*_INSTRUCTION_AND_CODE, "chinese"],
     },
     "fusechat3-qwen-2.5-math-72b": {
         "temperature": 0.7,

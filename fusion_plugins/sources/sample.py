@@ -1,7 +1,7 @@
 """``fusion sample``: prompts x sources x n -> rows of responses.
 
-A row is named by (prompt id, source, sample index, sampling fingerprint), and its seed follows from the first three: a
-response does not depend on which others are drawn, nor on when.
+The key of a row is (prompt id, source, sample index, sampling fingerprint). Its seed follows from the first three, so
+that a response does not depend on which others are drawn, nor on when.
 """
 
 import hashlib
@@ -9,10 +9,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from fusion_plugins.config import Settings
 from fusion_plugins.errors import MismatchError, SourceError
 from fusion_plugins.inputs import Prompt, prompts_fingerprint, read_prompts
 from fusion_plugins.progress import Meter, meter
@@ -26,23 +27,13 @@ from fusion_plugins.sources.backends.base import (
     SourceSettings,
     open_source,
 )
-from fusion_plugins.sources.batches import MadeUnits, plan_units, run_units
+from fusion_plugins.sources.batches import commit_batches, missing_batches
 from fusion_plugins.sources.fingerprints import sampling_fingerprint
 from fusion_plugins.sources.loading import load_tokenizer, split_prompts
 from fusion_plugins.sources.presets import DEFAULT_SAMPLES, PRESETS, SAMPLES_PER_PROMPT
 from fusion_plugins.store import RowManifest, RowWriter
 
-__all__ = [
-    "Item",
-    "SampleConfig",
-    "SampleReport",
-    "SampledSource",
-    "chosen_sources",
-    "items_of",
-    "request_of",
-    "response_seed",
-    "sample_prompts",
-]
+__all__ = ["Draw", "SampleConfig", "SampleReport", "SampledSource", "planned_draws", "response_seed", "sample_prompts"]
 
 KEY = ("prompt_id", "source", "index", "fingerprint")
 COLUMNS = {
@@ -66,11 +57,9 @@ COLUMNS = {
 class SampledSource(SourceSettings, Sampling):
     """One entry of ``sources``: a model, what runs it, and how to sample from it."""
 
-    model_config = ConfigDict(extra="forbid")
-
     preset: str | None = Field(None, description="published settings to start from; keys beside it win")
     domains: list[str] | None = Field(None, description="domains that this source answers; default: all")
-    n: int | dict[str, int] | None = Field(None, description="samples per prompt, or per domain; default: as above")
+    n: int | dict[str, int] | None = Field(None, description="samples per prompt, or per domain; default: the run's")
 
     @model_validator(mode="before")
     @classmethod
@@ -88,10 +77,13 @@ class SampledSource(SourceSettings, Sampling):
         return Sampling(**{key: getattr(self, key) for key in Sampling.model_fields})
 
 
-class SampleConfig(BaseModel):
+class SampleConfig(Settings):
     """Keys of the YAML file of ``fusion sample``."""
 
-    model_config = ConfigDict(extra="forbid")
+    MOVED: ClassVar[Mapping[str, str]] = {
+        "unit_requests": "batch_requests",
+        "unusable": "on_unusable, with the values raise (was: stop) and skip",
+    }
 
     prompts: str | list[str] = Field(description=".jsonl or .parquet files, or folders of them")
     out: str = Field(description="folder of the responses")
@@ -100,11 +92,11 @@ class SampleConfig(BaseModel):
         default_factory=lambda: dict(SAMPLES_PER_PROMPT), description="samples per prompt and source, or per domain"
     )
     seed: int = Field(0, description="of the whole run")
-    limit: int | None = Field(None, ge=1, description="answer the first so many prompts only")
+    limit: int | None = Field(None, ge=1, description="answer only this many prompts, from the start")
     only: list[str] | None = Field(None, description="names of the sources to ask in this run; default: all")
-    unit_requests: int = Field(256, ge=1, description="responses that are drawn and committed together")
-    unusable: Literal["stop", "skip"] = Field(
-        "stop", description="prompts that are too long, or that a source always fails on: stop, or leave them out"
+    batch_requests: int = Field(256, ge=1, description="responses that are drawn and committed together")
+    on_unusable: Literal["raise", "skip"] = Field(
+        "raise", description="prompts that are too long, or that a source always fails on: raise, or skip and report"
     )
 
     @model_validator(mode="after")
@@ -112,11 +104,16 @@ class SampleConfig(BaseModel):
         names = [source.source_name for source in self.sources]
         doubled = {name for name in names if names.count(name) > 1}
         if doubled:
-            raise ValueError(f"sources need different names; {', '.join(sorted(doubled))} stands twice: set `name`")
+            raise ValueError(f"sources need different names; {', '.join(sorted(doubled))} is given twice: set `name`")
         unknown = set(self.only or []) - set(names)
         if unknown:
             raise ValueError(f"no source named {', '.join(sorted(unknown))}; known: {', '.join(names)}")
         return self
+
+    @property
+    def chosen_sources(self) -> list[SampledSource]:
+        """The sources of this run."""
+        return [source for source in self.sources if self.only is None or source.source_name in self.only]
 
 
 @dataclass(frozen=True)
@@ -127,9 +124,9 @@ class SampleReport:
         out: the folder of rows.
         drawn: responses written by this run.
         present: responses that were there before.
-        skipped: (source, prompt id) -> why there is no response (``unusable: skip`` only).
+        skipped: (source, prompt id) -> why there is no response (``on_unusable: skip`` only).
         tokens: tokens generated by this run.
-        seconds: what that took, without loading the models.
+        seconds: time of sampling, without loading the models.
     """
 
     out: Path
@@ -141,20 +138,22 @@ class SampleReport:
 
 
 @dataclass(frozen=True)
-class Item:
-    """One response to draw.
+class Draw:
+    """One response to draw from one source.
 
     Attributes:
-        prompt: to which prompt.
-        index: which of several.
+        prompt: the prompt to answer.
+        index: number among the responses of the source to the prompt.
+        request: what the source is asked for.
     """
 
     prompt: Prompt
     index: int
+    request: SampleRequest
 
     @property
-    def name(self) -> tuple[str, int]:
-        """What tells it from the others of its source."""
+    def key(self) -> tuple[str, int]:
+        """Prompt id and index: different for all draws of a source."""
         return self.prompt.text.id, self.index
 
 
@@ -169,169 +168,149 @@ def response_seed(seed: int, prompt_id: str, source: str, index: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
+def planned_draws(config: SampleConfig, settings: SampledSource, prompts: Sequence[Prompt]) -> list[Draw]:
+    """Return the responses to draw from one source, prompt by prompt."""
+    n = config.n if settings.n is None else settings.n
+    sampling = settings.sampling
+    draws = []
+    for prompt in prompts:
+        if settings.domains is not None and prompt.domain not in settings.domains:
+            continue
+        for index in range(n if isinstance(n, int) else n.get(prompt.domain, DEFAULT_SAMPLES)):
+            seed = response_seed(config.seed, prompt.text.id, settings.source_name, index)
+            draws.append(Draw(prompt, index, SampleRequest(prompt.text.content, sampling, seed)))
+    return draws
+
+
 def sample_prompts(config: SampleConfig) -> SampleReport:
-    """Draw the responses of every source, going on where an earlier run of the same settings stopped.
+    """Draw the responses of every source; resume where an earlier run with the same settings stopped.
 
     Raises:
         DataError: a prompt is broken.
         MismatchError: the folder holds responses to other prompts, or of a source with other settings.
         SourceError: a model cannot be loaded, a server fails for good, or a source cannot take a prompt (with
-            ``unusable: stop``).
+            ``on_unusable: raise``).
     """
     prompts = read_prompts(config.prompts)
-    skipped: dict[tuple[str, str], str] = {}
-    drawn = present = tokens = 0
-    seconds = 0.0
-    with RowWriter(config.out, _manifest(config, prompts)) as rows:
-        # Nothing is loaded before all settings were compared with what is there.
-        jobs = [_job(config, settings, rows, prompts[: config.limit], skipped) for settings in chosen_sources(config)]
-        for job in jobs:
-            present += sum(item.name in job.done for item in job.items)
-            _run(job)
-            drawn, tokens, seconds = drawn + job.drawn, tokens + job.tokens, seconds + job.seconds
-        if config.limit is None and config.only is None:
-            rows.finish()
-    return SampleReport(Path(config.out), drawn, present, skipped, tokens, seconds)
-
-
-def _manifest(config: SampleConfig, prompts: Sequence[Prompt]) -> RowManifest:
-    return RowManifest(
+    manifest = RowManifest(
         stage="responses",
         columns=COLUMNS,
         key=KEY,
         facts={"prompts_fingerprint": prompts_fingerprint(prompts), "seed": config.seed},
         provenance={"prompts": config.prompts},
     )
+    skipped: dict[tuple[str, str], str] = {}
+    present = tokens = 0
+    seconds = 0.0
+    with RowWriter(config.out, manifest) as rows:
+        before = len(rows.done_keys)
+        # The settings of all sources are compared with the folder before the first model is loaded.
+        fingerprints = [_checked_fingerprint(settings, rows) for settings in config.chosen_sources]
+        for settings, fingerprint in zip(config.chosen_sources, fingerprints, strict=True):
+            draws = planned_draws(config, settings, prompts[: config.limit])
+            done = _done(rows, settings)
+            present += sum(draw.key in done for draw in draws)
+            if all(draw.key in done for draw in draws):
+                continue
+            progress = _draw_missing(config, settings, fingerprint, draws, rows, skipped)
+            tokens, seconds = tokens + progress.tokens, seconds + progress.seconds
+        drawn = len(rows.done_keys) - before
+        if config.limit is None and config.only is None:
+            rows.finish()
+    return SampleReport(Path(config.out), drawn, present, skipped, tokens, seconds)
 
 
-def chosen_sources(config: SampleConfig) -> list[SampledSource]:
-    """Return the sources of this run."""
-    return [source for source in config.sources if config.only is None or source.source_name in config.only]
+def _checked_fingerprint(settings: SampledSource, rows: RowWriter) -> str:
+    """Return the sampling fingerprint of a source; refuse a folder with responses of the source under another one."""
+    tokenizer = None if settings.backend == "openai" else load_tokenizer(settings)
+    fingerprint = sampling_fingerprint(settings, settings.sampling, tokenizer)
+    name = settings.source_name
+    other = next((key[3] for key in rows.done_keys if key[1] == name and key[3] != fingerprint), None)
+    if other is not None:
+        raise MismatchError(
+            f"{rows.path} holds responses of source {name!r} with the sampling fingerprint {other}, expected "
+            f"{fingerprint}: the model, its chat template, its dtype or its sampling settings have changed. Give the "
+            "source another name, or write the new responses into a folder of their own."
+        )
+    return fingerprint
 
 
-def items_of(config: SampleConfig, settings: SampledSource, prompts: Sequence[Prompt]) -> list[Item]:
-    """Return what one source has to draw."""
-    n = config.n if settings.n is None else settings.n
-    items = []
-    for prompt in prompts:
-        if settings.domains is not None and prompt.domain not in settings.domains:
-            continue
-        count = n if isinstance(n, int) else n.get(prompt.domain, DEFAULT_SAMPLES)
-        items += [Item(prompt, index) for index in range(count)]
-    return items
+def _done(rows: RowWriter, settings: SampledSource) -> set[tuple[str, int]]:
+    """Return prompt id and index of the responses of a source that are in the folder now."""
+    return {(prompt, index) for prompt, source, index, _ in rows.done_keys if source == settings.source_name}
 
 
-@dataclass
-class _Job:
-    """What one source has to do in this run."""
-
-    config: SampleConfig
-    settings: SampledSource
-    items: list[Item]
-    tokenizer: Any
-    fingerprint: str
-    rows: RowWriter
-    done: set[tuple[str, int]]
-    skipped: dict[tuple[str, str], str]
-    seeded: bool = True
-    drawn: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-
-    def refuse(self, item: Item, reason: str) -> None:
-        """Note that there will be no response, or end the run."""
-        prompt, name = item.prompt.text.id, self.settings.source_name
-        if self.config.unusable == "stop":
-            raise SourceError(
-                f"prompt {prompt!r}, source {name!r}: {reason}; or leave such prompts out with `unusable: skip`"
-            )
-        self.skipped[name, prompt] = reason
-
-
-def _job(
+def _draw_missing(
     config: SampleConfig,
     settings: SampledSource,
+    fingerprint: str,
+    draws: Sequence[Draw],
     rows: RowWriter,
-    prompts: Sequence[Prompt],
     skipped: dict[tuple[str, str], str],
-) -> _Job:
-    tokenizer = None if settings.backend == "openai" else load_tokenizer(settings)
-    mark = sampling_fingerprint(settings, settings.sampling, tokenizer)
-    name = settings.source_name
-    _check_fingerprint(rows, name, mark)
-    done = {(key[0], key[2]) for key in rows.done_keys if key[1] == name}
-    return _Job(config, settings, items_of(config, settings, prompts), tokenizer, mark, rows, done, skipped)
+) -> Meter:
+    """Load a source and draw the responses that are missing; add prompts that the source refuses to ``skipped``."""
+    name, done = settings.source_name, _done(rows, settings)
 
+    def refuse(prompt_id: str, reason: str) -> None:
+        if config.on_unusable == "raise":
+            raise SourceError(
+                f"prompt {prompt_id!r}, source {name!r}: {reason}. Leave such prompts out with `on_unusable: skip`, or "
+                "change them."
+            )
+        skipped[name, prompt_id] = reason
 
-def _run(job: _Job) -> None:
-    """Draw what is missing; the model is not loaded when nothing is."""
-    present = sum(item.name in job.done for item in job.items)
-    if present == len(job.items):
-        return
-    source = open_source(job.settings, "sample")
+    source = open_source(settings, "sample")
     try:
-        job.seeded = source.facts.get("seeded", True)
-        items = _usable(job, source)
-        units = list(plan_units(items, lambda item: 1, job.config.unit_requests))
-        if not source.whole_units:
-            units = [[item for item in unit if item.name not in job.done] for unit in units]
-        units = [unit for unit in units if not all(item.name in job.done for item in unit)]
-        with meter(f"sample {job.settings.source_name}", len(items), present) as progress:
-            responses = _responses(job, source, units, progress)
-            run_units(units, responses, lambda number, unit: _commit(job, units[number], unit))
-        job.tokens, job.seconds = progress.tokens, progress.seconds
+        too_long = _too_long(source, draws)
+        for prompt_id, reason in too_long.items():
+            refuse(prompt_id, reason)
+        usable = [draw for draw in draws if draw.prompt.text.id not in too_long]
+        batches = missing_batches(
+            usable, lambda draw: 1, config.batch_requests, lambda draw: draw.key in done, whole=source.whole_batches
+        )
+
+        def responses() -> Iterator[tuple[Place, Response | Refusal]]:
+            for (number, index), response in source.sample([[draw.request for draw in batch] for batch in batches]):
+                if isinstance(response, Refusal):
+                    refuse(batches[number][index].prompt.text.id, response.reason)
+                else:
+                    progress.advance(1, response.n_tokens)
+                yield (number, index), response
+
+        def commit(number: int, batch: Mapping[int, Response | Refusal]) -> None:
+            for index, response in batch.items():
+                draw = batches[number][index]
+                # A batch that is done again has some of the responses already.
+                if isinstance(response, Response) and draw.key not in done:
+                    rows.write(_row(draw, response, settings, fingerprint, source.facts.get("seeded", True)))
+            rows.flush()
+
+        with meter(f"sample {name}", len(usable), sum(draw.key in done for draw in usable)) as progress:
+            commit_batches(batches, responses(), commit)
+        return progress
     finally:
         source.close()
 
 
-def _usable(job: _Job, source: Source) -> list[Item]:
-    """Leave out prompts that are too long, or refuse them, before hours are spent on the others."""
-    if job.tokenizer is None:
-        return job.items
-    ids = {item.prompt.text.id: item for item in job.items}
-    requests = [request_of(job.config, job.settings, item) for item in ids.values()]
-    _, refused = split_prompts(job.tokenizer, requests, source.max_length)
-    firsts = list(ids.values())
-    for index, refusal in refused.items():
-        job.refuse(firsts[index], refusal.reason)
-    names = {firsts[index].prompt.text.id for index in refused}
-    return [item for item in job.items if item.prompt.text.id not in names]
+def _too_long(source: Source, draws: Sequence[Draw]) -> dict[str, str]:
+    """Return prompt id -> reason of the prompts that are too long, before hours are spent on the others.
+
+    Servers tokenize prompts themselves: theirs are found on the way.
+    """
+    if source.tokenizer is None:
+        return {}
+    by_prompt = {draw.prompt.text.id: draw.request for draw in draws}
+    prompt_ids = list(by_prompt)
+    _, refused = split_prompts(source.tokenizer, list(by_prompt.values()), source.max_length)
+    return {prompt_ids[index]: refusal.reason for index, refusal in refused.items()}
 
 
-def _responses(
-    job: _Job, source: Source, units: list[list[Item]], progress: Meter
-) -> Iterator[tuple[Place, Response | Refusal]]:
-    requests = MadeUnits(units, lambda _, unit: [request_of(job.config, job.settings, item) for item in unit])
-    for place, response in source.sample(requests):
-        if isinstance(response, Refusal):
-            job.refuse(units[place[0]][place[1]], response.reason)
-        else:
-            progress.advance(1, response.n_tokens)
-        yield place, response
-
-
-def _commit(job: _Job, unit: list[Item], responses: Mapping[int, Response | Refusal]) -> None:
-    for index, response in responses.items():
-        if isinstance(response, Response) and unit[index].name not in job.done:
-            job.rows.write(_row(job, unit[index], response))
-            job.drawn += 1
-    job.rows.flush()
-
-
-def request_of(config: SampleConfig, settings: SampledSource, item: Item) -> SampleRequest:
-    """Return what the source is asked for."""
-    text = item.prompt.text
-    return SampleRequest(
-        text.content, settings.sampling, response_seed(config.seed, text.id, settings.source_name, item.index)
-    )
-
-
-def _row(job: _Job, item: Item, response: Response) -> dict[str, Any]:
-    prompt = item.prompt
+def _row(draw: Draw, response: Response, settings: SampledSource, fingerprint: str, seeded: bool) -> dict[str, Any]:
+    prompt = draw.prompt
     return {
         "prompt_id": prompt.text.id,
-        "source": job.settings.source_name,
-        "index": item.index,
+        "source": settings.source_name,
+        "index": draw.index,
         "prompt": prompt.text.content,
         "response": response.text,
         "domain": prompt.domain,
@@ -340,17 +319,7 @@ def _row(job: _Job, item: Item, response: Response) -> dict[str, Any]:
         "finish_reason": response.finish_reason,
         "n_tokens": response.n_tokens,
         "n_prompt_tokens": response.n_prompt_tokens,
-        "seed": request_of(job.config, job.settings, item).seed if job.seeded else None,
-        "model": job.settings.model,
-        "fingerprint": job.fingerprint,
+        "seed": draw.request.seed if seeded else None,
+        "model": settings.model,
+        "fingerprint": fingerprint,
     }
-
-
-def _check_fingerprint(rows: RowWriter, name: str, mark: str) -> None:
-    other = next((key[3] for key in rows.done_keys if key[1] == name and key[3] != mark), None)
-    if other is not None:
-        raise MismatchError(
-            f"{rows.path} holds responses of source {name!r} with the sampling fingerprint {other}, now it is {mark}: "
-            "the model, its chat template, its dtype or its sampling settings changed. Give the source another name, "
-            "or use a folder of its own for the new responses."
-        )

@@ -114,7 +114,7 @@ def test_nothing_of_the_training_hosts_is_imported(engines):
 
 def test_a_text_longer_than_the_context_is_refused_before_anything_runs(model, shared, tmp_path):
     texts = source_checks.write_rows(tmp_path / "t.jsonl", [{"id": "long", "text": "\u00df" * 300}])
-    with pytest.raises(DataError, match="text 'long': expected at most 255 tokens of source 'padded', came"):
+    with pytest.raises(DataError, match="text 'long': expected at most 255 tokens of source 'padded', got"):
         captured(model, texts, tmp_path / "store", "vllm")
 
 
@@ -126,10 +126,10 @@ def test_a_text_that_the_engine_refuses_is_named_and_the_others_are_captured(mod
         {"id": "b", "text": "dog"},
     ]
     texts = source_checks.write_rows(tmp_path / "t.jsonl", rows)
-    monkeypatch.setattr(capture, "_check_lengths", lambda job, texts: {})
-    with pytest.raises(SourceError, match="text 'long': vLLM refuses it: .*`unusable: skip`"):
+    monkeypatch.setattr(capture, "_unusable", lambda config, source, texts, tokenize: {})
+    with pytest.raises(SourceError, match="text 'long': vLLM refuses it: .*`on_unusable: skip`"):
         captured(model, texts, tmp_path / "stop", "vllm", top_k=8)
-    store = captured(model, texts, tmp_path / "skip", "vllm", top_k=8, unusable="skip")
+    store = captured(model, texts, tmp_path / "skip", "vllm", top_k=8, on_unusable="skip")
     assert sorted(store.ids()) == ["a", "b"]
 
 
@@ -160,15 +160,15 @@ def test_flat_log_probabilities_are_those_of_vllms_default_format(engines):
 
     tokenizer = tiny.sentencepiece_bpe()
     text = tokenize(tokenizer, TokenTable.from_tokenizer(tokenizer), tiny.TEXTS[0])
-    [(_, rows)] = engine.capture([[text]], 5)
+    [(_, topk)] = engine.capture([[text]], 5)
     default = SamplingParams(max_tokens=1, prompt_logprobs=5)
     prompt = {"prompt_token_ids": text.input_ids.tolist()}
     [output] = engine._llm.generate([prompt], default, use_tqdm=False)
-    for row, position in enumerate(output.prompt_logprobs[1:]):
+    for number, position in enumerate(output.prompt_logprobs[1:]):
         best = {token: entry.logprob for token, entry in position.items() if entry.rank <= 5}
-        kept = rows.ids[row][rows.ids[row] >= 0]
+        kept = topk.ids[number][topk.ids[number] >= 0]
         assert set(kept) >= {token for token in best if token < engine._vocab_size}
-        assert rows.token_logprobs[row] == pytest.approx(position[int(text.input_ids[row + 1])].logprob, abs=1e-5)
+        assert topk.token_logprobs[number] == pytest.approx(position[int(text.input_ids[number + 1])].logprob, abs=1e-5)
 
 
 def test_greedy_answers_are_those_of_transformers_and_seeds_repeat(model, shared, tmp_path):
@@ -206,7 +206,7 @@ def test_draws_follow_the_models_distribution(model, engines):
 
 def test_an_argument_that_the_engine_does_not_know_is_an_error_with_a_cure(model):
     settings = SourceSettings(model=str(model), backend="vllm", options={"engine": {"tensor_parallel": 2}})
-    with pytest.raises(SourceError, match="tensor_parallel.*stand under `options: {engine: {...}}`"):
+    with pytest.raises(SourceError, match="tensor_parallel.*arguments of the engine under `options: {engine: {...}}`"):
         base.open_source(settings, "capture")
     settings = SourceSettings(model=str(model), backend="vllm", options={"engine": {"data_parallel_size": 2}})
     with pytest.raises(SourceError, match="for data parallelism use the ray backend or several servers"):

@@ -67,7 +67,7 @@ def test_a_run_outlives_a_restart_of_its_server(model, server, tmp_path):
     del entry["dtype"]  # the server's own when it samples
     jobs = {
         "sample": lambda: sample_prompts(
-            SampleConfig(prompts=str(prompts), out=str(tmp_path / "rows"), n=3, sources=[entry], unit_requests=4)
+            SampleConfig(prompts=str(prompts), out=str(tmp_path / "rows"), n=3, sources=[entry], batch_requests=4)
         ),
         "capture": lambda: capture_texts(
             CaptureConfig(
@@ -75,7 +75,7 @@ def test_a_run_outlives_a_restart_of_its_server(model, server, tmp_path):
                 texts=str(texts),
                 out=str(tmp_path / "store"),
                 top_k=8,
-                unit_bytes=400,
+                batch_bytes=400,
             )
         ),
     }

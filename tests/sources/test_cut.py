@@ -1,3 +1,5 @@
+"""Cutting texts: every piece fits every tokenizer, and nothing is lost."""
+
 import json
 from itertools import islice
 
@@ -79,7 +81,7 @@ def test_nothing_is_lost_whatever_the_text(text, most):
 
 def test_a_chat_that_is_too_long_is_refused_by_name(tokenizers, tmp_path):
     texts = source_checks.write_rows(tmp_path / "t.jsonl", [{"id": "c", "messages": tiny.CHAT}])
-    with pytest.raises(DataError, match=r"chat 'c': expected at most 20 tokens, came \d+; chats are not cut"):
+    with pytest.raises(DataError, match=r"chat 'c': expected at most 20 tokens, got \d+; chats are not cut"):
         cut_texts(CutConfig(texts=str(texts), out=str(tmp_path / "o.jsonl"), tokenizers=tokenizers, max_length=20))
     assert not (tmp_path / "o.jsonl").exists()
 

@@ -15,7 +15,7 @@ from fusion_plugins.store import open_rows, open_store
 
 pytestmark = pytest.mark.slow
 KILLS = 20
-UNIT = {"capture": 3, "sample": 4}  # texts and responses of the largest unit
+BATCH = {"capture": 3, "sample": 4}  # texts and responses of the largest batch
 
 
 class Jobs:
@@ -48,7 +48,7 @@ def jobs(tmp_path_factory):
     source_checks.texts(folder / "texts.jsonl")
     source_checks.prompts(folder / "prompts.jsonl", 6)
     (folder / "sample.yml").write_text(
-        f"prompts: {folder}/prompts.jsonl\nout: unset\nn: 2\nunit_requests: 4\n"
+        f"prompts: {folder}/prompts.jsonl\nout: unset\nn: 2\nbatch_requests: 4\n"
         f"sources: [{{name: a, model: {folder}/model, max_tokens: 3}}]\n"
     )
     made = Jobs(folder)
@@ -61,7 +61,7 @@ def command(jobs, kind, out):
     if kind == "sample":
         return ["sample", "-c", str(jobs.folder / "sample.yml"), "--out", str(out)]
     files = ["--texts", str(jobs.folder / "texts.jsonl"), "--model", str(jobs.folder / "model")]
-    return ["capture", *files, "--out", str(out), "--top-k", "8", "--set", "unit_bytes=200"]
+    return ["capture", *files, "--out", str(out), "--top-k", "8", "--set", "batch_bytes=200"]
 
 
 def contents(kind, out):
@@ -77,7 +77,7 @@ def asked(log):
 
 
 @pytest.mark.parametrize("kind", ["capture", "sample"])
-def test_after_twenty_kills_nothing_is_lost_doubled_or_done_again_but_one_unit(jobs, kind, tmp_path):
+def test_after_twenty_kills_nothing_is_lost_doubled_or_done_again_but_one_batch(jobs, kind, tmp_path):
     status, calls = jobs.run(0, tmp_path / "log", *command(jobs, kind, tmp_path / "whole"))
     assert (status, calls > 1000) == (0, True), (tmp_path / "log.err").read_text()
     expected = contents(kind, tmp_path / "whole")
@@ -89,12 +89,12 @@ def test_after_twenty_kills_nothing_is_lost_doubled_or_done_again_but_one_unit(j
         status, killed = -signal.SIGKILL, -1
         while status:
             killed += 1
-            # The second kill of a folder comes early, so that one also hits a run that goes on.
+            # The second kill of a folder comes early, so that one also hits a run that resumes.
             last = calls if killed == 0 else calls // 2
             status, _ = jobs.run(place.randrange(1, last) if killed < 2 else 0, log, *command(jobs, kind, out))
             assert status in (0, -signal.SIGKILL), (tmp_path / f"log{number}.err").read_text()
         assert contents(kind, out) == expected
-        assert asked(log) <= len(expected) + killed * UNIT[kind]
+        assert asked(log) <= len(expected) + killed * BATCH[kind]
         kills += killed
         if kills >= KILLS:
             return
@@ -102,12 +102,12 @@ def test_after_twenty_kills_nothing_is_lost_doubled_or_done_again_but_one_unit(j
 
 
 @pytest.mark.parametrize("kind", ["capture", "sample"])
-def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(jobs, kind, tmp_path):
+def test_ctrl_c_keeps_what_is_done_and_says_how_to_resume(jobs, kind, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     status, _ = jobs.run(-1, log, *command(jobs, kind, out))
     message = Path(f"{log}.err").read_text()
     assert status == 130, message
-    assert "run the same command again to go on" in message
+    assert "run the same command again to" in message
     kept = contents(kind, out)
     assert 0 < len(kept) < (len(tiny.TEXTS) if kind == "capture" else 12)
     assert jobs.run(0, log, *command(jobs, kind, out))[0] == 0

@@ -3,7 +3,7 @@
 ``python source_jobs.py MODEL`` imports everything, also what transformers imports late, and then forks a process for
 each line of its input, ``KILL_AT LOG ARGUMENTS...``. It runs ``fusion ARGUMENTS...`` and kills itself (SIGKILL) at its
 KILL_AT-th call or return of a function after the model was loaded; 0 lets it live, -1 lets it interrupt itself (Ctrl-C)
-once two units are done. How much a source is asked for is appended to LOG. The answer is a line ``STATUS CALLS``.
+once two batches are done. How much a source is asked for is appended to LOG. The answer is a line ``STATUS CALLS``.
 """
 
 import os
@@ -41,16 +41,16 @@ class Logged:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
 
-    def capture(self, units, top_k):
-        return self._source.capture(self._noted(units), top_k)
+    def capture(self, batches, top_k):
+        return self._source.capture(self._noted(batches), top_k)
 
-    def sample(self, units):
-        return self._source.sample(self._noted(units))
+    def sample(self, batches):
+        return self._source.sample(self._noted(batches))
 
-    def _noted(self, units):
-        for unit in units:
-            self._note(len(unit))
-            yield unit
+    def _noted(self, batches):
+        for batch in batches:
+            self._note(len(batch))
+            yield batch
 
 
 def run(kill_at: int, log: str, arguments: list[str]) -> int:

@@ -1,1 +1,1 @@
-"""What runs a source model: transformers, vLLM, OpenAI-compatible servers, or vLLM on Ray Data."""
+"""What runs a source model: transformers, vLLM, OpenAI-compatible servers, or Ray Data with one of the first two."""

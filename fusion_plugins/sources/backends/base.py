@@ -1,8 +1,8 @@
-"""What every source model offers, whatever runs it: top-k rows of texts, and responses to prompts.
+"""What every source model offers, whatever runs it: distributions over texts, and responses to prompts.
 
-A backend is a function from settings to a :class:`Source`; :func:`open_source` picks it by name. Work comes in units
-(see :mod:`fusion_plugins.sources.batches`). Backends yield results as they come, each with its place, so that what is
-done is kept when the next one fails.
+A backend is a module with a function from settings to a :class:`Source`; :func:`open_source` picks it by name. Work is
+handed over in batches (see :mod:`fusion_plugins.sources.batches`). Backends yield results one at a time, each with its
+place, so that finished results can be kept when a later one fails.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
+from fusion_plugins.config import Settings
 from fusion_plugins.core.fusion.types import TopK
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import ConfigError
 
 __all__ = [
     "BACKENDS",
+    "Batches",
+    "Place",
     "Purpose",
     "Refusal",
     "Response",
@@ -25,7 +28,6 @@ __all__ = [
     "Sampling",
     "Source",
     "SourceSettings",
-    "Units",
     "in_turn",
     "least",
     "open_source",
@@ -36,7 +38,7 @@ BackendName = Literal["transformers", "vllm", "openai", "ray"]
 #: what a source is opened for; an engine sets its memory accordingly
 Purpose = Literal["capture", "sample"]
 
-#: number of the unit, index within it
+#: number of the batch, index within it
 Place = tuple[int, int]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -53,10 +55,8 @@ BACKENDS: dict[str, str] = {
 NEEDS = {"transformers": "torch and transformers", "vllm": "vllm", "openai": "openai and tenacity", "ray": "ray[data]"}
 
 
-class SourceSettings(BaseModel):
+class SourceSettings(Settings):
     """Which model, and what runs it."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str = Field(description="folder or hub name of the model; for a server, the name it serves")
     name: str | None = Field(None, description="short name of the source; default: last part of `model`")
@@ -74,14 +74,14 @@ class SourceSettings(BaseModel):
 
     @property
     def source_name(self) -> str:
-        """The name that stores and responses bear."""
+        """The name of the source in stores and responses."""
         return self.name or self.model.rstrip("/").rsplit("/", 1)[-1]
 
 
-class Sampling(BaseModel):
+class Sampling(Settings):
     """How to sample from one source."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
 
     temperature: float = Field(1.0, ge=0, description="0 takes the most probable token")
     top_p: float = Field(1.0, gt=0, le=1, description="draw from the most probable tokens that hold this probability")
@@ -116,9 +116,9 @@ class Response:
 
     Attributes:
         text: without the prompt, special tokens and stop strings.
-        finish_reason: stop | length, or what the server said.
+        finish_reason: stop | length, or what the server reported.
         n_tokens: tokens generated.
-        n_prompt_tokens: tokens read.
+        n_prompt_tokens: tokens of the prompt.
     """
 
     text: str
@@ -129,7 +129,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Takes the place of a result that a source cannot give, now or later; the others go on.
+    """Stands for a result that a source cannot give, now or later; the other results are not affected.
 
     Attributes:
         reason: why, without the name of the text or prompt.
@@ -138,15 +138,15 @@ class Refusal:
     reason: str
 
 
-class Units(Protocol[Content]):
-    """Units of work, made as they are taken; how many there are is known."""
+class Batches(Protocol[Content]):
+    """Batches of work whose number is known before they are made."""
 
     def __len__(self) -> int:
-        """Their number."""
+        """Return the number of batches."""
         ...
 
     def __iter__(self) -> Iterator[Sequence[Content]]:
-        """Make them, one after the other."""
+        """Make one batch after the other."""
         ...
 
 
@@ -156,26 +156,26 @@ class Source(Protocol):
     Attributes:
         tokenizer: the source's Hugging Face tokenizer; None for a server that only samples.
         max_length: longest sequence in tokens, prompt and response together; None where unknown.
-        whole_units: whether numbers depend, in their last bits, on what is asked together. A unit of which something
-            is missing is then asked for again as a whole.
+        whole_batches: whether numbers depend, in their last bits, on what is asked together. A batch of which
+            something is missing is then asked for again as a whole.
         facts: what the manifest records: engine, engine_version, dtype, logits_width, ...
     """
 
     tokenizer: Any
     max_length: int | None
-    whole_units: bool
+    whole_batches: bool
     facts: dict[str, Any]
 
-    def capture(self, units: Units[TokenizedText], top_k: int) -> Iterator[tuple[Place, TopK | Refusal]]:
-        """Yield (place of the text, its rows), in any order. Units are taken as they are needed."""
+    def capture(self, batches: Batches[TokenizedText], top_k: int) -> Iterator[tuple[Place, TopK | Refusal]]:
+        """Yield (place of the text, its distributions), in any order. A batch is made when the source needs it."""
         ...
 
-    def sample(self, units: Units[SampleRequest]) -> Iterator[tuple[Place, Response | Refusal]]:
+    def sample(self, batches: Batches[SampleRequest]) -> Iterator[tuple[Place, Response | Refusal]]:
         """Yield (place of the request, its response), in any order."""
         ...
 
     def close(self) -> None:
-        """Give back memory, processes and connections."""
+        """Free memory, processes and connections."""
         ...
 
 
@@ -185,11 +185,11 @@ def least(*limits: int | None) -> int | None:
 
 
 def in_turn(
-    units: Iterable[Sequence[Item]], answer: Callable[[Sequence[Item]], Iterator[tuple[int, Result]]]
+    batches: Iterable[Sequence[Item]], answer: Callable[[Sequence[Item]], Iterator[tuple[int, Result]]]
 ) -> Iterator[tuple[Place, Result]]:
-    """Answer one unit after the other; ``answer`` yields (index within the unit, result)."""
-    for number, unit in enumerate(units):
-        for index, result in answer(unit):
+    """Answer one batch after the other; ``answer`` yields (index within the batch, result)."""
+    for number, batch in enumerate(batches):
+        for index, result in answer(batch):
             yield (number, index), result
 
 
@@ -208,8 +208,8 @@ def open_source(settings: SourceSettings, purpose: Purpose) -> Source:
         module = import_module(BACKENDS[settings.backend])
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"backend {settings.backend!r} of source {settings.source_name!r} needs {NEEDS[settings.backend]}, but "
-            f"{error.name!r} is not installed here; install it, or choose another of {', '.join(BACKENDS)}"
+            f"source {settings.source_name!r}: expected {NEEDS[settings.backend]} for backend {settings.backend!r}, "
+            f"but {error.name!r} is not installed. Install it, or choose another backend of {', '.join(BACKENDS)}."
         ) from error
     source: Source = module.open_source(settings, purpose)
     return source

@@ -1,17 +1,16 @@
-"""When a server is left alone: a circuit breaker that knows nothing of requests, threads or clocks."""
+"""A circuit breaker: when a server that fails is left alone. It knows nothing of requests, threads or clocks."""
 
 __all__ = ["ServerHealth"]
 
 
 class ServerHealth:
-    """Counts failures in a row and says whether a server may be asked.
+    """Counts consecutive failures and decides whether a server may be asked.
 
-    After ``rest_after`` failures it rests for ``rest_seconds``; then one request tries it while the others wait, and
-    the first success ends the rest. Requests that were on their way when a failure was counted do not count again: a
-    burst of them has one cause. Times are seconds of any one clock. Not locked: the owner's business.
+    After ``rest_after`` failures the server rests for ``rest_seconds``. Then one request tries it while the others
+    wait; the first success ends the rest. All times are seconds of one clock. Not locked: callers hold their own lock.
 
     Args:
-        rest_after: failures in a row after which the server rests.
+        rest_after: consecutive failures after which the server rests.
         rest_seconds: how long.
 
     Example:
@@ -24,7 +23,7 @@ class ServerHealth:
     def __init__(self, rest_after: int, rest_seconds: float) -> None:
         self._rest_after, self._rest_seconds = rest_after, rest_seconds
         self._failures = 0
-        self._counted = float("-inf")
+        self._last_counted = float("-inf")
         self.resting_until = float("-inf")
 
     def allows(self, now: float) -> bool:
@@ -32,20 +31,22 @@ class ServerHealth:
         return now >= self.resting_until
 
     def sent(self, now: float) -> None:
-        """Note a request. Behind a rest it is the one that tries, and the others wait for what becomes of it."""
+        """Note a request. The first one after a rest starts the next rest, so that the others wait for its result."""
         if self._failures >= self._rest_after:
             self.resting_until = now + self._rest_seconds
 
     def succeeded(self) -> None:
-        """Note that the server answered, be it with a refusal: it is alive."""
+        """Note an answer. A refusal counts too: the server is alive."""
         self._failures = 0
         self.resting_until = float("-inf")
 
     def failed(self, sent: float, now: float) -> None:
         """Note that a request which was sent at ``sent`` failed at ``now``."""
-        if sent < self._counted:
+        # Requests that were under way when a failure was counted have the same cause. With 32 requests in flight, one
+        # restart of a server would otherwise count as 32 failures.
+        if sent < self._last_counted:
             return
-        self._counted = now
+        self._last_counted = now
         self._failures += 1
         if self._failures >= self._rest_after:
             self.resting_until = now + self._rest_seconds

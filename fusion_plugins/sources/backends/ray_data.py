@@ -1,8 +1,8 @@
-"""The ``ray`` backend: Ray Data maps units of work over actors that each hold one local source.
+"""The ``ray`` backend: Ray Data maps batches over actors that each hold one local source.
 
-The actors run the ``transformers`` or the ``vllm`` backend, on this machine or on a cluster. This process only
-tokenizes, hands units out and commits what comes back: the data set is one of tickets, and a feeder holds the few units
-that are under way, so that a corpus is never in memory as a whole.
+The actors run the ``transformers`` or the ``vllm`` backend, on this machine or on a cluster. This process tokenizes,
+hands out batches and commits the results. Ray's dataset holds tickets instead of texts, and a feeder holds the few
+batches that are under way, so that a corpus is never in memory as a whole.
 """
 
 import asyncio
@@ -15,49 +15,47 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from typing import Any, Literal
 
-# Ray would otherwise make an environment of its own for the workers when the driver was started through uv.
+# Otherwise Ray builds another environment for its workers when this process was started through uv.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 import numpy as np
 import ray
 import ray.data
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from fusion_plugins.config import validate
+from fusion_plugins.config import Settings, validate
 from fusion_plugins.core.fusion.types import TopK
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import FusionError, SourceError
 from fusion_plugins.sources.backends import base
 from fusion_plugins.sources.backends.base import (
+    Batches,
     Place,
     Purpose,
     Refusal,
     Response,
     SampleRequest,
     SourceSettings,
-    Units,
     least,
 )
 from fusion_plugins.sources.fingerprints import numeric_options, stored_dtype
 from fusion_plugins.sources.loading import load_config, load_tokenizer
 
-__all__ = ["RayOptions", "RaySource", "connect", "open_source"]
+__all__ = ["RayOptions", "connect", "open_source"]
 
 START_ATTEMPTS = 3
-#: units per actor that are tokenized and wait, are worked on, or come back
-UNITS_PER_ACTOR = 4
+#: batches per actor that are tokenized and wait, are worked on, or are on their way back
+BATCHES_PER_ACTOR = 4
 
 
-class RayOptions(BaseModel):
+class RayOptions(Settings):
     """Keys of ``options`` for this backend."""
-
-    model_config = ConfigDict(extra="forbid")
 
     backend: Literal["transformers", "vllm"] = Field("transformers", description="what each actor runs")
     options: dict[str, Any] = Field(default_factory=dict, description="options of that backend")
     actors: int = Field(1, ge=1, description="sources that run at the same time")
     num_cpus: float = Field(
-        0.25, gt=0, description="CPUs that Ray counts per actor; whole ones can starve its readers on small machines"
+        0.25, gt=0, description="CPUs that Ray reserves per actor; whole ones can starve its readers on small machines"
     )
     num_gpus: float = Field(0.0, ge=0, description="GPUs per actor")
     address: str | None = Field(None, description="of a running cluster, or 'auto'; default: a local one for this run")
@@ -69,17 +67,17 @@ def open_source(settings: SourceSettings, purpose: Purpose) -> "RaySource":
 
 
 class _Feeder:
-    """Holds the units under way. A ticket is worth the next unit, and the same one again when its actor was lost."""
+    """Holds the batches under way. A ticket stands for the next batch, and for the same one when its actor was lost."""
 
     def __init__(self) -> None:
-        self._units: dict[int, bytes] = {}
+        self._batches: dict[int, bytes] = {}
         self._waiting: deque[int] = deque()
         self._taken: dict[int, int] = {}
         self._changed = asyncio.Condition()
 
-    async def put(self, number: int, unit: bytes) -> None:
+    async def put(self, number: int, batch: bytes) -> None:
         async with self._changed:
-            self._units[number] = unit
+            self._batches[number] = batch
             self._waiting.append(number)
             self._changed.notify_all()
 
@@ -91,40 +89,40 @@ class _Feeder:
                 else:
                     await self._changed.wait()
             number = self._taken[ticket]
-            return number, self._units.get(number)
+            return number, self._batches.get(number)
 
     async def drop(self, number: int) -> None:
-        self._units.pop(number, None)
+        self._batches.pop(number, None)
 
 
 class _Worker:
-    """What an actor runs: one source, asked for one unit at a time."""
+    """What an actor runs: one source that is asked for one batch at a time."""
 
     def __init__(self, settings: dict[str, Any], purpose: Purpose, top_k: int, feeder: Any) -> None:
         self._source = base.open_source(SourceSettings(**settings), purpose)
         self._purpose, self._top_k, self._feeder = purpose, top_k, feeder
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        number, packed = ray.get(self._feeder.take.remote(int(batch["ticket"][0])))
-        # Nothing is left of a unit whose results have come and whose ticket is worked off again all the same.
-        unit = pickle.loads(packed) if packed is not None else []
-        return {"number": np.array([number]), "result": np.array([pickle.dumps(self._work(unit))], dtype=object)}
+    def __call__(self, tickets: dict[str, Any]) -> dict[str, Any]:
+        number, packed = ray.get(self._feeder.take.remote(int(tickets["ticket"][0])))
+        # Ray may run a ticket again although its results have arrived; the batch is dropped by then.
+        batch = pickle.loads(packed) if packed is not None else []
+        return {"number": np.array([number]), "result": np.array([pickle.dumps(self._work(batch))], dtype=object)}
 
-    def _work(self, unit: list[Any]) -> Any:
+    def _work(self, batch: list[Any]) -> Any:
         try:
             if self._purpose == "capture":
-                answers: Any = self._source.capture([unit], self._top_k)
+                answers: Any = self._source.capture([batch], self._top_k)
             else:
-                answers = self._source.sample([unit])
+                answers = self._source.sample([batch])
             return [(index, answer) for (_, index), answer in answers]
         except FusionError as error:
-            return error  # its type would be lost on the way
+            return error  # raised here, it would arrive as an error of Ray's, without its type
 
 
 class RaySource:
     """Several actors with the same model."""
 
-    whole_units = True
+    whole_batches = True
 
     def __init__(self, settings: SourceSettings, purpose: Purpose) -> None:
         where = f"options of source {settings.source_name!r}"
@@ -149,28 +147,39 @@ class RaySource:
         if self._started:
             connect(self._options.address)
 
-    def capture(self, units: Units[TokenizedText], top_k: int) -> Iterator[tuple[Place, TopK | Refusal]]:
-        """Yield the rows of each text, unit by unit as the actors finish them."""
-        return self._map(units, top_k)
+    def capture(self, batches: Batches[TokenizedText], top_k: int) -> Iterator[tuple[Place, TopK | Refusal]]:
+        """Yield the top-k of each text, batch by batch as the actors finish them."""
+        return self._map(batches, top_k)
 
-    def sample(self, units: Units[SampleRequest]) -> Iterator[tuple[Place, Response | Refusal]]:
-        """Yield the responses, unit by unit as the actors finish them."""
-        return self._map(units, 0)
+    def sample(self, batches: Batches[SampleRequest]) -> Iterator[tuple[Place, Response | Refusal]]:
+        """Yield the responses, batch by batch as the actors finish them."""
+        return self._map(batches, 0)
 
     def close(self) -> None:
-        """End the local cluster, or leave the one that was there."""
+        """Stop the local cluster if this source has started it."""
         if self._started:
             ray.shutdown()
 
-    def _map(self, units: Units[Any], top_k: int) -> Iterator[tuple[Place, Any]]:
-        if not len(units):
+    def _map(self, batches: Batches[Any], top_k: int) -> Iterator[tuple[Place, Any]]:
+        count = len(batches)
+        if not count:
             return
-        actors = min(self._options.actors, len(units))
+        actors = min(self._options.actors, count)
         feeder: Any = ray.remote(_Feeder).options(num_cpus=0).remote()
-        packed = ((number, pickle.dumps(list(unit))) for number, unit in enumerate(units))
+        packed = ((number, pickle.dumps(list(batch))) for number, batch in enumerate(batches))
+        # One block per ticket: a block is what Ray gives to an actor, and gives again when the actor is lost.
+        tickets = ray.data.from_items([{"ticket": ticket} for ticket in range(count)], override_num_blocks=count)
+        results = tickets.map_batches(
+            _Worker,
+            fn_constructor_args=(self._settings, self._purpose, top_k, feeder),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            num_cpus=self._options.num_cpus,
+            num_gpus=self._options.num_gpus or None,
+        )
         try:
-            _feed(feeder, islice(packed, UNITS_PER_ACTOR * actors))
-            for row in self._tickets(len(units), actors, top_k, feeder).iter_rows():
+            _feed(feeder, islice(packed, BATCHES_PER_ACTOR * actors))
+            for row in results.iter_rows():
                 number, result = int(row["number"]), pickle.loads(row["result"])
                 if isinstance(result, FusionError):
                     raise result
@@ -183,27 +192,14 @@ class RaySource:
         finally:
             ray.kill(feeder)
 
-    def _tickets(self, count: int, actors: int, top_k: int, feeder: Any) -> Any:
-        # One block per ticket: a block is what Ray hands to an actor, and does again when the actor is lost.
-        return ray.data.from_items(
-            [{"ticket": ticket} for ticket in range(count)], override_num_blocks=count
-        ).map_batches(
-            _Worker,
-            fn_constructor_args=(self._settings, self._purpose, top_k, feeder),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=actors),
-            num_cpus=self._options.num_cpus,
-            num_gpus=self._options.num_gpus or None,
-        )
-
 
 def _feed(feeder: Any, packed: Iterator[tuple[int, bytes]]) -> None:
-    for number, unit in packed:
-        feeder.put.remote(number, unit)
+    for number, batch in packed:
+        feeder.put.remote(number, batch)
 
 
 def connect(address: str | None) -> None:
-    """Join the cluster at ``address``, or start a local one.
+    """Connect to the cluster at ``address``, or start a local one.
 
     Raises:
         SourceError: it does not answer.
@@ -216,7 +212,7 @@ def connect(address: str | None) -> None:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
             return
-        except Exception as error:  # Ray says with a bare Exception that a busy machine did not start it in 30 s
+        except Exception as error:  # Ray raises a bare Exception when a busy machine does not start it in 30 s
             ray.shutdown()
             if attempt + 1 == START_ATTEMPTS:
                 raise SourceError(f"cannot connect to Ray at {address or 'this machine'}: {error}") from error

@@ -1,6 +1,6 @@
-"""Several servers that offer the same model: which one to ask, what to try again, when to give up.
+"""Several servers that offer the same model: which one to ask, what to retry, when to give up.
 
-Retrying is tenacity's work and HTTP is the openai client's; this module only decides.
+tenacity retries and the openai client speaks HTTP; this module only decides.
 """
 
 import json
@@ -17,29 +17,30 @@ import tenacity
 from fusion_plugins.errors import SourceError
 from fusion_plugins.sources.backends.health import ServerHealth
 
-__all__ = ["Refused", "Server", "ServerPool", "Trouble", "hidden"]
+__all__ = ["Refused", "ServerPool", "Trouble", "without_key"]
 
 Result = TypeVar("Result")
 
-#: refusals that another attempt may turn into an answer; so may all of 500 and above but for the two below
-RETRIED_STATUS = (408, 409, 425, 429)
+TOO_MANY_REQUESTS = 429
+#: refusals that another attempt may turn into an answer; so may all from 500 on, except for the two below
+RETRIED_STATUS = (408, 409, 425, TOO_MANY_REQUESTS)
 FINAL_STATUS = (501, 505)
-#: refusals of this one request, not of whoever asks
+#: refusals of one request because of what is in it; any other refusal concerns all requests
 REQUEST_STATUS = (400, 413, 422)
-TOO_MANY = 429
+#: seconds between two attempts, at most
 LONGEST_WAIT = 30.0
-#: most seconds for which a server's word that it wants to be left alone is taken
+#: seconds for which a server's `Retry-After` is obeyed, at most
 LONGEST_RETRY_AFTER = 300.0
-#: characters of a server's own words that a message repeats
-MOST_SAID = 500
+#: characters of a server's own message that ours repeats, at most
+MOST_QUOTED = 500
 
 
 class Trouble(Exception):
-    """A request failed in a way that may pass: no connection, time-out, overload, half an answer.
+    """A request failed in a way that may pass: no connection, time-out, overload, incomplete answer.
 
     Attributes:
-        busy: the server is well and has too much to do.
-        retry_after: seconds for which it asks to be left alone.
+        busy: the server works but has too many requests.
+        retry_after: seconds that it asks us to wait.
     """
 
     def __init__(self, message: str, *, busy: bool = False, retry_after: float = 0.0) -> None:
@@ -48,7 +49,7 @@ class Trouble(Exception):
 
 
 class Refused(SourceError):
-    """The servers answer others but not this request."""
+    """The servers answer other requests but not this one."""
 
 
 @dataclass
@@ -56,8 +57,8 @@ class Server:
     """One server.
 
     Attributes:
-        client: talks to it.
-        health: whether it may be asked.
+        client: its HTTP client.
+        health: decides whether it may be asked.
         in_flight: requests that wait for its answer.
     """
 
@@ -67,12 +68,12 @@ class Server:
 
     @property
     def address(self) -> str:
-        """Where it is, for messages."""
+        """Its base URL, for messages."""
         return str(self.client.base_url).rstrip("/")
 
 
-def hidden(message: str, key: str) -> str:
-    """Return the message with the key blotted out, however it is spelt there (raw, ``repr``, JSON)."""
+def without_key(message: str, key: str) -> str:
+    """Return the message with ``***`` for the key, however it is written there (raw, ``repr``, JSON)."""
     for spelling in {key, repr(key)[1:-1], json.dumps(key)[1:-1]} - {""}:
         message = message.replace(spelling, "***")
     return message
@@ -84,11 +85,11 @@ class ServerPool:
     Args:
         clients: one per server, with their own retries turned off.
         concurrency: requests in flight per server, at most.
-        rest_after: failures in a row after which a server is left alone for a while.
+        rest_after: consecutive failures after which a server is left alone for a while.
         rest_seconds: how long.
-        patience: seconds after which a request that always fails is given up. While servers answer others, a request
-            that only ever hears that they are busy (429) goes on waiting.
-        key: the secret that no message may repeat.
+        patience: seconds after which a request that always fails is given up. A request that only fails because the
+            servers are busy (429) keeps waiting while they answer others.
+        key: the secret that no message may contain.
     """
 
     def __init__(
@@ -105,11 +106,11 @@ class ServerPool:
         self._concurrency, self._patience, self._key = concurrency, patience, key
         self._last_answer = float("-inf")
         self._stopped = threading.Event()
-        #: guards servers and the time of the last answer; notified when a server may have become free
+        #: guards the servers and the time of the last answer; notified when a server may be free
         self._changed = threading.Condition()
 
     def stop(self) -> None:
-        """End all requests; threads that wait for another attempt return at once."""
+        """End all requests; threads that wait for their next attempt return at once."""
         self._stopped.set()
         with self._changed:
             self._changed.notify_all()
@@ -122,11 +123,11 @@ class ServerPool:
         Args:
             path: below the server's base URL.
             body: JSON.
-            check: turns the answer into the result; raises :class:`Trouble` for half an answer.
+            check: turns the answer into the result; raises :class:`Trouble` for an incomplete answer.
 
         Raises:
             Refused: the servers refuse this request, or always fail on it while they answer others.
-            SourceError: they refuse everything, or patience has ended.
+            SourceError: they refuse all requests, or patience has ended.
         """
         started = time.monotonic()
         attempts = tenacity.Retrying(
@@ -139,16 +140,18 @@ class ServerPool:
         try:
             return attempts(self._attempt, path, body, check)
         except Trouble as trouble:
+            # If other requests were answered meanwhile, the servers work and this request is the cause.
             if self._last_answer > started:
-                raise Refused(f"no answer within {self._patience:.0f} s; the last trouble was: {trouble}") from None
+                raise Refused(f"no answer within {self._patience:.0f} s; the last failure was: {trouble}") from None
             raise SourceError(
-                f"no server gave an answer within {self._patience:.0f} s; the last trouble was: {trouble}. What is "
-                "done is kept: see to the servers, then run the same command again."
+                f"expected an answer within {self._patience:.0f} s, got none from any server; the last failure was: "
+                f"{trouble}. What is done is kept: repair the servers, then run the same command again."
             ) from None
 
     def _out_of_patience(self, started: float, state: tenacity.RetryCallState) -> bool:
         trouble = state.outcome.exception() if state.outcome else None
         busy = isinstance(trouble, Trouble) and trouble.busy
+        # A busy server makes requests wait for their turn, however long; only if nobody is answered is it time to end.
         since = max(started, self._last_answer) if busy else started
         return time.monotonic() - since >= self._patience
 
@@ -158,38 +161,39 @@ class ServerPool:
             try:
                 return check(answer)
             except Trouble as trouble:
-                raise Trouble(self._said(server, str(trouble))) from None
+                raise Trouble(self._message(server, str(trouble))) from None
 
     def _answer(self, server: Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
         try:
             answer = server.client.post(path, body=body, cast_to=object)
         except openai.APIStatusError as error:
-            raise self._translated(server, error) from None
+            raise self._status_error(server, error) from None
         except openai.APIConnectionError as error:  # time-outs are among them
-            raise Trouble(self._said(server, f"{type(error).__name__}: {error.__cause__ or error}")) from None
+            raise Trouble(self._message(server, f"{type(error).__name__}: {error.__cause__ or error}")) from None
         except (openai.APIError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise Trouble(self._said(server, f"expected JSON: {error}")) from None
+            raise Trouble(self._message(server, f"expected JSON, got something else: {error}")) from None
         except RuntimeError:
             if self._stopped.is_set():  # the client was closed meanwhile
                 raise SourceError("stopped") from None
             raise
         if not isinstance(answer, dict):
-            raise Trouble(self._said(server, f"expected a JSON object, came {answer!r}"))
+            raise Trouble(self._message(server, f"expected a JSON object, got {answer!r}"))
         return answer
 
-    def _translated(self, server: Server, error: openai.APIStatusError) -> Exception:
+    def _status_error(self, server: Server, error: openai.APIStatusError) -> Exception:
         status = error.status_code
-        message = self._said(server, f"status {status}: {error.message}")
+        message = self._message(server, f"status {status}: {error.message}")
         if status in RETRIED_STATUS or (status >= 500 and status not in FINAL_STATUS):
-            return Trouble(message, busy=status == TOO_MANY, retry_after=_retry_after(error.response.headers))
-        return Refused(message) if status in REQUEST_STATUS else SourceError(message + _cure(status))
+            return Trouble(message, busy=status == TOO_MANY_REQUESTS, retry_after=_retry_after(error.response.headers))
+        return Refused(message) if status in REQUEST_STATUS else SourceError(message + _hint(status))
 
-    def _said(self, server: Server, message: str) -> str:
-        """Blot the key out before anything is cut: half a key is still a secret."""
-        return f"{server.address}: {hidden(message, self._key):.{MOST_SAID}}"
+    def _message(self, server: Server, text: str) -> str:
+        # The key is removed first: once the text is cut, a part of a key would no longer be found.
+        return f"{server.address}: {without_key(text, self._key):.{MOST_QUOTED}}"
 
     @contextmanager
     def _chosen(self) -> Iterator[Server]:
+        """Choose a server for the request in the block, and note afterwards whether the request failed."""
         server, sent = self._choose()
         failed = answered = False
         try:
@@ -204,13 +208,14 @@ class ServerPool:
                 now = time.monotonic()
                 if failed:
                     server.health.failed(sent, now)
-                else:
+                else:  # an overload and a refusal are answers too: the server is alive
                     server.health.succeeded()
                 if answered:
                     self._last_answer = now
                 self._changed.notify_all()
 
     def _choose(self) -> tuple[Server, float]:
+        """Wait for a server that may be asked; return it, and the time from which the request counts as sent."""
         with self._changed:
             while not self._stopped.is_set():
                 now = time.monotonic()
@@ -221,13 +226,14 @@ class ServerPool:
                     server.in_flight += 1
                     server.health.sent(now)
                     return server, now
+                # A thread whose request ends notifies the others. Nobody notifies at the end of a rest: wake up then.
                 resting = [server.health.resting_until - now for server in self.servers if server not in awake]
                 self._changed.wait(min(resting, default=None))
         raise SourceError("stopped")
 
 
 def _wait(state: tenacity.RetryCallState) -> float:
-    """Grow with the attempts, at random, so that requests that failed together do not come back together."""
+    """Return seconds that grow with the attempts, at random: what failed together must not be retried together."""
     trouble = state.outcome.exception() if state.outcome else None
     asked = trouble.retry_after if isinstance(trouble, Trouble) else 0.0
     return asked + tenacity.wait_random_exponential(multiplier=0.5, max=LONGEST_WAIT)(state) / (4 if asked else 1)
@@ -240,9 +246,9 @@ def _retry_after(headers: Mapping[str, str]) -> float:
         return 0.0
 
 
-def _cure(status: int) -> str:
+def _hint(status: int) -> str:
     if status in (401, 403):
-        return "; give the key in the environment variable `api_key_env` or the file `api_key_file`"
+        return ". Give the key in the environment variable `api_key_env` or the file `api_key_file`."
     if status == 404:
-        return "; check `base_url` (it usually ends in /v1) and `model` (the name that the server lists)"
+        return ". Check `base_url` (it usually ends in /v1) and `model` (the name that the server lists)."
     return ""

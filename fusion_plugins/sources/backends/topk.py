@@ -1,41 +1,59 @@
-"""Top-k rows of logits with a stated tie rule, in bounded memory."""
+"""The top-k that a store keeps, from the entries that an engine or a server reports; without torch."""
 
-import torch
-from torch import Tensor
+import numpy as np
 
-__all__ = ["top_k_rows"]
+from fusion_plugins.core.arrays import FloatArray, IntArray
+from fusion_plugins.core.fusion.types import TopK
 
-#: elements of scratch at a time, in float32 and float64: few enough to stay in a CPU's cache
-SCRATCH = 1 << 22
+__all__ = ["spare_entries", "topk_of_entries", "with_last_position"]
+
+#: spare entries that are asked for at most
+MOST_SPARE = 64
 
 
-def top_k_rows(logits: Tensor, gold: Tensor, k: int, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the k most probable ids of each row, by descending probability, ties by lowest id.
+def spare_entries(logits_width: int, vocab_size: int) -> int:
+    """Return how many entries to ask for beyond k.
 
-    The normaliser runs over all W logits, in float32; ids from ``vocab_size`` on (padding of the output matrix) are
-    never returned.
+    An output matrix that is padded has rows for ids that no tokenizer knows. Engines rank them like any other id; they
+    are dropped here, and the spare entries take their place.
+    """
+    return min(max(logits_width - vocab_size, 0), MOST_SPARE)
+
+
+def topk_of_entries(ids: IntArray, logprobs: FloatArray, token_logprobs: FloatArray, k: int, vocab_size: int) -> TopK:
+    """Sort by descending probability, ties by lowest id; drop unknown ids; keep k; add the last position.
 
     Args:
-        logits: (N, W) of any float dtype.
-        gold: (N,) int64 the token whose log-probability is asked for.
-        k: entries per row, at most ``vocab_size``.
+        ids: (T - 1, J) int32, distinct within a position; below 0 where empty.
+        logprobs: (T - 1, J) float32 nats.
+        token_logprobs: (T - 1,) float32 nats, of the next token.
+        k: entries to keep per position.
         vocab_size: ids that the tokenizer knows.
-
-    Returns:
-        ids (N, k) int32, logprobs (N, k) float32 nats, logprobs of ``gold`` (N,) float32; all on the CPU.
     """
-    step = max(1, SCRATCH // logits.shape[-1])
-    parts = [_top_k(chunk, ids, k, vocab_size) for chunk, ids in zip(logits.split(step), gold.split(step), strict=True)]
-    ids, logprobs, gold_logprobs = (torch.cat(part) for part in zip(*parts, strict=True))
-    return ids, logprobs, gold_logprobs
+    known = (ids >= 0) & (ids < vocab_size)
+    logprobs = np.where(known, logprobs, -np.inf).astype(np.float32)
+    ids = np.where(known, ids, -1).astype(np.int32)
+    # Unknown ids are sorted by `known` first: an entry of probability 0 has -inf too, and goes before them.
+    order = np.lexsort((ids, -logprobs, ~known), axis=-1)[:, :k]
+    n_positions, width = order.shape
+    topk_ids = np.full((n_positions, k), -1, np.int32)
+    topk_logprobs = np.full((n_positions, k), -np.inf, np.float32)
+    topk_ids[:, :width] = np.take_along_axis(ids, order, axis=-1)
+    topk_logprobs[:, :width] = np.take_along_axis(logprobs, order, axis=-1)
+    return with_last_position(topk_ids, topk_logprobs, token_logprobs.astype(np.float32))
 
 
-def _top_k(logits: Tensor, gold: Tensor, k: int, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    gold_logprobs = logprobs.gather(-1, gold[:, None])[:, 0]
-    # torch.topk leaves the order of ties open. A float32 made a float64 has 29 low bits that are zero: with the id in
-    # them, the lower id is the larger of two equal negative numbers, and one topk settles both.
-    keys = logprobs[:, :vocab_size].clamp(min=torch.finfo(torch.float32).min).double()
-    keys.view(torch.int64).bitwise_or_(torch.arange(vocab_size, device=logits.device))
-    ids = keys.topk(min(k, vocab_size), dim=-1).indices
-    return ids.to(torch.int32).cpu(), logprobs.gather(-1, ids).cpu(), gold_logprobs.cpu()
+def with_last_position(ids: IntArray, logprobs: FloatArray, token_logprobs: FloatArray) -> TopK:
+    """Add the last position of a text, which is empty: no token follows that could be compared with a distribution.
+
+    Args:
+        ids: (T - 1, K) int32.
+        logprobs: (T - 1, K) float32 nats.
+        token_logprobs: (T - 1,) float32 nats.
+    """
+    k = ids.shape[-1]
+    return TopK(
+        np.concatenate([ids, np.full((1, k), -1, np.int32)]),
+        np.concatenate([logprobs, np.full((1, k), -np.inf, np.float32)]),
+        np.append(token_logprobs, np.float32(np.nan)),
+    )

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.logits_process import (
     LogitsProcessor,
@@ -17,11 +17,12 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from fusion_plugins.config import validate
+from fusion_plugins.config import Settings, validate
 from fusion_plugins.core.fusion.types import TopK
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import SourceError
 from fusion_plugins.sources.backends.base import (
+    Batches,
     Place,
     Purpose,
     Refusal,
@@ -29,20 +30,20 @@ from fusion_plugins.sources.backends.base import (
     SampleRequest,
     Sampling,
     SourceSettings,
-    Units,
     in_turn,
     least,
 )
-from fusion_plugins.sources.backends.topk import top_k_rows
+from fusion_plugins.sources.backends.topk import with_last_position
 from fusion_plugins.sources.loading import load_tokenizer, response_text, split_prompts, vocabulary_size
 
-__all__ = ["TransformersOptions", "TransformersSource", "open_source"]
+__all__ = ["TransformersOptions", "TransformersSource", "open_source", "topk_of_logits"]
+
+#: logits that are normalised at a time, in float32 and float64: few enough to stay in a CPU's cache
+SCRATCH = 1 << 22
 
 
-class TransformersOptions(BaseModel):
+class TransformersOptions(Settings):
     """Keys of ``options`` for this backend."""
-
-    model_config = ConfigDict(extra="forbid")
 
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     batch_tokens: int = Field(4096, ge=1, description="tokens of one forward pass, padding included")
@@ -58,7 +59,7 @@ def open_source(settings: SourceSettings, purpose: Purpose) -> "TransformersSour
 class TransformersSource:
     """One causal language model in this process."""
 
-    whole_units = True
+    whole_batches = True
 
     def __init__(self, settings: SourceSettings) -> None:
         where = f"options of source {settings.source_name!r}"
@@ -77,21 +78,21 @@ class TransformersSource:
             "revision": getattr(self._model.config, "_commit_hash", None) or settings.revision,
         }
 
-    def capture(self, units: Units[TokenizedText], top_k: int) -> Iterator[tuple[Place, TopK]]:
-        """Yield the rows of each text; texts of like length share a forward pass, padded on the right."""
-        return in_turn(units, lambda texts: self._capture(texts, top_k))
+    def capture(self, batches: Batches[TokenizedText], top_k: int) -> Iterator[tuple[Place, TopK]]:
+        """Yield the top-k of each text; texts of similar length share a forward pass, padded on the right."""
+        return in_turn(batches, lambda texts: self._capture(texts, top_k))
 
-    def sample(self, units: Units[SampleRequest]) -> Iterator[tuple[Place, Response | Refusal]]:
+    def sample(self, batches: Batches[SampleRequest]) -> Iterator[tuple[Place, Response | Refusal]]:
         """Yield the responses; each has its own random numbers, so batching does not change what is drawn."""
-        return in_turn(units, self._sample)
+        return in_turn(batches, self._sample)
 
     def close(self) -> None:
         """Drop the model."""
         del self._model
 
     def _capture(self, texts: Sequence[TokenizedText], top_k: int) -> Iterator[tuple[int, TopK]]:
-        for batch in _batches([len(text.input_ids) for text in texts], self._options.batch_tokens):
-            yield from zip(batch, self._forward([texts[i] for i in batch], top_k), strict=True)
+        for group in _groups([len(text.input_ids) for text in texts], self._options.batch_tokens):
+            yield from zip(group, self._forward([texts[i] for i in group], top_k), strict=True)
 
     def _sample(self, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, Response | Refusal]]:
         prompts, refused = split_prompts(self.tokenizer, requests, self.max_length)
@@ -102,9 +103,9 @@ class TransformersSource:
         for sampling, indices in by_sampling.items():
             indices.sort(key=lambda index: (len(prompts[index]), index))
             for start in range(0, len(indices), self._options.batch_prompts):
-                batch = indices[start : start + self._options.batch_prompts]
-                seeds = [requests[index].seed for index in batch]
-                yield from zip(batch, self._generate([prompts[i] for i in batch], seeds, sampling), strict=True)
+                group = indices[start : start + self._options.batch_prompts]
+                seeds = [requests[index].seed for index in group]
+                yield from zip(group, self._generate([prompts[i] for i in group], seeds, sampling), strict=True)
 
     @torch.inference_mode()
     def _forward(self, texts: list[TokenizedText], top_k: int) -> list[TopK]:
@@ -116,18 +117,12 @@ class TransformersSource:
             mask[row, : len(text.input_ids)] = 1
         device = self._model.device
         logits = self._model(ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-        return [self._rows(logits[row], text, top_k) for row, text in enumerate(texts)]
-
-    def _rows(self, logits: torch.Tensor, text: TokenizedText, top_k: int) -> TopK:
-        n = len(text.input_ids)
-        gold = torch.from_numpy(text.input_ids[1:].astype(np.int64)).to(logits.device)
-        ids, logprobs, gold_logprobs = top_k_rows(logits[: n - 1], gold, top_k, self._vocab_size)
-        width = ids.shape[-1]
-        return TopK(
-            np.concatenate([ids.numpy(), np.full((1, width), -1, np.int32)]),
-            np.concatenate([logprobs.numpy(), np.full((1, width), -np.inf, np.float32)]),
-            np.append(gold_logprobs.numpy(), np.float32(np.nan)),
-        )
+        found = []
+        for text, text_logits in zip(texts, logits, strict=True):
+            following = torch.from_numpy(text.input_ids[1:].astype(np.int64)).to(device)
+            parts = topk_of_logits(text_logits[: len(following)], following, top_k, self._vocab_size)
+            found.append(with_last_position(*(part.numpy() for part in parts)))
+        return found
 
     @torch.inference_mode()
     def _generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Response]:
@@ -137,12 +132,12 @@ class TransformersSource:
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         config = GenerationConfig(
             max_new_tokens=sampling.max_tokens,
-            do_sample=False,
+            do_sample=False,  # argmax; what is drawn is decided by the noise of _SeededNoise
             eos_token_id=self._stop_ids,
             pad_token_id=self._stop_ids[0] if self._stop_ids else 0,
             stop_strings=list(sampling.stop) or None,
         )
-        # What the checkpoint says about sampling must not act beside what the user asked for.
+        # generate() would otherwise take the checkpoint's own sampling settings where ours are at their defaults.
         self._model.generation_config = GenerationConfig()
         output = self._model.generate(
             ids.to(self._model.device),
@@ -157,15 +152,53 @@ class TransformersSource:
         ]
 
     def _response(self, tokens: list[int], n_prompt_tokens: int, sampling: Sampling) -> Response:
-        # Rows of a batch that ended early are padded; the end token itself was generated.
+        # Responses that end before the longest of their group are padded. The end token itself was generated.
         end = next((position for position, token in enumerate(tokens) if token in self._stop_ids), len(tokens))
         text, stopped = response_text(self.tokenizer, tokens[:end], sampling.stop)
         reason = "stop" if stopped or end < len(tokens) else "length"
         return Response(text, reason, min(end + 1, len(tokens)), n_prompt_tokens)
 
 
+def topk_of_logits(
+    logits: torch.Tensor, token_ids: torch.Tensor, k: int, vocab_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the k most probable ids at each position, by descending probability, ties by lowest id.
+
+    The normaliser is over all W logits, in float32. Ids from ``vocab_size`` on (padding of the output matrix) are never
+    returned.
+
+    Args:
+        logits: (N, W) of any float dtype.
+        token_ids: (N,) int64 ids whose log-probabilities are asked for.
+        k: entries per position, at most ``vocab_size``.
+        vocab_size: ids that the tokenizer knows.
+
+    Returns:
+        ids (N, k) int32, logprobs (N, k) float32 nats, logprobs of ``token_ids`` (N,) float32; all on the CPU.
+    """
+    # In chunks: the log-probabilities of a whole text over a large vocabulary take gigabytes, and leave the cache.
+    step = max(1, SCRATCH // logits.shape[-1])
+    chunks = zip(logits.split(step), token_ids.split(step), strict=True)
+    parts = [_topk_of_chunk(chunk, ids, k, vocab_size) for chunk, ids in chunks]
+    ids, logprobs, token_logprobs = (torch.cat(part) for part in zip(*parts, strict=True))
+    return ids, logprobs, token_logprobs
+
+
+def _topk_of_chunk(
+    logits: torch.Tensor, token_ids: torch.Tensor, k: int, vocab_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    token_logprobs = logprobs.gather(-1, token_ids[:, None])[:, 0]
+    # torch.topk leaves the order of ties open. A float32 that is converted to float64 ends in 29 zero bits. With the id
+    # in them, the lower id is the larger of two equal negative numbers, so that one topk sorts by both.
+    keys = logprobs[:, :vocab_size].clamp(min=torch.finfo(torch.float32).min).double()
+    keys.view(torch.int64).bitwise_or_(torch.arange(vocab_size, device=logits.device))
+    ids = keys.topk(min(k, vocab_size), dim=-1).indices
+    return ids.to(torch.int32).cpu(), logprobs.gather(-1, ids).cpu(), token_logprobs.cpu()
+
+
 class _SeededNoise(LogitsProcessor):
-    """Gumbel noise from one generator per row: the argmax of what comes out is a sample of what came in."""
+    """Adds Gumbel noise from one generator per response: the argmax of the result is a sample of the input."""
 
     def __init__(self, seeds: list[int]) -> None:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -214,7 +247,7 @@ def _load_model(settings: SourceSettings, options: TransformersOptions) -> Any:
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """End tokens of the model's generation config (chat models list several there) and of the tokenizer."""
+    """Return the end tokens of the model's generation config (chat models have several) and of the tokenizer."""
     ids = model.generation_config.eos_token_id
     found = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in found:
@@ -222,12 +255,13 @@ def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
     return found
 
 
-def _batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Group indices by like length so that count times longest stays within the budget (a long text goes alone)."""
-    batches: list[list[int]] = []
+def _groups(lengths: list[int], budget: int) -> list[list[int]]:
+    """Group indices by length so that count times longest stays within the budget (a long text has its own group)."""
+    groups: list[list[int]] = []
+    # The longest first: the first of a group says how wide its forward pass is.
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
-            batches[-1].append(index)
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
+            groups[-1].append(index)
         else:
-            batches.append([index])
-    return batches
+            groups.append([index])
+    return groups

@@ -1,6 +1,6 @@
 """The ``vllm`` backend: vLLM's offline engine in this process.
 
-It imports nothing of the training hosts, so it runs in an environment of its own (``make vllm-env``).
+It imports nothing of the training hosts, so that it runs in an environment of its own (``make vllm-env``).
 """
 
 import os
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
@@ -17,11 +17,12 @@ from vllm import LLM, SamplingParams
 from vllm.platforms import current_platform
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from fusion_plugins.config import validate
+from fusion_plugins.config import Settings, validate
 from fusion_plugins.core.fusion.types import TopK
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import SourceError
 from fusion_plugins.sources.backends.base import (
+    Batches,
     Place,
     Purpose,
     Refusal,
@@ -29,33 +30,30 @@ from fusion_plugins.sources.backends.base import (
     SampleRequest,
     Sampling,
     SourceSettings,
-    Units,
     in_turn,
 )
-from fusion_plugins.sources.backends.entries import rows_of_entries, spare_entries
-from fusion_plugins.sources.batches import plan_units
+from fusion_plugins.sources.backends.topk import spare_entries, topk_of_entries
+from fusion_plugins.sources.batches import plan_batches
 from fusion_plugins.sources.fingerprints import numeric_options, stored_dtype
 from fusion_plugins.sources.loading import load_config, load_tokenizer, response_text, split_prompts, vocabulary_size
 
 try:
     from vllm.exceptions import VLLMClientError
-except ImportError:  # versions that raise ValueError for it
+except ImportError:  # older versions raise a ValueError instead
     VLLMClientError = ValueError
 
-__all__ = ["VllmOptions", "VllmSource", "capture_params", "open_source", "scheduled_tokens"]
+__all__ = ["VllmOptions", "open_source"]
 
-#: bytes of scratch per scheduled token and vocabulary entry: logits as computed, in float32, and their logarithms
+#: bytes of scratch per scheduled token and id of the vocabulary: logits as computed, in float32, and log-probabilities
 SCRATCH_BYTES = 12
-#: log-probabilities that wait in Python lists at a time (about 100 bytes each)
+#: entries that wait in Python lists at a time (about 100 bytes each)
 ENTRIES_IN_FLIGHT = 1 << 22
-#: of one text, at most: about 6 GB
+#: entries of one text, at most: about 6 GB
 MOST_ENTRIES = 1 << 26
 
 
-class VllmOptions(BaseModel):
+class VllmOptions(Settings):
     """Keys of ``options`` for this backend."""
-
-    model_config = ConfigDict(extra="forbid")
 
     logits_gib: float = Field(2.0, gt=0, description="memory that the log-probabilities of one step may take (capture)")
     engine: dict[str, Any] = Field(
@@ -70,10 +68,10 @@ def open_source(settings: SourceSettings, purpose: Purpose) -> "VllmSource":
 
 
 def scheduled_tokens(logits_width: int, gib: float) -> int:
-    """Return how many tokens one step may schedule so that their log-probabilities fit into ``gib``.
+    """Return how many tokens one step may schedule so that their log-probabilities fit into ``gib`` GiB.
 
-    vLLM computes the whole (tokens, vocabulary) matrix for prompts whose log-probabilities are asked for, outside of
-    the memory that it plans with.
+    For prompts whose log-probabilities are asked for, vLLM computes the whole (tokens, vocabulary) matrix, in memory
+    that it has not planned for. With its own defaults, long prompts run a GPU out of memory.
 
     Example:
         >>> scheduled_tokens(151_936, 2.0)
@@ -82,18 +80,10 @@ def scheduled_tokens(logits_width: int, gib: float) -> int:
     return max(64, min(8192, int(gib * 2**30 / (SCRATCH_BYTES * logits_width))))
 
 
-def capture_params(top_k: int) -> SamplingParams:
-    """Return the cheapest request for the top k of every prompt position.
-
-    Flat lists of ids and numbers instead of a dict per position, and no text for any of them.
-    """
-    return SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=top_k, flat_logprobs=True, detokenize=False)
-
-
 class VllmSource:
     """One vLLM engine."""
 
-    whole_units = True
+    whole_batches = True
 
     def __init__(self, settings: SourceSettings, purpose: Purpose) -> None:
         where = f"options of source {settings.source_name!r}"
@@ -102,7 +92,7 @@ class VllmSource:
         self._vocab_size = vocabulary_size(self.tokenizer)
         self._llm = _start(settings, self._options, purpose)
         model = self._llm.llm_engine.model_config
-        # vLLM wants room for one generated token behind every prompt.
+        # vLLM needs room for one generated token behind every prompt, also when only the prompt is asked for.
         self.max_length: int | None = model.max_model_len - (purpose == "capture")
         self._width = model.get_vocab_size()
         self.facts: dict[str, Any] = {
@@ -114,13 +104,13 @@ class VllmSource:
             "revision": getattr(model.hf_config, "_commit_hash", None) or settings.revision,
         }
 
-    def capture(self, units: Units[TokenizedText], top_k: int) -> Iterator[tuple[Place, TopK | Refusal]]:
-        """Yield the rows of each text."""
-        return in_turn(units, lambda texts: self._capture(texts, top_k))
+    def capture(self, batches: Batches[TokenizedText], top_k: int) -> Iterator[tuple[Place, TopK | Refusal]]:
+        """Yield the top-k of each text."""
+        return in_turn(batches, lambda texts: self._capture(texts, top_k))
 
-    def sample(self, units: Units[SampleRequest]) -> Iterator[tuple[Place, Response | Refusal]]:
+    def sample(self, batches: Batches[SampleRequest]) -> Iterator[tuple[Place, Response | Refusal]]:
         """Yield the responses; each request has its own seed."""
-        return in_turn(units, self._sample)
+        return in_turn(batches, self._sample)
 
     def close(self) -> None:
         """Stop the engine and its process."""
@@ -129,18 +119,22 @@ class VllmSource:
 
     def _capture(self, texts: Sequence[TokenizedText], top_k: int) -> Iterator[tuple[int, TopK | Refusal]]:
         asked = min(top_k + spare_entries(self._width, self._vocab_size), self._width)
+        # The cheapest request: flat lists of ids and numbers instead of a dict per position, and no text for any entry.
+        params = SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=asked, flat_logprobs=True, detokenize=False
+        )
         sizes = [len(text.input_ids) * (asked + 1) for text in texts]
         for index, size in enumerate(sizes):
             if size > MOST_ENTRIES:
-                yield index, Refusal(_too_much(len(texts[index].input_ids), asked))
+                yield index, Refusal(_too_large(len(texts[index].input_ids), asked))
         possible = [index for index, size in enumerate(sizes) if size <= MOST_ENTRIES]
-        for group in plan_units(possible, sizes.__getitem__, ENTRIES_IN_FLIGHT):
+        for group in plan_batches(possible, sizes.__getitem__, ENTRIES_IN_FLIGHT):
             prompts = [texts[index].input_ids.tolist() for index in group]
-            for index, output in zip(group, self._generate(prompts, [capture_params(asked)] * len(group)), strict=True):
+            for index, output in zip(group, self._generate(prompts, [params] * len(group)), strict=True):
                 if isinstance(output, Refusal):
                     yield index, output
                 else:
-                    yield index, self._rows(output.prompt_logprobs, len(texts[index].input_ids), top_k)
+                    yield index, self._topk(output.prompt_logprobs, len(texts[index].input_ids), top_k)
 
     def _sample(self, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, Response | Refusal]]:
         prompts, refused = split_prompts(self.tokenizer, requests, self.max_length)
@@ -152,37 +146,40 @@ class VllmSource:
                 continue
             answer = output.outputs[0]
             if answer.finish_reason not in ("stop", "length"):
-                raise SourceError(f"vLLM ended a response with {answer.finish_reason!r} instead of 'stop' or 'length'")
+                raise SourceError(
+                    f"expected vLLM to end a response with 'stop' or 'length', got {answer.finish_reason!r}"
+                )
             text, _ = response_text(self.tokenizer, list(answer.token_ids), requests[index].sampling.stop)
             yield index, Response(text, answer.finish_reason, len(answer.token_ids), len(prompts[index]))
 
     def _generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
-        """Ask for all at once; when vLLM refuses one of them, ask one by one, to learn which."""
+        """Ask for all at once; when vLLM refuses one of them, ask one by one, to find out which."""
         if not prompts:
             return []
         asked = [{"prompt_token_ids": ids} for ids in prompts]
         try:
             return self._llm.generate(asked, params, use_tqdm=False)
         except EngineDeadError as error:
-            raise SourceError(f"vLLM's engine died: {error}; its log is above") from error
+            raise SourceError(f"vLLM's engine died: {error}. Its log is above.") from error
         except (ValueError, VLLMClientError) as error:
             if len(prompts) == 1:
                 return [Refusal(f"vLLM refuses it: {error}")]
         return [self._generate([ids], [param])[0] for ids, param in zip(prompts, params, strict=True)]
 
-    def _rows(self, logprobs: Any, n_tokens: int, top_k: int) -> TopK:
-        # Position 0 is empty; every other one lists the token itself, then the most probable ones.
+    def _topk(self, logprobs: Any, n_tokens: int, top_k: int) -> TopK:
+        # vLLM lists the distribution over token t at position t, so the first is empty. Every other one begins with the
+        # token itself, whatever its rank, and continues with the most probable ones.
         shape = (n_tokens - 1, len(logprobs.token_ids) // max(n_tokens - 1, 1))
         ids = np.array(logprobs.token_ids, np.int32).reshape(shape)
         values = np.array(logprobs.logprobs, np.float32).reshape(shape)
-        gold = values[:, 0] if n_tokens > 1 else np.empty(0, np.float32)
-        return rows_of_entries(ids[:, 1:], values[:, 1:], gold, top_k, self._vocab_size)
+        token_logprobs = values[:, 0] if n_tokens > 1 else np.empty(0, np.float32)
+        return topk_of_entries(ids[:, 1:], values[:, 1:], token_logprobs, top_k, self._vocab_size)
 
 
-def _too_much(n_tokens: int, asked: int) -> str:
+def _too_large(n_tokens: int, asked: int) -> str:
     return (
         f"vLLM hands {n_tokens} tokens x {asked} log-probabilities over as Python numbers, about "
-        f"{n_tokens * asked * 100 / 1e9:.0f} GB; lower top_k, cut the texts shorter, or take the transformers backend"
+        f"{n_tokens * asked * 100 / 1e9:.0f} GB; lower top_k, cut the texts shorter, or use the transformers backend"
     )
 
 
@@ -206,23 +203,23 @@ def _start(settings: SourceSettings, options: VllmOptions, purpose: Purpose) -> 
         "trust_remote_code": settings.trust_remote_code,
         "max_logprobs": -1,
         "logprobs_mode": "raw_logprobs",
-        # What the checkpoint says about sampling must not act beside what the user asked for.
+        # vLLM's own defaults, not the checkpoint's sampling settings, where ours say nothing.
         "generation_config": "vllm",
         "load_format": "safetensors",
     }
     try:
         config = load_config(settings)
-        # vLLM's own "auto" turns float32 checkpoints into bfloat16.
+        # vLLM's own "auto" would load a float32 checkpoint in bfloat16.
         arguments["dtype"] = stored_dtype(settings, config)
         if purpose == "capture":
             arguments["max_num_batched_tokens"] = scheduled_tokens(config.vocab_size, options.logits_gib)
             arguments["enable_chunked_prefill"] = True
             arguments["enable_prefix_caching"] = False
         elif current_platform.is_cpu():
-            # A request with a seed of its own ends vLLM's CPU engine when its prompt is cut into chunks.
+            # vLLM's CPU engine dies of a request with its own seed whose prompt is cut into chunks.
             arguments["enable_chunked_prefill"] = False
         if current_platform.is_cpu():
-            # The share of the machine's memory that must be free; vLLM's 0.92 suits accelerators.
+            # On a CPU this is the share of the machine's memory that must be free; vLLM's 0.92 suits accelerators.
             arguments["gpu_memory_utilization"] = 0.5
         if settings.max_length is not None:
             context = getattr(config, "max_position_embeddings", None) or settings.max_length + 1
@@ -230,6 +227,6 @@ def _start(settings: SourceSettings, options: VllmOptions, purpose: Purpose) -> 
         return LLM(settings.model, **(arguments | options.engine))
     except (OSError, ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         raise SourceError(
-            f"source {settings.source_name!r}: vLLM cannot start {settings.model!r}: {error}. Arguments of the engine "
-            "stand under `options: {engine: {...}}`; for data parallelism use the ray backend or several servers."
+            f"source {settings.source_name!r}: vLLM cannot start {settings.model!r}: {error}. Give arguments of the "
+            "engine under `options: {engine: {...}}`; for data parallelism use the ray backend or several servers."
         ) from error

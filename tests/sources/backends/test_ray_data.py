@@ -1,4 +1,4 @@
-"""Ray Data on a local cluster, for real: the same store and the same rows, also when an actor dies."""
+"""Ray Data on a local cluster, for real: the same store and the same responses, also when an actor dies."""
 
 import os
 import signal
@@ -11,18 +11,12 @@ import source_checks
 
 from fusion_plugins.errors import ConfigError
 from fusion_plugins.sources.backends.base import SampleRequest, Sampling, SourceSettings, open_source
-from fusion_plugins.sources.batches import MadeUnits
+from fusion_plugins.sources.batches import LazyBatches
 from fusion_plugins.sources.capture import CaptureConfig, capture_texts
 from fusion_plugins.sources.sample import SampleConfig, sample_prompts
 from fusion_plugins.store import open_rows, open_store
 
 pytestmark = pytest.mark.slow
-UNITS_PER_ACTOR = 4
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return source_checks.checkpoint(tmp_path_factory.mktemp("models") / "llama")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +39,7 @@ def kill_an_actor() -> bool:
 
 def test_actors_fill_the_same_store_and_one_that_dies_is_replaced(model, cluster, tmp_path):
     texts = source_checks.texts(tmp_path / "texts.jsonl", repeat=12)
-    common = {"model": str(model), "texts": str(texts), "top_k": 8, "unit_bytes": 700}
+    common = {"model": str(model), "texts": str(texts), "top_k": 8, "batch_bytes": 700}
     settings = CaptureConfig(**common, backend="ray", out=str(tmp_path / "ray"), options={"actors": 2})
     killed = []
 
@@ -71,7 +65,7 @@ def test_actors_draw_the_same_responses(model, cluster, tmp_path):
     for name, backend in (("ray", "ray"), ("plain", "transformers")):
         entry = {"name": "s", "model": str(model), "backend": backend, "max_tokens": 6}
         sample_prompts(
-            SampleConfig(prompts=str(prompts), out=str(tmp_path / name), n=2, sources=[entry], unit_requests=5)
+            SampleConfig(prompts=str(prompts), out=str(tmp_path / name), n=2, sources=[entry], batch_requests=5)
         )
     by_key = [
         {key: rows[key] for key in rows.keys()} for rows in map(open_rows, (tmp_path / "ray", tmp_path / "plain"))
@@ -87,20 +81,22 @@ def test_an_error_in_an_actor_keeps_its_name_and_its_message(model, cluster):
         list(source.sample([[SampleRequest([{"role": "user", "content": "hi"}], plain, 0)]]))
 
 
-def test_only_a_few_units_are_made_before_their_turn(model, cluster):
-    """However large the corpus is, the driver holds the units under way and no others."""
+def test_only_a_few_batches_are_made_before_their_turn(model, cluster):
+    """However large the corpus is, the driver holds the batches under way and no others."""
+    from fusion_plugins.sources.backends import ray_data
+
     made = []
 
-    def request(number, unit):
+    def request(number, batch):
         made.append(number)
         return [SampleRequest("The quick", Sampling(max_tokens=1, template="plain"), number)]
 
     source = open_source(SourceSettings(model=str(model), backend="ray"), "sample")
-    came = []
-    for (number, _), _ in source.sample(MadeUnits([[0]] * 40, request)):
-        came.append(number)
-        assert len(made) <= len(came) + UNITS_PER_ACTOR
-    assert sorted(came) == list(range(40))
+    done = []
+    for (number, _), _ in source.sample(LazyBatches([[0]] * 40, request)):
+        done.append(number)
+        assert len(made) <= len(done) + ray_data.BATCHES_PER_ACTOR
+    assert sorted(done) == list(range(40))
 
 
 def test_wrong_options_are_refused_before_a_cluster_is_started(model):

@@ -1,0 +1,115 @@
+"""Tokenizers and prompts of sources."""
+
+import copy
+
+import pytest
+import tiny
+import transformers
+
+from fusion_plugins.errors import ConfigError, SourceError
+from fusion_plugins.sources.backends.base import SampleRequest, Sampling, SourceSettings
+from fusion_plugins.sources.loading import (
+    capture_tokenizer,
+    chat_messages,
+    chat_template_hash,
+    load_config,
+    load_tokenizer,
+    prompt_ids,
+    prompt_text,
+    response_text,
+    split_prompts,
+    vocabulary_size,
+)
+
+
+def test_the_models_revision_is_not_asked_of_another_repository_with_the_tokenizer(model, monkeypatch):
+    asked = []
+    load = transformers.AutoTokenizer.from_pretrained
+
+    def recorded(name, revision, **arguments):
+        asked.append(revision)
+        return load(name, **arguments)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", recorded)
+    load_tokenizer(SourceSettings(model="org/model", tokenizer=str(model), revision="v2"))
+    load_tokenizer(SourceSettings(model=str(model), revision="v2"))
+    assert asked == [None, "v2"]
+
+
+def test_what_cannot_be_loaded_is_named_with_its_source(tmp_path, model):
+    with pytest.raises(SourceError, match="source 'nothing': cannot load the tokenizer"):
+        load_tokenizer(SourceSettings(model=str(tmp_path / "nothing")))
+    with pytest.raises(SourceError, match="source 'nothing': cannot load"):
+        load_config(SourceSettings(model=str(tmp_path / "nothing")))
+    with pytest.raises(ConfigError, match="cannot read chat_template"):
+        load_tokenizer(SourceSettings(model=str(model), chat_template=str(tmp_path / "nothing.jinja")))
+    with pytest.raises(ConfigError, match="source 'm': capture through a server needs `tokenizer`"):
+        capture_tokenizer(SourceSettings(model="org/m", backend="openai"))
+
+
+def test_a_template_file_replaces_the_template_and_changes_its_hash(tmp_path, model):
+    file = tmp_path / "chatml.jinja"
+    file.write_text(tiny.CHATML + " ")
+    own = load_tokenizer(SourceSettings(model=str(model)))
+    other = load_tokenizer(SourceSettings(model=str(model), chat_template=str(file)))
+    assert other.chat_template == file.read_text()
+    assert len({chat_template_hash(own), chat_template_hash(other), chat_template_hash(None)}) == 3
+
+
+def test_the_vocabulary_ends_behind_the_highest_id():
+    tokenizer = tiny.byte_level()
+    assert vocabulary_size(tokenizer) == max(tokenizer.get_vocab().values()) + 1
+
+
+def test_a_system_prompt_is_put_before_prompts_that_have_none():
+    assert chat_messages("hi", None) == [{"role": "user", "content": "hi"}]
+    brief = {"role": "system", "content": "Be brief."}
+    assert chat_messages("hi", "Be brief.") == [brief, {"role": "user", "content": "hi"}]
+    own = [{"role": "system", "content": "Be long."}, {"role": "user", "content": "hi", "name": None}]
+    assert chat_messages(own, "Be brief.") == [own[0], {"role": "user", "content": "hi"}]
+
+
+def test_a_prompt_is_a_chat_where_there_is_a_template_and_plain_where_there_is_none():
+    tokenizer, bare = tiny.byte_level(), copy.deepcopy(tiny.byte_level())
+    bare.chat_template = None
+    chat = tokenizer.apply_chat_template(chat_messages("hi", None), tokenize=False, add_generation_prompt=True)
+    assert prompt_text(tokenizer, "hi", "auto", None) == prompt_text(tokenizer, "hi", "chat", None) == (chat, False)
+    assert prompt_text(tokenizer, "hi", "plain", None) == prompt_text(bare, "hi", "auto", None) == ("hi", True)
+    with pytest.raises(ConfigError, match="has no chat template. Name a file with one in `chat_template`"):
+        prompt_text(bare, "hi", "chat", None)
+    with pytest.raises(ConfigError, match="template 'plain' takes prompts with 'text', got one with 'messages'"):
+        prompt_text(tokenizer, chat_messages("hi", None), "plain", None)
+
+
+def test_a_template_that_refuses_messages_is_an_error_of_the_source():
+    tokenizer = copy.deepcopy(tiny.byte_level())
+    tokenizer.chat_template = "{{ raise_exception('no system prompts here') }}"
+    with pytest.raises(SourceError, match="refuses a prompt: no system prompts here"):
+        prompt_text(tokenizer, "hi", "chat", None)
+
+
+def test_a_model_continues_a_prompt_so_it_does_not_end_with_eos():
+    class Ending:
+        chat_template, eos_token_id = None, 9
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": [1, *text.encode(), 9, 9]}
+
+    assert prompt_ids(Ending(), "ab", Sampling(), None) == [1, *b"ab"]
+
+
+def test_a_response_is_cut_before_the_first_of_its_stop_strings():
+    tokenizer = tiny.byte_level()
+    ids = tokenizer("one two three")["input_ids"]
+    assert response_text(tokenizer, ids, ()) == ("one two three", False)
+    assert response_text(tokenizer, ids, ("three", "two")) == ("one ", True)
+    assert response_text(tokenizer, ids, ("four",)) == ("one two three", False)
+
+
+def test_prompts_that_leave_no_room_are_told_apart_from_the_others():
+    tokenizer = tiny.byte_level()
+    requests = [SampleRequest(text, Sampling(max_tokens=8, template="plain"), 0) for text in ("a", "a" * 50)]
+    prompts, refused = split_prompts(tokenizer, requests, 20)
+    assert list(prompts) == [0]
+    assert list(refused) == [1]
+    assert "max_tokens 8 exceed the model's 20 tokens" in refused[1].reason
