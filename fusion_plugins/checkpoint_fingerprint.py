@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["checkpoint_fingerprint"]
-
 #: the first pattern that matches any file counts, in the order in which transformers looks for weights
 WEIGHT_FILES = ("*.safetensors", "*model*.bin")
 #: blocks that are read of the large files, of all together and of each at least

@@ -20,8 +20,6 @@ from fusion_plugins.scoring.commands import score
 from fusion_plugins.sources.commands import capture, cut, sample
 from fusion_plugins.store.commands import compact, export, info, merge, verify
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="LLM fusion inside axolotl and mergekit.")
 store_app = typer.Typer(no_args_is_help=True, help="Look after stores of log-probabilities and responses.")
 

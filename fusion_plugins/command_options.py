@@ -4,8 +4,6 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Assignments", "ConfigFile", "DryRun", "Limit", "Out"]
-
 ConfigFile = Annotated[str | None, typer.Option("--config", "-c", help="YAML file with the settings.")]
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", help="KEY=VALUE for any key of the YAML file; dots for nested keys.")

@@ -9,8 +9,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from fusion_plugins.errors import ConfigError
 
-__all__ = ["Settings", "load_config", "validate"]
-
 Model = TypeVar("Model", bound=BaseModel)
 
 

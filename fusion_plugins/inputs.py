@@ -19,8 +19,6 @@ from fusion_plugins.core.text.content_id import content_id, texts_fingerprint
 from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.errors import DataError
 
-__all__ = ["SUFFIXES", "Prompt", "Text", "prompts_fingerprint", "read_prompts", "read_row_file", "read_texts"]
-
 #: ends of the names of files that can be read
 SUFFIXES = (".jsonl", ".parquet")
 ROLES = ("system", "user", "assistant", "tool")

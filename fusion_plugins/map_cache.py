@@ -21,8 +21,6 @@ from fusion_plugins.core.fusion.vocabulary_map import COUNTED, identity_map, map
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import encoder
 
-__all__ = ["cached_map", "map_folder"]
-
 # Raise this when a method starts to give another map for the same inputs: old files are then not found any more.
 _RULES = 2
 

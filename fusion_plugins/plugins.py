@@ -16,8 +16,6 @@ from fusion_plugins import hookspecs
 from fusion_plugins.errors import PluginError
 from fusion_plugins.hookspecs import Register, hookimpl
 
-__all__ = ["KINDS", "get_plugin_manager", "get_registry", "lookup"]
-
 #: kind of extension -> what messages call one of them; ``register_<kind>`` is its hook
 KINDS = {
     "fusion_rules": "fusion rule",

@@ -14,18 +14,6 @@ from fusion_plugins.core.preferences.pairs import GapWindow
 from fusion_plugins.core.preferences.split import SplitRule
 from fusion_plugins.errors import ConfigError
 
-__all__ = [
-    "AlignmentArgs",
-    "FusionArgs",
-    "FusionBlock",
-    "PairArgs",
-    "ProjectionArgs",
-    "SftArgs",
-    "SourceArgs",
-    "SplitArgs",
-    "fusion_block",
-]
-
 
 class SourceArgs(Settings):
     """One source model: a name for reports and the store that `fusion capture` made of it."""

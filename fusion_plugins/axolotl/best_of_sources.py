@@ -16,8 +16,6 @@ from fusion_plugins.axolotl.guards import BEST, require_plugin
 from fusion_plugins.axolotl.selection import choose_best, write_report
 from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
 
-__all__ = ["BestOfSources", "load"]
-
 
 def load(tokenizer: Any, cfg: Any, ds_cfg: Any = None) -> "BestOfSources":
     """Return the strategy; axolotl calls this for the dataset type.

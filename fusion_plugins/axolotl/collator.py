@@ -13,8 +13,6 @@ from torch import Tensor
 
 from fusion_plugins.errors import DataError
 
-__all__ = ["FUSED_IDS", "FUSED_LOGPROBS", "FusionCollator", "take_fused"]
-
 FUSED_IDS = "fused_ids"
 FUSED_LOGPROBS = "fused_logprobs"
 CURE = (

@@ -13,8 +13,6 @@ from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, MismatchError
 from fusion_plugins.store import Store
 
-__all__ = ["Row", "count_alignments", "count_texts", "rows_of"]
-
 Row = Mapping[str, Any]
 Read = Callable[[Row], tuple[str, TokenizedText]]
 

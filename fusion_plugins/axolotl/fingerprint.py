@@ -15,8 +15,6 @@ from fusion_plugins.axolotl.args import FusionBlock
 from fusion_plugins.axolotl.guards import BEST, DPO, FUSED
 from fusion_plugins.store import open_store
 
-__all__ = ["content_hash", "stamp_datasets"]
-
 #: settings of the block that change the training but not the prepared rows
 _NOT_IN_ROWS = {"loss", "lm_loss_weight", "lm_loss_schedule", "temperature"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")

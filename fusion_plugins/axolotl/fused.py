@@ -33,9 +33,6 @@ from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, DataError, MismatchError
 from fusion_plugins.store import Store, open_store
 
-__all__ = ["FusedStrategy", "load"]
-
-
 LOG = get_logger(__name__)
 COUNTERS = "fusion_counters"
 FEATURES = Features(

@@ -11,8 +11,6 @@ from fusion_plugins.errors import ConfigError, FusionError, PluginError
 from fusion_plugins.plugins import get_registry
 from fusion_plugins.store import open_store
 
-__all__ = ["BEST", "DPO", "FUSED", "PLUGIN", "check_config", "require_plugin"]
-
 PLUGIN = "fusion_plugins.axolotl.FusionPlugin"
 FUSED = "fusion_plugins.axolotl.fused"
 BEST = "fusion_plugins.axolotl.best_of_sources"

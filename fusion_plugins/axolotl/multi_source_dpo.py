@@ -14,8 +14,6 @@ from fusion_plugins.axolotl.guards import DPO, require_plugin
 from fusion_plugins.axolotl.selection import choose_pairs, write_report
 from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
 
-__all__ = ["multi_source_dpo"]
-
 Columns = Mapping[str, Sequence[Any]]
 
 

@@ -18,8 +18,6 @@ from fusion_plugins.map_cache import cached_map
 from fusion_plugins.plugins import lookup
 from fusion_plugins.store import Store
 
-__all__ = ["make_plan"]
-
 #: stores -> how often their tokens are aligned with the target's, for the maps that need counts
 Count = Callable[[list[Store]], list[AlignmentCounts]]
 

@@ -7,8 +7,6 @@ from axolotl.integrations.base import BasePlugin
 from fusion_plugins.axolotl.fingerprint import stamp_datasets
 from fusion_plugins.axolotl.guards import check_config
 
-__all__ = ["FusionPlugin"]
-
 
 class FusionPlugin(BasePlugin):
     """LLM fusion in axolotl; ``plugins: [fusion_plugins.axolotl.FusionPlugin]`` and a ``fusion:`` block."""

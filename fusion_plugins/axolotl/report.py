@@ -11,8 +11,6 @@ from rich.table import Table
 
 from fusion_plugins.core.fusion.accounting import FusionReport, ProjectionReport
 
-__all__ = ["read_counters", "show_report", "write_report"]
-
 
 def read_counters(counters: Iterable[str]) -> FusionReport:
     """Add up the counters of all batches, as JSON texts; empty texts do not count."""

@@ -30,8 +30,6 @@ from fusion_plugins.core.preferences.split import Split, split_prompts
 from fusion_plugins.errors import DataError
 from fusion_plugins.plugins import lookup
 
-__all__ = ["candidates_of", "choose_best", "choose_pairs", "write_report"]
-
 Columns = Mapping[str, Sequence[Any]]
 Report = dict[str, Any]
 

@@ -15,8 +15,6 @@ from fusion_plugins.core.text.tokenize import tokenize, tokenize_content
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import DataError
 
-__all__ = ["IGNORED", "EncodedText", "TargetTokenizer"]
-
 IGNORED = -100
 _ENDS_TURN = (Role.EOS, Role.END_OF_TURN)
 

@@ -23,8 +23,6 @@ from fusion_plugins.core.fusion.losses import Divergence, token_losses
 from fusion_plugins.errors import DataError
 from fusion_plugins.plugins import lookup
 
-__all__ = ["FusionTrainer"]
-
 LOG = get_logger(__name__)
 #: What the output layer returns in the probe. These are no bfloat16 numbers, so a cast after the layer changes them
 #: too.

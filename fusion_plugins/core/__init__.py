@@ -8,8 +8,9 @@ Reading order: :mod:`~fusion_plugins.core.text` (``types``, ``token_table``, ``t
 ``losses``), then one of :mod:`~fusion_plugins.core.merging` and :mod:`~fusion_plugins.core.preferences`.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fusion_plugins._lazy import lazy_names
 
 if TYPE_CHECKING:
     from fusion_plugins.core.fusion.align import Alignment, align_tokens
@@ -56,26 +57,22 @@ __all__ = [
     "varm_weights",
 ]
 
-_MODULES = {
-    "text.types": ("TokenizedText",),
-    "text.token_table": ("TokenTable",),
-    "fusion.types": ("Record", "SparseDistributions", "TopK", "VocabularyMap"),
-    "fusion.align": ("Alignment", "align_tokens"),
-    "fusion.counts": ("AlignmentCounts",),
-    "fusion.vocabulary_map": ("map_vocabulary",),
-    "fusion.project": ("ProjectionOptions", "project_distributions"),
-    "fusion.fuse": ("fuse", "per_token"),
-    "fusion.losses": ("chunked_fusion_loss", "fusion_loss"),
-    "merging.varm": ("varm_merge", "varm_weights"),
-    "merging.sce": ("sce_merge",),
-    "preferences.candidates": ("Candidate", "Pair"),
-    "preferences.pairs": ("GapWindow", "best_of", "build_pairs"),
-    "preferences.split": ("SplitRule", "split_prompts"),
-}
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "text.types": ("TokenizedText",),
+        "text.token_table": ("TokenTable",),
+        "fusion.types": ("Record", "SparseDistributions", "TopK", "VocabularyMap"),
+        "fusion.align": ("Alignment", "align_tokens"),
+        "fusion.counts": ("AlignmentCounts",),
+        "fusion.vocabulary_map": ("map_vocabulary",),
+        "fusion.project": ("ProjectionOptions", "project_distributions"),
+        "fusion.fuse": ("fuse", "per_token"),
+        "fusion.losses": ("chunked_fusion_loss", "fusion_loss"),
+        "merging.varm": ("varm_merge", "varm_weights"),
+        "merging.sce": ("sce_merge",),
+        "preferences.candidates": ("Candidate", "Pair"),
+        "preferences.pairs": ("GapWindow", "best_of", "build_pairs"),
+        "preferences.split": ("SplitRule", "split_prompts"),
+    },
+)

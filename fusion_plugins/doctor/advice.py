@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from fusion_plugins.core.fusion.project import ProjectionOptions
 from fusion_plugins.doctor.diagnosis import ClassCount, Diagnosis
 
-__all__ = ["advice", "verdict"]
-
 #: a source that is better than the target on a smaller share of the texts is not worth its store
 FEW_WINS = 0.05
 #: share of the supervised positions with a distribution below which a source teaches little

@@ -8,8 +8,6 @@ import typer
 from fusion_plugins.command_options import Assignments, ConfigFile
 from fusion_plugins.errors import ConfigError
 
-__all__ = ["doctor"]
-
 
 def doctor(
     sources: Annotated[list[str] | None, typer.Argument(help="Stores of the sources, or their tokenizers.")] = None,

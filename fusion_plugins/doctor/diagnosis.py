@@ -20,8 +20,6 @@ from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.doctor.label_classes import CLASSES, label_classes, token_classes
 
-__all__ = ["ClassCount", "Diagnosis", "diagnose", "figures"]
-
 #: Mean difference of log-probabilities of the same tokens, in nats, below which two stores are of one model. Not 0:
 #: another precision or batch size changes a model's numbers a little.
 SAME_MODEL = 0.02

@@ -27,8 +27,6 @@ from fusion_plugins.map_cache import cached_map
 from fusion_plugins.progress import meter
 from fusion_plugins.store import Store, open_store
 
-__all__ = ["DoctorConfig", "DoctorReport", "Side", "SourceVerdict", "examine", "open_side", "open_target"]
-
 #: the training step whose memory is reported; ENTRIES is what `fusion capture` keeps by default
 BATCH, TOKENS, ENTRIES = 1, 2048, 64
 #: bytes on disk per token that `fusion capture` can be expected to write at its default top_k of 64

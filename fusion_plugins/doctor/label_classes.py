@@ -10,8 +10,6 @@ import numpy.typing as npt
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.types import TokenizedText
 
-__all__ = ["CLASSES", "label_classes", "token_classes"]
-
 CLASSES = ("special", "digits", "cjk", "white space", "other")
 #: in place of a class: the token begins or ends inside a character, so its class depends on the text
 FRAGMENT = 255

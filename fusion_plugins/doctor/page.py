@@ -13,8 +13,6 @@ from fusion_plugins.doctor.diagnosis import ClassCount, figures
 from fusion_plugins.doctor.examine import DoctorReport, SourceVerdict
 from fusion_plugins.doctor.label_classes import CLASSES
 
-__all__ = ["picture_png", "render_doctor_page", "sections", "show"]
-
 #: part of the table -> how the names of its figures begin
 PARTS = {
     "positions of the target": ("coverage", "fallback", "positions"),

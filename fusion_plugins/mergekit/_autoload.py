@@ -9,8 +9,6 @@ file imports only modules that every interpreter has loaded anyway, and it has n
 
 import sys
 
-__all__ = ["HOOKS", "install"]
-
 #: mergekit module -> (our module, function that is called with the imported mergekit module)
 HOOKS = {
     "mergekit.merge_methods.registry": ("fusion_plugins.mergekit.methods", "register_methods"),

@@ -21,8 +21,6 @@ from fusion_plugins.errors import ConfigError, FusionError, MergeError
 from fusion_plugins.mergekit.checkpoints import Checkpoint, read_checkpoint, sample_bytes
 from fusion_plugins.mergekit.ignored_keys import parameter_problems, unknown_keys
 
-__all__ = ["Finding", "MergeCheck", "check_merge"]
-
 #: Keys of a model's configuration that say what its weights mean.
 SHAPE_KEYS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",

@@ -13,8 +13,6 @@ from safetensors import SafetensorError, safe_open
 
 from fusion_plugins.errors import MergeError
 
-__all__ = ["Checkpoint", "TensorInfo", "read_checkpoint", "sample_bytes"]
-
 #: safetensors' name of a dtype -> torch's
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",

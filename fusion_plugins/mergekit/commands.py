@@ -11,8 +11,6 @@ from fusion_plugins.config import Settings, load_config
 from fusion_plugins.errors import ConfigError
 from fusion_plugins.mergekit.report import render_merge_report
 
-__all__ = ["merge_check", "report"]
-
 
 class ReportConfig(Settings):
     """Keys of the YAML file of ``fusion report``."""

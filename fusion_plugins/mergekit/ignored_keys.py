@@ -7,8 +7,6 @@ from typing import Any, get_args, get_origin
 from mergekit.merge_methods.base import MergeMethodSpec, ParameterScope
 from pydantic import BaseModel
 
-__all__ = ["parameter_problems", "unknown_keys"]
-
 
 def parameter_problems(config: Mapping[str, Any], spec: MergeMethodSpec) -> list[str]:
     """Return one message per parameter that the method does not know, or that is set where it has no effect.

@@ -28,8 +28,6 @@ from fusion_plugins.core.merging.sce import VARIANTS, sce
 from fusion_plugins.errors import ConfigError, MergeError
 from fusion_plugins.mergekit.record import MergeRecord
 
-__all__ = ["METHODS", "Planned", "UnitSums", "fusechat_sce", "register_methods", "varm"]
-
 
 @dataclass(frozen=True)
 class UnitSums:

@@ -18,8 +18,6 @@ from fusion_plugins.mergekit.methods import METHODS
 from fusion_plugins.mergekit.plan import extend_plan
 from fusion_plugins.mergekit.record import MergeRecord, append_card
 
-__all__ = ["extend_merge", "extend_raw_merge"]
-
 
 def extend_merge(module: Any) -> None:
     """Extend ``mergekit.merge``, which ``mergekit-yaml`` and ``mergekit-multi`` run."""

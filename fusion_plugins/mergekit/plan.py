@@ -25,8 +25,6 @@ from fusion_plugins.mergekit.methods import Planned, UnitSums
 from fusion_plugins.mergekit.record import MergeRecord
 from fusion_plugins.mergekit.unit_sums import Unit, UnitStatistics, unwidened
 
-__all__ = ["extend_plan"]
-
 
 class FusionMergeTask(ExecuteMergeMethodTask):
     """mergekit's merge of one tensor, with what the plan knows as one more argument of the method."""

@@ -13,8 +13,6 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-__all__ = ["FORMAT", "RECORD_NAME", "MergeRecord", "append_card"]
-
 RECORD_NAME = "fusion_merge.json"
 FORMAT = 1
 CARD_HEADING = "### How the models were weighted"

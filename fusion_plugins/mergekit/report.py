@@ -17,8 +17,6 @@ from typing import Any
 from fusion_plugins.errors import DataError
 from fusion_plugins.mergekit.record import FORMAT, RECORD_NAME
 
-__all__ = ["render_merge_report", "summarize_merge"]
-
 #: Number of tensors in a list of extremes.
 LISTED = 10
 

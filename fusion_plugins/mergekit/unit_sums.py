@@ -25,8 +25,6 @@ from fusion_plugins.core.merging.deltas import delta_sums, require_finite
 from fusion_plugins.errors import MergeError
 from fusion_plugins.mergekit.methods import UnitSums
 
-__all__ = ["Unit", "UnitStatistics", "unwidened"]
-
 LOG = logging.getLogger(__name__)
 
 

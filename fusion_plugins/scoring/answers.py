@@ -3,8 +3,6 @@
 import re
 from decimal import Decimal
 
-__all__ = ["gold_answer", "last_number", "marked_answer", "write_out_exponents"]
-
 # The minus of "10-5" is no sign and "x2" is no number, hence the look-behind. ASCII, because a Chinese character would
 # count as a letter and "付2380元" would hold no number.
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?(?:\s*\\?%)?", re.ASCII)

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-__all__ = ["Row", "Score", "Scorer"]
-
 #: One response: at least ``prompt`` (text or messages), ``response`` and ``domain``; ``reference`` and ``tests`` may be
 #: missing or None.
 Row = Mapping[str, Any]

@@ -18,8 +18,6 @@ from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.scoring.base import Row, Score
 from fusion_plugins.scoring.sandbox import Limits, Outcome, Sandbox
 
-__all__ = ["CodeScorer", "extract_code", "list_tests"]
-
 _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _PYTHON = {"", "python", "python3", "py"}
 

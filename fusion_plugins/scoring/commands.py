@@ -12,8 +12,6 @@ from fusion_plugins.config import load_config
 if TYPE_CHECKING:
     from fusion_plugins.scoring.score import GroupSummary
 
-__all__ = ["score"]
-
 
 def score(
     config: ConfigFile = None,

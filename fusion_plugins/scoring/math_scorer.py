@@ -12,8 +12,6 @@ from fusion_plugins.errors import ConfigError, ScoringError
 from fusion_plugins.scoring.base import Row, Score
 from fusion_plugins.scoring.pool import Failure, Reply, WorkerPool
 
-__all__ = ["MathScorer"]
-
 
 class MathScorer:
     r"""Compares answers with math-verify in processes of its own.

@@ -14,8 +14,6 @@ from typing import Any
 
 from fusion_plugins.scoring.answers import gold_answer, last_number, marked_answer, write_out_exponents
 
-__all__ = ["judge", "main"]
-
 #: address space: a tower of powers ends with a MemoryError, not with a machine out of memory
 MEMORY_BYTES = 4 << 30
 

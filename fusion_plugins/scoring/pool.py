@@ -22,8 +22,6 @@ from typing import Any
 import fusion_plugins
 from fusion_plugins.errors import ScoringError
 
-__all__ = ["Failure", "Reply", "WorkerPool"]
-
 #: time to import the verifier, on a loaded machine with a cold disk
 START_SECONDS = 300.0
 Request = Mapping[str, Any]

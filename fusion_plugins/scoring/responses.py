@@ -8,20 +8,18 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.inputs import SUFFIXES, read_row_file
 from fusion_plugins.scoring.base import Row
-from fusion_plugins.store.manifest import RowManifest
+from fusion_plugins.store.manifest import ColumnKind, RowManifest
 from fusion_plugins.store.rows import RowStore, open_rows
-
-__all__ = ["Responses", "key_of", "open_responses", "outdated"]
 
 Key = tuple[Any, ...]
 
-FILE_COLUMNS: dict[str, Literal["string", "int64", "float64", "bool", "json"]] = {
+FILE_COLUMNS: dict[str, ColumnKind] = {
     "prompt_id": "string",
     "source": "string",
     "index": "int64",

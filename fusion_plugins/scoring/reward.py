@@ -18,8 +18,6 @@ from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.errors import ConfigError, DataError, ScoringError
 from fusion_plugins.scoring.base import Row, Score
 
-__all__ = ["RewardOptions", "RewardScorer"]
-
 #: a good and a senseless answer; any reward model that works gives them different rewards
 PROBES = (
     {"prompt": "What is 12 + 30?", "response": "12 + 30 = 42."},

@@ -16,8 +16,6 @@ from typing import Any
 
 from fusion_plugins.errors import ConfigError, ScoringError
 
-__all__ = ["Limits", "Outcome", "Sandbox", "TestVerdict"]
-
 HERE = Path(__file__).parent
 LAUNCHER = HERE / "sandbox_launcher.py"
 RUNNER = HERE / "sandbox_runner.py"

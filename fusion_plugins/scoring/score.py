@@ -24,12 +24,10 @@ from fusion_plugins.errors import ConfigError, ScoringError
 from fusion_plugins.plugins import lookup
 from fusion_plugins.scoring.base import Row, Score, Scorer
 from fusion_plugins.scoring.responses import Responses, key_of, open_responses, outdated
-from fusion_plugins.store import RowManifest, RowWriter, open_rows
-
-__all__ = ["GroupSummary", "ScoreConfig", "ScoreReport", "score_responses", "summarize"]
+from fusion_plugins.store import ColumnKind, RowManifest, RowWriter, open_rows
 
 #: columns that scoring adds; ``scores`` is scorer -> {reward, correct, reason, ...}
-ADDED_COLUMNS = {"reward": "float64", "correct": "bool", "scores": "json"}
+ADDED_COLUMNS: dict[str, ColumnKind] = {"reward": "float64", "correct": "bool", "scores": "json"}
 SECONDS_BETWEEN_LINES = 30.0
 
 

@@ -3,3 +3,17 @@
 ``capture`` and ``sample`` work with any backend (``transformers``, ``vllm``, ``openai``, ``ray``). Importing this
 package loads none of them. Reading order: ``capture`` (or ``sample``), ``batches``, ``backends/base``, one backend.
 """
+
+from typing import TYPE_CHECKING
+
+from fusion_plugins._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from fusion_plugins.sources.capture import CaptureConfig, capture_texts
+    from fusion_plugins.sources.sample import SampleConfig, sample_prompts
+
+__all__ = ["CaptureConfig", "SampleConfig", "capture_texts", "sample_prompts"]
+
+__getattr__ = lazy_names(
+    __name__, {"capture": ("CaptureConfig", "capture_texts"), "sample": ("SampleConfig", "sample_prompts")}
+)

@@ -9,8 +9,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
 
-__all__ = ["LazyBatches", "commit_batches", "missing_batches", "plan_batches"]
-
 Item = TypeVar("Item")
 Content = TypeVar("Content")
 Result = TypeVar("Result")

@@ -28,8 +28,6 @@ from fusion_plugins.store import Manifest, StoreWriter
 from fusion_plugins.store.files import FolderLock
 from fusion_plugins.store.manifest import MANIFEST_NAME
 
-__all__ = ["CaptureConfig", "CaptureReport", "capture_texts", "estimate_capture"]
-
 #: bytes of text that a dry run captures to measure speed and size
 PROBE_BYTES = 32_768
 

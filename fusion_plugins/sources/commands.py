@@ -9,8 +9,6 @@ from rich.console import Console
 from fusion_plugins.command_options import Assignments, ConfigFile, DryRun, Limit, Out
 from fusion_plugins.config import load_config
 
-__all__ = ["capture", "cut", "sample"]
-
 # The modules that do the work load numpy and pyarrow. Each command imports its own, so that `fusion --help` is fast.
 
 

@@ -24,8 +24,6 @@ from fusion_plugins.inputs import Text, read_texts
 from fusion_plugins.sources.backends.base import SourceSettings
 from fusion_plugins.sources.loading import load_tokenizer
 
-__all__ = ["CutConfig", "CutReport", "cut_text", "cut_texts"]
-
 Count = Callable[[str], int]
 #: good places to end a piece, the best first: behind an empty line, behind a line, before the first of several spaces
 PLACES = (re.compile(r"\n[ \t]*\n+"), re.compile(r"\n"), re.compile(r"(?=(?<! ) )"))

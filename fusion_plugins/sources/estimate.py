@@ -11,8 +11,6 @@ from fusion_plugins.progress import meter
 from fusion_plugins.sources.backends.base import Refusal, Response, Source, open_source
 from fusion_plugins.sources.sample import Draw, SampleConfig, planned_draws
 
-__all__ = ["estimate_samples"]
-
 #: the first round draws so many responses; each further round four times as many as the one before
 FIRST_ROUND = 4
 #: a further round is drawn only if it should end within so many seconds

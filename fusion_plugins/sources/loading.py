@@ -9,20 +9,6 @@ from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.errors import ConfigError, SourceError
 from fusion_plugins.sources.backends.base import Refusal, SampleRequest, Sampling, SourceSettings
 
-__all__ = [
-    "capture_tokenizer",
-    "chat_messages",
-    "chat_template_hash",
-    "load_config",
-    "load_tokenizer",
-    "plain_text",
-    "prompt_ids",
-    "prompt_text",
-    "response_text",
-    "split_prompts",
-    "vocabulary_size",
-]
-
 Content = str | list[dict[str, Any]]
 
 

@@ -6,8 +6,6 @@ authors'. They publish neither a maximum length nor the samples per mathematics 
 
 from typing import Any
 
-__all__ = ["DEFAULT_SAMPLES", "PRESETS", "SAMPLES_PER_PROMPT"]
-
 _INSTRUCTION_AND_CODE = ["instruction", "code"]
 
 #: name -> settings of a source

@@ -31,12 +31,10 @@ from fusion_plugins.sources.batches import commit_batches, missing_batches
 from fusion_plugins.sources.fingerprints import sampling_fingerprint
 from fusion_plugins.sources.loading import load_tokenizer, split_prompts
 from fusion_plugins.sources.presets import DEFAULT_SAMPLES, PRESETS, SAMPLES_PER_PROMPT
-from fusion_plugins.store import RowManifest, RowWriter
-
-__all__ = ["Draw", "SampleConfig", "SampleReport", "SampledSource", "planned_draws", "response_seed", "sample_prompts"]
+from fusion_plugins.store import ColumnKind, RowManifest, RowWriter
 
 KEY = ("prompt_id", "source", "index", "fingerprint")
-COLUMNS = {
+COLUMNS: dict[str, ColumnKind] = {
     "prompt_id": "string",
     "source": "string",
     "index": "int64",

@@ -7,24 +7,34 @@ Read ``manifest``, ``shards`` and ``schema`` (what is on disk), then ``shard_wri
 it gets there), then ``reader``, ``maintain`` and ``export``. Names are resolved on first use; none loads torch.
 """
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
-__all__ = ["Manifest", "RowManifest", "RowStore", "RowWriter", "Store", "StoreWriter", "open_rows", "open_store"]
+from fusion_plugins._lazy import lazy_names
 
-_HOME = {
-    "Manifest": "manifest",
-    "RowManifest": "manifest",
-    "RowStore": "rows",
-    "RowWriter": "rows",
-    "Store": "reader",
-    "StoreWriter": "writer",
-    "open_rows": "rows",
-    "open_store": "reader",
-}
+if TYPE_CHECKING:
+    from fusion_plugins.store.manifest import ColumnKind, Manifest, RowManifest
+    from fusion_plugins.store.reader import Store, open_store
+    from fusion_plugins.store.rows import RowStore, RowWriter, open_rows
+    from fusion_plugins.store.writer import StoreWriter
 
+__all__ = [
+    "ColumnKind",
+    "Manifest",
+    "RowManifest",
+    "RowStore",
+    "RowWriter",
+    "Store",
+    "StoreWriter",
+    "open_rows",
+    "open_store",
+]
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"fusion_plugins.store.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "manifest": ("ColumnKind", "Manifest", "RowManifest"),
+        "reader": ("Store", "open_store"),
+        "rows": ("RowStore", "RowWriter", "open_rows"),
+        "writer": ("StoreWriter",),
+    },
+)

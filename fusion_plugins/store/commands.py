@@ -10,8 +10,6 @@ from rich.table import Table
 
 from fusion_plugins.errors import StoreError
 
-__all__ = ["compact", "export", "info", "merge", "verify"]
-
 # pyarrow, numpy and pydantic are imported inside the commands, so that `fusion --help` stays fast.
 
 Folder = Annotated[Path, typer.Argument(help="A store, or a folder of responses or scored responses.")]

@@ -19,8 +19,6 @@ from fusion_plugins.errors import ConfigError, StoreError
 from fusion_plugins.store.files import TEMPORARY_SUFFIX, make_folder, write_atomic
 from fusion_plugins.store.reader import Store, open_store
 
-__all__ = ["export", "kd_columns"]
-
 FORMATS = ("datasets", "axolotl-kd")
 #: log-probabilities per exported file
 FILE_VALUES = 1 << 23

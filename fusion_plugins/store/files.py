@@ -17,8 +17,6 @@ from filelock import FileLock, Timeout
 
 from fusion_plugins.errors import StoreError
 
-__all__ = ["TEMPORARY_SUFFIX", "FolderLock", "interrupts_deferred", "make_folder", "sync_folder", "write_atomic"]
-
 LOCK_NAME = ".lock"
 TEMPORARY_SUFFIX = ".tmp"
 #: how Lustre, NFS and others say that they were mounted without locks

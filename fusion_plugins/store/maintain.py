@@ -20,8 +20,6 @@ from fusion_plugins.store.schema import RecordCodec
 from fusion_plugins.store.shard_writer import ShardWriter
 from fusion_plugins.store.shards import Codec, cure, encode_shard, read_items, read_keys
 
-__all__ = ["compact", "merge", "verify"]
-
 AnyManifest = Manifest | RowManifest
 #: parts of one capture agree in these, unless they cover different texts
 _TEXT_SETS = ("texts_fingerprint", "prompts_fingerprint")

@@ -16,12 +16,13 @@ import fusion_plugins
 from fusion_plugins.errors import MismatchError, StoreError
 from fusion_plugins.store.files import write_atomic
 
-__all__ = ["MANIFEST_NAME", "TABLE_NAME", "Manifest", "ManifestBase", "RowManifest", "ShardInfo", "load_manifest"]
-
 MANIFEST_NAME = "manifest.json"
 #: the source tokenizer's tokens, in a store of log-probabilities
 TABLE_NAME = "tokens.parquet"
 _KINDS = {"logprobs": "a store of log-probabilities", "rows": "a folder of responses or scored responses"}
+
+#: what a column of a row folder holds
+ColumnKind = Literal["string", "int64", "float64", "bool", "json"]
 
 
 class ShardInfo(BaseModel):
@@ -178,7 +179,7 @@ class RowManifest(ManifestBase):
 
     kind: Literal["rows"] = "rows"
     stage: str = Field(description="responses | scored | any name")
-    columns: dict[str, Literal["string", "int64", "float64", "bool", "json"]] = Field(
+    columns: dict[str, ColumnKind] = Field(
         description="a json column takes any JSON value, including dicts and lists; every column takes None"
     )
     key: tuple[str, ...] = Field(min_length=1, description="columns whose values together name a row")

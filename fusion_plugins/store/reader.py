@@ -22,8 +22,6 @@ from fusion_plugins.store.shards import compare_checksum, open_shard, read_colum
 if TYPE_CHECKING:
     from fusion_plugins.core.text.token_table import TokenTable
 
-__all__ = ["Store", "open_store"]
-
 #: decoded row groups that a store keeps
 CACHED_GROUPS = 16
 

@@ -17,8 +17,6 @@ from fusion_plugins.store.manifest import RowManifest
 from fusion_plugins.store.shard_writer import SHARD_ROWS, ShardWriter
 from fusion_plugins.store.shards import read_items, read_keys
 
-__all__ = ["RowCodec", "RowStore", "RowWriter", "open_rows"]
-
 Row = dict[str, Any]
 Key = tuple[Any, ...]
 

@@ -16,8 +16,6 @@ from fusion_plugins.core.fusion.types import Record, TopK
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.store.manifest import Manifest
 
-__all__ = ["RecordCodec", "RecordTable", "decode_records"]
-
 Array = npt.NDArray[Any]
 
 #: log-probabilities per row group: what one random access decodes

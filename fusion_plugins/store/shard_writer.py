@@ -27,8 +27,6 @@ from fusion_plugins.store.files import (
 from fusion_plugins.store.manifest import MANIFEST_NAME, ManifestBase, ShardInfo
 from fusion_plugins.store.shards import Codec, encode_shard, read_items, read_keys, read_unlisted
 
-__all__ = ["SHARD_ROWS", "ShardWriter"]
-
 T = TypeVar("T")
 M = TypeVar("M", bound=ManifestBase)
 Companions = Mapping[str, Callable[[], bytes | memoryview]]
@@ -300,7 +298,7 @@ class ShardWriter(Generic[T, M]):
         if kind is KeyboardInterrupt:
             _say(
                 f"Stopped. {len(self.done)} {self.manifest.NOUN} are safe in {self.path}; run the same command again "
-                f"to go on from there."
+                f"to resume."
             )
 
 

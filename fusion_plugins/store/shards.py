@@ -16,18 +16,6 @@ import pyarrow.parquet as pq
 from fusion_plugins.errors import StoreError
 from fusion_plugins.store.manifest import ShardInfo
 
-__all__ = [
-    "Codec",
-    "compare_checksum",
-    "cure",
-    "encode_shard",
-    "open_shard",
-    "read_columns",
-    "read_items",
-    "read_keys",
-    "read_unlisted",
-]
-
 #: name under which a Parquet file says which folder it belongs to
 STAMP = b"fusion_plugins"
 

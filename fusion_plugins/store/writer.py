@@ -16,8 +16,6 @@ from fusion_plugins.store.shard_writer import SHARD_ROWS, ShardWriter
 if TYPE_CHECKING:
     from fusion_plugins.core.text.token_table import TokenTable
 
-__all__ = ["StoreWriter"]
-
 
 class StoreWriter(ShardWriter[Record, Manifest]):
     """Adds records to a store; commits and resumes as :class:`~fusion_plugins.store.shard_writer.ShardWriter` says.

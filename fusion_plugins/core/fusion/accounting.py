@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
-__all__ = ["FusionReport", "ProjectionReport"]
-
 
 @dataclass(frozen=True)
 class ProjectionReport:

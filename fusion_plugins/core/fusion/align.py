@@ -24,18 +24,6 @@ from fusion_plugins.core.text.token_bytes import TokenBytes, bytes_of_tokens
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError
 
-__all__ = [
-    "ALIGNERS",
-    "Alignment",
-    "TextAligner",
-    "TokenAligner",
-    "align_by_tokens",
-    "align_dtw",
-    "align_offsets",
-    "align_texts",
-    "align_tokens",
-]
-
 Tokens = Sequence[str] | Sequence[bytes]
 
 

@@ -20,8 +20,6 @@ from fusion_plugins.core.text.token_bytes import TokenBytes
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError
 
-__all__ = ["common_text", "comparable"]
-
 _UNKNOWN = -1
 _CONTEXT = 24
 Spelling = npt.NDArray[np.int16]

@@ -15,8 +15,6 @@ from fusion_plugins.core.fusion.nearest import pair_distances
 from fusion_plugins.core.fusion.types import Shares
 from fusion_plugins.errors import DataError, MismatchError
 
-__all__ = ["AlignmentCounts", "by_count", "shares_by_count"]
-
 Keys = npt.NDArray[np.int64]
 _SHIFT = 32
 _PENDING = 1 << 20

@@ -20,8 +20,6 @@ from fusion_plugins.core.fusion.dtw_kernels import warp
 from fusion_plugins.core.text.surfaces import space_marker
 from fusion_plugins.errors import AlignmentError
 
-__all__ = ["TIE_ORDERS", "dtw_path", "path_ranges", "token_costs"]
-
 TIE_ORDERS = ("fusellm", "fusechat")
 
 Tokens = Sequence[str] | Sequence[bytes]

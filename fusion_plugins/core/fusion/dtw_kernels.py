@@ -7,8 +7,6 @@ import numpy as np
 
 from fusion_plugins.core.jit import compiled
 
-__all__ = ["warp"]
-
 DIAGONAL, UP, LEFT = 0, 1, 2
 INFINITE = 2**30
 

@@ -18,19 +18,6 @@ from fusion_plugins.core.fusion.types import SparseDistributions
 from fusion_plugins.core.jit import compiled
 from fusion_plugins.errors import AlignmentError, ConfigError
 
-__all__ = [
-    "RULES",
-    "FusionRule",
-    "avg_ce",
-    "avg_ce_weights",
-    "fuse",
-    "min_ce",
-    "min_ce_choice",
-    "per_token",
-    "token_min_ce",
-    "truncate",
-]
-
 #: ``rule(distributions, cross_entropies, **options)``; what the hook ``register_fusion_rules`` takes. The S
 #: distributions all have one shape (T, K). The cross-entropies are (S,), or (S, T) for a rule marked with
 #: :func:`per_token`.

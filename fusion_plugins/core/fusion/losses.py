@@ -18,8 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from fusion_plugins.errors import ConfigError, DataError
 
-__all__ = ["LOSSES", "Divergence", "TokenLosses", "chunked_fusion_loss", "fusion_loss", "token_losses"]
-
 Divergence: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 

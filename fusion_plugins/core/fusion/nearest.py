@@ -25,8 +25,6 @@ from rapidfuzz.distance import Levenshtein
 from fusion_plugins.core.arrays import IntArray
 from fusion_plugins.core.jit import compiled
 
-__all__ = ["Packed", "edit_distance", "nearest_tokens", "pack", "pair_distances", "search"]
-
 Words = npt.NDArray[np.uint64]
 Starts = npt.NDArray[np.int64]
 

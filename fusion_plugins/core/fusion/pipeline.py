@@ -22,8 +22,6 @@ from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, ConfigError, MismatchError
 
-__all__ = ["METRICS", "FusionPlan", "FusionSource", "fuse_text", "warm_up"]
-
 #: name -> cross-entropy of a record: nats per byte, comparable across tokenizers, or per source token, as published
 METRICS: dict[str, Callable[[Record], float]] = {"byte": attrgetter("ce_per_byte"), "token": attrgetter("ce_per_token")}
 

@@ -56,8 +56,6 @@ from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, ConfigError
 
-__all__ = ["Projection", "ProjectionOptions", "Projector", "longest_beginnings", "project_distributions"]
-
 #: methods of vocabulary maps that have asked the target's tokenizer for the first token of every source token
 _ASKED_THE_TOKENIZER = ("first_token", "one_to_many")
 _NO_SHARES = Shares(np.zeros(1, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))

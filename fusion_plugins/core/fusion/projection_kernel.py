@@ -9,18 +9,6 @@ from fusion_plugins.core.arrays import BoolArray, FloatArray, IntArray
 from fusion_plugins.core.jit import compiled
 from fusion_plugins.core.text.token_bytes import TokenBytes
 
-__all__ = [
-    "COUNTS",
-    "MASSES",
-    "POSITION_KINDS",
-    "Mapping",
-    "Sides",
-    "SourceArrays",
-    "TargetArrays",
-    "places",
-    "project_positions",
-]
-
 # What happens to a position that has a source position: up to UNCHECKED it is used, the others are masked.
 ONE_TO_ONE, ONE_TO_MANY, MANY_TO_ONE, CROSSING, SPECIAL, UNCHECKED = range(6)
 OTHER_BYTES, REACHES_OUT, OTHER_SPECIAL, SOURCE_ENDS, LOW_MASS = range(6, 11)

@@ -6,8 +6,6 @@ from fusion_plugins.core.arrays import BoolArray, FloatArray, IntArray
 from fusion_plugins.core.fusion.types import Record, TopK
 from fusion_plugins.core.text.types import TokenizedText
 
-__all__ = ["build_record", "cross_entropy", "supervised_bytes", "supervised_positions", "tail_mass"]
-
 
 def supervised_positions(text: TokenizedText) -> BoolArray:
     """Return (T,) bool: the positions whose distributions a store keeps and training uses.

@@ -15,8 +15,6 @@ import numpy as np
 from fusion_plugins.core.arrays import BoolArray, FloatArray, IntArray
 from fusion_plugins.core.text.types import TokenizedText
 
-__all__ = ["Record", "Shares", "SparseDistributions", "TopK", "VocabularyMap"]
-
 
 @dataclass(frozen=True)
 class TopK:

@@ -22,8 +22,6 @@ from fusion_plugins.core.fusion.types import VocabularyMap
 from fusion_plugins.core.text.token_table import Role, TokenTable
 from fusion_plugins.errors import ConfigError
 
-__all__ = ["COUNTED", "METHODS", "identity_map", "map_vocabulary", "same_ids"]
-
 Text = str | bytes
 Vocabulary = Sequence[str] | Sequence[bytes] | TokenTable
 Counts = AlignmentCounts | Mapping[tuple[int, int], int]

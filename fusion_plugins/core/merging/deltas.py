@@ -12,8 +12,6 @@ from torch import Tensor
 
 from fusion_plugins.errors import MergeError
 
-__all__ = ["MEASURES", "chunks", "combine", "compute_dtype", "delta_sums", "measured", "require_finite"]
-
 MEASURES = ("square", "abs")
 #: Elements of one tensor that are converted at a time: 256 kB in float32, so that a few chunks fit into the cache.
 CHUNK_ELEMENTS = 1 << 16

@@ -37,8 +37,6 @@ from torch import Tensor
 from fusion_plugins.core.merging.deltas import chunks
 from fusion_plugins.errors import ConfigError
 
-__all__ = ["VARIANTS", "sce", "sce_merge"]
-
 VARIANTS = ("paper", "fusechat", "mergekit")
 
 

@@ -37,20 +37,6 @@ from fusion_plugins.core.merging.deltas import (
 )
 from fusion_plugins.errors import ConfigError, MergeError
 
-__all__ = [
-    "COMPATIBILITIES",
-    "GRANULARITIES",
-    "NORMALIZATIONS",
-    "VarmRule",
-    "layer_of",
-    "merge_rows",
-    "unit_of",
-    "unit_values",
-    "unit_weights",
-    "varm_merge",
-    "varm_weights",
-]
-
 GRANULARITIES = ("matrix", "row", "module", "layer", "model", "element")
 NORMALIZATIONS = ("ratio", "softmax")
 COMPATIBILITIES = (None, "fusechat")

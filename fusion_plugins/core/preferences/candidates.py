@@ -14,20 +14,6 @@ from typing import Any
 from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.errors import DataError
 
-__all__ = [
-    "Candidate",
-    "CandidateGroups",
-    "Pair",
-    "as_candidate",
-    "best_first",
-    "clean",
-    "is_prompt",
-    "is_verified",
-    "reward_of",
-    "tie_order",
-    "worst_first",
-]
-
 #: domains whose answers are always checked by a verifier
 _VERIFIED_DOMAINS = frozenset({"math", "code"})
 

@@ -39,21 +39,6 @@ from fusion_plugins.core.preferences.candidates import (
 )
 from fusion_plugins.errors import ConfigError
 
-__all__ = [
-    "BEST_RULES",
-    "PAIR_RULES",
-    "GapWindow",
-    "SelectionReport",
-    "best_of",
-    "best_per_prompt",
-    "best_with_report",
-    "build_pairs",
-    "length_statistics",
-    "pairs_per_prompt",
-    "pairs_with_report",
-    "resolve_rule",
-]
-
 #: A gap that misses a limit by no more than this passes. The limits are meant in decimals, and rewards are binary
 #: (often float32) numbers: 0.4 - 0.3 is a little more than 0.1.
 GAP_TOLERANCE = 1e-6

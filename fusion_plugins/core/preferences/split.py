@@ -15,8 +15,6 @@ from typing import Literal
 from fusion_plugins.core.preferences.candidates import Candidate, Pair, is_verified
 from fusion_plugins.errors import ConfigError
 
-__all__ = ["SplitRule", "split_prompts"]
-
 
 @dataclass(frozen=True)
 class SplitRule:

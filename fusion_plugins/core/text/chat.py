@@ -12,8 +12,6 @@ import numpy as np
 from fusion_plugins.core.arrays import IntArray
 from fusion_plugins.errors import DataError
 
-__all__ = ["render_chat"]
-
 Messages = list[dict[str, Any]]
 
 

@@ -11,8 +11,6 @@ from typing import Any
 
 from fusion_plugins.core.text.messages import as_messages
 
-__all__ = ["content_id", "texts_fingerprint"]
-
 Message = Mapping[str, Any]
 
 

@@ -3,8 +3,6 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["as_messages"]
-
 
 def as_messages(prompt: str | Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return a prompt as messages: a text becomes one message of the user, messages are copied without empty keys.

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from fusion_plugins.core.text.tokenizer_json import BYTE_TOKEN, byte_alphabet
 from fusion_plugins.errors import AlignmentError
 
-__all__ = ["BYTE_LEVEL_SPACE", "SENTENCEPIECE_SPACE", "common_bytes", "space_marker"]
-
 SENTENCEPIECE_SPACE = "▁"
 BYTE_LEVEL_SPACE = "Ġ"
 _CONTEXT = 24

@@ -7,8 +7,6 @@ import numpy.typing as npt
 
 from fusion_plugins.core.arrays import BoolArray
 
-__all__ = ["TokenBytes", "bytes_of_tokens"]
-
 
 class TokenBytes(NamedTuple):
     """Token ``i`` is ``flat[starts[i] : starts[i + 1]]``; made by :attr:`TokenTable.packed`.

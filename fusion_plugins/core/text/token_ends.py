@@ -11,8 +11,6 @@ import numpy.typing as npt
 from fusion_plugins.core.arrays import BoolArray, IntArray
 from fusion_plugins.core.text.token_table import Role, TokenTable
 
-__all__ = ["token_ends"]
-
 Positions = npt.NDArray[np.int64]
 
 

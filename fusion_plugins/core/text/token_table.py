@@ -18,8 +18,6 @@ from fusion_plugins.core.text.token_bytes import TokenBytes
 from fusion_plugins.core.text.tokenizer_json import Kind, adds_prefix_space, byte_token, decoder, kind_of, model_vocab
 from fusion_plugins.errors import TokenizerError
 
-__all__ = ["Role", "TokenTable"]
-
 # Names of end-of-turn tokens, for tokenizers without a chat template that shows which one is meant.
 _END_OF_TURN_NAMES = (
     "<|eot_id|>",

@@ -18,8 +18,6 @@ from fusion_plugins.core.text.token_table import Role, TokenTable
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import DataError, TokenizerError
 
-__all__ = ["encoder", "tokenize", "tokenize_content"]
-
 # Text put before a piece, so that the tokenizer does not put a space of its own there (see encoder).
 _ANCHORS = ("\n", "|", ".", "0")
 

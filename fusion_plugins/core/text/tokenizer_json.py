@@ -10,17 +10,6 @@ from typing import Any, Literal
 
 from fusion_plugins.errors import TokenizerError
 
-__all__ = [
-    "BYTE_TOKEN",
-    "Kind",
-    "adds_prefix_space",
-    "byte_alphabet",
-    "byte_token",
-    "decoder",
-    "kind_of",
-    "model_vocab",
-]
-
 Spec = Mapping[str, Any]
 Kind = Literal["byte_level", "sentencepiece"]
 

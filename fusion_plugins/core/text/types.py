@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 from fusion_plugins.core.arrays import BoolArray, IntArray
 
-__all__ = ["TokenizedText"]
-
 
 @dataclass(frozen=True)
 class TokenizedText:

@@ -17,22 +17,6 @@ from fusion_plugins.core.fusion.types import TopK
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import ConfigError
 
-__all__ = [
-    "BACKENDS",
-    "Batches",
-    "Place",
-    "Purpose",
-    "Refusal",
-    "Response",
-    "SampleRequest",
-    "Sampling",
-    "Source",
-    "SourceSettings",
-    "in_turn",
-    "least",
-    "open_source",
-]
-
 BackendName = Literal["transformers", "vllm", "openai", "ray"]
 
 #: what a source is opened for; an engine sets its memory accordingly

@@ -1,7 +1,5 @@
 """A circuit breaker: when a server that fails is left alone. It knows nothing of requests, threads or clocks."""
 
-__all__ = ["ServerHealth"]
-
 
 class ServerHealth:
     """Counts consecutive failures and decides whether a server may be asked.

@@ -37,8 +37,6 @@ from fusion_plugins.sources.backends.servers import Refused, ServerPool, Trouble
 from fusion_plugins.sources.backends.topk import spare_entries, topk_of_entries
 from fusion_plugins.sources.loading import capture_tokenizer, chat_messages, plain_text, vocabulary_size
 
-__all__ = ["ServerOptions", "open_source"]
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 #: how a complete response ends, by server; any other reason ("abort", "error", none) means that it was interrupted

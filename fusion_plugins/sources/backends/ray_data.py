@@ -41,8 +41,6 @@ from fusion_plugins.sources.backends.base import (
 from fusion_plugins.sources.fingerprints import numeric_options, stored_dtype
 from fusion_plugins.sources.loading import load_config, load_tokenizer
 
-__all__ = ["RayOptions", "connect", "open_source"]
-
 START_ATTEMPTS = 3
 #: batches per actor that are tokenized and wait, are worked on, or are on their way back
 BATCHES_PER_ACTOR = 4
@@ -67,7 +65,7 @@ def open_source(settings: SourceSettings, purpose: Purpose) -> "RaySource":
 
 
 class _Feeder:
-    """Holds the batches under way. A ticket stands for the next batch, and for the same one when its actor was lost."""
+    """Holds the batches under way. A ticket gets the next one, and the same one again when its actor was lost."""
 
     def __init__(self) -> None:
         self._batches: dict[int, bytes] = {}

@@ -17,8 +17,6 @@ import tenacity
 from fusion_plugins.errors import SourceError
 from fusion_plugins.sources.backends.health import ServerHealth
 
-__all__ = ["Refused", "ServerPool", "Trouble", "without_key"]
-
 Result = TypeVar("Result")
 
 TOO_MANY_REQUESTS = 429

@@ -5,8 +5,6 @@ import numpy as np
 from fusion_plugins.core.arrays import FloatArray, IntArray
 from fusion_plugins.core.fusion.types import TopK
 
-__all__ = ["spare_entries", "topk_of_entries", "with_last_position"]
-
 #: spare entries that are asked for at most
 MOST_SPARE = 64
 

@@ -36,8 +36,6 @@ from fusion_plugins.sources.backends.base import (
 from fusion_plugins.sources.backends.topk import with_last_position
 from fusion_plugins.sources.loading import load_tokenizer, response_text, split_prompts, vocabulary_size
 
-__all__ = ["TransformersOptions", "TransformersSource", "open_source", "topk_of_logits"]
-
 #: logits that are normalised at a time, in float32 and float64: few enough to stay in a CPU's cache
 SCRATCH = 1 << 22
 
@@ -258,7 +256,7 @@ def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
 def _groups(lengths: list[int], budget: int) -> list[list[int]]:
     """Group indices by length so that count times longest stays within the budget (a long text has its own group)."""
     groups: list[list[int]] = []
-    # The longest first: the first of a group says how wide its forward pass is.
+    # The longest first, so that the first of a group is as wide as its forward pass.
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
             groups[-1].append(index)

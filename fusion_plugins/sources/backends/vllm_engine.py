@@ -42,8 +42,6 @@ try:
 except ImportError:  # older versions raise a ValueError instead
     VLLMClientError = ValueError
 
-__all__ = ["VllmOptions", "open_source"]
-
 #: bytes of scratch per scheduled token and id of the vocabulary: logits as computed, in float32, and log-probabilities
 SCRATCH_BYTES = 12
 #: entries that wait in Python lists at a time (about 100 bytes each)
@@ -203,7 +201,7 @@ def _start(settings: SourceSettings, options: VllmOptions, purpose: Purpose) -> 
         "trust_remote_code": settings.trust_remote_code,
         "max_logprobs": -1,
         "logprobs_mode": "raw_logprobs",
-        # vLLM's own defaults, not the checkpoint's sampling settings, where ours say nothing.
+        # Where a request sets nothing, vLLM's own defaults count, not the checkpoint's sampling settings.
         "generation_config": "vllm",
         "load_format": "safetensors",
     }
