@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from mergekit.merge_methods.base import (
@@ -122,7 +122,7 @@ def varm(
     measure: Annotated[str, _choice("varm", "measure", MEASURES)] = "square",
     normalize: Annotated[str, _choice("varm", "normalize", core.NORMALIZATIONS)] = "ratio",
     temperature: Annotated[float, _number("varm", "temperature", 0, above=True)] = 1.0,
-    compat: Annotated[str | None, BeforeValidator(_fusechat_or_nothing)] = None,
+    compat: Annotated[Literal["fusechat"] | None, BeforeValidator(_fusechat_or_nothing)] = None,
     weight: PerNonBase[Annotated[float, _number("varm", "weight", 0)]] = 1.0,  # type: ignore[assignment]
     planned: InstanceOf[Planned] | None = None,
 ) -> torch.Tensor:

@@ -7,6 +7,7 @@ the hosts are always absent here, and anything that a module takes from them at 
 import inspect
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -15,6 +16,13 @@ from typing import Any
 __all__ = ["HOSTS", "Absent", "hide_hosts"]
 
 HOSTS = frozenset({"axolotl", "datasets", "mergekit", "openai", "ray", "tenacity", "torch", "transformers", "vllm"})
+
+
+@dataclass(frozen=True)
+class Specification:
+    """What mergekit attaches to a merge method."""
+
+    parameters: tuple[Any, ...] = ()
 
 
 class Absent(ModuleType):
@@ -30,6 +38,8 @@ class Absent(ModuleType):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what is decorated, if this is used as a decorator; else itself."""
         decorates = len(args) == 1 and not kwargs and (inspect.isfunction(args[0]) or inspect.isclass(args[0]))
+        if decorates and inspect.isfunction(args[0]):
+            args[0].spec = Specification()  # type: ignore[attr-defined]
         return args[0] if decorates else self
 
     def __getitem__(self, item: Any) -> Any:

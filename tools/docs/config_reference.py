@@ -243,6 +243,8 @@ def _signature_keys(prefix: str, obj: Any, meanings: dict[str, str]) -> Iterator
     """The keys of a function, a class or a dataclass whose parameters are the settings."""
     for parameter in inspect.signature(obj).parameters.values():
         hosts_own = parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is parameter.empty
+        # This argument of the merge methods comes from the plan of a merge, not from the YAML.
+        hosts_own |= parameter.name == "planned"
         if parameter.kind is parameter.VAR_KEYWORD or hosts_own and not is_dataclass(obj):
             continue
         values = _values(parameter.annotation)
