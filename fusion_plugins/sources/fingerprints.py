@@ -84,7 +84,7 @@ def revision_of(settings: SourceSettings, commit: str | None) -> str | None:
     Of weight files beyond 64 MiB some thousand blocks are read, so that a model of hundreds of gigabytes takes seconds.
     Training, which moves every tensor, is always noticed; an edit of a few megabytes of one tensor may not be.
     """
-    # Sources are loaded from safetensors files only: other weights that lie in the folder say nothing of the source.
+    # Sources are loaded from safetensors files only, so other weights in the folder do not count.
     has_weights = any(Path(settings.model).glob("*.safetensors"))
     weights = checkpoint_fingerprint(settings.model, whole_bytes=WHOLE_BYTES) if has_weights else None
     return f"weights:{weights[:32]}" if weights else commit or settings.revision

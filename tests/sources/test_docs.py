@@ -1,4 +1,4 @@
-"""docs/sources.md and the settings say the same."""
+"""docs/sources.md documents the settings as they are."""
 
 import re
 from pathlib import Path

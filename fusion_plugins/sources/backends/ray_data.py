@@ -67,7 +67,7 @@ def open_source(settings: SourceSettings, purpose: Purpose) -> "RaySource":
 
 
 class _Feeder:
-    """Holds the batches under way. A ticket stands for the next batch, and for the same one when its actor was lost."""
+    """Holds the batches under way. A ticket gets the next one, and the same one again when its actor was lost."""
 
     def __init__(self) -> None:
         self._batches: dict[int, bytes] = {}

@@ -258,7 +258,7 @@ def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
 def _groups(lengths: list[int], budget: int) -> list[list[int]]:
     """Group indices by length so that count times longest stays within the budget (a long text has its own group)."""
     groups: list[list[int]] = []
-    # The longest first: the first of a group says how wide its forward pass is.
+    # The longest first, so that the first of a group is as wide as its forward pass.
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
             groups[-1].append(index)

@@ -203,7 +203,7 @@ def _start(settings: SourceSettings, options: VllmOptions, purpose: Purpose) -> 
         "trust_remote_code": settings.trust_remote_code,
         "max_logprobs": -1,
         "logprobs_mode": "raw_logprobs",
-        # vLLM's own defaults, not the checkpoint's sampling settings, where ours say nothing.
+        # Where a request sets nothing, vLLM's own defaults count, not the checkpoint's sampling settings.
         "generation_config": "vllm",
         "load_format": "safetensors",
     }
