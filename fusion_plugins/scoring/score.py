@@ -5,10 +5,9 @@ settings. A response in a domain that no scorer takes is copied without a score,
 prompt, gold answer or tests have changed since are scored again.
 """
 
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,18 +16,17 @@ from typing import Any
 
 from pydantic import ConfigDict, Field
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fusion_plugins.config import Settings
 from fusion_plugins.errors import ConfigError, ScoringError
 from fusion_plugins.plugins import lookup
+from fusion_plugins.progress import meter
 from fusion_plugins.scoring.base import Row, Score, Scorer
 from fusion_plugins.scoring.responses import Responses, key_of, open_responses, outdated
 from fusion_plugins.store import ColumnKind, RowManifest, RowWriter, open_rows
 
 #: columns that scoring adds; ``scores`` is scorer -> {reward, correct, reason, ...}
 ADDED_COLUMNS: dict[str, ColumnKind] = {"reward": "float64", "correct": "bool", "scores": "json"}
-SECONDS_BETWEEN_LINES = 30.0
 
 
 class ScorerSettings(Settings):
@@ -130,7 +128,7 @@ def score_responses(config: ScoreConfig) -> ScoreReport:
         scored = unscored = 0
         waiting = (row for row in responses if key_of(row, responses.manifest) not in writer.done_keys)
         due = islice(waiting, None if config.limit is None else max(0, config.limit - present))
-        advance = stack.enter_context(_progress(config.limit or len(responses), present))
+        progress = stack.enter_context(meter("score", config.limit or len(responses), present))
         while batch := list(islice(due, config.batch_rows)):
             for row, results in zip(batch, _score_batch(batch, running), strict=True):
                 writer.write(_merge(row, results))
@@ -138,7 +136,7 @@ def score_responses(config: ScoreConfig) -> ScoreReport:
             # One shard per batch: a killed run loses one batch at most.
             writer.flush()
             scored += len(batch)
-            advance(len(batch))
+            progress.advance(len(batch))
         if next(waiting, None) is None:
             writer.finish()
     return ScoreReport(Path(config.out), scored, present, unscored, renewed)
@@ -256,27 +254,3 @@ def _only(field: str, row: Row, results: Mapping[str, Score]) -> Any:
             f"{field}. Let only one of them score the domain {row['domain']!r}: set `domains` of the others."
         )
     return next(iter(given.values()), row.get(field))
-
-
-@contextmanager
-def _progress(total: int, done: int) -> Iterator[Callable[[int], None]]:
-    """Show progress while the block runs, as a bar on a terminal or a line now and then; yield a function to count."""
-    console = Console(stderr=True)
-    if console.is_terminal:
-        columns = (TextColumn("score"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task("score", total=total, completed=done)
-            yield lambda count: bar.advance(task, count)
-        return
-    count, started = done, time.monotonic()
-    last = started
-
-    def advance(more: int) -> None:
-        nonlocal count, last
-        count += more
-        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            left = (last - started) / (count - done) * max(total - count, 0)
-            console.print(f"scored {count}/{total}, about {left:,.0f} s left")
-
-    yield advance
