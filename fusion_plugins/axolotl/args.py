@@ -22,7 +22,8 @@ class SourceArgs(Settings):
     store: str = Field(min_length=1, description="folder of the source's store")
     is_target: bool = Field(
         default=False,
-        description="the store is the target model's own: its distributions are taken as they are, without any mapping",
+        description="the store is the target model's own; then another tokenizer is an error (equal tokenizers need no "
+        "vocabulary map in any case)",
     )
 
 
@@ -42,7 +43,7 @@ class AlignmentArgs(Settings):
     method: str = Field(
         default="offsets",
         description="offsets (positions that have read the same bytes), offsets_strict (and whose next tokens end at "
-        "the same byte), dtw (published), or a registered aligner",
+        "the same byte), dtw (FuseLLM's code), or a registered aligner",
     )
     tie_order: Literal["fusellm", "fusechat"] = Field(
         default="fusellm", description="which of equally cheap paths dtw takes: that of FuseLLM's or FuseChat's code"
@@ -54,9 +55,9 @@ class ProjectionArgs(Settings):
 
     vocabulary_map: Literal["first_token", "min_edit", "exact", "statistics", "one_to_many"] = Field(
         default="first_token",
-        description="source token -> target token: the first of the target's own encoding, the nearest by edits "
-        "(published by FuseLLM), equal bytes only, the one most often aligned with it (FuseChat), or all those, each "
-        "with its share",
+        description="source token -> target token. first_token: the first token of the target's own encoding; "
+        "min_edit: the nearest by edit distance (FuseLLM); exact: equal bytes only; statistics: the token most often "
+        "aligned with it (FuseChat); one_to_many: all tokens aligned with it, in proportion to the counts",
     )
     max_distance: int | None = Field(
         default=None,
@@ -70,8 +71,9 @@ class ProjectionArgs(Settings):
     )
     tail: Literal["renormalize", "bucket"] = Field(
         default="renormalize",
-        description="mass that no entry holds: scale the entries to sum to 1, or keep their true probabilities (the "
-        "losses reverse_kl and jsd put the rest in one bucket, ce and kl ignore it)",
+        description="probability that no entry holds after projection (leftover). renormalize: scale the entries to "
+        "sum to 1; bucket: keep their true probabilities (reverse_kl and jsd count the rest as one entry, ce and kl "
+        "ignore it)",
     )
     min_mass: float = Field(
         default=0.1,
@@ -107,7 +109,7 @@ class PairArgs(Settings):
     max_gap: float | None = Field(default=0.1, description="largest reward gap, inclusive; null for no limit")
     gap_unit: Literal["reward", "quantile"] = Field(
         default="reward",
-        description="limits are rewards (of ArmoRM, as published), or quantiles of the gaps that occur",
+        description="limits are rewards (of ArmoRM, as in FuseChat-3.0), or quantiles of the gaps that occur",
     )
     gap_exempt: list[str] = Field(
         default_factory=lambda: ["code"], description="domains where the verdict alone decides"
@@ -163,7 +165,7 @@ class FusionBlock(Settings):
     rule: str = Field(default="min_ce", description="min_ce, avg_ce, token_min_ce, or a registered fusion rule")
     rule_options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the rule")
     metric: Literal["byte", "token"] = Field(
-        default="byte", description="cross-entropy per byte of the text, or per token of the source (published)"
+        default="byte", description="cross-entropy per byte of the text, or per token of the source (FuseLLM's code)"
     )
     top_k: int | None = Field(
         default=None, ge=1, description="entries kept per fused distribution; null for as many as the stores hold"
@@ -174,13 +176,15 @@ class FusionBlock(Settings):
     )
     lm_loss_schedule: Literal["constant", "rise"] = Field(
         default="constant",
-        description="rise: lm_loss_weight rises linearly to 1 over the run, so the fusion loss fades out (published)",
+        description="rise: lm_loss_weight rises linearly to 1, so the fusion loss fades out (FuseLLM's code)",
     )
     temperature: float = Field(
         default=1.0, gt=0, description="softens the fused distributions, not the trained model's"
     )
-    pairs: PairArgs | None = Field(default=None, description="rules of preference pairs; the published ones if absent")
-    sft: SftArgs | None = Field(default=None, description="rule of the best answer; the published one if absent")
+    pairs: PairArgs | None = Field(
+        default=None, description="rules of preference pairs; those of FuseChat-3.0 if absent"
+    )
+    sft: SftArgs | None = Field(default=None, description="rule of the best answer; that of FuseChat-3.0 if absent")
     keep_truncated: bool = Field(
         default=False, description="use responses that stopped only at the length limit (finish_reason length)"
     )

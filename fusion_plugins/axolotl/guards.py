@@ -62,7 +62,7 @@ def require_plugin(cfg: Any, type_name: str) -> FusionBlock:
     if PLUGIN not in PluginManager.get_instance().plugins:
         raise PluginError(
             f"`plugins:` names {PLUGIN}, but axolotl could not load it; its error is further up in the log. A dataset "
-            f"of type {type_name} cannot be used without it."
+            f"of type {type_name} needs it. Repair that error, usually with pip install 'fusion-plugins[axolotl]'."
         )
     return fusion_block(cfg)
 

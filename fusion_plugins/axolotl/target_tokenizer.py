@@ -89,7 +89,8 @@ class TargetTokenizer:
     def prompt_and_completion(self, prompt: str | Sequence[Message], response: str) -> tuple[str, str]:
         """Return the two parts of a conversation as text, the completion with its end of turn.
 
-        The prompt is what the template writes before an answer, wherever that is how the whole conversation begins.
+        The prompt is the template's text with ``add_generation_prompt``, if the rendered conversation begins with it;
+        otherwise everything before the answer.
         """
         if self.tokenizer.chat_template is None:
             return _plain(prompt), response.rstrip() + (self.tokenizer.eos_token or "")

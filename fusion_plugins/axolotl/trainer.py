@@ -24,7 +24,7 @@ from fusion_plugins.errors import DataError
 from fusion_plugins.plugins import lookup
 
 LOG = get_logger(__name__)
-#: What the output layer returns in the probe. These are no bfloat16 numbers, so a cast after the layer changes them
+#: What the output layer returns in the probe: values that bfloat16 cannot represent, so that a later cast is noticed
 #: too.
 PROBE = (1234.5678, -0.3141592, 77.0077)
 
@@ -82,7 +82,10 @@ class FusionTrainer(AxolotlTrainer):
         inputs = dict(inputs)
         fused = take_fused(inputs)
         if "labels" not in inputs:
-            raise DataError(f"expected a batch with labels, got one with {sorted(inputs)}")
+            raise DataError(
+                f"expected a batch with labels, got one with {sorted(inputs)}. Use datasets of `type: "
+                "fusion_plugins.axolotl.fused`, whose rows have labels."
+            )
         if self._losses_in_head is None:
             self._losses_in_head = self._head_is_last(model, inputs)
         self._batch = _Batch(inputs["labels"], fused)

@@ -30,7 +30,7 @@ class ProjectionReport:
         exact: entries that are a token of the target.
         edited: entries mapped to another token of the target.
         unmapped: entries without a counterpart.
-        gold_mass: mass that the text gave to the label.
+        gold_mass: probability of the label, from the chain correction.
         exact_mass: mass of exact entries.
         edited_mass: mass of entries mapped to another token.
         unmapped_mass: mass lost for want of a counterpart.

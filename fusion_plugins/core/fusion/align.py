@@ -22,7 +22,7 @@ from fusion_plugins.core.jit import compiled
 from fusion_plugins.core.text.surfaces import common_bytes
 from fusion_plugins.core.text.token_bytes import TokenBytes, bytes_of_tokens
 from fusion_plugins.core.text.types import TokenizedText
-from fusion_plugins.errors import AlignmentError
+from fusion_plugins.errors import AlignmentError, ConfigError
 
 Tokens = Sequence[str] | Sequence[bytes]
 
@@ -78,7 +78,8 @@ def align_tokens(
             for tokens that consist of the boundary character alone).
 
     Raises:
-        AlignmentError: the tokens do not spell the same text (``offsets``), or an unknown method or tie order.
+        AlignmentError: the tokens do not spell the same text (``offsets``).
+        ConfigError: an unknown method or tie order.
 
     Example:
         >>> align_tokens([b"the", b" 1", b"2"], [b"the", b" 12"]).target_to_source
@@ -86,7 +87,10 @@ def align_tokens(
     """
     aligner = method if callable(method) else ALIGNERS.get(method)
     if aligner is None:
-        raise AlignmentError(f"unknown alignment method {method!r}; expected one of {', '.join(sorted(ALIGNERS))}")
+        raise ConfigError(
+            f"alignment method: expected one of {', '.join(sorted(ALIGNERS))} or a function, got {method!r}. Correct it, "
+            "or look a plugin's aligner up with fusion_plugins.plugins.lookup."
+        )
     if aligner is align_dtw:
         return align_dtw(source_tokens, target_tokens, tie_order=tie_order)
     return aligner(source_tokens, target_tokens)
@@ -114,7 +118,7 @@ def align_dtw(source_tokens: Tokens, target_tokens: Tokens, *, tie_order: str = 
     this source token is matched with: then the path says that both prefixes end together. The path may be mistaken.
 
     Raises:
-        AlignmentError: see :func:`~fusion_plugins.core.fusion.dtw.dtw_path`.
+        AlignmentError, ConfigError: see :func:`~fusion_plugins.core.fusion.dtw.dtw_path`.
     """
     path, cost = dtw_path(source_tokens, target_tokens, tie_order=tie_order)
     target_ranges = path_ranges(path, axis=1, size=len(target_tokens))

@@ -78,8 +78,8 @@ def common_text(
 def comparable(records: Sequence[Record], common: Sequence[tuple[Record, TokenizedText]]) -> list[Record]:
     """Measure the cross-entropies of several sources over the same bytes.
 
-    A source that read only the beginning of a text was spared its end. Sources without a supervised token have no
-    cross-entropy, and do not limit the others.
+    A source whose record was cut has a cross-entropy over fewer bytes, and comparing it with a full one would be
+    unfair. Sources without a supervised token have no cross-entropy, and do not limit the others.
 
     Args:
         records: what S sources said about one text.

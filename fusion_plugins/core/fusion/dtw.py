@@ -18,7 +18,7 @@ import numpy.typing as npt
 from fusion_plugins.core.arrays import IntArray
 from fusion_plugins.core.fusion.dtw_kernels import warp
 from fusion_plugins.core.text.surfaces import space_marker
-from fusion_plugins.errors import AlignmentError
+from fusion_plugins.errors import AlignmentError, ConfigError
 
 TIE_ORDERS = ("fusellm", "fusechat")
 
@@ -37,11 +37,11 @@ def dtw_path(source_tokens: Tokens, target_tokens: Tokens, *, tie_order: str = "
         tie_order: ``fusellm`` or ``fusechat``; ``fusechat`` also compares tokens its own way (:func:`token_costs`).
 
     Raises:
-        AlignmentError: an empty list on one side only, an unknown tie order, or texts so long that the directions
-            would not fit 256 MB.
+        AlignmentError: an empty list on one side only, or texts so long that the directions would not fit 256 MB.
+        ConfigError: an unknown tie order.
     """
     if tie_order not in TIE_ORDERS:
-        raise AlignmentError(f"unknown tie order {tie_order!r}; expected one of {', '.join(TIE_ORDERS)}")
+        raise ConfigError(f"tie_order: expected one of {', '.join(TIE_ORDERS)}, got {tie_order!r}")
     n, m = len(source_tokens), len(target_tokens)
     if not n or not m:
         if n == m:

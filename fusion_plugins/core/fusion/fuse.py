@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fusion_plugins.core.fusion.types import SparseDistributions
 from fusion_plugins.core.jit import compiled
-from fusion_plugins.errors import AlignmentError, ConfigError
+from fusion_plugins.errors import ConfigError
 
 #: ``rule(distributions, cross_entropies, **options)``; what the hook ``register_fusion_rules`` takes. The S
 #: distributions all have one shape (T, K). The cross-entropies are (S,), or (S, T) for a rule marked with
@@ -184,11 +184,11 @@ def truncate(distributions: SparseDistributions, width: int, *, renormalize: boo
     """Keep the ``width`` most probable entries of each position; pad with empty entries up to ``width``.
 
     Args:
-        distributions: (..., K), entries by descending probability.
+        distributions: (..., K) entries.
         width: entries to keep, at least 1.
         renormalize: scale the kept entries to sum to 1 (leftover 0) instead of moving the rest to ``leftover``.
     """
-    padded = _padded(distributions, width)
+    padded = _padded(_descending(distributions), width)
     ids, logprobs = padded.ids[..., :width], padded.logprobs[..., :width]
     kept = np.exp(logprobs.astype(np.float64)).sum(axis=-1)
     if not renormalize:
@@ -210,7 +210,7 @@ def _per_position(
     *shape, _ = distributions[0].ids.shape
     for d in distributions:
         if d.ids.shape != distributions[0].ids.shape:
-            raise AlignmentError(
+            raise ConfigError(
                 f"expected distributions of one text in one shape, got {distributions[0].ids.shape} and {d.ids.shape}. "
                 "Call the rule through `fuse`, which pads them, with sources that were aligned with one text."
             )
@@ -233,6 +233,16 @@ def _select(distributions: Sequence[SparseDistributions], choice: npt.NDArray[np
         ids[chosen], logprobs[chosen] = source.ids[chosen], source.logprobs[chosen]
         leftover[chosen] = source.leftover[chosen]
     return SparseDistributions(ids, logprobs, leftover)
+
+
+def _descending(distributions: SparseDistributions) -> SparseDistributions:
+    """Sort entries by descending probability, unless they are sorted: a rule of another package may not do it."""
+    logprobs = distributions.logprobs
+    if (logprobs[..., 1:] <= logprobs[..., :-1]).all():
+        return distributions
+    order = np.argsort(-logprobs, axis=-1, kind="stable")
+    ids = np.take_along_axis(distributions.ids, order, axis=-1)
+    return SparseDistributions(ids, np.take_along_axis(logprobs, order, axis=-1), distributions.leftover)
 
 
 def _padded(distributions: SparseDistributions, width: int) -> SparseDistributions:

@@ -25,7 +25,7 @@ Reduction: TypeAlias = Literal["mean", "sum", "none"]
 CHUNK_ELEMENTS = 2**26
 #: Probability that a bucket holds at least; keeps log(0) and its gradient out of the two-sided divergences.
 FLOOR = 1e-7
-#: A student's log-probability that is treated as zero there: 0 * -inf would be NaN.
+#: The two-sided divergences raise the student's log-probabilities to at least this, because 0 * -inf is NaN.
 LOWEST = -1e4
 
 

@@ -88,8 +88,8 @@ def fuse_text(
     _check_records(plan, records)
     common = [_common(source, record, target) for source, record in zip(plan.sources, records, strict=True)]
     projections = [
-        source.projector(own, source.align(own.text, text), text)
-        for source, (own, text) in zip(plan.sources, common, strict=True)
+        source.projector(record, source.align(record.text, text), text)
+        for source, (record, text) in zip(plan.sources, common, strict=True)
     ]
     distributions = [projection.distributions for projection in projections]
     per_text = np.array([plan.metric(record) for record in comparable(records, common)])

@@ -17,8 +17,8 @@ at a usable position, and ``p`` the source's probabilities:
 In all four cases an entry that is not a token of the target gives its mass to ``g`` if ``g`` is the longest target
 token that it begins with: the target would begin this continuation with ``g``, while the nearest token by edit distance
 is only a guess. (A ``first_token`` map already follows the target's tokenizer and is not changed.) So ``g`` gets the
-probability that the target's first token for the source's continuation is ``g``. This holds for a target that always
-takes its longest token, and up to segmentations that the source's tokenizer would not choose.
+probability that the target's first token for the source's continuation is ``g``. This is exact if the target's
+tokenizer is greedy (longest match) and the source puts no probability on other splits of the same bytes.
 
 A one-to-many map treats prefixes of ``g`` differently: the mass that is not in the chain product is divided among the
 other target tokens that the source token has shares of. Without the correction (``chain=False``) the vocabulary map

@@ -365,9 +365,10 @@ def _is_prefix(short, short_id, long, long_id, skipped):  # type: ignore[no-unty
 
 @compiled
 def places(ends, spans):  # type: ignore[no-untyped-def]
-    """Return the place of each position, (T,) int64, the same on both sides, and the bytes left of its span.
+    """Return a key per position and the bytes that remain to the end of its span, (T,) int64 and (T,) int32.
 
-    Both are -1 outside the spans. A position between two touching spans is at the start of the later one.
+    The key is equal on both sides where the number of the span and the byte offset in it are equal. Both results are -1
+    outside the spans. A position between two touching spans is at the start of the later one.
     """
     place, left = np.full(len(ends), -1, np.int64), np.full(len(ends), -1, np.int32)
     for m in range(len(spans)):

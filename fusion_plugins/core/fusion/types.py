@@ -58,7 +58,8 @@ class SparseDistributions:
     """One sparse distribution per position; the one form in which distributions cross modules.
 
     Attributes:
-        ids: (T, K) int32, -1 for an empty entry. The entries of a position are distinct.
+        ids: (T, K) int32, -1 for an empty entry. The entries of a position are distinct and in descending order of
+            probability, ties by lowest id.
         logprobs: (T, K) float32 natural logarithms, -inf for an empty entry.
         leftover: (T,) float32 probability mass that no entry holds; 1 at a position without entries.
     """

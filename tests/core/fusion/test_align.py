@@ -9,7 +9,7 @@ from fusion_plugins.core.fusion.align import ALIGNERS, align_texts, align_tokens
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize
 from fusion_plugins.core.text.types import TokenizedText
-from fusion_plugins.errors import AlignmentError
+from fusion_plugins.errors import AlignmentError, ConfigError
 
 
 @st.composite
@@ -121,9 +121,9 @@ def test_different_texts_are_refused_with_the_place():
 
 
 def test_an_unknown_method_and_an_unknown_tie_order_are_refused():
-    with pytest.raises(AlignmentError, match="expected one of dtw, offsets, offsets_strict"):
+    with pytest.raises(ConfigError, match="expected one of dtw, offsets, offsets_strict"):
         align_tokens([b"a"], [b"a"], method="bytes")
-    with pytest.raises(AlignmentError, match="unknown tie order 'first'"):
+    with pytest.raises(ConfigError, match="tie_order: expected one of fusellm, fusechat, got 'first'"):
         align_tokens([b"a"], [b"a"], method="dtw", tie_order="first")
 
 
