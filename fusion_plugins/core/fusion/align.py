@@ -88,7 +88,7 @@ def align_tokens(
     aligner = method if callable(method) else ALIGNERS.get(method)
     if aligner is None:
         raise ConfigError(
-            f"alignment method: expected one of {', '.join(sorted(ALIGNERS))} or a function, got {method!r}. Correct it, "
+            f"method: expected one of {', '.join(sorted(ALIGNERS))} or a function, got {method!r}. Correct it, "
             "or look a plugin's aligner up with fusion_plugins.plugins.lookup."
         )
     if aligner is align_dtw:
