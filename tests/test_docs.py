@@ -178,8 +178,9 @@ def test_values_and_bounds_of_the_merge_methods_are_on_the_page(pages):
 
 def test_every_command_and_option_is_on_the_page(pages):
     page = pages["reference/cli.md"]
-    command = [Path(sys.executable).with_name("fusion"), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("fusion"), "--help"], capture_output=True, text=True, check=True
+    )
     commands = set(re.findall(r"^[│|] (\w[\w-]*) ", done.stdout, flags=re.MULTILINE))
     assert len(commands) >= 9
     assert all(f"## fusion {command}" in page for command in commands)
