@@ -141,20 +141,31 @@ def make(folder: Path) -> None:
             train(name, folder)
 
 
+def encode(tokenizer: Any, chat: list[dict[str, str]], as_chat: bool) -> tuple[list[int], int, int]:
+    """Token ids, how many of them are not measured, and the bytes of what is: the answer of a chat, or a whole text."""
+    if not as_chat:
+        text = as_text(chat)
+        return [*tokenizer(text)["input_ids"], tokenizer.eos_token_id], 0, len(text.encode())
+    ids = tokenizer.apply_chat_template(chat, return_dict=False)
+    question = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=False)
+    return ids, len(question), len(chat[1]["content"].encode())
+
+
 @torch.no_grad()
-def measure(path: Path) -> str:
-    """Bits per byte of held-out texts of each subject, and the share of sums that the model solves."""
+def measure(path: Path, chats: bool) -> str:
+    """Bits per byte of held-out texts (or answers) of each subject, and the share of sums that the model solves."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     found = {}
     for subject, sums in (("sums", 1.0), ("sentences", 0.0)):
         rng = random.Random(99)
-        texts = [as_text(make_chat(rng, sums)) for _ in range(60)]
-        nats = 0.0
-        for text in texts:
-            ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
-            nats += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
-        found[subject] = nats / math.log(2) / sum(len(text.encode()) for text in texts)
+        nats, total = 0.0, 0
+        for ids, hidden, size in (encode(tokenizer, make_chat(rng, sums), chats) for _ in range(60)):
+            labels = torch.tensor([[-100] * hidden + ids[hidden:]])
+            loss = model(input_ids=torch.tensor([ids]), labels=labels).loss.item()
+            nats += loss * (len(ids) - max(hidden, 1))
+            total += size
+        found[subject] = nats / math.log(2) / total
     solved = sum(_solves(model, tokenizer, *make_sum(random.Random(seed))) for seed in range(60)) / 60
     return f"{path}: {found['sums']:.3f} bits/byte sums, {found['sentences']:.3f} sentences, {solved:.0%} solved"
 
@@ -170,6 +181,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("make", "measure"))
+    parser.add_argument("--chats", action="store_true", help="measure the answers of chats, not plain texts")
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # models this small lose more to a second thread than they gain
@@ -177,7 +189,7 @@ def main() -> None:
         if arguments.command == "make":
             make(path)
         else:
-            print(measure(path))
+            print(measure(path, arguments.chats))
 
 
 if __name__ == "__main__":

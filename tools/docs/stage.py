@@ -77,9 +77,9 @@ def _recipe_page(root: Path) -> str:
         "The configurations that the package ships. Every one begins with what to prepare and the command.",
     ]
     for folder, title in RECIPES.items():
-        lines += ["", f"## {title}", ""]
+        lines += ["", f"## {title}", "", f"In `{folder}/`.", ""]
         for path in sorted((root / folder).glob("*.yml")):
-            lines += [f"### {folder}/{path.name}", "", "```yaml", path.read_text(encoding="utf-8").rstrip(), "```", ""]
+            lines += [f"### {path.name}", "", "```yaml", path.read_text(encoding="utf-8").rstrip(), "```", ""]
     return "\n".join(lines)
 
 
