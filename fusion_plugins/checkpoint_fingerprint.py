@@ -1,6 +1,6 @@
 """One fingerprint of a model's files by their content, for source models and reward models; standard library only.
 
-Names and sizes do not tell a model from the same model after more training, contents do.
+A model and a further-trained copy can have equal names and sizes, so contents are hashed.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from pathlib import Path
 
 #: the first pattern that matches any file counts, in the order in which transformers looks for weights
 WEIGHT_FILES = ("*.safetensors", "*model*.bin")
-#: blocks that are read of the large files, of all together and of each at least
+#: blocks sampled from large files: in total, and the minimum per file
 SAMPLED_BLOCKS, LEAST_BLOCKS = 8192, 64
 BLOCK_BYTES = 16_384
 CHUNK_BYTES = 1 << 20

@@ -21,7 +21,7 @@ from fusion_plugins.sources.commands import capture, cut, sample
 from fusion_plugins.store.commands import compact, export, info, merge, verify
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="LLM fusion inside axolotl and mergekit.")
-store_app = typer.Typer(no_args_is_help=True, help="Look after stores of log-probabilities and responses.")
+store_app = typer.Typer(no_args_is_help=True, help="Inspect, verify, merge, compact and export stores.")
 
 
 def _version(value: bool) -> None:

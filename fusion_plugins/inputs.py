@@ -125,11 +125,12 @@ def read_row_file(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     path = Path(path)
     if path.suffix not in SUFFIXES or not path.is_file():
-        raise DataError(f"{path}: expected a {' or '.join(SUFFIXES)} file that exists")
+        got = f"a file with the ending {path.suffix!r}" if path.is_file() else "none"
+        raise DataError(f"{path}: expected a {' or '.join(SUFFIXES)} file, got {got}. Name another file.")
     try:
         yield from _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        raise DataError(f"{path} cannot be read: {error}. Repair the permission or the disk.") from error
 
 
 def _read(path: str | Path | Sequence[str | Path], limit: int | None) -> Iterator[tuple[str, dict[str, Any], Text]]:
@@ -155,7 +156,9 @@ def _files(paths: Sequence[str | Path]) -> list[Path]:
     for path in map(Path, paths):
         found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
         if not found or not all(file.is_file() and file.suffix in SUFFIXES for file in found):
-            raise DataError(f"{path}: expected a {' or '.join(SUFFIXES)} file, or a folder of them; found none")
+            raise DataError(
+                f"{path}: expected a {' or '.join(SUFFIXES)} file or a folder of them, got none. Name another."
+            )
         files += found
     return files
 
@@ -173,9 +176,11 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     f"{where}: expected one JSON object per line, in UTF-8, got other bytes: {error}. Convert it."
                 ) from error
             except ValueError as error:
-                raise DataError(f"{where}: expected one JSON object per line, got something else: {error}") from error
+                raise DataError(
+                    f"{where}: expected one JSON object per line, got other text: {error}. Correct the line."
+                ) from error
             if not isinstance(row, dict):
-                raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
+                raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}. Correct the line.")
             yield where, row
 
 
@@ -187,38 +192,48 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 number += 1
                 yield f"{path}:{number}", row
     except pa.ArrowException as error:
-        raise DataError(f"{path} is no readable Parquet file: {error}") from error
+        raise DataError(f"{path}: expected a Parquet file, got other bytes: {error}. Write it again.") from error
 
 
 def _text(row: dict[str, Any], where: str) -> Text:
     text, messages = row.get("text"), row.get("messages")
     if (text is None) == (messages is None):
         got = ", ".join(sorted(row)) or "an empty row"
-        raise DataError(f"{where}: expected either a column 'text' or a column 'messages', got {got}")
+        raise DataError(
+            f"{where}: expected either a column 'text' or a column 'messages', got {got}. Rename or remove a column."
+        )
     content: str | list[dict[str, Any]]
     if messages is not None:
         content = _messages(messages, where)
     elif isinstance(text, str) and text:
         content = text
     else:
-        raise DataError(f"{where}: expected a string that is not empty in 'text', got {text!r:.60}")
+        raise DataError(f"{where}: expected a string that is not empty in 'text', got {text!r:.60}. Drop the row.")
     try:
         digest = content_id(content)
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: expected text that UTF-8 can encode, got a lone surrogate: {error}") from error
+        raise DataError(
+            f"{where}: expected text that UTF-8 can encode, got a lone surrogate: {error}. Remove it from the text."
+        ) from error
     name = str(row["id"]) if row.get("id") is not None else digest
     # The first test is fast and true for nearly all ids; it is false for all with surrogates.
     if not name.isprintable() and any("\ud800" <= character <= "\udfff" for character in name):
-        raise DataError(f"{where}: expected an id that UTF-8 can encode, got one with a lone surrogate: {name!r:.80}")
+        raise DataError(
+            f"{where}: expected an id that UTF-8 can encode, got one with a lone surrogate: {name!r:.80}. Rename it."
+        )
     return Text(name, content, digest)
 
 
 def _messages(messages: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: expected a list of messages that is not empty, got {messages!r:.60}")
+        raise DataError(f"{where}: expected a list of messages that is not empty, got {messages!r:.60}. Drop the row.")
     for message in messages:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise DataError(f"{where}: expected messages with a role out of {', '.join(ROLES)}, got {message!r:.80}")
+            raise DataError(
+                f"{where}: expected messages with a role out of {', '.join(ROLES)}, got {message!r:.80}. Correct it."
+            )
         if not isinstance(message.get("content"), str):
-            raise DataError(f"{where}: expected text as a message's content, got {message.get('content')!r:.60}")
+            raise DataError(
+                f"{where}: expected text as a message's content, got {message.get('content')!r:.60}. Use a string."
+            )
     return as_messages(messages)

@@ -32,8 +32,8 @@ def _reward(**options: Any) -> Scorer:
         from fusion_plugins.scoring.reward import RewardScorer
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"the scorer 'reward' needs torch and transformers, but {error.name!r} is not installed here; the extra "
-            "'axolotl' brings both, or: pip install torch transformers"
+            f"scorers.reward: expected torch and transformers, but {error.name!r} is not installed here. Install the "
+            "extra 'axolotl', which brings both, or: pip install torch transformers"
         ) from error
     return RewardScorer(**options)
 

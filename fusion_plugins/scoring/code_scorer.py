@@ -38,13 +38,14 @@ class CodeScorer:
     domains: frozenset[str] | None = frozenset({"code"})
 
     def __init__(self, *, workers: int | None = None, packages: Sequence[str] = (), **limits: Any) -> None:
-        try:
-            chosen = Limits(**limits)
-        except TypeError as error:
-            known = ", ".join(asdict(Limits()))
+        known = asdict(Limits())
+        wrong = [key for key, value in limits.items() if key not in known or not isinstance(value, int | float)]
+        if wrong:
             raise ConfigError(
-                f"scorers.code: {error}; known limits: {known}; other options: packages, workers"
-            ) from error
+                f"scorers.code: expected packages, workers and numbers for the limits {', '.join(known)}, got "
+                f"{', '.join(f'{key}: {limits[key]!r}' for key in wrong)}. Correct or remove it."
+            )
+        chosen = Limits(**limits)
         missing = [path for path in packages if not os.path.isdir(path)]
         if missing:
             raise ConfigError(
@@ -125,7 +126,7 @@ def list_tests(tests: Any) -> list[str]:
         return [setup + program + call for program in programs]
     raise DataError(
         "tests: expected a program, a list of programs, or a mapping with 'test' or 'tests' and perhaps 'setup' and "
-        f"'entry_point', got {tests!r:.80}"
+        f"'entry_point', got {tests!r:.80}. Correct `tests` of the prompt."
     )
 
 

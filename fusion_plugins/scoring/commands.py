@@ -46,7 +46,9 @@ def score(
 
 
 def _table(groups: "dict[tuple[str, str], GroupSummary]") -> Table:
-    table = Table("domain", "source", "responses", "accuracy", "no verdict", "mean reward", "characters", "why not")
+    table = Table(
+        "domain", "source", "responses", "accuracy", "no verdict", "mean reward", "characters", "why no verdict"
+    )
     for (domain, source), group in groups.items():
         reasons = "; ".join(f"{count} {reason}" for reason, count in list(group.reasons.items())[:2])
         table.add_row(

@@ -147,9 +147,9 @@ def _checked(found: Row, where: str) -> dict[str, Any]:
     if not given:
         missing.append("prompt or messages")
     if len(given) > 1:
-        raise DataError(f"{where}: the row has both prompt and messages. Expected are {EXPECTED}.")
+        raise DataError(f"{where}: expected prompt or messages, got both. Remove one. Expected are {EXPECTED}.")
     if missing:
-        raise DataError(f"{where}: the row has no {', no '.join(missing)}. Expected are {EXPECTED}.")
+        raise DataError(f"{where}: expected {EXPECTED}; got no {', no '.join(missing)}. Add what is missing.")
     row = {
         "prompt_id": _text("prompt_id", found, where),
         "source": _text("source", found, where),
@@ -162,7 +162,9 @@ def _checked(found: Row, where: str) -> dict[str, Any]:
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except (TypeError, ValueError) as error:
-        raise DataError(f"{where}: expected values that JSON and UTF-8 can write: {error}") from error
+        raise DataError(
+            f"{where}: expected values that JSON and UTF-8 can write, got another: {error}. Correct the row."
+        ) from error
     return row
 
 
@@ -173,7 +175,7 @@ def _text(name: str, found: Row, where: str) -> str | None:
     if isinstance(value, numbers) and not isinstance(value, bool):
         return str(value)
     if value is not None and not isinstance(value, str):
-        raise DataError(f"{where}: expected text in {name!r}, got {value!r:.60}")
+        raise DataError(f"{where}: expected text in {name!r}, got {value!r:.60}. Write it as a string.")
     return value
 
 
@@ -181,10 +183,12 @@ def _prompt(value: Any, where: str) -> str | list[dict[str, Any]]:
     if isinstance(value, str) and value:
         return value
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: expected a text or a list of messages as the prompt, got {value!r:.60}")
+        raise DataError(f"{where}: expected a text or a list of messages as the prompt, got {value!r:.60}. Correct it.")
     for message in value:
         if not (isinstance(message, dict) and {type(message.get(name)) for name in ("role", "content")} == {str}):
-            raise DataError(f"{where}: expected messages with role and content as text, got {message!r:.80}")
+            raise DataError(
+                f"{where}: expected messages with role and content as text, got {message!r:.80}. Correct the message."
+            )
     if value[-1]["role"] == "assistant":
         raise DataError(
             f"{where}: expected a prompt that ends with the user's message, got the assistant's at the end; move that "
@@ -197,5 +201,7 @@ def _index(value: Any, default: int, where: str) -> int:
     if value is None:
         return default
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise DataError(f"{where}: expected a number from 0 in 'index', got {value!r:.60}")
+        raise DataError(
+            f"{where}: expected a number from 0 in 'index', got {value!r:.60}. Correct it, or leave index out."
+        )
     return value

@@ -169,7 +169,7 @@ def _load_model(options: RewardOptions) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ScoringError(
             f"reward model {options.model!r} cannot be loaded: {error}. Expected a folder or hub name of a "
-            "sequence-classification model"
+            "sequence-classification model: check the name, the network and `trust_remote_code`."
         ) from error
     # transformers only warns where a weight is missing, and fills it with random numbers.
     missing = sorted({*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])})
@@ -189,7 +189,10 @@ def _load_tokenizer(options: RewardOptions) -> Any:
             options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ScoringError(f"the tokenizer of reward model {options.model!r} cannot be loaded: {error}") from error
+        raise ScoringError(
+            f"the tokenizer of reward model {options.model!r} cannot be loaded: {error}. Check the name, the network "
+            "and `trust_remote_code`."
+        ) from error
     if options.template == "chat" and not tokenizer.chat_template:
         raise ConfigError(
             f"reward model {options.model!r}: expected a tokenizer with a chat template, but it has no chat template; "

@@ -1,8 +1,9 @@
-"""Run programs that a model wrote behind walls that the kernel enforces, or not at all.
+"""Run model-written programs under kernel-enforced isolation (namespaces, seccomp, limits); refuse to run without it.
 
-:class:`Sandbox` tests its walls from the inside before the first program runs and raises
-:class:`~fusion_plugins.errors.ScoringError` when one is missing: there is no weaker mode. The walls are described in
-:mod:`~fusion_plugins.scoring.sandbox_launcher`. They need no root, but user namespaces (Linux 5.14 or newer).
+:class:`Sandbox` tests every isolation layer from the inside before the first program runs and raises
+:class:`~fusion_plugins.errors.ScoringError` if one is missing: there is no weaker mode.
+:mod:`~fusion_plugins.scoring.sandbox_launcher` describes the layers. They need no root, but user namespaces (Linux 5.14
+or newer).
 """
 
 import json
@@ -19,12 +20,12 @@ from fusion_plugins.errors import ConfigError, ScoringError
 HERE = Path(__file__).parent
 LAUNCHER = HERE / "sandbox_launcher.py"
 RUNNER = HERE / "sandbox_runner.py"
-#: exit status of the launcher when a wall cannot be built
+#: exit status of the launcher when an isolation layer cannot be set up
 LAUNCHER_FAILED = 70
-#: seconds to build the walls and start the interpreter, on a loaded machine
+#: seconds to set up the isolation layers and start the interpreter, on a loaded machine
 GRACE_SECONDS = 60.0
 SYSTEM_PATHS = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libx32", "/etc/ld.so.cache")
-#: closes every message about a missing wall
+#: closes every message about a missing isolation layer
 NEEDED = (
     "Model-written code is not run without isolation. Needed: Linux 5.14 or newer on x86-64 or ARM64, with user "
     "namespaces allowed (sysctl user.max_user_namespaces and kernel.unprivileged_userns_clone, AppArmor's "
@@ -108,12 +109,12 @@ class Sandbox:
             that runs as root needs them readable by everybody, because its programs run as user 65534.
 
     Raises:
-        ScoringError: the walls cannot be built here, or one of them does not hold.
+        ScoringError: the isolation layers cannot be set up here, or one of them does not hold.
     """
 
     def __init__(self, limits: Limits | None = None, packages: Sequence[str] = ()) -> None:
         self.limits = limits or Limits()
-        # The interpreter behind a virtual environment, because only its own folder is visible inside.
+        # The interpreter that a virtual environment links to, because only its own folder is visible inside.
         self._python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
         visible = [*SYSTEM_PATHS, sys.base_prefix, *packages]
         self._spec: dict[str, Any] = {
@@ -124,13 +125,13 @@ class Sandbox:
         }
         self._running: set[subprocess.Popen[bytes]] = set()
         self._closed = False
-        self._try_walls()
+        self._try_layers()
 
     def run(self, code: str, tests: Sequence[str]) -> Outcome:
         """Run ``code`` followed by each test; a test passes when it ends without an exception.
 
         Raises:
-            ScoringError: the walls can no longer be built.
+            ScoringError: the isolation layers can no longer be set up.
         """
         job = {
             "code": code,
@@ -186,22 +187,22 @@ class Sandbox:
             self._running.discard(process)
         return process.returncode, output.decode(errors="replace"), errors.decode(errors="replace").strip()
 
-    def _try_walls(self) -> None:
+    def _try_layers(self) -> None:
         if sys.platform != "linux":
             raise ScoringError(f"the sandbox cannot be built: this is {sys.platform}. {NEEDED}")
         # Python or a package may lie in the home folder: then its first folder there is visible, and nothing beside it.
         home = str(Path.home())
         shown = {path[len(home) :].split("/")[1] for path in self._spec["visible"] if path.startswith(home + "/")}
-        outcome = self.run(WALLS_CODE.format(home=home, shown=shown), list(WALLS.values()))
+        outcome = self.run(LAYERS_CODE.format(home=home, shown=shown), list(LAYERS.values()))
         if outcome.failure or outcome.static:
             raise ScoringError(f"the sandbox does not work: {outcome.failure or outcome.static}. {NEEDED}")
         broken = [
             f"{name} ({test.error})"
-            for name, test in zip(WALLS, outcome.tests, strict=True)
+            for name, test in zip(LAYERS, outcome.tests, strict=True)
             if test.verdict != "passed"
         ]
         if broken:
-            raise ScoringError(f"the sandbox does not isolate: {'; '.join(broken)}. {NEEDED}")
+            raise ScoringError(f"the sandbox does not isolate; broken isolation layers: {'; '.join(broken)}. {NEEDED}")
 
 
 def _outermost(paths: Iterable[str]) -> list[str]:
@@ -217,8 +218,8 @@ def _outermost(paths: Iterable[str]) -> list[str]:
     return kept
 
 
-#: runs before each test of :data:`WALLS`
-WALLS_CODE = """
+#: runs before each test of :data:`LAYERS`
+LAYERS_CODE = """
 import ctypes, os, socket, threading
 
 def refused(action):
@@ -235,8 +236,8 @@ def write(path):
 home, shown = {home!r}, {shown!r}
 libc = ctypes.CDLL(None)
 """
-#: wall -> test that passes only if the wall holds
-WALLS = {
+#: isolation layer -> test that passes only if it holds
+LAYERS = {
     "network": "assert refused(socket.socket)",
     "unprivileged user": "assert os.getuid() == os.geteuid() == 1000 and refused(lambda: os.setuid(0))",
     "process namespace": "assert os.getpid() < 100 and refused(lambda: os.kill(100000, 0))",

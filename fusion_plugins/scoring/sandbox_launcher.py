@@ -1,10 +1,10 @@
-"""Build the walls of the sandbox, then start the runner inside; a script of its own, standard library only.
+"""Set up the isolation layers of the sandbox, then start the runner inside; a script of its own, standard library only.
 
 ``python -I -S -B sandbox_launcher.py SPEC`` with SPEC a JSON object of ``runner`` (source of what to run), ``visible``
 (folders and files that may be read), ``path`` (folders for imports) and ``limits``. Standard input and output belong to
 the runner.
 
-Walls, all of which must be built: new user, mount, process, network, IPC, host-name and control-group namespaces; a
+The layers, none of them optional: new user, mount, process, network, IPC, host-name and control-group namespaces; a
 file system of its own in which ``visible`` is mounted read-only and ``/tmp`` is small and writable; an unprivileged
 user without capabilities; resource limits; a filter of system calls. When root starts it, the user outside is 65534
 ("nobody").
@@ -47,7 +47,7 @@ SYS_MOUNT_SETATTR = 442
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 
 #: machine -> (audit number, {system call: number}). Denied, because no tested program needs them and they lead out of
-#: the walls or take memory that no limit counts; of ``clone`` only the flags for new namespaces are denied.
+#: the sandbox or take memory that no limit counts; of ``clone`` only the flags for new namespaces are denied.
 MACHINES: dict[str, tuple[int, dict[str, int]]] = {
     "x86_64": (
         0xC000003E,
@@ -78,7 +78,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def fail(what: str, error: BaseException | str) -> NoReturn:
-    """Write why a wall is missing to stderr and end with :data:`FAILED`."""
+    """Write why an isolation layer is missing to stderr and end with :data:`FAILED`."""
     sys.stderr.write(f"{what}: {error}")
     sys.stderr.flush()
     # No clean-up of Python's: in the forked child it would flush what belongs to its parent.
@@ -265,7 +265,7 @@ def run_inside(spec: dict[str, Any]) -> NoReturn:
 
 
 def main() -> NoReturn:
-    """Build the walls and run."""
+    """Set up the isolation layers and run."""
     spec = json.loads(sys.argv[1])
     enter_namespaces()
     build_root(spec["visible"], spec["limits"]["disk"])
@@ -287,5 +287,5 @@ def main() -> NoReturn:
 if __name__ == "__main__":
     try:
         main()
-    except Exception as error:  # an error that nobody foresaw is a missing wall too
+    except Exception as error:  # an error that nobody foresaw is a missing layer too
         fail(type(error).__name__, error)

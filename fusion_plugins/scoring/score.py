@@ -48,7 +48,7 @@ class ScoreConfig(Settings):
     )
     out: str = Field(description="folder of the scored responses")
     scorers: dict[str, ScorerSettings] = Field(min_length=1, description="name of a scorer -> domains and its options")
-    limit: int | None = Field(None, ge=1, description="score the first so many responses only")
+    limit: int | None = Field(None, ge=1, description="score only the first N responses")
     batch_rows: int = Field(256, ge=1, description="responses of a batch, which is scored and committed together")
 
 
@@ -182,7 +182,7 @@ def _summary(found: Sequence[tuple[bool | None, float | None, int, str | None]])
 
 
 def _reason(row: Row) -> str | None:
-    """Return why a scorer gave no result; the reason of a verdict is none."""
+    """Return why no scorer gave a result; None if one did."""
     for result in (row["scores"] or {}).values():
         if result.get("reason") and result.get("correct") is None and result.get("reward") is None:
             return str(result["reason"])
@@ -194,7 +194,10 @@ def _start(name: str, settings: ScorerSettings, stack: ExitStack) -> _Running:
         scorer: Scorer = lookup("scorers", name)(**(settings.model_extra or {}))
     except TypeError as error:
         # Python's own message names the option that the scorer does not have.
-        raise ConfigError(f"scorers.{name}: wrong options {settings.model_extra}: {error}") from error
+        raise ConfigError(
+            f"scorers.{name}: expected the options of docs/responses.md, got {settings.model_extra}: {error}. Correct "
+            "or remove it."
+        ) from error
     stack.callback(scorer.close)
     return _Running(name, scorer, frozenset(settings.domains) if settings.domains is not None else scorer.domains)
 

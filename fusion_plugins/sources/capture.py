@@ -102,7 +102,7 @@ def estimate_capture(config: CaptureConfig) -> dict[str, float]:
     texts = read_texts(config.texts, config.limit)
     probe = next(plan_batches(texts, _n_bytes, PROBE_BYTES), [])
     if not probe:
-        raise DataError(f"{config.texts}: expected at least one text, found none")
+        raise DataError(f"{config.texts}: expected at least one text, got none. Add texts.")
     with tempfile.TemporaryDirectory() as folder:
         report = _capture(config, texts, probe, Path(folder), complete=False)
         stored_bytes = Manifest.load(Path(folder)).bytes
@@ -163,7 +163,7 @@ def _identity(config: CaptureConfig, texts: Sequence[Text], tokenizer: Any, tabl
     if has_chats and not tokenizer.chat_template:
         raise ConfigError(
             f"{config.texts}: expected a chat template, because there are chats, but the tokenizer of source "
-            f"{config.source_name!r} has no chat template; name a file with one in `chat_template`"
+            f"{config.source_name!r} has no chat template. Name a file with one in `chat_template`."
         )
     size = table.vocab_size
     return {

@@ -1,7 +1,7 @@
 """``fusion cut``: long texts -> pieces that fit the context of every model, whatever its tokenizer.
 
 Sources and target must see the same pieces, so texts are cut once, before anything is captured or trained on. A piece
-ends where tokenizers end a token anyway (behind an empty line, behind a line, before a space), never inside a
+ends where tokenizers end a token anyway (after an empty line, after a line, before a space), never inside a
 character. A letter and its combining marks are separated only where such a run alone is too long. Each piece is
 tokenized with every tokenizer before it is written.
 """
@@ -25,11 +25,11 @@ from fusion_plugins.sources.backends.base import SourceSettings
 from fusion_plugins.sources.loading import load_tokenizer
 
 Count = Callable[[str], int]
-#: good places to end a piece, the best first: behind an empty line, behind a line, before the first of several spaces
+#: good places to end a piece, the best first: after an empty line, after a line, before the first of several spaces
 PLACES = (re.compile(r"\n[ \t]*\n+"), re.compile(r"\n"), re.compile(r"(?=(?<! ) )"))
 #: a good place is used when the piece then has at least this share of the characters that fit
 LEAST_SHARE = 0.5
-#: the first piece that is tried has so many characters per token that fits: few tokens are longer on average
+#: characters per token in the first piece that is tried: few texts have more on average
 CHARACTERS_PER_TOKEN = 8
 
 
@@ -69,7 +69,7 @@ def cut_texts(config: CutConfig) -> CutReport:
     counters = [_counter(name, config) for name in config.tokenizers]
     out = Path(config.out)
     if out.is_dir() or not out.parent.is_dir():
-        raise ConfigError(f"out: expected a file to write in a folder that exists, got {config.out!r}")
+        raise ConfigError(f"out: expected a file in a folder that exists, got {config.out!r}. Name another or make it.")
     temporary = out.with_name(f".{out.name}.tmp")
     pieces = 0
     with temporary.open("w", encoding="utf-8") as file:

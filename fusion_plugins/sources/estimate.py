@@ -11,9 +11,9 @@ from fusion_plugins.progress import meter
 from fusion_plugins.sources.backends.base import Refusal, Response, Source, open_source
 from fusion_plugins.sources.sample import Draw, SampleConfig, planned_draws
 
-#: the first round draws so many responses; each further round four times as many as the one before
+#: responses of the first round; each further round draws four times as many as the one before
 FIRST_ROUND = 4
-#: a further round is drawn only if it should end within so many seconds
+#: a further round is drawn only if it should end within this time
 ROUND_SECONDS = 20.0
 
 Probed = list[tuple[Draw, Response]]

@@ -28,12 +28,18 @@ def load_tokenizer(settings: SourceSettings) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        raise SourceError(f"source {settings.source_name!r}: cannot load the tokenizer {name!r}: {error}") from error
+        raise SourceError(
+            f"source {settings.source_name!r}: cannot load the tokenizer {name!r}: {error}. Check the name, the "
+            "network and `trust_remote_code`."
+        ) from error
     if settings.chat_template is not None:
         try:
             tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"cannot read chat_template {settings.chat_template!r}: {error.strerror}") from error
+            raise ConfigError(
+                f"source {settings.source_name!r}: cannot read chat_template {settings.chat_template!r}: "
+                f"{error.strerror}. Check the path."
+            ) from error
     return tokenizer
 
 
@@ -64,7 +70,10 @@ def load_config(settings: SourceSettings) -> Any:
             settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
     except (OSError, ValueError, ImportError) as error:
-        raise SourceError(f"source {settings.source_name!r}: cannot load {settings.model!r}: {error}") from error
+        raise SourceError(
+            f"source {settings.source_name!r}: cannot load {settings.model!r}: {error}. Check the name, the network "
+            "and `trust_remote_code`."
+        ) from error
     text_config = config.get_text_config()
     text_config._commit_hash = getattr(config, "_commit_hash", None)
     return text_config
@@ -131,7 +140,10 @@ def prompt_text(tokenizer: Any, content: Content, template: str, system: str | N
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), False
     except Exception as error:  # templates raise errors of any type, not only Jinja's own
-        raise SourceError(f"the chat template of {tokenizer.name_or_path!r} refuses a prompt: {error}") from error
+        raise SourceError(
+            f"the chat template of {tokenizer.name_or_path!r} refuses a prompt: {error}. Use another chat_template, or "
+            "drop the system message."
+        ) from error
 
 
 def response_text(tokenizer: Any, token_ids: list[int], stop: tuple[str, ...]) -> tuple[str, bool]:
@@ -153,7 +165,7 @@ def prompt_ids(tokenizer: Any, content: Content, sampling: Sampling, max_length:
     """
     text, special = prompt_text(tokenizer, content, sampling.template, sampling.system)
     ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
-    # Some tokenizers put EOS behind every text; a model would not continue behind it.
+    # Some tokenizers put EOS after every text; a model would not continue after it.
     while special and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]
     if max_length is not None and len(ids) + sampling.max_tokens > max_length:

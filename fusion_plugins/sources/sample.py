@@ -66,7 +66,7 @@ class SampledSource(SourceSettings, Sampling):
         if name is None:
             return values
         if name not in PRESETS:
-            raise ValueError(f"no preset {name!r}; known: {', '.join(PRESETS)}")
+            raise ValueError(f"expected one of the presets {', '.join(PRESETS)}, got {name!r}; name one of them")
         return {**PRESETS[name], **values}
 
     @property
@@ -102,10 +102,10 @@ class SampleConfig(Settings):
         names = [source.source_name for source in self.sources]
         doubled = {name for name in names if names.count(name) > 1}
         if doubled:
-            raise ValueError(f"sources need different names; {', '.join(sorted(doubled))} is given twice: set `name`")
+            raise ValueError(f"expected different names, got {', '.join(sorted(doubled))} twice: set `name` of one")
         unknown = set(self.only or []) - set(names)
         if unknown:
-            raise ValueError(f"no source named {', '.join(sorted(unknown))}; known: {', '.join(names)}")
+            raise ValueError(f"only: expected some of {', '.join(names)}, got {', '.join(sorted(unknown))}; correct it")
         return self
 
     @property

@@ -1,7 +1,7 @@
 """The store: a folder with what one source says about a set of texts. Capture writes it, every later step reads it.
 
 It holds ``manifest.json``, ``tokens.parquet`` and Parquet shards. The manifest says what was captured, and lists the
-shards; a shard that it does not list does not exist. See ``docs/store.md``.
+shards. Readers ignore a shard that it does not list; the next writer recovers its records. See ``docs/store.md``.
 
 Read ``manifest``, ``shards`` and ``schema`` (what is on disk), then ``shard_writer`` with ``writer`` and ``rows`` (how
 it gets there), then ``reader``, ``maintain`` and ``export``. Names are resolved on first use; none loads torch.

@@ -81,7 +81,8 @@ def compact(folder: Folder) -> None:
 
     before = load_manifest(folder)
     after = run(folder)
-    _say(f"{folder}: {len(before.shards)} shards became {len(after.shards)}, {before.bytes:,} bytes {after.bytes:,}")
+    sizes = f"{before.bytes:,} bytes became {after.bytes:,}"
+    _say(f"{folder}: {len(before.shards)} shards became {len(after.shards)}, {sizes}")
 
 
 def export(

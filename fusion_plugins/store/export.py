@@ -68,11 +68,11 @@ def export(path: str | Path, out: str | Path, *, format: str = "datasets", tempe
     """
     out = Path(out).absolute()
     if format not in FORMATS:
-        raise ConfigError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+        raise ConfigError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}. Name one of them.")
     if temperature <= 0 or (temperature != 1.0 and format != "axolotl-kd"):
         raise ConfigError(
             f"temperature: expected a positive number, and 1.0 for any format but axolotl-kd, got {temperature} for "
-            f"{format}"
+            f"{format}. Leave --temperature out."
         )
     store = open_store(path)
     make_folder(out)

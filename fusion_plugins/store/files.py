@@ -61,7 +61,7 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
-            # Before the rename: otherwise a power failure can leave the new name with an empty file behind it.
+            # Before the rename: otherwise a power failure can leave an empty file under the new name.
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:

@@ -207,7 +207,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise StoreError(f"{path.parent} is no store: it has no {MANIFEST_NAME}. Check the path.") from None
+        got = f"a folder without {MANIFEST_NAME}" if path.parent.is_dir() else "no folder"
+        raise StoreError(
+            f"{path.parent}: expected a store or a folder of responses, got {got}. Give the folder that `fusion "
+            f"capture`, `sample` or `score` wrote."
+        ) from None
     except OSError as error:
         raise StoreError(
             f"{path} cannot be read: {error.strerror or error}. Repair the permission or the disk."
@@ -229,6 +233,6 @@ def _digest(value: Any) -> str:
 
 def _damaged(path: Path, problem: str) -> StoreError:
     return StoreError(
-        f"{path} is damaged: {problem}. Restore it from a copy: an older one will do, because the next run takes in "
+        f"{path} is damaged: {problem}. Restore it from a copy: an older one will do, because the next run recovers "
         f"the shards that it does not list. Without a copy, make the folder again under another name."
     )

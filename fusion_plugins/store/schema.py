@@ -22,7 +22,7 @@ Array = npt.NDArray[Any]
 GROUP_VALUES = 1 << 17
 #: log-probabilities per shard
 SHARD_VALUES = 1 << 24
-#: in `gold`: the value is the one that the top k have for that token
+#: in the column `gold` (the next token's log-probability): the value is the one that the top k have for that token
 IN_TOP_K = 0xFFFF
 #: bit pattern -> log-probability; numpy's own conversion takes five times as long
 _LOGPROBS = -np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
@@ -56,13 +56,13 @@ class RecordCodec:
         inputs = np.concatenate([record.text.input_ids for record in items])
         ids = np.concatenate([record.topk.ids for record in items])  # (U, K)
         bits = _float16_bits(np.concatenate([record.topk.logprobs for record in items]))
-        gold = _float16_bits(np.concatenate([record.topk.token_logprobs for record in items]))
-        inside, held = _gold_in_top_k(inputs, ids, bits)
+        next_logprobs = _float16_bits(np.concatenate([record.topk.token_logprobs for record in items]))
+        inside, held = _next_in_top_k(inputs, ids, bits)
         # Arrays of all records are one: the position after a record's last one belongs to the next record.
         inside[[stop - 1 for stop in np.cumsum(lengths) if stop]] = False
-        # The gold log-probability is written only where it is not the one that the top k have already. An engine may
-        # give another value for the same token: that one is kept.
-        gold = np.where(inside & (gold == held), np.uint16(IN_TOP_K), gold)
+        # The log-probability of the next token is written only where it is not the one that the top k have already. An
+        # engine may give another value for the same token: that one is kept.
+        next_logprobs = np.where(inside & (next_logprobs == held), np.uint16(IN_TOP_K), next_logprobs)
         tail = np.concatenate([record.tail for record in items]).astype(np.float16).view(np.uint16)
         widths = [np.diff(record.text.ends, prepend=np.int32(0)) for record in items]
         spans = np.concatenate([record.text.spans.ravel() for record in items])
@@ -78,7 +78,7 @@ class RecordCodec:
                 "spans": _lists(pa.array(spans), [record.text.spans.size for record in items]),
                 "topk_ids": _lists(_fixed(_narrowed(ids)), lengths),
                 "topk_logprobs": _lists(_fixed(steps), lengths),
-                "gold": _lists(pa.array(gold), lengths),
+                "gold": _lists(pa.array(next_logprobs), lengths),
                 "tail": _lists(pa.array(tail), lengths),
                 "ce_per_token": pa.array([record.ce_per_token for record in items], pa.float64(), from_pandas=False),
                 "ce_per_byte": pa.array([record.ce_per_byte for record in items], pa.float64(), from_pandas=False),
@@ -111,7 +111,7 @@ def _float16_bits(logprobs: Array) -> Array:
         return np.abs(np.minimum(logprobs, 0)).astype(np.float16).view(np.uint16)
 
 
-def _gold_in_top_k(inputs: Array, ids: Array, values: Array) -> tuple[Array, Array]:
+def _next_in_top_k(inputs: Array, ids: Array, values: Array) -> tuple[Array, Array]:
     """Return for each position whether its entries hold the next token, and the value they have for it."""
     matches = ids[:-1] == inputs[1:, None]
     # The last position has no next token. `ids[-1:]` has one element or, without any token, none.
@@ -203,13 +203,13 @@ def _decode_version_2(table: pa.Table, input_ids: Array, starts: Array) -> dict[
         ids = _flat(table, "topk_ids", np.uint32)[1]
     ids = np.where(ids == np.iinfo(ids.dtype).max, np.int32(-1), ids.astype(np.int32))
     bits = np.cumsum(_flat(table, "topk_logprobs", np.uint16)[1], axis=1, dtype=np.uint16)
-    gold = _flat(table, "gold")[1]
-    gold = np.where(gold == IN_TOP_K, _gold_in_top_k(input_ids, ids, bits)[1], gold)
+    next_logprobs = _flat(table, "gold")[1]
+    next_logprobs = np.where(next_logprobs == IN_TOP_K, _next_in_top_k(input_ids, ids, bits)[1], next_logprobs)
     return {
         "ends": ends.astype(np.int32),
         "topk_ids": ids,
         "topk_logprobs": _LOGPROBS.take(bits),
-        "token_logprobs": _LOGPROBS.take(gold),
+        "token_logprobs": _LOGPROBS.take(next_logprobs),
         "tail": _flat(table, "tail")[1].view(np.float16).astype(np.float32),
     }
 

@@ -2,7 +2,7 @@
 
 **Order on disk.** First the shard, then the manifest that lists it, then the deletion of shards that it replaces; each
 is on the disk before the next begins. So a writer that stops anywhere leaves a manifest whose shards are all there, and
-perhaps a shard that no manifest lists; the next writer takes in what such a shard holds.
+perhaps a shard that no manifest lists; the next writer recovers its items.
 """
 
 import hashlib
@@ -87,7 +87,7 @@ class ShardWriter(Generic[T, M]):
             self.done: set[Any] = set()
             for shard in self.manifest.shards:
                 self.done.update(read_keys(self.path, shard, codec))
-            self._settle_leftovers()
+            self._recover_unlisted_shards()
         except BaseException as error:
             self._lock.close()
             if isinstance(error, OSError):
@@ -118,8 +118,8 @@ class ShardWriter(Generic[T, M]):
         # The folder may have been written by an older version; each shard's own version says how to read it.
         return found.model_copy(update={"schema_version": wanted.schema_version})
 
-    def _settle_leftovers(self) -> None:
-        """Delete temporary files, and take in shards that the manifest does not list.
+    def _recover_unlisted_shards(self) -> None:
+        """Write the items of shards that the manifest does not list again; delete temporary files.
 
         There are such shards when a writer was stopped before it could list or delete them, and when an older manifest
         was put back. Nothing is deleted unless its items are in a listed shard.
@@ -130,12 +130,12 @@ class ShardWriter(Generic[T, M]):
             if path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX):
                 path.unlink()
             elif path.name.startswith(SHARD_PREFIX) and path.name not in listed:
-                self._take_in(path)
+                self._recover(path)
         if len(self.done) > held:
             noun = self.manifest.NOUN
-            _say(f"{self.path}: took in {len(self.done) - held} {noun} of shards that were not in the manifest.")
+            _say(f"{self.path}: recovered {len(self.done) - held} {noun} of shards that were not in the manifest.")
 
-    def _take_in(self, path: Path) -> None:
+    def _recover(self, path: Path) -> None:
         items = read_unlisted(path, self._codec, self.manifest.identity_digest)
         if items is None:
             names = chain([path.name], (f"{path.stem}-{number}{path.suffix}" for number in count(1)))

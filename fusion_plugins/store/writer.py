@@ -39,7 +39,7 @@ class StoreWriter(ShardWriter[Record, Manifest]):
     ) -> None:
         if table.fingerprint != manifest.tokenizer_fingerprint:
             raise MismatchError(
-                f"{path}: the manifest names tokenizer {manifest.tokenizer_fingerprint}, the token table is "
+                f"{path}: expected the table of tokenizer {manifest.tokenizer_fingerprint}, as the manifest says, got "
                 f"{table.fingerprint}. Build both from the same tokenizer."
             )
 

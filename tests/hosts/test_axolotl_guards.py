@@ -73,7 +73,11 @@ def test_missing_and_broken_stores_are_named_together(axolotl_train, material, r
     (broken / "manifest.json").write_text("{")
     sources = [{"name": "gone", "store": "nowhere"}, {"name": "broken", "store": str(broken)}]
     refused(
-        axolotl_train(fusion={"sources": sources}), ConfigError, "'gone': nowhere is no store", "'broken'", "damaged"
+        axolotl_train(fusion={"sources": sources}),
+        ConfigError,
+        "'gone': nowhere: expected a store or a folder of responses, got no folder",
+        "'broken'",
+        "damaged",
     )
 
 
@@ -155,4 +159,4 @@ def test_a_missing_store_stops_the_real_command(material, run_folder):
     settings = config(material, run_folder, fusion={"sources": [{"name": "gone", "store": "nowhere"}]})
     result = runs.command("train", str(write_config(settings, run_folder)), cwd=run_folder)
     assert result.returncode != 0
-    assert "source 'gone': nowhere is no store" in result.stdout
+    assert "source 'gone': nowhere: expected a store or a folder" in result.stdout

@@ -135,10 +135,10 @@ def without(*names: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (without("response"), "the row has no response. Expected are prompt_id, source, prompt"),
-        (without("prompt_id", "prompt"), "the row has no prompt_id, no prompt or messages"),
-        (ROW | {"source": None}, "the row has no source"),
-        (ROW | {"messages": CHAT}, "the row has both prompt and messages. Expected are prompt_id"),
+        (without("response"), "expected prompt_id, source, prompt .*; got no response. Add"),
+        (without("prompt_id", "prompt"), "expected .*; got no prompt_id, no prompt or messages"),
+        (ROW | {"source": None}, "expected .*; got no source"),
+        (ROW | {"messages": CHAT}, "expected prompt or messages, got both. Remove one. Expected are prompt_id"),
         (ROW | {"response": ["2"]}, r"expected text in 'response', got \['2'\]"),
         (ROW | {"domain": 3}, "expected text in 'domain', got 3"),
         (ROW | {"prompt": ""}, "expected a text or a list of messages as the prompt, got ''"),
@@ -179,12 +179,12 @@ def test_a_broken_file_is_refused_by_its_line(tmp_path: Path, data: bytes, messa
 def test_what_is_neither_folder_nor_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "r.parquet").write_bytes(b"PAR1")
     (tmp_path / "r.csv").write_text("a,b")
-    with pytest.raises(DataError, match="r.parquet is no readable Parquet file"):
+    with pytest.raises(DataError, match="r.parquet: expected a Parquet file, got other bytes"):
         open_responses(str(tmp_path / "r.parquet"))
     for name in ("r.csv", "absent.jsonl"):
-        with pytest.raises(DataError, match=f"{name}: expected a .jsonl or .parquet file that exists"):
+        with pytest.raises(DataError, match=f"{name}: expected a .jsonl or .parquet file, got "):
             open_responses(str(tmp_path / name))
-    with pytest.raises(StoreError, match="absent is no store"):
+    with pytest.raises(StoreError, match="absent: expected a store or a folder of responses, got no folder"):
         open_responses(str(tmp_path / "absent"))
 
 

@@ -15,8 +15,8 @@ from fusion_plugins.scoring.sandbox import Limits, Sandbox
 
 
 def test_a_wall_that_does_not_hold_is_named(monkeypatch, short_limits):
-    monkeypatch.setitem(sandbox_module.WALLS, "imaginary wall", "assert not home")
-    with pytest.raises(ScoringError, match="does not isolate: imaginary wall"):
+    monkeypatch.setitem(sandbox_module.LAYERS, "imaginary layer", "assert not home")
+    with pytest.raises(ScoringError, match="does not isolate; broken isolation layers: imaginary layer"):
         Sandbox(Limits(**short_limits))
 
 

@@ -1,4 +1,4 @@
-"""Programs that try to leave the sandbox, and a kernel that refuses its walls. Nothing here is simulated."""
+"""Programs that try to leave the sandbox, and a kernel that refuses its isolation layers. Nothing here is simulated."""
 
 import subprocess
 import sys

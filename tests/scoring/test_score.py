@@ -70,7 +70,11 @@ def test_scores_of_an_earlier_scorer_stay_when_another_scores_the_scored_folder(
     ("change", "error", "message"),
     [
         ({"scorers": {"maths": {}}}, FusionError, "no scorer named 'maths'.*math"),
-        ({"scorers": {"math": {"timeouts": 3}}}, ConfigError, "scorers.math: wrong options.*timeouts"),
+        (
+            {"scorers": {"math": {"timeouts": 3}}},
+            ConfigError,
+            "scorers.math: expected the options of .*, got .*timeouts.*remove it",
+        ),
         ({"responses": "nowhere"}, StoreError, "nowhere"),
         ({"out": "same"}, ConfigError, "another folder"),
     ],

@@ -97,7 +97,7 @@ def test_a_chat_without_a_template_is_refused_and_a_template_file_helps(model, t
     bare = shutil.copytree(model, tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
     chats = source_checks.chats(tmp_path / "chats.jsonl")
-    with pytest.raises(ConfigError, match="has no chat template; name a file"):
+    with pytest.raises(ConfigError, match="has no chat template. Name a file"):
         capture_texts(config(bare, chats, tmp_path / "store"))
     template = tmp_path / "chatml.jinja"
     template.write_text(tiny.CHATML)

@@ -50,11 +50,12 @@ def test_the_command_says_which_settings_are_wrong_and_dry_run_writes_nothing(mo
     file.write_text(json.dumps(values))
     result = CliRunner().invoke(app, ["sample", "-c", str(file)])
     assert isinstance(result.exception, ConfigError)
-    assert "a is given twice: set `name`" in str(result.exception)
+    assert "expected different names, got a twice: set `name`" in str(result.exception)
     values["sources"] = [{"model": "m", "preset": "fusechat4", "temprature": 1}]
     file.write_text(json.dumps(values))
     result = CliRunner().invoke(app, ["sample", "-c", str(file)])
-    assert "no preset 'fusechat4'; known: fusechat3-gemma-2-27b" in str(result.exception)
+    assert "expected one of the presets fusechat3-gemma-2-27b, " in str(result.exception)
+    assert "got 'fusechat4'; name one of them" in str(result.exception)
 
 
 def test_torch_and_the_engines_are_not_loaded_by_the_commands_module():

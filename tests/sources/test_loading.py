@@ -37,11 +37,11 @@ def test_the_models_revision_is_not_asked_of_another_repository_with_the_tokeniz
 
 
 def test_what_cannot_be_loaded_is_named_with_its_source(tmp_path, model):
-    with pytest.raises(SourceError, match="source 'nothing': cannot load the tokenizer"):
+    with pytest.raises(SourceError, match="source 'nothing': cannot load the tokenizer.*Check the name"):
         load_tokenizer(SourceSettings(model=str(tmp_path / "nothing")))
     with pytest.raises(SourceError, match="source 'nothing': cannot load"):
         load_config(SourceSettings(model=str(tmp_path / "nothing")))
-    with pytest.raises(ConfigError, match="cannot read chat_template"):
+    with pytest.raises(ConfigError, match="source 'llama': cannot read chat_template"):
         load_tokenizer(SourceSettings(model=str(model), chat_template=str(tmp_path / "nothing.jinja")))
     with pytest.raises(ConfigError, match="source 'm': capture through a server needs `tokenizer`"):
         capture_tokenizer(SourceSettings(model="org/m", backend="openai"))
@@ -84,7 +84,7 @@ def test_a_prompt_is_a_chat_where_there_is_a_template_and_plain_where_there_is_n
 def test_a_template_that_refuses_messages_is_an_error_of_the_source():
     tokenizer = copy.deepcopy(tiny.byte_level())
     tokenizer.chat_template = "{{ raise_exception('no system prompts here') }}"
-    with pytest.raises(SourceError, match="refuses a prompt: no system prompts here"):
+    with pytest.raises(SourceError, match="refuses a prompt: no system prompts here. Use another chat_template"):
         prompt_text(tokenizer, "hi", "chat", None)
 
 

@@ -43,7 +43,7 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path, below: str) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match=r"expected a folder, or a name for a new one: .*file"):
         StoreWriter(tmp_path / "file" / below, manifest(), table())
-    with pytest.raises(StoreError, match=r"file.* is no store: it has no manifest.json"):
+    with pytest.raises(StoreError, match=r"file.*: expected a store or a folder of responses, got no folder"):
         open_store(tmp_path / "file" / below)
 
 

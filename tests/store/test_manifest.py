@@ -25,7 +25,7 @@ def test_a_truncated_manifest_is_refused(sound: Path, length: int) -> None:
 
 def test_a_missing_manifest_is_not_taken_for_an_empty_folder(sound: Path) -> None:
     (sound / "manifest.json").unlink()
-    with pytest.raises(StoreError, match="it has no manifest.json"):
+    with pytest.raises(StoreError, match="got a folder without manifest.json"):
         open_store(sound)
     with pytest.raises(StoreError, match="expected an empty folder or a store, got shard-000000.parquet"):
         StoreWriter(sound, manifest(), table())

@@ -108,21 +108,21 @@ def test_order_among_equal_probabilities_and_impossible_tokens_survive(tmp_path:
     np.testing.assert_allclose(got.topk.logprobs[3], [0, -1e-6, -50, -np.inf], rtol=2**-11, atol=2**-25)
 
 
-def test_a_gold_value_that_is_not_the_one_of_the_top_k_survives(tmp_path: Path) -> None:
-    """Another engine run may give the gold token a value of its own: it is kept, not replaced."""
+def test_a_value_of_the_next_token_that_is_not_the_one_of_the_top_k_survives(tmp_path: Path) -> None:
+    """Another engine run may give the next token a value of its own: it is kept, not replaced."""
     item = record(1, n_tokens=5)
-    inputs, gold = item.text.input_ids.copy(), item.topk.token_logprobs.copy()
-    inputs[1], gold[0] = item.topk.ids[0, 2], item.topk.logprobs[0, 2] - 0.5
-    inputs[4], gold[3] = item.topk.ids[3, 1], item.topk.logprobs[3, 1]
-    item = changed(item, input_ids=inputs, token_logprobs=gold)
+    inputs, next_logprobs = item.text.input_ids.copy(), item.topk.token_logprobs.copy()
+    inputs[1], next_logprobs[0] = item.topk.ids[0, 2], item.topk.logprobs[0, 2] - 0.5
+    inputs[4], next_logprobs[3] = item.topk.ids[3, 1], item.topk.logprobs[3, 1]
+    item = changed(item, input_ids=inputs, token_logprobs=next_logprobs)
     assert_same_record(write_records(tmp_path, [item])[item.id], item)
 
 
 def test_a_last_row_with_a_value_does_not_look_into_the_next_record(tmp_path: Path) -> None:
     first, second = record(1, n_tokens=4), record(2, n_tokens=4)
-    gold, inputs = first.topk.token_logprobs.copy(), second.text.input_ids.copy()
-    gold[-1], inputs[0] = first.topk.logprobs[3, 0], first.topk.ids[3, 0]
-    first, second = changed(first, token_logprobs=gold), changed(second, input_ids=inputs)
+    next_logprobs, inputs = first.topk.token_logprobs.copy(), second.text.input_ids.copy()
+    next_logprobs[-1], inputs[0] = first.topk.logprobs[3, 0], first.topk.ids[3, 0]
+    first, second = changed(first, token_logprobs=next_logprobs), changed(second, input_ids=inputs)
     store = write_records(tmp_path, [first, second])
     assert_same_record(store[first.id], first)
 

@@ -45,7 +45,7 @@ def test_rows_that_an_older_manifest_does_not_list_are_taken_in(
     (folder / "manifest.json").write_bytes(older)
     make_store(folder, range(0), finish=False)
     assert content(folder) == whole
-    assert f"{folder}: took in 4 records of shards that were not in the manifest" in capsys.readouterr().err
+    assert f"{folder}: recovered 4 records of shards that were not in the manifest" in capsys.readouterr().err
 
 
 def test_nothing_is_deleted_while_shards_of_an_older_manifest_are_missing(tmp_path: Path) -> None:

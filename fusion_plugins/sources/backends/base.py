@@ -17,8 +17,6 @@ from fusion_plugins.core.fusion.types import TopK
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import ConfigError
 
-BackendName = Literal["transformers", "vllm", "openai", "ray"]
-
 #: what a source is opened for; an engine sets its memory accordingly
 Purpose = Literal["capture", "sample"]
 
@@ -28,15 +26,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Content = TypeVar("Content", covariant=True)
 
-#: backend -> module that defines ``open_source(settings, purpose) -> Source``
-BACKENDS: dict[str, str] = {
-    "transformers": "fusion_plugins.sources.backends.transformers_local",
-    "vllm": "fusion_plugins.sources.backends.vllm_engine",
-    "openai": "fusion_plugins.sources.backends.openai_server",
-    "ray": "fusion_plugins.sources.backends.ray_data",
+#: backend -> module that defines ``open_source(settings, purpose) -> Source``, and what to install if its import fails
+BACKENDS: dict[str, tuple[str, str]] = {
+    "transformers": ("fusion_plugins.sources.backends.transformers_local", "torch and transformers"),
+    "vllm": ("fusion_plugins.sources.backends.vllm_engine", "vllm"),
+    "openai": ("fusion_plugins.sources.backends.openai_server", "openai and tenacity"),
+    "ray": ("fusion_plugins.sources.backends.ray_data", "ray[data]"),
 }
-#: what to install when the import of a backend fails
-NEEDS = {"transformers": "torch and transformers", "vllm": "vllm", "openai": "openai and tenacity", "ray": "ray[data]"}
 
 
 class SourceSettings(Settings):
@@ -47,7 +43,7 @@ class SourceSettings(Settings):
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     tokenizer: str | None = Field(None, description="folder or hub name of the tokenizer, if it is not `model`")
     chat_template: str | None = Field(None, description="file with a Jinja chat template to use instead of the model's")
-    backend: BackendName = Field(
+    backend: Literal[tuple(BACKENDS)] = Field(  # type: ignore[valid-type]  # known at run time only
         "transformers",
         description="what runs the model: transformers or vllm in this process, openai for servers, ray for actors",
     )
@@ -68,9 +64,14 @@ class Sampling(Settings):
     model_config = ConfigDict(frozen=True)
 
     temperature: float = Field(1.0, ge=0, description="0 takes the most probable token")
-    top_p: float = Field(1.0, gt=0, le=1, description="draw from the most probable tokens that hold this probability")
-    top_k: int = Field(0, ge=0, description="draw from this many most probable tokens; 0: no limit")
-    repetition_penalty: float = Field(1.0, gt=0, description="above 1: tokens that were there become less probable")
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="nucleus sampling: draw from the smallest set of top tokens whose probability reaches this",
+    )
+    top_k: int = Field(0, ge=0, description="draw from the K most probable tokens; 0: no limit")
+    repetition_penalty: float = Field(1.0, gt=0, description="above 1: tokens that already occurred get less probable")
     max_tokens: int = Field(2048, ge=1, description="longest response in tokens")
     stop: tuple[str, ...] = Field((), description="strings that end a response; they are cut off")
     system: str | None = Field(None, description="system prompt put before prompts that have none")
@@ -140,9 +141,11 @@ class Source(Protocol):
     Attributes:
         tokenizer: the source's Hugging Face tokenizer; None for a server that only samples.
         max_length: longest sequence in tokens, prompt and response together; None where unknown.
-        whole_batches: whether numbers depend, in their last bits, on what is asked together. A batch of which
-            something is missing is then asked for again as a whole.
-        facts: what the manifest records: engine, engine_version, dtype, logits_width, ...
+        whole_batches: True if results depend (in the last bits) on which texts share a batch; an incomplete batch is
+            then repeated as a whole.
+        facts: what the manifest records. Required: engine, engine_version, dtype. Optional: logits_width, revision,
+            options (settings that change numbers), seeded (False if the server ignores seeds); other keys are kept as
+            notes.
     """
 
     tokenizer: Any
@@ -188,11 +191,12 @@ def open_source(settings: SourceSettings, purpose: Purpose) -> Source:
         ConfigError: the backend's packages are not installed here.
         SourceError: the model cannot be loaded, or the server does not answer.
     """
+    module_name, needed = BACKENDS[settings.backend]
     try:
-        module = import_module(BACKENDS[settings.backend])
+        module = import_module(module_name)
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"source {settings.source_name!r}: expected {NEEDS[settings.backend]} for backend {settings.backend!r}, "
+            f"source {settings.source_name!r}: expected {needed} for backend {settings.backend!r}, "
             f"but {error.name!r} is not installed. Install it, or choose another backend of {', '.join(BACKENDS)}."
         ) from error
     source: Source = module.open_source(settings, purpose)

@@ -55,8 +55,8 @@ class ServerOptions(Settings):
     concurrency: int = Field(32, ge=1, description="requests in flight per server")
     timeout: float = Field(600.0, gt=0, description="seconds to wait for one answer")
     patience: float = Field(900.0, gt=0, description="seconds of failures after which a request is given up")
-    rest_after: int = Field(5, ge=1, description="consecutive failures after which a server is left alone")
-    rest_seconds: float = Field(20.0, gt=0, description="how long it is left alone")
+    rest_after: int = Field(5, ge=1, description="consecutive failures after which a server rests")
+    rest_seconds: float = Field(20.0, gt=0, description="how long a server rests before one request tries it")
     send_seed: bool = Field(True, description="off for servers that refuse `seed`; responses then do not repeat")
     extra_body: dict[str, Any] = Field(default_factory=dict, description="more fields of every sampling request")
 
@@ -246,8 +246,8 @@ def _positions(answer: dict[str, Any], n_tokens: int) -> list[dict[int, float]]:
     choice = _first_choice(answer)
     if "prompt_logprobs" not in choice:
         raise SourceError(
-            "expected prompt_logprobs, but the server gives no prompt_logprobs: capture needs vLLM's server (or the "
-            "`vllm` or `transformers` backend)"
+            "expected prompt_logprobs, but the server gives no prompt_logprobs: capture needs vLLM's server. Use it, "
+            "or the `vllm` or `transformers` backend."
         )
     positions = choice["prompt_logprobs"]
     count = len(positions) if isinstance(positions, list) else 0
@@ -278,20 +278,23 @@ def _api_key(options: ServerOptions) -> str:
         try:
             key = Path(options.api_key_file).read_text(encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"cannot read {where}: {error.strerror}") from None
+            raise ConfigError(f"cannot read {where}: {error.strerror}. Check path and permission.") from None
         except UnicodeDecodeError:
-            raise ConfigError(f"{where}: expected text, got bytes that are not UTF-8") from None
+            raise ConfigError(f"{where}: expected text, got bytes that are not UTF-8. Name a text file.") from None
     key = key.strip()
     # What an HTTP header cannot hold fails deep in the client, with a message that repeats the key.
     if not all("!" <= character <= "~" for character in key):
-        raise ConfigError(f"{where}: expected one key of printable ASCII characters without spaces, got something else")
+        raise ConfigError(
+            f"{where}: expected one key of printable ASCII characters without spaces, got other characters. Put the "
+            "key alone there."
+        )
     return key
 
 
 def _client(url: str, key: str, options: ServerOptions) -> openai.OpenAI:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"expected a base_url such as http://host:8000/v1, got {url!r}")
+        raise ConfigError(f"expected a base_url such as http://host:8000/v1, got {url!r}. Correct `options.base_url`.")
     if parts.username or parts.password or parts.query:
         raise ConfigError(
             f"base_url of {parts.hostname!r}: expected a plain URL, but it carries a user name, a password or a query. "

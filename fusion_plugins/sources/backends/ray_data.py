@@ -123,7 +123,8 @@ class RaySource:
     whole_batches = True
 
     def __init__(self, settings: SourceSettings, purpose: Purpose) -> None:
-        where = f"options of source {settings.source_name!r}"
+        self._name = settings.source_name
+        where = f"options of source {self._name!r}"
         self._options = validate(RayOptions, settings.options, where=where)
         inner = {"backend": self._options.backend, "options": self._options.options}
         self._settings = settings.model_dump(include=set(SourceSettings.model_fields)) | inner
@@ -186,7 +187,11 @@ class RaySource:
                 feeder.drop.remote(number)
                 _feed(feeder, islice(packed, 1))
         except ray.exceptions.RayError as error:
-            raise SourceError(f"Ray gave up: {str(error).strip().splitlines()[-1]}") from error
+            raise SourceError(
+                f"source {self._name!r}: expected results from {actors} Ray actors, got: "
+                f"{str(error).strip().splitlines()[-1]}. Check the cluster's logs (`ray logs`) and the actors' memory; "
+                "finished batches are kept, run the same command again."
+            ) from error
         finally:
             ray.kill(feeder)
 
@@ -213,7 +218,10 @@ def connect(address: str | None) -> None:
         except Exception as error:  # Ray raises a bare Exception when a busy machine does not start it in 30 s
             ray.shutdown()
             if attempt + 1 == START_ATTEMPTS:
-                raise SourceError(f"cannot connect to Ray at {address or 'this machine'}: {error}") from error
+                raise SourceError(
+                    f"cannot connect to Ray at {address or 'this machine'}: {error}. Check `options.address` and, on a "
+                    "cluster, `ray status`."
+                ) from error
 
 
 def _version(package: str) -> str:

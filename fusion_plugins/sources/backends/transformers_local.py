@@ -239,7 +239,8 @@ def _load_model(settings: SourceSettings, options: TransformersOptions) -> Any:
         )
     except (OSError, ValueError, ImportError) as error:
         raise SourceError(
-            f"source {settings.source_name!r}: cannot load {settings.model!r} (weights must be safetensors): {error}"
+            f"source {settings.source_name!r}: cannot load {settings.model!r} (weights must be safetensors): {error}. "
+            "Check the name, the network and `trust_remote_code`."
         ) from error
     return model.to(device).eval()
 

@@ -84,13 +84,14 @@ class VllmSource:
     whole_batches = True
 
     def __init__(self, settings: SourceSettings, purpose: Purpose) -> None:
-        where = f"options of source {settings.source_name!r}"
+        self._name = settings.source_name
+        where = f"options of source {self._name!r}"
         self._options = validate(VllmOptions, settings.options, where=where)
         self.tokenizer = load_tokenizer(settings)
         self._vocab_size = vocabulary_size(self.tokenizer)
         self._llm = _start(settings, self._options, purpose)
         model = self._llm.llm_engine.model_config
-        # vLLM needs room for one generated token behind every prompt, also when only the prompt is asked for.
+        # vLLM needs room for one generated token after every prompt, also when only the prompt is asked for.
         self.max_length: int | None = model.max_model_len - (purpose == "capture")
         self._width = model.get_vocab_size()
         self.facts: dict[str, Any] = {
@@ -145,7 +146,8 @@ class VllmSource:
             answer = output.outputs[0]
             if answer.finish_reason not in ("stop", "length"):
                 raise SourceError(
-                    f"expected vLLM to end a response with 'stop' or 'length', got {answer.finish_reason!r}"
+                    f"source {self._name!r}: expected vLLM to end a response with 'stop' or 'length', got "
+                    f"{answer.finish_reason!r}. Run the same command again."
                 )
             text, _ = response_text(self.tokenizer, list(answer.token_ids), requests[index].sampling.stop)
             yield index, Response(text, answer.finish_reason, len(answer.token_ids), len(prompts[index]))
@@ -158,7 +160,11 @@ class VllmSource:
         try:
             return self._llm.generate(asked, params, use_tqdm=False)
         except EngineDeadError as error:
-            raise SourceError(f"vLLM's engine died: {error}. Its log is above.") from error
+            raise SourceError(
+                f"source {self._name!r}: expected vLLM's engine to answer, but its process ended: {error}. If it ran "
+                "out of memory, lower options.logits_gib or options.engine.gpu_memory_utilization; then run the same "
+                "command again."
+            ) from error
         except (ValueError, VLLMClientError) as error:
             if len(prompts) == 1:
                 return [Refusal(f"vLLM refuses it: {error}")]

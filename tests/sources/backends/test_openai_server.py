@@ -202,7 +202,7 @@ def test_keys_in_the_configuration_are_refused_without_being_repeated(prompts, t
         sample_prompts(config(prompts, tmp_path / "out", "http://h/v1", api_key=secret))
     assert "sk-secret" not in "".join(traceback.format_exception(refusal.value))
     entry = {"model": "m", "preset": "none", "options": {"base_url": "http://h/v1", "api_key": secret}}
-    with pytest.raises(ConfigError, match="no preset 'none'") as refusal:
+    with pytest.raises(ConfigError, match="expected one of the presets .*, got 'none'") as refusal:
         validate(SampleConfig, {"prompts": "p", "out": "o", "sources": [entry]}, where="here")
     assert "sk-secret" not in "".join(traceback.format_exception(refusal.value))
     with pytest.raises(ConfigError, match="carries a user name, a password or a query") as refusal:
