@@ -28,16 +28,16 @@ def advice(diagnosis: Diagnosis, options: ProjectionOptions) -> list[str]:
         return [
             "this is the target's own store (same tokenizer, same probabilities), not another source: set is_target: "
             "true in its entry of fusion.sources. With fusion.rule: min_ce the target then keeps its own distributions "
-            "on the texts where no source is better"
+            "on the texts where no source is better. Equal tokenizers need no vocabulary map in any case"
         ]
     found = _about_positions(diagnosis) + _about_mass(diagnosis)
     digits, total = diagnosis.classes.get("digits", ClassCount()), diagnosis.total
-    if not options.chain and digits.gold * MARGIN < digits.own:
+    if not options.chain and digits.label * MARGIN < digits.target_label:
         found.append(
             "on digits the projected distributions give the right token less probability than the target does: set "
             "fusion.projection.chain: true"
         )
-    if diagnosis.compared and not _rarely_wins(diagnosis) and total.gold * MARGIN < total.own:
+    if diagnosis.compared and not _rarely_wins(diagnosis) and total.label * MARGIN < total.target_label:
         found.append(
             "on these texts the target itself gives the right token more probability than the source does: a larger "
             "fusion.lm_loss_weight, or fusion.rule: token_min_ce, limits the harm"

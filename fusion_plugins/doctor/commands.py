@@ -22,7 +22,11 @@ def doctor(
     ] = None,
     vocabulary_map: Annotated[str | None, typer.Option(help="first_token (default), min_edit or exact.")] = None,
     chain: Annotated[
-        bool | None, typer.Option(help="Use the text where source and target split it differently (default).")
+        bool | None,
+        typer.Option(
+            help="Chain correction: where tokens split differently, give the next token the product of the source's "
+            "probabilities of its pieces (default)."
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Texts of the sample; 200 by default.")] = None,
     out: Annotated[

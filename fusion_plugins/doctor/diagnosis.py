@@ -34,15 +34,15 @@ class ClassCount:
     Attributes:
         positions: supervised positions.
         used: those of them with a distribution of the source.
-        gold: sum over used positions of the probability that the source gives the label, before renormalisation.
-        own: sum over used positions of the probability that the target itself gives the label.
+        label: sum over used positions of the probability that the source gives the label, before renormalisation.
+        target_label: sum over used positions of the probability that the target itself gives the label.
         top1: used positions whose most probable entry is the label.
     """
 
     positions: int = 0
     used: int = 0
-    gold: float = 0.0
-    own: float = 0.0
+    label: float = 0.0
+    target_label: float = 0.0
     top1: int = 0
 
     def __add__(self, other: "ClassCount") -> "ClassCount":
@@ -122,18 +122,18 @@ def diagnose(
     source_table, target_table = tables
     projector = Projector.of(source_table, target_table, vocabulary, options)
     by_token, tally = token_classes(target_table), _Tally()
-    for source, own in pairs:
-        tally.compare(source, own)
-        source, target = common_text(source, own.text, projector.source_bytes, projector.target_bytes)
+    for source, target_record in pairs:
+        tally.compare(source, target_record)
+        source, target = common_text(source, target_record.text, projector.source_bytes, projector.target_bytes)
         projection = projector(source, align_texts(source.text, target), target)
-        tally.count(projection, target, own, label_classes(target, target_table, by_token))
+        tally.count(projection, target, target_record, label_classes(target, target_table, by_token))
         advance(1, len(source.text.input_ids))
     return Diagnosis(
         name=name,
         texts=len(tally.ces),
-        wins=sum(source < own for source, own in tally.ces),
-        ce_per_byte=_mean([source for source, _ in tally.ces]),
-        target_ce_per_byte=_mean([own for _, own in tally.ces]),
+        wins=sum(source_ce < target_ce for source_ce, target_ce in tally.ces),
+        ce_per_byte=_mean([source_ce for source_ce, _ in tally.ces]),
+        target_ce_per_byte=_mean([target_ce for _, target_ce in tally.ces]),
         overlap=_overlap(source_table, target_table),
         mapped=_mapped(vocabulary, source_table),
         projection=tally.report,
@@ -150,14 +150,14 @@ def diagnose(
 def figures(diagnosis: Diagnosis) -> dict[str, float]:
     """Return the figures of the table, name -> value; shares in [0, 1], cross-entropies in nats/byte.
 
-    ``fallback`` is the share of supervised positions without a distribution: training masks them or teaches the label
-    alone. Figures that need distributions are nan where there is only a tokenizer.
+    Training masks the supervised positions "without a distribution", or teaches them the label alone. Figures that need
+    distributions are nan where there is only a tokenizer.
     """
     report, total = diagnosis.projection, diagnosis.total
     positions, used = max(report.positions, 1), max(report.used, 1)
     return {
         "coverage": report.coverage,
-        "fallback": 1.0 - report.coverage,
+        "without a distribution": 1.0 - report.coverage,
         **{f"positions {kind.replace('_', '-')}": getattr(report, kind) / positions for kind in POSITION_KINDS},
         "mass kept": report.mass_kept,
         "mass by the text": report.gold_mass / used,
@@ -166,8 +166,8 @@ def figures(diagnosis: Diagnosis) -> dict[str, float]:
         "mass unmapped": report.unmapped_mass / used,
         "mass outside top k": report.outside_mass / used if np.isfinite(diagnosis.ce_per_byte) else float("nan"),
         "label is top 1": total.top1 / max(total.used, 1),
-        "label probability": total.gold / max(total.used, 1),
-        "label probability, target": total.own / max(total.used, 1),
+        "label probability": total.label / max(total.used, 1),
+        "label probability, target": total.target_label / max(total.used, 1),
         "vocabulary exact": diagnosis.mapped["exact"],
         "vocabulary edited": diagnosis.mapped["edited"],
         "vocabulary unmapped": diagnosis.mapped["unmapped"],
@@ -194,34 +194,39 @@ class _Tally:
         """Whether source and target have the same tokens and gave them the same probabilities."""
         return self._positions > 0 and self._difference < SAME_MODEL * self._positions
 
-    def compare(self, source: Record, own: Record) -> None:
+    def compare(self, source: Record, target_record: Record) -> None:
         """Add what the two records of one text tell without alignment."""
-        self.ces.append((source.ce_per_byte, own.ce_per_byte))
+        self.ces.append((source.ce_per_byte, target_record.ce_per_byte))
         self.top_k = max(self.top_k, source.topk.ids.shape[1])
         self.tokens += len(source.text.input_ids)
         self.n_bytes += int(source.text.ends[-1])
-        self._positions += len(own.text.input_ids) - 1
-        if np.array_equal(source.text.input_ids, own.text.input_ids):
-            self._difference += float(np.abs(source.topk.token_logprobs[:-1] - own.topk.token_logprobs[:-1]).sum())
+        self._positions += len(target_record.text.input_ids) - 1
+        if np.array_equal(source.text.input_ids, target_record.text.input_ids):
+            difference = source.topk.token_logprobs[:-1] - target_record.topk.token_logprobs[:-1]
+            self._difference += float(np.abs(difference).sum())
         else:
             # Other tokens anywhere mean another tokenizer or template, so the stores are not of one model.
             self._difference = float("inf")
 
-    def count(self, projection: Projection, target: TokenizedText, own: Record, classes: npt.NDArray[np.uint8]) -> None:
+    def count(
+        self, projection: Projection, target: TokenizedText, target_record: Record, classes: npt.NDArray[np.uint8]
+    ) -> None:
         """Add the projection of one text; ``classes`` (T,) are those of the target's tokens."""
         self.report += projection.report
         for index, label_class in enumerate(CLASSES):
-            self.classes[label_class] += _count(projection, target, own, classes[1:] == index)
+            self.classes[label_class] += _count(projection, target, target_record, classes[1:] == index)
 
 
-def _count(projection: Projection, target: TokenizedText, own: Record, of_class: npt.NDArray[np.bool_]) -> ClassCount:
+def _count(
+    projection: Projection, target: TokenizedText, target_record: Record, of_class: npt.NDArray[np.bool_]
+) -> ClassCount:
     positions = supervised_positions(target)[:-1] & of_class
     used = positions & projection.distributions.present[:-1]
     return ClassCount(
         positions=int(positions.sum()),
         used=int(used.sum()),
-        gold=_probability(projection.label_logprobs[:-1][used]),
-        own=_probability(own.topk.token_logprobs[:-1][used]),
+        label=_probability(projection.label_logprobs[:-1][used]),
+        target_label=_probability(target_record.topk.token_logprobs[:-1][used]),
         top1=int((projection.distributions.ids[:-1, 0][used] == target.input_ids[1:][used]).sum()),
     )
 
@@ -238,10 +243,10 @@ def _mean(values: list[float]) -> float:
 
 def _overlap(source: TokenTable, target: TokenTable) -> float:
     """Return the share of the target's ordinary tokens whose bytes are an ordinary token of the source."""
-    own, others = (
+    ours, theirs = (
         {table.tokens[index] for index in np.flatnonzero(table.ordinary).tolist()} for table in (target, source)
     )
-    return len(own & others) / len(own) if own else 0.0
+    return len(ours & theirs) / len(ours) if ours else 0.0
 
 
 def _mapped(vocabulary: VocabularyMap, source: TokenTable) -> dict[str, float]:

@@ -47,7 +47,11 @@ class DoctorConfig(Settings):
     vocabulary_map: Literal["first_token", "min_edit", "exact"] = Field(
         "first_token", description="method of the vocabulary maps; those by counts are made in training only"
     )
-    chain: bool = Field(True, description="use the text where source and target split it differently")
+    chain: bool = Field(
+        True,
+        description="chain correction: where tokens split differently, give the next token the product of the source's "
+        "probabilities of its pieces",
+    )
     limit: int = Field(200, ge=1, description="texts of the sample")
     out: str = Field("doctor", description="folder for doctor.json, doctor.html and doctor.png")
 
@@ -156,6 +160,8 @@ class DoctorReport:
         fields = asdict(self)
         for source, found in zip(fields["sources"], self.sources, strict=True):
             source["figures"] = figures(found.diagnosis) | {"store bytes per byte of text": found.store_per_text}
+            for count in source["diagnosis"]["classes"].values():  # these two keys of the file are older than the names
+                count |= {"gold": count.pop("label"), "own": count.pop("target_label")}
         return json.dumps(clean(fields), indent=1, ensure_ascii=False)
 
 

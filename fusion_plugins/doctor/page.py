@@ -15,7 +15,7 @@ from fusion_plugins.doctor.label_classes import CLASSES
 
 #: part of the table -> how the names of its figures begin
 PARTS = {
-    "positions of the target": ("coverage", "fallback", "positions"),
+    "positions of the target": ("coverage", "without a distribution", "positions"),
     "probability mass": ("mass",),
     "label (the next token)": ("label",),
     "vocabularies": ("vocabulary",),
@@ -87,18 +87,19 @@ def picture_png(report: DoctorReport) -> bytes:
 
     figure = Figure(figsize=(11, 4.1), layout="constrained")
     FigureCanvasAgg(figure)
-    coverage, gold = figure.subplots(1, 2)
+    coverage, probability = figure.subplots(1, 2)
     seen = [name for name in CLASSES if any(s.diagnosis.classes[name].positions for s in report.sources)]
     width = 0.8 / (len(report.sources) + 1)
     for index, source in enumerate(report.sources):
         classes = [source.diagnosis.classes[name] for name in seen]
         places = [place + index * width for place in range(len(seen))]
         coverage.bar(places, [_share(c.used, c.positions) for c in classes], width, label=source.diagnosis.name)
-        gold.bar(places, [_share(c.gold, c.used) for c in classes], width, label=source.diagnosis.name)
-        gold.scatter(places, [_share(c.own, c.used) for c in classes], color="black", marker="_", s=120, zorder=3)
+        probability.bar(places, [_share(c.label, c.used) for c in classes], width, label=source.diagnosis.name)
+        own = [_share(c.target_label, c.used) for c in classes]
+        probability.scatter(places, own, color="black", marker="_", s=120, zorder=3)
     for panel, title in (
         (coverage, "share of positions with a distribution"),
-        (gold, "probability of the label (black line: the target's own)"),
+        (probability, "probability of the label (black line: the target's own)"),
     ):
         panel.set_title(title, fontsize=10)
         panel.set_xticks([place + width * (len(report.sources) - 1) / 2 for place in range(len(seen))], seen)
@@ -132,8 +133,8 @@ def _class_coverage(count: ClassCount) -> str:
 def _class_probability(count: ClassCount) -> str:
     if not count.used:
         return NOTHING
-    own = "" if math.isnan(count.own) else f" (target {count.own / count.used:.3f})"
-    return f"{count.gold / count.used:.3f}{own}"
+    target = "" if math.isnan(count.target_label) else f" (target {count.target_label / count.used:.3f})"
+    return f"{count.label / count.used:.3f}{target}"
 
 
 def _map_text(source: SourceVerdict) -> str:

@@ -76,7 +76,7 @@ def _run(hook, module):
 
         warnings.warn(
             f"fusion_plugins could not extend {module.__name__}: {type(error).__name__}: {error}. mergekit works as "
-            "without fusion_plugins; install a mergekit of the range that `pip show fusion-plugins` names.",
+            "without fusion_plugins. Expected mergekit >=0.1.5,<0.2: pip install 'fusion-plugins[mergekit]'.",
             RuntimeWarning,
             stacklevel=2,
         )

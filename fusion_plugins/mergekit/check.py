@@ -212,12 +212,12 @@ def _differences(
     for key in SHAPE_KEYS:
         ours, theirs = getattr(base.config, key, None), getattr(other.config, key, None)
         if ours != theirs and not (sliced and key == "num_hidden_layers"):
-            text = f"{key} is {theirs!r} in {other.name} and {ours!r} in {base.name}"
-            yield text, "the merged model gets the base's; make sure that the weights mean the same", "warning"
+            text = f"{key} is {theirs!r} in {other.name} and {ours!r} in {base.name}, whose value the merged model gets"
+            yield text, "if the tuned models use another value, set it in the merged model's config.json", "warning"
     tied = [bool(getattr(one.config, "tie_word_embeddings", False)) for one in (base, other)]
     if tied[0] != tied[1]:
         text = f"tie_word_embeddings is {tied[1]} in {other.name} and {tied[0]} in {base.name}"
-        yield text, "untie or tie both before merging: the merged model gets the base's setting", "error"
+        yield text, "tie or untie both before merging", "error"
     vocabulary: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
     shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
     for name in sorted(set(base.tensors) & set(other.tensors)):
@@ -231,7 +231,7 @@ def _differences(
         yield text, "add tokenizer: {source: base} (or union) to the configuration", "error"
     for name, ours, theirs in shapes[:3]:
         text = f"{name} is {list(theirs)} in {other.name} and {list(ours)} in {base.name}"
-        yield text, "only copies of one model can be merged", "error"
+        yield text, "give tuned models of one base; fuse other models by training", "error"
     odd = sorted(set(base.tensors) ^ set(other.tensors))
     if odd and tied[0] == tied[1] and not sliced:
         text = f"{len(odd)} tensor(s) are only in one of {base.name} and {other.name}, such as {odd[0]}"
@@ -259,12 +259,13 @@ def _compare_tokenizers(base: Checkpoint, other: Checkpoint, aligned: bool, temp
         mine, its = getattr(base.tokenizer, name, None), getattr(other.tokenizer, name, None)
         if mine != its:
             check.warning(
-                f"{name} is {its!r} in {other.name}, {mine!r} in {base.name}", "the merged model gets the base's"
+                f"{name} is {its!r} in {other.name} and {mine!r} in {base.name}, whose value the merged model gets",
+                "if the tuned models use another value, set it in the merged model's tokenizer",
             )
     if base.tokenizer.chat_template != other.tokenizer.chat_template and not templated:
         check.warning(
-            f"{other.name} has another chat template than {base.name}",
-            "the merged model gets the base's; set chat_template to choose",
+            f"{other.name} has another chat template than {base.name}, whose template the merged model gets",
+            "if the tuned models use another one, set it as chat_template in the merge configuration",
         )
 
 
@@ -297,7 +298,9 @@ def _resources(
         ("memory", f"about {_bytes(memory)} besides the program; {_bytes(_memory())} on this machine"),
     ]
     if size > free:
-        check.error(f"the merged model takes {_bytes(size)}, {_bytes(free)} are free", "free or choose a disk")
+        check.error(
+            f"the merged model takes {_bytes(size)}, {_bytes(free)} are free", "free space, or write to another disk"
+        )
     if memory > _memory():
         check.warning(
             f"about {_bytes(memory)} of memory are needed, the machine has {_bytes(_memory())}",

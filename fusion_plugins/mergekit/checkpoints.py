@@ -146,7 +146,8 @@ def _from_folder(folder: Path) -> dict[str, TensorInfo]:
     missing = [file.name for file in files if not file.exists()]
     if missing:
         raise MergeError(
-            f"{folder}: incomplete; expected the shards that the index names, got none named {', '.join(missing)}"
+            f"{folder}: expected every shard that the index names; missing: {', '.join(missing)}. Download the model "
+            "again"
         )
     read = _read_header if index.is_safetensors else _read_pickle
     return {name: info for file in files for name, info in read(file).items()}

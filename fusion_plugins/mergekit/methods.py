@@ -135,7 +135,7 @@ def varm(
         normalize: ratio or softmax.
         temperature: of the softmax.
         compat: fusechat or None.
-        weight: prior factor per tuned model.
+        weight: prior per tuned model: multiplies its value before the merge weights are computed.
         planned: what the plan knows; None outside a planned merge.
 
     Returns:
@@ -153,7 +153,7 @@ def varm(
         prior=None if all(factor == 1 for factor in prior) else prior,
         compat=compat,
     )
-    if granularity in ("row", "element"):
+    if granularity in core.WITHIN_TENSOR:
         return _merge_rows(group, rule, planned)
     name, base, tuned = _unpacked(group)
     if granularity == "matrix":
@@ -166,7 +166,7 @@ def varm(
         raise MergeError(
             f"tensor {name!r}: expected a planned merge of whole checkpoints for varm with granularity "
             f"{granularity!r}, got a single tensor, which does not tell how its unit changed. Use mergekit-yaml, "
-            "mergekit-multi or mergekit-pytorch; in memory, use fusion_plugins.core.merging.varm.varm_merge, or "
+            "mergekit-multi or mergekit-pytorch; in memory, use fusion_plugins.core.varm_merge, or "
             "granularity matrix, row or element."
         )
     values = core.unit_values(unit.sums, unit.sizes, rule, name)

@@ -73,7 +73,10 @@ def _refuse_ignored(config: Mapping[str, Any], model: type, raw: Any) -> None:
     """Refuse keys and parameters that mergekit would ignore silently."""
     problems = unknown_keys(raw, model) + parameter_problems(config, get(config["merge_method"]).spec)
     if problems:
-        raise ConfigError("the merge configuration: " + "; ".join(problems))
+        raise ConfigError(
+            f"merge configuration: expected only keys and parameters that mergekit uses, got: {'; '.join(problems)}. "
+            "Correct or remove them (mergekit would ignore them silently); `fusion merge-check` lists them all."
+        )
 
 
 def _record_of(config: Mapping[str, Any], out_path: str) -> MergeRecord:

@@ -20,7 +20,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 from pydantic import ConfigDict, SkipValidation
 
-from fusion_plugins.core.merging.varm import unit_of
+from fusion_plugins.core.merging.varm import ACROSS_TENSORS, unit_of
 from fusion_plugins.mergekit.methods import Planned, UnitSums
 from fusion_plugins.mergekit.record import MergeRecord
 from fusion_plugins.mergekit.unit_sums import Unit, UnitStatistics, unwidened
@@ -113,7 +113,7 @@ def _plan_units(
     for merge in merges:
         settings = dict(merge.parameters.items())
         granularity = settings.get("granularity")  # None for methods that have no such parameter
-        if granularity not in ("module", "layer", "model") or merge.base_model is None:
+        if granularity not in ACROSS_TENSORS or merge.base_model is None:
             continue
         name = merge.output_weight.name
         key = (unit_of(name, granularity), granularity, settings["measure"], merge.model_order, merge.base_model)

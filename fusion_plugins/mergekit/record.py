@@ -86,11 +86,11 @@ def append_card(folder: Path) -> None:
 
 
 def _card_section(record: Mapping[str, Any]) -> str:
-    """Return a section in Markdown: mean, smallest and largest share of every model."""
+    """Return a section in Markdown: mean, smallest and largest merge weight of every model."""
     rows = []
     for model in record["models"]:
-        shares = [(entry["weights"][model], entry["name"]) for entry in record["tensors"] if model in entry["weights"]]
-        (low, low_name), (high, high_name) = min(shares), max(shares)
+        weights = [(entry["weights"][model], entry["name"]) for entry in record["tensors"] if model in entry["weights"]]
+        (low, low_name), (high, high_name) = min(weights), max(weights)
         rows.append(
             f"| {model} | {record['mean_weights'][model]:.3f} | {low:.3f} (`{low_name}`) | {high:.3f} (`{high_name}`) |"
         )
@@ -98,14 +98,14 @@ def _card_section(record: Mapping[str, Any]) -> str:
         [
             CARD_HEADING,
             "",
-            f"`{record['method']}` gave every model a share of each tensor's change. Mean over all parameters, smallest"
-            f" and largest share of a tensor (equal shares would be {1 / max(len(record['models']), 1):.3f}):",
+            f"`{record['method']}` gave every model a merge weight in each tensor. Mean over all parameters, smallest"
+            f" and largest weight of a tensor (equal weights would be {1 / max(len(record['models']), 1):.3f}):",
             "",
             "| model | mean | smallest | largest |",
             "|---|---|---|---|",
             *rows,
             "",
-            f"All shares are in `{RECORD_NAME}`; `fusion report` draws them.",
+            f"All weights are in `{RECORD_NAME}`; `fusion report` draws them.",
             "",
         ]
     )

@@ -1,8 +1,8 @@
 """The report on a merge: how much each model contributed, and where.
 
-It turns ``fusion_merge.json`` into one self-contained HTML page: shares per model, a heat map of layers by modules for
-every model, the largest and smallest shares, and how far the merge is from a plain mean. A share is a model's merge
-weight. This module needs neither torch nor mergekit, so that a record can be drawn on any machine.
+It turns ``fusion_merge.json`` into one self-contained HTML page: merge weights per model, a heat map of layers by
+modules for every model, the largest and smallest weights, and the distance from equal weights. This module needs
+neither torch nor mergekit, so that a record can be drawn on any machine.
 """
 
 import json
@@ -27,11 +27,12 @@ class MergeSummary:
 
     Attributes:
         models: tuned models, by their shortest distinct names.
-        mean: mean share per model, every parameter counting once.
-        extremes: per model the (share, tensor) of the smallest and of the largest shares, most extreme first.
-        distance: part of the weight, from 0 to 1, that a plain mean would give to other models; mean over parameters.
-        farthest: (distance, tensor), the tensors farthest from a plain mean.
-        effective: exp of the entropy of the shares: how many models take part, mean over parameters.
+        mean: mean merge weight per model, every parameter counting once.
+        extremes: per model the (weight, tensor) of the smallest and of the largest weights, most extreme first.
+        distance: from equal weights, half the sum of ``|weight - 1/J|`` over the J models (total variation), in
+            [0, 1 - 1/J]; mean over parameters. 0 is a plain mean.
+        farthest: (distance, tensor), the tensors farthest from equal weights.
+        effective: exp of the entropy of the weights: how many models take part, mean over parameters.
         unchanged: tensors that no model changed.
     """
 
@@ -54,13 +55,13 @@ def summarize_merge(record: Mapping[str, Any]) -> MergeSummary:
     changed = [entry for entry in record["tensors"] if sum(entry["weights"].values()) > 0]
     names = [entry["name"] for entry in changed]
     sizes = [entry["elements"] for entry in changed]
-    shares = [[entry["weights"].get(model, 0.0) for model in models] for entry in changed]
+    weights = [[entry["weights"].get(model, 0.0) for model in models] for entry in changed]
     uniform = 1 / max(len(models), 1)
-    distances = [sum(abs(share - uniform) for share in tensor) / 2 for tensor in shares]
-    entropies = [-sum(share * math.log(share) for share in tensor if share > 0) for tensor in shares]
+    distances = [sum(abs(weight - uniform) for weight in tensor) / 2 for tensor in weights]
+    entropies = [-sum(weight * math.log(weight) for weight in tensor if weight > 0) for tensor in weights]
     extremes = []
     for index in range(len(models)):
-        ranked = sorted((tensor[index], name) for tensor, name in zip(shares, names, strict=True))
+        ranked = sorted((tensor[index], name) for tensor, name in zip(weights, names, strict=True))
         extremes.append((ranked[:LISTED], ranked[::-1][:LISTED]))
     return MergeSummary(
         models=_short_names(models),
@@ -131,7 +132,7 @@ def _heat_map(record: Mapping[str, Any], names: Sequence[str]) -> str:
     figure = Figure(figsize=(len(names) * width + 1, height), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
-    # White is an equal share. The centre has to lie below vmax, also for one model, whose equal share is 1.
+    # White is an equal weight. The centre has to lie below vmax, also for one model, whose equal weight is 1.
     norm = TwoSlopeNorm(vcenter=min(1 / len(names), 0.999), vmin=0, vmax=1)
     for panel, model, name in zip(panels, record["models"], names, strict=True):
         grid = [[math.nan] * len(columns) for _ in layers]
@@ -142,7 +143,7 @@ def _heat_map(record: Mapping[str, Any], names: Sequence[str]) -> str:
         panel.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
         panel.set_yticks(range(len(layers)), [layer.rpartition(".")[2] for layer in layers], fontsize=6)
     panels[0].set_ylabel("layer")
-    figure.colorbar(image, ax=list(panels), label="share (white: equal shares)", shrink=0.8)
+    figure.colorbar(image, ax=list(panels), label="merge weight (white: equal weights)", shrink=0.8)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return "data:image/png;base64," + b64encode(buffer.getvalue()).decode()

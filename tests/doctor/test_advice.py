@@ -18,7 +18,7 @@ SOUND = Diagnosis(
     overlap=0.5,
     mapped={"exact": 0.5, "edited": 0.5, "unmapped": 0.0},
     projection=ProjectionReport(positions=10, one_to_one=10, exact_mass=10.0),
-    classes={"other": ClassCount(positions=10, used=10, gold=6.0, own=5.0)},
+    classes={"other": ClassCount(positions=10, used=10, label=6.0, target_label=5.0)},
     vocab_size=420,
     top_k=10,
 )
@@ -33,7 +33,11 @@ UNMAPPED = ProjectionReport(positions=10, one_to_one=10, exact_mass=6.0, unmappe
         ({"projection": ProjectionReport(positions=10, one_to_one=4, exact_mass=4.0)}, "different bytes", "poor"),
         ({"projection": OUTSIDE}, "larger top_k", "fair"),
         ({"projection": UNMAPPED}, "no counterpart", "fair"),
-        ({"classes": {"other": ClassCount(positions=10, used=10, gold=1.0, own=5.0)}}, "fusion.lm_loss_weight", "fair"),
+        (
+            {"classes": {"other": ClassCount(positions=10, used=10, label=1.0, target_label=5.0)}},
+            "fusion.lm_loss_weight",
+            "fair",
+        ),
     ],
 )
 def test_each_problem_names_the_setting_that_helps(change, words, expected):
@@ -61,7 +65,7 @@ def test_first_token_is_not_advised_where_it_is_set():
 
 
 def test_chain_correction_is_advised_where_digits_suffer():
-    diagnosis = replace(SOUND, classes={"digits": ClassCount(positions=10, used=10, gold=1.0, own=5.0)})
+    diagnosis = replace(SOUND, classes={"digits": ClassCount(positions=10, used=10, label=1.0, target_label=5.0)})
     without = advice(diagnosis, ProjectionOptions(chain=False))
     assert any("fusion.projection.chain: true" in line for line in without)
     assert not any("fusion.projection.chain" in line for line in advice(diagnosis, ProjectionOptions()))

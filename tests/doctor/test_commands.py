@@ -24,6 +24,7 @@ def test_stores_give_figures_a_page_and_a_picture(work, contents):
     assert found["vocabulary_map"] == "first_token"
     assert found["sources"][0]["captured"] is True
     assert found["sources"][0]["figures"]["coverage"] > 0
+    assert {"positions", "used", "gold", "own", "top1"} == set(found["sources"][0]["diagnosis"]["classes"]["other"])
     assert found["notes"] == []
     assert (work / "out" / "doctor.png").read_bytes().startswith(b"\x89PNG")
     page = (work / "out" / "doctor.html").read_text()

@@ -33,8 +33,8 @@ def _diagnose(pairs, **options):
 def test_equal_distributions_give_the_label_equal_probability():
     found = _diagnose([(_certain(0.3), _certain(0.3))])
     assert found.total.used > 0
-    assert found.total.gold == pytest.approx(found.total.own)
-    assert found.total.gold == pytest.approx(0.3 * found.total.used)
+    assert found.total.label == pytest.approx(found.total.target_label)
+    assert found.total.label == pytest.approx(0.3 * found.total.used)
 
 
 def test_figures_of_known_probabilities():
@@ -43,7 +43,7 @@ def test_figures_of_known_probabilities():
     assert values["label probability"] == pytest.approx(0.3)
     assert values["label probability, target"] == pytest.approx(0.2)
     assert values["label is top 1"] == values["coverage"] == values["texts won"] == values["vocabulary overlap"] == 1.0
-    assert values["fallback"] == values["vocabulary unmapped"] == 0.0
+    assert values["without a distribution"] == values["vocabulary unmapped"] == 0.0
     kinds = ("one-to-one", "one-to-many", "many-to-one", "crossing", "special")
     assert sum(values[f"positions {kind}"] for kind in kinds) == pytest.approx(1.0)
     assert values["mass kept"] + values["mass outside top k"] == pytest.approx(1.0)

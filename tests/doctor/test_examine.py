@@ -33,7 +33,7 @@ def test_the_target_as_its_own_source_is_covered_and_gives_its_own_probabilities
     assert diagnosis.wins == 0
     assert diagnosis.overlap == 1.0
     held = diagnosis.total
-    assert 0.0 < held.gold <= held.own + 1e-3
+    assert 0.0 < held.label <= held.target_label + 1e-3
 
 
 def test_tokenizers_and_stores_agree_on_coverage(work, contents):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -128,8 +129,10 @@ def test_a_hook_that_raises_is_a_warning_and_the_module_is_imported(tmp_path, mo
     monkeypatch.syspath_prepend(str(tmp_path))
     finder = _autoload._Finder({"some_host": ("bad_hook", "act")})
     monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
-    with pytest.warns(RuntimeWarning, match="could not extend some_host: ValueError: no such thing"):
+    with pytest.warns(RuntimeWarning, match="could not extend some_host: ValueError: no such thing") as warned:
         import some_host
+    (expected,) = re.findall(r"Expected mergekit (\S+): ", str(warned[0].message))
+    assert f'"mergekit{expected}"' in (ROOT / "pyproject.toml").read_text()
     assert some_host.VALUE == 1
     assert finder not in sys.meta_path
 

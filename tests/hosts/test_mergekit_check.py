@@ -132,8 +132,8 @@ def test_missing_and_damaged_models_are_named(models, tmp_path):
     for name in ("empty", "absent"):
         assert f"{tmp_path / name}: expected a folder with config.json" in found
     assert f"{tmp_path / 'cut' / 'model.safetensors'}: expected a complete safetensors file" in found
-    assert f"{tmp_path / 'incomplete'}: incomplete; expected the shards that the index names, got none named " in found
-    assert "got none named model-00002" in found
+    assert f"{tmp_path / 'incomplete'}: expected every shard that the index names; missing: model-00002" in found
+    assert ".safetensors. Download the model again" in found
     assert f"{tmp_path / 'weightless'}: expected model.safetensors or pytorch_model.bin" in found
 
 

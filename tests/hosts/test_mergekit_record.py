@@ -97,7 +97,7 @@ def test_other_methods_leave_no_record(models, tmp_path):
     assert "### How the models were weighted" not in (out / "README.md").read_text()
 
 
-def test_the_report_is_one_page_with_a_picture_and_the_shares(models, merged):
+def test_the_report_is_one_page_with_a_picture_and_the_weights(models, merged):
     page = render_merge_report(merged)
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     (picture,) = re.findall(r"data:image/png;base64,([^\"]+)", page)
@@ -110,7 +110,7 @@ def test_the_report_is_one_page_with_a_picture_and_the_shares(models, merged):
 
 
 def test_the_report_compares_with_a_plain_mean():
-    """Half the parameters at (0.9, 0.1), half at (0.5, 0.5): a plain mean would give 0.2 of the weight to others."""
+    """Half the parameters at (0.9, 0.1), half at (0.5, 0.5): the mean distance is half of 0.4."""
     tensors = [
         {"name": f"layers.{i}.w", "layer": f"layers.{i}", "module": "w", "elements": 10, "weights": w, "values": w}
         for i, w in enumerate(({"a": 0.9, "b": 0.1}, {"a": 0.5, "b": 0.5}, {"a": 0.0, "b": 0.0}))

@@ -37,7 +37,11 @@ from fusion_plugins.core.merging.deltas import (
 )
 from fusion_plugins.errors import ConfigError, MergeError
 
-GRANULARITIES = ("matrix", "row", "module", "layer", "model", "element")
+#: What shares one weight per model: parts of a tensor, a tensor (``matrix``), or several tensors. A new name goes into
+#: one of the two tuples and needs a branch, in `_rows` (parts; mergekit/methods.py records them too) or in `unit_of`.
+WITHIN_TENSOR = ("row", "element")
+ACROSS_TENSORS = ("module", "layer", "model")
+GRANULARITIES = ("matrix", *WITHIN_TENSOR, *ACROSS_TENSORS)
 NORMALIZATIONS = ("ratio", "softmax")
 COMPATIBILITIES = (None, "fusechat")
 #: The released code's floor under the sum over models, element granularity.
@@ -104,6 +108,9 @@ def unit_of(name: str, granularity: str) -> str:
         name: dotted name of a parameter.
         granularity: one of :data:`GRANULARITIES`; ``row`` and ``element`` subdivide the unit ``matrix``.
 
+    Raises:
+        ConfigError: the granularity is unknown.
+
     Example:
         >>> unit_of("model.layers.3.mlp.up_proj.weight", "module")
         'model.layers.3.mlp'
@@ -112,14 +119,14 @@ def unit_of(name: str, granularity: str) -> str:
     """
     if granularity == "model":
         return "model"
-    if granularity not in ("module", "layer"):
+    if granularity in ("matrix", *WITHIN_TENSOR):
         return name
+    if granularity not in ("module", "layer"):
+        raise ConfigError(f"granularity: expected one of {', '.join(GRANULARITIES)}; got {granularity!r}")
     layer = layer_of(name)
     if layer is None:
         return name.rpartition(".")[0] or name
-    if granularity == "layer":
-        return layer
-    return f"{layer}.{name[len(layer) + 1 :].partition('.')[0]}"
+    return layer if granularity == "layer" else f"{layer}.{name[len(layer) + 1 :].partition('.')[0]}"
 
 
 def unit_values(sums: Sequence[Tensor], sizes: Sequence[int], rule: VarmRule, name: str = "") -> Tensor:
@@ -259,7 +266,7 @@ def varm_weights(
     """
     rule = VarmRule(granularity, measure, normalize, temperature, prior, compat)
     tensors = _paired(base, tuned)
-    if granularity in ("row", "element"):
+    if granularity in WITHIN_TENSOR:
         return {name: _row_weights(name, *pair, rule) for name, pair in tensors.items()}
     return _shared_weights(tensors, rule)
 
@@ -282,7 +289,7 @@ def varm_merge(
     """
     rule = VarmRule(granularity, measure, normalize, temperature, prior, compat)
     tensors = _paired(base, tuned)
-    if granularity not in ("row", "element"):
+    if granularity not in WITHIN_TENSOR:
         weights = _shared_weights(tensors, rule)
         return {name: combine(*pair, weights[name]) for name, pair in tensors.items()}
     merged: dict[str, Tensor] = {}

@@ -302,6 +302,8 @@ def test_units_follow_the_names_of_parameters(name, module, layer):
     assert unit_of(name, "layer") == layer
     assert unit_of(name, "matrix") == name
     assert unit_of(name, "model") == "model"
+    with pytest.raises(ConfigError, match="granularity: expected one of matrix, row, .*; got 'head'"):
+        unit_of(name, "head")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
