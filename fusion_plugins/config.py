@@ -16,7 +16,7 @@ class Settings(BaseModel):
     """A group of settings. An unknown key is an error; a renamed one is an error that gives the new name.
 
     Attributes:
-        MOVED: old key -> its new name, or what became of it.
+        MOVED: old key -> what the error says after "KEY is", such as "now NEW_KEY".
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -27,7 +27,7 @@ class Settings(BaseModel):
     def _refuse_moved_keys(cls, values: Any) -> Any:
         moved = [key for key in cls.MOVED if isinstance(values, Mapping) and key in values]
         if moved:
-            raise ValueError("; ".join(f"{key} is now {cls.MOVED[key]}" for key in moved))
+            raise ValueError("; ".join(f"{key} is {cls.MOVED[key]}" for key in moved))
         return values
 
 

@@ -32,12 +32,12 @@ class AlignmentArgs(Settings):
 
     MOVED = {
         "band": "gone: dtw always computes the whole matrix",
-        "vocabulary": "fusion.projection.vocabulary_map",
-        "max_distance": "fusion.projection.max_distance",
-        "chain": "fusion.projection.chain",
-        "tail": "fusion.projection.tail",
-        "min_mass": "fusion.projection.min_mass",
-        "fallback": "fusion.projection.fallback",
+        "vocabulary": "now fusion.projection.vocabulary_map",
+        "max_distance": "now fusion.projection.max_distance",
+        "chain": "now fusion.projection.chain",
+        "tail": "now fusion.projection.tail",
+        "min_mass": "now fusion.projection.min_mass",
+        "fallback": "now fusion.projection.fallback",
     }
 
     method: str = Field(
@@ -148,7 +148,7 @@ class SplitArgs(Settings):
 class FusionBlock(Settings):
     """Everything under ``fusion:``."""
 
-    MOVED = {"missing_texts": "fusion.on_missing_text: raise | skip"}
+    MOVED = {"missing_texts": "now fusion.on_missing_text: raise | skip"}
 
     sources: list[SourceArgs] = Field(
         default_factory=list, description="source models, for datasets of type fusion_plugins.axolotl.fused"

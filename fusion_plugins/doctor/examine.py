@@ -36,7 +36,7 @@ EXPECTED_BYTES = 117.0
 class DoctorConfig(Settings):
     """Keys of the YAML file of ``fusion doctor``; ``vocabulary_map`` and ``chain`` as in ``fusion.projection``."""
 
-    MOVED = {"vocabulary": "vocabulary_map"}
+    MOVED = {"vocabulary": "now vocabulary_map"}
 
     sources: list[str] = Field(min_length=1, description="stores of the sources, or their tokenizers")
     target: str | None = Field(None, description="store of the target, or its tokenizer; null for the last of sources")

@@ -40,7 +40,7 @@ class ScorerSettings(Settings):
 class ScoreConfig(Settings):
     """Keys of the YAML file of ``fusion score``."""
 
-    MOVED = {"unit_rows": "batch_rows"}
+    MOVED = {"unit_rows": "now batch_rows"}
 
     responses: str | list[str] = Field(
         min_length=1,

@@ -38,8 +38,8 @@ class CaptureConfig(SourceSettings):
     """Keys of the YAML file of ``fusion capture``."""
 
     MOVED: ClassVar[Mapping[str, str]] = {
-        "unit_bytes": "batch_bytes",
-        "unusable": "on_unusable, with the values raise (was: stop) and skip",
+        "unit_bytes": "now batch_bytes",
+        "unusable": "now on_unusable, with the values raise (was: stop) and skip",
     }
 
     texts: str | list[str] = Field(description=".jsonl or .parquet files, or folders of them")

@@ -79,8 +79,8 @@ class SampleConfig(Settings):
     """Keys of the YAML file of ``fusion sample``."""
 
     MOVED: ClassVar[Mapping[str, str]] = {
-        "unit_requests": "batch_requests",
-        "unusable": "on_unusable, with the values raise (was: stop) and skip",
+        "unit_requests": "now batch_requests",
+        "unusable": "now on_unusable, with the values raise (was: stop) and skip",
     }
 
     prompts: str | list[str] = Field(description=".jsonl or .parquet files, or folders of them")
