@@ -53,6 +53,8 @@ class AlignmentArgs(Settings):
 class ProjectionArgs(Settings):
     """How a source's distributions become distributions over the target's vocabulary."""
 
+    MOVED = {"vocabulary": "now vocabulary_map"}
+
     vocabulary_map: Literal["first_token", "min_edit", "exact", "statistics", "one_to_many"] = Field(
         default="first_token",
         description="source token -> target token. first_token: the first token of the target's own encoding; "
@@ -90,7 +92,7 @@ class ProjectionArgs(Settings):
     @classmethod
     def _refuse_ignore(cls, value: Any) -> Any:
         if value == "ignore":
-            raise ValueError("expected renormalize or bucket, got ignore, which is now called bucket")
+            raise ValueError("expected renormalize or bucket; ignore is now called bucket")
         return value
 
     def options(self) -> ProjectionOptions:
@@ -148,7 +150,7 @@ class SplitArgs(Settings):
 class FusionBlock(Settings):
     """Everything under ``fusion:``."""
 
-    MOVED = {"missing_texts": "now fusion.on_missing_text: raise | skip"}
+    MOVED = {"missing_texts": "now fusion.on_missing_text, with the values raise (was: stop) and skip (was: drop)"}
 
     sources: list[SourceArgs] = Field(
         default_factory=list, description="source models, for datasets of type fusion_plugins.axolotl.fused"
@@ -194,7 +196,7 @@ class FusionBlock(Settings):
     @classmethod
     def _refuse_decay(cls, value: Any) -> Any:
         if value == "decay":
-            raise ValueError("expected constant or rise, got decay, which is now called rise")
+            raise ValueError("expected constant or rise; decay is now called rise")
         return value
 
     @model_validator(mode="after")

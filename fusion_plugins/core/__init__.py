@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fusion_plugins.core.fusion.counts import AlignmentCounts
     from fusion_plugins.core.fusion.fuse import fuse, per_token
     from fusion_plugins.core.fusion.losses import chunked_fusion_loss, fusion_loss
-    from fusion_plugins.core.fusion.project import ProjectionOptions, project_distributions
+    from fusion_plugins.core.fusion.project import ProjectionOptions, Projector, project_distributions
     from fusion_plugins.core.fusion.types import Record, SparseDistributions, TopK, VocabularyMap
     from fusion_plugins.core.fusion.vocabulary_map import map_vocabulary
     from fusion_plugins.core.merging.sce import sce_merge
@@ -35,6 +35,7 @@ __all__ = [
     "GapWindow",
     "Pair",
     "ProjectionOptions",
+    "Projector",
     "Record",
     "SparseDistributions",
     "SplitRule",
@@ -66,7 +67,7 @@ __getattr__ = lazy_names(
         "fusion.align": ("Alignment", "align_tokens"),
         "fusion.counts": ("AlignmentCounts",),
         "fusion.vocabulary_map": ("map_vocabulary",),
-        "fusion.project": ("ProjectionOptions", "project_distributions"),
+        "fusion.project": ("ProjectionOptions", "Projector", "project_distributions"),
         "fusion.fuse": ("fuse", "per_token"),
         "fusion.losses": ("chunked_fusion_loss", "fusion_loss"),
         "merging.varm": ("varm_merge", "varm_weights"),

@@ -3,8 +3,10 @@
 Kernels release the GIL. Whoever wants several threads gives each its own slice of the work; numba's own thread pools
 are not used, because they do not survive the ``fork`` of data workers.
 
-A kernel calls other kernels of its own file only: numba's cache looks at the time and size of a kernel's own file, so a
-change in another file would go unnoticed.
+numba's cache looks at the time and size of a kernel's own file, so a change in another file would go unnoticed.
+Hence two rules: a kernel calls other kernels of its own file only, and the fields of a tuple that kernels of another
+file read (:class:`~fusion_plugins.core.text.token_bytes.TokenBytes`) are not reordered without a new
+name for the tuple.
 """
 
 from collections.abc import Callable

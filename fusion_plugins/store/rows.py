@@ -102,7 +102,7 @@ class RowWriter(ShardWriter[Row, RowManifest]):
         """Keys of the rows that are on the disk."""
         return self.done
 
-    def write(self, item: Mapping[str, Any]) -> None:
+    def write(self, item: Mapping[str, Any], /) -> None:
         """Take one row; declared columns that it lacks are None.
 
         Raises:

@@ -156,7 +156,7 @@ class ShardWriter(Generic[T, M]):
         """Return whether an item with that key was written, now or before."""
         return key in self.done or key in self._buffered
 
-    def write(self, item: T) -> None:
+    def write(self, item: T, /) -> None:
         """Take one item; a shard is written when enough are buffered.
 
         Raises:

@@ -56,7 +56,7 @@ class StoreWriter(ShardWriter[Record, Manifest]):
         """Ids of the records that are on the disk."""
         return self.done
 
-    def write(self, item: Record) -> None:
+    def write(self, item: Record, /) -> None:
         """Take one record; a shard is written when enough are buffered.
 
         Raises:

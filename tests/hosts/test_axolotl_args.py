@@ -18,9 +18,16 @@ SOURCES = [{"name": "a", "store": "stores/a"}]
         ({"alignment": {"min_mass": 0.0}}, "min_mass is now fusion.projection.min_mass"),
         ({"alignment": {"fallback": "mask"}}, "fallback is now fusion.projection.fallback"),
         ({"alignment": {"band": 8}}, "band is gone: dtw always computes the whole matrix"),
-        ({"missing_texts": "drop"}, "missing_texts is now fusion.on_missing_text: raise | skip"),
-        ({"projection": {"tail": "ignore"}}, "got ignore, which is now called bucket"),
-        ({"lm_loss_schedule": "decay"}, "got decay, which is now called rise"),
+        (
+            {"missing_texts": "drop"},
+            "missing_texts is now fusion.on_missing_text, with the values raise (was: stop) and skip (was: drop)",
+        ),
+        ({"projection": {"vocabulary": "exact"}}, "projection: vocabulary is now vocabulary_map"),
+        (
+            {"projection": {"tail": "ignore"}},
+            "expected renormalize or bucket; ignore is now called bucket, got 'ignore'",
+        ),
+        ({"lm_loss_schedule": "decay"}, "expected constant or rise; decay is now called rise, got 'decay'"),
     ],
 )
 def test_what_was_renamed_is_refused_with_the_new_name(block, new):

@@ -57,9 +57,9 @@ import os, signal, sys
 from pathlib import Path
 from fusion_plugins.store.files import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
-worker = os.fork()
-if worker:
-    print(worker, flush=True)
+if os.fork() == 0:
+    # Printed by the worker itself, which has let go of its parent's lock by then.
+    print(os.getpid(), flush=True)
 signal.pause()
 """
 

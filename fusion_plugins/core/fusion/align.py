@@ -40,7 +40,7 @@ class Alignment:
     """
 
     source_positions: IntArray
-    ranges: Callable[[], tuple[IntArray, IntArray]]
+    ranges: Callable[[], tuple[IntArray, ...]]
     coverage: float
     cost: int | None = None
 
@@ -126,7 +126,7 @@ def align_dtw(source_tokens: Tokens, target_tokens: Tokens, *, tie_order: str = 
     last = target_ranges[:, 1]
     positions = np.where(source_ranges[last, 1] == np.arange(len(last)), last, -1).astype(np.int32)
     coverage = float(np.mean(positions >= 0)) if len(positions) else 1.0
-    return Alignment(positions, lambda: (target_ranges, source_ranges), coverage, cost)
+    return Alignment(positions, partial(_known, target_ranges, source_ranges), coverage, cost)
 
 
 def align_texts(source: TokenizedText, target: TokenizedText, *, strict: bool = False) -> Alignment:
@@ -151,7 +151,7 @@ def align_texts(source: TokenizedText, target: TokenizedText, *, strict: bool = 
     s_exact, t_exact = as_array(source.exact, np.bool_), as_array(target.exact, np.bool_)
     positions, possible = _match_positions(s_ends, s_exact, s_spans, t_ends, t_exact, t_spans, strict)
     coverage = float((positions >= 0).sum() / possible) if possible else 1.0
-    return Alignment(positions, lambda: _overlaps(s_ends, s_spans, t_ends, t_spans), coverage)
+    return Alignment(positions, partial(_overlaps, s_ends, s_spans, t_ends, t_spans), coverage)
 
 
 def align_by_tokens(aligner: TokenAligner, source_bytes: TokenBytes, target_bytes: TokenBytes) -> TextAligner:
@@ -196,6 +196,11 @@ ALIGNERS: dict[str, TokenAligner] = {
     "dtw": align_dtw,
 }
 """Name -> aligner(source_tokens, target_tokens)."""
+
+
+def _known(*ranges: IntArray) -> tuple[IntArray, ...]:
+    # Not a lambda: an alignment must survive being pickled.
+    return ranges
 
 
 def _whole_text(tokens: list[bytes]) -> TokenizedText:

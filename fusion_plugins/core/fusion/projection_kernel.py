@@ -110,10 +110,11 @@ def project_positions(source_positions, sides, min_mass):  # type: ignore[no-unt
     """Project every position that has a source position.
 
     Returns:
-        ids (T, L), logprobs (T, L), kept mass (T,), log-probability of the label (T,), counts, masses. L is K + 1 times
-        the number of entries that a source token has at most.
+        ids (T, L), logprobs (T, L), kept mass (T,), log-probability of the label (T,), counts, masses. L is K + 1; for
+        a one-to-many map K + 1 times the number of shares that a source token has at most, and 1 for the label.
     """
     n, width = len(sides.target.ids), (sides.source.topk_ids.shape[1] + 1) * sides.mapping.most
+    width += len(sides.mapping.starts) > 1
     ids, logprobs = np.full((n, width), -1, np.int32), np.full((n, width), -np.inf, np.float32)
     kept, gold = np.zeros(n), np.full(n, -np.inf, np.float32)
     counts, masses = np.zeros(len(COUNTS), np.int64), np.zeros(len(MASSES))

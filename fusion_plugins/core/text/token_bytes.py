@@ -11,6 +11,9 @@ from fusion_plugins.core.arrays import BoolArray
 class TokenBytes(NamedTuple):
     """Token ``i`` is ``flat[starts[i] : starts[i + 1]]``; made by :attr:`TokenTable.packed`.
 
+    Cached kernels know the fields by their order: rename the class when it changes
+    (see :mod:`fusion_plugins.core.jit`).
+
     Attributes:
         flat: uint8, the bytes of all tokens.
         starts: (W + 1,) int64.

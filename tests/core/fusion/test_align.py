@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 import reference
@@ -142,6 +144,14 @@ def plain(ends, spans, exact=None):
     n = len(ends)
     exact = np.ones(n, np.bool_) if exact is None else np.array(exact)
     return TokenizedText(np.zeros(n, np.int32), np.array(ends, np.int32), np.array(spans, np.int32), exact)
+
+
+@pytest.mark.parametrize("method", sorted(ALIGNERS))
+def test_an_alignment_survives_being_pickled(method):
+    found = align_tokens([b"the", b" 1", b"2"], [b"the", b" 12"], method=method)
+    again = pickle.loads(pickle.dumps(found))
+    assert again.target_to_source == found.target_to_source == [[0], [1, 2]]
+    assert again.source_to_target == found.source_to_target
 
 
 def test_of_several_tokens_at_one_byte_the_last_is_the_row_and_at_the_end_the_first():

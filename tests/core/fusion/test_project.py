@@ -15,6 +15,7 @@ from fusion_plugins.core.fusion.accounting import ProjectionReport
 from fusion_plugins.core.fusion.align import align_texts
 from fusion_plugins.core.fusion.counts import AlignmentCounts
 from fusion_plugins.core.fusion.project import ProjectionOptions, longest_beginnings, project_distributions
+from fusion_plugins.core.fusion.types import Shares, VocabularyMap
 from fusion_plugins.core.fusion.vocabulary_map import map_vocabulary
 from fusion_plugins.core.text.token_table import Role, TokenTable
 from fusion_plugins.core.text.types import TokenizedText
@@ -481,3 +482,19 @@ def test_a_byte_fallback_token_is_not_the_beginning_where_the_byte_has_a_token_o
     twins = TokenTable([b"a", b"a"], [None, None], {}, False, "sentencepiece")
     assert longest_beginnings(twins, twins).tolist() == [0, 0]
     assert longest_beginnings(twins, replace(twins, byte_fallback=frozenset({0}))).tolist() == [1, 1]
+
+
+def test_a_position_holds_the_label_and_every_share_of_every_entry():
+    """K = 1 with two shares each: the label, two shares of a next token that the top k missed, two of the entry."""
+    source, target = table(["a", "b", "c"]), table(["ab", "a1", "a2", "c1", "c2", "x"])
+    shares = Shares(np.array([0, 2, 2, 4], np.int32), np.array([1, 2, 3, 4], np.int32), np.full(4, 0.5, np.float32))
+    vocabulary = VocabularyMap(np.array([0, -1, 3], np.int32), np.array([1, -1, 1], np.int32), "one_to_many", shares)
+    texts = text_of(["a", "b", "a", "b"], source), text_of(["ab", "ab"], target)
+    half = np.full((4, 1), np.log(0.5), np.float32)
+    next_logprobs = np.log(np.array([0.9, 0.4, 0.5, 1.0], np.float32))
+    record = record_of("text", texts[0], np.full((4, 1), 2, np.int32), half, next_logprobs)
+    found = project_record(
+        record, align_texts(*texts), vocabulary, texts[1], source_table=source, target_table=target, options=TRUE
+    )
+    # p(a) p(b | a) = .4 * .5 for "ab"; the other half of "a" (.4 - .2) and "c" (.5) are divided equally.
+    assert as_dict(found, 0, target) == {"ab": 0.2, "a1": 0.1, "a2": 0.1, "c1": 0.25, "c2": 0.25}
