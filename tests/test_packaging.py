@@ -33,6 +33,15 @@ def test_wheel_has_every_module_and_the_type_marker(wheel):
     assert "fusion_plugins/py.typed" in names
 
 
+def test_wheel_has_the_templates_of_the_html_reports(wheel):
+    """They are no Python modules, so the build has to take them along."""
+    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "fusion_plugins").rglob("*.html")}
+    assert templates == {"fusion_plugins/doctor/templates/doctor.html", "fusion_plugins/mergekit/templates/merge.html"}
+    assert templates <= set(wheel.namelist())
+    for name in templates:
+        assert wheel.read(name) == (ROOT / name).read_bytes() != b""
+
+
 def test_hook_is_one_guarded_line_of_the_standard_library(wheel):
     lines = wheel.read("fusion_plugins_mergekit.pth").decode().strip().splitlines()
     assert len(lines) == 1

@@ -13,7 +13,7 @@ import tiny
 from records import record_of
 from tokenizers import AddedToken
 
-from fusion_plugins.core.fusion.accounting import FusionReport, ProjectionReport
+from fusion_plugins.core.fusion.accounting import ProjectionReport
 from fusion_plugins.core.fusion.align import align_by_tokens, align_dtw, align_texts, align_tokens
 from fusion_plugins.core.fusion.fuse import RULES
 from fusion_plugins.core.fusion.pipeline import METRICS, FusionPlan, FusionSource, fuse_text, warm_up
@@ -406,16 +406,6 @@ def test_strict_offsets_use_only_rows_with_the_same_next_token():
     ]
     assert reports[0].one_to_one == reports[1].one_to_one > 10
     assert reports[0].one_to_many > 0 == reports[1].one_to_many == reports[1].many_to_one == reports[1].crossing
-
-
-def test_reports_of_texts_add_up():
-    plan = plan_of("byte_level", "byte_level", "digit_splitting")
-    records = [knows(plain("byte_level"))[0], knows(plain("digit_splitting"))[0]]
-    _, one = fuse_text(plan, plain("byte_level"), records)
-    total = one + one + FusionReport()
-    assert (total.texts, total.positions, total.fused_positions) == (2, 2 * one.positions, 2 * one.fused_positions)
-    assert total.chosen["byte_level-0"] == 2 * one.chosen["byte_level-0"]
-    assert total.sources["digit_splitting-1"].used == 2 * one.sources["digit_splitting-1"].used
 
 
 def test_wrong_plans_are_refused():

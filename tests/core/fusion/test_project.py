@@ -444,15 +444,6 @@ def test_source_ids_beyond_the_token_table_are_unmapped():
     np.testing.assert_array_equal(same.ids, found.distributions.ids)
 
 
-def test_reports_add_up():
-    first = ProjectionReport(positions=4, one_to_one=3, unaligned=1, gold_mass=1.5, exact_mass=0.5)
-    total = first + ProjectionReport(positions=2, one_to_many=1, low_mass=1, gold_mass=0.5)
-    assert (total.positions, total.used, total.coverage) == (6, 4, 4 / 6)
-    assert total.mass_kept == pytest.approx(2.5 / 4)
-    assert ProjectionReport().coverage == 1.0
-    assert ProjectionReport().mass_kept == 0.0
-
-
 def test_wrong_options_are_refused_together():
     with pytest.raises(ConfigError, match=r"min_mass: expected a share in \[0, 1\], got 2.0"):
         ProjectionOptions(min_mass=2.0)
