@@ -4,7 +4,7 @@
 
 Stores of three sources (tekken twice and the target's own tokenizer; the rows are made up as in bench_project.py) over
 Python files in texts of about 2,000 tokens; two workers. Every command is a process of its own with empty caches for
-vocabulary maps and data sets; only the compiled kernels are kept on the disk. The published path (bench_project.py)
+vocabulary maps and datasets; only the compiled kernels are kept on the disk. The published path (bench_project.py)
 aligns whole texts on one core, for the two sources whose tokenizer is another; two workers are taken to be twice as
 fast, and to need no start-up.
 
@@ -171,7 +171,7 @@ def core_seconds() -> float:
 
 
 def same_rows(left: Path, right: Path) -> bool:
-    """Whether two prepared data sets hold the same rows in the same order."""
+    """Whether two prepared datasets hold the same rows in the same order."""
     from datasets import load_from_disk
 
     a, b = load_from_disk(str(left)), load_from_disk(str(right))

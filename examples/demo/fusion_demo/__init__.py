@@ -1,4 +1,4 @@
-"""The demonstration: the whole way of the data on small models that it trains itself, on a CPU, without a network.
+"""The demonstration: the whole data flow on small models that it trains itself, on a CPU, without a network.
 
 ``problems``, ``texts`` and ``data`` make the texts, ``vocabularies`` and ``models`` describe the four models,
 ``pretrain`` trains them, ``evaluate`` measures, ``stages`` runs what ``plan`` lists, ``results`` prints.
