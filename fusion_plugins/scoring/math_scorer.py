@@ -19,8 +19,8 @@ class MathScorer:
     Args:
         timeout: seconds per response.
         workers: number of processes; one per CPU core by default.
-        marked_only: whether an answer counts only in ``\boxed{}`` or after ``####``; otherwise an expression that
-            math-verify finds, and at last the last number, count too.
+        marked_only: whether an answer counts only in ``\boxed{}`` or after ``####``; otherwise what is said to be the
+            answer, bold, and at last the last formula or number count too.
 
     Raises:
         ConfigError: the timeout is not above 0.
@@ -38,7 +38,8 @@ class MathScorer:
             raise ScoringError(
                 "scorers.math: expected the package math-verify, got none; pip install 'fusion-plugins[score]'"
             ) from error
-        self.facts = {"math_verify": installed, "timeout": timeout, "marked_only": marked_only}
+        # The rules change where the same response may get another verdict than before.
+        self.facts = {"math_verify": installed, "timeout": timeout, "marked_only": marked_only, "rules": 2}
         self._marked_only = marked_only
         self._pool = WorkerPool(
             "fusion_plugins.scoring.math_worker", workers=workers or os.cpu_count() or 1, timeout=timeout
@@ -50,7 +51,12 @@ class MathScorer:
         places = [place for place, row in enumerate(rows) if row.get("reference")]
         replies = self._pool.map(
             [
-                {"reference": row["reference"], "response": row["response"], "marked_only": self._marked_only}
+                {
+                    "reference": row["reference"],
+                    "response": row["response"],
+                    "marked_only": self._marked_only,
+                    "broken_off": row.get("finish_reason") == "length",
+                }
                 for row in (rows[place] for place in places)
             ]
         )
