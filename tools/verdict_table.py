@@ -6,7 +6,7 @@ FOLDER holds gsm8k*.jsonl (question, answer), svamp*.jsonl (Body, Answer), math5
 cmath*.jsonl (question, answer); those that are missing are left out. Prints the table of docs/responses.md.
 
 A cell is the share of right verdicts in percent, over right answers and as many of each of three kinds of wrong ones: the
-answer of another problem, a near miss, and the negative or the tenfold. No verdict counts as a wrong verdict.
+answer of another problem, a near miss, and the tenfold or the negative (for formulas, that of a third problem). No verdict counts as a wrong verdict.
 """
 
 import argparse
@@ -31,8 +31,12 @@ STYLES: dict[str, Callable[[str, str, str], str]] = {
     "sentence": lambda answer, other, work: f"{work}\n\nSo the answer is {_formula(answer)}.",
     "LaTeX": lambda answer, other, work: f"{work}\n\nTherefore\n\\[ {answer} \\]",
     "with units": lambda answer, other, work: f"{work}\n\nThe answer is {_with_unit(answer)} in total.",
-    "after thinking": lambda answer, other, work: f"<think>\nIt may be \\boxed{{{other}}}.\n</think>\n\nThe answer is {_formula(answer)}.",
-    "two candidates": lambda answer, other, work: f"First I got $\\boxed{{{other}}}$, but that is wrong. It is $\\boxed{{{answer}}}$.",
+    "after thinking": lambda answer, other, work: (
+        f"<think>\nIt may be \\boxed{{{other}}}.\n</think>\n\nThe answer is {_formula(answer)}."
+    ),
+    "two candidates": lambda answer, other, work: (
+        f"First I got $\\boxed{{{other}}}$, but that is wrong. It is $\\boxed{{{answer}}}$."
+    ),
     "Chinese": lambda answer, other, work: f"解：{work}\n所以答案是{_formula(answer)}。",
     "unmarked": lambda answer, other, work: f"{work}\n\nThus we get {_formula(answer)}.",
     "solution": lambda answer, other, work: work,
@@ -48,18 +52,23 @@ def _with_unit(answer: str) -> str:
     return f"{answer} apples" if re.fullmatch(r"-?[\d.,]+", answer) else _formula(answer)
 
 
-def _near_miss(answer: str) -> str:
-    """Return an answer with its last digit changed; one without digits gets a one more."""
-    digits = list(re.finditer(r"\d", answer))
-    if not digits:
-        return f"{answer} + 1"
-    place = digits[-1].start()
-    return f"{answer[:place]}{(int(answer[place]) + 1) % 10}{answer[place + 1 :]}"
+def _near_miss(answer: str, other: str) -> str:
+    """Return an answer with its last digit or its letter changed; another one where it has neither."""
+    found = list(re.finditer(r"\d", answer)) or list(re.finditer(r"[A-D](?=\W*$)", answer))
+    if not found:
+        return other
+    place = found[-1].start()
+    character = answer[place]
+    changed = str((int(character) + 1) % 10) if character.isdigit() else chr(ord(character) + 1)
+    return f"{answer[:place]}{changed}{answer[place + 1 :]}"
 
 
-def _scaled(answer: str) -> str:
+def _tenfold(answer: str, other: str) -> str:
+    """Return ten times a whole number, the negative of a decimal one, and another answer for a formula."""
     number = answer.replace(",", "")
-    return f"{number}0" if re.fullmatch(r"-?\d*[1-9]\d*", number) else f"-({answer})" if "=" not in answer else _near_miss(answer)
+    if re.fullmatch(r"-?\d*[1-9]\d*", number):
+        return f"{number}0"
+    return f"-{number}" if re.fullmatch(r"\d+\.\d+", number) else other
 
 
 def problems(folder: Path) -> Iterator[tuple[str, str, str]]:
@@ -70,14 +79,17 @@ def problems(folder: Path) -> Iterator[tuple[str, str, str]]:
             if name == "gsm8k":
                 work = re.sub(r"<<.*?>>", "", row["answer"].rpartition("####")[0]).strip()
                 gold = gold_answer(row["answer"])
-                head, found, tail = work.rpartition(gold)
-                yield name, gold, f"{head}{PLACE if found else work}{tail}"
+                last = re.search(rf"{r',?'.join(gold.replace(',', ''))}(?![\d.]\d)(?!.*\d)", work, re.DOTALL)
+                if last:
+                    yield name, gold, work[: last.start()] + PLACE + work[last.end() :]
             elif name == "math500":
-                box = re.search(r"\\boxed\s*(\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}|\w)(?!.*\\boxed)", row["solution"], re.DOTALL)
-                if box:
+                box = re.search(
+                    r"\\boxed\s*(\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}|\w)(?!.*\\boxed)", row["solution"], re.DOTALL
+                )
+                if box and row["solution"].count(r"\boxed") == 1:
                     yield name, row["answer"], row["solution"][: box.start()] + PLACE + row["solution"][box.end() :]
             elif name == "svamp":
-                yield name, f"{row['Answer']:g}", f"{row['Body']} We compute {row['Equation']}. That makes {PLACE}."
+                yield name, f"{row['Answer']:.10g}", f"{row['Body']} We compute {row['Equation']}. That makes {PLACE}."
             else:
                 yield name, str(row["answer"]), f"{row['question']}\n一共是{PLACE}。"
 
@@ -96,7 +108,13 @@ def cell(work: tuple[str, str, str, str, list[str]]) -> tuple[str, str, bool, bo
     dataset, style, gold, response, (expected,) = work
     right = expected == "right"
     ours = judge(gold, response)
-    return dataset, style, ours["correct"] is right, alone(gold, response) is right, f"{expected}: {gold!r} / {response[-160:]!r} -> {ours}"
+    return (
+        dataset,
+        style,
+        ours["correct"] is right,
+        alone(gold, response) is right,
+        f"{expected}: {gold!r} / {response[-160:]!r} -> {ours}",
+    )
 
 
 def tasks(folder: Path, rows: int) -> Iterator[tuple[str, str, str, str, list[str]]]:
@@ -107,15 +125,21 @@ def tasks(folder: Path, rows: int) -> Iterator[tuple[str, str, str, str, list[st
     for dataset, all_of_it in found.items():
         chosen = random.Random(7).sample(all_of_it, min(rows, len(all_of_it)))
         for place, (gold, solution) in enumerate(chosen):
-            others = [other for other, _ in chosen[place + 1 :] + chosen[:place] if other.replace(" ", "") != gold.replace(" ", "")]
-            answers = {"right": gold, "another": others[0], "near": _near_miss(gold), "scaled": _scaled(gold)}
+            others = [
+                other
+                for other, _ in chosen[place + 1 :] + chosen[:place]
+                if other.replace(" ", "") != gold.replace(" ", "")
+            ]
+            answers = {"right": gold, "another": others[0], "near": _near_miss(gold, others[1]), "tenfold": _tenfold(gold, others[2])}
             for style, write in STYLES.items():
                 for kind, answer in answers.items():
                     # Where the answer is wrong, the right one stands in the thinking or was given up.
                     wrong = answers["near"] if kind == "right" else gold
                     # The other styles mark the answer behind the part of the solution that leads to it.
-                    head = re.split(r"(?<=[.。])\s|\n", solution.partition(PLACE)[0])
-                    work = solution.replace(PLACE, answer) if style == "solution" else " ".join(head[:-1])
+                    head = solution.partition(PLACE)[0].rpartition("\n")[0]
+                    if head.count(r"\[") != head.count(r"\]") or head.count("$") % 2 or "begin{" in head:
+                        head = "Step by step, with $a = 3$ and $b = 17$, this is found."
+                    work = solution.replace(PLACE, answer) if style == "solution" else head
                     yield dataset, style, gold, write(answer, wrong, work), [kind]
 
 
@@ -139,7 +163,11 @@ def main() -> None:
     print("| answer | " + " | ".join(datasets) + " |\n|---|" + "---|" * len(datasets))
     for style in STYLES:
         cells = [counts[dataset, style] for dataset in datasets]
-        print(f"| {style} | " + " | ".join(f"{100 * ours / all_:.1f} ({100 * others / all_:.1f})" for all_, ours, others in cells) + " |")
+        print(
+            f"| {style} | "
+            + " | ".join(f"{100 * ours / all_:.1f} ({100 * others / all_:.1f})" for all_, ours, others in cells)
+            + " |"
+        )
     for key, found in examples.items():
         print(*[f"{key}: {what}" for what in found[: chosen.examples]], sep="\n", end="\n" if chosen.examples else "")
 

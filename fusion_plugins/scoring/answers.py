@@ -7,16 +7,21 @@ bold. Of several the last group counts: boxes that only "and", "or" or a comma p
 import re
 from dataclasses import dataclass
 
-from fusion_plugins.scoring.quantities import plain_signs, read
+from fusion_plugins.scoring.quantities import LIST, is_list, plain_signs, read
 
 #: the end of a model's thinking; in a program it is inside quotes
-_THOUGHT = re.compile(r"""(?<!["'`])</(?:think|thinking|thought|reasoning|seed:think)>(?!["']|`(?!``))""", re.IGNORECASE)
+_THOUGHT = re.compile(
+    r"""(?<!["'`])</(?:think|thinking|thought|reasoning|seed:think)>(?!["']|`(?!``))""", re.IGNORECASE
+)
 _THINKING = re.compile(r"^[ \t]*<(?:think|thinking|thought|reasoning|seed:think)>", re.IGNORECASE | re.MULTILINE)
 # "\boxed 3" is TeX for "\boxed{3}"; "\boxed as asked" only names the command.
 _BOXED = re.compile(r"\\f?box(?:ed)?\s*(?:\{|(?<=\s)(-?[\d.,]*\d|[A-J](?![\w'])))")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 #: what may be between two boxes of one answer: "and", a comma, the name of the second
-_BETWEEN = re.compile(r"(?:[\s$,;.、，；&]|\\[()\[\],;]|\\quad|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|和|或者?|以及|[a-z](?:_\{?\w\}?)?\s*=)*")
+_BETWEEN = re.compile(
+    r"(?:[\s$,;.、，；&]|\\[()\[\],;]|\\quad|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|和|或者?|以及|[a-z](?:_\{?\w\}?)?\s*=)*"
+)
+_DRAWING = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
 _HASHES = re.compile(r"^[ \t]*####(?!#)[ \t]*(\S[^\n]*)", re.MULTILINE)
 _GOLD_HASHES = re.compile(r"####(?!#)[ \t]*(\S[^\n]*)")
 _PHRASE = re.compile(
@@ -27,7 +32,14 @@ _PHRASE = re.compile(
 )
 _BOLD = re.compile(r"\*\*([^*\n]+?)\*\*|__([^_\n]+?)__")
 _SENTENCE_END = re.compile(r"\n|[。！？!?；]|\.(?=\s|$|\*\*)|;\s")
-_FORMULA = re.compile(r"(?<!\\)\$\$(.+?)(?<!\\)\$\$|(?<!\\)\$(?!\s?\d[\d,.]*\s[^$\\=]*\$)([^$\n]+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_FORMULA = re.compile(
+    r"(?<!\\)\$\$(.+?)(?<!\\)\$\$"
+    # "$18 per day and $20" are two prices.
+    r"|(?<!\\)\$(?!\s?\d[\d,.]*\s+[A-Za-z]{2})((?:\\\$|[^$\n])+?)(?<!\\)\$(?!\d)"
+    r"|\\\((.+?)\\\)|\\\[(.+?)\\\]"
+    r"|\\begin\{(?P<kind>align|equation|gather|eqnarray|multline)\*?\}(.+?)\\end\{(?P=kind)\*?\}",
+    re.DOTALL,
+)
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 # The minus of "10-5" is no sign and "x2" is no number, hence the look-behind. ASCII, because a Chinese character would
 # count as a letter and "付2380元" would hold no number.
@@ -36,9 +48,10 @@ _VALUE_IN_TEXT = re.compile(
     rf"(?:\s*(?:[-+*/×÷^]|\\times|\\div|\\cdot)\s*\(?-?(?:{_NUMBER})\)?|[eE][-+]?\d{{1,3}})*(?:\s*\\?%)?",
     re.ASCII | re.MULTILINE,
 )
-_MULTIPLIED = re.compile(r"\s*-?\s*(?:(?:hundred|thousand|million|billion|trillion|dozen)s?\b|bn\b|percent\b|[十百千]?[万亿])", re.ASCII)
+_MULTIPLIED = re.compile(
+    r"\s*-?\s*(?:(?:hundred|thousand|million|billion|trillion|dozen)s?\b|bn\b|percent\b|[十百千]?[万亿])", re.ASCII
+)
 _WORDS = ("yes", "no", "true", "false")
-_LIST = re.compile(r"\s*(?:,|、|，|;|\band\b|\bor\b|和|或)\s*(?:and\b|or\b)?\s*")
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,7 @@ def find_answer(response: str, *, marked_only: bool = False, broken_off: bool = 
         >>> find_answer("The answer is 90/3=30 bananas, as shown.").texts[0]
         '90/3=30 bananas'
     """
-    text = plain_signs(final_part(response))
+    text = plain_signs(_DRAWING.sub("", final_part(response)))
     boxes, place = _last_boxes(text)
     hashed = [match for match in _HASHES.finditer(text) if _is_value(match[1])]
     if marked_only:
@@ -102,16 +115,19 @@ def find_answer(response: str, *, marked_only: bool = False, broken_off: bool = 
         # "#### 3 key points" is a heading, "#### 3 apples" an answer; where both are possible, what is said decides.
         if not phrase or _is_bare(hashed[-1][1]):
             return Found((hashed[-1][1].strip(),), "hashes")
-    if phrase:
+    bold = [match for match in _BOLD.finditer(text) if _is_value(match[1] or match[2])]
+    # A bold value counts where no number follows it, and against what was said before only in a line of its own.
+    if bold and not broken_off and not re.search(r"\d", text[bold[-1].end() :]):
+        if not phrase or (bold[-1].start() > phrase[1] and re.search(r"\n\W*\Z", text[: bold[-1].start()])):
+            return Found(((bold[-1][1] or bold[-1][2]).strip(),), "bold")
+    # A mere word is what a sentence says on the way, unless nothing else follows.
+    if phrase and (re.search(r"\d", phrase[0][0]) or read(phrase[0][0]).kind or not _last_value(text[phrase[1] :])):
         return Found(phrase[0], "phrase")
     if broken_off:
         return None
     whole = text.strip()
-    if read(whole).kind or _is_list(whole):
+    if read(whole).kind or is_list(whole):
         return Found((whole,), "number")
-    bold = [match for match in _BOLD.finditer(text) if _is_value(match[1] or match[2])]
-    if bold and not re.search(r"\d", text[bold[-1].end() :]):
-        return Found(((bold[-1][1] or bold[-1][2]).strip(),), "bold")
     return _last_value(text)
 
 
@@ -135,17 +151,19 @@ def _ways_to_read(said: str) -> tuple[str, ...]:
     formula = _FORMULA.match(said)
     if formula:
         # "$x = 3$ or $x = -1$" is one answer.
-        parts, place = [next(filter(None, formula.groups()))], formula.end()
-        while (link := _LIST.match(said, place)) and (formula := _FORMULA.match(said, link.end())):
-            parts.append(next(filter(None, formula.groups())))
+        parts, place = [_inside(formula)], formula.end()
+        while (link := LIST.match(said, place)) and (formula := _FORMULA.match(said, link.end())):
+            parts.append(_inside(formula))
             place = formula.end()
         behind = _MULTIPLIED.match(said, place)
         return (", ".join(part.strip() for part in parts) + (behind[0] if behind else ""),)
     end = _SENTENCE_END.search(said)
     sentence = (said[: end.start()] if end else said).replace("**", "").replace("__", "").strip()
-    if read(sentence).kind or _is_list(sentence):
+    if read(sentence).kind or is_list(sentence):
         return (sentence,)
-    if re.fullmatch(r"(?:yes|no|true|false|none|[\w-]+)", sentence, re.IGNORECASE) or re.search(r"\\[a-z]+|[\^_{}]", sentence):
+    if re.fullmatch(r"(?:yes|no|true|false|none|[\w-]+)", sentence, re.IGNORECASE) or re.search(
+        r"\\[a-z]+|[\^_{}]", sentence
+    ):
         return (sentence,)
     letter = re.match(r"[(\[]?([A-J])(?:[)\].:、,]|\s*$|\s+(?:because|since|as)\b|(?=[^\x00-\x7f]))", sentence)
     if letter:
@@ -154,7 +172,7 @@ def _ways_to_read(said: str) -> tuple[str, ...]:
     words = sentence.split(" ")
     for length in range(min(len(words), 8), 0, -1):
         beginning = " ".join(words[:length]).rstrip(",;:")
-        if read(beginning).kind or _is_list(beginning):
+        if read(beginning).kind or is_list(beginning):
             return (beginning,)
     found = _last_value(sentence)
     return found.texts if found else ()
@@ -163,16 +181,26 @@ def _ways_to_read(said: str) -> tuple[str, ...]:
 def _last_value(text: str) -> Found | None:
     """Return the formula or number that a text ends with."""
     formulas = list(_FORMULA.finditer(text))
-    numbers = [match for match in _VALUE_IN_TEXT.finditer(text) if not any(f.start() <= match.start() < f.end() for f in formulas)]
+    numbers = [
+        match
+        for match in _VALUE_IN_TEXT.finditer(text)
+        if not any(f.start() <= match.start() < f.end() for f in formulas)
+    ]
     if formulas and (not numbers or formulas[-1].start() > numbers[-1].start()):
-        whole = next(filter(None, formulas[-1].groups())).strip().rstrip(".,;")
+        whole = _inside(formulas[-1])
         last = re.split(r"(?<![\\<>!])=|\\(?:approx|implies|Rightarrow|to)\b", whole)[-1].strip()
         return Found((whole, last) if last and last != whole else (whole,), "formula")
     if numbers:
         match = numbers[-1]
         multiplied = _MULTIPLIED.match(text, match.end())
         value = match[0].strip() + (multiplied[0] if multiplied else "")
-        return Found((*_around(text, match), value), "number")
+        first = match.start()
+        for other in reversed(numbers[:-1]):
+            if not LIST.fullmatch(text[other.end() : first]):
+                break
+            first = other.start()
+        listed = () if first == match.start() else (text[first : match.start()] + value,)
+        return Found((*_around(text, match), *listed, value), "number")
     # "twenty one thousand" begins where no word before it belongs to the number.
     words = re.findall(r"[A-Za-z-]+|[零〇一二两三四五六七八九十百千万亿点分之]+", text)
     for last in range(len(words), 0, -1):
@@ -183,6 +211,14 @@ def _last_value(text: str) -> Found | None:
             first -= 1
         return Found((" ".join(words[first:last]),), "number")
     return None
+
+
+def _inside(formula: re.Match[str]) -> str:
+    """Return what a formula says, without its environment and punctuation."""
+    kind = formula.re.groupindex["kind"]
+    inside = next(text for place, text in enumerate(formula.groups(), 1) if text and place != kind)
+    inside = re.sub(r"\\(?:begin|end)\{(?:aligned|split|gathered)\}|&(?=\s*=)|\\\\\s*$", " ", inside)
+    return inside.strip().rstrip(".,;").strip()
 
 
 def _around(text: str, number: re.Match[str]) -> tuple[str, ...]:
@@ -205,19 +241,18 @@ def _around(text: str, number: re.Match[str]) -> tuple[str, ...]:
     return ()
 
 
-def _is_list(text: str) -> bool:
-    parts = _LIST.split(text)
-    return 1 < len(parts) <= 12 and all(read(part).kind == "number" for part in parts)
-
-
 def _is_value(text: str) -> bool:
     """Return whether a text is an answer and nothing else: a quantity, a list, a formula, or one word."""
     text = text.strip().rstrip(".")
     if re.match(r"\d+[.)]\s", text):
         return False
-    if read(text).kind or _is_list(text) or _FORMULA.fullmatch(text) or text.lower() in _WORDS:
+    if read(text).kind or is_list(text) or _FORMULA.fullmatch(text) or text.lower() in _WORDS:
         return True
-    return bool(re.search(r"\\[a-zA-Z]+|[\^_]", text)) or (not re.search(r"[A-Za-z]{2,}\s+[A-Za-z]{2,}", text) and bool(re.search(r"\d|^\W*[A-Za-z]\W*$|[()]", text)) and not re.match(r"(?i)step|part", text))
+    return bool(re.search(r"\\[a-zA-Z]+|[\^_]", text)) or (
+        not re.search(r"[A-Za-z]{2,}\s+[A-Za-z]{2,}", text)
+        and bool(re.search(r"\d|^\W*[A-Za-z]\W*$|[()]", text))
+        and not re.match(r"(?i)step|part", text)
+    )
 
 
 def _is_bare(text: str) -> bool:

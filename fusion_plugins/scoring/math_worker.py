@@ -14,15 +14,13 @@ import sys
 from typing import Any
 
 from fusion_plugins.scoring.answers import find_answer, gold_answer
-from fusion_plugins.scoring.quantities import plain_signs, read, same
+from fusion_plugins.scoring.quantities import as_formula, plain_signs, read, same
 
 #: address space: a tower of powers ends with a MemoryError, not with a machine out of memory
 MEMORY_BYTES = 4 << 30
 
 
-def judge(
-    reference: str, response: str, *, marked_only: bool = False, broken_off: bool = False
-) -> dict[str, Any]:
+def judge(reference: str, response: str, *, marked_only: bool = False, broken_off: bool = False) -> dict[str, Any]:
     """Return the verdict on a response: whether its answer equals the gold one.
 
     Args:
@@ -46,7 +44,9 @@ def judge(
     if found is None:
         return reply | {"correct": False, "reason": "the response has no answer"}
     verdicts = [_compare(gold, text) for text in found.texts]
-    best = next((place for place, verdict in enumerate(verdicts) if verdict["correct"]), 0)
+    # Of several ways to read it one that is right, else one that can be read.
+    order = [verdict["correct"] for verdict in verdicts]
+    best = next((order.index(wanted) for wanted in (True, False) if wanted in order), 0)
     return reply | {"answer": found.texts[best][:200], "found": found.how} | verdicts[best]
 
 
@@ -56,7 +56,9 @@ def _compare(gold: str, answer: str) -> dict[str, Any]:
     if _plain(gold) == _plain(answer):
         return {"correct": True, "rule": "text"}
     if one.kind == "choice":
-        equal = same(one, other) or (one.content and other.kind != "choice" and _compare(one.content, answer)["correct"])
+        equal = same(one, other) or (
+            one.content and other.kind != "choice" and _compare(one.content, answer)["correct"]
+        )
         return {"correct": bool(equal), "rule": "choice"}
     if not other.worked_out:
         return {"correct": False, "reason": "the answer is not worked out", "rule": "number"}
@@ -83,13 +85,7 @@ def _plain(text: str) -> str:
 def _parse(text: str) -> list[Any]:
     from math_verify import parse
 
-    # As a number where it is one, because math-verify reads "e" as a symbol and knows no words.
-    number = read(text)
-    if number.number is not None:
-        text = f"{number.number.numerator}" + (f"/{number.number.denominator}" if number.number.denominator > 1 else "")
-        text += r"\%" if number.percent else ""
-    formula = text.strip().strip("$").removeprefix(r"\(").removesuffix(r"\)").removeprefix(r"\[").removesuffix(r"\]")
-    return list(parse(rf"\boxed{{{formula.strip()}}}", parsing_timeout=None, raise_on_error=True))  # type: ignore[arg-type]
+    return list(parse(rf"\boxed{{{as_formula(text)}}}", parsing_timeout=None, raise_on_error=True))  # type: ignore[arg-type]
 
 
 def _readable(parsed: list[Any]) -> bool:

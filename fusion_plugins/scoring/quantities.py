@@ -25,7 +25,17 @@ _MULTIPLIERS = {
     "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12, "score": 20,
     "dozens": 12, "hundreds": 100, "thousands": 1000, "millions": 10**6, "billions": 10**9, "trillions": 10**12,
 }  # fmt: skip
-_PARTS = {"half": 2, "halves": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
+_PARTS = {
+    "half": 2,
+    "halves": 2,
+    "third": 3,
+    "quarter": 4,
+    "fourth": 4,
+    "fifth": 5,
+    "sixth": 6,
+    "eighth": 8,
+    "tenth": 10,
+}
 _PARTS |= {f"{name}s": value for name, value in _PARTS.items() if name not in ("half", "halves")}
 _CHINESE = {digit: value for value, digit in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
 _CHINESE_TENS = {"十": 10, "百": 100, "千": 1000}
@@ -73,7 +83,10 @@ _LATEX = (
     (re.compile(r"\\(?:left|right|displaystyle|bigl?|bigr?|[,!;: ]|quad|qquad)(?![a-zA-Z])|~"), " "),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|rm)\s*\{([^{}]*)\}"), r" \1 "),
-    (re.compile(r"\\[dt]?frac\s*\{\s*([\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}|\\[dt]?frac\s*(\d)\s*(\d)(?!\d)"), r" \1\3/\2\4 "),
+    (
+        re.compile(r"\\[dt]?frac\s*\{\s*([\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}|\\[dt]?frac\s*(\d)\s*(\d)(?!\d)"),
+        r" \1\3/\2\4 ",
+    ),
     (re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|°"), " degrees "),
     (re.compile(r"\\times|\\cdot|·|×"), "×"),
     (re.compile(r"\\div|÷"), "/"),
@@ -83,19 +96,32 @@ _LATEX = (
 #: signs as typesetting and Chinese text have them -> ASCII
 _SIGNS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
     ord(sign): plain
-    for signs, plain in {"−﹣‐‑": "-", "–—": "–", "\u00a0\u2009\u202f\u3000": " ", "﹪": "%", "\u200b\ufeff": ""}.items()
+    for signs, plain in {
+        "−﹣‐‑": "-",
+        "–—": "–",
+        "\u00a0\u2009\u202f\u3000": " ",
+        "﹪": "%",
+        "\u200b\ufeff": "",
+    }.items()
     for sign in signs
 }
 _FRACTIONS = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅛": "1/8"}
 _FORMULA = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
 _APPROXIMATELY = re.compile(
-    r"^(?:about|approximately|approx\.?|roughly|around|exactly|only|just|a total of|\\approx|\\sim|[≈~=:]|约|大约|共|一共|是|为)\s*", re.I
+    r"^(?:about|approximately|approx\.?|roughly|around|exactly|only|just|a total of|\\approx|\\sim|[≈~=:]|约|大约|共|一共|是|为)\s*",
+    re.I,
 )
 _ARITHMETIC = re.compile(r"[-+]?\s*\(*[\d.,]+\)*(?:\s*[-+*/×]\s*\(*-?[\d.,]+\)*)+")
 _CHOICE = re.compile(r"[(\[]?\s*(?:option\s+|choice\s+|选项?)?[(\[]?([A-J])(?:[)\]]+[.:、]?|[.:、])?(?:\s+(.+))?", re.S)
 _CHOICES = re.compile(r"[(\[]?[A-J][)\]]?(?:\s*(?:[,、&]|and|和)?\s*[(\[]?[A-J][)\]]?)+")
-_RANGE = re.compile(r"(?:(?:between|from)\s+)?(.+?)\s*(?:(?<=[\d%])\s*-\s*(?=[$\d])|–|\bto\b|\band\b|~|至|到)\s*(.+)", re.S | re.I)
-_CLOCK = re.compile(r"(\d{1,2})(?:[:：](\d{2}))?(?::(\d{2}))?\s*([ap])\.?\s*m\.?|(\d{1,2}):(\d{2})(?::(\d{2}))?(?:\s*o'?clock)?", re.I)
+_RANGE = re.compile(
+    r"(?:(?:between|from)\s+)?(.+?)\s*(?:(?<=[\d%])\s*-\s*(?=[$\d])|–|\bto\b|\band\b|~|至|到)\s*(.+)", re.S | re.I
+)
+_CLOCK = re.compile(
+    r"(\d{1,2})(?:[:：](\d{2}))?(?::(\d{2}))?\s*([ap])\.?\s*m\.?|(\d{1,2}):(\d{2})(?::(\d{2}))?(?:\s*o'?clock)?", re.I
+)
+#: what parts the members of a list
+LIST = re.compile(r"\s*(?:,|、|，|;|\band\b|\bor\b|和|或)\s*(?:and\b|or\b)?\s*")
 _MONTHS = "january february march april may june july august september october november december".split()
 _DATE = re.compile(
     r"(?P<year>\d{4})[-/.年]\s*(?P<month>\d{1,2})[-/.月]\s*(?P<day>\d{1,2})日?"
@@ -134,7 +160,13 @@ class Quantity:
     @property
     def kind(self) -> str:
         """Return number, choice, range, time, date, or "" for what cannot be read."""
-        kinds = {"number": self.number, "choice": self.choice or None, "range": self.bounds, "time": self.clock, "date": self.date}
+        kinds = {
+            "number": self.number,
+            "choice": self.choice or None,
+            "range": self.bounds,
+            "time": self.clock,
+            "date": self.date,
+        }
         return next((name for name, value in kinds.items() if value is not None), "" if self.worked_out else "number")
 
 
@@ -147,8 +179,35 @@ def plain_signs(text: str) -> str:
     """
     text = text.translate(_SIGNS)
     for sign, fraction in _FRACTIONS.items():
-        text = re.sub(rf"(\d)?\s*{sign}", lambda match, value=fraction: f"{match[1]} {value}" if match[1] else value, text)
+        text = re.sub(
+            rf"(\d)?\s*{sign}", lambda match, value=fraction: f"{match[1]} {value}" if match[1] else value, text
+        )
     return text
+
+
+def is_list(text: str) -> bool:
+    """Return whether a text is a list of numbers, such as "3 and -1"."""
+    parts = LIST.split(text)
+    return 1 < len(parts) <= 12 and all(read(part).kind == "number" for part in parts)
+
+
+def as_formula(text: str) -> str:
+    r"""Return an answer as math-verify reads it: numbers and lists of numbers without words, a formula without its marks.
+
+    Example:
+        >>> as_formula("3 million and −1"), as_formula(r"$\sqrt{2}$"), as_formula("50 percent")
+        ('3000000, -1', '\\sqrt{2}', '50\\%')
+    """
+    if is_list(text):
+        return ", ".join(map(as_formula, LIST.split(text)))
+    found = read(text)
+    if found.number is None:
+        formula = _FORMULA.fullmatch(text.strip())
+        return (next(filter(None, formula.groups())) if formula else text).strip()
+    number = found.number
+    return (str(number) if number.denominator == 1 else f"{number.numerator}/{number.denominator}") + (
+        r"\%" if found.percent else ""
+    )
 
 
 @cache
@@ -224,7 +283,9 @@ def _bare(text: str) -> str:
     text = re.sub(r"^-\s*\(([\d.,/ ]+)\)$", r"-\1", text)
     # The name of what is given: "x = 5", "f(2) = 5", "90/3 = 30"; "3x + 2 = 5" is an equation.
     named = re.fullmatch(r"(?:[^=<>,;]*\d\s*|\\?[A-Za-z_ ]+(?:_?\{?\w\}?|\(\w+\))?\s*)[=≈]\s*([^=<>,;]+|[\d,.]+)", text)
-    if named and (_ARITHMETIC.fullmatch(text.rpartition("=")[0].rpartition("=")[2].strip()) or not re.match(r"[\d(]", text)):
+    if named and (
+        _ARITHMETIC.fullmatch(text.rpartition("=")[0].rpartition("=")[2].strip()) or not re.match(r"[\d(]", text)
+    ):
         text = named[1].strip()
     return text
 
@@ -314,9 +375,26 @@ def _is_unit(text: str) -> bool:
     text = text.strip().strip(".").strip()
     if not text or text.lower() in _UNITS or re.fullmatch(r"[\u3400-\u9fff]+", text):
         return True
-    function = r"(?:sqrt|sin|cos|tan|log|ln|exp|mod|and|or|to|pi|times|plus|minus|over|squared|cubed|is|are|because|since|so)"
+    function = (
+        r"(?:sqrt|sin|cos|tan|log|ln|exp|mod|and|or|to|pi|times|plus|minus|over|squared|cubed|is|are|because|since|so)"
+    )
     if not re.fullmatch(rf"(?:(?!{function}\b)(?:[A-Za-z][a-z]+|per|a|/)(?:\^?[23²³])?[ -]*)+", text):
-        return text.lower() in ("mph", "km/h", "m/s", "cm^2", "m^2", "m^3", "cm^3", "km^2", "cm²", "m²", "am", "pm", "cm2", "m2")
+        return text.lower() in (
+            "mph",
+            "km/h",
+            "m/s",
+            "cm^2",
+            "m^2",
+            "m^3",
+            "cm^3",
+            "km^2",
+            "cm²",
+            "m²",
+            "am",
+            "pm",
+            "cm2",
+            "m2",
+        )
     return len(text) >= 3 and len(text.split()) <= 5
 
 
@@ -351,7 +429,9 @@ def _leading_number(text: str) -> tuple[Fraction, str] | None:
     rest = found["rest"]
     if re.match(r"\s*[+*/^×(=<>]|\s*-\s*\d|[eE]\d|[.,]\d", rest):
         return None
-    if found["plain"] and (chinese := re.match(r"\s*([十百千万亿零一二三四五六七八九两\d.]*[十百千万亿])(?![米克瓦])", rest)):
+    if found["plain"] and (
+        chinese := re.match(r"\s*([十百千万亿零一二三四五六七八九两\d.]*[十百千万亿])(?![米克瓦])", rest)
+    ):
         value, rest = _chinese(f"{found['plain'].replace(',', '')}{chinese[1]}"), rest[chinese.end() :]
     while multiplier := _MULTIPLIER.match(rest):
         value *= _MULTIPLIERS.get(multiplier[1], 10**9 if multiplier[1] == "bn" else 1000)
@@ -369,7 +449,10 @@ def _decimal(text: str) -> Fraction:
 
 def _words_number(text: str) -> tuple[Fraction, str] | None:
     """Return the number that a text writes in English or Chinese words at its beginning, and the rest."""
-    chinese = re.match(r"(负?)((?:百分之)?)([零〇一二两三四五六七八九十百千万亿点]+)(?:分之([零〇一二两三四五六七八九十百千万亿]+))?", text)
+    chinese = re.match(
+        r"(负?)((?:百分之)?)([零〇一二两三四五六七八九十百千万亿点]+)(?:分之([零〇一二两三四五六七八九十百千万亿]+))?",
+        text,
+    )
     if chinese and (chinese[2] or chinese[3]):
         value = _chinese(chinese[3])
         if chinese[4]:
@@ -385,7 +468,11 @@ def _words_number(text: str) -> tuple[Fraction, str] | None:
             negative = True
         elif low in _WORDS:
             current += _WORDS[low]
-        elif low in ("a", "an") and (not used or total or current) and _next_word(words, place) in {*_MULTIPLIERS, *_PARTS}:
+        elif (
+            low in ("a", "an")
+            and (not used or total or current)
+            and _next_word(words, place) in {*_MULTIPLIERS, *_PARTS}
+        ):
             current += 0 if current or total else 1
         elif low in _PARTS and (used or low in ("half",)):
             # "two thirds" is a fraction, "three and a half" a sum.
@@ -395,7 +482,9 @@ def _words_number(text: str) -> tuple[Fraction, str] | None:
             current = (current or 1) * 100
         elif low in _MULTIPLIERS and used:
             total, current = total + (current or 1) * _MULTIPLIERS[low], Fraction(0)
-        elif not (re.fullmatch(r"[\s-]+", word) or (low == "and" and used and _next_word(words, place) in {*_WORDS, "a"})):
+        elif not (
+            re.fullmatch(r"[\s-]+", word) or (low == "and" and used and _next_word(words, place) in {*_WORDS, "a"})
+        ):
             break
         else:
             continue
