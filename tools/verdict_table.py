@@ -2,7 +2,7 @@
 
     python tools/verdict_table.py --data FOLDER [--rows 100] [--examples 3]
 
-FOLDER holds gsm8k*.jsonl (question, answer), svamp*.jsonl (Body, Answer), math500*.jsonl (problem, solution, answer) and
+FOLDER holds gsm8k*.jsonl (question, answer), svamp*.jsonl (Body, Answer), math*.jsonl (problem, solution, answer) and
 cmath*.jsonl (question, answer); those that are missing are left out. Prints the table of docs/responses.md.
 
 A cell is the share of right verdicts in percent, over right answers and as many of each of three kinds of wrong ones: the
@@ -74,7 +74,7 @@ def _tenfold(answer: str, other: str) -> str:
 def problems(folder: Path) -> Iterator[tuple[str, str, str]]:
     """Yield (dataset, gold answer, solution without a mark)."""
     for path in sorted(folder.glob("*.jsonl")):
-        name = next((name for name in ("gsm8k", "svamp", "math500", "cmath") if path.name.startswith(name)), None)
+        name = next((name for name in ("gsm8k", "svamp", "math", "cmath") if path.name.startswith(name)), None)
         for row in map(json.loads, path.read_text().splitlines()) if name else ():
             if name == "gsm8k":
                 work = re.sub(r"<<.*?>>", "", row["answer"].rpartition("####")[0]).strip()
@@ -82,7 +82,7 @@ def problems(folder: Path) -> Iterator[tuple[str, str, str]]:
                 last = re.search(rf"{r',?'.join(gold.replace(',', ''))}(?![\d.]\d)(?!.*\d)", work, re.DOTALL)
                 if last:
                     yield name, gold, work[: last.start()] + PLACE + work[last.end() :]
-            elif name == "math500":
+            elif name == "math":
                 box = re.search(
                     r"\\boxed\s*(\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}|\w)(?!.*\\boxed)", row["solution"], re.DOTALL
                 )
@@ -130,7 +130,12 @@ def tasks(folder: Path, rows: int) -> Iterator[tuple[str, str, str, str, list[st
                 for other, _ in chosen[place + 1 :] + chosen[:place]
                 if other.replace(" ", "") != gold.replace(" ", "")
             ]
-            answers = {"right": gold, "another": others[0], "near": _near_miss(gold, others[1]), "tenfold": _tenfold(gold, others[2])}
+            answers = {
+                "right": gold,
+                "another": others[0],
+                "near": _near_miss(gold, others[1]),
+                "tenfold": _tenfold(gold, others[2]),
+            }
             for style, write in STYLES.items():
                 for kind, answer in answers.items():
                     # Where the answer is wrong, the right one stands in the thinking or was given up.

@@ -11,6 +11,7 @@ import re
 import resource
 import signal
 import sys
+from math import gcd
 from typing import Any
 
 from fusion_plugins.scoring.answers import find_answer, gold_answer
@@ -44,10 +45,18 @@ def judge(reference: str, response: str, *, marked_only: bool = False, broken_of
     if found is None:
         return reply | {"correct": False, "reason": "the response has no answer"}
     verdicts = [_compare(gold, text) for text in found.texts]
+    if found.how == "number" and _restates(found.texts[-1], gold):
+        verdicts = [{"correct": False, "reason": "the answer is not worked out", "rule": "number"}]
     # Of several ways to read it one that is right, else one that can be read.
     order = [verdict["correct"] for verdict in verdicts]
     best = next((order.index(wanted) for wanted in (True, False) if wanted in order), 0)
     return reply | {"answer": found.texts[best][:200], "found": found.how} | verdicts[best]
+
+
+def _restates(answer: str, gold: str) -> bool:
+    """Return whether a number that nobody marked is a division which the question asks for: 290/4 where gold is 72.5."""
+    fraction = re.fullmatch(r"-?(\d+)\s*/\s*(\d+)", answer)
+    return bool(fraction and gcd(int(fraction[1]), int(fraction[2])) > 1 and not re.search(r"/|frac", gold))
 
 
 def _compare(gold: str, answer: str) -> dict[str, Any]:

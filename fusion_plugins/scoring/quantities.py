@@ -80,6 +80,7 @@ _VALUE = re.compile(
 )
 _MULTIPLIER = re.compile(rf"\s*-?\s*({'|'.join(_MULTIPLIERS)}|bn|K(?![a-z]))(?![a-zA-Z])\s*(?:of\b)?\s*")
 _LATEX = (
+    (re.compile(r"(?<=\d)(,?)\\[,!;: ](?=\d{3}(?!\d))"), r"\1"),
     (re.compile(r"\\(?:left|right|displaystyle|bigl?|bigr?|[,!;: ]|quad|qquad)(?![a-zA-Z])|~"), " "),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|rm)\s*\{([^{}]*)\}"), r" \1 "),
@@ -111,7 +112,7 @@ _APPROXIMATELY = re.compile(
     r"^(?:about|approximately|approx\.?|roughly|around|exactly|only|just|a total of|\\approx|\\sim|[≈~=:]|约|大约|共|一共|是|为)\s*",
     re.I,
 )
-_ARITHMETIC = re.compile(r"[-+]?\s*\(*[\d.,]+\)*(?:\s*[-+*/×]\s*\(*-?[\d.,]+\)*)+")
+_ARITHMETIC = re.compile(rf"[-+]?\s*\(*(?:{_NUMBER})\)*(?:\s*[-+*/×]\s*\(*-?(?:{_NUMBER})\)*)+")
 _CHOICE = re.compile(r"[(\[]?\s*(?:option\s+|choice\s+|选项?)?[(\[]?([A-J])(?:[)\]]+[.:、]?|[.:、])?(?:\s+(.+))?", re.S)
 _CHOICES = re.compile(r"[(\[]?[A-J][)\]]?(?:\s*(?:[,、&]|and|和)?\s*[(\[]?[A-J][)\]]?)+")
 _RANGE = re.compile(
@@ -271,13 +272,13 @@ def close(one: Fraction, other: Fraction) -> bool:
 
 def _bare(text: str) -> str:
     """Return a text without the marks of LaTeX and Markdown, words such as "about", and what only closes a sentence."""
-    text = plain_signs(text).strip(" .。*_")
+    text = plain_signs(text).strip(" *_").rstrip(".。*_ ")
     formula = _FORMULA.fullmatch(text)
     if formula:
         text = next(filter(None, formula.groups()))
     for pattern, plain in _LATEX:
         text = pattern.sub(plain, text)
-    text = " ".join(text.split()).strip(" .。,，;!！")
+    text = " ".join(text.split()).rstrip(" .。,，;!！").lstrip(" ,，;")
     while (shorter := _APPROXIMATELY.sub("", text)) != text:
         text = shorter
     text = re.sub(r"^-\s*\(([\d.,/ ]+)\)$", r"-\1", text)
