@@ -1,12 +1,13 @@
-"""Measure how many verdicts on answers are right: datasets x ways of writing the answer, with math-verify alone beside it.
+"""Measure how many verdicts on answers are right: datasets x ways to write the answer, math-verify alone beside it.
 
     python tools/verdict_table.py --data FOLDER [--rows 100] [--examples 3]
 
 FOLDER holds gsm8k*.jsonl (question, answer), svamp*.jsonl (Body, Answer), math*.jsonl (problem, solution, answer) and
 cmath*.jsonl (question, answer); those that are missing are left out. Prints the table of docs/responses.md.
 
-A cell is the share of right verdicts in percent, over right answers and as many of each of three kinds of wrong ones: the
-answer of another problem, a near miss, and the tenfold or the negative (for formulas, that of a third problem). No verdict counts as a wrong verdict.
+A cell is the share of right verdicts in percent, over right answers and as many of each of three kinds of wrong ones:
+the answer of another problem, a near miss, and the tenfold or the negative (for formulas, that of a third problem). No
+verdict counts as a wrong one.
 """
 
 import argparse

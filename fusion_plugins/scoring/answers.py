@@ -1,6 +1,6 @@
-"""Find the answer in a model's response and in a gold reference; text only, nothing is evaluated.
+r"""Find the answer in a model's response and in a gold reference; text only, nothing is evaluated.
 
-The marks of an answer, from the strongest: ``\\boxed{}``; ``####`` and a value; "the answer is", in English or Chinese;
+The marks of an answer, from the strongest: ``\boxed{}``; ``####`` and a value; "the answer is", in English or Chinese;
 bold. Of several the last group counts: boxes that only "and", "or" or a comma parts are one answer.
 """
 
@@ -17,6 +17,7 @@ _THINKING = re.compile(r"^[ \t]*<(?:think|thinking|thought|reasoning|seed:think)
 # "\boxed 3" is TeX for "\boxed{3}"; "\boxed as asked" only names the command.
 _BOXED = re.compile(r"\\f?box(?:ed)?\s*(?:\{|(?<=\s)(-?[\d.,]*\d|[A-J](?![\w'])))")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_MAX_BETWEEN = 60
 #: what may be between two boxes of one answer: "and", a comma, the name of the second
 _BETWEEN = re.compile(
     r"(?:[\s$,;.、，；&]|\\[()\[\],;]|\\quad|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|和|或者?|以及|[a-z](?:_\{?\w\}?)?\s*=)*"
@@ -95,7 +96,7 @@ def find_answer(response: str, *, marked_only: bool = False, broken_off: bool = 
     Args:
         response: of the model, in full.
         marked_only: whether only ``\boxed{}`` and ``####`` count.
-        broken_off: whether the response was cut off, so that what it says last is no answer unless it is marked as such.
+        broken_off: whether the response was cut off, so that what it says last is no answer unless it is marked.
 
     Example:
         >>> find_answer(r"\boxed{3}, no, \boxed{4}").texts, find_answer("#### 2. Add\n3 + 4\n#### 7 apples").texts
@@ -272,7 +273,8 @@ def _last_boxes(text: str) -> tuple[str | None, int]:
         return None, -1
     group = [found[-1]]
     for box in reversed(found[:-1]):
-        if not _BETWEEN.fullmatch(text[box[1] : group[0][0]]):
+        between = text[box[1] : group[0][0]]
+        if len(between) > _MAX_BETWEEN or not _BETWEEN.fullmatch(between):
             break
         group.insert(0, box)
     return ", ".join(dict.fromkeys(inside for _, _, inside in group)), group[0][0]

@@ -32,8 +32,8 @@ def judge(reference: str, response: str, *, marked_only: bool = False, broken_of
 
     Returns:
         ``correct`` (None where no verdict is possible), ``reason``, ``gold``, ``answer``, ``found`` (how the answer is
-        marked: boxed, hashes, phrase, bold, formula or number) and ``rule`` (what compared the two: text, number, choice,
-        range, time, date or math-verify).
+        marked: boxed, hashes, phrase, bold, formula or number) and ``rule`` (what compared the two: text, number,
+        choice, range, time, date or math-verify).
     """
     gold = gold_answer(plain_signs(reference))
     reply: dict[str, Any] = {
@@ -54,7 +54,7 @@ def judge(reference: str, response: str, *, marked_only: bool = False, broken_of
 
 
 def _restates(answer: str, gold: str) -> bool:
-    """Return whether a number that nobody marked is a division which the question asks for: 290/4 where gold is 72.5."""
+    """Return whether a number without a mark is a division that the question asks for: 290/4 where gold is 72.5."""
     fraction = re.fullmatch(r"-?(\d+)\s*/\s*(\d+)", answer)
     return bool(fraction and gcd(int(fraction[1]), int(fraction[2])) > 1 and not re.search(r"/|frac", gold))
 

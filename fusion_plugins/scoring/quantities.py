@@ -1,48 +1,26 @@
-r"""Read answers that are no formula: numbers in words and with units, letters, ranges, times, dates. One reader for gold and
-response alike; what it cannot read is left to math-verify.
+r"""Read answers that are no formula: numbers in words and with units, letters, ranges, times, dates.
 
->>> read("5 million dollars") == read(r"\$5,000,000"), read("3万") == read("30000"), read(r"\frac{1}{2}").number
-(False, True, Fraction(1, 2))
->>> same(read("5 million dollars"), read(r"\$5,000,000")), same(read("2 hours"), read("120 min"))
-(True, True)
+One reader for gold and response alike; what it cannot read is left to math-verify.
+
+>>> same(read("5 million dollars"), read(r"\$5,000,000")), same(read("5 million"), read("5"))
+(True, False)
+>>> same(read("2 hours"), read("120 min")), same(read("3万"), read("30000")), same(read("3-5"), read("3 to 5 days"))
+(True, True, True)
 """
 
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
+from functools import lru_cache
 
-#: at most so many digits before and behind the point: "1e999999999" would be written out as a gigabyte of zeros
-_MAX_EXPONENT = 400
+from fusion_plugins.scoring.numerals import NUMBER, decimal, leading_number
+
+#: a longer text is no quantity
+_MAX_CHARACTERS = 200
 _TOLERANCE = Fraction(1, 10**6)
 
-_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_WORDS = {word: value for value, word in enumerate(_ONES.split())} | {
-    word: 10 * value for value, word in enumerate(_TENS.split(), 2)
-}
-_MULTIPLIERS = {
-    "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12, "score": 20,
-    "dozens": 12, "hundreds": 100, "thousands": 1000, "millions": 10**6, "billions": 10**9, "trillions": 10**12,
-}  # fmt: skip
-_PARTS = {
-    "half": 2,
-    "halves": 2,
-    "third": 3,
-    "quarter": 4,
-    "fourth": 4,
-    "fifth": 5,
-    "sixth": 6,
-    "eighth": 8,
-    "tenth": 10,
-}
-_PARTS |= {f"{name}s": value for name, value in _PARTS.items() if name not in ("half", "halves")}
-_CHINESE = {digit: value for value, digit in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
-_CHINESE_TENS = {"十": 10, "百": 100, "千": 1000}
-_CHINESE_MYRIADS = {"万": 10**4, "亿": 10**8}
-
 #: unit -> (what it measures, how many of the smallest)
-_UNITS = {
+_UNITS: dict[str, tuple[str, Fraction]] = {
     name: (dimension, Fraction(factor))
     for dimension, units in {
         "length": {
@@ -51,8 +29,8 @@ _UNITS = {
             "yd yard": "914.4", "mi mile": "1609344",
         },
         "mass": {
-            "mg milligram 毫克": "1", "g gram 克": "1000", "kg kilogram 千克 公斤": "1000000", "t ton tonne 吨": "1000000000",
-            "oz ounce": "28349.523125", "lb lbs pound": "453592.37",
+            "mg milligram 毫克": "1", "g gram 克": "1000", "kg kilogram 千克 公斤": "1000000",
+            "t ton tonne 吨": "1000000000", "oz ounce": "28349.523125", "lb lbs pound": "453592.37",
         },
         "time": {
             "s sec second 秒": "1", "min minute 分钟": "60", "h hr hrs hour 小时": "3600", "day 天": "86400",
@@ -67,18 +45,19 @@ _UNITS = {
     for name in (word, f"{word}s")
 }  # fmt: skip
 
-_NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-_VALUE = re.compile(
-    rf"""(?P<sign>[-+]?)\s*(?P<currency>[$€£¥]?)\s*(?P<inner>[-+]?)
-    (?:10\s*\^\s*[{{(]?(?P<ten>[-+]?\d{{1,3}})[}})]?           # 10^5
-      |(?P<whole>\d+)\s+(?P<top>\d+)/(?P<below>\d+)             # 1 1/2
-      |(?P<above>{_NUMBER})\s*/\s*(?P<under>{_NUMBER})           # 1/2
-      |(?P<plain>{_NUMBER})
-       (?:[eE](?P<e>[-+]?\d{{1,3}})|\s*(?:\*|x|×)\s*10\s*\^\s*[{{(]?(?P<power>[-+]?\d{{1,3}})[}})]?)?)
-    (?P<rest>.*)""",
-    re.VERBOSE | re.DOTALL,
+_SYMBOLS = frozenset("mph km/h m/s am pm".split()) | {
+    f"{unit}{power}" for unit in ("mm", "cm", "m", "km", "ft") for power in "²³"
+}
+_SYMBOLS |= {
+    f"{symbol[:-1]}{sign}{'²³'.index(symbol[-1]) + 2}"
+    for symbol in _SYMBOLS
+    if symbol[-1] in "²³"
+    for sign in ("", "^")
+}
+#: words behind a number that are no unit: functions, and what begins the rest of a sentence
+_NO_UNITS = frozenset(
+    "sqrt sin cos tan log ln exp mod and or to pi times plus minus over squared cubed is are because since so".split()
 )
-_MULTIPLIER = re.compile(rf"\s*-?\s*({'|'.join(_MULTIPLIERS)}|bn|K(?![a-z]))(?![a-zA-Z])\s*(?:of\b)?\s*")
 _LATEX = (
     (re.compile(r"(?<=\d)(,?)\\[,!;: ](?=\d{3}(?!\d))"), r"\1"),
     (re.compile(r"\\(?:left|right|displaystyle|bigl?|bigr?|[,!;: ]|quad|qquad)(?![a-zA-Z])|~"), " "),
@@ -109,17 +88,22 @@ _SIGNS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
 _FRACTIONS = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅛": "1/8"}
 _FORMULA = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
 _APPROXIMATELY = re.compile(
-    r"^(?:about|approximately|approx\.?|roughly|around|exactly|only|just|a total of|\\approx|\\sim|[≈~=:]|约|大约|共|一共|是|为)\s*",
-    re.I,
+    r"^(?:about|approximately|approx\.?|roughly|around|exactly|only|just|a total of|\\approx|\\sim|[≈~=:]"
+    r"|约|大约|共|一共|是|为)\s*",
+    re.IGNORECASE,
 )
-_ARITHMETIC = re.compile(rf"[-+]?\s*\(*(?:{_NUMBER})\)*(?:\s*[-+*/×]\s*\(*-?(?:{_NUMBER})\)*)+")
-_CHOICE = re.compile(r"[(\[]?\s*(?:option\s+|choice\s+|选项?)?[(\[]?([A-J])(?:[)\]]+[.:、]?|[.:、])?(?:\s+(.+))?", re.S)
+_ARITHMETIC = re.compile(rf"[-+]?\s*\(*(?:{NUMBER})\)*(?:\s*[-+*/×]\s*\(*-?(?:{NUMBER})\)*)+")
+_CHOICE = re.compile(
+    r"[(\[]?\s*(?:option\s+|choice\s+|选项?)?[(\[]?([A-J])(?:[)\]]+[.:、]?|[.:、])?(?:\s+(.+))?", re.DOTALL
+)
 _CHOICES = re.compile(r"[(\[]?[A-J][)\]]?(?:\s*(?:[,、&]|and|和)?\s*[(\[]?[A-J][)\]]?)+")
 _RANGE = re.compile(
-    r"(?:(?:between|from)\s+)?(.+?)\s*(?:(?<=[\d%])\s*-\s*(?=[$\d])|–|\bto\b|\band\b|~|至|到)\s*(.+)", re.S | re.I
+    r"(?:(?:between|from)\s+)?(.+?)\s*(?:(?<=[\d%])\s*-\s*(?=[$\d])|–|\bto\b|\band\b|~|至|到)\s*(.+)",
+    re.DOTALL | re.IGNORECASE,
 )
 _CLOCK = re.compile(
-    r"(\d{1,2})(?:[:：](\d{2}))?(?::(\d{2}))?\s*([ap])\.?\s*m\.?|(\d{1,2}):(\d{2})(?::(\d{2}))?(?:\s*o'?clock)?", re.I
+    r"(\d{1,2})(?:[:：](\d{2}))?(?::(\d{2}))?\s*([ap])\.?\s*m\.?|(\d{1,2}):(\d{2})(?::(\d{2}))?(?:\s*o'?clock)?",
+    re.IGNORECASE,
 )
 #: what parts the members of a list
 LIST = re.compile(r"\s*(?:,|、|，|;|\band\b|\bor\b|和|或)\s*(?:and\b|or\b)?\s*")
@@ -193,7 +177,7 @@ def is_list(text: str) -> bool:
 
 
 def as_formula(text: str) -> str:
-    r"""Return an answer as math-verify reads it: numbers and lists of numbers without words, a formula without its marks.
+    r"""Return an answer as math-verify reads it: numbers and lists of them without words, a formula without marks.
 
     Example:
         >>> as_formula("3 million and −1"), as_formula(r"$\sqrt{2}$"), as_formula("50 percent")
@@ -211,9 +195,11 @@ def as_formula(text: str) -> str:
     )
 
 
-@cache
+@lru_cache(4096)
 def read(text: str) -> Quantity:
     """Return what an answer says; a quantity without kind where it is a formula or words."""
+    if len(text) > _MAX_CHARACTERS:
+        return Quantity()
     text = _bare(text)
     for reader in (_read_choice, _read_clock, _read_date, _read_number, _read_range):
         found = reader(text)
@@ -223,41 +209,36 @@ def read(text: str) -> Quantity:
 
 
 def same(gold: Quantity, answer: Quantity) -> bool:
-    """Return whether two quantities of one kind are the same.
+    """Return whether two quantities are the same; those of different kinds are not.
 
-    Numbers may differ by rounding: by 1e-6, and small ones by 1e-6 of their size. Where only one has a percent sign, 50% is
-    50 and also 0.5. Units count where both answers have one that is known.
+    Numbers may differ by rounding: by 1e-6, and small ones by 1e-6 of their size. Where only one has a percent sign,
+    50% is 50 and also 0.5. Units count where both answers have one that is known. A date without a year is that date of any
+    year, a time without a.m. or p.m. is both.
     """
-    match gold.kind:
-        case "choice":
-            return gold.choice == answer.choice
-        case "range":
-            assert gold.bounds is not None
-            return answer.bounds is not None and all(map(same, gold.bounds, answer.bounds))
-        case "time":
-            assert gold.clock is not None
-            if answer.clock is None:
-                return False
-            (minutes, certain), (others, also) = gold.clock, answer.clock
-            return minutes == others or (not (certain and also) and (minutes - others) % 720 == 0)
-        case "date":
-            assert gold.date is not None
-            if answer.date is None or gold.date[1:] != answer.date[1:]:
-                return False
-            return gold.date[0] == answer.date[0] or None in (gold.date[0], answer.date[0])
-    if gold.number is None or answer.number is None:
+    if gold.bounds and answer.bounds:
+        return all(map(same, gold.bounds, answer.bounds))
+    if gold.clock and answer.clock:
+        (minutes, certain), (others, also) = gold.clock, answer.clock
+        return minutes == others or (not (certain and also) and (minutes - others) % 720 == 0)
+    if gold.date and answer.date:
+        return gold.date[1:] == answer.date[1:] and len({gold.date[0], answer.date[0]} - {None}) <= 1
+    if gold.choice or answer.choice:
+        return gold.choice == answer.choice
+    return gold.number is not None and answer.number is not None and _same_number(gold, answer)
+
+
+def _same_number(gold: Quantity, answer: Quantity) -> bool:
+    one, other = gold.number or Fraction(0), answer.number or Fraction(0)
+    units = gold.unit, answer.unit
+    if all(unit.startswith("_") for unit in units) and units[0] != units[1]:
         return False
-    if gold.unit.startswith("_") and answer.unit.startswith("_") and gold.unit != answer.unit:
-        return False
-    one, other = _UNITS.get(gold.unit), _UNITS.get(answer.unit)
-    if one and other:
-        return one[0] == other[0] and close(gold.number * one[1], answer.number * other[1])
+    first, second = (_UNITS.get(unit) for unit in units)
+    if first and second:
+        return first[0] == second[0] and close(one * first[1], other * second[1])
     if gold.percent != answer.percent:
-        percent, plain = (gold, answer) if gold.percent else (answer, gold)
-        assert percent.number is not None
-        assert plain.number is not None
-        return close(percent.number, plain.number) or close(percent.number / 100, plain.number)
-    return close(gold.number, answer.number)
+        percent, plain = (one, other) if gold.percent else (other, one)
+        return close(percent, plain) or close(percent / 100, plain)
+    return close(one, other)
 
 
 def close(one: Fraction, other: Fraction) -> bool:
@@ -267,7 +248,7 @@ def close(one: Fraction, other: Fraction) -> bool:
         >>> close(Fraction(1, 3), Fraction("0.333333")), close(Fraction("1e-7"), Fraction("2e-7"))
         (True, False)
     """
-    return abs(one - other) <= _TOLERANCE * min(1, max(abs(one), abs(other)))
+    return abs(one - other) <= _TOLERANCE * min(Fraction(1), max(abs(one), abs(other)))
 
 
 def _bare(text: str) -> str:
@@ -330,7 +311,7 @@ def _read_date(text: str) -> Quantity | None:
 
 def _read_range(text: str) -> Quantity | None:
     found = _RANGE.fullmatch(text)
-    if not found or (re.search(r"\band\b", text) and not re.match(r"between|from", text, re.I)):
+    if not found or (re.search(r"\band\b", text) and not re.match(r"between|from", text, re.IGNORECASE)):
         return None
     low, high = _read_number(found[1].strip()), _read_number(found[2].strip())
     if low is None or high is None or low.number is None or high.number is None:
@@ -344,19 +325,19 @@ def _read_number(text: str) -> Quantity | None:
     """Return a number with its unit; "2 hours 30 minutes" is 2.5 hours."""
     worked_out = True
     if _ARITHMETIC.fullmatch(text):
-        between = re.fullmatch(rf"({_NUMBER})\s*-\s*({_NUMBER})", text)
-        if between and _decimal(between[1]) < _decimal(between[2]):
+        between = re.fullmatch(rf"({NUMBER})\s*-\s*({NUMBER})", text)
+        if between and decimal(between[1]) < decimal(between[2]):
             return None
         worked_out = re.fullmatch(r"[^/]+/[^/]+", text) is not None and _is_worked_out(text)
         if not worked_out:
             return Quantity(worked_out=False)
-    found = _leading_number(text)
+    found = leading_number(text)
     if found is None:
         return None
     number, rest = found
     if base := re.fullmatch(r"\s*_\s*(?:\{\s*(\w+)\s*\}|(\d))", rest):
         return Quantity(number=number, unit=f"_{base[1] or base[2]}")
-    percent = re.match(r"\s*(?:%|percent\b|per cent\b|percentage points\b|pct\b)", rest, re.I)
+    percent = re.match(r"\s*(?:%|percent\b|per cent\b|percentage points\b|pct\b)", rest, re.IGNORECASE)
     if percent:
         return Quantity(number=number, percent=True, worked_out=worked_out) if _is_unit(rest[percent.end() :]) else None
     currency = re.match(r"[-+]?\s*([$€£¥])", text)
@@ -374,29 +355,14 @@ def _read_number(text: str) -> Quantity | None:
 def _is_unit(text: str) -> bool:
     """Return whether a text behind a number is a unit: words, and no symbols that the number may multiply."""
     text = text.strip().strip(".").strip()
-    if not text or text.lower() in _UNITS or re.fullmatch(r"[\u3400-\u9fff]+", text):
+    if not text or text.lower() in _UNITS or text.lower() in _SYMBOLS or re.fullmatch(r"[\u3400-\u9fff]+", text):
         return True
-    function = (
-        r"(?:sqrt|sin|cos|tan|log|ln|exp|mod|and|or|to|pi|times|plus|minus|over|squared|cubed|is|are|because|since|so)"
-    )
-    if not re.fullmatch(rf"(?:(?!{function}\b)(?:[A-Za-z][a-z]+|per|a|/)(?:\^?[23²³])?[ -]*)+", text):
-        return text.lower() in (
-            "mph",
-            "km/h",
-            "m/s",
-            "cm^2",
-            "m^2",
-            "m^3",
-            "cm^3",
-            "km^2",
-            "cm²",
-            "m²",
-            "am",
-            "pm",
-            "cm2",
-            "m2",
-        )
-    return len(text) >= 3 and len(text.split()) <= 5
+    words = re.split(r"[\s-]+|(?<=\w)/(?=\w)", text)
+    return len(text) >= 3 and len(words) <= 5 and all(map(_is_unit_word, words))
+
+
+def _is_unit_word(word: str) -> bool:
+    return word == "a" or (re.fullmatch(r"[A-Za-z][a-z]+(?:\^?[23²³])?", word) is not None and word not in _NO_UNITS)
 
 
 def _is_worked_out(text: str) -> bool:
@@ -406,125 +372,3 @@ def _is_worked_out(text: str) -> bool:
         return (Fraction(top) / Fraction(bottom)).denominator != 1
     except (ValueError, ZeroDivisionError):
         return False
-
-
-def _leading_number(text: str) -> tuple[Fraction, str] | None:
-    """Return the number that a text begins with, and the rest of the text."""
-    found = _VALUE.match(text)
-    if found is None:
-        return _words_number(text)
-    try:
-        if found["whole"]:
-            value = int(found["whole"]) + Fraction(int(found["top"]), int(found["below"]))
-        elif found["above"]:
-            value = _decimal(found["above"]) / _decimal(found["under"])
-        elif found["ten"]:
-            value = Fraction(10) ** int(found["ten"])
-        else:
-            exponent = int(found["e"] or found["power"] or 0)
-            if abs(exponent) > _MAX_EXPONENT:
-                return None
-            value = _decimal(found["plain"]) * Fraction(10) ** exponent
-    except (ValueError, ZeroDivisionError):
-        return None
-    rest = found["rest"]
-    if re.match(r"\s*[+*/^×(=<>]|\s*-\s*\d|[eE]\d|[.,]\d", rest):
-        return None
-    if found["plain"] and (
-        chinese := re.match(r"\s*([十百千万亿零一二三四五六七八九两\d.]*[十百千万亿])(?![米克瓦])", rest)
-    ):
-        value, rest = _chinese(f"{found['plain'].replace(',', '')}{chinese[1]}"), rest[chinese.end() :]
-    while multiplier := _MULTIPLIER.match(rest):
-        value *= _MULTIPLIERS.get(multiplier[1], 10**9 if multiplier[1] == "bn" else 1000)
-        rest = rest[multiplier.end() :]
-    if found["currency"] and (suffix := re.match(r"\s*([kKmMbB])(?:n)?(?![A-Za-z])", rest)):
-        value *= {"k": 10**3, "m": 10**6, "b": 10**9}[suffix[1].lower()]
-        rest = rest[suffix.end() :]
-    negative = [found["sign"], found["inner"]].count("-") == 1
-    return -value if negative else value, rest
-
-
-def _decimal(text: str) -> Fraction:
-    return Fraction(text.replace(",", ""))
-
-
-def _words_number(text: str) -> tuple[Fraction, str] | None:
-    """Return the number that a text writes in English or Chinese words at its beginning, and the rest."""
-    chinese = re.match(
-        r"(负?)((?:百分之)?)([零〇一二两三四五六七八九十百千万亿点]+)(?:分之([零〇一二两三四五六七八九十百千万亿]+))?",
-        text,
-    )
-    if chinese and (chinese[2] or chinese[3]):
-        value = _chinese(chinese[3])
-        if chinese[4]:
-            value = _chinese(chinese[4]) / value if value else Fraction(0)
-        value = -value if chinese[1] else value
-        return value, ("%" if chinese[2] else "") + text[chinese.end() :]
-    words = re.findall(r"[A-Za-z]+|[^A-Za-z]+", text)
-    total = current = Fraction(0)
-    used, end, negative = 0, 0, False
-    for place, word in enumerate(words):
-        low = word.lower()
-        if low in ("minus", "negative") and not used:
-            negative = True
-        elif low in _WORDS:
-            current += _WORDS[low]
-        elif (
-            low in ("a", "an")
-            and (not used or total or current)
-            and _next_word(words, place) in {*_MULTIPLIERS, *_PARTS}
-        ):
-            current += 0 if current or total else 1
-        elif low in _PARTS and (used or low in ("half",)):
-            # "two thirds" is a fraction, "three and a half" a sum.
-            joined = _next_word(words, place, -1) in ("a", "an") and current and used > 1
-            current = current + Fraction(1, _PARTS[low]) if joined else (current or 1) * Fraction(1, _PARTS[low])
-        elif low == "hundred" and used:
-            current = (current or 1) * 100
-        elif low in _MULTIPLIERS and used:
-            total, current = total + (current or 1) * _MULTIPLIERS[low], Fraction(0)
-        elif not (
-            re.fullmatch(r"[\s-]+", word) or (low == "and" and used and _next_word(words, place) in {*_WORDS, "a"})
-        ):
-            break
-        else:
-            continue
-        used, end = used + 1, place + 1
-    if not used or (used == 1 and negative):
-        return None
-    value = total + current
-    return -value if negative else value, "".join(words[end:])
-
-
-def _next_word(words: list[str], place: int, step: int = 1) -> str:
-    place += step
-    while 0 <= place < len(words) and not words[place].isalpha():
-        place += step
-    return words[place].lower() if 0 <= place < len(words) else ""
-
-
-def _chinese(text: str) -> Fraction:
-    """Return the value of a Chinese numeral, with digits of either kind.
-
-    Example:
-        >>> [int(_chinese(text)) for text in ("三百二十一", "3万5千", "1.5亿", "十二", "一万零三")]
-        [321, 35000, 150000000, 12, 10003]
-    """
-    total = section = Fraction(0)
-    digits = ""
-    for character in text + " ":
-        if character in _CHINESE:
-            digits += str(_CHINESE[character])
-        elif character.isdigit() or character in ".点":
-            digits += "." if character in ".点" else character
-        else:
-            value = Fraction(digits.strip(".") or 0) if digits else None
-            digits = ""
-            if character in _CHINESE_TENS:
-                section += (1 if value is None else value) * _CHINESE_TENS[character]
-            elif character in _CHINESE_MYRIADS:
-                total = (total + section + (value or 0) or 1) * _CHINESE_MYRIADS[character]
-                section = Fraction(0)
-            else:
-                section += value or 0
-    return total + section

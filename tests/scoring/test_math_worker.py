@@ -22,9 +22,8 @@ def test_a_verdict_says_what_was_compared_and_where_it_was_found():
     assert judge("x + 1", "So $1 + x$.") == {
         "correct": True, "reason": None, "gold": "x + 1", "answer": "1 + x", "found": "formula", "rule": "math-verify"
     }  # fmt: skip
-    assert judge("18", "I do not know.", marked_only=True) == {
-        "correct": False, "reason": "the response has no answer", "gold": "18", "answer": None, "found": None, "rule": None
-    }  # fmt: skip
+    reply = {"correct": False, "reason": "the response has no answer", "gold": "18"}
+    assert judge("18", "I do not know.") == reply | {"answer": None, "found": None, "rule": None}
 
 
 @pytest.mark.parametrize(("reference", "response"), [("\\frac{", "18"), ("18", "\\boxed{((((}")])
