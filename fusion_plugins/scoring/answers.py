@@ -26,9 +26,9 @@ _DRAWING = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
 _HASHES = re.compile(r"^[ \t]*####(?!#)[ \t]*(\S[^\n]*)", re.MULTILINE)
 _GOLD_HASHES = re.compile(r"####(?!#)[ \t]*(\S[^\n]*)")
 _PHRASE = re.compile(
-    r"(?P<final>\bfinal\s+)?\b(?:answer|correct\s+(?:option|choice)|option|result)s?\b(?:\s+(?:to|of|for)\s[^.\n:]{0,80}?)?\s*"
+    r"(?P<final>\bfinal\s+)?\b(?:answer|correct\s+(?:option|choice)|option)s?\b(?:\s+(?:to|of|for)\s[^.\n:]{0,80}?)?\s*"
     r"(?:(?:is|are|was|would\s+be|must\s+be|should\s+be|equals)\b|[:=：])\s*:?"
-    r"|(?:最终|最后|正确)?(?:答案|选项|结果)(?:应该|应|就)?\s*(?:是|为|选|[:：=])+|(?:^|[\s。，])答\s*[:：]|(?:故|因此|所以|应该?)选(?:择)?\s*[:：]?(?=\s*[A-J])",
+    r"|(?:最终|最后|正确)?(?:答案|选项)(?:应该|应|就)?\s*(?:是|为|选|[:：=])+|(?:^|[\s。，])答\s*[:：]|(?:故|因此|所以|应该?)选(?:择)?\s*[:：]?(?=\s*[A-J])",
     re.IGNORECASE | re.MULTILINE,
 )
 _BOLD = re.compile(r"\*\*([^*\n]+?)\*\*|__([^_\n]+?)__")

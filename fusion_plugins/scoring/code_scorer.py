@@ -117,9 +117,9 @@ def _defect(suite: Suite, test: TestVerdict) -> str | None:
         return "a test does not compile"
     if test.verdict == "unchecked":
         return "the tests reached no check"
-    missing = re.search(r"ModuleNotFoundError: No module named '([\w.]+)'", test.error or "")
-    if missing and missing[1].partition(".")[0] in suite.modules:
-        return f"the tests need the package {missing[1]!r}, which the sandbox does not have; see the option packages"
+    missing = re.search(r"ModuleNotFoundError: No module named '(\w+)", test.error or "")
+    if missing:
+        return f"the package {missing[1]!r} is not in the sandbox; see the option packages"
     if "fixture '" in (test.error or "") and suite.format == "pytest":
         return f"the tests need what pytest does not have: {test.error}"
     return None

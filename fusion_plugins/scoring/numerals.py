@@ -157,7 +157,7 @@ def _chinese(text: str) -> Fraction:
             if character in _CHINESE_TENS:
                 section += (Fraction(1) if value is None else value) * _CHINESE_TENS[character]
             elif character in _CHINESE_MYRIADS:
-                total = (total + section + (value or 0) or 1) * _CHINESE_MYRIADS[character]
+                total = (total + section + (value or 0) or Fraction(1)) * _CHINESE_MYRIADS[character]
                 section = Fraction(0)
             else:
                 section += value or 0

@@ -164,9 +164,7 @@ def plain_signs(text: str) -> str:
     """
     text = text.translate(_SIGNS)
     for sign, fraction in _FRACTIONS.items():
-        text = re.sub(
-            rf"(\d)?\s*{sign}", lambda match, value=fraction: f"{match[1]} {value}" if match[1] else value, text
-        )
+        text = re.sub(rf"(?<=\d)\s*{sign}", f" {fraction}", text).replace(sign, fraction)
     return text
 
 
@@ -212,8 +210,8 @@ def same(gold: Quantity, answer: Quantity) -> bool:
     """Return whether two quantities are the same; those of different kinds are not.
 
     Numbers may differ by rounding: by 1e-6, and small ones by 1e-6 of their size. Where only one has a percent sign,
-    50% is 50 and also 0.5. Units count where both answers have one that is known. A date without a year is that date of any
-    year, a time without a.m. or p.m. is both.
+    50% is 50 and also 0.5. Units count where both answers have one that is known. A date without a year is that date of
+    any year, a time without a.m. or p.m. is both.
     """
     if gold.bounds and answer.bounds:
         return all(map(same, gold.bounds, answer.bounds))

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusion_plugins.core.preferences.verdict import as_verdict
 from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.inputs import SUFFIXES, read_row_file
@@ -30,10 +31,11 @@ FILE_COLUMNS: dict[str, ColumnKind] = {
     "tests": "json",
     "dataset": "string",
     "finish_reason": "string",
+    "correct": "bool",
 }
 EXPECTED = (
     "prompt_id, source, prompt (a text or messages; or a field messages) and response; optional are index, domain, "
-    "reference, tests, dataset and finish_reason"
+    "reference, tests, dataset, finish_reason and correct"
 )
 FOLDER_COLUMNS = ("prompt_id", "source", "index", "prompt", "response", "domain")
 #: columns that a score depends on
@@ -158,6 +160,7 @@ def _checked(found: Row, where: str) -> dict[str, Any]:
         "domain": _text("domain", found, where) or "instruction",
         "tests": found.get("tests"),
         **{name: _text(name, found, where) for name in ("reference", "dataset", "finish_reason")},
+        "correct": _verdict(found.get("correct"), where),
     }
     try:
         json.dumps(row, ensure_ascii=False).encode()
@@ -177,6 +180,13 @@ def _text(name: str, found: Row, where: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise DataError(f"{where}: expected text in {name!r}, got {value!r:.60}. Write it as a string.")
     return value
+
+
+def _verdict(value: Any, where: str) -> bool | None:
+    try:
+        return as_verdict(value)
+    except DataError as error:
+        raise DataError(f"{where}, field 'correct': {error}") from error
 
 
 def _prompt(value: Any, where: str) -> str | list[dict[str, Any]]:
