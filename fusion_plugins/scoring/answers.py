@@ -17,17 +17,28 @@ _THINKING = re.compile(r"^[ \t]*<(?:think|thinking|thought|reasoning|seed:think)
 # "\boxed 3" is TeX for "\boxed{3}"; "\boxed as asked" only names the command.
 _BOXED = re.compile(r"\\f?box(?:ed)?\s*(?:\{|(?<=\s)(-?[\d.,]*\d|[A-J](?![\w'])))")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_LETTER = re.compile(
+    r"\b(?:[Oo]ption|[Cc]hoice|[Aa]nswer|[Cc]hoose|[Ss]elect|[Pp]ick)\s*:?\s*[(\[*]*([A-J])\b|[(\[]([A-J])[)\]]|[选]择?\s*[:：]?\s*([A-J])"
+    r"|(?:^|\n)\W*([A-J])(?=\W*(?:$|\n)|[).:]|\s+is\s+(?:the\s+)?(?:correct|right|best))|\b([B-J])\W*\Z"
+)
 _MAX_BETWEEN = 60
 #: what may be between two boxes of one answer: "and", a comma, the name of the second
 _BETWEEN = re.compile(
     r"(?:[\s$,;.、，；&]|\\[()\[\],;]|\\quad|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|和|或者?|以及|[a-z](?:_\{?\w\}?)?\s*=)*"
 )
+#: the end of a response that was cut off: an operator, an unfinished sentence, an open box
+_BROKEN_OFF = re.compile(
+    r"(?:[=+/×÷({\\<>]|\d\s*[-*]|\b(?:is|are|be|answer|equals|has|have|the|an?|of|to|and|or|so)|答案[是为]|\\boxed\s*\{[^{}]*)\s*\Z",
+    re.IGNORECASE,
+)
 _DRAWING = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
 _HASHES = re.compile(r"^[ \t]*####(?!#)[ \t]*(\S[^\n]*)", re.MULTILINE)
 _GOLD_HASHES = re.compile(r"####(?!#)[ \t]*(\S[^\n]*)")
 _PHRASE = re.compile(
-    r"(?P<final>\bfinal\s+)?\b(?:answer|correct\s+(?:option|choice)|option)s?\b(?:\s+(?:to|of|for)\s[^.\n:]{0,80}?)?\s*"
+    r"(?P<final>\bfinal\s+)?\b(?:ans(?:wer)?|correct\s+(?:option|choice)|option)s?\b(?:\s+(?:to|of|for)\s[^.\n:]{0,80}?)?\s*"
     r"(?:(?:is|are|was|would\s+be|must\s+be|should\s+be|equals)\b|[:=：])\s*:?"
+    # a heading
+    r"|^[\W_]*(?:final\s+)?answer[*_:# ]*$"
     r"|(?:最终|最后|正确)?(?:答案|选项)(?:应该|应|就)?\s*(?:是|为|选|[:：=])+|(?:^|[\s。，])答\s*[:：]|(?:故|因此|所以|应该?)选(?:择)?\s*[:：]?(?=\s*[A-J])",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -105,6 +116,7 @@ def find_answer(response: str, *, marked_only: bool = False, broken_off: bool = 
         '90/3=30 bananas'
     """
     text = plain_signs(_DRAWING.sub("", final_part(response)))
+    broken_off = broken_off or _BROKEN_OFF.search(text) is not None
     boxes, place = _last_boxes(text)
     hashed = [match for match in _HASHES.finditer(text) if _is_value(match[1])]
     if marked_only:
@@ -127,9 +139,20 @@ def find_answer(response: str, *, marked_only: bool = False, broken_off: bool = 
     if broken_off:
         return None
     whole = text.strip()
-    if read(whole).kind or is_list(whole):
+    if read(whole).kind or is_list(whole) or re.fullmatch(r"[A-Za-z-]+\.?", whole):
         return Found((whole,), "number")
     return _last_value(text)
+
+
+def find_letter(response: str) -> str | None:
+    """Return the letter of a multiple choice that a response names at last, in whatever way.
+
+    Example:
+        >>> find_letter("Option A is too small. So I choose B."), find_letter("Paris (C) is right."), find_letter("No.")
+        ('B', 'C', None)
+    """
+    found = list(_LETTER.finditer(final_part(response)))
+    return next(filter(None, found[-1].groups())) if found else None
 
 
 def _last_phrase(text: str, boxes: str | None, boxed_at: int) -> tuple[tuple[str, ...], int, bool] | None:
@@ -138,6 +161,8 @@ def _last_phrase(text: str, boxes: str | None, boxed_at: int) -> tuple[tuple[str
         said = text[match.end() :].lstrip(" \t:*_")
         if said.startswith("\n"):
             said = said.lstrip()
+        if re.match(r"(?:not|不是?)\b", said):
+            continue
         if boxes and match.start() < boxed_at:
             return None
         texts = _ways_to_read(said)
@@ -249,11 +274,10 @@ def _is_value(text: str) -> bool:
         return False
     if read(text).kind or is_list(text) or _FORMULA.fullmatch(text) or text.lower() in _WORDS:
         return True
-    return bool(re.search(r"\\[a-zA-Z]+|[\^_]", text)) or (
-        not re.search(r"[A-Za-z]{2,}\s+[A-Za-z]{2,}", text)
-        and bool(re.search(r"\d|^\W*[A-Za-z]\W*$|[()]", text))
-        and not re.match(r"(?i)step|part", text)
-    )
+    if re.search(r"[A-Za-z]{2,}\s+[A-Za-z]{2,}", re.sub(r"\\[a-zA-Z]+(?:\{[^{}]*\})?", "", text)):
+        return False
+    # A formula without its marks: it begins with a sign, a digit, a bracket, a command or a variable.
+    return re.match(r"[-+(\[{|\\$\d.√]|[A-Za-z](?![A-Za-z])|(?:sqrt|pi|ln|log|sin|cos|tan)\b", text) is not None
 
 
 def _is_bare(text: str) -> bool:
@@ -266,7 +290,8 @@ def _last_boxes(text: str) -> tuple[str | None, int]:
     found: list[tuple[int, int, str]] = []
     for match in _BOXED.finditer(text):
         inside = match[1] or _balanced(text, match.end())
-        if inside is not None and inside.strip():
+        # Of nested boxes the inner one.
+        if inside is not None and inside.strip() and not _BOXED.match(inside.strip()):
             end = match.end() if match[1] else match.end() + len(inside) + 1
             found.append((match.start(), end, inside.strip()))
     if not found:

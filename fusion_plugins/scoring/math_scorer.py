@@ -55,7 +55,7 @@ class MathScorer:
                     "reference": row["reference"],
                     "response": row["response"],
                     "marked_only": self._marked_only,
-                    "broken_off": row.get("finish_reason") == "length",
+                    "broken_off": row.get("finish_reason") in ("length", "max_tokens"),
                 }
                 for row in (rows[place] for place in places)
             ]

@@ -14,9 +14,11 @@ import sys
 from math import gcd
 from typing import Any
 
-from fusion_plugins.scoring.answers import find_answer, gold_answer
+from fusion_plugins.scoring.answers import Found, find_answer, find_letter, gold_answer
 from fusion_plugins.scoring.quantities import as_formula, plain_signs, read, same
 
+#: an answer in words, such as "east" or "not enough"
+_WORDS = re.compile(r"[^\W\d_]+(?:[\s'-]+[^\W\d_]+)*")
 #: address space: a tower of powers ends with a MemoryError, not with a machine out of memory
 MEMORY_BYTES = 4 << 30
 
@@ -32,19 +34,27 @@ def judge(reference: str, response: str, *, marked_only: bool = False, broken_of
 
     Returns:
         ``correct`` (None where no verdict is possible), ``reason``, ``gold``, ``answer``, ``found`` (how the answer is
-        marked: boxed, hashes, phrase, bold, formula or number) and ``rule`` (what compared the two: text, number,
-        choice, range, time, date or math-verify).
+        marked: boxed, hashes, phrase, bold, formula, number or letter) and ``rule`` (what compared the two: text,
+        number, choice, range, time, date or math-verify).
     """
     gold = gold_answer(plain_signs(reference))
     reply: dict[str, Any] = {
         "correct": None, "reason": None, "gold": gold, "answer": None, "found": None, "rule": None
     }  # fmt: skip
-    if not read(gold).kind and not _readable(_parse(gold)):
+    if not read(gold).kind and not _WORDS.fullmatch(gold) and not _readable(_parse(gold)):
         return reply | {"reason": "the gold answer cannot be read"}
     found = find_answer(response, marked_only=marked_only, broken_off=broken_off)
+    if read(gold).kind == "choice" and not marked_only:
+        texts = found.texts if found else ()
+        letter = None if any(read(text).kind == "choice" for text in texts) else find_letter(response)
+        found = Found((letter, *texts), found.how if found else "letter") if letter else found
     if found is None:
         return reply | {"correct": False, "reason": "the response has no answer"}
-    verdicts = [_compare(gold, text) for text in found.texts]
+    verdicts: list[dict[str, Any]] = []
+    for text in found.texts:
+        verdicts.append(_compare(gold, text))
+        if verdicts[-1]["correct"]:
+            break
     if found.how == "number" and _restates(found.texts[-1], gold):
         verdicts = [{"correct": False, "reason": "the answer is not worked out", "rule": "number"}]
     # Of several ways to read it one that is right, else one that can be read.
@@ -78,6 +88,8 @@ def _compare(gold: str, answer: str) -> dict[str, Any]:
             return {"correct": equal, "rule": one.kind}
     if other.kind == "choice" and other.content:
         return _compare(gold, other.content)
+    if _WORDS.fullmatch(gold) and _WORDS.fullmatch(answer) and len(gold) > 1:
+        return {"correct": False, "rule": "text"}
     golds, answers = _parse(gold), _parse(answer)
     if _equal(golds, answers):
         return {"correct": True, "rule": "math-verify"}

@@ -102,9 +102,12 @@ _RANGE = re.compile(
     re.DOTALL | re.IGNORECASE,
 )
 _CLOCK = re.compile(
-    r"(\d{1,2})(?:[:：](\d{2}))?(?::(\d{2}))?\s*([ap])\.?\s*m\.?|(\d{1,2}):(\d{2})(?::(\d{2}))?(?:\s*o'?clock)?",
+    r"(?P<hour>\d{1,2})(?:[:：](?P<minute>\d{2}))?(?::\d{2})?\s*(?P<half>[ap])\.?\s*m\.?"
+    r"|(?P<hour2>\d{1,2}):(?P<minute2>\d{2})(?::\d{2})?(?:\s*o'?clock)?|(?P<hour3>\d{1,2})\s*o'?clock"
+    r"|(?P<half4>上午|早上|下午|晚上)?(?P<hour4>\d{1,2})[点时](?:(?P<minute4>\d{1,2})分?|(?P<thirty>半))?",
     re.IGNORECASE,
 )
+_HALVES = {"a": 0, "p": 12, "上午": 0, "早上": 0, "下午": 12, "晚上": 12}
 #: what parts the members of a list
 LIST = re.compile(r"\s*(?:,|、|，|;|\band\b|\bor\b|和|或)\s*(?:and\b|or\b)?\s*")
 _MONTHS = "january february march april may june july august september october november december".split()
@@ -113,6 +116,7 @@ _DATE = re.compile(
     r"|(?P<name>[A-Za-z]{3,9})\.?\s+(?P<nth>\d{1,2})(?:st|nd|rd|th)?(?:,?\s+(?P<of>\d{4}))?"
     r"|(?:the\s+)?(?P<nth2>\d{1,2})(?:st|nd|rd|th)?\s+(?:of\s+)?(?P<name2>[A-Za-z]{3,9})\.?(?:,?\s+(?P<of2>\d{4}))?"
     r"|(?P<month3>\d{1,2})月(?P<day3>\d{1,2})日"
+    r"|(?P<one>\d{1,2})/(?P<two>\d{1,2})/(?P<of3>\d{4})"
 )
 
 
@@ -165,6 +169,9 @@ def plain_signs(text: str) -> str:
     text = text.translate(_SIGNS)
     for sign, fraction in _FRACTIONS.items():
         text = re.sub(rf"(?<=\d)\s*{sign}", f" {fraction}", text).replace(sign, fraction)
+    text = re.sub(r"√\s*(\d+|\([^()]*\)|\w)", r"\\sqrt{\1}", text).replace("π", r"\pi ")
+    # A dash is a minus where nothing is before it that it could part from what follows.
+    text = re.sub(r"(^|[=({,:$]\s?|[^\W\d]\s)–(?=\d)", r"\1-", text)
     return text
 
 
@@ -261,6 +268,8 @@ def _bare(text: str) -> str:
     while (shorter := _APPROXIMATELY.sub("", text)) != text:
         text = shorter
     text = re.sub(r"^-\s*\(([\d.,/ ]+)\)$", r"-\1", text)
+    if re.fullmatch(r"\d{1,3}(?: \d{3})+|\d{1,3}(?:\.\d{3}){2,}", text):
+        text = re.sub(r"[ .]", "", text)
     # The name of what is given: "x = 5", "f(2) = 5", "90/3 = 30"; "3x + 2 = 5" is an equation.
     named = re.fullmatch(r"(?:[^=<>,;]*\d\s*|\\?[A-Za-z_ ]+(?:_?\{?\w\}?|\(\w+\))?\s*)[=≈]\s*([^=<>,;]+|[\d,.]+)", text)
     if named and (
@@ -284,12 +293,15 @@ def _read_clock(text: str) -> Quantity | None:
     found = _CLOCK.fullmatch(text)
     if not found:
         return None
-    hour, minute = int(found[1] or found[5]), int(found[2] or found[6] or 0)
+    hour, minute = (
+        next((int(found[name]) for name in names if found[name]), 0)
+        for names in (("hour", "hour2", "hour3", "hour4"), ("minute", "minute2", "minute4"))
+    )
+    minute = 30 if found["thirty"] else minute
     if hour > 24 or minute > 59:
         return None
-    if found[4]:
-        hour = hour % 12 + (12 if found[4].lower() == "p" else 0)
-    return Quantity(clock=(60 * hour + minute, bool(found[4])))
+    half = _HALVES.get((found["half"] or found["half4"] or "").lower())
+    return Quantity(clock=(60 * (hour if half is None else hour % 12 + half) + minute, half is not None))
 
 
 def _read_date(text: str) -> Quantity | None:
@@ -297,13 +309,16 @@ def _read_date(text: str) -> Quantity | None:
     if not found:
         return None
     name = found["name"] or found["name2"]
-    month = int(found["month"] or found["month3"] or 0)
+    # "3/5/2020" is the American order; "25/12/2020" can only be the other one.
+    first, second = int(found["one"] or 0), int(found["two"] or 0)
+    month, numbered_day = (second, first) if first > 12 else (first, second)
+    month = int(found["month"] or found["month3"] or month)
     if name:
         month = next((place for place, full in enumerate(_MONTHS, 1) if full.startswith(name.lower())), 0)
     if not 1 <= month <= 12:
         return None
-    year = found["year"] or found["of"] or found["of2"]
-    day = found["day"] or found["nth"] or found["nth2"] or found["day3"]
+    year = found["year"] or found["of"] or found["of2"] or found["of3"]
+    day = found["day"] or found["nth"] or found["nth2"] or found["day3"] or numbered_day
     return Quantity(date=(int(year) if year else None, month, int(day)))
 
 
@@ -333,6 +348,9 @@ def _read_number(text: str) -> Quantity | None:
     if found is None:
         return None
     number, rest = found
+    digits = text[: len(text) - len(rest)]
+    if re.fullmatch(rf"[^\s\d]*(?:{NUMBER})\s*/\s*(?:{NUMBER})\s*", digits):
+        worked_out = _is_worked_out(digits)
     if base := re.fullmatch(r"\s*_\s*(?:\{\s*(\w+)\s*\}|(\d))", rest):
         return Quantity(number=number, unit=f"_{base[1] or base[2]}")
     percent = re.match(r"\s*(?:%|percent\b|per cent\b|percentage points\b|pct\b)", rest, re.IGNORECASE)
@@ -365,7 +383,7 @@ def _is_unit_word(word: str) -> bool:
 
 def _is_worked_out(text: str) -> bool:
     """Return whether a fraction is an answer and not a division that is still to be done."""
-    top, _, bottom = re.sub(r"[,\s]", "", text).partition("/")
+    top, _, bottom = re.sub(r"[^\d./]", "", text).partition("/")
     try:
         return (Fraction(top) / Fraction(bottom)).denominator != 1
     except (ValueError, ZeroDivisionError):
