@@ -44,7 +44,7 @@ def judge(reference: str, response: str, *, marked_only: bool = False, broken_of
     if not read(gold).kind and not _WORDS.fullmatch(gold) and not _readable(_parse(gold)):
         return reply | {"reason": "the gold answer cannot be read"}
     found = find_answer(response, marked_only=marked_only, broken_off=broken_off)
-    if read(gold).kind == "choice" and not marked_only:
+    if read(gold).kind == "choice" and not marked_only and not (found and found.how in ("boxed", "hashes")):
         texts = found.texts if found else ()
         letter = None if any(read(text).kind == "choice" for text in texts) else find_letter(response)
         found = Found((letter, *texts), found.how if found else "letter") if letter else found

@@ -237,6 +237,10 @@ def _same_number(gold: Quantity, answer: Quantity) -> bool:
     units = gold.unit, answer.unit
     if all(unit.startswith("_") for unit in units) and units[0] != units[1]:
         return False
+    # Square inches are no cubic inches.
+    powers = {unit[-2:] for unit in units if unit[-2:] in ("^2", "^3")}
+    if len(powers) > 1:
+        return False
     first, second = (_UNITS.get(unit) for unit in units)
     if first and second:
         return first[0] == second[0] and close(one * first[1], other * second[1])
@@ -264,6 +268,7 @@ def _bare(text: str) -> str:
         text = next(filter(None, formula.groups()))
     for pattern, plain in _LATEX:
         text = pattern.sub(plain, text)
+    text = re.sub(r"(?<=[a-z])\s*\^\s*\{?([23])\}?", r"^\1", text)
     text = " ".join(text.split()).rstrip(" .。,，;!！").lstrip(" ,，;")
     while (shorter := _APPROXIMATELY.sub("", text)) != text:
         text = shorter

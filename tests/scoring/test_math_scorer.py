@@ -210,6 +210,7 @@ WAYS_TO_SAY_IT = [
     ("6", "The answer is 6 because 2*3=6, which is more than 5."),
 ]
 NOT_THE_ANSWER = [
+    ("B", "First I got $\\boxed{\\text{(B)}}$, but that is wrong. It is $\\boxed{3.21}$."),
     ("1.5 billion", "\\boxed{1.5}"),
     ("B", "Option A is wrong. Option C is right."),
     ("B", "The answer is (C)."),
