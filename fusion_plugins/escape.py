@@ -18,8 +18,6 @@ import html
 import re
 import unicodedata
 
-__all__ = ["for_html", "for_markdown", "for_plot", "for_terminal"]
-
 # Controls but tab and newline, halves of surrogate pairs, and the marks that reorder what a reader sees.
 _UNSEEN = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]"

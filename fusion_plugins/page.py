@@ -15,8 +15,6 @@ from fusion_plugins.escape import for_plot, for_terminal
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "new_figure", "plot_name", "render_page", "svg"]
-
 #: colours that most kinds of colour blindness tell apart (Okabe and Ito), the first ones also in grey
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999")
 

@@ -11,8 +11,6 @@ from rich.text import Text
 
 from fusion_plugins.escape import for_terminal
 
-__all__ = ["PIPE_WIDTH", "console", "say"]
-
 #: columns of a table in a file or a pipe, which have no width of their own
 PIPE_WIDTH = 200
 
