@@ -1,25 +1,25 @@
 """The commands ``fusion store info | verify | merge | compact | export``."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from fusion_plugins.errors import StoreError
+from fusion_plugins.terminal import console
+from fusion_plugins.terminal import say as _say
 
 # pyarrow, numpy and pydantic are imported inside the commands, so that `fusion --help` stays fast.
 
 Folder = Annotated[Path, typer.Argument(help="A store, or a folder of responses or scored responses.")]
 
 
-def _say(text: str) -> None:
-    Console(soft_wrap=True, markup=False).print(text)
-
-
-def info(folder: Folder) -> None:
+def info(
+    folder: Folder,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
+) -> None:
     """Show what a folder holds: how it was made, how much is in it, and what it costs per token."""
     from fusion_plugins.store.manifest import load_manifest
 
@@ -33,11 +33,19 @@ def info(folder: Folder) -> None:
     }
     if manifest.tokens:
         counts["tokens"] = f"{manifest.tokens:,}, {manifest.bytes / manifest.tokens:.1f} bytes each"
-    table = Table("", str(folder), show_header=True)
+    if as_json:
+        numbers = {"rows": manifest.rows, "shards": len(manifest.shards), "bytes": manifest.bytes}
+        figures = {"complete": manifest.complete, "tokens": manifest.tokens, "made_by": manifest.made_by} | numbers
+        parts = {"identity": manifest.identity(), **figures, "provenance": manifest.provenance}
+        typer.echo(json.dumps(parts, indent=2, default=str))
+        return
+    table = Table("")
+    # A fingerprint that is cut cannot be compared.
+    table.add_column(str(folder), overflow="fold")
     for lines in (manifest.identity(), counts, manifest.provenance):
         for name, value in lines.items():
-            table.add_row(name, escape(str(value)))
-    Console().print(table)
+            table.add_row(name, str(value))
+    console().print(table)
 
 
 def verify(
