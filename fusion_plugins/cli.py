@@ -55,7 +55,10 @@ def _root(
 
 @app.command()
 def plugins() -> None:
-    """List everything that is registered: fusion rules, aligners, losses, scorers and pair rules."""
+    """List everything that is registered: fusion rules, aligners, losses, scorers and pair rules.
+
+    For example: `fusion plugins`.
+    """
     from fusion_plugins.plugins import KINDS, get_registry
 
     table = Table("kind", "name", "from")

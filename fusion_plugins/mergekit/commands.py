@@ -25,7 +25,10 @@ def merge_check(
     lora_merge_cache: Annotated[str | None, typer.Option(help="As for mergekit-yaml.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="As for mergekit-yaml.")] = False,
 ) -> None:
-    """Report what is wrong with a merge before it starts, and what it will take; status 1 if it cannot work."""
+    """Report what is wrong with a merge before it starts, and what it will take; status 1 if it cannot work.
+
+    For example: `fusion merge-check mergekit_configs/varm.yml`.
+    """
     from rich.console import Console
 
     try:
@@ -52,11 +55,16 @@ def report(
     folder: Annotated[
         Path | None, typer.Argument(help="Folder of a model that was merged with varm or fusechat_sce.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="HTML file to write; fusion_report.html in the folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file to write.", show_default="fusion_report.html in the folder")
+    ] = None,
     config: ConfigFile = None,
     assign: Assignments = None,
 ) -> None:
-    """Write one self-contained HTML page about a merged model."""
+    """Write one self-contained HTML page about a merged model.
+
+    For example: `fusion report merged`.
+    """
     settings = load_config(ReportConfig, config, {"folder": folder, "out": out}, assign)
     try:
         page = render_merge_report(settings.folder)

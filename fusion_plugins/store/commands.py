@@ -20,7 +20,10 @@ def info(
     folder: Folder,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
 ) -> None:
-    """Show what a folder holds: how it was made, how much is in it, and what it costs per token."""
+    """Show what a folder holds: how it was made, how much is in it, and what it costs per token.
+
+    For example: `fusion store info stores/mpt`.
+    """
     from fusion_plugins.store.manifest import load_manifest
 
     manifest = load_manifest(folder)
@@ -54,7 +57,10 @@ def verify(
         bool, typer.Option(help="Remove damaged shards, so that the command that made them makes their content again.")
     ] = False,
 ) -> None:
-    """Read a folder to the last byte, compare checksums and counts, and look for ids or keys that appear twice."""
+    """Read a folder to the last byte, compare checksums and counts, and look for ids or keys that appear twice.
+
+    For example: `fusion store verify stores/mpt`.
+    """
     from fusion_plugins.store.maintain import verify as run
 
     verdict = run(folder, drop_damaged=drop_damaged)
@@ -75,7 +81,10 @@ def merge(
     parts: Annotated[list[Path], typer.Argument(help="Folders that were made with the same settings.")],
     out: Annotated[Path, typer.Option(help="Folder to write; an interrupted merge is continued.")],
 ) -> None:
-    """Join the parts of one capture (or of one sampling run) into one folder."""
+    """Join the parts of one capture (or of one sampling run) into one folder.
+
+    For example: `fusion store merge stores/part-0 stores/part-1 --out stores/mpt`.
+    """
     from fusion_plugins.store.maintain import merge as run
 
     manifest = run(parts, out)
@@ -83,7 +92,10 @@ def merge(
 
 
 def compact(folder: Folder) -> None:
-    """Join small shards, and rewrite those of an older version."""
+    """Join small shards, and rewrite those of an older version.
+
+    For example: `fusion store compact stores/mpt`.
+    """
     from fusion_plugins.store.maintain import compact as run
     from fusion_plugins.store.manifest import load_manifest
 
@@ -99,7 +111,10 @@ def export(
     format: Annotated[str, typer.Option(help="datasets (plain lists) or axolotl-kd.")] = "datasets",
     temperature: Annotated[float, typer.Option(help="For axolotl-kd: the kd_temperature of the run.")] = 1.0,
 ) -> None:
-    """Write a store as plain Parquet for Hugging Face datasets, or for axolotl's own knowledge distillation."""
+    """Write a store as plain Parquet for Hugging Face datasets, or for axolotl's own knowledge distillation.
+
+    For example: `fusion store export stores/mpt --out mpt-parquet`.
+    """
     from fusion_plugins.store.export import export as run
 
     count = run(folder, out, format=format, temperature=temperature)
