@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.logits_process import (
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -215,7 +216,9 @@ def _processors(sampling: Sampling, seeds: list[int]) -> LogitsProcessorList:
     if sampling.temperature == 0:
         return processors
     processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
-    if sampling.top_k:
+    if sampling.min_p > 0:  # before the others, as in vLLM
+        processors.append(MinPLogitsWarper(float(sampling.min_p)))
+    if sampling.top_k > 0:
         processors.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         processors.append(TopPLogitsWarper(float(sampling.top_p)))

@@ -191,7 +191,8 @@ def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
-        top_k=sampling.top_k,
+        top_k=max(sampling.top_k, 0),
+        min_p=sampling.min_p,
         repetition_penalty=sampling.repetition_penalty,
         max_tokens=sampling.max_tokens,
         stop=list(sampling.stop) or None,
