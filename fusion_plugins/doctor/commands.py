@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from fusion_plugins.command_options import Assignments, ConfigFile
-from fusion_plugins.errors import ConfigError
+from fusion_plugins.install import missing_package
+from fusion_plugins.terminal import console, say
 
 
 def doctor(
@@ -36,8 +37,6 @@ def doctor(
     assign: Assignments = None,
 ) -> None:
     """Measure, before any training, what fusing the sources into the target can give, and advise on the settings."""
-    from rich.console import Console
-
     from fusion_plugins.config import load_config
     from fusion_plugins.core.fusion.project import ProjectionOptions
     from fusion_plugins.doctor.examine import DoctorConfig, examine, open_side, open_target
@@ -57,7 +56,7 @@ def doctor(
     settings = load_config(DoctorConfig, config, flags, assign)
     target_path, source_paths = settings.sides()
     if settings.target is None:
-        typer.echo(f"target: {target_path}", err=True)
+        say(f"target: {target_path}", stderr=True)
     contents = None if settings.texts is None else {text.id: text.content for text in read_texts(settings.texts)}
     report = examine(
         open_target(target_path, contents, settings.tokenizer),
@@ -66,19 +65,14 @@ def doctor(
         options=ProjectionOptions(chain=settings.chain),
         limit=settings.limit,
     )
-    console = Console(soft_wrap=True)
-    # A file or a pipe has no width of its own; rich would squeeze the table into 80 columns.
-    show(report, console if console.is_terminal else Console(soft_wrap=True, width=140))
+    show(report, console())
     folder = Path(settings.out)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "doctor.json").write_text(report.to_json(), encoding="utf-8")
     try:
-        picture = picture_png(report)
-        (folder / "doctor.png").write_bytes(picture)
-        (folder / "doctor.html").write_text(render_doctor_page(report, picture), encoding="utf-8")
+        (folder / "doctor.html").write_text(render_doctor_page(report), encoding="utf-8")
+        (folder / "doctor.png").write_bytes(picture_png(report))
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{folder / 'doctor.json'} is written; the page needs {error.name}, which is not installed: "
-            "pip install 'fusion-plugins[report]'"
-        ) from error
-    typer.echo(f"written to {folder}")
+        # The examination is done and its figures are written: a page less is no failure.
+        say(f"no page was written: {missing_package(error, 'it') or error}", stderr=True)
+    say(f"written to {folder}")

@@ -288,7 +288,7 @@ def _draw_missing(
                 # A batch that is done again has some of the responses already.
                 if isinstance(response, Response) and draw.key not in done:
                     rows.write(_row(draw, response, settings, fingerprint, source.facts.get("seeded", True)))
-                    repaired += [(name, draw.prompt.text.id)] * response.repaired
+                    repaired.extend([(name, draw.prompt.text.id)] * response.repaired)
             rows.flush()
 
         with meter(f"sample {name}", len(usable), sum(draw.key in done for draw in usable)) as progress:

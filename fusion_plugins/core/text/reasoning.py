@@ -7,7 +7,12 @@ import re
 from dataclasses import dataclass
 
 OPEN, CLOSE = "<think>", "</think>"
+CHANNEL = "<|channel|>"
+#: special tokens around the messages of a model that writes in channels
+CHANNEL_TAGS = (CHANNEL, "<|message|>", "<|start|>", "<|end|>", "<|return|>", "<|call|>", "<|constrain|>")
 
+#: the end of reasoning, and not a tag that a text speaks of
+_CLOSING = re.compile(r"</think>[ \t]*(?=\n|\Z)")
 #: one message of a model that writes in channels (gpt-oss): its header, its text
 _CHANNEL = re.compile(
     r"<\|channel\|>(?P<header>.*?)<\|message\|>(?P<text>.*?)(?=<\|(?:end|return|call|start|channel)\|>|\Z)", re.DOTALL
@@ -42,11 +47,12 @@ def with_opening(response: str) -> str:
     Example:
         >>> with_opening("6 * 7\n</think>\n\n42")
         '<think>\n6 * 7\n</think>\n\n42'
-        >>> with_opening("<think>6 * 7</think>42")
-        '<think>6 * 7</think>42'
+        >>> with_opening("<think>6 * 7</think>\n42"), with_opening("It ends with </think> itself.")
+        ('<think>6 * 7</think>\n42', 'It ends with </think> itself.')
     """
-    before, close, _ = response.partition(CLOSE)
-    return f"{OPEN}\n{response.lstrip()}" if close and OPEN not in before else response
+    closing = _CLOSING.search(response)
+    opened = closing is not None and OPEN not in response[: closing.start()]
+    return f"{OPEN}\n{response.lstrip()}" if opened else response
 
 
 @dataclass(frozen=True)
@@ -55,12 +61,12 @@ class Channels:
 
     Attributes:
         reasoning: text of the channel ``analysis``.
-        answer: text of the other channels that are for the user.
+        answer: text of the other channels that are for the user; None if it never began.
         calls: a tool is called.
     """
 
     reasoning: str
-    answer: str
+    answer: str | None
     calls: bool
 
 
@@ -74,9 +80,10 @@ def channels(text: str) -> Channels | None:
     found = [(match["header"].strip(), match["text"]) for match in _CHANNEL.finditer(text)]
     if not found:
         return None
+    answers = [text for header, text in found if header.split()[:1] in (["final"], ["commentary"])]
     return Channels(
         reasoning="\n".join(text for header, text in found if header == "analysis"),
-        answer="\n\n".join(text for header, text in found if header in ("final", "commentary")),
+        answer="\n\n".join(answers) if answers else None,
         calls=any(" to=" in header for header, _ in found),
     )
 

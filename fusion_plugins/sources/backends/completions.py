@@ -32,6 +32,8 @@ TOO_LONG = frozenset(
 TOOLS = frozenset("tool_calls tool_call tool_use function_call".split())
 #: the server was interrupted: another attempt may end otherwise
 INTERRUPTED = frozenset("abort aborted error cancel cancelled canceled timeout failed incomplete".split())
+#: where servers put the reasoning; the first that has a text counts
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 #: the largest count that a row can hold
 MOST_TOKENS = 2**63 - 1
 
@@ -125,7 +127,7 @@ def _finish_reason(reason: Any, message: dict[str, Any]) -> str:
 
 def _texts(message: dict[str, Any]) -> tuple[str, str | None]:
     """Return reasoning and text of a message; the text is None where there is none."""
-    named = (message.get("reasoning_content"), message.get("reasoning"))
+    named = map(message.get, REASONING_KEYS)
     reasoning = next((text for text in named if isinstance(text, str) and text.strip()), "")
     content = message.get("content")
     if content is None or isinstance(content, str):
