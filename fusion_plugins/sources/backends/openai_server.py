@@ -294,7 +294,8 @@ def _client(url: str, key: str, options: ServerOptions) -> HttpClient:
     shown = re.split("[?#]", f"***@{rest}" if at else url)[0]
     try:
         parts = urlsplit(url)
-        known = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+        whole = parts.hostname and (parts.port is None or parts.port > 0) and not re.search(r"\s", url)
+        known = parts.scheme in ("http", "https") and whole
     except ValueError:
         known = False
     if not known:
