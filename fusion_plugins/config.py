@@ -1,5 +1,6 @@
 """The settings of a command: a YAML file, flags that override it, and one pydantic model that knows every key."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -8,7 +9,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from fusion_plugins.errors import ConfigError
+from fusion_plugins.redaction import without_credentials
 
+#: what pydantic adds to "Input should be a valid integer"
+_REASON = re.compile(", (?=unable to|got a number)")
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -70,18 +74,48 @@ def validate(model: type[Model], values: Mapping[str, Any], *, where: str) -> Mo
     # Not chained: pydantic's own message repeats whole groups of settings, and with them an API key that was put into
     # the wrong place.
     except ValidationError as error:
-        lines = [_describe(model, problem) for problem in error.errors()]
+        lines = _descriptions(model, values, error)
         raise ConfigError(f"{where}: {len(lines)} wrong setting(s): " + "; ".join(lines)) from None
 
 
-def _describe(model: type[BaseModel], problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"]) or "settings"
-    if problem["type"] == "extra_forbidden":
-        known = f"; known keys: {', '.join(sorted(model.model_fields))}" if len(problem["loc"]) == 1 else ""
-        return f"{key}: unknown key{known}"
-    value, text = problem["input"], problem["msg"].removeprefix("Value error, ")
-    got = "" if problem["type"] == "missing" or isinstance(value, Mapping | BaseModel) else f", got {value!r}"
-    return f"{key}: {text}{got}"
+def _descriptions(model: type[BaseModel], values: Mapping[str, Any], error: ValidationError) -> list[str]:
+    """Return one sentence per wrong key: the problems of all the types that the key may have are one."""
+    problems: dict[str, list[Any]] = {}
+    for problem in error.errors():
+        problems.setdefault(_key(problem, values), []).append(problem)
+    # What is wrong inside a key says more than that the key's other types do not fit.
+    inner = [key for key in problems if not any(other.startswith(f"{key}.") for other in problems)]
+    return [f"{key}: {_describe(model, problems[key])}" for key in inner]
+
+
+def _key(problem: Any, values: Any) -> str:
+    """Return the key of a problem as the user wrote it, without the names of types that pydantic puts between."""
+    key: list[str] = []
+    for part in problem["loc"]:
+        inside = part in values if isinstance(values, Mapping) else isinstance(values, list) and isinstance(part, int)
+        if inside:
+            values = values[part]
+        elif problem["type"] != "missing" or part != problem["loc"][-1]:
+            continue
+        key.append(str(part))
+    return ".".join(key) or "settings"
+
+
+def _describe(model: type[BaseModel], problems: list[Any]) -> str:
+    first = problems[0]
+    if first["type"] == "extra_forbidden":
+        known = f"; known keys: {', '.join(sorted(model.model_fields))}" if len(first["loc"]) == 1 else ""
+        return f"unknown key{known}"
+    if first["type"] == "missing":
+        field = model.model_fields.get(first["loc"][0]) if len(first["loc"]) == 1 else None
+        return f"missing; expected {field.description}" if field is not None and field.description else "missing"
+    texts = [_REASON.split(problem["msg"].removeprefix("Value error, "))[0] for problem in problems]
+    # "Input should be a valid integer or 'all'"
+    text = " or ".join(dict.fromkeys([texts[0], *(text.removeprefix("Input should be ") for text in texts[1:])]))
+    value = first["input"]
+    # A group may hold a key that was put into the wrong place, and so may a URL.
+    shown = isinstance(value, str | int | float | bool) or value is None
+    return f"{text}, got {without_credentials(f'{value!r:.200}')}" if shown else text
 
 
 class _Loader(yaml.SafeLoader):

@@ -19,7 +19,6 @@ EXTRA_OF = {
     "math_verify": "score",
     "matplotlib": "report",
     "mergekit": "mergekit",
-    "openai": "server",
     "peft": "axolotl",
     "ray": "ray",
     "safetensors": "transformers",

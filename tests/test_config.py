@@ -1,5 +1,7 @@
 """Settings of a command: a YAML file, flags and ``KEY=VALUE`` over it, and the errors that name what is wrong."""
 
+from typing import Literal
+
 import pytest
 from pydantic import Field
 
@@ -150,3 +152,39 @@ def test_a_value_that_is_no_yaml_is_one_line(text):
     with pytest.raises(ConfigError, match="^--set name: expected a YAML value") as caught:
         load_config(Example, None, {}, [f"name={text}"])
     assert "\n" not in str(caught.value)
+
+
+class Choice(Settings):
+    model: str = Field(description="folder or hub name of the model")
+    top_k: int | Literal["all"] = 64
+    n: int | dict[str, int] = 1
+    names: str | list[str] = "a"
+    many: list[Inner] = Field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"top_k": "x"}, "top_k: Input should be a valid integer or 'all', got 'x'"),
+        ({"top_k": 1.5}, "top_k: Input should be a valid integer or 'all', got 1.5"),
+        ({"n": "q"}, "n: Input should be a valid integer or a valid dictionary, got 'q'"),
+        ({"n": {"math": "x"}}, "n.math: Input should be a valid integer, got 'x'"),
+        ({"names": ["a", 5]}, "names.1: Input should be a valid string, got 5"),
+        ({"many": [{"depth": 1}, {"depth": "x"}]}, "many.1.depth: Input should be a valid integer, got 'x'"),
+        ({"many": [{"dept": 1}]}, "many.0.dept: unknown key"),
+        ({"names": ["http://me:secret@h", 5]}, "names.1: "),
+        ({"top_k": "http://me:secret@h/v1"}, "top_k: Input should be a valid integer or 'all', got '***@h/v1'"),
+    ],
+)
+def test_a_wrong_setting_is_named_as_it_was_written_with_all_that_it_may_be(values, message):
+    with pytest.raises(ConfigError, match=r"here: 1 wrong setting\(s\): ") as caught:
+        validate(Choice, {"model": "m", **values}, where="here")
+    assert message in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_missing_setting_is_named_with_what_is_expected():
+    with pytest.raises(
+        ConfigError, match="^here: 1 wrong.*: model: missing; expected folder or hub name of the model$"
+    ):
+        validate(Choice, {}, where="here")

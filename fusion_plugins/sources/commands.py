@@ -84,6 +84,10 @@ def sample(
         f"{report.drawn} responses drawn ({_speed(report.tokens, report.seconds)}), {report.present} were there, "
         f"{len(report.skipped)} prompts left out: {report.out}"
     )
+    if report.repaired:
+        console.print(
+            f"{report.repaired} responses were repaired: half characters became U+FFFD, impossible counts of tokens 0"
+        )
     for (source, prompt), reason in report.skipped.items():
         console.print(f"left out {prompt} of {source}: {reason}")
 
