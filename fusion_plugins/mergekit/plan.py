@@ -9,7 +9,7 @@ rebuilds this graph for a merge with one of our methods:
 - a last task writes the record.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 from pydantic import ConfigDict, SkipValidation
 
 from fusion_plugins.core.merging.varm import ACROSS_TENSORS, unit_of
+from fusion_plugins.mergekit.checkpoints import Stored
 from fusion_plugins.mergekit.methods import Planned, UnitSums
+from fusion_plugins.mergekit.quantized import require_mergeable
 from fusion_plugins.mergekit.record import MergeRecord
 from fusion_plugins.mergekit.unit_sums import Unit, UnitStatistics, unwidened
 
@@ -74,14 +76,22 @@ class WriteRecord(Task[None]):
         self.record.write()
 
 
-def extend_plan(tasks: Sequence[Task], record: MergeRecord, device: str) -> list[Task]:
+def extend_plan(
+    tasks: Sequence[Task], record: MergeRecord, stored: Mapping[str, Stored], device: str
+) -> list[Task]:
     """Return the planned tasks with our merge tasks in them, and one that writes the record.
 
     Args:
         tasks: what mergekit planned.
         record: where the weights go.
+        stored: model -> what it is stored in.
         device: where mergekit computes.
+
+    Raises:
+        MergeError: a model is quantized.
     """
+    # Here, since ``dtype`` makes mergekit cast codes to floats before a method sees them.
+    require_mergeable(stored)
     merges = [task.tensor_task for task in tasks if isinstance(task, SaveTensor)]
     tokenizer = next((task for task in tasks if isinstance(task, BuildTokenizer)), None)
     statistics = _plan_units([task for task in merges if isinstance(task, ExecuteMergeMethodTask)], device, tokenizer)
