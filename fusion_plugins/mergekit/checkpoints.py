@@ -228,15 +228,17 @@ class IndexedLoader(LazyTensorLoader):
 
 def read_tensor(stored: Stored, name: str) -> torch.Tensor:
     """Return one tensor from its file."""
-    return IndexedLoader(stored.index, lazy_unpickle=False).get_tensor(name)
+    tensor = IndexedLoader(stored.index, lazy_unpickle=False).get_tensor(name)
+    assert tensor is not None
+    return tensor
 
 
 def stale_copies(stored: Stored) -> Iterator[tuple[str, Path]]:
     """Yield (tensor, file) for every copy that the index does not mean and that differs from the one it means."""
     for name, files in sorted(stored.shadowed.items()):
         for file in files:
-            other = ShardedTensorIndex.from_file(str(file))
-            copy, meant = IndexedLoader(other, lazy_unpickle=False).get_tensor(name), read_tensor(stored, name)
+            copy = read_tensor(read_index(ShardedTensorIndex.from_file(str(file))), name)
+            meant = read_tensor(stored, name)
             if copy.dtype != meant.dtype or not torch.equal(copy, meant):
                 yield name, file
 

@@ -1,7 +1,7 @@
 """Where our part of a merge enters mergekit: its planner and the functions that plan and run a merge.
 
-A merge with a method that is not ours passes through unchanged; only the record of an earlier merge into the same folder
-is removed.
+A merge with a method that is not ours passes through unchanged; only the record of an earlier merge into its folder is
+removed.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,6 +33,9 @@ from fusion_plugins.mergekit.methods import METHODS
 from fusion_plugins.mergekit.plan import extend_plan
 from fusion_plugins.mergekit.quantized import require_mergeable
 from fusion_plugins.mergekit.record import MergeRecord, append_card, remove_record, require_writable
+
+#: What a merge raises for wrong files and settings: our errors, and those of mergekit and the libraries below it.
+CAUSED_BY_USERS = (FusionError, OSError, SafetensorError, RuntimeError, ValueError)
 
 
 def extend_merge(module: Any) -> None:
@@ -96,7 +99,7 @@ def extend_raw_merge(module: Any) -> None:
 
     @wraps(command)
     def callback(*arguments: Any, **options: Any) -> Any:
-        with _told_in_one_sentence(FusionError):
+        with _told_in_one_sentence((FusionError,)):
             return command(*arguments, **options)
 
     module.main.callback = callback
@@ -124,17 +127,17 @@ def _stored(references: Iterable[ModelReference]) -> dict[str, Stored]:
 
 
 @contextmanager
-def _told_in_one_sentence(*errors: type[Exception]) -> Iterator[None]:
+def _told_in_one_sentence(errors: tuple[type[Exception], ...] = CAUSED_BY_USERS) -> Iterator[None]:
     """Inside a command of mergekit, turn what a user can cause into one message and exit status 1.
 
     From Python code, errors pass unchanged.
 
     Args:
-        *errors: the types to turn; by default also those that hosts raise for files and settings.
+        errors: the types to turn.
     """
     try:
         yield
-    except errors or (FusionError, OSError, SafetensorError, RuntimeError, ValueError) as error:
+    except errors as error:
         if click.get_current_context(silent=True) is None:
             raise
         text = str(error) if isinstance(error, FusionError) else f"the merge stopped: {first_line(error)}"

@@ -54,10 +54,12 @@ def unmergeable(models: Mapping[str, Stored]) -> Iterator[tuple[str, str]]:
     Args:
         models: name -> what is stored.
     """
-    quantized = {name: found for name, model in models.items() if (found := quantization_of(model.config, model.tensors))}
+    reasons = {name: quantization_of(model.config, model.tensors) for name, model in models.items()}
+    quantized = {name: reason for name, reason in reasons.items() if reason is not None}
     for name, found in quantized.items():
-        yield f"{name} is quantized ({found}), and codes cannot be averaged", (
-            f"{DEQUANTIZE}, without quantization_config in its config.json"
+        yield (
+            f"{name} is quantized ({found}), and codes cannot be averaged",
+            (f"{DEQUANTIZE}, without quantization_config in its config.json"),
         )
     if not quantized:
         for one, other, tensor in _different_buffers(models):
