@@ -17,6 +17,7 @@ from fusion_plugins.config import Settings
 from fusion_plugins.core.fusion.project import ProjectionOptions
 from fusion_plugins.core.fusion.record import build_record
 from fusion_plugins.core.fusion.types import Record, TopK
+from fusion_plugins.core.text.round_trip import text_changes
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize_content
 from fusion_plugins.core.text.types import TokenizedText
@@ -242,7 +243,7 @@ def examine(
         sources=verdicts,
         sparse_bytes=BATCH * TOKENS * ENTRIES * (np.dtype(np.int32).itemsize + np.dtype(np.float32).itemsize),
         dense_bytes=BATCH * TOKENS * target.table.vocab_size * np.dtype(np.float32).itemsize,
-        notes=_notes(verdicts, target),
+        notes=[*_notes(verdicts, target), *_text_changes([target, *sources])],
     )
 
 
@@ -260,6 +261,13 @@ def _notes(verdicts: Sequence[SourceVerdict], target: Side) -> list[str]:
             "next token: its label probability says how often that token reaches the target's label."
         )
     return notes
+
+
+def _text_changes(sides: Sequence[Side]) -> list[str]:
+    found = {
+        side.name: text_changes(side.tokenizer, side.table.spell).known for side in sides if side.tokenizer is not None
+    }
+    return [f"The tokenizer of {name} changes texts: {'; '.join(known)}." for name, known in found.items() if known]
 
 
 def _sample(target: Side, sources: Sequence[Side], limit: int) -> list[str]:
