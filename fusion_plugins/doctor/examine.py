@@ -17,7 +17,7 @@ from fusion_plugins.config import Settings
 from fusion_plugins.core.fusion.project import ProjectionOptions
 from fusion_plugins.core.fusion.record import build_record
 from fusion_plugins.core.fusion.types import Record, TopK
-from fusion_plugins.core.text.round_trip import text_changes
+from fusion_plugins.core.text.round_trip import PREFIX_SPACE, text_changes
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize_content
 from fusion_plugins.core.text.types import TokenizedText
@@ -264,10 +264,13 @@ def _notes(verdicts: Sequence[SourceVerdict], target: Side) -> list[str]:
 
 
 def _text_changes(sides: Sequence[Side]) -> list[str]:
-    found = {
-        side.name: text_changes(side.tokenizer, side.table.spell).known for side in sides if side.tokenizer is not None
-    }
-    return [f"The tokenizer of {name} changes texts: {'; '.join(known)}." for name, known in found.items() if known]
+    notes = []
+    for side in sides:
+        known = text_changes(side.tokenizer, side.table.spell).known if side.tokenizer is not None else ()
+        # A space before the text has no width and changes no figure.
+        if changes := [change for change in known if change != PREFIX_SPACE]:
+            notes.append(f"The tokenizer of {side.name} changes texts: {'; '.join(changes)}.")
+    return notes
 
 
 def _sample(target: Side, sources: Sequence[Side], limit: int) -> list[str]:
