@@ -51,6 +51,8 @@ def capture(
         f"{report.captured} texts captured ({_speed(report.tokens, report.seconds)}), {report.present} were there, "
         f"{len(report.skipped)} left out: {report.out}"
     )
+    if report.text_changes:
+        console.print(f"the tokenizer changes texts, which is known: {'; '.join(report.text_changes)}")
     for text_id, reason in report.skipped.items():
         console.print(f"left out {text_id}: {reason}")
 
