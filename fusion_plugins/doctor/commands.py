@@ -43,6 +43,7 @@ def doctor(
     from fusion_plugins.doctor.examine import DoctorConfig, examine, open_side, open_target
     from fusion_plugins.doctor.page import picture_png, render_doctor_page, show
     from fusion_plugins.inputs import read_texts
+    from fusion_plugins.store.files import make_folder, write_atomic
 
     flags = {
         "sources": sources or None,
@@ -70,12 +71,12 @@ def doctor(
     # A file or a pipe has no width of its own; rich would squeeze the table into 80 columns.
     show(report, console if console.is_terminal else Console(soft_wrap=True, width=140))
     folder = Path(settings.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "doctor.json").write_text(report.to_json(), encoding="utf-8")
+    make_folder(folder)
+    write_atomic(folder / "doctor.json", report.to_json())
     try:
         picture = picture_png(report)
-        (folder / "doctor.png").write_bytes(picture)
-        (folder / "doctor.html").write_text(render_doctor_page(report, picture), encoding="utf-8")
+        write_atomic(folder / "doctor.png", picture)
+        write_atomic(folder / "doctor.html", render_doctor_page(report, picture))
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"{folder / 'doctor.json'} is written; the page needs {error.name}, which is not installed: "
