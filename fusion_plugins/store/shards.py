@@ -124,6 +124,8 @@ def open_shard(folder: Path, shard: ShardInfo, identity: str) -> pq.ParquetFile:
         stamp = stamp_of(file)
         if file.metadata.num_rows != shard.rows:
             raise ValueError(f"expected {shard.rows} rows, got {file.metadata.num_rows}")
+        if shard.rows > MOST_ROWS:
+            raise ValueError(f"expected at most {MOST_ROWS} rows, got {shard.rows}")
         if stamp.get("version", shard.version) != shard.version:
             raise ValueError(f"expected layout {shard.version}, got {stamp['version']!r:.40}")
     # Not damage: nothing may be dropped because of it. Shards of the first version carry no stamp.
