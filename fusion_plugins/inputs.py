@@ -194,8 +194,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     # A file may hold what Arrow reads and Python cannot: text that is not UTF-8, a time beyond the year 9999.
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(
-            f"{path}: expected a Parquet file that can be read to its end, got an error behind row {number}: "
-            f"{error!s:.200}. Write it again."
+            f"{path}: expected a Parquet file, got other bytes behind row {number}: {error!s:.200}. Write it again."
         ) from error
 
 
