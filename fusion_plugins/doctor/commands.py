@@ -48,6 +48,7 @@ def doctor(
     from fusion_plugins.doctor.examine import DoctorConfig, examine, open_side, open_target
     from fusion_plugins.doctor.page import picture_png, render_doctor_page, show
     from fusion_plugins.inputs import read_texts
+    from fusion_plugins.store.files import make_folder, write_atomic
 
     flags = {
         "sources": sources or None,
@@ -73,11 +74,11 @@ def doctor(
     )
     show(report, console())
     folder = Path(settings.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "doctor.json").write_text(report.to_json(), encoding="utf-8")
+    make_folder(folder)
+    write_atomic(folder / "doctor.json", report.to_json())
     try:
-        (folder / "doctor.html").write_text(render_doctor_page(report), encoding="utf-8")
-        (folder / "doctor.png").write_bytes(picture_png(report))
+        write_atomic(folder / "doctor.html", render_doctor_page(report))
+        write_atomic(folder / "doctor.png", picture_png(report))
     except ModuleNotFoundError as error:
         # The examination is done and its figures are written: a page less is no failure.
         say(f"no page was written: {missing_package(error, 'it') or error}", stderr=True)

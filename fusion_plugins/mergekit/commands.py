@@ -65,6 +65,8 @@ def report(
 
     For example: `fusion report merged`.
     """
+    from fusion_plugins.store.files import write_atomic
+
     settings = load_config(ReportConfig, config, {"folder": folder, "out": out}, assign)
     try:
         page = render_merge_report(settings.folder)
@@ -73,5 +75,5 @@ def report(
             f"fusion report needs {error.name}, which is not installed: pip install 'fusion-plugins[report]'"
         ) from error
     file = settings.out or settings.folder / "fusion_report.html"
-    file.write_text(page, encoding="utf-8")
+    write_atomic(file, page)
     typer.echo(str(file))
