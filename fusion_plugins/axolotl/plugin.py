@@ -1,11 +1,15 @@
 """The plugin that axolotl loads: checks the configuration, and hands over schema, trainer and collator."""
 
+import sys
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 
+from fusion_plugins.axolotl.args import fusion_block
 from fusion_plugins.axolotl.fingerprint import stamp_datasets
-from fusion_plugins.axolotl.guards import check_config
+from fusion_plugins.axolotl.guards import check_config, check_ready
+from fusion_plugins.axolotl.overrides import apply_overrides
+from fusion_plugins.axolotl.prepared import remove_leftovers, write_reports
 
 
 class FusionPlugin(BasePlugin):
@@ -14,10 +18,28 @@ class FusionPlugin(BasePlugin):
     def register(self, cfg: Any) -> None:
         """Check the raw configuration and let its content reach the hash of the prepared dataset.
 
+        Nothing is checked for a command that trains nothing, as far as axolotl tells.
+
         Raises:
             ConfigError: naming every problem.
         """
+        apply_overrides(cfg, sys.argv[1:])
+        if cfg.get("inference") or cfg.get("merge_lora"):
+            return
         stamp_datasets(cfg, check_config(cfg))
+        remove_leftovers(cfg)
+
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
+        """Check, before `train` and `preprocess` load anything, that what they need is there; axolotl loads the rows.
+
+        Raises:
+            ConfigError: naming every problem.
+        """
+        check_ready(cfg, fusion_block(cfg), rows_wanted=preprocess)
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Write the reports of the prepared datasets into the run's own folder, whichever run prepared them."""
+        write_reports(cfg)
 
     def get_input_args(self) -> str:
         """Return the import path of the schema of the ``fusion:`` block."""
