@@ -5,7 +5,8 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin
 
 from fusion_plugins.axolotl.fingerprint import stamp_datasets
-from fusion_plugins.axolotl.guards import check_config
+from fusion_plugins.axolotl.guards import DPO, PAIR_TRAINERS, check_config, dataset_types
+from fusion_plugins.errors import PluginError
 
 
 class FusionPlugin(BasePlugin):
@@ -18,6 +19,9 @@ class FusionPlugin(BasePlugin):
             ConfigError: naming every problem.
         """
         stamp_datasets(cfg, check_config(cfg))
+        if _has_pairs(cfg):
+            # Not through `get_trainer_cls`: axolotl would leave out the reference model.
+            cfg["trainer_cls"] = PAIR_TRAINERS[cfg["rl"]]
 
     def get_input_args(self) -> str:
         """Return the import path of the schema of the ``fusion:`` block."""
@@ -30,6 +34,19 @@ class FusionPlugin(BasePlugin):
         from fusion_plugins.axolotl.trainer import FusionTrainer
 
         return FusionTrainer
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Check that pairs are trained on as they were tokenized.
+
+        Raises:
+            PluginError: another plugin's trainer took the place of ours.
+        """
+        expected = cfg.trainer_cls and cfg.trainer_cls.rpartition(".")[2]
+        if _has_pairs(cfg) and type(trainer).__name__ != expected:
+            raise PluginError(
+                f"a dataset of type {DPO} needs the trainer {cfg.trainer_cls}, but another plugin brought "
+                f"{type(trainer).__name__}, which would tokenize the pairs anew. Remove that plugin."
+            )
 
     def get_collator_cls_and_kwargs(self, cfg: Any, is_eval: bool = False) -> Any:
         """Return the collator of runs with fused distributions, and which of axolotl's it wraps."""
@@ -55,6 +72,10 @@ def _stock_collator(cfg: Any, *, packed: bool) -> type:
         or (cfg.model_config_type == "llama" and cfg.attn_implementation != "flash_attention_2")
     )
     return collators.V2BatchSamplerDataCollatorForSeq2Seq if numbered else collators.BatchSamplerDataCollatorForSeq2Seq
+
+
+def _has_pairs(cfg: Any) -> bool:
+    return DPO in [*dataset_types(cfg), *dataset_types(cfg, "test_datasets")]
 
 
 def _is_fused(cfg: Any) -> bool:

@@ -1,6 +1,6 @@
 """Texts and chats in the target's tokens, with labels: which tokens are supervised and which are only context."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,7 +8,6 @@ import numpy as np
 
 from fusion_plugins.core.arrays import IntArray
 from fusion_plugins.core.fusion.record import supervised_bytes
-from fusion_plugins.core.text.chat import render_chat
 from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.core.text.token_table import Role, TokenTable
 from fusion_plugins.core.text.tokenize import tokenize, tokenize_content
@@ -35,6 +34,33 @@ class EncodedText:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """A prompt and one answer to it as the target model reads them, up to the end of the answer's turn.
+
+    Attributes:
+        prompt_ids: P token ids before the answer.
+        answer_ids: A token ids of the answer and of what ends its turn. A token that holds bytes of both is among them.
+        prompt: the text before the answer, with all that the template writes.
+        text: the text of the answer and of the end of its turn.
+    """
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    prompt: str
+    text: str
+
+    @property
+    def input_ids(self) -> list[int]:
+        """All P + A ids."""
+        return self.prompt_ids + self.answer_ids
+
+    @property
+    def labels(self) -> list[int]:
+        """P + A labels: :data:`IGNORED` for the prompt, the ids of the answer."""
+        return [IGNORED] * len(self.prompt_ids) + self.answer_ids
+
+
+@dataclass(frozen=True)
 class TargetTokenizer:
     """The tokenizer of the model that is trained, with its token table and its way of writing chats.
 
@@ -54,7 +80,7 @@ class TargetTokenizer:
         options = cfg.get("chat_template_kwargs") or {}
         return cls(tokenizer, TokenTable.from_tokenizer(tokenizer), dict(options))
 
-    def encode(self, content: str | Sequence[Message], *, last_only: bool = False) -> EncodedText:
+    def encode(self, content: str | Sequence[Message]) -> EncodedText:
         """Tokenize a text or a chat.
 
         In a text (BOS + text + EOS, as far as the tokenizer has them) every token but the first is supervised. In a
@@ -62,7 +88,6 @@ class TargetTokenizer:
 
         Args:
             content: the text, or role and content of each turn.
-            last_only: supervise only the last assistant message of a chat.
 
         Raises:
             DataError: there is no template, or the chat cannot be rendered; see :func:`render_chat`.
@@ -71,39 +96,42 @@ class TargetTokenizer:
             self._require_template()
         tokens, _ = tokenize_content(self.tokenizer, self.table, content, template_options=self.template_options)
         if not isinstance(content, str):
-            tokens = replace(tokens, spans=tokens.spans[-1:]) if last_only else tokens
             return EncodedText(tokens, self._labels(tokens))
         labels = tokens.input_ids.copy()
         # Nothing predicts the first token. In a packed sequence the document before it would.
         labels[:1] = IGNORED
         return EncodedText(tokens, labels)
 
-    def answer(self, prompt: str | Sequence[Message], response: str) -> EncodedText:
-        """Tokenize a prompt and one response to it; the response and its end of turn are supervised."""
-        if self.tokenizer.chat_template is not None:
-            return self.encode([*as_messages(prompt), {"role": "assistant", "content": response}], last_only=True)
-        head, text = _plain(prompt), _plain(prompt) + response
-        tokens = tokenize(self.tokenizer, self.table, text, spans=[(len(head.encode()), len(text.encode()))])
-        return EncodedText(tokens, self._labels(tokens))
+    def answer(self, prompt: str | Sequence[Message], response: str) -> Answer:
+        """Tokenize a prompt and one response to it as one text, and cut it before the response and after its turn.
 
-    def prompt_and_completion(self, prompt: str | Sequence[Message], response: str) -> tuple[str, str]:
-        """Return the two parts of a conversation as text, the completion with its end of turn.
-
-        The prompt is the template's text with ``add_generation_prompt``, if the rendered conversation begins with it;
-        otherwise everything before the answer.
+        Raises:
+            DataError: the chat cannot be rendered, the prompt is empty, or no token of the response is left.
         """
         if self.tokenizer.chat_template is None:
-            return _plain(prompt), response.rstrip() + (self.tokenizer.eos_token or "")
-        messages = as_messages(prompt)
-        render = self._renderer()
-        text, spans, _ = render_chat(render, [*messages, {"role": "assistant", "content": response.rstrip()}])
-        raw = text.encode()
-        start, stop = (int(byte) for byte in spans[-1])
-        head = self._renderer(add_generation_prompt=True)(messages)
-        if not text.startswith(head) or len(head.encode()) > start:
-            head = raw[:start].decode()
-        completion = raw[len(head.encode()) : stop].decode()
-        return head, completion + self._end_of_turn(raw[stop:].decode())
+            head, text = _plain(prompt), _plain(prompt) + response
+            tokens = tokenize(self.tokenizer, self.table, text, spans=[(len(head.encode()), len(text.encode()))])
+        else:
+            chat = [*as_messages(prompt), {"role": "assistant", "content": response}]
+            tokens, text = tokenize_content(self.tokenizer, self.table, chat, template_options=self.template_options)
+        return self._cut(replace(tokens, spans=tokens.spans[-1:]), text.encode())
+
+    def _cut(self, tokens: TokenizedText, raw: bytes) -> Answer:
+        ids, start = tokens.input_ids.tolist(), int(tokens.spans[0, 0])
+        # Nothing predicts the first token, so it can be no answer.
+        supervised = np.flatnonzero(self._labels(tokens)[1:] != IGNORED) + 1
+        bos = self.table.id_of_role(Role.BOS)
+        if not start or not supervised.size:
+            expected = "an answer of at least one token" if start else "a prompt that is not empty"
+            raise DataError(f"expected {expected}, got the text {raw.decode()!r:.200}. Leave the conversation out.")
+        if bos is not None and ids[:2] == [bos, bos]:
+            raise DataError(
+                f"expected one BOS token at the start of the conversation, got two: {raw.decode()!r:.80}. The chat "
+                "template writes both; correct it with `chat_template:` in the axolotl configuration."
+            )
+        first, stop = int(supervised[0]), int(supervised[-1]) + 1
+        end = max(int(tokens.ends[stop - 1]), start)
+        return Answer(ids[:first], ids[first:stop], raw[:start].decode(), raw[start:end].decode(errors="replace"))
 
     def _require_template(self) -> None:
         if self.tokenizer.chat_template is None:
@@ -111,13 +139,6 @@ class TargetTokenizer:
                 "the dataset holds chats, but the target's tokenizer has no chat template. Set `chat_template:` in "
                 "the axolotl configuration, or use plain texts."
             )
-
-    def _renderer(self, **options: Any) -> Callable[[list[dict[str, Any]]], str]:
-        def render(messages: list[dict[str, Any]]) -> str:
-            settings = {**self.template_options, **options, "tokenize": False}
-            return str(self.tokenizer.apply_chat_template(messages, **settings))
-
-        return render
 
     def _labels(self, tokens: TokenizedText) -> IntArray:
         keep = supervised_bytes(tokens) > 0
@@ -135,15 +156,6 @@ class TargetTokenizer:
             if role is not None or self.table.bytes_of(int(ids[position])).strip():
                 break
         return first
-
-    def _end_of_turn(self, tail: str) -> str:
-        """The part of the text after an answer that ends the turn; the EOS token where there is none."""
-        ids = self.tokenizer(tail, add_special_tokens=False)["input_ids"]
-        end = self._turn_end(np.asarray(ids, np.int32), 0)
-        surface = self.table.bytes_of(ids[end - 1]).decode() if end else ""
-        if not end or surface not in tail:
-            return self.tokenizer.eos_token or ""
-        return tail[: tail.index(surface) + len(surface)]
 
 
 def _plain(prompt: str | Sequence[Message]) -> str:
