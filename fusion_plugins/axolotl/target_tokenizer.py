@@ -8,14 +8,14 @@ import numpy as np
 
 from fusion_plugins.core.arrays import IntArray
 from fusion_plugins.core.fusion.record import supervised_bytes
+from fusion_plugins.core.text.chat import Render, generated_spans
 from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.core.text.token_table import Role, TokenTable
-from fusion_plugins.core.text.tokenize import tokenize, tokenize_content
+from fusion_plugins.core.text.tokenize import TURN_ENDS, chat_renderer, tokenize, tokenize_chat
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import DataError
 
 IGNORED = -100
-_ENDS_TURN = (Role.EOS, Role.END_OF_TURN)
 
 Message = Mapping[str, Any]
 
@@ -80,41 +80,55 @@ class TargetTokenizer:
         options = cfg.get("chat_template_kwargs") or {}
         return cls(tokenizer, TokenTable.from_tokenizer(tokenizer), dict(options))
 
-    def encode(self, content: str | Sequence[Message]) -> EncodedText:
+    def encode(self, content: str | Sequence[Message], *, tools: Sequence[Message] | None = None) -> EncodedText:
         """Tokenize a text or a chat.
 
         In a text (BOS + text + EOS, as far as the tokenizer has them) every token but the first is supervised. In a
-        chat, rendered with the target's template, the assistant's contents and their ends of turn are.
+        chat, rendered with the target's template, what the assistant generated and its ends of turn are.
 
         Args:
-            content: the text, or role and content of each turn.
+            content: the text, or the messages.
+            tools: schemas of the tools that a chat may call.
 
         Raises:
-            DataError: there is no template, or the chat cannot be rendered; see :func:`render_chat`.
+            DataError: there is no template, or the chat cannot be rendered; see :func:`generated_spans`.
         """
-        if not isinstance(content, str):
-            self._require_template()
-        tokens, _ = tokenize_content(self.tokenizer, self.table, content, template_options=self.template_options)
-        if not isinstance(content, str):
-            return EncodedText(tokens, self._labels(tokens))
-        labels = tokens.input_ids.copy()
-        # Nothing predicts the first token. In a packed sequence the document before it would.
-        labels[:1] = IGNORED
-        return EncodedText(tokens, labels)
+        if isinstance(content, str):
+            tokens = tokenize(self.tokenizer, self.table, content)
+            labels = tokens.input_ids.copy()
+            # Nothing predicts the first token. In a packed sequence the document before it would.
+            labels[:1] = IGNORED
+            return EncodedText(tokens, labels)
+        self._require_template()
+        tokens = tokenize_chat(self.tokenizer, self.table, generated_spans(self.renderer(tools), content))
+        return EncodedText(tokens, self._labels(tokens))
 
-    def answer(self, prompt: str | Sequence[Message], response: str) -> Answer:
-        """Tokenize a prompt and one response to it as one text, and cut it before the response and after its turn.
+    def renderer(self, tools: Sequence[Message] | None = None) -> Render:
+        """Return what renders messages with the target's template and its options."""
+        return chat_renderer(self.tokenizer, tools, self.template_options)
+
+    def answer(
+        self, prompt: str | Sequence[Message], reply: str | Message, *, tools: Sequence[Message] | None = None
+    ) -> Answer:
+        """Tokenize a prompt and one answer to it as one text, and cut it before the answer and after its turn.
+
+        Args:
+            prompt: a text, or messages.
+            reply: the answer's text, or an assistant message with content, tool calls and reasoning.
+            tools: schemas of the tools that may be called.
 
         Raises:
-            DataError: the chat cannot be rendered, the prompt is empty, or no token of the response is left.
+            DataError: the chat cannot be rendered, the prompt is empty, or no token of the answer is left.
         """
+        message = {"role": "assistant", "content": reply} if isinstance(reply, str) else {**reply, "role": "assistant"}
         if self.tokenizer.chat_template is None:
-            head, text = _plain(prompt), _plain(prompt) + response
+            head, text = _plain(prompt), _plain(prompt) + _plain(reply)
             tokens = tokenize(self.tokenizer, self.table, text, spans=[(len(head.encode()), len(text.encode()))])
         else:
-            chat = [*as_messages(prompt), {"role": "assistant", "content": response}]
-            tokens, text = tokenize_content(self.tokenizer, self.table, chat, template_options=self.template_options)
-        return self._cut(replace(tokens, spans=tokens.spans[-1:]), text.encode())
+            chat = generated_spans(self.renderer(tools), [*as_messages(prompt), *as_messages([message])])
+            chat, text = replace(chat, turns=chat.turns[-1:]), chat.text
+            tokens = tokenize_chat(self.tokenizer, self.table, chat)
+        return self._cut(tokens, text.encode())
 
     def _cut(self, tokens: TokenizedText, raw: bytes) -> Answer:
         ids, start = tokens.input_ids.tolist(), int(tokens.spans[0, 0])
@@ -151,17 +165,17 @@ class TargetTokenizer:
         """Return the position after the token that ends the turn; ``first`` where other text is before it."""
         for position in range(first, len(ids)):
             role = self.table.role_of(int(ids[position]))
-            if role in _ENDS_TURN:
+            if role in TURN_ENDS:
                 return position + 1
             if role is not None or self.table.bytes_of(int(ids[position])).strip():
                 break
         return first
 
 
-def _plain(prompt: str | Sequence[Message]) -> str:
-    if isinstance(prompt, str):
-        return prompt
+def _plain(content: str | Message | Sequence[Message]) -> str:
+    if isinstance(content, str):
+        return content
     raise DataError(
-        "a prompt is a chat, but the target's tokenizer has no chat template. Set `chat_template:` in the axolotl "
-        "configuration."
+        "a prompt or an answer consists of messages, but the target's tokenizer has no chat template. Set "
+        "`chat_template:` in the axolotl configuration."
     )
