@@ -1,6 +1,6 @@
 """Texts and chats in the target's tokens, with labels: which tokens are supervised and which are only context."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,15 +8,14 @@ import numpy as np
 
 from fusion_plugins.core.arrays import IntArray
 from fusion_plugins.core.fusion.record import supervised_bytes
-from fusion_plugins.core.text.chat import render_chat
+from fusion_plugins.core.text.chat import Render, generated_spans
 from fusion_plugins.core.text.messages import as_messages
-from fusion_plugins.core.text.token_table import Role, TokenTable
-from fusion_plugins.core.text.tokenize import tokenize, tokenize_content
+from fusion_plugins.core.text.token_table import TokenTable
+from fusion_plugins.core.text.tokenize import TURN_ENDS, chat_renderer, tokenize, tokenize_chat
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import DataError
 
 IGNORED = -100
-_ENDS_TURN = (Role.EOS, Role.END_OF_TURN)
 
 Message = Mapping[str, Any]
 
@@ -54,29 +53,37 @@ class TargetTokenizer:
         options = cfg.get("chat_template_kwargs") or {}
         return cls(tokenizer, TokenTable.from_tokenizer(tokenizer), dict(options))
 
-    def encode(self, content: str | Sequence[Message], *, last_only: bool = False) -> EncodedText:
+    def encode(
+        self, content: str | Sequence[Message], *, tools: Sequence[Message] | None = None, last_only: bool = False
+    ) -> EncodedText:
         """Tokenize a text or a chat.
 
         In a text (BOS + text + EOS, as far as the tokenizer has them) every token but the first is supervised. In a
-        chat, rendered with the target's template, the assistant's contents and their ends of turn are.
+        chat, rendered with the target's template, what the assistant generated and its ends of turn are.
 
         Args:
-            content: the text, or role and content of each turn.
+            content: the text, or the messages.
+            tools: schemas of the tools that a chat may call.
             last_only: supervise only the last assistant message of a chat.
 
         Raises:
-            DataError: there is no template, or the chat cannot be rendered; see :func:`render_chat`.
+            DataError: there is no template, or the chat cannot be rendered; see :func:`generated_spans`.
         """
-        if not isinstance(content, str):
-            self._require_template()
-        tokens, _ = tokenize_content(self.tokenizer, self.table, content, template_options=self.template_options)
-        if not isinstance(content, str):
-            tokens = replace(tokens, spans=tokens.spans[-1:]) if last_only else tokens
-            return EncodedText(tokens, self._labels(tokens))
-        labels = tokens.input_ids.copy()
-        # Nothing predicts the first token. In a packed sequence the document before it would.
-        labels[:1] = IGNORED
-        return EncodedText(tokens, labels)
+        if isinstance(content, str):
+            tokens = tokenize(self.tokenizer, self.table, content)
+            labels = tokens.input_ids.copy()
+            # Nothing predicts the first token. In a packed sequence the document before it would.
+            labels[:1] = IGNORED
+            return EncodedText(tokens, labels)
+        self._require_template()
+        chat = generated_spans(self.renderer(tools), content)
+        chat = replace(chat, turns=chat.turns[-1:]) if last_only else chat
+        tokens = tokenize_chat(self.tokenizer, self.table, chat)
+        return EncodedText(tokens, self._labels(tokens))
+
+    def renderer(self, tools: Sequence[Message] | None = None) -> Render:
+        """Return what renders messages with the target's template and its options."""
+        return chat_renderer(self.tokenizer, tools, self.template_options)
 
     def answer(self, prompt: str | Sequence[Message], response: str) -> EncodedText:
         """Tokenize a prompt and one response to it; the response and its end of turn are supervised."""
@@ -94,16 +101,12 @@ class TargetTokenizer:
         """
         if self.tokenizer.chat_template is None:
             return _plain(prompt), response.rstrip() + (self.tokenizer.eos_token or "")
-        messages = as_messages(prompt)
-        render = self._renderer()
-        text, spans, _ = render_chat(render, [*messages, {"role": "assistant", "content": response.rstrip()}])
-        raw = text.encode()
-        start, stop = (int(byte) for byte in spans[-1])
-        head = self._renderer(add_generation_prompt=True)(messages)
-        if not text.startswith(head) or len(head.encode()) > start:
-            head = raw[:start].decode()
-        completion = raw[len(head.encode()) : stop].decode()
-        return head, completion + self._end_of_turn(raw[stop:].decode())
+        answer = {"role": "assistant", "content": response.rstrip()}
+        chat = generated_spans(self.renderer(), [*as_messages(prompt), answer])
+        raw, turn = chat.text.encode(), chat.turns[-1]
+        stop = turn.parts[-1].stop
+        completion = raw[turn.start : stop].decode()
+        return raw[: turn.start].decode(), completion + self._end_of_turn(raw[stop:].decode())
 
     def _require_template(self) -> None:
         if self.tokenizer.chat_template is None:
@@ -111,13 +114,6 @@ class TargetTokenizer:
                 "the dataset holds chats, but the target's tokenizer has no chat template. Set `chat_template:` in "
                 "the axolotl configuration, or use plain texts."
             )
-
-    def _renderer(self, **options: Any) -> Callable[[list[dict[str, Any]]], str]:
-        def render(messages: list[dict[str, Any]]) -> str:
-            settings = {**self.template_options, **options, "tokenize": False}
-            return str(self.tokenizer.apply_chat_template(messages, **settings))
-
-        return render
 
     def _labels(self, tokens: TokenizedText) -> IntArray:
         keep = supervised_bytes(tokens) > 0
@@ -130,7 +126,7 @@ class TargetTokenizer:
         """Return the position after the token that ends the turn; ``first`` where other text is before it."""
         for position in range(first, len(ids)):
             role = self.table.role_of(int(ids[position]))
-            if role in _ENDS_TURN:
+            if role in TURN_ENDS:
                 return position + 1
             if role is not None or self.table.bytes_of(int(ids[position])).strip():
                 break
