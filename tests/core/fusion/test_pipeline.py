@@ -20,7 +20,6 @@ from fusion_plugins.core.fusion.pipeline import METRICS, FusionPlan, FusionSourc
 from fusion_plugins.core.fusion.project import ProjectionOptions, Projector
 from fusion_plugins.core.fusion.types import VocabularyMap
 from fusion_plugins.core.fusion.vocabulary_map import map_vocabulary
-from fusion_plugins.core.text.chat import render_chat
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize, tokenize_content
 from fusion_plugins.errors import AlignmentError, ConfigError, MismatchError
@@ -41,8 +40,7 @@ def plain(name, text=TEXT, **options):
 
 def chat(name, messages=tiny.CHAT):
     tokenizer, table = load(name)
-    text, spans, _ = render_chat(lambda m: tokenizer.apply_chat_template(m, tokenize=False), messages)
-    return tokenize(tokenizer, table, text, spans=spans, special_tokens=False, append_eos=False)
+    return tokenize_content(tokenizer, table, messages)[0]
 
 
 def knows(text, *, shift=0, id="text"):
