@@ -1,11 +1,15 @@
 """The plugin that axolotl loads: checks the configuration, and hands over schema, trainer and collator."""
 
+import sys
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 
+from fusion_plugins.axolotl.args import fusion_block
 from fusion_plugins.axolotl.fingerprint import stamp_datasets
-from fusion_plugins.axolotl.guards import DPO, PAIR_TRAINERS, check_config, dataset_types
+from fusion_plugins.axolotl.guards import DPO, PAIR_TRAINERS, check_config, check_ready, dataset_types
+from fusion_plugins.axolotl.overrides import apply_overrides
+from fusion_plugins.axolotl.prepared import remove_leftovers, write_reports
 from fusion_plugins.errors import PluginError
 
 
@@ -15,13 +19,40 @@ class FusionPlugin(BasePlugin):
     def register(self, cfg: Any) -> None:
         """Check the raw configuration and let its content reach the hash of the prepared dataset.
 
+        Nothing is checked for a command that trains nothing, as far as axolotl tells.
+
         Raises:
             ConfigError: naming every problem.
         """
+        apply_overrides(cfg, sys.argv[1:])
+        if cfg.get("inference") or cfg.get("merge_lora"):
+            return
         stamp_datasets(cfg, check_config(cfg))
         if _has_pairs(cfg):
             # Not through `get_trainer_cls`: axolotl would leave out the reference model.
             cfg["trainer_cls"] = PAIR_TRAINERS[cfg["rl"]]
+        remove_leftovers(cfg)
+
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
+        """Check, before `train` and `preprocess` load anything, that what they need is there; axolotl loads the rows.
+
+        Raises:
+            ConfigError: naming every problem.
+        """
+        check_ready(cfg, fusion_block(cfg), rows_wanted=preprocess)
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Write the reports of the prepared datasets into the run's own folder, whichever run prepared them.
+
+        Raises:
+            PluginError: the trainer is not the one that takes pairs as they are tokenized.
+        """
+        write_reports(cfg)
+        if _has_pairs(cfg) and type(trainer).__name__ != str(cfg.trainer_cls).rpartition(".")[2]:
+            raise PluginError(
+                f"a dataset of type {DPO} needs the trainer {cfg.trainer_cls}, but another plugin brought "
+                f"{type(trainer).__name__}, which would tokenize the pairs anew. Remove that plugin."
+            )
 
     def get_input_args(self) -> str:
         """Return the import path of the schema of the ``fusion:`` block."""
@@ -34,19 +65,6 @@ class FusionPlugin(BasePlugin):
         from fusion_plugins.axolotl.trainer import FusionTrainer
 
         return FusionTrainer
-
-    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Check that pairs are trained on as they were tokenized.
-
-        Raises:
-            PluginError: another plugin's trainer took the place of ours.
-        """
-        expected = cfg.trainer_cls and cfg.trainer_cls.rpartition(".")[2]
-        if _has_pairs(cfg) and type(trainer).__name__ != expected:
-            raise PluginError(
-                f"a dataset of type {DPO} needs the trainer {cfg.trainer_cls}, but another plugin brought "
-                f"{type(trainer).__name__}, which would tokenize the pairs anew. Remove that plugin."
-            )
 
     def get_collator_cls_and_kwargs(self, cfg: Any, is_eval: bool = False) -> Any:
         """Return the collator of runs with fused distributions, and which of axolotl's it wraps."""
