@@ -10,7 +10,7 @@ from fusion_plugins.core.arrays import IntArray
 from fusion_plugins.core.fusion.record import supervised_bytes
 from fusion_plugins.core.text.chat import Render, generated_spans
 from fusion_plugins.core.text.messages import as_messages
-from fusion_plugins.core.text.token_table import TokenTable
+from fusion_plugins.core.text.token_table import Role, TokenTable
 from fusion_plugins.core.text.tokenize import TURN_ENDS, chat_renderer, tokenize, tokenize_chat
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import DataError
@@ -34,6 +34,33 @@ class EncodedText:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """A prompt and one answer to it as the target model reads them, up to the end of the answer's turn.
+
+    Attributes:
+        prompt_ids: P token ids before the answer.
+        answer_ids: A token ids of the answer and of what ends its turn. A token that holds bytes of both is among them.
+        prompt: the text before the answer, with all that the template writes.
+        text: the text of the answer and of the end of its turn.
+    """
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    prompt: str
+    text: str
+
+    @property
+    def input_ids(self) -> list[int]:
+        """All P + A ids."""
+        return self.prompt_ids + self.answer_ids
+
+    @property
+    def labels(self) -> list[int]:
+        """P + A labels: :data:`IGNORED` for the prompt, the ids of the answer."""
+        return [IGNORED] * len(self.prompt_ids) + self.answer_ids
+
+
+@dataclass(frozen=True)
 class TargetTokenizer:
     """The tokenizer of the model that is trained, with its token table and its way of writing chats.
 
@@ -53,9 +80,7 @@ class TargetTokenizer:
         options = cfg.get("chat_template_kwargs") or {}
         return cls(tokenizer, TokenTable.from_tokenizer(tokenizer), dict(options))
 
-    def encode(
-        self, content: str | Sequence[Message], *, tools: Sequence[Message] | None = None, last_only: bool = False
-    ) -> EncodedText:
+    def encode(self, content: str | Sequence[Message], *, tools: Sequence[Message] | None = None) -> EncodedText:
         """Tokenize a text or a chat.
 
         In a text (BOS + text + EOS, as far as the tokenizer has them) every token but the first is supervised. In a
@@ -64,7 +89,6 @@ class TargetTokenizer:
         Args:
             content: the text, or the messages.
             tools: schemas of the tools that a chat may call.
-            last_only: supervise only the last assistant message of a chat.
 
         Raises:
             DataError: there is no template, or the chat cannot be rendered; see :func:`generated_spans`.
@@ -76,37 +100,52 @@ class TargetTokenizer:
             labels[:1] = IGNORED
             return EncodedText(tokens, labels)
         self._require_template()
-        chat = generated_spans(self.renderer(tools), content)
-        chat = replace(chat, turns=chat.turns[-1:]) if last_only else chat
-        tokens = tokenize_chat(self.tokenizer, self.table, chat)
+        tokens = tokenize_chat(self.tokenizer, self.table, generated_spans(self.renderer(tools), content))
         return EncodedText(tokens, self._labels(tokens))
 
     def renderer(self, tools: Sequence[Message] | None = None) -> Render:
         """Return what renders messages with the target's template and its options."""
         return chat_renderer(self.tokenizer, tools, self.template_options)
 
-    def answer(self, prompt: str | Sequence[Message], response: str) -> EncodedText:
-        """Tokenize a prompt and one response to it; the response and its end of turn are supervised."""
-        if self.tokenizer.chat_template is not None:
-            return self.encode([*as_messages(prompt), {"role": "assistant", "content": response}], last_only=True)
-        head, text = _plain(prompt), _plain(prompt) + response
-        tokens = tokenize(self.tokenizer, self.table, text, spans=[(len(head.encode()), len(text.encode()))])
-        return EncodedText(tokens, self._labels(tokens))
+    def answer(
+        self, prompt: str | Sequence[Message], reply: str | Message, *, tools: Sequence[Message] | None = None
+    ) -> Answer:
+        """Tokenize a prompt and one answer to it as one text, and cut it before the answer and after its turn.
 
-    def prompt_and_completion(self, prompt: str | Sequence[Message], response: str) -> tuple[str, str]:
-        """Return the two parts of a conversation as text, the completion with its end of turn.
+        Args:
+            prompt: a text, or messages.
+            reply: the answer's text, or an assistant message with content, tool calls and reasoning.
+            tools: schemas of the tools that may be called.
 
-        The prompt is the template's text with ``add_generation_prompt``, if the rendered conversation begins with it;
-        otherwise everything before the answer.
+        Raises:
+            DataError: the chat cannot be rendered, the prompt is empty, or no token of the answer is left.
         """
+        message = {"role": "assistant", "content": reply} if isinstance(reply, str) else {**reply, "role": "assistant"}
         if self.tokenizer.chat_template is None:
-            return _plain(prompt), response.rstrip() + (self.tokenizer.eos_token or "")
-        answer = {"role": "assistant", "content": response.rstrip()}
-        chat = generated_spans(self.renderer(), [*as_messages(prompt), answer])
-        raw, turn = chat.text.encode(), chat.turns[-1]
-        stop = turn.parts[-1].stop
-        completion = raw[turn.start : stop].decode()
-        return raw[: turn.start].decode(), completion + self._end_of_turn(raw[stop:].decode())
+            head, text = _plain(prompt), _plain(prompt) + _plain(reply)
+            tokens = tokenize(self.tokenizer, self.table, text, spans=[(len(head.encode()), len(text.encode()))])
+        else:
+            chat = generated_spans(self.renderer(tools), [*as_messages(prompt), *as_messages([message])])
+            chat, text = replace(chat, turns=chat.turns[-1:]), chat.text
+            tokens = tokenize_chat(self.tokenizer, self.table, chat)
+        return self._cut(tokens, text.encode())
+
+    def _cut(self, tokens: TokenizedText, raw: bytes) -> Answer:
+        ids, start = tokens.input_ids.tolist(), int(tokens.spans[0, 0])
+        # Nothing predicts the first token, so it can be no answer.
+        supervised = np.flatnonzero(self._labels(tokens)[1:] != IGNORED) + 1
+        bos = self.table.id_of_role(Role.BOS)
+        if not start or not supervised.size:
+            expected = "an answer of at least one token" if start else "a prompt that is not empty"
+            raise DataError(f"expected {expected}, got the text {raw.decode()!r:.200}. Leave the conversation out.")
+        if bos is not None and ids[:2] == [bos, bos]:
+            raise DataError(
+                f"expected one BOS token at the start of the conversation, got two: {raw.decode()!r:.80}. The chat "
+                "template writes both; correct it with `chat_template:` in the axolotl configuration."
+            )
+        first, stop = int(supervised[0]), int(supervised[-1]) + 1
+        end = max(int(tokens.ends[stop - 1]), start)
+        return Answer(ids[:first], ids[first:stop], raw[:start].decode(), raw[start:end].decode(errors="replace"))
 
     def _require_template(self) -> None:
         if self.tokenizer.chat_template is None:
@@ -132,20 +171,11 @@ class TargetTokenizer:
                 break
         return first
 
-    def _end_of_turn(self, tail: str) -> str:
-        """The part of the text after an answer that ends the turn; the EOS token where there is none."""
-        ids = self.tokenizer(tail, add_special_tokens=False)["input_ids"]
-        end = self._turn_end(np.asarray(ids, np.int32), 0)
-        surface = self.table.bytes_of(ids[end - 1]).decode() if end else ""
-        if not end or surface not in tail:
-            return self.tokenizer.eos_token or ""
-        return tail[: tail.index(surface) + len(surface)]
 
-
-def _plain(prompt: str | Sequence[Message]) -> str:
-    if isinstance(prompt, str):
-        return prompt
+def _plain(content: str | Message | Sequence[Message]) -> str:
+    if isinstance(content, str):
+        return content
     raise DataError(
-        "a prompt is a chat, but the target's tokenizer has no chat template. Set `chat_template:` in the axolotl "
-        "configuration."
+        "a prompt or an answer consists of messages, but the target's tokenizer has no chat template. Set "
+        "`chat_template:` in the axolotl configuration."
     )
