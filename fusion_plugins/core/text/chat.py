@@ -439,15 +439,9 @@ def _turn(render: Render, marks: _Marks, layout: _Layout, chat: Messages, index:
 
 def _arguments(text: str, call: Mapping[str, Any], start: int, stop: int) -> Part:
     """Find the arguments of a call where they are written as JSON."""
-    arguments = call["function"].get("arguments")
-    forms = [arguments] if isinstance(arguments, str) else []
-    if isinstance(arguments, dict):
-        forms = [as_json(arguments), json.dumps(arguments)]
-    for form in forms:
-        place = text.find(form, start, stop)
-        if form and place >= 0:
-            return Part("arguments", place, place + len(form))
-    return Part("arguments", start, start)
+    written = as_json(call["function"]["arguments"])
+    place = text.find(written, start, stop)
+    return Part("arguments", place, place + len(written)) if place >= 0 else Part("arguments", start, start)
 
 
 def _prompt_length(render: Render, marks: _Marks, chat: Messages, index: int, gap: str) -> int:
