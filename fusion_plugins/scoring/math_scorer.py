@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from fusion_plugins.errors import ConfigError, ScoringError
+from fusion_plugins.install import install_command
 from fusion_plugins.scoring.base import Row, Score
 from fusion_plugins.scoring.pool import Failure, Reply, WorkerPool
 
@@ -36,7 +37,7 @@ class MathScorer:
             installed = version("math-verify")
         except PackageNotFoundError as error:
             raise ScoringError(
-                "scorers.math: expected the package math-verify, got none; pip install 'fusion-plugins[score]'"
+                f"scorers.math: expected the package math-verify, got none; {install_command('score')}"
             ) from error
         # The rules change where the same response may get another verdict than before.
         self.facts = {"math_verify": installed, "timeout": timeout, "marked_only": marked_only, "rules": 2}

@@ -21,6 +21,7 @@ from typing import Any
 
 import fusion_plugins
 from fusion_plugins.errors import ScoringError
+from fusion_plugins.install import install_command
 
 #: time to import the verifier, on a loaded machine with a cold disk
 START_SECONDS = 300.0
@@ -145,7 +146,7 @@ class _Worker:
             error = self.end()
             raise ScoringError(
                 f"expected the line 'ready' of the process {' '.join(self._command)} within {START_SECONDS:g} s, got "
-                f"{error or 'no message'}. Install what it imports: pip install 'fusion-plugins[score]'"
+                f"{error or 'no message'}. Install what it imports: {install_command('score')}"
             ) from None
 
     def _read_line(self, seconds: float) -> bytes:

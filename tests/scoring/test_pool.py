@@ -56,7 +56,7 @@ def test_a_worker_that_hangs_or_dies_gives_no_verdict_and_is_replaced():
 
 def test_a_worker_that_cannot_start_is_an_error_that_says_what_to_install():
     pool = WorkerPool("fusion_plugins.scoring.no_such_worker", workers=1, timeout=5)
-    with pytest.raises(ScoringError, match=r"No module named.*fusion-plugins\[score\]"):
+    with pytest.raises(ScoringError, match=r"No module named.*pip install .*\[score\]"):
         pool.map([{}])
     pool.close()
 
