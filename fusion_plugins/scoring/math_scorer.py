@@ -20,7 +20,7 @@ class MathScorer:
     Args:
         timeout: seconds per response.
         workers: number of processes; one per CPU core by default.
-        marked_only: whether an answer counts only in ``\boxed{}`` or after ``####``; otherwise what is said to be the
+        marked_only: whether an answer counts only in ``\boxed{}`` or after ``####``; otherwise what the response calls the
             answer, bold, and at last the last formula or number count too.
 
     Raises:
