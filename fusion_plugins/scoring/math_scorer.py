@@ -20,8 +20,8 @@ class MathScorer:
     Args:
         timeout: seconds per response.
         workers: number of processes; one per CPU core by default.
-        marked_only: whether an answer counts only in ``\boxed{}`` or after ``####``; otherwise what the response calls the
-            answer, bold, and at last the last formula or number count too.
+        marked_only: whether an answer counts only in ``\boxed{}`` or after ``####``; otherwise what the response calls
+            the answer, bold, and at last the last formula or number count too.
 
     Raises:
         ConfigError: the timeout is not above 0.
