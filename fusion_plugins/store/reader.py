@@ -126,9 +126,10 @@ class Store:
         for shard in range(len(self.manifest.shards)):
             file = self._file(shard)
             with reading(self.path, self.manifest.shards[shard]):
+                ids = iter(read_table(file, columns=self._codec.key_columns)["id"].to_pylist())
                 for group in range(file.num_row_groups):
-                    ids = read_table(file, group, self._codec.key_columns)["id"].to_pylist()
-                    places.update((id, (shard, group, row)) for row, id in enumerate(ids))
+                    n_rows = file.metadata.row_group(group).num_rows
+                    places.update((next(ids), (shard, group, row)) for row in range(n_rows))
         return places
 
     def _open_shard(self, shard: int) -> pq.ParquetFile:
