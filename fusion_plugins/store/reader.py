@@ -79,7 +79,7 @@ class Store:
         from fusion_plugins.core.text.token_table import TokenTable
 
         path = self.path / TABLE_NAME
-        data = self._read_table_file()
+        data = self.table_bytes()
         try:
             columns = read_table(parquet_file(pa.py_buffer(data)))
             table = TokenTable.from_columns({name: columns[name].to_pylist() for name in columns.column_names})
@@ -91,21 +91,16 @@ class Store:
                 f"{path}: expected the table of tokenizer {self.manifest.tokenizer_fingerprint}, as the manifest says, "
                 f"got {fingerprint}. One of the two files is of another store: restore it from a copy."
             )
-        # The fingerprint leaves out what a run may set (the pad token, the end of a turn); the checksum does not.
-        self._check_table_file(data)
         return table
 
     def table_bytes(self) -> bytes:
         """Return the file of the token table as it is.
 
+        Its checksum also covers what the tokenizer's fingerprint leaves out: the pad token and the end of a turn.
+
         Raises:
             StoreError: it is missing, or not the file that was written.
         """
-        data = self._read_table_file()
-        self._check_table_file(data)
-        return data
-
-    def _read_table_file(self) -> bytes:
         path = self.path / TABLE_NAME
         try:
             file = plain_file(path)
@@ -114,18 +109,17 @@ class Store:
                 raise StoreError(
                     f"{path} is damaged: expected at most {TABLE_BYTES:,} bytes, got {size:,}. Restore it from a copy."
                 )
-            return file.read_bytes()
+            data = file.read_bytes()
         except OSError as error:
             raise StoreError(f"{path} cannot be read: {error}. Restore it from a copy.") from error
-
-    def _check_table_file(self, data: bytes) -> None:
         found = hashlib.sha256(data).hexdigest()
         expected = self.manifest.files.get(TABLE_NAME, found)
         if expected != found:
-            raise StoreError(
-                f"{self.path / TABLE_NAME} is damaged: expected sha256 {expected[:12]}..., got {found[:12]}.... "
-                "Restore it from a copy."
+            raise MismatchError(
+                f"{path} cannot be read as the file that was written: expected sha256 {expected[:12]}..., got "
+                f"{found[:12]}.... One of the two files is of another store, or damaged: restore it from a copy."
             )
+        return data
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, int, int]]:
