@@ -290,7 +290,7 @@ def _load_tokenizer(path: str) -> tuple[Any, TokenTable]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"expected a store or a tokenizer, got {path}, which is neither: {error}") from error
     return tokenizer, TokenTable.from_tokenizer(tokenizer)
