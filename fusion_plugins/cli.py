@@ -18,6 +18,7 @@ import fusion_plugins
 from fusion_plugins.doctor.commands import doctor
 from fusion_plugins.errors import FusionError
 from fusion_plugins.install import missing_package
+from fusion_plugins.keys import keys
 from fusion_plugins.mergekit.commands import merge_check, report
 from fusion_plugins.recipes import recipes
 from fusion_plugins.scoring.commands import score
@@ -54,7 +55,10 @@ def _root(
 
 @app.command()
 def plugins() -> None:
-    """List everything that is registered: fusion rules, aligners, losses, scorers and pair rules."""
+    """List everything that is registered: fusion rules, aligners, losses, scorers and pair rules.
+
+    For example: `fusion plugins`.
+    """
     from fusion_plugins.plugins import KINDS, get_registry
 
     table = Table("kind", "name", "from")
@@ -67,7 +71,7 @@ def plugins() -> None:
     console().print(table)
 
 
-for _command in (cut, capture, sample, score, doctor, report, merge_check, recipes):
+for _command in (cut, capture, sample, score, doctor, report, merge_check, recipes, keys):
     app.command()(_command)
 for _store_command in (info, verify, merge, compact, export):
     store_app.command()(_store_command)

@@ -56,9 +56,9 @@ def load_config(
         if not separator or not all(key.split(".")):
             raise ConfigError(f"--set: expected KEY=VALUE with dots for nested keys, got {assignment!r}")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {key}: expected a YAML value, got {text!r}: {error}. Quote it.") from error
+            value = parse_yaml(text)
+        except ValueError as error:
+            raise ConfigError(f"--set {key}: expected a YAML value, got {text[:200]!r}: {error}. Quote it.") from None
         values = _assign(values, key, value)
     return validate(model, values, where=str(path) if path is not None else "the command line")
 
@@ -118,13 +118,45 @@ def _describe(model: type[BaseModel], problems: list[Any]) -> str:
     return f"{text}, got {without_credentials(f'{value!r:.200}')}" if shown else text
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which in a mapping lets the second of two equal keys win without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is there twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """Return what a YAML text holds.
+
+    Raises:
+        ValueError: it is no YAML; the message is one line, with the place.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        raise ValueError(f"{' '.join(str(error.problem or error.context).split())}{place}") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    # What looks like a date but is none, for one.
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML in UTF-8: {error}. Repair the file.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected YAML in UTF-8, got {error}. Save the file as UTF-8.") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: expected YAML, got an error: {error}. Repair the file.") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -218,7 +218,7 @@ def _json_row(line: bytes, where: str) -> Row | DataError:
     except UnicodeDecodeError as error:
         return DataError(f"{where}: expected one JSON object per line, in UTF-8, got other bytes: {error}. Convert it.")
     except ValueError as error:
-        return DataError(f"{where}: expected one JSON object per line, got other text: {error}. Correct the line.")
+        return DataError(f"{where}: expected one JSON object per line, got other text: {error!s:.200}. Correct the line.")
     except RecursionError:
         return DataError(f"{where}: expected one JSON object per line, got one that is nested too deeply. Flatten it.")
     if not isinstance(row, dict):
@@ -240,8 +240,10 @@ def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[s
                 number += 1
                 where = f"{path}:{number}"
                 yield where, others | row if isinstance(row, dict) else DataError(f"{where}: {row}. Correct the row.")
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: expected a Parquet file, got other bytes: {error}. Write it again.") from error
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise DataError(
+            f"{path}: expected a Parquet file, got other bytes behind row {number}: {error!s:.200}. Write it again."
+        ) from error
 
 
 def _values(batch: pa.RecordBatch) -> Iterator[Row | str]:
@@ -253,7 +255,7 @@ def _values(batch: pa.RecordBatch) -> Iterator[Row | str]:
             for number in range(batch.num_rows):
                 yield from _values(batch.slice(number, 1))
             return
-        rows = [f"expected values that can be read, got others: {error}"]
+        rows = [f"expected values that can be read, got others: {error!s:.200}"]
     yield from rows
 
 

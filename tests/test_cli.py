@@ -1,18 +1,20 @@
 """The command line as a whole: what it lists, how it fails, and what it costs to start."""
 
 import errno
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import fusion_plugins
 from fusion_plugins.cli import app, main
 from fusion_plugins.errors import StoreError
 
-COMMANDS = ["capture", "cut", "doctor", "merge-check", "plugins", "recipes", "report", "sample", "score"]
+COMMANDS = ["capture", "cut", "doctor", "keys", "merge-check", "plugins", "recipes", "report", "sample", "score"]
 STORE_COMMANDS = ["compact", "export", "info", "merge", "verify"]
 
 
@@ -36,6 +38,29 @@ def test_every_command_explains_itself(command):
     result = CliRunner().invoke(app, [*command.split(), "--help"])
     assert result.exit_code == 0
     assert "Usage" in result.output
+    assert f"fusion {command}" in result.output.partition("For example: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("command", "model"),
+    [
+        ("capture", "fusion_plugins.sources.capture:CaptureConfig"),
+        ("doctor", "fusion_plugins.doctor.examine:DoctorConfig"),
+        ("sample", "fusion_plugins.sources.sample:SampleConfig"),
+        ("cut", "fusion_plugins.sources.cut:CutConfig"),
+        ("score", "fusion_plugins.scoring.score:ScoreConfig"),
+    ],
+)
+def test_help_shows_the_defaults_of_the_settings(command, model):
+    module, _, name = model.partition(":")
+    fields = getattr(importlib.import_module(module), name).model_fields
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+    for option in typer.main.get_command(app).commands[command].params:
+        default = fields[option.name].default if option.name in fields else None
+        if isinstance(default, bool):
+            default = option.name if default else None
+        if isinstance(default, str | int):
+            assert f"[default: ({default})]" in shown, option.name
 
 
 def test_version_is_the_package_version():

@@ -58,8 +58,8 @@ def test_a_renamed_key_is_refused_with_its_new_name(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a: [", "is not YAML in UTF-8"),
-        (b"a: \xff\n", "is not YAML in UTF-8"),
+        ("a: [", "expected YAML, got an error"),
+        (b"a: \xff\n", "expected YAML in UTF-8"),
         ("- a\n", "expected a mapping of settings, got list"),
         (None, "cannot read the config file"),
     ],
@@ -121,6 +121,37 @@ def test_a_renamed_key_of_a_group_is_refused_with_its_place():
 
     with pytest.raises(ConfigError, match="the block: .* example: old is now new"):
         validate(Outer, {"example": {"old": "x"}}, where="the block")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"name: \xff\xfe", "expected YAML in UTF-8"),
+        (b"name: a\x00b", "special characters are not allowed"),
+        (b"name: 2024-13-45", "month must be in 1..12"),
+        (b"name: " + b"[" * 3000 + b"]" * 3000, "nested too deeply"),
+        (b"name: [a", r"expected ',' or ']'.* in line 1, column 9"),
+        (b'name: !!python/object/apply:os.system ["id"]', "could not determine a constructor"),
+        (b"name: a\nname: b\n", "the key 'name' is there twice in line 1"),
+        (b"inner:\n  depth: 1\n  width: 2\n  depth: 3\n", "the key 'depth' is there twice in line 2"),
+        (b"name: *nothing", "undefined alias"),
+        (b"\t- a", "cannot start any token"),
+    ],
+)
+def test_a_file_that_is_no_yaml_is_one_line_with_the_place(tmp_path, text, said):
+    path = tmp_path / "settings.yml"
+    path.write_bytes(text)
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_config(Example, path, {})
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("text", ["[", "2024-13-45", "\udcff", "*a", "{a: 1, a: 2}", "!!python/name:os.system"])
+def test_a_value_that_is_no_yaml_is_one_line(text):
+    with pytest.raises(ConfigError, match="^--set name: expected a YAML value") as caught:
+        load_config(Example, None, {}, [f"name={text}"])
+    assert "\n" not in str(caught.value)
 
 
 class Choice(Settings):

@@ -13,7 +13,7 @@ from fusion_plugins.terminal import console, say
 def doctor(
     sources: Annotated[list[str] | None, typer.Argument(help="Stores of the sources, or their tokenizers.")] = None,
     target: Annotated[
-        str | None, typer.Option(help="Store of the target, or its tokenizer; the last of the stores by default.")
+        str | None, typer.Option(help="Store of the target, or its tokenizer.", show_default="the last of the stores")
     ] = None,
     texts: Annotated[
         str | None, typer.Option(help="JSONL or Parquet texts; needed where a tokenizer takes the place of a store.")
@@ -21,27 +21,34 @@ def doctor(
     tokenizer: Annotated[
         str | None, typer.Option(help="Tokenizer of the target's store, if its model's folder no longer exists.")
     ] = None,
-    vocabulary_map: Annotated[str | None, typer.Option(help="first_token (default), min_edit or exact.")] = None,
+    vocabulary_map: Annotated[
+        str | None, typer.Option(help="first_token, min_edit or exact.", show_default="first_token")
+    ] = None,
     chain: Annotated[
         bool | None,
         typer.Option(
             help="Chain correction: where tokens split differently, give the next token the product of the source's "
-            "probabilities of its pieces (default)."
+            "probabilities of its pieces.",
+            show_default="chain",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Texts of the sample; 200 by default.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Texts of the sample.", show_default="200")] = None,
     out: Annotated[
-        str | None, typer.Option(help="Folder for doctor.json, doctor.html and doctor.png; doctor/ by default.")
+        str | None, typer.Option(help="Folder for doctor.json, doctor.html and doctor.png.", show_default="doctor")
     ] = None,
     config: ConfigFile = None,
     assign: Assignments = None,
 ) -> None:
-    """Measure, before any training, what fusing the sources into the target can give, and advise on the settings."""
+    """Measure, before any training, what fusing the sources into the target can give, and advise on the settings.
+
+    For example: `fusion doctor stores/mpt --target stores/llama2`. `fusion keys doctor` lists the keys of the file.
+    """
     from fusion_plugins.config import load_config
     from fusion_plugins.core.fusion.project import ProjectionOptions
     from fusion_plugins.doctor.examine import DoctorConfig, examine, open_side, open_target
     from fusion_plugins.doctor.page import picture_png, render_doctor_page, show
     from fusion_plugins.inputs import read_texts
+    from fusion_plugins.store.files import make_folder, write_atomic
 
     flags = {
         "sources": sources or None,
@@ -67,11 +74,11 @@ def doctor(
     )
     show(report, console())
     folder = Path(settings.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "doctor.json").write_text(report.to_json(), encoding="utf-8")
+    make_folder(folder)
+    write_atomic(folder / "doctor.json", report.to_json())
     try:
-        (folder / "doctor.html").write_text(render_doctor_page(report), encoding="utf-8")
-        (folder / "doctor.png").write_bytes(picture_png(report))
+        write_atomic(folder / "doctor.html", render_doctor_page(report))
+        write_atomic(folder / "doctor.png", picture_png(report))
     except ModuleNotFoundError as error:
         # The examination is done and its figures are written: a page less is no failure.
         say(f"no page was written: {missing_package(error, 'it') or error}", stderr=True)

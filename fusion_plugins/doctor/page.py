@@ -128,7 +128,7 @@ def _draw_probability(panel: "Axes", report: DoctorReport) -> None:
     # Probabilities of labels can be small everywhere: the axis fits them.
     panel.set_ylim(bottom=0)
     panel.margins(y=0.1)
-    panel.set_title("probability of the label (black line: the target's own)", fontsize=10)
+    panel.set_title("probability of the label (line: the target's own)", fontsize=10)
 
 
 #: what a picture shows -> function that draws it

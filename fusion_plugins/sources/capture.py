@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 from fusion_plugins.core.fusion.record import build_record
 from fusion_plugins.core.fusion.types import Record
 from fusion_plugins.core.text.content_id import texts_fingerprint
+from fusion_plugins.core.text.round_trip import text_changes
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize_content
 from fusion_plugins.core.text.types import TokenizedText
@@ -73,6 +74,7 @@ class CaptureReport:
         captured: records written by this run.
         present: records that were there before.
         skipped: id -> why it was left out (``on_unusable: skip`` only).
+        text_changes: what the tokenizer does to texts before it cuts them (NFC, a space before the text, ...).
         tokens: tokens captured by this run.
         seconds: time of the capture, without loading the model.
     """
@@ -81,6 +83,7 @@ class CaptureReport:
     captured: int
     present: int
     skipped: dict[str, str]
+    text_changes: tuple[str, ...]
     tokens: int
     seconds: float
 
@@ -105,7 +108,9 @@ def capture_texts(config: CaptureConfig) -> CaptureReport:
             captured = sum(text.id in store.done_ids for text in usable) - present
             if config.limit is None:
                 store.finish()
-    return CaptureReport(Path(config.out), captured, present, skipped, progress.tokens, progress.seconds)
+    return CaptureReport(
+        Path(config.out), captured, present, skipped, opened.changes, progress.tokens, progress.seconds
+    )
 
 
 def estimate_capture(config: CaptureConfig) -> dict[str, float]:
@@ -153,6 +158,7 @@ class _Opened:
     tokenize: Tokenize
     manifest: Manifest
     table: TokenTable
+    changes: tuple[str, ...]
 
 
 @contextmanager
@@ -160,6 +166,7 @@ def _opened(config: CaptureConfig, texts: Sequence[Text], out: Path) -> Iterator
     """Open the source; refuse a folder of something else before that."""
     tokenizer = capture_tokenizer(config)
     table = TokenTable.from_tokenizer(tokenizer)
+    changes = text_changes(tokenizer, table.spell).known
     identity = _identity(config, texts, tokenizer, table)
     _check_folder(out, identity)
     source = open_source(config, "capture")
@@ -169,6 +176,7 @@ def _opened(config: CaptureConfig, texts: Sequence[Text], out: Path) -> Iterator
             lambda text: tokenize_content(tokenizer, table, text.content)[0],
             _manifest(config, identity, source.facts),
             table,
+            changes,
         )
     finally:
         source.close()

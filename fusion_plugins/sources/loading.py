@@ -7,7 +7,8 @@ from typing import Any
 
 from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.core.text.reasoning import CHANNEL, CHANNEL_TAGS, CLOSE, OPEN, channels, with_reasoning
-from fusion_plugins.errors import ConfigError, SourceError
+from fusion_plugins.core.text.round_trip import require_text
+from fusion_plugins.errors import ConfigError, SourceError, TokenizerError
 from fusion_plugins.sources.backends.base import Refusal, Response, SampleRequest, Sampling, SourceSettings
 
 Content = str | list[dict[str, Any]]
@@ -20,6 +21,7 @@ def load_tokenizer(settings: SourceSettings) -> Any:
 
     Raises:
         SourceError: it cannot be loaded.
+        TokenizerError: it loses text.
         ConfigError: the file of the chat template cannot be read.
     """
     from transformers import AutoTokenizer
@@ -33,6 +35,10 @@ def load_tokenizer(settings: SourceSettings) -> Any:
             f"source {settings.source_name!r}: cannot load the tokenizer {name!r}: {error}. Check the name, the "
             "network and `trust_remote_code`."
         ) from error
+    try:
+        require_text(tokenizer)
+    except TokenizerError as error:
+        raise TokenizerError(f"source {settings.source_name!r}: {error}") from error
     if settings.chat_template is not None:
         try:
             tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")

@@ -1,10 +1,13 @@
 """`fusion doctor` as a command: what it reads, writes and refuses."""
 
+import copy
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import tiny
+from tokenizers import normalizers
 from typer.testing import CliRunner
 
 from fusion_plugins.cli import app
@@ -117,3 +120,20 @@ def test_maps_by_counts_are_refused_because_they_are_made_in_training(work):
     store = work / "stores" / "a"
     error = str(_doctor(store, store, "--vocabulary-map", "statistics").exception)
     assert "vocabulary_map: Input should be 'first_token', 'min_edit' or 'exact', got 'statistics'" in error
+
+
+def test_a_tokenizer_that_loses_text_is_refused_and_known_changes_are_noted(work):
+    deaf = copy.deepcopy(tiny.byte_level())
+    deaf.backend_tokenizer.normalizer = normalizers.Lowercase()
+    deaf.save_pretrained(work / "deaf")
+    target = work / "models" / "target"
+    texts = ("--texts", work / "texts.jsonl", "--out", work / "losses")
+    result = _doctor(work / "deaf", "--target", target, *texts)
+    assert result.exit_code == 1
+    assert "loses or changes capital letters" in str(result.exception)
+    composing = copy.deepcopy(tiny.byte_level())
+    composing.backend_tokenizer.normalizer = normalizers.NFC()
+    composing.save_pretrained(work / "composing")
+    assert _doctor(work / "composing", "--target", target, *texts).exit_code == 0
+    notes = json.loads((work / "losses" / "doctor.json").read_text())["notes"]
+    assert "The tokenizer of composing changes texts: NFC." in notes
