@@ -121,7 +121,9 @@ def chat_messages(content: Content, system: str | None) -> list[dict[str, Any]]:
     return messages
 
 
-def prompt_text(tokenizer: Any, content: Content, template: str, system: str | None) -> tuple[str, bool]:
+def prompt_text(
+    tokenizer: Any, content: Content, template: str, system: str | None, options: Mapping[str, Any] | None = None
+) -> tuple[str, bool]:
     """Render a prompt for a model.
 
     Args:
@@ -129,6 +131,7 @@ def prompt_text(tokenizer: Any, content: Content, template: str, system: str | N
         content: a text (one message of the user, or the text itself with ``plain``) or messages.
         template: auto | chat | plain, see :class:`~fusion_plugins.sources.backends.base.Sampling`.
         system: system prompt for chats that have none.
+        options: arguments of the chat template.
 
     Returns:
         The text, and whether the tokenizer still has to add its special tokens.
@@ -147,7 +150,8 @@ def prompt_text(tokenizer: Any, content: Content, template: str, system: str | N
         )
     messages = chat_messages(content, system)
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), False
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **(options or {}))
+        return text, False
     except Exception as error:  # templates raise errors of any type, not only Jinja's own
         raise SourceError(
             f"the chat template of {tokenizer.name_or_path!r} refuses a prompt: {error}. Use another chat_template, or "
@@ -208,7 +212,8 @@ def prompt_ids(tokenizer: Any, content: Content, sampling: Sampling, max_length:
     Raises:
         SourceError: prompt and response together exceed ``max_length`` tokens.
     """
-    text, special = prompt_text(tokenizer, content, sampling.template, sampling.system)
+    options = sampling.template_options
+    text, special = prompt_text(tokenizer, content, sampling.template, sampling.system, options)
     ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
     # Some tokenizers put EOS after every text; a model would not continue after it.
     while special and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
