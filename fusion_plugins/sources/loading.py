@@ -10,9 +10,12 @@ from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.core.text.reasoning import CHANNEL, CHANNEL_TAGS, CLOSE, OPEN, channels, with_reasoning
 from fusion_plugins.core.text.round_trip import require_text
 from fusion_plugins.errors import ConfigError, SourceError, TokenizerError
+from fusion_plugins.model_names import missing_folder
 from fusion_plugins.sources.backends.base import Refusal, Response, SampleRequest, Sampling, SourceSettings
 
 Content = str | list[dict[str, Any]]
+#: what transformers raises for a model that is missing, damaged, or needs code or packages that are not there
+TRANSFORMERS_ERRORS = (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError, RuntimeError)
 
 
 def load_tokenizer(settings: SourceSettings) -> Any:
@@ -28,10 +31,11 @@ def load_tokenizer(settings: SourceSettings) -> Any:
     from transformers import AutoTokenizer
 
     name = settings.tokenizer or settings.model
+    _require(settings, "tokenizer" if settings.tokenizer else "model", name)
     revision = settings.revision if name == settings.model else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
+    except TRANSFORMERS_ERRORS as error:
         raise SourceError(
             f"source {settings.source_name!r}: cannot load the tokenizer {name!r}: {error}. Check the name, the "
             "network and `trust_remote_code`."
@@ -43,12 +47,18 @@ def load_tokenizer(settings: SourceSettings) -> Any:
     if settings.chat_template is not None:
         try:
             tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"source {settings.source_name!r}: cannot read chat_template {settings.chat_template!r}: "
-                f"{error.strerror}. Check the path."
+                f"{getattr(error, 'strerror', None) or 'it is not text in UTF-8'}. Check the path."
             ) from error
     return tokenizer
+
+
+def _require(settings: SourceSettings, key: str, name: str) -> None:
+    problem = missing_folder(name)
+    if problem is not None:
+        raise SourceError(f"source {settings.source_name!r}: {key}: {problem}. Correct the path, or name a hub model.")
 
 
 def capture_tokenizer(settings: SourceSettings) -> Any:
@@ -73,11 +83,12 @@ def load_config(settings: SourceSettings) -> Any:
     """
     from transformers import AutoConfig
 
+    _require(settings, "model", settings.model)
     try:
         config = AutoConfig.from_pretrained(
             settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
-    except (OSError, ValueError, ImportError) as error:
+    except TRANSFORMERS_ERRORS as error:
         raise SourceError(
             f"source {settings.source_name!r}: cannot load {settings.model!r}: {error}. Check the name, the network "
             "and `trust_remote_code`."
