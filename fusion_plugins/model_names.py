@@ -17,9 +17,9 @@ def missing_folder(name: str) -> str | None:
         True
     """
     path = Path(name)
-    if path.is_dir():
+    if name and path.is_dir():
         return None
-    if path.exists():
+    if name and path.exists():
         return f"expected a folder or a name on the hub, got the file {name!r}"
     if _HUB.fullmatch(name) and not name.startswith("."):
         return None
