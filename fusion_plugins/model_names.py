@@ -25,3 +25,13 @@ def missing_folder(name: str) -> str | None:
         return None
     home = ", and ~ is not expanded here" if name.startswith("~") else ""
     return f"there is no folder {name!r}{home}"
+
+
+def require_model(name: str) -> None:
+    """Raise what a library raises for a model that it does not find, before it asks the hub for a name like a path.
+
+    Raises:
+        FileNotFoundError: see :func:`missing_folder`.
+    """
+    if problem := missing_folder(name):
+        raise FileNotFoundError(problem)

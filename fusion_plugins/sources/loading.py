@@ -10,7 +10,7 @@ from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.core.text.reasoning import CHANNEL, CHANNEL_TAGS, CLOSE, OPEN, channels, with_reasoning
 from fusion_plugins.core.text.round_trip import require_text
 from fusion_plugins.errors import ConfigError, SourceError, TokenizerError
-from fusion_plugins.model_names import missing_folder
+from fusion_plugins.model_names import require_model
 from fusion_plugins.sources.backends.base import Refusal, Response, SampleRequest, Sampling, SourceSettings
 
 Content = str | list[dict[str, Any]]
@@ -31,9 +31,9 @@ def load_tokenizer(settings: SourceSettings) -> Any:
     from transformers import AutoTokenizer
 
     name = settings.tokenizer or settings.model
-    _require(settings, "tokenizer" if settings.tokenizer else "model", name)
     revision = settings.revision if name == settings.model else None
     try:
+        require_model(name)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=settings.trust_remote_code)
     except TRANSFORMERS_ERRORS as error:
         raise SourceError(
@@ -53,12 +53,6 @@ def load_tokenizer(settings: SourceSettings) -> Any:
                 f"{getattr(error, 'strerror', None) or 'it is not text in UTF-8'}. Check the path."
             ) from error
     return tokenizer
-
-
-def _require(settings: SourceSettings, key: str, name: str) -> None:
-    problem = missing_folder(name)
-    if problem is not None:
-        raise SourceError(f"source {settings.source_name!r}: {key}: {problem}. Correct the path, or name a hub model.")
 
 
 def capture_tokenizer(settings: SourceSettings) -> Any:
@@ -83,8 +77,8 @@ def load_config(settings: SourceSettings) -> Any:
     """
     from transformers import AutoConfig
 
-    _require(settings, "model", settings.model)
     try:
+        require_model(settings.model)
         config = AutoConfig.from_pretrained(
             settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
