@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 #: decoded row groups that a store keeps
 CACHED_GROUPS = 16
+#: bytes of the largest token table that is read; a token takes about ten
+TABLE_BYTES = 1 << 28
 
 
 def open_store(path: str | Path) -> "Store":
@@ -106,7 +108,13 @@ class Store:
     def _read_table_file(self) -> bytes:
         path = self.path / TABLE_NAME
         try:
-            return plain_file(path).read_bytes()
+            file = plain_file(path)
+            size = file.stat().st_size
+            if size > TABLE_BYTES:
+                raise StoreError(
+                    f"{path} is damaged: expected at most {TABLE_BYTES:,} bytes, got {size:,}. Restore it from a copy."
+                )
+            return file.read_bytes()
         except OSError as error:
             raise StoreError(f"{path} cannot be read: {error}. Restore it from a copy.") from error
 
@@ -126,9 +134,10 @@ class Store:
         for shard in range(len(self.manifest.shards)):
             file = self._file(shard)
             with reading(self.path, self.manifest.shards[shard]):
+                ids = iter(read_table(file, columns=self._codec.key_columns)["id"].to_pylist())
                 for group in range(file.num_row_groups):
-                    ids = read_table(file, group, self._codec.key_columns)["id"].to_pylist()
-                    places.update((id, (shard, group, row)) for row, id in enumerate(ids))
+                    n_rows = file.metadata.row_group(group).num_rows
+                    places.update((next(ids), (shard, group, row)) for row in range(n_rows))
         return places
 
     def _open_shard(self, shard: int) -> pq.ParquetFile:

@@ -173,14 +173,12 @@ def read_table(file: pq.ParquetFile, group: int | None = None, columns: list[str
     """
     meta = file.metadata
     groups = [meta.row_group(number) for number in (range(meta.num_row_groups) if group is None else [group])]
-    wanted = [
-        number
-        for number in range(meta.num_columns)
-        if columns is None or meta.schema.column(number).path.split(".")[0] in columns
-    ]
-    values = max((sum(one.column(number).num_values for one in groups) for number in wanted), default=0)
+    names = [meta.schema.column(number).path.split(".")[0] for number in range(meta.num_columns)]
+    wanted = [number for number, name in enumerate(names) if columns is None or name in columns]
+    parts = [[one.column(number) for one in groups] for number in wanted]
+    values = max((sum(part.num_values for part in column) for column in parts), default=0)
+    size = sum(part.total_uncompressed_size for column in parts for part in column)
     rows = sum(one.num_rows for one in groups)
-    size = sum(one.column(number).total_uncompressed_size for one in groups for number in wanted)
     if values > MOST_VALUES or rows > MOST_ROWS or size > MOST_BYTES:
         raise ValueError(
             f"expected at most {MOST_ROWS} rows, {MOST_VALUES} values of a column and {MOST_BYTES} bytes, got {rows}, "
