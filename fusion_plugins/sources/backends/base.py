@@ -118,7 +118,7 @@ class Response:
     """One response.
 
     Attributes:
-        text: without the prompt, special tokens and stop strings. Reasoning, if there is any, comes first, as
+        text: without the prompt, special tokens and stop strings. Reasoning, if there is any, is at its start, as
             ``<think>...</think>``, whatever the backend.
         finish_reason: stop | length.
         n_tokens: tokens generated; 0 where the server does not tell.
