@@ -25,6 +25,7 @@ from fusion_plugins.doctor.advice import advice, verdict
 from fusion_plugins.doctor.diagnosis import Diagnosis, diagnose, figures
 from fusion_plugins.errors import ConfigError, FusionError, MismatchError
 from fusion_plugins.map_cache import cached_map
+from fusion_plugins.model_names import missing_folder
 from fusion_plugins.progress import meter
 from fusion_plugins.store import Store, open_store
 
@@ -228,7 +229,7 @@ def examine(
     """
     ids = _sample(target, sources, limit)
     verdicts = []
-    with meter("examine", len(ids) * len(sources)) as progress:
+    with meter("examine", len(ids) * len(sources), unit="records") as progress:
         for source in sources:
             tables = source.table, target.table
             vocabulary = cached_map(*tables, method=vocabulary_map, tokenizer=target.tokenizer)
@@ -289,6 +290,8 @@ def _sample(target: Side, sources: Sequence[Side], limit: int) -> list[str]:
 def _load_tokenizer(path: str) -> tuple[Any, TokenTable]:
     from transformers import AutoTokenizer
 
+    if problem := missing_folder(path):
+        raise ConfigError(f"expected a store or a tokenizer, got {path}: {problem}. Correct the path.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -95,14 +95,22 @@ class _Worker:
         assert self._process is not None
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            line = json.dumps(request).encode() + b"\n"
+        except (TypeError, ValueError, RecursionError) as error:
+            return Failure(f"what is to be verified cannot be written as JSON: {error!s:.200}")
+        try:
+            self._process.stdin.write(line)
             self._process.stdin.flush()
-            reply: Reply = json.loads(self._read_line(self._timeout))
-            return reply
+            reply = json.loads(self._read_line(self._timeout))
+            if isinstance(reply, dict):
+                return reply
+            failure = "the verifier's reply is not one of ours"
         except TimeoutError:
             failure = f"no verdict within {self._timeout:g} s"
         except (EOFError, BrokenPipeError):
             failure = "the verifier's process died"
+        except (ValueError, RecursionError):
+            failure = "the verifier's reply is not JSON"
         self.end()
         return Failure(failure)
 
