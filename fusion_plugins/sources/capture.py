@@ -14,6 +14,7 @@ from pydantic import Field, field_validator
 from fusion_plugins.core.fusion.record import build_record
 from fusion_plugins.core.fusion.types import Record
 from fusion_plugins.core.text.content_id import texts_fingerprint
+from fusion_plugins.core.text.model_rows import beyond_the_model
 from fusion_plugins.core.text.round_trip import text_changes
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize_content
@@ -24,7 +25,7 @@ from fusion_plugins.progress import Meter, meter
 from fusion_plugins.sources.backends.base import Place, Refusal, Source, SourceSettings, least, open_source
 from fusion_plugins.sources.batches import LazyBatches, commit_batches, missing_batches, plan_batches
 from fusion_plugins.sources.fingerprints import revision_of
-from fusion_plugins.sources.loading import capture_tokenizer, chat_template_hash
+from fusion_plugins.sources.loading import capture_tokenizer, chat_template_hash, embedding_rows
 from fusion_plugins.store import Manifest, StoreWriter
 from fusion_plugins.store.files import FolderLock
 from fusion_plugins.store.manifest import MANIFEST_NAME
@@ -146,9 +147,11 @@ def _capture(
     def tokenize(text: Text) -> TokenizedText:
         return tokenize_content(tokenizer, table, text.content)[0]
 
+    unreadable = _beyond_the_model(config, tokenizer, table, chosen, tokenize)
+    chosen = [text for text in chosen if text.id not in unreadable]
     source = open_source(config, "capture")
     try:
-        skipped = _unusable(config, source, chosen, tokenize)
+        skipped = unreadable | _unusable(config, source, chosen, tokenize)
         usable = [text for text in chosen if text.id not in skipped]
         with StoreWriter(out, _manifest(config, identity, source.facts), table) as store:
             present = sum(text.id in store.done_ids for text in usable)
@@ -204,6 +207,29 @@ def _manifest(config: CaptureConfig, identity: Mapping[str, Any], facts: Mapping
         engine_version=facts.pop("engine_version"),
         provenance={"source": config.source_name, "texts": config.texts, **facts},
     )
+
+
+def _beyond_the_model(
+    config: CaptureConfig, tokenizer: Any, table: TokenTable, texts: Sequence[Text], tokenize: Tokenize
+) -> dict[str, str]:
+    """Return id -> problem of the texts with a token that the model has no row for, before the model is loaded."""
+    rows = embedding_rows(config)
+    if rows is None or table.vocab_size <= rows:
+        return {}
+    problems = {}
+    for text in texts:
+        try:
+            problem = beyond_the_model(tokenizer, tokenize(text).input_ids.tolist(), rows)
+        except DataError:
+            continue  # named later, with the other texts that cannot be used
+        if problem and config.on_unusable == "raise":
+            raise DataError(
+                f"text {text.id!r}, source {config.source_name!r}: {problem}, or leave such texts out with "
+                "`on_unusable: skip`."
+            )
+        if problem:
+            problems[text.id] = problem
+    return problems
 
 
 def _unusable(config: CaptureConfig, source: Source, texts: Sequence[Text], tokenize: Tokenize) -> dict[str, str]:
