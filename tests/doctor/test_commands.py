@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,10 +32,20 @@ def test_stores_give_figures_a_page_and_a_picture(work, contents):
     assert found["notes"] == []
     assert (work / "out" / "doctor.png").read_bytes().startswith(b"\x89PNG")
     page = (work / "out" / "doctor.html").read_text()
-    assert "data:image/png;base64," in page
+    assert page.count("<svg role=") == 2
     assert "http" not in page
     assert "coverage" in result.output
     assert "target: " not in result.output
+
+
+def test_without_the_packages_of_the_page_the_figures_are_written_all_the_same(work, monkeypatch):
+    stores = work / "stores"
+    for name in ("jinja2", "matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    result = _doctor(stores / "a", "--target", stores / "target", "--out", work / "no-page")
+    assert result.exit_code == 0, result.output
+    assert "no page was written: it needs the package" in result.output
+    assert sorted(path.name for path in (work / "no-page").iterdir()) == ["doctor.json"]
 
 
 def test_tokenizers_with_texts_give_coverage_without_scores(work):
