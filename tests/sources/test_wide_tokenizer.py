@@ -38,8 +38,8 @@ def test_a_text_with_such_an_id_is_refused_before_the_model_is_loaded(model, tmp
     monkeypatch.setattr(capture_module, "open_source", lambda *_: pytest.fail("the model was loaded"))
     texts = source_checks.write_rows(tmp_path / "texts.jsonl", PLAIN + ADDED)
     expected = (
-        r"^text 'added', source 'narrow': token id 421 \('<tool>'\) has no row in the model: the tokenizer has "
-        r"422 ids, the model's embeddings 420 rows; name the tokenizer .*on_unusable: skip`\.$"
+        r"^.*texts.jsonl:2: text .added.: source .narrow.: token id 421 \(.<tool>.\) has no row in the model: the "
+        r"tokenizer has 422 ids, the model's embeddings 420 rows; name the tokenizer .*on_unusable: skip`.*$"
     )
     for backend in ("transformers", "vllm", "ray"):
         with pytest.raises(DataError, match=expected):
@@ -63,7 +63,7 @@ def test_such_texts_are_left_out_when_asked_and_the_others_are_right(model, tmp_
 def test_an_end_token_without_a_row_stops_every_text(tmp_path):
     model = wide(tmp_path / "model", "<end>", special=True, eos_token="<end>")
     texts = source_checks.write_rows(tmp_path / "texts.jsonl", PLAIN)
-    with pytest.raises(DataError, match=r"text 'plain', .*token id 420 \('<end>'\).*421 ids.*420 rows"):
+    with pytest.raises(DataError, match=r"text 'plain': .*token id 420 \('<end>'\).*421 ids.*420 rows"):
         capture_texts(config(model, texts, tmp_path / "store"))
 
 
@@ -71,14 +71,14 @@ def test_a_template_that_writes_a_token_without_a_row_stops_its_chats(tmp_path):
     template = tiny.CHATML.replace("<|im_end|>", "<|turn_end|>")
     model = wide(tmp_path / "model", "<|turn_end|>", special=True, chat_template=template)
     texts = source_checks.chats(tmp_path / "chats.jsonl")
-    with pytest.raises(DataError, match=r"text 'c0', .*token id 420 \('<\|turn_end\|>'\)"):
+    with pytest.raises(DataError, match=r"text 'c0': .*token id 420 \('<\|turn_end\|>'\)"):
         capture_texts(config(model, texts, tmp_path / "store"))
 
 
 def test_a_tokenizer_of_a_larger_model_is_named_by_its_id(tmp_path):
     folder = source_checks.checkpoint(tmp_path / "model", vocab_size=300)
     texts = source_checks.texts(tmp_path / "texts.jsonl")
-    with pytest.raises(DataError, match=r"text 't0-0', source 'model': token id \d+ .*has 420 ids, .* 300 rows"):
+    with pytest.raises(DataError, match=r"text 't0-0': source 'model': token id \d+ .*has 420 ids, .* 300 rows"):
         capture_texts(config(folder, texts, tmp_path / "store"))
 
 
