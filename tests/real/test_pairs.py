@@ -4,6 +4,7 @@ The source of these tests is certain of the next token, or nearly so: what must 
 """
 
 import random
+from functools import cache
 
 import numpy as np
 import pytest
@@ -52,6 +53,19 @@ def tokenized(sides):
     return {name: [tokenize(*side, text) for text in TEXTS] for name, side in sides.items()}
 
 
+@pytest.fixture(scope="module")
+def projectors(sides):
+    """(source, target) -> the exact map and the projector, made once."""
+
+    @cache
+    def make(source, target):
+        tables = sides[source][1], sides[target][1]
+        vocabulary = map_vocabulary(*tables, method="exact")
+        return vocabulary, Projector.of(*tables, vocabulary)
+
+    return make
+
+
 @pytest.mark.parametrize("name", real_assets.TOKENIZERS)
 def test_tokens_spell_the_text_and_end_where_their_bytes_end(sides, tokenized, name):
     table = sides[name][1]
@@ -67,14 +81,13 @@ def test_tokens_spell_the_text_and_end_where_their_bytes_end(sides, tokenized, n
 
 
 @pytest.mark.parametrize("source", real_assets.TOKENIZERS)
-def test_the_next_token_and_its_mass_reach_every_target(sides, tokenized, source):
+def test_the_next_token_and_its_mass_reach_every_target(sides, tokenized, projectors, source):
     for target in real_assets.TOKENIZERS:
         if target == source:
             continue
         tables = sides[source][1], sides[target][1]
-        vocabulary = map_vocabulary(*tables, method="exact")
+        vocabulary, projector = projectors(source, target)
         _check_map(*tables, vocabulary)
-        projector = Projector.of(*tables, vocabulary)
         used = positions = 0
         for own, other in zip(tokenized[source], tokenized[target], strict=True):
             for share in (1.0, 0.6):
@@ -140,11 +153,11 @@ def test_first_tokens_are_those_of_the_targets_own_encoding(sides, target):
 
 
 @pytest.mark.parametrize("source", WITH_TEMPLATE)
-def test_chats_in_each_ones_own_template_reach_every_target(sides, source):
+def test_chats_in_each_ones_own_template_reach_every_target(sides, projectors, source):
     """Both sides render the chat on their own; the answers are common text, and the source's next token the label."""
     for target in WITH_TEMPLATE:
         tables = sides[source][1], sides[target][1]
-        projector = Projector.of(*tables, map_vocabulary(*tables, method="exact"))
+        projector = projectors(source, target)[1]
         for chat in CHATS:
             own, _ = tokenize_content(*sides[source], chat)
             aim, text = tokenize_content(*sides[target], chat)
