@@ -15,6 +15,7 @@ from pydantic import Field
 from fusion_plugins.checkpoint_fingerprint import checkpoint_fingerprint
 from fusion_plugins.config import Settings, validate
 from fusion_plugins.core.text.messages import as_messages
+from fusion_plugins.core.text.model_rows import beyond_the_model
 from fusion_plugins.errors import ConfigError, DataError, ScoringError
 from fusion_plugins.model_names import missing_folder
 from fusion_plugins.scoring.base import Row, Score
@@ -70,7 +71,7 @@ class RewardScorer:
         self._tokenizer = _load_tokenizer(chosen)
         text_config = self._model.config.get_text_config()
         self._pad_id = text_config.pad_token_id
-        self._width = self._model.get_input_embeddings().weight.shape[0]
+        self._rows = self._model.get_input_embeddings().weight.shape[0]
         # Without a padding token the model cannot tell where a response ends that others in its batch are longer than.
         self._batch_size = chosen.batch_size if self._pad_id is not None else 1
         self._max_length = chosen.max_length or getattr(text_config, "max_position_embeddings", None) or 1 << 30
@@ -132,8 +133,8 @@ class RewardScorer:
             raise DataError(f"longer than {self._max_length} tokens")
         if not ids:
             raise DataError("no token is left of prompt and response")
-        if max(ids) >= self._width:
-            raise DataError(f"the tokenizer has more tokens than the model's {self._width}")
+        if problem := beyond_the_model(self._tokenizer, ids, self._rows):
+            raise DataError(problem)
         return ids
 
     def _forward(self, encoded: Sequence[Sequence[int]]) -> list[float]:

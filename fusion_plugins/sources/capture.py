@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +16,7 @@ from pydantic import Field, field_validator
 from fusion_plugins.core.fusion.record import build_record
 from fusion_plugins.core.fusion.types import Record
 from fusion_plugins.core.text.content_id import texts_fingerprint
+from fusion_plugins.core.text.model_rows import beyond_the_model
 from fusion_plugins.core.text.round_trip import text_changes
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize_content
@@ -25,7 +27,7 @@ from fusion_plugins.progress import Meter, meter
 from fusion_plugins.sources.backends.base import Place, Refusal, Source, SourceSettings, least, open_source
 from fusion_plugins.sources.batches import LazyBatches, commit_batches, missing_batches, plan_batches
 from fusion_plugins.sources.fingerprints import revision_of
-from fusion_plugins.sources.loading import capture_tokenizer, chat_template_hash
+from fusion_plugins.sources.loading import capture_tokenizer, chat_template_hash, embedding_rows
 from fusion_plugins.store import Manifest, StoreWriter
 from fusion_plugins.store.files import FolderLock
 from fusion_plugins.store.manifest import MANIFEST_NAME
@@ -36,6 +38,7 @@ PROBE_TEXTS = 1024
 PROBE_SECONDS = 30.0
 
 Tokenize = Callable[[Text], TokenizedText]
+Beyond = Callable[[list[int]], str | None]
 
 
 class CaptureConfig(SourceSettings):
@@ -103,7 +106,7 @@ def capture_texts(config: CaptureConfig) -> CaptureReport:
     texts = read_texts(config.texts, unusable=unusable)
     chosen, skipped = texts[: config.limit], unusable or {}
     with _opened(config, texts, Path(config.out)) as opened:
-        skipped |= _unusable(config, opened.source, chosen, opened.tokenize, opened.wider)
+        skipped |= _unusable(config, opened, chosen)
         usable = [text for text in chosen if text.id not in skipped]
         with StoreWriter(config.out, opened.manifest, opened.table) as store:
             present = sum(text.id in store.done_ids for text in usable)
@@ -158,7 +161,7 @@ class _Opened:
     """A source, ready to capture a set of texts, and what the writer of its store needs.
 
     Attributes:
-        wider: the table, where the tokenizer has more tokens than the model.
+        beyond: says which of the token ids of a text the model has no row for; None where it has one for all.
         changes: what the tokenizer does to texts.
     """
 
@@ -166,7 +169,7 @@ class _Opened:
     tokenize: Tokenize
     manifest: Manifest
     table: TokenTable
-    wider: TokenTable | None
+    beyond: Beyond | None
     changes: tuple[str, ...]
 
 
@@ -184,12 +187,16 @@ def _opened(config: CaptureConfig, texts: Sequence[Text], out: Path) -> Iterator
         tokens, _ = tokenize_content(tokenizer, table, text.content, tools=text.tools, template_options=options)
         return tokens
 
+    rows = embedding_rows(config)
+    beyond = None
+    if rows is not None and rows < table.vocab_size:
+        beyond = partial(beyond_the_model, tokenizer, rows=rows)
+        if config.on_unusable == "raise":
+            for text in texts[: config.limit]:
+                _require(text, _problem(config, text, tokenize, None, beyond))
     source = open_source(config, "capture")
     try:
-        # A token that the model has no row for would end the run.
-        width = source.facts.get("logits_width") or table.vocab_size
-        wider = table if width < table.vocab_size else None
-        yield _Opened(source, tokenize, _manifest(config, identity, source.facts), table, wider, changes)
+        yield _Opened(source, tokenize, _manifest(config, identity, source.facts), table, beyond, changes)
     finally:
         source.close()
 
@@ -205,7 +212,7 @@ def _probe(
     speed, budget, left = 0.0, 1, PROBE_SECONDS
     while waiting and left > 0:
         part = next(plan_batches(waiting, _n_bytes, budget))
-        skipped |= _unusable(config, opened.source, part, opened.tokenize, opened.wider)
+        skipped |= _unusable(config, opened, part)
         usable = [text for text in part if text.id not in skipped]
         progress = _capture_missing(config, opened, store, usable, skipped, "probe")
         waiting = waiting[len(part) :]
@@ -269,58 +276,44 @@ def _manifest(config: CaptureConfig, identity: Mapping[str, Any], facts: Mapping
     )
 
 
-def _unusable(
-    config: CaptureConfig, source: Source, texts: Sequence[Text], tokenize: Tokenize, wider: TokenTable | None
-) -> dict[str, str]:
-    """Return id -> problem of the texts that the source cannot take, before hours are spent on the others.
-
-    Args:
-        config: the settings.
-        source: the model.
-        texts: the texts.
-        tokenize: tokenizes one.
-        wider: the table of the tokenizer, where it has more tokens than the model.
-    """
-    limit = least(config.max_length, source.max_length)
+def _unusable(config: CaptureConfig, opened: _Opened, texts: Sequence[Text]) -> dict[str, str]:
+    """Return id -> problem of the texts that the source cannot take, before hours are spent on the others."""
+    limit = least(config.max_length, opened.source.max_length)
     problems = {}
     for text in texts:
         # A token is at least one byte, so most plain texts need not be tokenized to know that they fit; 8 is room for
         # begin and end tokens. A template may add much to a chat, or refuse it.
         short = limit is None or text.n_bytes + 8 <= limit
-        if isinstance(text.content, str) and short and wider is None:
+        if isinstance(text.content, str) and short and opened.beyond is None:
             continue
-        problem = _problem(config, source, text, tokenize, limit, wider)
-        if problem and config.on_unusable == "raise":
-            raise DataError(
-                f"{text.where}: text {text.id!r}: {problem} Leave such texts out with `on_unusable: skip`, or cut long "
-                "ones (`fusion cut`)."
-            )
-        if problem:
+        problem = _problem(config, text, opened.tokenize, limit, opened.beyond)
+        if config.on_unusable == "raise":
+            _require(text, problem)
+        elif problem:
             problems[text.id] = problem
     return problems
 
 
+def _require(text: Text, problem: str | None) -> None:
+    if problem:
+        raise DataError(
+            f"{text.where}: text {text.id!r}: {problem} Leave such texts out with `on_unusable: skip`, or cut long "
+            "ones (`fusion cut`)."
+        )
+
+
 def _problem(
-    config: CaptureConfig, source: Source, text: Text, tokenize: Tokenize, limit: int | None, wider: TokenTable | None
+    config: CaptureConfig, text: Text, tokenize: Tokenize, limit: int | None, beyond: Beyond | None
 ) -> str | None:
     """Return why the source cannot take a text, None if it can."""
     try:
-        tokens = tokenize(text)
+        ids = tokenize(text).input_ids
     except (DataError, TokenizerError) as error:
         return str(error)
-    if limit is not None and len(tokens.input_ids) > limit:
-        return f"expected at most {limit} tokens of source {config.source_name!r}, got {len(tokens.input_ids)}."
-    if wider is None:
-        return None
-    width = int(source.facts["logits_width"])
-    beyond = next((id for id in tokens.input_ids.tolist() if id >= width), None)
-    if beyond is None:
-        return None
-    return (
-        f"expected tokens that the model of source {config.source_name!r} knows (it has {width}), got "
-        f"{wider.bytes_of(beyond).decode(errors='replace')!r} with id {beyond}: the tokenizer has more tokens than the "
-        "model. Use the tokenizer that the model was trained with."
-    )
+    if limit is not None and len(ids) > limit:
+        return f"expected at most {limit} tokens of source {config.source_name!r}, got {len(ids)}."
+    problem = beyond(ids.tolist()) if beyond else None
+    return problem and f"source {config.source_name!r}: {problem}."
 
 
 def _capture_missing(
