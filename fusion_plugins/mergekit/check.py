@@ -20,14 +20,15 @@ from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.io import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache
-from mergekit.merge import MergePlanner, _model_out_config, _set_chat_template
+from mergekit.merge import _model_out_config, _set_chat_template
 from mergekit.merge_methods.registry import get as get_method
 from mergekit.merge_methods.registry import registered_methods
 from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
 
 from fusion_plugins.core.merging.deltas import DEQUANTIZE
 from fusion_plugins.errors import ConfigError, FusionError, MergeError
-from fusion_plugins.mergekit.adapters import SAVE_AGAIN, adapter_problems, meta_model
+from fusion_plugins.mergekit.adapters import SAVE_AGAIN, adapter_problems
 from fusion_plugins.mergekit.checkpoints import Checkpoint, read_checkpoint, read_tensor, sample_bytes, stale_copies
 from fusion_plugins.mergekit.ignored_keys import parameter_problems, unknown_keys
 from fusion_plugins.mergekit.methods import METHODS
@@ -476,38 +477,20 @@ def _loaders(models: Mapping[ModelReference, Checkpoint], options: MergeOptions)
 
 def _find_dropped(architecture: Any, rehearsal: Rehearsal, base: Checkpoint, check: MergeCheck) -> None:
     """Find what mergekit will leave out: it writes the tensors that it knows of the architecture, and no others."""
-    weights = architecture.all_weights(base.config)
-    known = {name for weight in weights for name in (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))}
-    left: set[str] = set()
-    for reference, checkpoint in rehearsal.models.items():
-        unread = set(checkpoint.tensors) - rehearsal.read[reference] - known
-        dropped = sorted(name for name in unread if not name.endswith("inv_freq"))
-        if checkpoint is base:
-            left = set(dropped)
-            parameters = _parameters(base.config) if dropped else set()
-            needed = [name for name in dropped if name in parameters]
-            if needed:
-                check.error(
-                    f"mergekit does not know {len(needed)} tensor(s) of {base.name}, such as {needed[0]}: they would "
-                    "be missing from the merged model",
-                    "merge the files with mergekit-pytorch instead",
-                )
-                dropped = [name for name in dropped if name not in needed]
-        else:
-            dropped = [name for name in dropped if name not in left]
-        if dropped:
+    lost = list(rehearsal.lost_parameters(architecture, base))
+    for text, cure in lost:
+        check.error(text, cure)
+    if lost:
+        return
+    named: set[str] = set()
+    for checkpoint in sorted(rehearsal.models.values(), key=lambda one: one is not base):
+        left = sorted(rehearsal.left_out(architecture, checkpoint) - named)
+        named.update(left)
+        if left:
             check.warning(
-                f"mergekit leaves out {len(dropped)} tensor(s) of {checkpoint.name}, such as {dropped[0]}",
+                f"mergekit leaves out {len(left)} tensor(s) of {checkpoint.name}, such as {left[0]}",
                 "if the merged model needs them, merge the files with mergekit-pytorch instead",
             )
-
-
-def _parameters(config: Any) -> set[str]:
-    """Return the names of what transformers would load; none if it cannot build the model."""
-    try:
-        return set(meta_model(config).state_dict())
-    except Exception:
-        return set()
 
 
 def _find_two_layouts(rehearsal: Rehearsal, check: MergeCheck) -> None:

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from fusion_plugins.errors import ConfigError, FusionError
 from fusion_plugins.escape import for_terminal
 from fusion_plugins.mergekit.checkpoints import (
+    Checkpoint,
     IndexedLoader,
-    Stored,
     first_line,
     read_config,
     read_file,
@@ -33,6 +33,7 @@ from fusion_plugins.mergekit.methods import METHODS
 from fusion_plugins.mergekit.plan import extend_plan
 from fusion_plugins.mergekit.quantized import require_mergeable
 from fusion_plugins.mergekit.record import MergeRecord, append_card, remove_record, require_writable
+from fusion_plugins.mergekit.rehearsal import Rehearsal, require_sound
 
 #: What a merge raises for wrong files and settings: our errors, and those of mergekit and the libraries below it.
 CAUSED_BY_USERS = (FusionError, OSError, SafetensorError, RuntimeError, ValueError)
@@ -48,9 +49,25 @@ def extend_merge(module: Any) -> None:
                 return super().plan_to_disk(out_path)  # type: ignore[no-any-return]
             # Before planning: it rewrites the configuration in place (models become slices).
             config = self.config.model_dump(mode="json", exclude_defaults=True)
-            stored = _stored(self.config.referenced_models())
+            models = self._read(self.config.referenced_models())
+            base = models[self.config.base_model or next(iter(models))]
             tasks = super().plan_to_disk(out_path)
-            return extend_plan(tasks, _record_of(config, out_path), stored, str(self.options.device))
+            stored = {str(reference): model.stored for reference, model in models.items() if model.stored is not None}
+            extended = extend_plan(tasks, _record_of(config, out_path), stored, str(self.options.device))
+            require_sound(tasks, Rehearsal(get(self.config.merge_method), models), self.arch_info, base)
+            return extended
+
+        def _read(self, references: Iterable[ModelReference]) -> dict[ModelReference, Checkpoint]:
+            """Read what the models are stored in, and make mergekit read them as their index says."""
+            loaders, models = LoaderCache(), {}
+            for reference in references:
+                loader = loaders.get(reference)
+                stored = read_index(loader.index)
+                config = read_config(reference, trust_remote_code=self.options.trust_remote_code)
+                models[reference] = Checkpoint(str(reference), config, stored.tensors, None, None, stored)
+                if not isinstance(loader, IndexedLoader):
+                    loaders.loaders[reference] = IndexedLoader(loader.index, loader.lazy_unpickle)
+            return models
 
     @wraps(original)
     def run_merge(merge_config: Any, out_path: str, options: Any, config_source: str | None = None) -> Any:
@@ -113,17 +130,6 @@ def _refuse_unreadable(references: Iterable[ModelReference], options: Any) -> No
         if Path(reference.model.path).is_dir():
             stored[str(reference)] = read_folder(Path(reference.model.path))
     require_mergeable(stored)
-
-
-def _stored(references: Iterable[ModelReference]) -> dict[str, Stored]:
-    """Return what the models of a plan are stored in, and make mergekit read them as their index says."""
-    cache, stored = LoaderCache(), {}
-    for reference in references:
-        loader = cache.get(reference)
-        stored[str(reference)] = read_index(loader.index)
-        if not isinstance(loader, IndexedLoader):
-            cache.loaders[reference] = IndexedLoader(loader.index, loader.lazy_unpickle)
-    return stored
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import yaml
 from merging import config_of
 from typer.testing import CliRunner
 
-from fusion_plugins.errors import ConfigError
+from fusion_plugins.errors import ConfigError, MergeError
 from fusion_plugins.mergekit import check as module
 from fusion_plugins.mergekit.check import check_merge
 
@@ -78,7 +78,6 @@ def test_parameters_of_mergekits_own_methods_are_checked_too(models, tmp_path):
     ("model", "message"),
     [
         ("other_shape", "model.layers.0.mlp.down_proj.weight is [32, 64] in"),
-        ("tied", "tie_word_embeddings is True in"),
         ("larger_vocabulary", "vocabularies differ: lm_head.weight is [500, 32] in"),
         ("other_ids", "tokens have another id in"),
     ],
@@ -86,6 +85,11 @@ def test_parameters_of_mergekits_own_methods_are_checked_too(models, tmp_path):
 def test_models_that_do_not_fit_are_named_with_the_cure(models, tmp_path, model, message):
     found = texts(check_of(tmp_path, config_of(models, "one", model)))
     assert any(message in text for text in found), found
+
+
+def test_an_untied_model_beside_a_tied_base_is_refused(models, tmp_path):
+    found = texts(check_of(tmp_path, config_of(models | {"base": models["tied"]}, "one", "tied")))
+    assert any("tie_word_embeddings is False in" in text for text in found), found
 
 
 def test_a_tokenizer_setting_settles_vocabularies(models, tmp_path):
@@ -131,19 +135,21 @@ def test_missing_and_damaged_models_are_named(models, tmp_path):
     found = "\n".join(texts(check_of(tmp_path, config_of(models | names, *names))))
     for name in ("empty", "absent"):
         assert f"{tmp_path / name}: expected a folder with config.json" in found
-    assert f"{tmp_path / 'cut' / 'model.safetensors'}: expected a complete safetensors file" in found
+    assert f"{tmp_path / 'cut' / 'model.safetensors'}: expected a complete file of weights" in found
     assert f"{tmp_path / 'incomplete'}: expected every shard that the index names; missing: model-00002" in found
-    assert ".safetensors. Download the model again" in found
+    assert ".safetensors -> Download the model again" in found
     assert f"{tmp_path / 'weightless'}: expected model.safetensors or pytorch_model.bin" in found
 
 
 def test_tensors_that_mergekit_drops_are_named(tmp_path):
     """Its description of Llama has no biases."""
     models = merging.make_models(tmp_path / "models", attention_bias=True)
-    warned = texts(check_of(tmp_path, config_of(models, "one", "two")), "warning")
-    assert len(warned) == 1
-    assert "does not know 8 tensor(s) of" in warned[0]
-    assert "model.layers.0.self_attn.k_proj.bias" in warned[0]
+    config = config_of(models, "one", "two")
+    (found,) = texts(check_of(tmp_path, config))
+    assert "does not know 8 parameter(s) of" in found
+    assert "model.layers.0.self_attn.q_proj.bias" in found
+    with pytest.raises(MergeError, match=r"does not know 8 parameter\(s\) of .*: they would be missing"):
+        merging.run_merge(tmp_path, config)
 
 
 def test_copies_are_noticed(models, tmp_path):

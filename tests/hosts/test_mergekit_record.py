@@ -145,5 +145,5 @@ def test_a_folder_without_anything_to_report_on_is_named(tmp_path):
     with pytest.raises(DataError, match=f"{tmp_path}: expected a merged model with fusion_merge.json"):
         render_merge_report(tmp_path)
     (tmp_path / "fusion_merge.json").write_text('{"format": 7}')
-    with pytest.raises(DataError, match="expected format 1 .*, got format 7"):
+    with pytest.raises(DataError, match="expected format 2 .*, got format 7"):
         render_merge_report(tmp_path)
