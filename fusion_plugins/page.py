@@ -79,6 +79,8 @@ def svg(figure: "Figure", label: str) -> Any:
     element = buffer.getvalue().partition("<svg ")[2]
     # The page sets the size, and what is black by default takes the colour of its text.
     element = re.sub(r' (?:width|height)="[\d.]+pt"', "", element, count=2).replace("#000000", "currentColor")
+    # Inside a page neither the namespaces nor the description of the file mean anything.
+    element = re.sub(r'xmlns(?::xlink)?="[^"]*" ?|<metadata>.*?</metadata>', "", element, flags=re.DOTALL)
     width = f"width: 100%; max-width: {figure.get_figwidth() * 96:.0f}px"
     return Markup(f'<svg role="img" aria-label="{escape(for_terminal(label))}" style="{width}" {element}')
 

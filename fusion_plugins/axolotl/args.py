@@ -4,9 +4,11 @@
 an unknown key there is an error: axolotl drops unknown keys of its own level silently.
 """
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from types import NoneType
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_serializer, field_validator, model_validator
 
 from fusion_plugins.config import Settings, validate
 from fusion_plugins.core.fusion.project import ProjectionOptions
@@ -15,7 +17,27 @@ from fusion_plugins.core.preferences.split import SplitRule
 from fusion_plugins.errors import ConfigError
 
 
-class SourceArgs(Settings):
+class BlockSettings(Settings):
+    """A group of settings of the block.
+
+    The word ``none`` is the null of a command line. A truth value is no number: an option that lacks its value is true.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_words(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        types = {name: {field.annotation, *get_args(field.annotation)} for name, field in cls.model_fields.items()}
+        for key, value in values.items():
+            if isinstance(value, bool) and types.get(key, set()) & {int, float}:
+                raise ValueError(f"{key}: expected a number, got {str(value).lower()}")
+        return {
+            key: None if value == "none" and NoneType in types.get(key, ()) else value for key, value in values.items()
+        }
+
+
+class SourceArgs(BlockSettings):
     """One source model: a name for reports and the store that `fusion capture` made of it."""
 
     name: str = Field(min_length=1, description="name in reports and logs; unique")
@@ -27,7 +49,7 @@ class SourceArgs(Settings):
     )
 
 
-class AlignmentArgs(Settings):
+class AlignmentArgs(BlockSettings):
     """Which source position belongs to which target position."""
 
     MOVED = {
@@ -50,7 +72,7 @@ class AlignmentArgs(Settings):
     )
 
 
-class ProjectionArgs(Settings):
+class ProjectionArgs(BlockSettings):
     """How a source's distributions become distributions over the target's vocabulary."""
 
     MOVED = {"vocabulary": "now vocabulary_map"}
@@ -64,7 +86,7 @@ class ProjectionArgs(Settings):
     max_distance: int | None = Field(
         default=None,
         ge=0,
-        description="largest edit distance of a mapped pair, in bytes; null for no limit",
+        description="largest edit distance of a mapped pair, in bytes; none for no limit",
     )
     chain: bool = Field(
         default=True,
@@ -100,15 +122,15 @@ class ProjectionArgs(Settings):
         return ProjectionOptions(chain=self.chain, renormalize=self.tail == "renormalize", min_mass=self.min_mass)
 
 
-class PairArgs(Settings):
+class PairArgs(BlockSettings):
     """Which preference pairs `fusion_plugins.multi_source_dpo` builds."""
 
     rule: str = Field(
         default="same_source", description="same_source, across_sources, verdict, or a registered pair rule"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the rule")
-    min_gap: float | None = Field(default=0.01, description="smallest reward gap, inclusive; null for no limit")
-    max_gap: float | None = Field(default=0.1, description="largest reward gap, inclusive; null for no limit")
+    min_gap: float | None = Field(default=0.01, description="smallest reward gap, inclusive; none for no limit")
+    max_gap: float | None = Field(default=0.1, description="largest reward gap, inclusive; none for no limit")
     gap_unit: Literal["reward", "quantile"] = Field(
         default="reward",
         description="limits are rewards (of ArmoRM, as in FuseChat-3.0), or quantiles of the gaps that occur",
@@ -123,13 +145,13 @@ class PairArgs(Settings):
         return GapWindow(self.min_gap, self.max_gap, self.gap_unit, frozenset(self.gap_exempt))
 
 
-class SftArgs(Settings):
+class SftArgs(BlockSettings):
     """Which answer `fusion_plugins.axolotl.best_of_sources` learns from."""
 
     rule: str = Field(default="reward", description="reward (highest, among correct ones where verified) or verdict")
 
 
-class SplitArgs(Settings):
+class SplitArgs(BlockSettings):
     """Which prompts train which stage; without this block every prompt trains whichever stage reads it."""
 
     sft_share: float = Field(default=0.4, ge=0, le=1, description="share of prompts with a pair that go to SFT")
@@ -147,7 +169,7 @@ class SplitArgs(Settings):
         return SplitRule(self.sft_share, self.verified_dpo_share, self.unpaired, frozenset(self.sft_only), self.seed)
 
 
-class FusionBlock(Settings):
+class FusionBlock(BlockSettings):
     """Everything under ``fusion:``."""
 
     MOVED = {"missing_texts": "now fusion.on_missing_text, with the values raise (was: stop) and skip (was: drop)"}
@@ -157,6 +179,11 @@ class FusionBlock(Settings):
     )
     on_missing_text: Literal["raise", "skip"] = Field(
         default="raise", description="rows of the dataset that a store lacks: stop with an error, or train without them"
+    )
+    on_unusable: Literal["raise", "skip"] = Field(
+        default="raise",
+        description="a row that cannot be used, for example because the chat template refuses it: stop with an error "
+        "that names it, or leave it out; the report names what was left out",
     )
     alignment: AlignmentArgs = Field(
         default_factory=AlignmentArgs, description="which source position belongs to which target position"
@@ -170,7 +197,7 @@ class FusionBlock(Settings):
         default="byte", description="cross-entropy per byte of the text, or per token of the source (FuseLLM's code)"
     )
     top_k: int | None = Field(
-        default=None, ge=1, description="entries kept per fused distribution; null for as many as the stores hold"
+        default=None, ge=1, description="entries kept per fused distribution; none for as many as the stores hold"
     )
     loss: str = Field(default="ce", description="ce, kl, reverse_kl, jsd, or a registered loss")
     lm_loss_weight: float = Field(
@@ -178,7 +205,8 @@ class FusionBlock(Settings):
     )
     lm_loss_schedule: Literal["constant", "rise"] = Field(
         default="constant",
-        description="rise: lm_loss_weight rises linearly to 1, so the fusion loss fades out (FuseLLM's code)",
+        description="rise: lm_loss_weight rises linearly to 1 while training, so the fusion loss fades out (FuseLLM's "
+        "code); an evaluation always uses lm_loss_weight itself",
     )
     temperature: float = Field(
         default=1.0, gt=0, description="softens the fused distributions, not the trained model's"
@@ -218,7 +246,7 @@ class FusionBlock(Settings):
                 self.pairs.window()
             except ConfigError as error:
                 yield f"pairs: {error}"
-        if not self.sources and self.pairs is None and self.sft is None and "split" not in self.model_fields_set:
+        if not self.sources and self.pairs is None and self.sft is None and self.split is None:
             yield "nothing to do: give sources (type fusion_plugins.axolotl.fused), sft or pairs"
 
 
@@ -226,6 +254,11 @@ class FusionArgs(BaseModel):
     """What axolotl mixes into its configuration schema."""
 
     fusion: FusionBlock | None = Field(default=None, description="LLM fusion; see docs/axolotl.md of fusion_plugins")
+
+    @field_serializer("fusion")
+    def _keep_null(self, block: FusionBlock | None) -> dict[str, Any] | None:
+        """Axolotl leaves out every null when it writes its configuration, and with them those that mean something."""
+        return None if block is None else block.model_dump()
 
 
 def fusion_block(cfg: Any) -> FusionBlock:

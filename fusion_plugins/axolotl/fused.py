@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,14 +20,17 @@ from datasets import Dataset, Features, List, Value
 from fusion_plugins.axolotl.args import FusionBlock
 from fusion_plugins.axolotl.collator import FUSED_IDS, FUSED_LOGPROBS
 from fusion_plugins.axolotl.counting import Row, count_alignments, rows_of
+from fusion_plugins.axolotl.fingerprint import store_content
 from fusion_plugins.axolotl.guards import FUSED, require_plugin
 from fusion_plugins.axolotl.plan import make_plan
-from fusion_plugins.axolotl.report import read_counters, show_report, write_report
+from fusion_plugins.axolotl.prepared import keep_report
+from fusion_plugins.axolotl.report import read_counters, report_content, show_report
 from fusion_plugins.axolotl.target_tokenizer import EncodedText, TargetTokenizer
 from fusion_plugins.core.fusion.accounting import FusionReport
 from fusion_plugins.core.fusion.pipeline import FusionPlan, fuse_text, warm_up
 from fusion_plugins.core.text.content_id import content_id
 from fusion_plugins.core.text.messages import as_messages
+from fusion_plugins.core.text.round_trip import text_changes
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, DataError, MismatchError
 from fusion_plugins.store import Store, open_store
@@ -68,8 +70,7 @@ class FusedStrategy(DatasetWrappingStrategy):
         self._block = block
         self._sequence_len = int(cfg.sequence_len)
         self._path = str(ds_cfg.get("path"))
-        self._report = Path(cfg.output_dir) / "fusion_report.json"
-        self._first = str((cfg.datasets or [{}])[0].get("path")) == self._path
+        self._cfg, self._entry = cfg, ds_cfg
 
     def wrap_dataset(
         self, dataset: Any, process_count: int | None = None, keep_in_memory: bool | None = False, **kwargs: Any
@@ -85,6 +86,8 @@ class FusedStrategy(DatasetWrappingStrategy):
         dataset = self._joined(dataset, stores)
         warm_up()
         target = self._reader.target
+        if changes := text_changes(target.tokenizer, target.table.spell).known:
+            LOG.info(f"fusion: the target's tokenizer changes texts, which is known: {'; '.join(changes)}")
         count = partial(
             count_alignments, dataset, self._reader.tokens, target.table.packed, process_count=process_count
         )
@@ -104,7 +107,8 @@ class FusedStrategy(DatasetWrappingStrategy):
         report = read_counters(rows[COUNTERS])
         too_long = sum(len(ids) > self._sequence_len for ids in rows["input_ids"])
         show_report(report, too_long, self._sequence_len)
-        write_report(self._report, self._path, report, too_long, fresh=self._first)
+        contents = {source.store: store_content(self._cfg, source.store) for source in self._block.sources}
+        keep_report(self._cfg, self._entry, "fusion_report.json", report_content(report, too_long), contents)
         return rows.remove_columns(COUNTERS)
 
     def _joined(self, dataset: Any, stores: list[Store]) -> Any:

@@ -3,44 +3,93 @@
 Runs before anything is loaded. All problems of one configuration are reported together.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
-from fusion_plugins.axolotl.args import FusionBlock, fusion_block
+from axolotl.utils.logging import get_logger
+
+from fusion_plugins.axolotl.args import FusionBlock, SourceArgs, fusion_block
+from fusion_plugins.axolotl.prepared import remembered_store
 from fusion_plugins.errors import ConfigError, FusionError, PluginError
 from fusion_plugins.plugins import get_registry
 from fusion_plugins.store import open_store
 
+LOG = get_logger(__name__)
 PLUGIN = "fusion_plugins.axolotl.FusionPlugin"
 FUSED = "fusion_plugins.axolotl.fused"
 BEST = "fusion_plugins.axolotl.best_of_sources"
 DPO = "fusion_plugins.multi_source_dpo"
 
-#: axolotl settings that cannot be combined with fusion.sources: key -> why not and what to do
+TYPES = (FUSED, BEST, DPO)
+
+_TRAINERS = "fusion_plugins.axolotl.preference_trainers"
+#: `rl` of axolotl -> the trainer, as `trainer_cls`, that takes the pairs of :data:`DPO` as they are tokenized
+PAIR_TRAINERS = {
+    "dpo": f"{_TRAINERS}.TokenizedDPOTrainer",
+    "ipo": f"{_TRAINERS}.TokenizedDPOTrainer",
+    "simpo": f"{_TRAINERS}.TokenizedCPOTrainer",
+    "orpo": f"{_TRAINERS}.TokenizedORPOTrainer",
+}
+
+_WHEN_PREPARED = "the rows are made when the dataset is prepared"
+_OTHER_LOSS = "it has another loss; train the reward model without fusion"
+#: axolotl settings that cannot be combined with our supervised datasets: key -> why not and what to do
 _REFUSED = {
-    "streaming": "distributions are fused when the dataset is prepared; remove it",
-    "pretraining_dataset": "distributions are fused when the dataset is prepared; use `datasets:`",
-    "skip_prepare_dataset": "distributions are fused when the dataset is prepared; remove it",
-    "reward_model": "it has another loss; train the reward model without fusion",
-    "process_reward_model": "it has another loss; train the reward model without fusion",
+    "streaming": f"{_WHEN_PREPARED}; remove it",
+    "pretraining_dataset": f"{_WHEN_PREPARED}; use `datasets:`",
+    "skip_prepare_dataset": f"{_WHEN_PREPARED}; remove it",
+    "reward_model": _OTHER_LOSS,
+    "process_reward_model": _OTHER_LOSS,
+}
+#: the same for datasets of type fused
+_REFUSED_WITH_SOURCES = _REFUSED | {
     "use_eaft": "it replaces the loss; remove it",
     "label_smoothing_factor": "it would apply to only one of the two losses; remove it",
+    "do_bench_eval": "the rows of the benchmark have no fused distributions; evaluate the trained model instead",
+    "trainer_cls": "fusion has a trainer of its own, and axolotl would ignore yours; remove it",
+    "batch_flattening": "fusion has a collator of its own, and axolotl would ignore the setting; use sample_packing",
+    "processor_type": "fused rows are text; remove it",
+    "orpo_alpha": "it replaces the loss; remove it",
 }
+#: two names of one setting: how many processes share one sequence
+_SPLITS_SEQUENCES = ("context_parallel_size", "sequence_parallel_degree")
 
 
 def check_config(cfg: Any) -> FusionBlock:
-    """Check a raw axolotl configuration as a whole.
+    """Check an axolotl configuration as a whole, but for what only preparing and training need.
+
+    axolotl does not tell a plugin which command runs. Commands that train nothing read the same configuration, often on
+    a machine without the stores and the packages that register rules; so these are left to :func:`check_ready`.
 
     Raises:
         ConfigError: naming every problem.
     """
     block = fusion_block(cfg)
-    problems = [*_unknown_names(block), *_stores(block), *_datasets(cfg, block)]
-    if block.sources:
-        problems += _settings(cfg)
+    problems = [*_datasets(cfg, block), *_settings(cfg, block), *_other_trainers(cfg, block)]
     if problems:
-        raise ConfigError(f"{len(problems)} problem(s) in the configuration: " + "; ".join(problems))
+        _refuse([*_unknown_names(block), *problems])
     return block
+
+
+def check_ready(cfg: Any, block: FusionBlock, *, rows_wanted: bool = True) -> None:
+    """Check that what preparing and training need is there: every registered name, and the stores.
+
+    Args:
+        cfg: the configuration.
+        block: its ``fusion:`` block.
+        rows_wanted: rows must be prepared. If not, a store may be gone from which rows were prepared before.
+
+    Raises:
+        ConfigError: naming every problem.
+    """
+    stores = [source for source in block.sources if rows_wanted or not remembered_store(cfg, source.store)]
+    problems = [*_unknown_names(block), *_stores(stores), *_other_trainers(cfg, block)]
+    if problems:
+        _refuse(problems)
+
+
+def _refuse(problems: list[str]) -> NoReturn:
+    raise ConfigError(f"{len(problems)} problem(s) in the configuration: " + "; ".join(problems))
 
 
 def require_plugin(cfg: Any, type_name: str) -> FusionBlock:
@@ -54,17 +103,20 @@ def require_plugin(cfg: Any, type_name: str) -> FusionBlock:
     """
     from axolotl.integrations.base import PluginManager
 
-    if PLUGIN not in (cfg.get("plugins") or []):
+    configured = cfg.get("plugins") or []
+    if not {PLUGIN, f"{__package__}.plugin.FusionPlugin"} & set(configured):
         raise PluginError(
             f"a dataset of type {type_name} needs the plugin, and `plugins:` does not name it: axolotl ignores the "
             f"`fusion:` block without it. Add `plugins: [{PLUGIN}]`."
         )
-    if PLUGIN not in PluginManager.get_instance().plugins:
+    if not any(_is_ours(plugin) for name, plugin in PluginManager.get_instance().plugins.items() if name in configured):
         raise PluginError(
             f"`plugins:` names {PLUGIN}, but axolotl could not load it; its error is further up in the log. A dataset "
             f"of type {type_name} needs it. Repair that error, usually with pip install 'fusion-plugins[axolotl]'."
         )
-    return fusion_block(cfg)
+    block = fusion_block(cfg)
+    check_ready(cfg, block)
+    return block
 
 
 def dataset_types(cfg: Any, key: str = "datasets") -> list[str]:
@@ -73,19 +125,24 @@ def dataset_types(cfg: Any, key: str = "datasets") -> list[str]:
     return [str(entry.get("type") if hasattr(entry, "get") else getattr(entry, "type", None)) for entry in entries]
 
 
-def _unknown_names(block: FusionBlock) -> Iterator[str]:
-    wanted = {"rule": ("fusion_rules", block.rule), "loss": ("losses", block.loss)}
-    wanted["alignment.method"] = ("aligners", block.alignment.method)
+def registered_names(block: FusionBlock) -> dict[str, tuple[str, str]]:
+    """Return key of the block -> kind of extension and the name that the key gives."""
+    names = {"rule": ("fusion_rules", block.rule), "loss": ("losses", block.loss)}
+    names["alignment.method"] = ("aligners", block.alignment.method)
     if block.pairs is not None:
-        wanted["pairs.rule"] = ("pair_rules", block.pairs.rule)
-    for key, (kind, name) in wanted.items():
+        names["pairs.rule"] = ("pair_rules", block.pairs.rule)
+    return names
+
+
+def _unknown_names(block: FusionBlock) -> Iterator[str]:
+    for key, (kind, name) in registered_names(block).items():
         known = get_registry(kind)
         if name not in known:
             yield f"fusion.{key}: expected one of {', '.join(sorted(known))}, got {name!r}"
 
 
-def _stores(block: FusionBlock) -> Iterator[str]:
-    for source in block.sources:
+def _stores(sources: Sequence[SourceArgs]) -> Iterator[str]:
+    for source in sources:
         try:
             open_store(source.store)
         except FusionError as error:
@@ -103,20 +160,61 @@ def _datasets(cfg: Any, block: FusionBlock) -> Iterator[str]:
             yield f"a dataset has `type: {', '.join(others)}`, which fuses nothing; all must have `type: {FUSED}`"
     if not block.sources and FUSED in types:
         yield f"a dataset has `type: {FUSED}`, but fusion.sources names no source"
-    if DPO in types and rl not in ("dpo", "ipo", "simpo", "orpo"):
-        yield f"a dataset has `type: {DPO}`, which needs `rl: dpo`; got `rl: {rl}`"
+    if DPO in types and rl not in PAIR_TRAINERS:
+        yield f"a dataset has `type: {DPO}`, which needs `rl: dpo` (or ipo, simpo, orpo); got `rl: {rl}`"
+    elif DPO in types and cfg.get("trainer_cls") not in (None, PAIR_TRAINERS[rl]):
+        yield (
+            f"trainer_cls: {cfg.get('trainer_cls')} would tokenize the pairs of `type: {DPO}` anew, and cut prompt and "
+            "answer elsewhere than supervised training does; remove it"
+        )
     if BEST in types and rl:
         yield f"a dataset has `type: {BEST}`, which is for supervised training; got `rl: {rl}`"
+    if not block.sources and not {*types, *dataset_types(cfg, "test_datasets")} & {*TYPES}:
+        yield (
+            f"no dataset has one of the types {', '.join(TYPES)}: nothing would be fused or chosen. Give a dataset one "
+            "of them, or remove the plugin and the block"
+        )
 
 
-def _settings(cfg: Any) -> Iterator[str]:
+def _settings(cfg: Any, block: FusionBlock) -> Iterator[str]:
+    if not block.sources and cfg.get("rl"):
+        return
+    refused, what = (_REFUSED_WITH_SOURCES, "fusion.sources") if block.sources else (_REFUSED, f"`type: {BEST}`")
+    for key, why in refused.items():
+        if cfg.get(key):
+            yield f"{key} cannot be combined with {what}: {why}"
+    if not block.sources:
+        return
     if str(cfg.get("excess_length_strategy") or "").lower() == "truncate":
         yield (
             "excess_length_strategy: truncate would cut tokens but not their distributions; use drop (axolotl's "
             "default) or raise, and split long texts before `fusion capture`"
         )
-    if (cfg.get("context_parallel_size") or 1) > 1:
-        yield "context_parallel_size splits tokens but not their distributions; set it to 1"
-    for key, why in _REFUSED.items():
-        if cfg.get(key):
-            yield f"{key} cannot be combined with fusion.sources: {why}"
+    for key in _SPLITS_SEQUENCES:
+        if cfg.get(key) not in (None, 0, 1, "0", "1"):
+            yield f"{key} splits tokens but not their distributions; set it to 1"
+
+
+def _other_trainers(cfg: Any, block: FusionBlock) -> Iterator[str]:
+    """Of several plugins with a trainer or a collator, axolotl uses the first and ignores the others."""
+    from axolotl.integrations.base import PluginManager
+
+    for name, plugin in PluginManager.get_instance().plugins.items():
+        if name not in (cfg.get("plugins") or []) or _is_ours(plugin):
+            continue
+        try:
+            collator = plugin.get_collator_cls_and_kwargs(cfg)
+            trainer = plugin.get_trainer_cls(cfg)
+        except Exception as error:  # code of another package, which may expect a validated configuration
+            LOG.info(f"fusion: {name} does not say whether it has a trainer: {error}")
+            continue
+        # The trainer of preference pairs is axolotl's; other rows than a collator expects are of no use to it.
+        if collator is not None or (trainer is not None and (block.sources or cfg.get("rl"))):
+            yield (
+                f"{PLUGIN} and {name} cannot train together: {name} brings a trainer or a collator of its own, and "
+                "axolotl uses only one. Remove one of the two plugins"
+            )
+
+
+def _is_ours(plugin: Any) -> bool:
+    return type(plugin).__name__ == "FusionPlugin" and type(plugin).__module__.startswith("fusion_plugins.")

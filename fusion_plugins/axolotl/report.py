@@ -1,9 +1,8 @@
-"""The report of a fused dataset: what each source contributed, printed as a table and kept as JSON."""
+"""The report of a fused dataset: what each source contributed, as a table and as JSON."""
 
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -45,20 +44,14 @@ def show_report(report: FusionReport, too_long: int, sequence_len: int) -> None:
         )
 
 
-def write_report(path: Path, dataset: str, report: FusionReport, too_long: int, *, fresh: bool) -> None:
-    """Write the report of one dataset into a JSON file that holds one per dataset.
+def report_content(report: FusionReport, too_long: int) -> dict[str, Any]:
+    """Return the report of one dataset for its JSON file.
 
     Args:
-        path: the file.
-        dataset: the dataset's path.
         report: its counters.
         too_long: texts longer than ``sequence_len``.
-        fresh: start the file anew; else keep the reports of other datasets.
     """
-    reports = {} if fresh or not path.exists() else json.loads(path.read_text(encoding="utf-8"))
     shares = {
         name: {"coverage": source.coverage, "mass_kept": source.mass_kept} for name, source in report.sources.items()
     }
-    reports[dataset] = {**asdict(report), "shares": shares, "longer_than_sequence_len": too_long}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
+    return {**asdict(report), "shares": shares, "longer_than_sequence_len": too_long}

@@ -6,21 +6,25 @@ returns their sums instead of the logits. Some models change the logits after th
 A probe finds these before the first step; their losses are computed from the full logits.
 """
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.logging import get_logger
 from torch import Tensor
+from transformers import Trainer
 
 from fusion_plugins.axolotl.args import FusionBlock, fusion_block
 from fusion_plugins.axolotl.collator import FUSED_IDS, FUSED_LOGPROBS, take_fused
+from fusion_plugins.axolotl.figures import Figures, perplexity
 from fusion_plugins.core.fusion.losses import Divergence, token_losses
-from fusion_plugins.errors import DataError
+from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.plugins import lookup
 
 LOG = get_logger(__name__)
@@ -43,7 +47,16 @@ class _Batch:
         return positions.sum(), (positions & (self.fused[0][:, :-1] >= 0).any(-1)).sum()
 
 
-class FusionTrainer(AxolotlTrainer):
+class _OwnPerplexity(Trainer):
+    """Comes after axolotl's trainer, which takes exp of the whole loss for a perplexity, and puts it right."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for name in [name for name in logs if name.endswith("lm_loss")]:
+            logs[f"{name.removesuffix('lm_loss')}ppl"] = perplexity(logs[name])
+        super().log(logs, start_time)
+
+
+class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
     """Trains on the language-model loss and the fused distributions."""
 
     _signature_columns: list[str] | None
@@ -55,6 +68,9 @@ class FusionTrainer(AxolotlTrainer):
         self._batch: _Batch | None = None
         self._losses_in_head: bool | None = None
         self._logits_wanted = False
+        self._training_figures = Figures()
+        #: None outside of an evaluation: callbacks evaluate single batches, which belong to no figures
+        self._evaluation_figures: Figures | None = None
 
     @cached_property
     def _fusion(self) -> FusionBlock:
@@ -99,20 +115,64 @@ class FusionTrainer(AxolotlTrainer):
         """Evaluate one batch; when its logits are wanted, the output layer is left alone."""
         self._logits_wanted = not prediction_loss_only
         try:
+            if self._evaluation_figures is not None:
+                inputs = self._without_repeated_rows(inputs)
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
         finally:
             self._logits_wanted = False
 
+    def evaluation_loop(
+        self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> Any:
+        """Evaluate, with the loss and its terms over all positions instead of the mean of the batches' means."""
+        self._evaluation_figures = Figures()
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
+            )
+            figures = self._figures(self._evaluation_figures)
+        finally:
+            self._evaluation_figures = None
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the terms of the loss beside it."""
+        # Only a step of the training has the key, and all processes log it.
+        if "loss" in logs:
+            logs |= {name: value for name, value in self._figures(self._training_figures).items() if name != "loss"}
+        super().log(logs, start_time)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # auto_find_batch_size begins anew with a smaller batch.
+        self._training_figures = Figures()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _figures(self, figures: Figures) -> dict[str, float]:
+        return figures.take(partial(self.accelerator.reduce, reduction="sum"), self.args.device)
+
+    def _without_repeated_rows(self, inputs: Any) -> Any:
+        """Without labels in the rows that fill the last batches of an evaluation: other processes have them already."""
+        state = self.accelerator.gradient_state
+        repeated = self.accelerator.num_processes > 1 and self.accelerator.even_batches and state.end_of_dataloader
+        if not repeated or state.remainder <= 0:
+            return inputs
+        first = self.accelerator.process_index * self.args.per_device_eval_batch_size
+        own = max(0, state.remainder - first)
+        labels = inputs["labels"].clone()
+        labels[own:] = -100
+        return {**inputs, "labels": labels}
+
     @property
     def lm_weight(self) -> float:
-        """Weight of the language-model loss at this step."""
+        """Weight of the language-model loss at this step of the training; an evaluation has a fixed one."""
         weight = self._fusion.lm_loss_weight
-        if self._fusion.lm_loss_schedule == "rise":
+        if self._fusion.lm_loss_schedule == "rise" and self.model.training:
             weight += (1 - weight) * min(1.0, self.state.global_step / max(1, self.state.max_steps))
         return weight
 
     def _weighted_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """``(w * sum LM + (1 - w) * sum fusion) / tokens``, tokens counted over the whole global batch."""
+        """``(w * sum LM + (1 - w) * sum fusion) / tokens + router loss``, with the tokens of the whole global batch."""
         assert self._batch is not None
         positions, fused_positions = self._batch.counts
         if self._in_head:
@@ -120,19 +180,47 @@ class FusionTrainer(AxolotlTrainer):
         else:
             found = token_losses(outputs["logits"], None, labels, self._batch.fused, **self._options)
             lm, fusion = found.lm, found.fusion
-        weight = self.lm_weight
-        metrics = {
-            "lm_loss": lm.detach() / positions.clamp_min(1),
-            "fusion_loss": fusion.detach() / fused_positions.clamp_min(1),
-            "fusion_coverage": fused_positions / positions.clamp_min(1),
-            "lm_weight": weight,
-        }
-        if self.model.training:
-            self.store_metrics(metrics, train_eval="train")
-        else:
-            self.store_metrics({f"eval_{name}": value for name, value in metrics.items()}, train_eval="eval")
+        weight, router = self.lm_weight, self._router_loss(outputs)
+        loss = weight * lm + (1 - weight) * fusion
+        figures = self._training_figures if self.model.training else self._evaluation_figures
+        if figures is not None:
+            figures.add(
+                loss=loss + router * positions,
+                lm=lm,
+                fusion=fusion,
+                weight=weight * positions,
+                router=router * positions,
+                positions=positions,
+                fused_positions=fused_positions,
+            )
         tokens = positions.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
-        return (weight * lm + (1 - weight) * fusion) / tokens
+        return loss / tokens + router / self._batches_of_a_step(num_items_in_batch)
+
+    def _router_loss(self, outputs: Any) -> Tensor | float:
+        """The weighted loss that balances the experts of a mixture; 0 for other models.
+
+        A model computes it where its configuration has ``output_router_logits``, but adds it only to a loss of its own.
+        """
+        balance = outputs.get("aux_loss")
+        if balance is None:
+            return 0.0
+        model = self.accelerator.unwrap_model(self.model)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        for owner in (model, model.config, model.config.get_text_config()):
+            for name in ("router_aux_loss_coef", "aux_loss_coef"):
+                if hasattr(owner, name):
+                    return torch.as_tensor(balance, device=outputs["logits"].device) * getattr(owner, name)
+        raise ConfigError(
+            f"{type(model).__name__} has a router loss, but no weight for it: expected router_aux_loss_coef in its "
+            "configuration. Set output_router_logits: false to train without."
+        )
+
+    def _batches_of_a_step(self, num_items_in_batch: Any) -> int:
+        """The micro-batches over which a mean of their losses is taken, as the token count does for the sums."""
+        batches = self.current_gradient_accumulation_steps if self.model.training else 1
+        # The Trainer multiplies by this what it expects to be divided by the tokens of all processes.
+        averaged = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        return batches * (self.accelerator.num_processes if averaged else 1)
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -158,7 +246,13 @@ class FusionTrainer(AxolotlTrainer):
             return torch.cat([first * 0, first.new_tensor(PROBE)]).view(1, 1, -1)
 
         try:
-            with torch.no_grad(), self._replaced_head(model, probe, always=True):
+            # A resumed run probes too, at another step: the probe must not take random numbers (dropout, NEFTune) from
+            # the training.
+            with (
+                torch.no_grad(),
+                _same_random_numbers(self.args.device),
+                self._replaced_head(model, probe, always=True),
+            ):
                 logits = model(**{name: value for name, value in inputs.items() if name != "labels"})["logits"]
         except (RuntimeError, IndexError, ValueError, TypeError, KeyError) as error:
             LOG.info(f"fusion: {type(model).__name__} needs its logits ({error})")
@@ -191,3 +285,16 @@ class FusionTrainer(AxolotlTrainer):
                 del head.forward
             else:
                 head.forward = own
+
+
+@contextmanager
+def _same_random_numbers(device: torch.device) -> Iterator[None]:
+    """Within the context random numbers are drawn that are drawn again after it."""
+    python, arrays = random.getstate(), np.random.get_state()
+    own = {} if device.type in ("cpu", "mps") else {"devices": [device.index or 0], "device_type": device.type}
+    try:
+        with torch.random.fork_rng(**{"devices": [], **own}):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
