@@ -183,7 +183,7 @@ def _check_folder(out: Path, check: MergeCheck) -> None:
     except MergeError as error:
         check.error(str(error), "name another folder")
         return
-    found = [file.name for pattern in WEIGHT_FILES for file in [*out.glob(pattern), *out.glob(f"{pattern}.index.json")]]
+    found = sorted(file.name for pattern in WEIGHT_FILES for file in out.glob(pattern))
     if found:
         check.warning(
             f"{out} holds weights already, such as {found[0]}; old files may stay beside the new ones",

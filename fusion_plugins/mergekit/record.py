@@ -17,6 +17,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
+
 from fusion_plugins.checkpoint_fingerprint import checkpoint_fingerprint
 from fusion_plugins.errors import DataError, MergeError
 from fusion_plugins.escape import for_markdown
@@ -85,7 +87,39 @@ class MergeRecord:
             "mean_weights": mean_weights,
             "tensors": tensors,
         }
-        write_atomic(self.folder / RECORD_NAME, f"{json.dumps(record, indent=1)}\n".encode())
+        write_atomic(self.folder / RECORD_NAME, f"{json.dumps(record, indent=1)}\n")
+
+
+class _Tensor(BaseModel):
+    name: str
+    layer: str | None
+    elements: int
+    weights: dict[str, FiniteFloat]
+
+    @model_validator(mode="after")
+    def _layer_holds_tensor(self) -> "_Tensor":
+        if self.layer is not None and not self.name.startswith(f"{self.layer}."):
+            raise ValueError("the name of a tensor must begin with its layer")
+        return self
+
+
+class _Record(BaseModel):
+    """What a page reads of a record, which may come from anywhere."""
+
+    method: str
+    base_model: str
+    models: list[str] = Field(min_length=1)
+    config: dict[str, Any]
+    versions: dict[str, str]
+    weights: str
+    mean_weights: dict[str, FiniteFloat]
+    tensors: list[_Tensor]
+
+    @model_validator(mode="after")
+    def _models_have_means(self) -> "_Record":
+        if set(self.models) != set(self.mean_weights):
+            raise ValueError("every model needs a mean weight")
+        return self
 
 
 def weights_fingerprint(folder: Path) -> str | None:
@@ -139,23 +173,30 @@ def read_record(folder: Path) -> dict[str, Any]:
             "to the end: other methods leave no record, nor does a merge that did not finish."
         )
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: expected the record of a merge, got {error}. Merge again.") from error
-    found = record.get("format") if isinstance(record, dict) else type(record).__name__
-    if found != FORMAT or not record.get("tensors"):
+    found = content.get("format") if isinstance(content, dict) else type(content).__name__
+    if found != FORMAT or not content.get("tensors"):
         raise DataError(
-            f"{path}: expected format {FORMAT} and at least one tensor, got format {found!r} and "
-            f"{len(record.get('tensors') or []) if isinstance(record, dict) else 0} tensors. Merge again with this "
-            "version of fusion-plugins."
+            f"{path}: expected format {FORMAT} and at least one tensor, got format {found!r} or no tensors. Merge "
+            "again with this version of fusion-plugins."
         )
+    try:
+        record = _Record.model_validate(content).model_dump()
+    except ValidationError as error:
+        problem = error.errors(include_input=False, include_url=False)[0]
+        place = ".".join(map(str, problem["loc"]))
+        raise DataError(
+            f"{path}: expected the record of a merge, got a wrong {place}: {problem['msg']}. Merge again."
+        ) from None
     weights = weights_fingerprint(folder)
-    if weights is None or record.get("weights") != weights:
+    if weights is None or record["weights"] != weights:
         raise DataError(
             f"{path}: expected the record of the weights in {folder}, got that of others: the weights were merged, "
             "trained or copied there afterwards. Merge again, or report on the folder that the record is from."
         )
-    return record  # type: ignore[no-any-return]
+    return record
 
 
 def append_card(folder: Path) -> None:
