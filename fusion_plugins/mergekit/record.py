@@ -8,12 +8,12 @@ starts, it is written when the weights are complete, and it holds their fingerpr
 """
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryFile
 from threading import Lock
 from typing import Any
 
@@ -134,10 +134,15 @@ def require_writable(folder: Path) -> None:
         MergeError: a file or a permission is in the way.
     """
     nearest = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        what = "a folder that cannot be written" if nearest.is_dir() else "a file"
+    what = None if nearest.is_dir() else f"{nearest} is a file"
+    if what is None:
+        try:  # the bits of a permission do not tell about read-only disks, nor hold for root
+            TemporaryFile(dir=nearest).close()
+        except OSError as error:
+            what = f"{nearest} cannot be written: {error.strerror}"
+    if what is not None:
         raise MergeError(
-            f"{folder}: expected a folder for the merged model, or a name for a new one, got {what} ({nearest}). Name "
+            f"{folder}: expected a folder for the merged model, or a name for a new one, got neither ({what}). Name "
             "another folder, or repair the permission."
         )
 
