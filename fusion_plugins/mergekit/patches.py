@@ -17,8 +17,9 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.registry import get
 from safetensors import SafetensorError
 
-from fusion_plugins.errors import ConfigError, FusionError
+from fusion_plugins.errors import ConfigError, FusionError, MergeError
 from fusion_plugins.escape import for_terminal
+from fusion_plugins.mergekit.adapters import adapter_problems
 from fusion_plugins.mergekit.checkpoints import (
     Checkpoint,
     IndexedLoader,
@@ -126,7 +127,10 @@ def _refuse_unreadable(references: Iterable[ModelReference], options: Any) -> No
     """Refuse what makes a merge fail, or its result noise, while nothing is removed or written yet."""
     stored = {}
     for reference in references:
-        read_config(reference, trust_remote_code=options.trust_remote_code)
+        config = read_config(reference, trust_remote_code=options.trust_remote_code)
+        if reference.lora is not None:
+            for text, cure in adapter_problems(reference, config, options.lora_merge_cache):
+                raise MergeError(f"{text}: {cure}.")
         if Path(reference.model.path).is_dir():
             stored[str(reference)] = read_folder(Path(reference.model.path))
     require_mergeable(stored)

@@ -24,6 +24,7 @@ from fusion_plugins.mergekit.checkpoints import Checkpoint, first_line
 
 ONE_BASE = "give tuned models of one base; fuse other models by training"
 SAVED_ALIKE = "save all models in the same way, with all their tensors"
+RAW = "merge the files with mergekit-pytorch instead, which needs no description of the architecture"
 ALIGN = "add tokenizer: {source: base} (or union) to the configuration"
 TOKENIZERS = "give every model a tokenizer that fits it, or leave out tokenizer and tokenizer_source"
 
@@ -86,7 +87,7 @@ class Rehearsal:
             yield (
                 f"mergekit does not know {len(lost)} parameter(s) of {base.name}, such as {lost[0]}, or not all models "
                 "have them: they would be missing from the merged model",
-                "if all models have them, merge the files with mergekit-pytorch instead",
+                f"if all models have them: {RAW}",
             )
 
     def _problem_of(self, merge: ExecuteMergeMethodTask, tokenizer: Any, *, unaligned: bool) -> tuple[str, str] | None:
@@ -96,13 +97,17 @@ class Rehearsal:
         if not isinstance(gather, GatherTensors):
             return None
         loads = [task for task in gather.arguments().values() if isinstance(task, LoadTensor)]
-        tensors = {}
+        tensors: dict[ModelReference, torch.Tensor] = {}
+        missing = []
         for load in loads:
             tensor = self._shape_of(load)
             if tensor is not None:
                 tensors[load.model] = tensor
             elif not load.optional:
-                return f"{load.model} has no tensor {load.tensor}, which the merge needs", SAVED_ALIKE
+                missing.append(load)
+        if missing:
+            text = f"{missing[0].model} has no tensor {missing[0].tensor}, which the merge needs"
+            return text, SAVED_ALIKE if tensors else RAW
         if permuted and tokenizer is not None:
             try:
                 tensors = inputs.execute(tokenizer_info=tokenizer, tensors=tensors)
