@@ -64,7 +64,7 @@ def check_merge(
             continue
         say("comparing the models")
         mergeable = _find_unmergeable(checkpoints, check)
-        compare(config, base, checkpoints, options, check)
+        compare(config, base, checkpoints, check)
         _resources(config, base, len(references_of(config)), out or Path(), options, check)
         if mergeable and len(checkpoints) == len(references_of(config)):
             rehearse_plan(config, base, checkpoints, options, check, say)

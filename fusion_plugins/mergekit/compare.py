@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from mergekit.config import MergeConfiguration
-from mergekit.options import MergeOptions
 
 from fusion_plugins.mergekit.check_plan import all_here
 from fusion_plugins.mergekit.checkpoints import Checkpoint, sample_bytes
@@ -27,7 +26,6 @@ def compare(
     config: MergeConfiguration,
     base: Checkpoint,
     checkpoints: Mapping[str, Checkpoint],
-    options: MergeOptions,
     check: MergeCheck,
 ) -> None:
     """Add what differs between the base and the other models, and copies.
@@ -36,7 +34,6 @@ def compare(
         config: the merge configuration.
         base: the model that the others are compared with.
         checkpoints: all models by name.
-        options: mergekit's flags.
         check: gets the findings.
     """
     others = [checkpoint for checkpoint in checkpoints.values() if checkpoint is not base]

@@ -32,7 +32,7 @@ from fusion_plugins.mergekit.checkpoints import (
 from fusion_plugins.mergekit.ignored_keys import parameter_problems, unknown_keys
 from fusion_plugins.mergekit.methods import METHODS
 from fusion_plugins.mergekit.plan import extend_plan
-from fusion_plugins.mergekit.quantized import require_mergeable
+from fusion_plugins.mergekit.quantized import different_integers, require_mergeable
 from fusion_plugins.mergekit.record import MergeRecord, append_card, remove_record, require_writable
 from fusion_plugins.mergekit.rehearsal import Rehearsal, require_sound
 
@@ -108,6 +108,8 @@ def extend_raw_merge(module: Any) -> None:
             files = dict.fromkeys([config.base_model, *(model.model for model in config.models)])
             stored = {file: read_file(Path(file)) for file in files if file is not None}
             tasks = original(config, out_path, union, intersection, options)
+            for text, cure in different_integers(stored, set().union(*(model.tensors for model in stored.values()))):
+                raise MergeError(f"{text}: {cure}.")
             tasks = extend_plan(tasks, _record_of(described, out_path), stored, str(options.device))
             remove_record(Path(out_path))
             return tasks

@@ -21,6 +21,7 @@ from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 from fusion_plugins.errors import MergeError
 from fusion_plugins.mergekit.adapters import meta_model
 from fusion_plugins.mergekit.checkpoints import Checkpoint, first_line
+from fusion_plugins.mergekit.quantized import different_integers
 
 ONE_BASE = "give tuned models of one base; fuse other models by training"
 SAVED_ALIKE = "save all models in the same way, with all their tensors"
@@ -60,6 +61,8 @@ class Rehearsal:
         for task in tasks:
             if isinstance(task, SaveTensor) and isinstance(task.tensor_task, ExecuteMergeMethodTask):
                 yield self._problem_of(task.tensor_task, built, unaligned=tokenizer is None)
+        stored = {model.name: model.stored for model in self.models.values() if model.stored is not None}
+        yield from different_integers(stored, set().union(*self.read.values()))
 
     def left_out(self, architecture: Any, checkpoint: Checkpoint) -> set[str]:
         """Return the stored tensors of a model that mergekit does not merge, after :meth:`problems`.
