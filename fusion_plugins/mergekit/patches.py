@@ -56,6 +56,7 @@ def extend_merge(module: Any) -> None:
             stored = {str(reference): model.stored for reference, model in models.items() if model.stored is not None}
             extended = extend_plan(tasks, _record_of(config, out_path), stored, str(self.options.device))
             require_sound(tasks, Rehearsal(get(self.config.merge_method), models), self.arch_info, base)
+            remove_record(Path(out_path))  # only now: a merge that is refused leaves the old weights there
             return extended
 
         def _read(self, references: Iterable[ModelReference]) -> dict[ModelReference, Checkpoint]:
@@ -81,7 +82,6 @@ def extend_merge(module: Any) -> None:
             _refuse_ignored(merge_config.model_dump(mode="json", exclude_defaults=True), type(merge_config), raw)
             _refuse_unreadable(merge_config.referenced_models(), options)
             require_writable(Path(out_path))
-            remove_record(Path(out_path))
             result = original(merge_config, out_path, options=options, config_source=config_source)
             # mergekit writes the card after it has run the plan.
             append_card(Path(out_path))

@@ -81,7 +81,9 @@ def test_a_merge_that_ends_between_weights_and_record_leaves_no_record(models, c
         render_merge_report(copy)
 
 
-@pytest.mark.parametrize("wrong", [{"out_dtpe": "float32"}, {"base_model": "nowhere/model"}])
+@pytest.mark.parametrize(
+    "wrong", [{"out_dtpe": "float32"}, {"base_model": "nowhere/model"}, {"tokenizer": {"source": "nowhere/model"}}]
+)
 def test_a_merge_that_is_refused_leaves_the_old_weights_and_their_record(models, copy, wrong):
     with pytest.raises((ConfigError, MergeError)):
         run_merge(copy.parent, config_of(models, "one", "two") | wrong)
