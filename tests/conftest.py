@@ -6,6 +6,7 @@ import sys
 
 import axolotl_runs
 import pytest
+import real_assets
 from hypothesis import settings
 
 os.environ.update(axolotl_runs.ENVIRONMENT)
@@ -21,6 +22,11 @@ settings.load_profile("project")
 def material(tmp_path_factory):
     """Checkpoints and stores for axolotl runs."""
     return axolotl_runs.make_material(tmp_path_factory.mktemp("material"))
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("real"):
+        real_assets.require()
 
 
 @pytest.fixture(autouse=True)

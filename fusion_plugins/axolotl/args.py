@@ -180,6 +180,11 @@ class FusionBlock(BlockSettings):
     on_missing_text: Literal["raise", "skip"] = Field(
         default="raise", description="rows of the dataset that a store lacks: stop with an error, or train without them"
     )
+    on_unusable: Literal["raise", "skip"] = Field(
+        default="raise",
+        description="a row that cannot be used, for example because the chat template refuses it: stop with an error "
+        "that names it, or leave it out; the report names what was left out",
+    )
     alignment: AlignmentArgs = Field(
         default_factory=AlignmentArgs, description="which source position belongs to which target position"
     )

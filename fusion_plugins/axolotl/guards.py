@@ -22,6 +22,15 @@ DPO = "fusion_plugins.multi_source_dpo"
 
 TYPES = (FUSED, BEST, DPO)
 
+_TRAINERS = "fusion_plugins.axolotl.preference_trainers"
+#: `rl` of axolotl -> the trainer, as `trainer_cls`, that takes the pairs of :data:`DPO` as they are tokenized
+PAIR_TRAINERS = {
+    "dpo": f"{_TRAINERS}.TokenizedDPOTrainer",
+    "ipo": f"{_TRAINERS}.TokenizedDPOTrainer",
+    "simpo": f"{_TRAINERS}.TokenizedCPOTrainer",
+    "orpo": f"{_TRAINERS}.TokenizedORPOTrainer",
+}
+
 _WHEN_PREPARED = "the rows are made when the dataset is prepared"
 _OTHER_LOSS = "it has another loss; train the reward model without fusion"
 #: axolotl settings that cannot be combined with our supervised datasets: key -> why not and what to do
@@ -151,8 +160,13 @@ def _datasets(cfg: Any, block: FusionBlock) -> Iterator[str]:
             yield f"a dataset has `type: {', '.join(others)}`, which fuses nothing; all must have `type: {FUSED}`"
     if not block.sources and FUSED in types:
         yield f"a dataset has `type: {FUSED}`, but fusion.sources names no source"
-    if DPO in types and rl not in ("dpo", "ipo", "simpo", "orpo"):
-        yield f"a dataset has `type: {DPO}`, which needs `rl: dpo`; got `rl: {rl}`"
+    if DPO in types and rl not in PAIR_TRAINERS:
+        yield f"a dataset has `type: {DPO}`, which needs `rl: dpo` (or ipo, simpo, orpo); got `rl: {rl}`"
+    elif DPO in types and cfg.get("trainer_cls") not in (None, PAIR_TRAINERS[rl]):
+        yield (
+            f"trainer_cls: {cfg.get('trainer_cls')} would tokenize the pairs of `type: {DPO}` anew, and cut prompt and "
+            "answer elsewhere than supervised training does; remove it"
+        )
     if BEST in types and rl:
         yield f"a dataset has `type: {BEST}`, which is for supervised training; got `rl: {rl}`"
     if not block.sources and not {*types, *dataset_types(cfg, "test_datasets")} & {*TYPES}:

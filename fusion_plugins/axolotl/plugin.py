@@ -7,9 +7,10 @@ from axolotl.integrations.base import BasePlugin
 
 from fusion_plugins.axolotl.args import fusion_block
 from fusion_plugins.axolotl.fingerprint import stamp_datasets
-from fusion_plugins.axolotl.guards import check_config, check_ready
+from fusion_plugins.axolotl.guards import DPO, PAIR_TRAINERS, check_config, check_ready, dataset_types
 from fusion_plugins.axolotl.overrides import apply_overrides
 from fusion_plugins.axolotl.prepared import remove_leftovers, write_reports
+from fusion_plugins.errors import PluginError
 
 
 class FusionPlugin(BasePlugin):
@@ -27,6 +28,9 @@ class FusionPlugin(BasePlugin):
         if cfg.get("inference") or cfg.get("merge_lora"):
             return
         stamp_datasets(cfg, check_config(cfg))
+        if _has_pairs(cfg):
+            # Not through `get_trainer_cls`: axolotl would leave out the reference model.
+            cfg["trainer_cls"] = PAIR_TRAINERS[cfg["rl"]]
         remove_leftovers(cfg)
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
@@ -38,8 +42,17 @@ class FusionPlugin(BasePlugin):
         check_ready(cfg, fusion_block(cfg), rows_wanted=preprocess)
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Write the reports of the prepared datasets into the run's own folder, whichever run prepared them."""
+        """Write the reports of the prepared datasets into the run's own folder, whichever run prepared them.
+
+        Raises:
+            PluginError: the trainer is not the one that takes pairs as they are tokenized.
+        """
         write_reports(cfg)
+        if _has_pairs(cfg) and type(trainer).__name__ != str(cfg.trainer_cls).rpartition(".")[2]:
+            raise PluginError(
+                f"a dataset of type {DPO} needs the trainer {cfg.trainer_cls}, but another plugin brought "
+                f"{type(trainer).__name__}, which would tokenize the pairs anew. Remove that plugin."
+            )
 
     def get_input_args(self) -> str:
         """Return the import path of the schema of the ``fusion:`` block."""
@@ -77,6 +90,10 @@ def _stock_collator(cfg: Any, *, packed: bool) -> type:
         or (cfg.model_config_type == "llama" and cfg.attn_implementation != "flash_attention_2")
     )
     return collators.V2BatchSamplerDataCollatorForSeq2Seq if numbered else collators.BatchSamplerDataCollatorForSeq2Seq
+
+
+def _has_pairs(cfg: Any) -> bool:
+    return DPO in [*dataset_types(cfg), *dataset_types(cfg, "test_datasets")]
 
 
 def _is_fused(cfg: Any) -> bool:

@@ -8,15 +8,15 @@ score`, or JSONL or Parquet files.
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from fusion_plugins.axolotl.args import FusionBlock, PairArgs, SftArgs
+from fusion_plugins.axolotl.preference_rows import Row, Unusable, leave_out
 from fusion_plugins.core.preferences.candidates import Candidate, CandidateGroups, Pair, as_candidate, clean, is_prompt
 from fusion_plugins.core.preferences.pairs import (
     BEST_RULES,
@@ -40,8 +40,7 @@ def choose_pairs(columns: Columns, block: FusionBlock) -> tuple[list[Pair], Repo
     Raises:
         DataError: a row is wrong, or not one pair is left; the message says why.
     """
-    candidates, truncated = candidates_of(columns, keep_truncated=block.keep_truncated)
-    groups = clean(candidates)
+    groups, unusable = _groups(columns, block)
     pairs, found = _pairs(groups, block)
     split = None
     if block.split is not None:
@@ -49,7 +48,7 @@ def choose_pairs(columns: Columns, block: FusionBlock) -> tuple[list[Pair], Repo
         split = split_prompts(_best(groups, block)[0], pairs, block.split.rule())
         dpo = set(split.dpo)
         pairs = [pair for pair in pairs if pair.chosen.prompt_id in dpo]
-    report = _report(found, truncated, split) | {
+    report = _report(found, unusable, split) | {
         "pairs": len(pairs),
         "lengths": {
             "/".join(key): {"count": lengths.count, "mean": round(lengths.mean, 1), "median": lengths.median}
@@ -71,17 +70,19 @@ def choose_best(columns: Columns, block: FusionBlock) -> tuple[list[Candidate], 
     Raises:
         DataError: a row is wrong, or not one response is left; the message says why.
     """
-    candidates, truncated = candidates_of(columns, keep_truncated=block.keep_truncated)
-    groups = clean(candidates)
+    groups, unusable = _groups(columns, block)
     best, found = _best(groups, block)
     chosen = [candidate for candidate in best.values() if candidate is not None]
     split = None
     if block.split is not None:
-        split = split_prompts(best, _pairs(groups, block)[0], block.split.rule())
+        pairs, paired = _pairs(groups, block)
+        # Which prompts have a pair, and so which train this stage, the gap window decides.
+        found = replace(found, limits=paired.limits)
+        split = split_prompts(best, pairs, block.split.rule())
         sft = set(split.sft)
         chosen = [candidate for candidate in chosen if candidate.prompt_id in sft]
     by_source = Counter(sorted(candidate.source for candidate in chosen))
-    report = _report(found, truncated, split) | {"answers": len(chosen), "by_source": dict(by_source)}
+    report = _report(found, unusable, split) | {"answers": len(chosen), "by_source": dict(by_source)}
     if not chosen:
         raise DataError(
             f"expected best answers in the scored responses, got none: {json.dumps(report)}. The rule `reward` needs "
@@ -91,38 +92,36 @@ def choose_best(columns: Columns, block: FusionBlock) -> tuple[list[Candidate], 
     return chosen, report
 
 
-def candidates_of(columns: Columns, *, keep_truncated: bool = False) -> tuple[list[Candidate], int]:
+def candidates_of(columns: Columns) -> tuple[list[Candidate], list[Unusable]]:
     """Turn a table into candidates.
 
     Args:
         columns: name -> values of all rows.
-        keep_truncated: keep responses that stopped only because they were too long (``finish_reason`` "length"); an
-            end of turn after such a response would teach to stop in the middle.
 
     Returns:
-        The candidates, and how many truncated responses were left out.
-
-    Raises:
-        DataError: a row lacks a value, or has one of the wrong type.
+        The candidates, and the rows that lack a value or have one of the wrong type.
     """
     columns = {name: _prompts(values) if name == "prompt" else values for name, values in columns.items()}
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    candidates = [
-        as_candidate(row, number)
-        for number, row in enumerate(rows)
-        if keep_truncated or row.get("finish_reason") != "length"
-    ]
-    return candidates, len(rows) - len(candidates)
+    candidates, unusable = [], []
+    for number, values in enumerate(zip(*columns.values(), strict=True)):
+        row = dict(zip(columns, values, strict=True))
+        if row.get("finish_reason") == "length" and row.get("response") is None:
+            row["response"] = ""  # the length limit came before the first word
+        try:
+            candidates.append(as_candidate(row, number))
+        except DataError as error:
+            unusable.append(Unusable(f"row {number}", str(error)))
+    return candidates, unusable
 
 
-def write_report(report: Report, path: Path, title: str) -> None:
-    """Print a report as a table and write it as JSON."""
+def show_report(report: Report, title: str) -> None:
+    """Print a report as a table."""
     table = Table("", "", title=title, show_header=False)
     for name, value in report.items():
-        table.add_row(name, value if isinstance(value, str) else json.dumps(value))
+        # The file names the rows; there may be many.
+        shown = len(value) if isinstance(value, list) else value
+        table.add_row(name, shown if isinstance(shown, str) else json.dumps(shown))
     Console().print(table)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _pairs(groups: CandidateGroups, block: FusionBlock) -> tuple[list[Pair], SelectionReport]:
@@ -135,13 +134,20 @@ def _best(groups: CandidateGroups, block: FusionBlock) -> tuple[dict[str, Candid
     return best_per_prompt(groups, resolve_rule((block.sft or SftArgs()).rule, BEST_RULES, "fusion.sft.rule"))
 
 
-def _report(found: SelectionReport, truncated: int, split: Split | None) -> Report:
+def _groups(columns: Columns, block: FusionBlock) -> tuple[CandidateGroups, list[Row]]:
+    """Return the candidates, and what the report says about rows that are none."""
+    candidates, unusable = candidates_of(columns)
+    left_out = leave_out(unusable, len(candidates) + len(unusable), block.on_unusable)
+    return clean(candidates, keep_truncated=block.keep_truncated), left_out
+
+
+def _report(found: SelectionReport, unusable: list[Row], split: Split | None) -> Report:
     report = asdict(found)
-    if truncated:
-        report["dropped_responses"]["truncated"] = truncated
+    if found.limits is None:
+        del report["limits"]
     if split is not None:
         report["split"] = {"sft": len(split.sft), "dpo": len(split.dpo), "dropped": dict(split.dropped)}
-    return report
+    return report | {"unusable": unusable}
 
 
 def _prompts(values: Sequence[Any]) -> Sequence[Any]:

@@ -1,6 +1,6 @@
 """Texts and chats in the target's tokens, with labels: which tokens are supervised and which are only context."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,15 +8,14 @@ import numpy as np
 
 from fusion_plugins.core.arrays import IntArray
 from fusion_plugins.core.fusion.record import supervised_bytes
-from fusion_plugins.core.text.chat import render_chat
+from fusion_plugins.core.text.chat import Render, generated_spans
 from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.core.text.token_table import Role, TokenTable
-from fusion_plugins.core.text.tokenize import tokenize, tokenize_content
+from fusion_plugins.core.text.tokenize import TURN_ENDS, chat_renderer, tokenize, tokenize_chat
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import DataError
 
 IGNORED = -100
-_ENDS_TURN = (Role.EOS, Role.END_OF_TURN)
 
 Message = Mapping[str, Any]
 
@@ -32,6 +31,33 @@ class EncodedText:
 
     tokens: TokenizedText
     labels: IntArray
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prompt and one answer to it as the target model reads them, up to the end of the answer's turn.
+
+    Attributes:
+        prompt_ids: P token ids before the answer.
+        answer_ids: A token ids of the answer and of what ends its turn. A token that holds bytes of both is among them.
+        prompt: the text before the answer, with all that the template writes.
+        text: the text of the answer and of the end of its turn.
+    """
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    prompt: str
+    text: str
+
+    @property
+    def input_ids(self) -> list[int]:
+        """All P + A ids."""
+        return self.prompt_ids + self.answer_ids
+
+    @property
+    def labels(self) -> list[int]:
+        """P + A labels: :data:`IGNORED` for the prompt, the ids of the answer."""
+        return [IGNORED] * len(self.prompt_ids) + self.answer_ids
 
 
 @dataclass(frozen=True)
@@ -54,56 +80,72 @@ class TargetTokenizer:
         options = cfg.get("chat_template_kwargs") or {}
         return cls(tokenizer, TokenTable.from_tokenizer(tokenizer), dict(options))
 
-    def encode(self, content: str | Sequence[Message], *, last_only: bool = False) -> EncodedText:
+    def encode(self, content: str | Sequence[Message], *, tools: Sequence[Message] | None = None) -> EncodedText:
         """Tokenize a text or a chat.
 
         In a text (BOS + text + EOS, as far as the tokenizer has them) every token but the first is supervised. In a
-        chat, rendered with the target's template, the assistant's contents and their ends of turn are.
+        chat, rendered with the target's template, what the assistant generated and its ends of turn are.
 
         Args:
-            content: the text, or role and content of each turn.
-            last_only: supervise only the last assistant message of a chat.
+            content: the text, or the messages.
+            tools: schemas of the tools that a chat may call.
 
         Raises:
-            DataError: there is no template, or the chat cannot be rendered; see :func:`render_chat`.
+            DataError: there is no template, or the chat cannot be rendered; see :func:`generated_spans`.
         """
-        if not isinstance(content, str):
-            self._require_template()
-        tokens, _ = tokenize_content(self.tokenizer, self.table, content, template_options=self.template_options)
-        if not isinstance(content, str):
-            tokens = replace(tokens, spans=tokens.spans[-1:]) if last_only else tokens
-            return EncodedText(tokens, self._labels(tokens))
-        labels = tokens.input_ids.copy()
-        # Nothing predicts the first token. In a packed sequence the document before it would.
-        labels[:1] = IGNORED
-        return EncodedText(tokens, labels)
-
-    def answer(self, prompt: str | Sequence[Message], response: str) -> EncodedText:
-        """Tokenize a prompt and one response to it; the response and its end of turn are supervised."""
-        if self.tokenizer.chat_template is not None:
-            return self.encode([*as_messages(prompt), {"role": "assistant", "content": response}], last_only=True)
-        head, text = _plain(prompt), _plain(prompt) + response
-        tokens = tokenize(self.tokenizer, self.table, text, spans=[(len(head.encode()), len(text.encode()))])
+        if isinstance(content, str):
+            tokens = tokenize(self.tokenizer, self.table, content)
+            labels = tokens.input_ids.copy()
+            # Nothing predicts the first token. In a packed sequence the document before it would.
+            labels[:1] = IGNORED
+            return EncodedText(tokens, labels)
+        self._require_template()
+        tokens = tokenize_chat(self.tokenizer, self.table, generated_spans(self.renderer(tools), content))
         return EncodedText(tokens, self._labels(tokens))
 
-    def prompt_and_completion(self, prompt: str | Sequence[Message], response: str) -> tuple[str, str]:
-        """Return the two parts of a conversation as text, the completion with its end of turn.
+    def renderer(self, tools: Sequence[Message] | None = None) -> Render:
+        """Return what renders messages with the target's template and its options."""
+        return chat_renderer(self.tokenizer, tools, self.template_options)
 
-        The prompt is the template's text with ``add_generation_prompt``, if the rendered conversation begins with it;
-        otherwise everything before the answer.
+    def answer(
+        self, prompt: str | Sequence[Message], reply: str | Message, *, tools: Sequence[Message] | None = None
+    ) -> Answer:
+        """Tokenize a prompt and one answer to it as one text, and cut it before the answer and after its turn.
+
+        Args:
+            prompt: a text, or messages.
+            reply: the answer's text, or an assistant message with content, tool calls and reasoning.
+            tools: schemas of the tools that may be called.
+
+        Raises:
+            DataError: the chat cannot be rendered, the prompt is empty, or no token of the answer is left.
         """
+        message = {"role": "assistant", "content": reply} if isinstance(reply, str) else {**reply, "role": "assistant"}
         if self.tokenizer.chat_template is None:
-            return _plain(prompt), response.rstrip() + (self.tokenizer.eos_token or "")
-        messages = as_messages(prompt)
-        render = self._renderer()
-        text, spans, _ = render_chat(render, [*messages, {"role": "assistant", "content": response.rstrip()}])
-        raw = text.encode()
-        start, stop = (int(byte) for byte in spans[-1])
-        head = self._renderer(add_generation_prompt=True)(messages)
-        if not text.startswith(head) or len(head.encode()) > start:
-            head = raw[:start].decode()
-        completion = raw[len(head.encode()) : stop].decode()
-        return head, completion + self._end_of_turn(raw[stop:].decode())
+            head, text = _plain(prompt), _plain(prompt) + _plain(reply)
+            tokens = tokenize(self.tokenizer, self.table, text, spans=[(len(head.encode()), len(text.encode()))])
+        else:
+            chat = generated_spans(self.renderer(tools), [*as_messages(prompt), *as_messages([message])])
+            chat, text = replace(chat, turns=chat.turns[-1:]), chat.text
+            tokens = tokenize_chat(self.tokenizer, self.table, chat)
+        return self._cut(tokens, text.encode())
+
+    def _cut(self, tokens: TokenizedText, raw: bytes) -> Answer:
+        ids, start = tokens.input_ids.tolist(), int(tokens.spans[0, 0])
+        # Nothing predicts the first token, so it can be no answer.
+        supervised = np.flatnonzero(self._labels(tokens)[1:] != IGNORED) + 1
+        bos = self.table.id_of_role(Role.BOS)
+        if not start or not supervised.size:
+            expected = "an answer of at least one token" if start else "a prompt that is not empty"
+            raise DataError(f"expected {expected}, got the text {raw.decode()!r:.200}. Leave the conversation out.")
+        if bos is not None and ids[:2] == [bos, bos]:
+            raise DataError(
+                f"expected one BOS token at the start of the conversation, got two: {raw.decode()!r:.80}. The chat "
+                "template writes both; correct it with `chat_template:` in the axolotl configuration."
+            )
+        first, stop = int(supervised[0]), int(supervised[-1]) + 1
+        end = max(int(tokens.ends[stop - 1]), start)
+        return Answer(ids[:first], ids[first:stop], raw[:start].decode(), raw[start:end].decode(errors="replace"))
 
     def _require_template(self) -> None:
         if self.tokenizer.chat_template is None:
@@ -111,13 +153,6 @@ class TargetTokenizer:
                 "the dataset holds chats, but the target's tokenizer has no chat template. Set `chat_template:` in "
                 "the axolotl configuration, or use plain texts."
             )
-
-    def _renderer(self, **options: Any) -> Callable[[list[dict[str, Any]]], str]:
-        def render(messages: list[dict[str, Any]]) -> str:
-            settings = {**self.template_options, **options, "tokenize": False}
-            return str(self.tokenizer.apply_chat_template(messages, **settings))
-
-        return render
 
     def _labels(self, tokens: TokenizedText) -> IntArray:
         keep = supervised_bytes(tokens) > 0
@@ -130,26 +165,17 @@ class TargetTokenizer:
         """Return the position after the token that ends the turn; ``first`` where other text is before it."""
         for position in range(first, len(ids)):
             role = self.table.role_of(int(ids[position]))
-            if role in _ENDS_TURN:
+            if role in TURN_ENDS:
                 return position + 1
             if role is not None or self.table.bytes_of(int(ids[position])).strip():
                 break
         return first
 
-    def _end_of_turn(self, tail: str) -> str:
-        """The part of the text after an answer that ends the turn; the EOS token where there is none."""
-        ids = self.tokenizer(tail, add_special_tokens=False)["input_ids"]
-        end = self._turn_end(np.asarray(ids, np.int32), 0)
-        surface = self.table.bytes_of(ids[end - 1]).decode() if end else ""
-        if not end or surface not in tail:
-            return self.tokenizer.eos_token or ""
-        return tail[: tail.index(surface) + len(surface)]
 
-
-def _plain(prompt: str | Sequence[Message]) -> str:
-    if isinstance(prompt, str):
-        return prompt
+def _plain(content: str | Message | Sequence[Message]) -> str:
+    if isinstance(content, str):
+        return content
     raise DataError(
-        "a prompt is a chat, but the target's tokenizer has no chat template. Set `chat_template:` in the axolotl "
-        "configuration."
+        "a prompt or an answer consists of messages, but the target's tokenizer has no chat template. Set "
+        "`chat_template:` in the axolotl configuration."
     )

@@ -6,7 +6,8 @@ import pytest
 import tiny
 from axolotl_runs import config, logged, prepare, row_folder, scored, train, write_rows
 
-from fusion_plugins.axolotl.selection import candidates_of
+from fusion_plugins.axolotl.args import FusionBlock
+from fusion_plugins.axolotl.selection import candidates_of, choose_best
 from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
 from fusion_plugins.errors import ConfigError, DataError, PluginError
 
@@ -99,29 +100,33 @@ def test_a_tokenizer_without_template_takes_plain_prompts(run_folder, material):
     tokenizer = copy.deepcopy(tiny.sentencepiece_bpe())
     tokenizer.chat_template = None
     target = TargetTokenizer.of(tokenizer, {})
-    assert target.prompt_and_completion("1 + 1 =", " 2\n") == ("1 + 1 =", " 2</s>")
-    text = target.answer("1 + 1 =", " 2")
-    assert tokenizer.decode([label for label in text.labels if label != -100]).strip() == "2</s>"
+    answer = target.answer("1 + 1 =", " 2")
+    assert (answer.prompt, answer.text) == ("1 + 1 =", " 2")
+    assert tokenizer.convert_ids_to_tokens(answer.input_ids) == ["<s>", "▁1", "▁+", "▁1", "▁=", "▁2", "</s>"]
+    assert tokenizer.decode(answer.answer_ids).strip() == "2</s>"
     with pytest.raises(DataError, match="no chat template"):
-        target.prompt_and_completion([{"role": "user", "content": "?"}], "2")
+        target.answer([{"role": "user", "content": "?"}], "2")
 
 
 def test_chatml_ends_a_turn_with_its_own_token():
     target = TargetTokenizer.of(tiny.byte_level(), {})
-    prompt, completion = target.prompt_and_completion("Hi?", "Hello.\n")
-    assert prompt == "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
-    assert completion == "Hello.<|im_end|>"
+    answer = target.answer("Hi?", "Hello.")
+    assert answer.prompt == "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
+    assert answer.text == target.tokenizer.decode(answer.answer_ids) == "Hello.<|im_end|>"
     text = target.encode([{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}])
     assert target.tokenizer.decode([label for label in text.labels if label != -100]) == "Hello.<|im_end|>"
 
 
 def test_truncated_responses_are_left_out_and_counted():
     rows = scored(1)
-    rows[0]["finish_reason"] = "length"
+    # The second one reached the limit before its first word.
+    rows[0] |= {"finish_reason": "length"}
+    rows[1] |= {"finish_reason": "length", "response": None}
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    candidates, truncated = candidates_of(columns)
-    assert (len(candidates), truncated) == (8, 1)
-    assert len(candidates_of(columns, keep_truncated=True)[0]) == 9
+    _, report = choose_best(columns, FusionBlock(sft={}))
+    assert report["dropped_responses"] == {"truncated": 2}
+    _, report = choose_best(columns, FusionBlock(sft={}, keep_truncated=True))
+    assert report["dropped_responses"] == {"empty_response": 1}
 
 
 def test_prompts_that_look_like_json_stay_text():
@@ -139,8 +144,11 @@ def test_wrong_rows_are_counted_from_the_start_of_the_table():
         "response": [None, None],
         "finish_reason": ["length", "stop"],
     }
-    with pytest.raises(DataError, match=r"row 1 \(prompt 'a', source 's'\)"):
-        candidates_of(columns)
+    candidates, unusable = candidates_of(columns)
+    assert len(candidates) == 1
+    assert [(row.row, row.reason[:46]) for row in unusable] == [
+        ("row 1", "scored response in row 1 (prompt 'a', source '")
+    ]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "folder"])
@@ -165,7 +173,7 @@ def test_prompts_may_be_chats(material, run_folder, form):
 
 def test_unusable_tables_are_refused(material, run_folder):
     with pytest.raises(DataError, match="expected a value for response, got none.*keys prompt_id, source, prompt"):
-        candidates_of({"prompt_id": ["a"], "source": ["s"], "prompt": ["p"]})
+        choose_best({"prompt_id": ["a"], "source": ["s"], "prompt": ["p"]}, FusionBlock(sft={}))
     path = row_folder(run_folder / "scored", scored())
     with pytest.raises(DataError, match=r"expected preference pairs.*got none.*gap"):
         prepare(preference(material, run_folder, path, fusion=only_pairs(min_gap=50, max_gap=60)), run_folder)

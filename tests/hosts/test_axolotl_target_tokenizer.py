@@ -39,4 +39,5 @@ def test_preference_rows_end_with_it_as_well(special):
     tokenizer.add_tokens([AddedToken("<|turn_end|>", special=special, normalized=False)], special_tokens=special)
     tokenizer.chat_template = TEMPLATE
     target = TargetTokenizer(tokenizer, TokenTable.from_tokenizer(tokenizer), {})
-    assert target.prompt_and_completion("Hi", "Ho")[1].endswith("Ho<|turn_end|>")
+    answer = target.answer("Hi", "Ho")
+    assert answer.text == tokenizer.decode(answer.answer_ids) == "Ho<|turn_end|>"

@@ -9,7 +9,7 @@ class ProjectionReport:
     """Counters of the projection of one source; two reports add up.
 
     Every supervised position is counted once: ``positions`` = the used ones (``one_to_one`` .. ``unchecked``) + the
-    unused ones (``unaligned`` .. ``low_mass``). Every used position has a mass of 1, which the six masses share.
+    unused ones (``unaligned`` .. ``left_out``). Every used position has a mass of 1, which the six masses share.
 
     Attributes:
         positions: supervised positions of the target.
@@ -26,6 +26,8 @@ class ProjectionReport:
             other.
         source_ends: the record ends before the target's next token does (it was truncated).
         low_mass: the entries keep less than the share ``min_mass`` of what the record stores.
+        left_out: the source's text has nothing that corresponds: its template writes this part of the turn in another
+            syntax or not at all, or the record was cut.
         fallback: unused positions that got the next label.
         exact: entries that are a token of the target.
         edited: entries mapped to another token of the target.
@@ -51,6 +53,7 @@ class ProjectionReport:
     other_special: int = 0
     source_ends: int = 0
     low_mass: int = 0
+    left_out: int = 0
     fallback: int = 0
     exact: int = 0
     edited: int = 0

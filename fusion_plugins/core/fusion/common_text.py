@@ -1,13 +1,15 @@
 """The part of a text that two tokenizations have in common, checked byte by byte.
 
-Chat templates may strip white space around a message, and a text may have been cut to a maximum length. Both leave a
-part of each span that is the same on both sides; alignment needs exactly that part. Any other difference means that the
-two were not made from the same text, and that is an error.
+Chat templates may write the syntax around reasoning, answers and tool calls in different ways, leave an earlier
+reasoning out or strip white space, and a text may have been cut to a maximum length. All leave parts that are the same
+on both sides; alignment needs exactly those. Any other difference means that the two were not made from the same text,
+and that is an error.
 """
 
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +25,16 @@ from fusion_plugins.errors import AlignmentError
 _UNKNOWN = -1
 _CONTEXT = 24
 Spelling = npt.NDArray[np.int16]
+Ranges = list[list[int]]
 
 
 def common_text(
     record: Record, target: TokenizedText, source_bytes: TokenBytes, target_bytes: TokenBytes
 ) -> tuple[Record, TokenizedText]:
     """Narrow the spans of both sides to the text that they have in common.
+
+    The spans of a turn are syntax, part, syntax, part, ..., syntax. Syntax that differs is left out on both sides, and
+    so is a part that only one side has. Spans that touch on both sides become one.
 
     The bytes of tokens whose length a normaliser changed are unknown and not compared. Characters that differ only by
     Unicode normalisation (NFKC), by case or by the kind of white space count as the same.
@@ -40,70 +46,111 @@ def common_text(
         target_bytes: the target's vocabulary.
 
     Returns:
-        Both sides, with narrower spans where white space was stripped or a text was cut; unchanged otherwise.
+        Both sides with (P, 2) spans that correspond by their number; unchanged where they are the same text.
 
     Raises:
         AlignmentError: the spans do not hold the same text; the message says where.
     """
     source = record.text
-    if len(source.spans) != len(target.spans):
-        raise AlignmentError(
-            f"record {record.id!r} has {len(source.spans)} supervised spans, the target's text {len(target.spans)}: "
-            "they are not the same chat. Capture the store again from the texts that you train on."
-        )
+    source_spans, target_spans = _corresponding(record, target)
     left, right = _spell(source, source_bytes), _spell(target, target_bytes)
-    source_spans, target_spans = source.spans.copy(), target.spans.copy()
-    narrowed = False
-    for m, ((start, stop), (t_start, t_stop)) in enumerate(
-        zip(source.spans.tolist(), target.spans.tolist(), strict=True)
-    ):
-        same_size = stop - start == t_stop - t_start
-        if same_size and _first_difference(left[start:stop], right[t_start:t_stop]) < 0:
+    kept: list[tuple[int, int, int, int]] = []
+    spans = zip(source_spans.tolist(), target_spans.tolist(), _is_syntax(source_spans, target_spans), strict=True)
+    for m, ((start, stop), (t_start, t_stop), syntax) in enumerate(spans):
+        own, other = left[start:stop], right[t_start:t_stop]
+        if syntax and not len(own):
             continue
-        narrowed = True
-        shift, t_shift, size = _common_part(
-            record.id,
-            m,
-            left[start:stop],
-            right[t_start:t_stop],
-            _is_cut(source, source_bytes, stop) or _is_cut(target, target_bytes, t_stop),
-        )
-        source_spans[m] = start + shift, start + shift + size
-        target_spans[m] = t_start + t_shift, t_start + t_shift + size
-    if not narrowed:
+        if len(own) != len(other) or _first_difference(own, other) >= 0:
+            if syntax or _has_text(own) != _has_text(other):
+                continue
+            cut = _is_cut(source, source_bytes, stop) or _is_cut(target, target_bytes, t_stop)
+            shift, t_shift, size = _common_part(record.id, m, own, other, cut)
+            start, t_start = start + shift, t_start + t_shift
+            stop, t_stop = start + size, t_start + size
+        if kept and (start, t_start) == (kept[-1][1], kept[-1][3]):
+            start, t_start = kept[-1][0], kept[-1][2]
+            kept.pop()
+        kept.append((start, stop, t_start, t_stop))
+    pairs = np.array(kept, np.int32).reshape(-1, 4)
+    if len(source.spans) == len(target.spans) and np.array_equal(
+        pairs, np.concatenate([source.spans, target.spans], axis=1)
+    ):
         return record, target
-    return replace(record, text=replace(source, spans=source_spans)), replace(target, spans=target_spans)
+    return (
+        replace(record, text=replace(source, spans=pairs[:, :2].copy())),
+        replace(target, spans=pairs[:, 2:].copy()),
+    )
+
+
+def _corresponding(record: Record, target: TokenizedText) -> tuple[IntArray, IntArray]:
+    """Return the spans of both sides that have the same numbers."""
+    source_spans, target_spans = record.text.spans, target.spans
+    if len(source_spans) == len(target_spans):
+        return source_spans, target_spans
+    # Stores of earlier versions have the answers alone: one span per turn, where there are three now.
+    if 3 * len(source_spans) == len(target_spans) and _is_syntax(target_spans) == [True, False, True] * len(
+        source_spans
+    ):
+        return source_spans, target_spans[1::3]
+    raise AlignmentError(
+        f"record {record.id!r} has {len(source_spans)} supervised spans, the target's text {len(target_spans)}: "
+        "they are not the same chat. Capture the store again from the texts that you train on."
+    )
+
+
+def _is_syntax(*sides: IntArray) -> list[bool]:
+    """Whether each span is what a template writes around the parts of a turn. A span that touches no other is not."""
+    size = len(sides[0])
+    first = [m for m in range(size) if not m or any(spans[m, 0] != spans[m - 1, 1] for spans in sides)]
+    lengths = np.diff([*first, size])
+    return [length > 1 and at % 2 == 0 for length in lengths.tolist() for at in range(length)]
+
+
+def _has_text(spelling: Spelling) -> bool:
+    return bool(_text(spelling).strip())
 
 
 def comparable(records: Sequence[Record], common: Sequence[tuple[Record, TokenizedText]]) -> list[Record]:
     """Measure the cross-entropies of several sources over the same bytes.
 
-    A source whose record was cut has a cross-entropy over fewer bytes, and comparing it with a full one would be
-    unfair. Sources without a supervised token have no cross-entropy, and do not limit the others.
+    A source whose record was cut, or whose template leaves a part out, has a cross-entropy over other bytes, and
+    comparing it with a full one would be unfair. Sources without a supervised token have no cross-entropy, and do not
+    limit the others.
 
     Args:
         records: what S sources said about one text.
         common: what :func:`common_text` made of each of them and the target.
 
     Returns:
-        The records, with new cross-entropies where a source has read supervised bytes that another has not.
+        The records, with new cross-entropies where a source has supervised bytes that another, or the target, has not.
     """
-    if all(own is record for record, (own, _) in zip(records, common, strict=True)):
+    covered = [
+        text.spans.tolist()
+        for record, (_, text) in zip(records, common, strict=True)
+        if not np.isnan(record.ce_per_byte)
+    ]
+    if not covered:
         return list(records)
-    read = [text.spans for record, (_, text) in zip(records, common, strict=True) if not np.isnan(record.ce_per_byte)]
-    if not read:
-        return list(records)
-    start, stop = np.max(read, axis=0)[:, 0], np.min(read, axis=0)[:, 1]
-    return [_measured(record, *sides, start, stop) for record, sides in zip(records, common, strict=True)]
+    shared = reduce(_intersection, covered)
+    return [_measured(record, *sides, shared) for record, sides in zip(records, common, strict=True)]
 
 
-def _measured(record: Record, own: Record, target: TokenizedText, start: IntArray, stop: IntArray) -> Record:
-    """Measure one source over the bytes from ``start`` to ``stop`` of the target's text, both (M,)."""
-    shift = own.text.spans[:, 0] - target.spans[:, 0]
-    spans = np.stack([start + shift, np.maximum(start, stop) + shift], axis=1).astype(np.int32)
-    if np.array_equal(spans, record.text.spans):
+def _intersection(left: Ranges, right: Ranges) -> Ranges:
+    """Return what two ascending lists of ranges have in common."""
+    pairs = ([max(a, c), min(b, d)] for a, b in left for c, d in right)
+    return [[start, stop] for start, stop in pairs if start < stop]
+
+
+def _measured(record: Record, own: Record, target: TokenizedText, shared: Ranges) -> Record:
+    """Measure one source over some ranges of bytes of the target's text."""
+    spans = []
+    for (start, _), (t_start, t_stop) in zip(own.text.spans.tolist(), target.spans.tolist(), strict=True):
+        shift = start - t_start
+        spans += [[a + shift, b + shift] for a, b in _intersection(shared, [[t_start, t_stop]])]
+    if sum(b - a for a, b in spans) == int(np.diff(record.text.spans).sum()):
         return record
-    ce_per_token, ce_per_byte = cross_entropy(replace(record.text, spans=spans), record.topk.token_logprobs)
+    text = replace(record.text, spans=np.array(spans, np.int32).reshape(-1, 2))
+    ce_per_token, ce_per_byte = cross_entropy(text, record.topk.token_logprobs)
     return replace(record, ce_per_token=ce_per_token, ce_per_byte=ce_per_byte)
 
 

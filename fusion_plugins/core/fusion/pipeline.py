@@ -101,6 +101,7 @@ def fuse_text(
     renormalize = all(source.projector.options.renormalize for source in plan.sources)
     fused = truncate(fused, plan.width, renormalize=renormalize)
     supervised = supervised_positions(target)
+    missing = [int(supervised.sum() - supervised_positions(text).sum()) for _, text in common]
     # Labels are filled in after fusion, so that no rule mixes one into, or prefers it to, a source's distribution.
     labelled = supervised & ~fused.present & plan.label_fallback
     fused = _with_labels(fused, labelled, target)
@@ -111,8 +112,13 @@ def fuse_text(
         fused_positions=int(fused.present.sum()),
         chosen={source.name: int(index == best) for index, source in enumerate(plan.sources)},
         sources={
-            source.name: replace(p.report, fallback=int((labelled & ~p.distributions.present).sum()))
-            for source, p in zip(plan.sources, projections, strict=True)
+            source.name: replace(
+                p.report,
+                positions=p.report.positions + lost,
+                left_out=lost,
+                fallback=int((labelled & ~p.distributions.present).sum()),
+            )
+            for source, p, lost in zip(plan.sources, projections, missing, strict=True)
         },
     )
 

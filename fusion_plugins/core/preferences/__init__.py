@@ -1,5 +1,5 @@
 """Scored responses of many sources -> best answers and preference pairs.
 
-Reading order: ``candidates`` (the types, cleaning, ties), ``pairs`` (the rules), ``split`` (which prompt trains which
-stage).
+Reading order: ``verdict`` (what counts as one), ``candidates`` (the types, cleaning, ties), ``pairs`` (the rules),
+``split`` (which prompt trains which stage).
 """

@@ -1,16 +1,18 @@
-"""The candidates of each prompt: rows -> :class:`Candidate`, cleaning, and the order of ties.
+"""The candidates of each prompt: rows -> :class:`Candidate`, evidence, cleaning, and the order of ties.
 
 First step of core/preferences; :mod:`~fusion_plugins.core.preferences.pairs` chooses among what :func:`clean` returns.
 """
 
+import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from numbers import Real
 from typing import Any
 
+from fusion_plugins.core.preferences.verdict import as_verdict
 from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.errors import DataError
 
@@ -31,10 +33,36 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "response": (lambda value: isinstance(value, str), "text"),
     "index": (lambda value: isinstance(value, Real) and float(value).is_integer(), "an integer"),
     "reward": (lambda value: isinstance(value, Real), "a number"),
-    "correct": (lambda value: isinstance(value, bool), "true or false"),
+    "correct": (lambda value: _is_verdict(value), "true or false, 1 or 0"),
     "domain": (lambda value: isinstance(value, str), "text"),
 }
 _FIELDS = frozenset({*_REQUIRED, *_TYPES})
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What all responses of a source say about one of them.
+
+    Repeated right answers are evidence; a single one may be luck. :func:`clean` counts before it leaves anything out.
+
+    Attributes:
+        repeats: responses of the source to this prompt with this text.
+        right: its right responses to this prompt.
+        judged: its responses to this prompt that have a verdict.
+        accuracy: share of its judged responses to all prompts that are right, in [0, 1]; 0 where none is judged.
+        always_solved: whether some source has verdicts on this prompt and all of them are right.
+    """
+
+    repeats: int = 1
+    right: int = 0
+    judged: int = 0
+    accuracy: float = 0.0
+    always_solved: bool = False
+
+    @property
+    def share(self) -> float:
+        """Share of the source's judged responses to this prompt that are right; 0 where none is judged."""
+        return _share(self.right, self.judged)
 
 
 @dataclass(frozen=True)
@@ -50,7 +78,9 @@ class Candidate:
         reward: score of the reward model, on its own scale; None where it was not scored.
         correct: verdict of a verifier; None where there is none (also when the verifier itself failed).
         domain: instruction | math | code | chinese | any other name.
-        extra: whatever else is known about the response; ``dataset`` is read by the split.
+        extra: whatever else is known about the response; ``dataset`` is read by the split, ``finish_reason`` and
+            ``tool_calls`` by :func:`clean`.
+        evidence: what the other responses of the source say about this one; set by :func:`clean`.
     """
 
     prompt_id: str
@@ -62,6 +92,7 @@ class Candidate:
     correct: bool | None = None
     domain: str = "instruction"
     extra: Mapping[str, Any] = field(default_factory=dict)
+    evidence: Evidence = field(default=Evidence(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -85,8 +116,8 @@ class CandidateGroups:
 
     Attributes:
         by_prompt: prompt id -> candidates, which may be none; both in an order that does not depend on the input order.
-        dropped: reason -> responses left out: ``empty_response``, ``reward_not_finite``, ``duplicate_response`` (equal
-            text, same prompt and source).
+        dropped: reason -> responses left out: ``truncated``, ``empty_response``, ``reward_not_finite``,
+            ``duplicate_response`` (equal text, same prompt and source).
     """
 
     by_prompt: Mapping[str, list[Candidate]]
@@ -108,6 +139,8 @@ def as_candidate(row: Mapping[str, Any], number: int) -> Candidate:
         DataError: a required value is missing, or a value has the wrong type.
     """
     known = {name: value for name, value in row.items() if value is not None}
+    if known.get("tool_calls"):
+        known.setdefault("response", "")  # a call without a word
     problems = [f"expected a value for {name}, got none" for name in _REQUIRED if name not in known]
     problems += [
         f"expected {expected} as {name}, got {known[name]!r:.80}"
@@ -128,17 +161,19 @@ def as_candidate(row: Mapping[str, Any], number: int) -> Candidate:
         prompt=prompt if isinstance(prompt, str) else as_messages(prompt),
         response=known["response"],
         reward=known.get("reward"),
-        correct=known.get("correct"),
+        correct=as_verdict(known.get("correct")),
         domain=known.get("domain") or "instruction",
         extra={name: value for name, value in known.items() if name not in _FIELDS},
     )
 
 
-def clean(candidates: Iterable[Candidate | Mapping[str, Any]]) -> CandidateGroups:
-    """Group candidates by prompt and leave out empty, repeated and unusable responses.
+def clean(candidates: Iterable[Candidate | Mapping[str, Any]], *, keep_truncated: bool = True) -> CandidateGroups:
+    """Group candidates by prompt, count the evidence, and leave out empty, repeated and unusable responses.
 
     Args:
         candidates: candidates, or rows as :func:`as_candidate` takes them.
+        keep_truncated: keep responses that stopped only because they were too long (``finish_reason`` "length"); an
+            end of turn after such a response would teach to stop in the middle. Their verdicts count in any case.
 
     Raises:
         DataError: a row is wrong, or candidates of one prompt disagree about its text or its domain.
@@ -146,12 +181,17 @@ def clean(candidates: Iterable[Candidate | Mapping[str, Any]]) -> CandidateGroup
     groups: dict[str, list[Candidate]] = defaultdict(list)
     for number, row in enumerate(candidates):
         candidate = row if isinstance(row, Candidate) else as_candidate(row, number)
-        groups[candidate.prompt_id].append(candidate)
+        verdict = as_verdict(candidate.correct)
+        # Without a change the object stays: most candidates have a plain verdict already.
+        groups[candidate.prompt_id].append(
+            candidate if verdict is candidate.correct else replace(candidate, correct=verdict)
+        )
+    accuracy = _accuracy(candidate for group in groups.values() for candidate in group)
     dropped: Counter[str] = Counter()
     by_prompt = {}
     for prompt_id, group in sorted(groups.items()):
         _check_one_prompt(group)
-        by_prompt[prompt_id] = _usable(group, dropped)
+        by_prompt[prompt_id] = _usable(_with_evidence(group, accuracy), dropped, keep_truncated)
     return CandidateGroups(by_prompt, dict(dropped))
 
 
@@ -187,6 +227,66 @@ def tie_order(candidate: Candidate) -> bytes:
     return blake2b(repr(key).encode(), digest_size=16).digest()
 
 
+def answer_of(candidate: Candidate) -> str:
+    """Return what an answer says, for comparison: its stripped text, and reasoning and calls that are given apart."""
+    parts = [candidate.extra.get(key) for key in ("reasoning_content", "tool_calls")]
+    text = candidate.response.strip()
+    return text if not any(parts) else text + json.dumps(parts, sort_keys=True, default=str)
+
+
+def steadiest_first(candidate: Candidate) -> tuple[float, int, float, int, bytes]:
+    """Return the sort key for: the source that is right most often on this prompt first.
+
+    In this order: the share of its judged responses to this prompt that are right, the number of them (4 of 4 before
+    1 of 1), its accuracy over all prompts, how often it gave this very response, the order of ties.
+    """
+    found = candidate.evidence
+    return -found.share, -found.right, -found.accuracy, -found.repeats, tie_order(candidate)
+
+
+def _is_verdict(value: Any) -> bool:
+    try:
+        as_verdict(value)
+    except DataError:
+        return False
+    return True
+
+
+def _share(right: int, judged: int) -> float:
+    return right / judged if judged else 0.0
+
+
+def _accuracy(candidates: Iterable[Candidate]) -> dict[str, float]:
+    """Return source -> share of its judged responses that are right."""
+    right: Counter[str] = Counter()
+    judged: Counter[str] = Counter()
+    for candidate in candidates:
+        right[candidate.source] += candidate.evidence.repeats * (candidate.correct is True)
+        judged[candidate.source] += candidate.evidence.repeats * (candidate.correct is not None)
+    return {source: _share(right[source], total) for source, total in judged.items()}
+
+
+def _with_evidence(group: Sequence[Candidate], accuracy: Mapping[str, float]) -> list[Candidate]:
+    """Return the candidates of one prompt with what all of them say about each."""
+    right: Counter[str] = Counter()
+    judged: Counter[str] = Counter()
+    repeats: Counter[tuple[str, str]] = Counter()
+    for candidate in group:
+        # A candidate that was cleaned before stands for all responses that were equal to it.
+        count = candidate.evidence.repeats
+        right[candidate.source] += count * (candidate.correct is True)
+        judged[candidate.source] += count * (candidate.correct is not None)
+        repeats[candidate.source, answer_of(candidate)] += count
+    solved = any(0 < total == right[source] for source, total in judged.items())
+
+    def evidence(candidate: Candidate) -> Evidence:
+        source = candidate.source
+        times = repeats[source, answer_of(candidate)]
+        return Evidence(times, right[source], judged[source], accuracy[source], solved)
+
+    return [replace(candidate, evidence=evidence(candidate)) for candidate in group]
+
+
 def _check_one_prompt(group: Sequence[Candidate]) -> None:
     first = group[0]
     for candidate in group:
@@ -199,19 +299,21 @@ def _check_one_prompt(group: Sequence[Candidate]) -> None:
             )
 
 
-def _usable(group: Iterable[Candidate], dropped: Counter[str]) -> list[Candidate]:
+def _usable(group: Iterable[Candidate], dropped: Counter[str], keep_truncated: bool) -> list[Candidate]:
     kept: dict[tuple[str, str], Candidate] = {}
     # The first of equal responses stays: one with a verdict before one without, then one with a reward, then the
     # lowest index. A verifier that failed once must not cost the response its verdict.
     group = sorted(group, key=lambda c: (c.source, c.correct is None, c.reward is None, c.index, tie_order(c)))
     for candidate in group:
-        text = candidate.response.strip()
-        if not text:
+        answer = answer_of(candidate)
+        if candidate.extra.get("finish_reason") == "length" and not keep_truncated:
+            dropped["truncated"] += 1
+        elif not candidate.response.strip() and not candidate.extra.get("tool_calls"):
             dropped["empty_response"] += 1
         elif candidate.reward is not None and not math.isfinite(candidate.reward):
             dropped["reward_not_finite"] += 1
-        elif (candidate.source, text) in kept:
+        elif (candidate.source, answer) in kept:
             dropped["duplicate_response"] += 1
         else:
-            kept[candidate.source, text] = candidate
+            kept[candidate.source, answer] = candidate
     return list(kept.values())

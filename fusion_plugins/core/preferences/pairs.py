@@ -10,7 +10,11 @@ Rules that hold everywhere in this module:
   the better answer must be correct and the worse one incorrect; a candidate without a verdict can be neither.
 * Before any rule runs, empty responses, responses whose reward is not finite and repetitions of one response by one
   source are left out. All of it is counted.
-* **Ties** (equal rewards, or no rewards at all) are broken by a hash of prompt, source, index and response: a fixed
+* Where **verdicts alone** decide (the rules ``verdict``), repeated right answers are evidence. The source comes first
+  that is right most often on this prompt: in the share of its judged responses, then in their number (4 of 4 before
+  1 of 1), then in its accuracy over all prompts. All responses count, also those that are left out. Of that source's
+  right answers the one that it gave most often is taken.
+* **Ties** (equal rewards, equal evidence) are broken by a hash of prompt, source, index and response: a fixed
   order that favours no source and does not depend on the input order, the process or the machine.
 
 The published limits 0.01 and 0.1 belong to the reward scale of ArmoRM-Llama3-8B-v0.1. For another reward model give
@@ -30,10 +34,12 @@ from fusion_plugins.core.preferences.candidates import (
     Candidate,
     CandidateGroups,
     Pair,
+    answer_of,
     best_first,
     clean,
     is_verified,
     reward_of,
+    steadiest_first,
     tie_order,
     worst_first,
 )
@@ -89,7 +95,8 @@ class SelectionReport:
         dropped_prompts: reason -> prompts without one; sums to ``prompts - kept``.
         dropped_responses: reason -> responses left out before the rule ran.
         dropped_pairs: reason -> proposed pairs that were not taken.
-        limits: the gap window in rewards, after quantiles were measured.
+        limits: the gap window in rewards, after quantiles were measured; None where no pair was held against it: the
+            rule gives no gaps, all domains are exempt, or the window has no limits.
     """
 
     prompts: int
@@ -97,7 +104,7 @@ class SelectionReport:
     dropped_prompts: Mapping[str, int]
     dropped_responses: Mapping[str, int]
     dropped_pairs: Mapping[str, int] = field(default_factory=dict)
-    limits: tuple[float | None, float | None] = (None, None)
+    limits: tuple[float | None, float | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -185,7 +192,8 @@ def pairs_per_prompt(
         elif not kept:
             no_pair[next(iter(faults)) if len(faults) == 1 else "no_gap_in_window"] += 1
     kept_prompts = len(proposals) - no_pair.total()
-    report = SelectionReport(len(proposals), kept_prompts, dict(no_pair), groups.dropped, dict(dropped_pairs), limits)
+    decided = limits if limits != (None, None) and _gaps(window, proposals.values()) else None
+    report = SelectionReport(len(proposals), kept_prompts, dict(no_pair), groups.dropped, dict(dropped_pairs), decided)
     return pairs, report
 
 
@@ -253,15 +261,18 @@ def across_sources(candidates: Sequence[Candidate]) -> list[Pair]:
 def verdict(candidates: Sequence[Candidate]) -> list[Pair]:
     """Propose, for each source, one correct against one incorrect answer; rewards play no part.
 
-    For data that only a verifier has scored. Which answers, and which source comes first, the tie rule decides.
+    For data that only a verifier has scored. The source that is right most often comes first (see the rules of this
+    module), with the right answer that it gave most often; which incorrect answer, the order of ties decides. A source
+    that is always right has no pair; :func:`~fusion_plugins.core.preferences.split.split_prompts` sends its prompts to
+    SFT.
     """
     proposed = []
     for group in _by_source(candidates).values():
         correct = [candidate for candidate in group if candidate.correct is True]
         incorrect = [candidate for candidate in group if candidate.correct is False]
         if correct and incorrect:
-            proposed.append(Pair(min(correct, key=tie_order), min(incorrect, key=tie_order), None))
-    return sorted(proposed, key=lambda pair: tie_order(pair.chosen))
+            proposed.append(Pair(min(correct, key=steadiest_first), min(incorrect, key=tie_order), None))
+    return sorted(proposed, key=lambda pair: steadiest_first(pair.chosen))
 
 
 def highest_reward(candidates: Sequence[Candidate]) -> Candidate | None:
@@ -277,11 +288,14 @@ def highest_reward(candidates: Sequence[Candidate]) -> Candidate | None:
 
 
 def any_correct(candidates: Sequence[Candidate]) -> Candidate | None:
-    """Return a correct candidate, by the order of ties; of an unverified prompt its only candidate."""
+    """Return a correct candidate of the source that is right most often; of an unverified prompt its only candidate.
+
+    See the rules of this module for "most often". Rewards play no part.
+    """
     pool = _acceptable(candidates)
     if len(pool) > 1 and not is_verified(candidates):
         return None
-    return min(pool, key=tie_order, default=None)
+    return min(pool, key=steadiest_first, default=None)
 
 
 def length_statistics(pairs: Iterable[Pair]) -> dict[tuple[str, str, str], LengthStatistics]:
@@ -325,15 +339,20 @@ def _by_source(candidates: Sequence[Candidate]) -> dict[str, list[Candidate]]:
 def _limits(window: GapWindow, proposals: Iterable[list[Pair]]) -> tuple[float | None, float | None]:
     if window.unit == "reward":
         return window.minimum, window.maximum
-    gaps = [p.gap for pairs in proposals for p in pairs if p.gap is not None and p.chosen.domain not in window.exempt]
+    gaps = _gaps(window, proposals)
     if not gaps:
         return None, None
     low, high = (None if q is None else float(np.quantile(gaps, q)) for q in (window.minimum, window.maximum))
     return low, high
 
 
+def _gaps(window: GapWindow, proposals: Iterable[list[Pair]]) -> list[float]:
+    """Return the gaps that the window decides about."""
+    return [p.gap for pairs in proposals for p in pairs if p.gap is not None and p.chosen.domain not in window.exempt]
+
+
 def _fault(pair: Pair, limits: tuple[float | None, float | None], exempt: frozenset[str]) -> str | None:
-    if pair.chosen.response.strip() == pair.rejected.response.strip():
+    if answer_of(pair.chosen) == answer_of(pair.rejected):
         return "same_response"
     if pair.gap is None or pair.chosen.domain in exempt:
         return None

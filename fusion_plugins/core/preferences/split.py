@@ -2,6 +2,9 @@
 
 The published counts are exact floors of 0.4 of each instruction dataset for SFT. No rule is published for mathematics
 and code; there, prompts with a valid pair go to DPO and the other solvable ones to SFT, in a share that can be set.
+
+Where verdicts alone decide, a prompt that some source always solves goes to SFT: a sound answer to learn is worth more
+than another source's one lucky answer as a pair.
 """
 
 import math
@@ -63,6 +66,9 @@ def split_prompts(best: Mapping[str, Candidate | None], pairs: Iterable[Pair], r
     A prompt belongs to the dataset that ``extra["dataset"]`` of its candidates names, or else to its domain. Which
     prompts of a dataset go where is decided by a hash of seed and prompt id, so it does not depend on the input order.
 
+    A pair without a reward gap (rule ``verdict``) does not count where some source always solves its prompt (has
+    verdicts, all of them right) and there is a best answer: SFT gets such a prompt.
+
     Args:
         best: what :func:`fusion_plugins.core.preferences.pairs.best_of` returned.
         pairs: what :func:`fusion_plugins.core.preferences.pairs.build_pairs` returned for the same candidates.
@@ -72,7 +78,7 @@ def split_prompts(best: Mapping[str, Candidate | None], pairs: Iterable[Pair], r
         Prompt ids per stage. A prompt with neither a best answer nor a pair is counted in ``dropped``.
     """
     rule = rule or SplitRule()
-    paired = {pair.chosen.prompt_id: pair.chosen for pair in pairs}
+    paired = {pair.chosen.prompt_id: pair.chosen for pair in pairs if not _better_learnt(pair, best)}
     sft: list[str] = []
     dpo: list[str] = []
     dropped: Counter[str] = Counter()
@@ -95,6 +101,11 @@ def split_prompts(best: Mapping[str, Candidate | None], pairs: Iterable[Pair], r
             # Without a best answer there is nothing to fine-tune on: the prompt's only use is its pair.
             (sft if best.get(prompt_id) else dpo).append(prompt_id)
     return Split(tuple(sorted(sft)), tuple(sorted(dpo)), dict(dropped))
+
+
+def _better_learnt(pair: Pair, best: Mapping[str, Candidate | None]) -> bool:
+    """Whether the prompt has a sound answer, and its pair only verdicts that may be luck."""
+    return pair.gap is None and pair.chosen.evidence.always_solved and best.get(pair.chosen.prompt_id) is not None
 
 
 def _divide(prompt_ids: list[str], verified: bool, rule: SplitRule) -> tuple[list[str], list[str]]:

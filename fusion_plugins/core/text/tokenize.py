@@ -7,12 +7,13 @@ their running sums. Offsets are used only around the pieces that the normaliser 
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from fusion_plugins.core.arrays import BoolArray, IntArray
-from fusion_plugins.core.text.chat import render_chat
+from fusion_plugins.core.text.chat import Messages, Render, RenderedChat, generated_spans, tiles
 from fusion_plugins.core.text.token_ends import token_ends
 from fusion_plugins.core.text.token_table import Role, TokenTable
 from fusion_plugins.core.text.types import TokenizedText
@@ -20,6 +21,8 @@ from fusion_plugins.errors import DataError, TokenizerError
 
 # Text put before a piece, so that the tokenizer does not put a space of its own there (see encoder).
 _ANCHORS = ("\n", "|", ".", "0")
+#: roles of the tokens that end a turn
+TURN_ENDS = (Role.EOS, Role.END_OF_TURN)
 
 
 def tokenize(
@@ -145,6 +148,7 @@ def tokenize_content(
     table: TokenTable,
     content: str | Sequence[Mapping[str, Any]],
     *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     template_options: Mapping[str, Any] | None = None,
 ) -> tuple[TokenizedText, str]:
     """Tokenize a text or a chat, as sources and target do alike.
@@ -156,7 +160,8 @@ def tokenize_content(
         tokenizer: a fast Hugging Face tokenizer; with a chat template where ``content`` is a chat.
         table: its token table.
         content: the text, or messages with ``role`` and ``content``.
-        template_options: arguments of the chat template besides the messages.
+        tools: schemas of the tools that a chat may call.
+        template_options: arguments of the chat template besides messages and tools.
 
     Returns:
         The tokens, and the text that their ends and spans count the bytes of.
@@ -167,6 +172,49 @@ def tokenize_content(
     """
     if isinstance(content, str):
         return tokenize(tokenizer, table, content), content
-    options = {**(template_options or {}), "tokenize": False}
-    text, spans, _ = render_chat(lambda messages: tokenizer.apply_chat_template(messages, **options), content)
-    return tokenize(tokenizer, table, text, spans=spans, special_tokens=False, append_eos=False), text
+    chat = generated_spans(chat_renderer(tokenizer, tools, template_options), content)
+    return tokenize_chat(tokenizer, table, chat), chat.text
+
+
+def chat_renderer(
+    tokenizer: Any, tools: Sequence[Mapping[str, Any]] | None = None, options: Mapping[str, Any] | None = None
+) -> Render:
+    """Return what renders messages with a tokenizer's own chat template.
+
+    Args:
+        tokenizer: with a chat template.
+        tools: schemas of the tools.
+        options: arguments of the template, such as ``enable_thinking``.
+    """
+    settings = {**(options or {}), "tools": list(tools) if tools else None, "tokenize": False}
+
+    def render(messages: Messages, prompt: bool) -> str:
+        return str(tokenizer.apply_chat_template(messages, **{**settings, "add_generation_prompt": prompt}))
+
+    return render
+
+
+def tokenize_chat(tokenizer: Any, table: TokenTable, chat: RenderedChat) -> TokenizedText:
+    """Tokenize a rendered chat; its spans are the tiles of its turns, without the tokens that end a turn.
+
+    Those are not in the spans because they are matched by their role, not by their spelling: the position at the end of
+    a turn's last span predicts one.
+
+    Raises:
+        TokenizerError: the tokenizer does not fit its table.
+    """
+    tokens = tokenize(tokenizer, table, chat.text, special_tokens=False, append_eos=False)
+    spans, raw = [], chat.text.encode()
+    for turn in chat.turns:
+        *inner, (start, _) = tiles(turn)
+        spans += [*inner, (start, max(start, _generated_stop(table, tokens, raw, start, turn.stop)))]
+    return replace(tokens, spans=np.array(spans, np.int32).reshape(-1, 2))
+
+
+def _generated_stop(table: TokenTable, tokens: TokenizedText, raw: bytes, start: int, stop: int) -> int:
+    """Return where the first token between two bytes that ends a turn begins, else where white space does."""
+    first, last = np.searchsorted(tokens.ends, [start, stop], side="right")
+    for at in range(int(first), int(last)):
+        if table.role_of(int(tokens.input_ids[at])) in TURN_ENDS:
+            return int(tokens.ends[at - 1]) if at else 0
+    return start + len(raw[start:stop].rstrip())

@@ -33,7 +33,7 @@ def test_every_counter_adds_up():
     other = ProjectionReport(*(100 * n for n in range(1, len(NAMES) + 1)))
     total = one + other
     assert {name: getattr(total, name) for name in NAMES} == {name: 101 * n for n, name in enumerate(NAMES, start=1)}
-    assert len(NAMES) == 23
+    assert len(NAMES) == 24
     assert sum([one, other], ProjectionReport()) == other + one == total
     assert one + ProjectionReport() == one
 
@@ -41,7 +41,10 @@ def test_every_counter_adds_up():
 @pytest.mark.parametrize(
     ("counter", "used"),
     [(name, 1) for name in ("one_to_one", "one_to_many", "many_to_one", "crossing", "special", "unchecked")]
-    + [(name, 0) for name in ("unaligned", "other_bytes", "reaches_out", "other_special", "source_ends", "low_mass")]
+    + [
+        (name, 0)
+        for name in ("unaligned", "other_bytes", "reaches_out", "other_special", "source_ends", "low_mass", "left_out")
+    ]
     + [("fallback", 0)],
 )
 def test_a_position_is_used_or_not_by_its_counter(counter, used):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from fusion_plugins.core.preferences.candidates import Candidate, as_candidate, clean, is_verified, tie_order
+from fusion_plugins.core.preferences.candidates import Candidate, Evidence, as_candidate, clean, is_verified, tie_order
 from fusion_plugins.core.preferences.pairs import best_of, build_pairs
 from fusion_plugins.errors import DataError
 
@@ -43,6 +43,15 @@ def test_values_get_the_types_of_a_candidate():
     assert as_candidate(row | {"reward": 1, "correct": True}, 0) == Candidate("7", "a", 2, "Why?", "So.", 1, True)
 
 
+@pytest.mark.parametrize(
+    ("value", "verdict"),
+    [(1, True), (0, False), (1.0, True), (0.0, False), ("true", True), ("False", False), (float("nan"), None)],
+)
+def test_a_verdict_is_read_in_any_of_the_usual_forms(value, verdict):
+    assert as_candidate(ROW | {"correct": value}, 0).correct is verdict
+    assert clean([one("a", 0, correct=value)]).by_prompt["p"][0].correct is verdict
+
+
 def test_keys_of_messages_that_hold_null_are_left_out():
     messages = [{"role": "user", "content": "Why?", "name": None}]
     assert as_candidate(ROW | {"prompt": messages}, 0).prompt == [{"role": "user", "content": "Why?"}]
@@ -57,7 +66,8 @@ def test_keys_of_messages_that_hold_null_are_left_out():
         ({"prompt": ["Why?"]}, "expected text or a list of messages as prompt"),
         ({"index": "first"}, "expected an integer as index, got 'first'"),
         ({"reward": "high"}, "expected a number as reward, got 'high'"),
-        ({"correct": 1}, "expected true or false as correct, got 1"),
+        ({"correct": 0.5}, "expected true or false, 1 or 0 as correct, got 0.5"),
+        ({"correct": "right"}, "expected true or false, 1 or 0 as correct, got 'right'"),
         ({"reward": "high", "domain": 3}, "a number as reward, got 'high'; expected text as domain, got 3"),
     ],
 )
@@ -125,3 +135,33 @@ def test_the_order_of_ties_is_fixed_and_takes_any_text():
     assert tie_order(one("a", 0)).hex() == "2e1cf1a1f4cd68c0670aae157577688b"
     assert tie_order(one("a", 0)) != tie_order(one("a", 1))
     assert tie_order(one("a", 0, response="\ud800"))
+
+
+# Evidence
+
+
+def test_evidence_counts_every_response_before_any_is_left_out():
+    solver = [one("a", index, correct=True, response="five") for index in range(3)] + [one("a", 3)]
+    other = [one("b", 0, correct=True), one("b", 1, correct=False, response=" "), one("b", 2, correct=False)]
+    elsewhere = [one("b", 0, correct=False, prompt_id="q")]
+    groups = clean([*solver, *other, *elsewhere])
+    first = groups.by_prompt["p"][0].evidence
+    assert first == Evidence(repeats=3, right=3, judged=3, accuracy=1.0, always_solved=True)
+    # An empty answer is no candidate, but it is an attempt that failed.
+    assert groups.by_prompt["p"][2].evidence == Evidence(1, right=1, judged=3, accuracy=0.25, always_solved=True)
+    assert not groups.by_prompt["q"][0].evidence.always_solved
+
+
+def test_truncated_responses_are_left_out_but_their_verdicts_count():
+    rows = [replace(one("a", index, correct=index > 0), extra={"finish_reason": "length"}) for index in (0, 1)]
+    groups = clean([*rows, one("a", 2, correct=True)], keep_truncated=False)
+    assert [key(candidate) for candidate in groups.by_prompt["p"]] == [("a", 2)]
+    assert groups.dropped == {"truncated": 2}
+    assert groups.by_prompt["p"][0].evidence.share == pytest.approx(2 / 3)
+    assert len(clean(rows).by_prompt["p"]) == 2
+
+
+def test_cleaning_twice_counts_the_same():
+    once = clean([one("a", index, correct=True, response="five") for index in range(4)])
+    again = clean(once.by_prompt["p"])
+    assert again.by_prompt["p"][0].evidence == once.by_prompt["p"][0].evidence

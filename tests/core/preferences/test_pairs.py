@@ -138,6 +138,83 @@ def test_verdict_rule_favours_no_source():
     assert all(70 <= sources.count(source) <= 130 for source in "abc")
 
 
+def attempts(source, right, wrong, *, prompt_id="p", same=False):
+    """Right answers, of one text or of several, then wrong ones."""
+    answers = [one(source, i, None, True, prompt_id=prompt_id, domain="math") for i in range(right)]
+    answers = [replace(answer, response=f"{source} 5") if same else answer for answer in answers]
+    return answers + [one(source, right + i, None, False, prompt_id=prompt_id, domain="math") for i in range(wrong)]
+
+
+def chosen_sources(candidates):
+    """The sources that the two rules `verdict` choose."""
+    (pair,) = build_pairs(candidates, "verdict")
+    return best_of(candidates, "verdict")["p"].source, pair.chosen.source
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_by_verdict_the_source_that_is_right_most_often_is_chosen(same):
+    """Four right answers of one text are no less evidence than four different ones."""
+    candidates = attempts("lucky", 1, 3) + attempts("strong", 3, 1, same=same) + attempts("fair", 2, 2)
+    assert chosen_sources(candidates) == ("strong", "strong")
+    # In share, not in number: 5 of 8 are less than 3 of 4.
+    assert chosen_sources(candidates + attempts("eager", 5, 3)) == ("strong", "strong")
+
+
+def test_a_source_that_is_always_right_is_chosen_for_every_prompt():
+    candidates = [
+        answer
+        for n in range(200)
+        for source, right in (("strong", 4), ("weak1", 1), ("weak2", 1))
+        for answer in attempts(source, right, 4 - right, prompt_id=f"p{n}", same=True)
+    ]
+    assert {candidate.source for candidate in best_of(candidates, "verdict").values()} == {"strong"}
+
+
+def test_more_right_answers_go_first_among_equal_shares_then_accuracy_over_all_prompts():
+    assert best_of(attempts("once", 1, 0) + attempts("often", 4, 0), "verdict")["p"].source == "often"
+    equal = attempts("a", 2, 2) + attempts("b", 2, 2)
+    for better, worse in ("ab", "ba"):
+        elsewhere = attempts(better, 3, 0, prompt_id="q") + attempts(worse, 0, 3, prompt_id="q")
+        assert best_of(equal + elsewhere, "verdict")["p"].source == better
+        pairs = build_pairs(equal + elsewhere, "verdict")
+        assert [pair.chosen.source for pair in pairs] == [better]
+
+
+def test_responses_without_a_verdict_are_no_evidence():
+    candidates = attempts("checked", 3, 1) + attempts("mostly_not", 1, 1)
+    candidates += [one("mostly_not", 9 + i, None, None, domain="math") for i in range(4)]
+    assert chosen_sources(candidates) == ("checked", "checked")
+
+
+def test_of_the_chosen_source_the_answer_that_it_gave_most_often_is_taken():
+    rare, often = attempts("a", 1, 1), attempts("a", 3, 0, same=True)
+    candidates = rare + [replace(answer, index=answer.index + 5) for answer in often]
+    assert best_of(candidates, "verdict")["p"].response == "a 5"
+    assert build_pairs(candidates, "verdict")[0].chosen.response == "a 5"
+
+
+def test_evidence_changes_nothing_where_rewards_decide():
+    candidates = [replace(answer, reward=0.1) for answer in attempts("strong", 4, 0, same=True)]
+    candidates += [one("lucky", 0, 0.2, True, domain="math"), one("lucky", 1, 0.15, False, domain="math")]
+    assert best_of(candidates)["p"].source == "lucky"
+    assert build_pairs(candidates)[0].chosen.source == "lucky"
+
+
+@pytest.mark.parametrize(
+    ("window", "domain", "rule", "limits"),
+    [
+        (None, "math", "same_source", (0.01, 0.1)),
+        (None, "math", "verdict", None),
+        (None, "code", "same_source", None),
+        (ANY_GAP, "math", "same_source", None),
+        (GapWindow(None, 0.2), "math", "same_source", (None, 0.2)),
+    ],
+)
+def test_limits_are_reported_only_where_they_decided(window, domain, rule, limits):
+    candidates = [one("a", 0, 0.2, True, domain=domain), one("a", 1, 0.15, False, domain=domain)]
+    assert pairs_with_report(candidates, rule, window=window)[1].limits == limits
+
+
 def test_equal_rewards_are_ordered_by_the_hash():
     candidates = [one("a", i, 0.5) for i in range(3)] + [one("a", i, 0.45) for i in range(3, 6)]
     (pair,) = build_pairs(candidates)

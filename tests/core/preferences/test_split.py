@@ -60,6 +60,35 @@ def test_verified_prompts_with_a_pair_go_to_dpo_and_other_solved_ones_to_sft():
     assert (len(half.dpo), len(half.sft)) == (2, 3)
 
 
+def judged(source, right, *, prompt_id, reward=None):
+    """Four answers, of which some are right."""
+    return [
+        one(source, i, reward and reward - 0.02 * i, i < right, prompt_id=prompt_id, domain="math") for i in range(4)
+    ]
+
+
+def test_by_verdict_a_prompt_that_some_source_always_solves_goes_to_sft():
+    candidates = [
+        answer
+        for n in range(1000)
+        for source, right in (("strong", 4), ("weak1", 1), ("weak2", 1))
+        for answer in judged(source, right, prompt_id=f"easy{n}")
+    ]
+    candidates += judged("strong", 3, prompt_id="open") + judged("weak1", 1, prompt_id="open")
+    best, pairs = best_of(candidates, "verdict"), build_pairs(candidates, "verdict")
+    split = split_prompts(best, pairs)
+    assert (len(split.sft), split.dpo, split.dropped) == (1000, ("open",), {})
+    assert {best[prompt_id].source for prompt_id in split.sft} == {"strong"}
+    # Its pair stays the only use of a prompt without a best answer.
+    assert len(split_prompts(dict.fromkeys(best), pairs).dpo) == 1001
+
+
+def test_where_rewards_make_the_pair_an_always_solved_prompt_stays_in_dpo():
+    candidates = judged("strong", 4, prompt_id="p", reward=0.3) + judged("weak", 1, prompt_id="p", reward=0.2)
+    split = split_prompts(best_of(candidates), build_pairs(candidates))
+    assert (split.sft, split.dpo) == ((), ("p",))
+
+
 def test_chinese_goes_to_sft_only():
     candidates = [one("q", i, 0.2 - 0.05 * i, prompt_id=f"{n}", domain="chinese") for n in range(3) for i in (0, 1)]
     split = split_prompts(best_of(candidates), build_pairs(candidates))

@@ -1,0 +1,41 @@
+"""Verdicts as other tools write them: true and false, 1 and 0, "true" and "false".
+
+A column of verdicts that went through CSV, pandas or a database is no longer boolean. Read as it stands, ``1`` would be
+no verdict and ``"false"`` a true one.
+"""
+
+import math
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from fusion_plugins.errors import DataError
+
+_WORDS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+
+
+def as_verdict(value: Any) -> bool | None:
+    """Return a verdict as True, False or None.
+
+    Args:
+        value: True or False; 1 or 0; 1.0 or 0.0; the words "true" and "false" in any case, "1" or "0"; numpy's scalars
+            of these. None and NaN are no verdict.
+
+    Raises:
+        DataError: anything else; a share of passed tests such as 0.5 is a score, no verdict. The caller names the row.
+
+    Example:
+        >>> [as_verdict(value) for value in (True, 0, 1.0, "False", float("nan"))]
+        [True, False, True, False, None]
+    """
+    if value is None or (isinstance(value, Real) and math.isnan(value)):
+        return None
+    if isinstance(value, bool | np.bool_) or (isinstance(value, Real) and value in (0, 1)):
+        return bool(value)
+    if isinstance(value, str) and value.strip().lower() in _WORDS:
+        return _WORDS[value.strip().lower()]
+    raise DataError(
+        f"expected a verdict (true or false, 1 or 0, or null for none), got {value!r:.60}. Turn a score into a verdict "
+        "with a threshold of your own, and leave null where nothing was checked."
+    )
