@@ -189,13 +189,24 @@ KD = "axolotl.integrations.kd.KDPlugin"
 DIFFUSION = "axolotl.integrations.diffusion.DiffusionPlugin"
 
 
-@pytest.mark.parametrize("other", [KD, DIFFUSION, "plugin_with_a_collator.Plugin", "plugin_with_a_trainer.Plugin"])
+THEIRS = """
+from axolotl.integrations.base import BasePlugin
+
+class Trainer(BasePlugin):
+    def get_trainer_cls(self, cfg):
+        return int
+
+class Collator(BasePlugin):
+    def get_collator_cls_and_kwargs(self, cfg, is_eval=False):
+        return int, {}
+"""
+
+
+@pytest.mark.parametrize("other", [KD, DIFFUSION, "their_plugins.Trainer", "their_plugins.Collator"])
 @pytest.mark.parametrize("first", [True, False], ids=["before ours", "behind ours"])
 def test_another_plugin_with_a_trainer_is_refused_by_name(axolotl_train, run_folder, monkeypatch, other, first):
-    method = "get_trainer_cls(self, cfg)" if "trainer" in other else "get_collator_cls_and_kwargs(self, cfg, is_eval=0)"
-    code = f"from axolotl.integrations.base import BasePlugin\nclass Plugin(BasePlugin):\n  def {method}:\n    return int, {{}}"
-    (run_folder / f"{other.split('.')[0]}.py").write_text(code)
-    monkeypatch.syspath_prepend(str(run_folder)) if other.startswith("plugin_with") else None
+    (run_folder / "their_plugins.py").write_text(THEIRS)
+    monkeypatch.syspath_prepend(str(run_folder))
     plugins = [other, PLUGIN] if first else [PLUGIN, other]
     refused(axolotl_train(plugins=plugins, kd_trainer=True), ConfigError, PLUGIN, f"{other} brings a trainer")
 
@@ -261,11 +272,12 @@ def test_commands_that_train_nothing_need_no_stores(material, run_folder):
     # The rows are prepared already, so an evaluation needs no store either, nor does another training.
     assert run("evaluate", settings, run_folder, *PYTHON) == (0, None)
     assert run("train", settings, run_folder, *PYTHON) == (0, None)
-    status, error = run("merge-sharded-fsdp-weights", settings, run_folder, *PYTHON)
-    assert "Could not find FSDP checkpoint" in str(error) or isinstance(error, UnboundLocalError), error
+    # These two get as far as axolotl itself goes here: there is no sharded checkpoint, and int8 needs more than a CPU.
+    _, error = run("merge-sharded-fsdp-weights", settings, run_folder, *PYTHON)
+    assert "pytorch_model_fsdp_0" in str(error)
     quantized = settings | {"quantization": {"weight_dtype": "int8"}}
     _, error = run("quantize", quantized, run_folder, "--base-model", str(run_folder / "model" / "merged"))
-    assert not isinstance(error, ConfigError), error
+    assert "torchao" in str(error)
     # Other rows would have to be made of it.
     for command, arguments in {"preprocess": (), "train": PYTHON, "evaluate": PYTHON}.items():
         changed = settings | {"fusion": settings["fusion"] | {"top_k": 3}}
