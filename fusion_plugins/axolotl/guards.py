@@ -188,13 +188,13 @@ def _rows(cfg: Any) -> Iterator[str]:
             # A fused run finds out by itself, when its first batch has no distributions.
             if entry.get("type") == BEST and _is_tokenized(path):
                 yield (
-                    f"{path} has the columns {', '.join(sorted(_TOKENIZED))}: axolotl would take these rows as they are "
-                    f"and never ask `type: {BEST}`. Give it the scored responses"
+                    f"{path} has the columns {', '.join(sorted(_TOKENIZED))}: axolotl would take these rows as they "
+                    f"are and never ask `type: {BEST}`. Give it the scored responses"
                 )
             if key == "test_datasets" and entry.get("type") == DPO and path.is_dir() and not entry.get("split"):
                 yield (
-                    f"test_datasets: {path} is a folder, in which axolotl looks for a split called test; give the entry "
-                    "`split: train` for all of its rows"
+                    f"test_datasets: {path} is a folder, in which axolotl looks for a split called test; give the "
+                    "entry `split: train` for all of its rows"
                 )
 
 
