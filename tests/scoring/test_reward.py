@@ -269,7 +269,7 @@ def test_tokens_that_the_model_lacks_and_texts_without_tokens_cost_one_row(model
     scorer = RewardScorer(model=model)
     scorer._width = 5
     row = {"prompt": "a", "response": "b"}
-    assert scorer.score([row])[0].reason == "the tokenizer has more tokens than the model's 5"
+    assert "has no row in the model" in scorer.score([row])[0].reason
     scorer._tokenizer.chat_template = "{{ '' }}"
     assert scorer.score([row])[0].reason == "no token is left of prompt and response"
 
