@@ -19,8 +19,8 @@ from fusion_plugins.errors import DataError
 Row = dict[str, Any]
 
 _TEXT, _IDS = Value("string"), List(Value("int32"))
-SUPERVISED = {"input_ids": _IDS, "attention_mask": List(Value("int8")), "labels": _IDS}
-"""The columns of :func:`supervised_row`."""
+SUPERVISED = {"input_ids": _IDS, "attention_mask": List(Value("int8")), "labels": List(Value("int64"))}
+"""The columns of :func:`supervised_row`, of the types that axolotl's own datasets have."""
 ANSWERS = ("chosen_ids", "rejected_ids")
 PREFERENCE = {
     **dict.fromkeys(("prompt", "chosen", "rejected"), _TEXT),
