@@ -138,6 +138,9 @@ def make_rows(
     made = table.map(row, remove_columns=["item"], features=types, load_from_cache_file=False, **options)
     reasons = list(zip(made["name"], made["reason"], strict=True))
     kept = made.select([place for place, (_, reason) in enumerate(reasons) if reason is None])
+    if len(kept) < len(made):
+        # axolotl measures the lengths in the table itself, in which a selection still has all rows.
+        kept = kept.flatten_indices()
     unusable = [Unusable(name, reason) for name, reason in reasons if reason is not None]
     return kept.remove_columns("reason"), unusable
 
