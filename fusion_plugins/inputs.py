@@ -175,9 +175,9 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise DataError(
                     f"{where}: expected one JSON object per line, in UTF-8, got other bytes: {error}. Convert it."
                 ) from error
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(
-                    f"{where}: expected one JSON object per line, got other text: {error}. Correct the line."
+                    f"{where}: expected one JSON object per line, got other text: {error!s:.200}. Correct the line."
                 ) from error
             if not isinstance(row, dict):
                 raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}. Correct the line.")
@@ -191,8 +191,11 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}:{number}", row
-    except pa.ArrowException as error:
-        raise DataError(f"{path}: expected a Parquet file, got other bytes: {error}. Write it again.") from error
+    # A file may hold what Arrow reads and Python cannot: text that is not UTF-8, a time beyond the year 9999.
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise DataError(
+            f"{path}: expected a Parquet file, got other bytes behind row {number}: {error!s:.200}. Write it again."
+        ) from error
 
 
 def _text(row: dict[str, Any], where: str) -> Text:

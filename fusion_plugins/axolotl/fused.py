@@ -30,6 +30,7 @@ from fusion_plugins.core.fusion.accounting import FusionReport
 from fusion_plugins.core.fusion.pipeline import FusionPlan, fuse_text, warm_up
 from fusion_plugins.core.text.content_id import content_id
 from fusion_plugins.core.text.messages import as_messages
+from fusion_plugins.core.text.round_trip import text_changes
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, DataError, MismatchError
 from fusion_plugins.store import Store, open_store
@@ -85,6 +86,8 @@ class FusedStrategy(DatasetWrappingStrategy):
         dataset = self._joined(dataset, stores)
         warm_up()
         target = self._reader.target
+        if changes := text_changes(target.tokenizer, target.table.spell).known:
+            LOG.info(f"fusion: the target's tokenizer changes texts, which is known: {'; '.join(changes)}")
         count = partial(
             count_alignments, dataset, self._reader.tokens, target.table.packed, process_count=process_count
         )

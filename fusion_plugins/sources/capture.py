@@ -14,6 +14,7 @@ from pydantic import Field, field_validator
 from fusion_plugins.core.fusion.record import build_record
 from fusion_plugins.core.fusion.types import Record
 from fusion_plugins.core.text.content_id import texts_fingerprint
+from fusion_plugins.core.text.round_trip import text_changes
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize_content
 from fusion_plugins.core.text.types import TokenizedText
@@ -68,6 +69,7 @@ class CaptureReport:
         captured: records written by this run.
         present: records that were there before.
         skipped: id -> why it was left out (``on_unusable: skip`` only).
+        text_changes: what the tokenizer does to texts before it cuts them (NFC, a space before the text, ...).
         tokens: tokens captured by this run.
         seconds: time of the capture, without loading the model.
     """
@@ -76,6 +78,7 @@ class CaptureReport:
     captured: int
     present: int
     skipped: dict[str, str]
+    text_changes: tuple[str, ...]
     tokens: int
     seconds: float
 
@@ -136,6 +139,7 @@ def _capture(
     """
     tokenizer = capture_tokenizer(config)
     table = TokenTable.from_tokenizer(tokenizer)
+    changes = text_changes(tokenizer, table.spell).known
     identity = _identity(config, texts, tokenizer, table)
     _check_folder(out, identity)
 
@@ -154,7 +158,7 @@ def _capture(
                 store.finish()
     finally:
         source.close()
-    return CaptureReport(out, captured, present, skipped, progress.tokens, progress.seconds)
+    return CaptureReport(out, captured, present, skipped, changes, progress.tokens, progress.seconds)
 
 
 def _identity(config: CaptureConfig, texts: Sequence[Text], tokenizer: Any, table: TokenTable) -> dict[str, Any]:

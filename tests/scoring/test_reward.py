@@ -237,7 +237,7 @@ def test_a_template_that_refuses_a_prompt_names_the_prompt(tmp_path, model):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({}, ConfigError, "model: Field required"),
+        ({}, ConfigError, "model: missing; expected folder or hub name"),
         ({"model": "m", "dtype": "int8"}, ConfigError, "dtype"),
         ({"model": "m", "sigmoid": True}, ConfigError, "sigmoid: unknown key"),
         ({"model": "./nowhere"}, ScoringError, "'./nowhere' cannot be loaded"),

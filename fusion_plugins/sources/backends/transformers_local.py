@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.logits_process import (
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -34,7 +35,7 @@ from fusion_plugins.sources.backends.base import (
     least,
 )
 from fusion_plugins.sources.backends.topk import with_last_position
-from fusion_plugins.sources.loading import load_tokenizer, response_text, split_prompts, vocabulary_size
+from fusion_plugins.sources.loading import load_tokenizer, local_response, split_prompts, vocabulary_size
 
 #: logits that are normalised at a time, in float32 and float64: few enough to stay in a CPU's cache
 SCRATCH = 1 << 22
@@ -123,7 +124,7 @@ class TransformersSource:
         return found
 
     @torch.inference_mode()
-    def _generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Response]:
+    def _generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Response | Refusal]:
         width = max(map(len, prompts))
         # Padding repeats the prompt's own first token, so that a repetition penalty sees no token that is not there.
         ids = torch.tensor([prompt[:1] * (width - len(prompt)) + prompt for prompt in prompts])
@@ -146,15 +147,14 @@ class TransformersSource:
         )
         generated = output[:, width:].tolist()
         return [
-            self._response(tokens, len(prompt), sampling) for tokens, prompt in zip(generated, prompts, strict=True)
+            self._response(prompt, tokens, sampling.stop) for tokens, prompt in zip(generated, prompts, strict=True)
         ]
 
-    def _response(self, tokens: list[int], n_prompt_tokens: int, sampling: Sampling) -> Response:
+    def _response(self, prompt: list[int], tokens: list[int], stop: tuple[str, ...]) -> Response | Refusal:
         # Responses that end before the longest of their group are padded. The end token itself was generated.
         end = next((position for position, token in enumerate(tokens) if token in self._stop_ids), len(tokens))
-        text, stopped = response_text(self.tokenizer, tokens[:end], sampling.stop)
-        reason = "stop" if stopped or end < len(tokens) else "length"
-        return Response(text, reason, min(end + 1, len(tokens)), n_prompt_tokens)
+        n_tokens = min(end + 1, len(tokens))
+        return local_response(self.tokenizer, prompt, tokens[:end], stop, ended=end < len(tokens), n_tokens=n_tokens)
 
 
 def topk_of_logits(
@@ -215,7 +215,9 @@ def _processors(sampling: Sampling, seeds: list[int]) -> LogitsProcessorList:
     if sampling.temperature == 0:
         return processors
     processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
-    if sampling.top_k:
+    if sampling.min_p > 0:  # before the others, as in vLLM
+        processors.append(MinPLogitsWarper(float(sampling.min_p)))
+    if sampling.top_k > 0:
         processors.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         processors.append(TopPLogitsWarper(float(sampling.top_p)))
