@@ -1,14 +1,15 @@
 """Rows of JSONL and Parquet files, and the texts and prompts in them.
 
-First step of the data flow. A row has ``text`` or ``messages`` and usually an ``id``; without one, the sha256 of the
-content is the id. Prompts may also have ``domain``, ``reference`` (gold answer) and ``tests`` (code). All texts are
-held in memory: their ids and contents together decide whether a run may resume, before any model is loaded.
+First step of the data flow. A row has ``text``, or ``messages`` and perhaps ``tools``, and usually an ``id``; without
+one, the sha256 of the content is the id. Prompts may also have ``domain``, ``reference`` (gold answer) and ``tests``
+(code). All texts are held in memory: their ids and contents together decide whether a run may resume, before any model
+is loaded.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fusion_plugins.core.text.content_id import content_id, texts_fingerprint
-from fusion_plugins.core.text.messages import as_messages
+from fusion_plugins.core.text.messages import REASONING_KEYS, as_messages, as_tools
 from fusion_plugins.errors import DataError
 
 #: ends of the names of files that can be read
 SUFFIXES = (".jsonl", ".parquet")
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+_WEIGHED = ("content", "tool_calls", *REASONING_KEYS)
 
 
 @dataclass(frozen=True)
@@ -31,19 +34,23 @@ class Text:
     Attributes:
         id: unique within the set.
         content: the text, or the messages of a chat.
-        content_id: sha256 (hex) of the content.
+        content_id: sha256 (hex) of the content and the tools.
+        tools: schemas of the tools that the chat may call, or None.
+        where: file and row that it was read from.
     """
 
     id: str
     content: str | list[dict[str, Any]]
     content_id: str
+    tools: list[dict[str, Any]] | None = None
+    where: str = field(default="", compare=False)
 
     @property
     def n_bytes(self) -> int:
         """Bytes of content, without what a chat template adds."""
         if isinstance(self.content, str):
             return len(self.content.encode())
-        return sum(len(str(message.get("content") or "").encode()) for message in self.content)
+        return sum(len(str(message.get(key) or "").encode()) for message in self.content for key in _WEIGHED)
 
 
 @dataclass(frozen=True)
@@ -213,7 +220,11 @@ def _text(row: dict[str, Any], where: str) -> Text:
     else:
         raise DataError(f"{where}: expected a string that is not empty in 'text', got {text!r:.60}. Drop the row.")
     try:
-        digest = content_id(content)
+        tools = as_tools(row.get("tools")) if messages is not None else None
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    try:
+        digest = content_id(content, tools)
     except UnicodeEncodeError as error:
         raise DataError(
             f"{where}: expected text that UTF-8 can encode, got a lone surrogate: {error}. Remove it from the text."
@@ -224,10 +235,15 @@ def _text(row: dict[str, Any], where: str) -> Text:
         raise DataError(
             f"{where}: expected an id that UTF-8 can encode, got one with a lone surrogate: {name!r:.80}. Rename it."
         )
-    return Text(name, content, digest)
+    return Text(name, content, digest, tools, where)
 
 
 def _messages(messages: Any, where: str) -> list[dict[str, Any]]:
+    if isinstance(messages, str):
+        try:
+            messages = json.loads(messages)
+        except ValueError as error:
+            raise DataError(f"{where}: expected messages as a list or its JSON, got {error}. Correct it.") from error
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: expected a list of messages that is not empty, got {messages!r:.60}. Drop the row.")
     for message in messages:
@@ -235,8 +251,20 @@ def _messages(messages: Any, where: str) -> list[dict[str, Any]]:
             raise DataError(
                 f"{where}: expected messages with a role out of {', '.join(ROLES)}, got {message!r:.80}. Correct it."
             )
-        if not isinstance(message.get("content"), str):
+    try:
+        chat = as_messages(messages)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    for message in chat:
+        if not isinstance(message.get("content"), str) and not _says_without_content(message):
             raise DataError(
-                f"{where}: expected text as a message's content, got {message.get('content')!r:.60}. Use a string."
+                f"{where}: expected text as a message's content (or tool_calls or reasoning beside it), got "
+                f"{message.get('content')!r:.60}. Use a string."
             )
-    return as_messages(messages)
+    return chat
+
+
+def _says_without_content(message: dict[str, Any]) -> bool:
+    """Whether an assistant's message without a content calls tools or reasons."""
+    says = any(message.get(key) for key in ("tool_calls", *REASONING_KEYS))
+    return message["role"] == "assistant" and message.get("content") is None and says

@@ -14,7 +14,7 @@ from fusion_plugins.errors import AlignmentError, MismatchError
 from fusion_plugins.store import Store
 
 Row = Mapping[str, Any]
-Read = Callable[[Row], tuple[str, TokenizedText]]
+Read = Callable[[Row], tuple[str, TokenizedText] | None]
 
 #: texts whose counts are handed back together
 BATCH = 1000
@@ -29,22 +29,29 @@ FEATURES = Features(
 
 
 def count_alignments(
-    dataset: Any, read: Read, target_bytes: TokenBytes, stores: list[Store], *, process_count: int | None
+    dataset: Any,
+    read: Read,
+    target_bytes: TokenBytes,
+    stores: list[Store],
+    *,
+    process_count: int | None,
+    strict: bool = True,
 ) -> list[AlignmentCounts]:
     """Count over the rows of a dataset, in ``process_count`` processes.
 
     Args:
         dataset: rows that every store has.
-        read: row -> its id and the target's tokens.
+        read: row -> its id and the target's tokens; None for a row that is left out.
         target_bytes: the target's vocabulary.
         stores: the sources.
         process_count: as for ``dataset.map``.
+        strict: whether a row that was captured from another text is an error; it is left out otherwise.
 
     Raises:
         MismatchError: a store was captured from other texts.
     """
     parts = dataset.map(
-        _Count(read, target_bytes, stores),
+        _Count(read, target_bytes, stores, strict),
         batched=True,
         batch_size=BATCH,
         num_proc=process_count,
@@ -60,7 +67,11 @@ def count_alignments(
 
 
 def count_texts(
-    texts: Iterable[tuple[str, TokenizedText]], target_bytes: TokenBytes, stores: list[Store]
+    texts: Iterable[tuple[str, TokenizedText]],
+    target_bytes: TokenBytes,
+    stores: list[Store],
+    *,
+    strict: bool = True,
 ) -> list[AlignmentCounts]:
     """Count over texts, given by id and in the target's tokens; see :func:`count_alignments`."""
     counts = [AlignmentCounts() for _ in stores]
@@ -71,6 +82,8 @@ def count_texts(
                 # What only one side's template or maximum length left out is not counted.
                 record, text = common_text(store[id], tokens, own_bytes, target_bytes)
             except AlignmentError as error:
+                if not strict:
+                    continue
                 raise MismatchError(f"{store.path}: {error}") from error
             matched = align_texts(record.text, text).target_to_source
             found.add(record.text.input_ids.tolist(), text.input_ids.tolist(), matched)
@@ -86,11 +99,12 @@ def rows_of(batch: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
 class _Count:
     """What runs in each worker: a batch of rows in, one row of counts per store out."""
 
-    def __init__(self, read: Read, target_bytes: TokenBytes, stores: list[Store]) -> None:
-        self._read, self._target_bytes, self._stores = read, target_bytes, stores
+    def __init__(self, read: Read, target_bytes: TokenBytes, stores: list[Store], strict: bool) -> None:
+        self._read, self._target_bytes, self._stores, self._strict = read, target_bytes, stores, strict
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        counts = count_texts(map(self._read, rows_of(batch)), self._target_bytes, self._stores)
+        texts = (text for text in map(self._read, rows_of(batch)) if text is not None)
+        counts = count_texts(texts, self._target_bytes, self._stores, strict=self._strict)
         source_ids, target_ids, numbers = zip(*(found.pairs() for found in counts), strict=True)
         return {
             "store": list(range(len(counts))),

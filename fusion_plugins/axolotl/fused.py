@@ -1,11 +1,13 @@
 """Dataset type ``fusion_plugins.axolotl.fused``: texts or chats with fused distributions, as axolotl prepares datasets.
 
-axolotl imports this module by the name of the type and calls :func:`load`. A row has ``text``, or ``messages``
-(rendered with the target's own chat template), and usually ``id``. Stores are joined by id, and every text is compared
-with what the store was captured from. A prepared row has ``input_ids``, ``attention_mask``, ``labels`` and the two flat
-columns of :mod:`fusion_plugins.axolotl.collator`.
+axolotl imports this module by the name of the type and calls :func:`load`. A row has ``text``, or ``messages`` and
+perhaps ``tools`` (rendered with the target's own chat template), and usually ``id``. Stores are joined by id, and every
+text is compared with what the store was captured from. A row that cannot be used (the template refuses it, it is of
+another text, nothing in it is supervised) is an error that names it, or is left out and counted. A prepared row has
+``input_ids``, ``attention_mask``, ``labels`` and the two flat columns of :mod:`fusion_plugins.axolotl.collator`.
 """
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,25 +20,26 @@ from axolotl.utils.logging import get_logger
 from datasets import Dataset, Features, List, Value
 
 from fusion_plugins.axolotl.args import FusionBlock
+from fusion_plugins.axolotl.chat_rows import Content, RowReader
 from fusion_plugins.axolotl.collator import FUSED_IDS, FUSED_LOGPROBS
 from fusion_plugins.axolotl.counting import Row, count_alignments, rows_of
 from fusion_plugins.axolotl.fingerprint import store_content
 from fusion_plugins.axolotl.guards import FUSED, require_plugin
 from fusion_plugins.axolotl.plan import make_plan
+from fusion_plugins.axolotl.preference_rows import Unusable, leave_out
 from fusion_plugins.axolotl.prepared import keep_report
 from fusion_plugins.axolotl.report import read_counters, report_content, show_report
-from fusion_plugins.axolotl.target_tokenizer import EncodedText, TargetTokenizer
+from fusion_plugins.axolotl.supervision import Supervision
+from fusion_plugins.axolotl.target_tokenizer import IGNORED, EncodedText, TargetTokenizer
 from fusion_plugins.core.fusion.accounting import FusionReport
 from fusion_plugins.core.fusion.pipeline import FusionPlan, fuse_text, warm_up
-from fusion_plugins.core.text.content_id import content_id
-from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.core.text.round_trip import text_changes
 from fusion_plugins.core.text.types import TokenizedText
-from fusion_plugins.errors import AlignmentError, DataError, MismatchError
+from fusion_plugins.errors import AlignmentError, DataError, MismatchError, TokenizerError
 from fusion_plugins.store import Store, open_store
 
 LOG = get_logger(__name__)
-COUNTERS = "fusion_counters"
+COUNTERS, REASON, NAME, ID = "fusion_counters", "fusion_reason", "fusion_name", "fusion_id"
 FEATURES = Features(
     {
         "input_ids": List(Value("int32")),
@@ -45,8 +48,17 @@ FEATURES = Features(
         FUSED_IDS: List(Value("int32")),
         FUSED_LOGPROBS: List(Value("float32")),
         COUNTERS: Value("string"),
+        REASON: Value("string"),
     }
 )
+#: stands for a row that is left out
+_EMPTY = {
+    "input_ids": np.empty(0, np.int32),
+    "attention_mask": np.empty(0, np.int8),
+    "labels": np.empty(0, np.int32),
+    FUSED_IDS: np.empty(0, np.int32),
+    FUSED_LOGPROBS: np.empty(0, np.float32),
+}
 #: rows per call; bounds the memory of a worker
 BATCH = 32
 
@@ -57,19 +69,17 @@ class FusedStrategy(DatasetWrappingStrategy):
     Args:
         tokenizer: the target's, as axolotl loaded it.
         cfg: the validated configuration.
-        ds_cfg: the entry of this dataset; ``field`` and ``field_messages`` name other columns.
+        ds_cfg: the entry of this dataset; :mod:`~fusion_plugins.axolotl.dataset_keys` lists the keys that are obeyed.
         block: the ``fusion:`` block.
     """
 
     def __init__(self, tokenizer: Any, cfg: Any, ds_cfg: Any, block: FusionBlock) -> None:
-        self._reader = _Reader(
-            TargetTokenizer.of(tokenizer, cfg),
-            ds_cfg.get("field") or "text",
-            ds_cfg.get("field_messages") or "messages",
-        )
+        tokenizer = _with_template(tokenizer, cfg, ds_cfg)
+        target, supervision = TargetTokenizer.of(tokenizer, cfg), Supervision.of(tokenizer, cfg, ds_cfg)
+        self._path = str(ds_cfg.get("path"))
+        self._reader = _Reader(target, RowReader.of(ds_cfg), supervision)
         self._block = block
         self._sequence_len = int(cfg.sequence_len)
-        self._path = str(ds_cfg.get("path"))
         self._cfg, self._entry = cfg, ds_cfg
 
     def wrap_dataset(
@@ -78,18 +88,25 @@ class FusedStrategy(DatasetWrappingStrategy):
         """Fuse every row.
 
         Raises:
-            MismatchError: a store was captured from other texts, or the target's own store from another model.
+            MismatchError: the target's own store is of another model, or a store lacks a row.
             StoreError: a store is damaged.
-            DataError: a row is neither a text nor a chat.
+            DataError: a row cannot be used (with ``on_unusable: raise``), or no row is left.
         """
         stores = [open_store(source.store) for source in self._block.sources]
+        total = len(dataset)
+        dataset, unusable = self._readable(dataset)
         dataset = self._joined(dataset, stores)
         warm_up()
         target = self._reader.target
         if changes := text_changes(target.tokenizer, target.table.spell).known:
             LOG.info(f"fusion: the target's tokenizer changes texts, which is known: {'; '.join(changes)}")
         count = partial(
-            count_alignments, dataset, self._reader.tokens, target.table.packed, process_count=process_count
+            count_alignments,
+            dataset,
+            self._reader.tokens,
+            target.table.packed,
+            process_count=process_count,
+            strict=self._block.on_unusable == "raise",
         )
         plan = make_plan(self._block, stores, target, count)
         rows = dataset.map(
@@ -105,15 +122,42 @@ class FusedStrategy(DatasetWrappingStrategy):
             desc="Fusing sources",
         )
         report = read_counters(rows[COUNTERS])
+        reasons = rows[REASON]
+        names = dataset[NAME]
+        unusable += [Unusable(name, reason) for name, reason in zip(names, reasons, strict=True) if reason]
+        left_out = leave_out(unusable, total, self._block.on_unusable)
+        if left_out:
+            LOG.warning(f"fusion: left out {len(left_out)} of {total} rows of {self._path} that cannot be used")
+            rows = rows.select([place for place, reason in enumerate(reasons) if not reason])
         too_long = sum(len(ids) > self._sequence_len for ids in rows["input_ids"])
-        show_report(report, too_long, self._sequence_len)
+        show_report(report, too_long, self._sequence_len, left_out)
         contents = {source.store: store_content(self._cfg, source.store) for source in self._block.sources}
-        keep_report(self._cfg, self._entry, "fusion_report.json", report_content(report, too_long), contents)
-        return rows.remove_columns(COUNTERS)
+        keep_report(self._cfg, self._entry, "fusion_report.json", report_content(report, too_long, left_out), contents)
+        return rows.remove_columns([COUNTERS, REASON])
+
+    def _readable(self, dataset: Any) -> tuple[Any, list[Unusable]]:
+        """Return the rows that hold a text or a chat, with their ids and names, and those that do not."""
+        ids, names, kept = [], [], []
+        unusable: list[Unusable] = []
+        for place, row in enumerate(dataset):
+            name = f"{self._path}: row {place + 1}"
+            try:
+                id = self._reader.content(row).id
+            except (DataError, UnicodeEncodeError) as error:
+                given = "" if row.get("id") is None else f", id {row['id']!r}"
+                unusable.append(Unusable(name + given, str(error)))
+                continue
+            ids.append(id)
+            names.append(f"{name}, id {id!r}")
+            kept.append(place)
+        if unusable:
+            leave_out(unusable, len(dataset), self._block.on_unusable)
+            dataset = dataset.select(kept)
+        return dataset.add_column(NAME, names).add_column(ID, ids), unusable
 
     def _joined(self, dataset: Any, stores: list[Store]) -> Any:
         """Return the rows that all stores have."""
-        ids = [self._reader.id(row) for row in dataset]
+        ids = dataset[ID]
         kept = set(range(len(ids)))
         for store in stores:
             absent = [index for index, id in enumerate(ids) if id not in store]
@@ -136,42 +180,60 @@ def load(tokenizer: Any, cfg: Any, ds_cfg: Any = None) -> FusedStrategy:
 
     Raises:
         PluginError: the plugin is not configured or not loaded.
-        ConfigError: the ``fusion:`` block is missing or wrong.
+        ConfigError: the ``fusion:`` block or the entry of the dataset is wrong.
     """
     return FusedStrategy(tokenizer, cfg, ds_cfg or {}, require_plugin(cfg, FUSED))
+
+
+def _with_template(tokenizer: Any, cfg: Any, entry: Any) -> Any:
+    """Return the tokenizer with the chat template that the entry of the dataset names."""
+    if not entry.get("chat_template") and not entry.get("chat_template_jinja"):
+        return tokenizer
+    from axolotl.utils.chat_templates import get_chat_template_from_config
+
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = get_chat_template_from_config(cfg=cfg, ds_cfg=entry, tokenizer=tokenizer)
+    return tokenizer
 
 
 class _Reader:
     """Reads the rows of the dataset: id, content, and the content in the target's tokens."""
 
-    def __init__(self, target: TargetTokenizer, text: str, messages: str) -> None:
-        self.target, self._text, self._messages = target, text, messages
+    def __init__(self, target: TargetTokenizer, rows: RowReader, supervision: Supervision) -> None:
+        self.target, self._rows, self._supervision = target, rows, supervision
 
-    def content(self, row: Row) -> Any:
-        """Return the text or the messages of a row."""
-        text, messages = row.get(self._text), row.get(self._messages)
-        if isinstance(text, str) and text and messages is None:
-            return text
-        if messages and text is None:
-            return as_messages(messages)
-        raise DataError(
-            f"expected a row with a text in {self._text!r} or a chat in {self._messages!r}, and not both; the row's "
-            f"columns are {', '.join(row)}. Name other columns with `field:` or `field_messages:` in the entry."
-        )
-
-    def id(self, row: Row) -> str:
-        """Return the id of a row: its own, or that of its content."""
-        # Also where there is an id: a row without content is another error than an id that no store knows.
-        content = self.content(row)
-        return str(row["id"]) if row.get("id") is not None else content_id(content)
+    def content(self, row: Row) -> Content:
+        """Return the id and the text or chat of a row."""
+        return self._rows.content(row)
 
     def encoded(self, row: Row) -> EncodedText:
-        """Return the text or chat of a row as the target reads it."""
-        return self.target.encode(self.content(row))
+        """Return the text or chat of a row as the target reads it.
 
-    def tokens(self, row: Row) -> tuple[str, TokenizedText]:
-        """Return the id of a row and its tokens."""
-        return self.id(row), self.encoded(row).tokens
+        Raises:
+            DataError: the template refuses it, the tokenizer does, or no token of it is supervised.
+        """
+        content = self.content(row)
+        try:
+            found = self.target.encode(
+                content.messages if content.text is None else content.text,
+                tools=content.tools,
+                supervision=self._supervision,
+            )
+        except TokenizerError as error:
+            raise DataError(str(error)) from error
+        if not (found.labels != IGNORED).any():
+            raise DataError(
+                "expected at least one supervised token, got none: the turns are empty, or roles_to_train, "
+                "message_field_training or the like leave them all out. Leave the row out."
+            )
+        return found
+
+    def tokens(self, row: Row) -> tuple[str, TokenizedText] | None:
+        """Return the id of a row and its tokens; None for a row that cannot be used."""
+        try:
+            return row[ID], self.encoded(row).tokens
+        except DataError:
+            return None
 
 
 class _Fuse:
@@ -185,9 +247,13 @@ class _Fuse:
         columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
         total = FusionReport()
         for row in rows:
-            fused, report = self._row(row)
+            try:
+                fused, report = self._row(row)
+                reason = ""
+            except (DataError, AlignmentError) as error:
+                fused, report, reason = _EMPTY, FusionReport(), str(error)
             total = total + report
-            for name, value in fused.items():
+            for name, value in (fused | {REASON: reason}).items():
                 columns[name].append(value)
         # One report per batch, on its first row: a string per row would be larger than the distributions.
         columns[COUNTERS] = [json.dumps(asdict(total)), *[""] * (len(rows) - 1)]
@@ -195,15 +261,14 @@ class _Fuse:
 
     def _row(self, row: Row) -> tuple[dict[str, Any], FusionReport]:
         text = self._reader.encoded(row)
-        records = [store[self._reader.id(row)] for store in self._stores]
-        try:
-            fused, report = fuse_text(self._plan, text.tokens, records)
-        except AlignmentError as error:
-            raise MismatchError(str(error)) from error
+        records = [store[row[ID]] for store in self._stores]
+        fused, report = fuse_text(self._plan, text.tokens, records, text.trained)
+        # A label that is not trained on (a masked end of turn) has no distribution either.
+        ids = np.where(np.append(text.labels[1:] != IGNORED, False)[:, None], fused.ids, -1)
         return {
             "input_ids": text.tokens.input_ids,
             "attention_mask": np.ones(len(text.labels), np.int8),
             "labels": text.labels,
-            FUSED_IDS: fused.ids.ravel(),
-            FUSED_LOGPROBS: fused.logprobs.ravel(),
+            FUSED_IDS: ids.ravel(),
+            FUSED_LOGPROBS: np.where(ids >= 0, fused.logprobs, -np.inf).astype(np.float32).ravel(),
         }, report

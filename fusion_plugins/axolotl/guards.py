@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from axolotl.utils.logging import get_logger
 
 from fusion_plugins.axolotl.args import FusionBlock, SourceArgs, fusion_block
+from fusion_plugins.axolotl.dataset_keys import problems_of
 from fusion_plugins.axolotl.prepared import remembered_store
 from fusion_plugins.errors import ConfigError, FusionError, PluginError
 from fusion_plugins.plugins import get_registry
@@ -65,7 +66,7 @@ def check_config(cfg: Any) -> FusionBlock:
         ConfigError: naming every problem.
     """
     block = fusion_block(cfg)
-    problems = [*_datasets(cfg, block), *_settings(cfg, block), *_other_trainers(cfg, block)]
+    problems = [*_datasets(cfg, block), *_entries(cfg), *_settings(cfg, block), *_other_trainers(cfg, block)]
     if problems:
         _refuse([*_unknown_names(block), *problems])
     return block
@@ -176,6 +177,13 @@ def _datasets(cfg: Any, block: FusionBlock) -> Iterator[str]:
             f"no dataset has one of the types {', '.join(TYPES)}: nothing would be fused or chosen. Give a dataset one "
             "of them, or remove the plugin and the block"
         )
+
+
+def _entries(cfg: Any) -> Iterator[str]:
+    for key in ("datasets", "test_datasets"):
+        for entry in cfg.get(key) or []:
+            if entry.get("type") == FUSED:
+                yield from problems_of(entry)
 
 
 def _settings(cfg: Any, block: FusionBlock) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """The report of a fused dataset: what each source contributed, as a table and as JSON."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,21 +22,26 @@ def read_counters(counters: Iterable[str]) -> FusionReport:
     return total
 
 
-def show_report(report: FusionReport, too_long: int, sequence_len: int) -> None:
-    """Print the coverage and the kept mass of each source."""
+def show_report(
+    report: FusionReport, too_long: int, sequence_len: int, unusable: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Print the coverage and the kept mass of each source, and how many rows were left out."""
     share = report.fused_positions / report.positions if report.positions else 0.0
     table = Table(
         title=f"fusion: {report.texts} texts, {report.positions} supervised positions, {share:.1%} with a fused "
         "distribution"
     )
-    for heading in ("source", "coverage", "kept mass", "lowest CE", "unaligned", "low mass", "fallback"):
+    for heading in ("source", "coverage", "kept mass", "lowest CE", "unaligned", "left out", "low mass", "fallback"):
         table.add_column(heading, justify="left" if heading == "source" else "right")
     for name, source in report.sources.items():
         chosen = report.chosen.get(name, 0) / report.texts if report.texts else 0.0
-        unused = (n / max(1, source.positions) for n in (source.unaligned, source.low_mass, source.fallback))
+        counts = (source.unaligned, source.left_out, source.low_mass, source.fallback)
+        unused = (n / max(1, source.positions) for n in counts)
         table.add_row(name, *(f"{value:.1%}" for value in (source.coverage, source.mass_kept, chosen, *unused)))
     console = Console()
     console.print(table)
+    for row in unusable:
+        console.print(f"left out {row['row']}: {row['reason']}", markup=False)
     if too_long:
         console.print(
             f"{too_long} of {report.texts} texts are longer than sequence_len ({sequence_len} tokens): axolotl drops "
@@ -44,14 +49,15 @@ def show_report(report: FusionReport, too_long: int, sequence_len: int) -> None:
         )
 
 
-def report_content(report: FusionReport, too_long: int) -> dict[str, Any]:
+def report_content(report: FusionReport, too_long: int, unusable: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
     """Return the report of one dataset for its JSON file.
 
     Args:
         report: its counters.
         too_long: texts longer than ``sequence_len``.
+        unusable: what was left out: row and reason.
     """
     shares = {
         name: {"coverage": source.coverage, "mass_kept": source.mass_kept} for name, source in report.sources.items()
     }
-    return {**asdict(report), "shares": shares, "longer_than_sequence_len": too_long}
+    return {**asdict(report), "shares": shares, "longer_than_sequence_len": too_long, "unusable": list(unusable)}

@@ -1,17 +1,18 @@
 """Texts and chats in the target's tokens, with labels: which tokens are supervised and which are only context."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from fusion_plugins.axolotl.supervision import DEFAULT, Supervision
 from fusion_plugins.core.arrays import IntArray
 from fusion_plugins.core.fusion.record import supervised_bytes
-from fusion_plugins.core.text.chat import Render, generated_spans
+from fusion_plugins.core.text.chat import Render, RenderedChat, generated_spans
 from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.core.text.token_table import Role, TokenTable
-from fusion_plugins.core.text.tokenize import TURN_ENDS, chat_renderer, tokenize, tokenize_chat
+from fusion_plugins.core.text.tokenize import TURN_ENDS, chat_renderer, generated_stop, tokenize, tokenize_chat
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import DataError
 
@@ -25,12 +26,14 @@ class EncodedText:
     """One text or chat as the target model reads it.
 
     Attributes:
-        tokens: T tokens.
+        tokens: T tokens; the spans of a chat are those of all turns of the assistant.
         labels: (T,) int32 token ids, :data:`IGNORED` where nothing is supervised.
+        trained: (R, 2) int32 byte ranges of the assistant's turns that are trained on; None for all spans.
     """
 
     tokens: TokenizedText
     labels: IntArray
+    trained: IntArray | None = None
 
 
 @dataclass(frozen=True)
@@ -80,15 +83,23 @@ class TargetTokenizer:
         options = cfg.get("chat_template_kwargs") or {}
         return cls(tokenizer, TokenTable.from_tokenizer(tokenizer), dict(options))
 
-    def encode(self, content: str | Sequence[Message], *, tools: Sequence[Message] | None = None) -> EncodedText:
+    def encode(
+        self,
+        content: str | Sequence[Message],
+        *,
+        tools: Sequence[Message] | None = None,
+        supervision: Supervision = DEFAULT,
+    ) -> EncodedText:
         """Tokenize a text or a chat.
 
         In a text (BOS + text + EOS, as far as the tokenizer has them) every token but the first is supervised. In a
-        chat, rendered with the target's template, what the assistant generated and its ends of turn are.
+        chat, rendered with the target's template, what the assistant generated and its ends of turn are, unless
+        ``supervision`` says otherwise.
 
         Args:
             content: the text, or the messages.
             tools: schemas of the tools that a chat may call.
+            supervision: which turns of a chat are trained on.
 
         Raises:
             DataError: there is no template, or the chat cannot be rendered; see :func:`generated_spans`.
@@ -100,8 +111,38 @@ class TargetTokenizer:
             labels[:1] = IGNORED
             return EncodedText(tokens, labels)
         self._require_template()
-        tokens = tokenize_chat(self.tokenizer, self.table, generated_spans(self.renderer(tools), content))
-        return EncodedText(tokens, self._labels(tokens))
+        chat = generated_spans(self.renderer(tools), content, roles=supervision.roles_to_find(content))
+        answers = replace(chat, turns=tuple(turn for turn in chat.turns if turn.role == "assistant"))
+        tokens = tokenize_chat(self.tokenizer, self.table, answers, supervision.eot_ids)
+        labels, ranges = self._chat_labels(tokens, chat, content, supervision)
+        trained = [ranges[turn.message] for turn in answers.turns if supervision.trains(content[turn.message])]
+        whole = len(trained) == len(answers.turns)
+        return EncodedText(tokens, labels, None if whole else np.array(trained, np.int32).reshape(-1, 2))
+
+    def _chat_labels(
+        self, tokens: TokenizedText, chat: RenderedChat, messages: Sequence[Message], supervision: Supervision
+    ) -> tuple[IntArray, dict[int, tuple[int, int]]]:
+        """Return the labels, and the byte range of each turn without its end, by the index of its message."""
+        ids, keep = tokens.input_ids, np.zeros(len(tokens.input_ids), np.bool_)
+        ranges, ends = {}, {}
+        for turn in chat.turns:
+            stop = turn.stop
+            if turn.role == "assistant":
+                stop = generated_stop(self.table, tokens, chat, turn, supervision.eot_ids)
+            ranges[turn.message], trains = (turn.start, stop), supervision.trains(messages[turn.message])
+            if trains:
+                keep |= supervised_bytes(replace(tokens, spans=np.array([[turn.start, stop]], np.int32))) > 0
+            first = int(np.searchsorted(tokens.ends, stop)) + 1
+            after = self._turn_end(ids, first, supervision.eot_ids)
+            if after > first:
+                is_eos = self.table.role_of(int(ids[after - 1])) is Role.EOS
+                which = supervision.eos if is_eos else supervision.eot
+                keep[first : after - 1] |= trains
+                keep[after - 1] |= which == "all" or (which == "turn" and trains)
+                ends[is_eos, which] = after - 1
+        for (_, which), place in ends.items():
+            keep[place] |= which == "last"
+        return np.where(keep, ids, IGNORED).astype(np.int32), ranges
 
     def renderer(self, tools: Sequence[Message] | None = None) -> Render:
         """Return what renders messages with the target's template and its options."""
@@ -161,11 +202,11 @@ class TargetTokenizer:
             keep[first : self._turn_end(tokens.input_ids, first)] = True
         return np.where(keep, tokens.input_ids, IGNORED).astype(np.int32)
 
-    def _turn_end(self, ids: IntArray, first: int) -> int:
+    def _turn_end(self, ids: IntArray, first: int, turn_ends: Collection[int] = ()) -> int:
         """Return the position after the token that ends the turn; ``first`` where other text is before it."""
         for position in range(first, len(ids)):
             role = self.table.role_of(int(ids[position]))
-            if role in TURN_ENDS:
+            if role in TURN_ENDS or int(ids[position]) in turn_ends:
                 return position + 1
             if role is not None or self.table.bytes_of(int(ids[position])).strip():
                 break

@@ -18,7 +18,7 @@ from fusion_plugins.core.text.round_trip import text_changes
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize_content
 from fusion_plugins.core.text.types import TokenizedText
-from fusion_plugins.errors import ConfigError, DataError, SourceError
+from fusion_plugins.errors import ConfigError, DataError, SourceError, TokenizerError
 from fusion_plugins.inputs import Text, read_texts
 from fusion_plugins.progress import Meter, meter
 from fusion_plugins.sources.backends.base import Place, Refusal, Source, SourceSettings, least, open_source
@@ -49,7 +49,12 @@ class CaptureConfig(SourceSettings):
     limit: int | None = Field(None, ge=1, description="capture only this many texts, from the start")
     batch_bytes: int = Field(262_144, ge=1, description="bytes of text that are captured and committed together")
     on_unusable: Literal["raise", "skip"] = Field(
-        "raise", description="texts that are too long, or chats that the template changes: raise, or skip and report"
+        "raise",
+        description="texts that are too long, chats that the template refuses, tokens that the model lacks: raise, or "
+        "skip and report",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of the chat template, such as enable_thinking or a date"
     )
 
     @field_validator("top_k")
@@ -144,11 +149,15 @@ def _capture(
     _check_folder(out, identity)
 
     def tokenize(text: Text) -> TokenizedText:
-        return tokenize_content(tokenizer, table, text.content)[0]
+        options = config.chat_template_kwargs
+        tokens, _ = tokenize_content(tokenizer, table, text.content, tools=text.tools, template_options=options)
+        return tokens
 
     source = open_source(config, "capture")
     try:
-        skipped = _unusable(config, source, chosen, tokenize)
+        # A token that the model has no row for would end the run.
+        width = source.facts.get("logits_width") or table.vocab_size
+        skipped = _unusable(config, source, chosen, tokenize, table if width < table.vocab_size else None)
         usable = [text for text in chosen if text.id not in skipped]
         with StoreWriter(out, _manifest(config, identity, source.facts), table) as store:
             present = sum(text.id in store.done_ids for text in usable)
@@ -176,7 +185,7 @@ def _identity(config: CaptureConfig, texts: Sequence[Text], tokenizer: Any, tabl
         "vocab_size": size,
         "top_k": size if config.top_k == "all" else min(config.top_k, size),
         "texts_fingerprint": texts_fingerprint((text.id, text.content_id) for text in texts),
-        "template_hash": chat_template_hash(tokenizer) if has_chats else None,
+        "template_hash": chat_template_hash(tokenizer, config.chat_template_kwargs) if has_chats else None,
     }
 
 
@@ -206,30 +215,58 @@ def _manifest(config: CaptureConfig, identity: Mapping[str, Any], facts: Mapping
     )
 
 
-def _unusable(config: CaptureConfig, source: Source, texts: Sequence[Text], tokenize: Tokenize) -> dict[str, str]:
-    """Return id -> problem of the texts that the source cannot take, before hours are spent on the others."""
+def _unusable(
+    config: CaptureConfig, source: Source, texts: Sequence[Text], tokenize: Tokenize, wider: TokenTable | None
+) -> dict[str, str]:
+    """Return id -> problem of the texts that the source cannot take, before hours are spent on the others.
+
+    Args:
+        config: the settings.
+        source: the model.
+        texts: the texts.
+        tokenize: tokenizes one.
+        wider: the table of the tokenizer, where it has more tokens than the model.
+    """
     limit = least(config.max_length, source.max_length)
     problems = {}
     for text in texts:
         # A token is at least one byte, so most plain texts need not be tokenized to know that they fit; 8 is room for
         # begin and end tokens. A template may add much to a chat, or refuse it.
-        if isinstance(text.content, str) and (limit is None or text.n_bytes + 8 <= limit):
+        short = limit is None or text.n_bytes + 8 <= limit
+        if isinstance(text.content, str) and short and wider is None:
             continue
-        try:
-            length = len(tokenize(text).input_ids)
-        except DataError as error:
-            problem = str(error)
-        else:
-            if limit is None or length <= limit:
-                continue
-            problem = f"expected at most {limit} tokens of source {config.source_name!r}, got {length}"
-        if config.on_unusable == "raise":
+        problem = _problem(config, source, text, tokenize, limit, wider)
+        if problem and config.on_unusable == "raise":
             raise DataError(
-                f"text {text.id!r}: {problem}. Cut the texts shorter (`fusion cut`), or leave such texts out with "
-                "`on_unusable: skip`."
+                f"{text.where}: text {text.id!r}: {problem} Leave such texts out with `on_unusable: skip`, or cut long "
+                "ones (`fusion cut`)."
             )
-        problems[text.id] = problem
+        if problem:
+            problems[text.id] = problem
     return problems
+
+
+def _problem(
+    config: CaptureConfig, source: Source, text: Text, tokenize: Tokenize, limit: int | None, wider: TokenTable | None
+) -> str | None:
+    """Return why the source cannot take a text, None if it can."""
+    try:
+        tokens = tokenize(text)
+    except (DataError, TokenizerError) as error:
+        return str(error)
+    if limit is not None and len(tokens.input_ids) > limit:
+        return f"expected at most {limit} tokens of source {config.source_name!r}, got {len(tokens.input_ids)}."
+    if wider is None:
+        return None
+    width = int(source.facts["logits_width"])
+    beyond = next((id for id in tokens.input_ids.tolist() if id >= width), None)
+    if beyond is None:
+        return None
+    return (
+        f"expected tokens that the model of source {config.source_name!r} knows (it has {width}), got "
+        f"{wider.bytes_of(beyond).decode(errors='replace')!r} with id {beyond}: the tokenizer has more tokens than the "
+        "model. Use the tokenizer that the model was trained with."
+    )
 
 
 def _capture_missing(
@@ -262,7 +299,8 @@ def _capture_missing(
                 yield place, build_record(text.id, tokens, topk)
             elif config.on_unusable == "raise":
                 raise SourceError(
-                    f"text {text.id!r}: {topk.reason}. Leave such texts out with `on_unusable: skip`, or change them."
+                    f"{text.where}: text {text.id!r}: {topk.reason}. Leave such texts out with `on_unusable: skip`, or "
+                    "change them."
                 )
             else:
                 skipped[text.id] = topk.reason

@@ -1,7 +1,8 @@
 """Tokenizers, configurations and prompts: what local backends need before they load a model, and servers partly too."""
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,12 @@ def load_config(settings: SourceSettings) -> Any:
     return text_config
 
 
-def chat_template_hash(tokenizer: Any) -> str | None:
-    """Return the sha256 (hex) of the chat template, or None where there is none."""
+def chat_template_hash(tokenizer: Any, options: Mapping[str, Any] | None = None) -> str | None:
+    """Return the sha256 (hex) of the chat template and the arguments that it gets, or None where there is none."""
     if tokenizer is None or not tokenizer.chat_template:
         return None
-    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
+    given = json.dumps(options, sort_keys=True, default=str) if options else ""
+    return hashlib.sha256(f"{tokenizer.chat_template}{given}".encode()).hexdigest()
 
 
 def vocabulary_size(tokenizer: Any) -> int:

@@ -25,7 +25,6 @@ from fusion_plugins.errors import AlignmentError
 _UNKNOWN = -1
 _CONTEXT = 24
 Spelling = npt.NDArray[np.int16]
-Ranges = list[list[int]]
 
 
 def common_text(
@@ -125,31 +124,42 @@ def comparable(records: Sequence[Record], common: Sequence[tuple[Record, Tokeniz
         The records, with new cross-entropies where a source has supervised bytes that another, or the target, has not.
     """
     covered = [
-        text.spans.tolist()
-        for record, (_, text) in zip(records, common, strict=True)
-        if not np.isnan(record.ce_per_byte)
+        text.spans for record, (_, text) in zip(records, common, strict=True) if not np.isnan(record.ce_per_byte)
     ]
     if not covered:
         return list(records)
-    shared = reduce(_intersection, covered)
+    shared = reduce(intersection, covered)
     return [_measured(record, *sides, shared) for record, sides in zip(records, common, strict=True)]
 
 
-def _intersection(left: Ranges, right: Ranges) -> Ranges:
-    """Return what two ascending lists of ranges have in common."""
-    pairs = ([max(a, c), min(b, d)] for a, b in left for c, d in right)
-    return [[start, stop] for start, stop in pairs if start < stop]
+def intersection(left: IntArray, right: IntArray) -> IntArray:
+    """Return the ranges, (N, 2) int32, that two lists of ranges have in common; a range without bytes is one too."""
+    pairs = [
+        (max(a, c), min(b, d))
+        for a, b in left.tolist()
+        for c, d in right.tolist()
+        if max(a, c) < min(b, d) or (max(a, c) == min(b, d) and (a == b or c == d))
+    ]
+    return np.array(pairs, np.int32).reshape(-1, 2)
 
 
-def _measured(record: Record, own: Record, target: TokenizedText, shared: Ranges) -> Record:
+def within(record: Record, target: TokenizedText, ranges: IntArray) -> tuple[Record, TokenizedText]:
+    """Narrow spans that correspond by their number to some ranges of bytes of the target's text, (R, 2)."""
+    own, other = [], []
+    for span, t_span in zip(record.text.spans, target.spans, strict=True):
+        inner = intersection(t_span[None], ranges)
+        other.append(inner)
+        own.append(inner + (span[0] - t_span[0]))
+    empty = np.empty((0, 2), np.int32)
+    text = replace(record.text, spans=np.concatenate([empty, *own]).astype(np.int32))
+    return replace(record, text=text), replace(target, spans=np.concatenate([empty, *other]).astype(np.int32))
+
+
+def _measured(record: Record, own: Record, target: TokenizedText, shared: IntArray) -> Record:
     """Measure one source over some ranges of bytes of the target's text."""
-    spans = []
-    for (start, _), (t_start, t_stop) in zip(own.text.spans.tolist(), target.spans.tolist(), strict=True):
-        shift = start - t_start
-        spans += [[a + shift, b + shift] for a, b in _intersection(shared, [[t_start, t_stop]])]
-    if sum(b - a for a, b in spans) == int(np.diff(record.text.spans).sum()):
+    text = within(own, target, shared)[0].text
+    if np.diff(text.spans).sum() == np.diff(record.text.spans).sum():
         return record
-    text = replace(record.text, spans=np.array(spans, np.int32).reshape(-1, 2))
     ce_per_token, ce_per_byte = cross_entropy(text, record.topk.token_logprobs)
     return replace(record, ce_per_token=ce_per_token, ce_per_byte=ce_per_byte)
 

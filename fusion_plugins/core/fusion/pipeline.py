@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from fusion_plugins.core.arrays import BoolArray
+from fusion_plugins.core.arrays import BoolArray, IntArray
 from fusion_plugins.core.fusion.accounting import FusionReport
 from fusion_plugins.core.fusion.align import TextAligner, align_by_tokens, align_dtw, align_texts
-from fusion_plugins.core.fusion.common_text import common_text, comparable
+from fusion_plugins.core.fusion.common_text import common_text, comparable, intersection, within
 from fusion_plugins.core.fusion.fuse import FusionRule, avg_ce, fuse, min_ce, min_ce_choice, token_min_ce, truncate
 from fusion_plugins.core.fusion.project import Projector
 from fusion_plugins.core.fusion.record import build_record, supervised_positions
@@ -69,7 +69,7 @@ class FusionPlan:
 
 
 def fuse_text(
-    plan: FusionPlan, target: TokenizedText, records: Sequence[Record]
+    plan: FusionPlan, target: TokenizedText, records: Sequence[Record], trained: IntArray | None = None
 ) -> tuple[SparseDistributions, FusionReport]:
     """Fuse the sources' records of one text.
 
@@ -77,6 +77,7 @@ def fuse_text(
         plan: what to do.
         target: T tokens of the text; position ``t`` is labelled ``input_ids[t + 1]``.
         records: one record of this text per source, in the plan's order.
+        trained: (R, 2) byte ranges of the target's text that are trained on, ascending; all spans if None.
 
     Returns:
         (T, width) fused distributions, empty where nothing can be taught (the last position always), and the counters.
@@ -87,6 +88,9 @@ def fuse_text(
     """
     _check_records(plan, records)
     common = [_common(source, record, target) for source, record in zip(plan.sources, records, strict=True)]
+    if trained is not None:
+        common = [within(*sides, trained) for sides in common]
+        target = replace(target, spans=intersection(target.spans, trained))
     projections = [
         source.projector(record, source.align(record.text, text), text)
         for source, (record, text) in zip(plan.sources, common, strict=True)

@@ -17,12 +17,19 @@ import numpy as np
 
 from fusion_plugins.core.arrays import IntArray
 from fusion_plugins.core.text.messages import REASONING_KEYS, as_json, call_of, split_reasoning, text_of
+from fusion_plugins.core.text.time_limit import time_limit
 from fusion_plugins.errors import DataError, FusionError
 
 Messages = list[dict[str, Any]]
 #: messages, and whether to add the generation prompt -> text; the tools and options of the template are bound in it
 Render = Callable[[Messages, bool], str]
 Shape = Callable[[dict[str, Any]], dict[str, Any]]
+#: longest time of one rendering; real ones take milliseconds
+RENDER_SECONDS = 5.0
+
+
+class _EndlessError(DataError):
+    """A template does not end; another form of the messages would not help."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class Part:
     """One thing that the assistant wrote, as bytes of the rendered text.
 
     Attributes:
-        kind: reasoning | content | name (of a called tool) | arguments (of the call).
+        kind: reasoning | content | name (of a called tool) | arguments (of the call) | result (of a tool).
         start: its first byte.
         stop: the byte after its last; equal to ``start`` where the template leaves the part out, or writes arguments
             in a syntax of its own.
@@ -135,6 +142,8 @@ def generated_spans(
         shaped = _shaped(render, shape)
         try:
             return _found(shaped, _in_known_form(shaped, chat), roles)
+        except _EndlessError:
+            raise
         except DataError as error:
             problem = problem or error
     assert problem is not None
@@ -219,9 +228,14 @@ def _shaped(render: Render, shape: Shape) -> Render:
 
     def rendered(messages: Messages, prompt: bool) -> str:
         try:
-            text = render([shape(message) for message in messages], prompt)
+            with time_limit(RENDER_SECONDS):
+                text = render([shape(message) for message in messages], prompt)
         except FusionError:
             raise
+        except TimeoutError as error:
+            raise _EndlessError(
+                f"expected the chat template to render a chat, but {error}. Use another chat template."
+            ) from error
         except Exception as error:  # templates raise errors of any type, not only Jinja's own
             reason = " ".join(str(error).split()).rstrip(".!") or type(error).__name__
             raise DataError(
@@ -282,8 +296,8 @@ class _Marks:
             result.update({key: names["reasoning"] for key in REASONING_KEYS if message.get(key)})
         if inside:
             result["content"] = _within_tags(str(text_of(message)), kinds, names)
-        elif "content" in kinds:
-            result["content"] = names["content"]
+        elif {"content", "result"} & {*kinds}:
+            result["content"] = names.get("content") or names["result"]
         if message.get("tool_calls"):
             result["tool_calls"] = [
                 {**call, "function": {**call["function"], "name": self._mark(next(numbers))}}
@@ -315,7 +329,7 @@ def _parts(message: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _texts(message: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     calls = bool(message.get("tool_calls"))
     if message.get("role") != "assistant":
-        yield "content", text_of(message) or ""
+        yield "result" if message.get("role") == "tool" else "content", text_of(message) or ""
         return
     reasoning, content = split_reasoning(message)
     if reasoning:
@@ -361,7 +375,7 @@ class _Layout:
 def _layout(text: str, pieces: list[tuple[int, str]], marks: _Marks) -> _Layout:
     """Find the pieces of the marked rendering in the text."""
     problem = DataError(
-        "expected the chat template to leave the assistant's texts unchanged or to strip white space, but it changes "
+        "expected the chat template to leave the messages unchanged or to strip white space, but it changes "
         f"the text of at least one message (the rendered chat begins {text[:80]!r}). Give the contents in the form "
         "that the template produces, or leave the chat out."
     )
@@ -372,6 +386,8 @@ def _layout(text: str, pieces: list[tuple[int, str]], marks: _Marks) -> _Layout:
         if mark >= len(marks.parts):
             raise problem
         forms = _forms(marks.parts[mark][2])
+        if marks.parts[mark][1] == "result":
+            forms.append(json.dumps(marks.parts[mark][2], ensure_ascii=False)[1:-1])
         value = next((form for form in forms if text.startswith(form + after, position)), None)
         if value is None:
             raise problem

@@ -14,11 +14,12 @@ from fusion_plugins.core.text.messages import as_messages
 Message = Mapping[str, Any]
 
 
-def content_id(content: str | Sequence[Message]) -> str:
+def content_id(content: str | Sequence[Message], tools: Sequence[Message] | None = None) -> str:
     """Return the sha256 (hex) of a plain text, or of a chat in canonical form.
 
     Args:
         content: the text, or the messages; keys whose value is None do not count.
+        tools: schemas of the tools that a chat may call.
 
     Example:
         >>> content_id("a")[:8]
@@ -28,7 +29,8 @@ def content_id(content: str | Sequence[Message]) -> str:
     """
     if isinstance(content, str):
         return hashlib.sha256(content.encode()).hexdigest()
-    text = json.dumps(as_messages(content), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    chat: Any = {"messages": as_messages(content), "tools": tools} if tools else as_messages(content)
+    text = json.dumps(chat, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

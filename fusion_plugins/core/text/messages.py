@@ -17,7 +17,8 @@ def as_messages(prompt: str | Iterable[Mapping[str, Any]]) -> list[dict[str, Any
 
     Args:
         prompt: a text, or messages with ``role``, ``content`` and whatever else a template knows. Keys whose value is
-            None are dropped, also inside tool calls.
+            None are dropped, also inside tool calls. A content in parts that are all text becomes one text, the result
+            of a tool that is not text becomes JSON, and calls that are JSON are read.
 
     Example:
         >>> as_messages("Hi?")
@@ -29,7 +30,58 @@ def as_messages(prompt: str | Iterable[Mapping[str, Any]]) -> list[dict[str, Any
         return [{"role": "user", "content": prompt}]
     # A Parquet column gives each message the keys of all messages, and each call the arguments of all calls. To a chat
     # template, "tool_calls" that is None is defined: some would render it.
-    return [without_nulls(message) for message in prompt]
+    return [_plain(without_nulls(message)) for message in prompt]
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message in the usual form."""
+    content, calls = message.get("content"), message.get("tool_calls")
+    if isinstance(content, list) and content and all(_is_text(part) for part in content):
+        message = {**message, "content": "".join(part["text"] for part in content)}
+    elif content is not None and not isinstance(content, str) and message.get("role") == "tool":
+        message = {**message, "content": as_json(content)}
+    if isinstance(calls, str):
+        message = {**message, "tool_calls": _loaded(calls, "tool_calls")}
+    return message
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+
+
+def as_tools(tools: Any) -> list[dict[str, Any]] | None:
+    """Return the schemas of tools as a list, None where there are none.
+
+    Args:
+        tools: a list of dicts, or its JSON. Parameters that are JSON are read too.
+
+    Raises:
+        DataError: they have another form.
+
+    Example:
+        >>> as_tools('[{"type": "function", "function": {"name": "f", "parameters": "{}"}}]')
+        [{'type': 'function', 'function': {'name': 'f', 'parameters': {}}}]
+    """
+    tools = _loaded(tools, "tools") if isinstance(tools, str) and tools.strip() else tools
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise DataError(f"expected tools as a list of schemas or its JSON, got {tools!r:.80}. Correct them.")
+    return [_tool(without_nulls(tool)) for tool in tools]
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    function = tool.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("parameters"), str):
+        return tool
+    return {**tool, "function": {**function, "parameters": _loaded(function["parameters"], "parameters of a tool")}}
+
+
+def _loaded(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DataError(f"expected {what} as JSON, got other text: {error}: {text!r:.80}. Correct it.") from None
 
 
 def without_nulls(value: Any) -> Any:

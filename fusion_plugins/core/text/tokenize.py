@@ -6,14 +6,14 @@ their running sums. Offsets are used only around the pieces that the normaliser 
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from fusion_plugins.core.arrays import BoolArray, IntArray
-from fusion_plugins.core.text.chat import Messages, Render, RenderedChat, generated_spans, tiles
+from fusion_plugins.core.text.chat import Messages, Render, RenderedChat, Turn, generated_spans, tiles
 from fusion_plugins.core.text.token_ends import token_ends
 from fusion_plugins.core.text.token_table import Role, TokenTable
 from fusion_plugins.core.text.types import TokenizedText
@@ -194,27 +194,47 @@ def chat_renderer(
     return render
 
 
-def tokenize_chat(tokenizer: Any, table: TokenTable, chat: RenderedChat) -> TokenizedText:
+def tokenize_chat(
+    tokenizer: Any, table: TokenTable, chat: RenderedChat, turn_ends: Collection[int] = ()
+) -> TokenizedText:
     """Tokenize a rendered chat; its spans are the tiles of its turns, without the tokens that end a turn.
 
     Those are not in the spans because they are matched by their role, not by their spelling: the position at the end of
     a turn's last span predicts one.
 
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+        table: its token table.
+        chat: the chat.
+        turn_ends: ids of tokens that end a turn besides those that the table knows.
+
     Raises:
         TokenizerError: the tokenizer does not fit its table.
     """
     tokens = tokenize(tokenizer, table, chat.text, special_tokens=False, append_eos=False)
-    spans, raw = [], chat.text.encode()
+    spans = []
     for turn in chat.turns:
         *inner, (start, _) = tiles(turn)
-        spans += [*inner, (start, max(start, _generated_stop(table, tokens, raw, start, turn.stop)))]
+        spans += [*inner, (start, generated_stop(table, tokens, chat, turn, turn_ends))]
     return replace(tokens, spans=np.array(spans, np.int32).reshape(-1, 2))
 
 
-def _generated_stop(table: TokenTable, tokens: TokenizedText, raw: bytes, start: int, stop: int) -> int:
-    """Return where the first token between two bytes that ends a turn begins, else where white space does."""
+def generated_stop(
+    table: TokenTable, tokens: TokenizedText, chat: RenderedChat, turn: Turn, turn_ends: Collection[int] = ()
+) -> int:
+    """Return the byte where the token that ends a turn begins; where there is none, where white space at its end does.
+
+    Args:
+        table: the token table.
+        tokens: the tokens of the chat.
+        chat: the chat.
+        turn: one of its turns.
+        turn_ends: as for :func:`tokenize_chat`.
+    """
+    *_, (start, stop) = tiles(turn)
     first, last = np.searchsorted(tokens.ends, [start, stop], side="right")
     for at in range(int(first), int(last)):
-        if table.role_of(int(tokens.input_ids[at])) in TURN_ENDS:
-            return int(tokens.ends[at - 1]) if at else 0
-    return start + len(raw[start:stop].rstrip())
+        token = int(tokens.input_ids[at])
+        if token in turn_ends or table.role_of(token) in TURN_ENDS:
+            return max(start, int(tokens.ends[at - 1]) if at else 0)
+    return start + len(chat.text.encode()[start:stop].rstrip())

@@ -1,0 +1,127 @@
+"""The texts and chats of a dataset's rows, read with the keys of its entry as axolotl's own ``chat_template`` does."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fusion_plugins.core.text.content_id import content_id
+from fusion_plugins.core.text.messages import as_messages, as_tools, text_of
+from fusion_plugins.errors import DataError
+
+Row = Mapping[str, Any]
+_ROLES = {"human": "user", "gpt": "assistant"}
+#: reasoning that `split_thinking` of axolotl splits and that a store holds as it is written
+_OTHER_TAGS = ("<reasoning>", "<|begin_of_thought|>")
+
+
+@dataclass(frozen=True)
+class Content:
+    """What one row holds.
+
+    Attributes:
+        id: the row's own, or that of its content.
+        text: a plain text; None for a chat.
+        messages: of a chat.
+        tools: schemas of the tools that the chat may call.
+    """
+
+    id: str
+    text: str | None
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+
+
+def role_names(entry: Any) -> dict[str, str]:
+    """Return role in the dataset -> role in the template, by the key ``roles``."""
+    given = entry.get("roles")
+    return {name: role for role, names in given.items() for name in names} if given else _ROLES
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Reads rows.
+
+    Attributes:
+        text: column of plain texts.
+        messages: column of chats.
+        tools: column of tools.
+        properties: key of a message that the template knows -> key of the dataset's messages.
+        roles: role in the dataset -> role in the template.
+        drop_system: leave the system message out.
+        split_thinking: reasoning is between tags in the content.
+    """
+
+    text: str
+    messages: str
+    tools: str
+    properties: Mapping[str, str]
+    roles: Mapping[str, str]
+    drop_system: bool
+    split_thinking: bool
+
+    @classmethod
+    def of(cls, entry: Any) -> "RowReader":
+        """Read the keys of the entry of a dataset."""
+        given = entry.get("message_property_mappings") or {}
+        thinking = entry.get("template_thinking_key") or "reasoning_content"
+        properties = {"role": "role", "content": "content", thinking: entry.get("field_thinking") or thinking, **given}
+        return cls(
+            text=entry.get("field") or "text",
+            messages=entry.get("field_messages") or "messages",
+            tools=entry.get("field_tools") or "tools",
+            properties=properties,
+            roles=role_names(entry),
+            drop_system=bool(entry.get("drop_system_message")),
+            split_thinking=bool(entry.get("split_thinking")),
+        )
+
+    def content(self, row: Row) -> Content:
+        """Return what a row holds.
+
+        Raises:
+            DataError: it holds no text and no chat, both, or messages of another form.
+        """
+        text, messages = row.get(self.text), row.get(self.messages)
+        if isinstance(text, str) and text and messages is None:
+            return Content(_id(row, content_id(text)), text, [], None)
+        if not messages or text is not None:
+            raise DataError(
+                f"expected a row with a text in {self.text!r} or a chat in {self.messages!r}, and not both; the row's "
+                f"columns are {', '.join(row)}. Name other columns with `field:` or `field_messages:` in the entry."
+            )
+        chat, tools = as_messages(self._mapped(messages)), as_tools(row.get(self.tools))
+        identity = _id(row, content_id(chat, tools))
+        if self.drop_system and chat[0].get("role") == "system":
+            chat = chat[1:]
+        if self.split_thinking and any((text_of(message) or "").lstrip().startswith(_OTHER_TAGS) for message in chat):
+            raise DataError(
+                f"split_thinking: expected reasoning between <think> and </think>, got {' or '.join(_OTHER_TAGS)}. "
+                "Rewrite it before `fusion capture`, so that sources and target read the same."
+            )
+        return Content(identity, None, chat, tools)
+
+    def _mapped(self, messages: Any) -> list[dict[str, Any]]:
+        if isinstance(messages, str):
+            try:
+                messages = json.loads(messages)
+            except ValueError as error:
+                raise DataError(
+                    f"expected messages as a list or as JSON, got other text: {error}. Correct it."
+                ) from None
+        if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+            raise DataError(f"expected a list of messages, got {messages!r:.80}. Correct the row.")
+        return [self._message(message) for message in messages]
+
+    def _message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        taken = set(self.properties.values())
+        found = {key: value for key, value in message.items() if key not in taken}
+        found |= {key: message[name] for key, name in self.properties.items() if message.get(name) is not None}
+        role = found.get("role")
+        if not isinstance(role, str):
+            raise DataError(f"expected a message with a role, got {dict(message)!r:.80}. Correct the row.")
+        return {**found, "role": self.roles.get(role, role)}
+
+
+def _id(row: Row, digest: str) -> str:
+    return str(row["id"]) if row.get("id") is not None else digest
