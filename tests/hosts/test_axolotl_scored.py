@@ -10,7 +10,7 @@ import trl
 from axolotl_runs import config, logged, prepare, row_folder, scored, train, write_rows
 
 from fusion_plugins.axolotl.args import FusionBlock
-from fusion_plugins.axolotl.selection import candidates_of, choose_best
+from fusion_plugins.axolotl.selection import candidates_of, choose_best, choose_pairs
 from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
 from fusion_plugins.errors import ConfigError, DataError, PluginError
 
@@ -270,6 +270,31 @@ def test_truncated_responses_are_left_out_and_counted():
     assert report["dropped_responses"] == {"truncated": 2}
     _, report = choose_best(columns, FusionBlock(sft={}, keep_truncated=True))
     assert report["dropped_responses"] == {"empty_response": 1}
+
+
+def test_rules_that_need_rewards_are_refused_where_there_are_only_verdicts():
+    rows = [row | {"reward": None, "correct": float(row["index"] == 1)} for row in scored(4)]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    by_verdict = {"sft": {"rule": "verdict"}, "pairs": {"rule": "verdict"}}
+    for change, key in (({"sft": {}}, "fusion.sft.rule reward"), ({"pairs": {}}, "fusion.pairs.rule same_source")):
+        block = FusionBlock(**by_verdict | change | {"split": {}})
+        for choose in (choose_best, choose_pairs):
+            with pytest.raises(ConfigError, match=rf"expected rewards for {key}, got .*`rule: verdict` under both"):
+                choose(columns, block)
+    block = FusionBlock(**by_verdict, split={})
+    assert len(choose_pairs(columns, block)[0]) == 4
+    # Without a split, the rule of the other stage plays no part.
+    assert len(choose_best(columns, FusionBlock(sft={"rule": "verdict"}))[0]) == 4
+
+
+def test_limits_are_in_both_reports_where_they_decided():
+    rows = scored(4)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    block = FusionBlock(sft={}, pairs={}, split={})
+    assert choose_best(columns, block)[1]["limits"] == choose_pairs(columns, block)[1]["limits"] == (0.01, 0.1)
+    assert "limits" not in choose_best(columns, FusionBlock(sft={}))[1]
+    unlimited = FusionBlock(sft={}, pairs={"min_gap": "none", "max_gap": "none"}, split={})
+    assert "limits" not in choose_pairs(columns, unlimited)[1]
 
 
 def test_prompts_that_look_like_json_stay_text():
