@@ -357,5 +357,10 @@ def test_unusable_tables_are_refused(material, run_folder):
         prepare(preference(material, run_folder, path, plugins=None, fusion=None), run_folder)
     with pytest.raises(ConfigError, match="minimum <= maximum"):
         prepare(preference(material, run_folder, path, fusion=only_pairs(min_gap=2)), run_folder)
-    with pytest.raises(ConfigError, match="needs `rl: dpo`"):
-        prepare(preference(material, run_folder, path, fusion=only_pairs(), rl=None), run_folder)
+    for rl in (None, "kto", "grpo"):
+        with pytest.raises(ConfigError, match=r"needs `rl: dpo` \(or ipo, simpo, orpo\)"):
+            prepare(preference(material, run_folder, path, fusion=only_pairs(), rl=rl), run_folder)
+    with pytest.raises(ConfigError, match="rl: simpo needs simpo_gamma"):
+        prepare(preference(material, run_folder, path, fusion=only_pairs(), rl="simpo"), run_folder)
+    with pytest.raises(ConfigError, match="trainer_cls: trl.DPOTrainer would tokenize the pairs"):
+        prepare(preference(material, run_folder, path, fusion=only_pairs(), trainer_cls="trl.DPOTrainer"), run_folder)
