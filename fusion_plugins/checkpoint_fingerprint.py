@@ -17,7 +17,12 @@ CHUNK_BYTES = 1 << 20
 
 
 def checkpoint_fingerprint(
-    folder: str | Path, *, also: Sequence[str] = (), whole_bytes: int | None = None
+    folder: str | Path,
+    *,
+    also: Sequence[str] = (),
+    whole_bytes: int | None = None,
+    weight_files: Sequence[str] = WEIGHT_FILES,
+    with_config: bool = True,
 ) -> str | None:
     """Return a sha256 (hex) that changes when a local checkpoint is trained on or replaced.
 
@@ -30,6 +35,8 @@ def checkpoint_fingerprint(
         whole_bytes: read larger weight files in part: the header and some thousand evenly spaced blocks, which takes
             seconds for hundreds of gigabytes. Training of all tensors is always noticed then, training of one small
             tensor (a head alone) may not be. None: read everything.
+        weight_files: patterns of weight files; the first that matches any file counts.
+        with_config: hash ``config.json`` too.
 
     Returns:
         The fingerprint; None where there is no folder, or no weights in it. It depends on contents and on the names
@@ -39,10 +46,10 @@ def checkpoint_fingerprint(
     path = Path(folder)
     if not path.is_dir():
         return None
-    weights = next((found for pattern in WEIGHT_FILES if (found := sorted(path.glob(pattern)))), None)
+    weights = next((found for pattern in weight_files if (found := sorted(path.glob(pattern)))), None)
     if weights is None:
         return None
-    config = [path / "config.json"] if (path / "config.json").is_file() else []
+    config = [path / "config.json"] if with_config and (path / "config.json").is_file() else []
     others = {file for pattern in also for file in path.glob(pattern) if file.is_file()} - {*weights, *config}
     return _hash(_state(config), _state(weights), _state(sorted(others)), whole_bytes)
 

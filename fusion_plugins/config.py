@@ -1,5 +1,6 @@
 """The settings of a command: a YAML file, flags that override it, and one pydantic model that knows every key."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -8,7 +9,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from fusion_plugins.errors import ConfigError
+from fusion_plugins.redaction import without_credentials
 
+#: what pydantic adds to "Input should be a valid integer"
+_REASON = re.compile(", (?=unable to|got a number)")
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -52,9 +56,9 @@ def load_config(
         if not separator or not all(key.split(".")):
             raise ConfigError(f"--set: expected KEY=VALUE with dots for nested keys, got {assignment!r}")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {key}: expected a YAML value, got {text!r}: {error}. Quote it.") from error
+            value = parse_yaml(text)
+        except ValueError as error:
+            raise ConfigError(f"--set {key}: expected a YAML value, got {text[:200]!r}: {error}. Quote it.") from None
         values = _assign(values, key, value)
     return validate(model, values, where=str(path) if path is not None else "the command line")
 
@@ -70,27 +74,89 @@ def validate(model: type[Model], values: Mapping[str, Any], *, where: str) -> Mo
     # Not chained: pydantic's own message repeats whole groups of settings, and with them an API key that was put into
     # the wrong place.
     except ValidationError as error:
-        lines = [_describe(model, problem) for problem in error.errors()]
+        lines = _descriptions(model, values, error)
         raise ConfigError(f"{where}: {len(lines)} wrong setting(s): " + "; ".join(lines)) from None
 
 
-def _describe(model: type[BaseModel], problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"]) or "settings"
-    if problem["type"] == "extra_forbidden":
-        known = f"; known keys: {', '.join(sorted(model.model_fields))}" if len(problem["loc"]) == 1 else ""
-        return f"{key}: unknown key{known}"
-    value, text = problem["input"], problem["msg"].removeprefix("Value error, ")
-    got = "" if problem["type"] == "missing" or isinstance(value, Mapping | BaseModel) else f", got {value!r}"
-    return f"{key}: {text}{got}"
+def _descriptions(model: type[BaseModel], values: Mapping[str, Any], error: ValidationError) -> list[str]:
+    """Return one sentence per wrong key: the problems of all the types that the key may have are one."""
+    problems: dict[str, list[Any]] = {}
+    for problem in error.errors():
+        problems.setdefault(_key(problem, values), []).append(problem)
+    # What is wrong inside a key says more than that the key's other types do not fit.
+    inner = [key for key in problems if not any(other.startswith(f"{key}.") for other in problems)]
+    return [f"{key}: {_describe(model, problems[key])}" for key in inner]
+
+
+def _key(problem: Any, values: Any) -> str:
+    """Return the key of a problem as the user wrote it, without the names of types that pydantic puts between."""
+    key: list[str] = []
+    for part in problem["loc"]:
+        inside = part in values if isinstance(values, Mapping) else isinstance(values, list) and isinstance(part, int)
+        if inside:
+            values = values[part]
+        elif problem["type"] != "missing" or part != problem["loc"][-1]:
+            continue
+        key.append(str(part))
+    return ".".join(key) or "settings"
+
+
+def _describe(model: type[BaseModel], problems: list[Any]) -> str:
+    first = problems[0]
+    if first["type"] == "extra_forbidden":
+        known = f"; known keys: {', '.join(sorted(model.model_fields))}" if len(first["loc"]) == 1 else ""
+        return f"unknown key{known}"
+    if first["type"] == "missing":
+        field = model.model_fields.get(first["loc"][0]) if len(first["loc"]) == 1 else None
+        return f"missing; expected {field.description}" if field is not None and field.description else "missing"
+    texts = [_REASON.split(problem["msg"].removeprefix("Value error, "))[0] for problem in problems]
+    # "Input should be a valid integer or 'all'"
+    text = " or ".join(dict.fromkeys([texts[0], *(text.removeprefix("Input should be ") for text in texts[1:])]))
+    value = first["input"]
+    # A group may hold a key that was put into the wrong place, and so may a URL.
+    shown = isinstance(value, str | int | float | bool) or value is None
+    return f"{text}, got {without_credentials(f'{value!r:.200}')}" if shown else text
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which in a mapping lets the second of two equal keys win without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is there twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """Return what a YAML text holds.
+
+    Raises:
+        ValueError: it is no YAML; the message is one line, with the place.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        raise ValueError(f"{' '.join(str(error.problem or error.context).split())}{place}") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    # What looks like a date but is none, for one.
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML in UTF-8: {error}. Repair the file.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected YAML in UTF-8, got {error}. Save the file as UTF-8.") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: expected YAML, got an error: {error}. Repair the file.") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

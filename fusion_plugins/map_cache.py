@@ -6,10 +6,10 @@ The folder is ``$XDG_CACHE_HOME/fusion_plugins/maps`` (by default under ``~/.cac
 again; one that cannot be written is used without being kept.
 """
 
-import contextlib
 import hashlib
 import io
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from fusion_plugins.core.fusion.types import VocabularyMap
 from fusion_plugins.core.fusion.vocabulary_map import COUNTED, identity_map, map_vocabulary, same_ids
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import encoder
+from fusion_plugins.errors import StoreError
+from fusion_plugins.store.files import make_folder, plain_file, write_atomic
 
 # Raise this when a method starts to give another map for the same inputs: old files are then not found any more.
 _RULES = 2
@@ -84,7 +86,7 @@ def _key(source: TokenTable, target: TokenTable, options: dict[str, Any], tokeni
 
 def _read(path: Path, size: int, method: str) -> VocabularyMap | None:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(plain_file(path), allow_pickle=False) as file:
             target_ids, distances = file["target_ids"], file["distances"]
     except Exception:
         # No file yet, or a damaged one; damage shows as almost any exception (zipfile, zlib, NotImplementedError, ...).
@@ -97,13 +99,6 @@ def _read(path: Path, size: int, method: str) -> VocabularyMap | None:
 def _write(path: Path, vocabulary: VocabularyMap) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, target_ids=vocabulary.target_ids, distances=vocabulary.distances)
-    # One name per process, because several data workers may write the same map at once; the rename is atomic, so a
-    # reader never sees half a file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(buffer.getbuffer())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with suppress(StoreError):  # it is only a cache
+        make_folder(path.parent)
+        write_atomic(path, buffer.getbuffer())

@@ -1,16 +1,20 @@
 """The command line as a whole: what it lists, how it fails, and what it costs to start."""
 
+import errno
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import fusion_plugins
-from fusion_plugins.cli import app
+from fusion_plugins.cli import app, main
+from fusion_plugins.errors import StoreError
 
-COMMANDS = ["capture", "cut", "doctor", "merge-check", "plugins", "report", "sample", "score"]
+COMMANDS = ["capture", "cut", "doctor", "keys", "merge-check", "plugins", "recipes", "report", "sample", "score"]
 STORE_COMMANDS = ["compact", "export", "info", "merge", "verify"]
 
 
@@ -34,6 +38,29 @@ def test_every_command_explains_itself(command):
     result = CliRunner().invoke(app, [*command.split(), "--help"])
     assert result.exit_code == 0
     assert "Usage" in result.output
+    assert f"fusion {command}" in result.output.partition("For example: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("command", "model"),
+    [
+        ("capture", "fusion_plugins.sources.capture:CaptureConfig"),
+        ("doctor", "fusion_plugins.doctor.examine:DoctorConfig"),
+        ("sample", "fusion_plugins.sources.sample:SampleConfig"),
+        ("cut", "fusion_plugins.sources.cut:CutConfig"),
+        ("score", "fusion_plugins.scoring.score:ScoreConfig"),
+    ],
+)
+def test_help_shows_the_defaults_of_the_settings(command, model):
+    module, _, name = model.partition(":")
+    fields = getattr(importlib.import_module(module), name).model_fields
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+    for option in typer.main.get_command(app).commands[command].params:
+        default = fields[option.name].default if option.name in fields else None
+        if isinstance(default, bool):
+            default = option.name if default else None
+        if isinstance(default, str | int):
+            assert f"[default: ({default})]" in shown, option.name
 
 
 def test_version_is_the_package_version():
@@ -52,6 +79,78 @@ def test_a_mistake_of_the_user_is_one_message_and_status_1(tmp_path):
     assert result.returncode == 1
     assert result.stderr.startswith("DataError: ")
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["capture"], "ConfigError: "),
+        (["doctor"], "ConfigError: "),
+        (["store", "info"], "UsageError: Missing argument 'FOLDER'. `fusion store info --help`"),
+        (["merge-check"], "UsageError: Missing argument 'CONFIG'."),
+        (["capture", "--no-such-flag"], "UsageError: No such option"),
+        (["nocommand"], "UsageError: No such command"),
+        (["doctor", "--limit", "many"], "UsageError: Invalid value for '--limit'"),
+    ],
+)
+def test_every_mistake_in_settings_and_flags_is_one_line_and_status_1(arguments, said):
+    result = _fusion(*arguments)
+    assert result.returncode == 1
+    assert result.stderr.startswith(said)
+    assert result.stderr.count("\n") == 1
+
+
+def _main_says(capsys, error, monkeypatch):
+    """What `fusion plugins` says if listing the plugins raises the error."""
+    monkeypatch.setattr("fusion_plugins.plugins.get_registry", lambda kind: (_ for _ in ()).throw(error))
+    with pytest.raises(SystemExit) as ended:
+        main(["plugins"])
+    return ended.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "stores/a"), "OSError: stores/a: No space left on device."),
+        (PermissionError(errno.EACCES, "Permission denied", "b[/c]"), "PermissionError: b[/c]: Permission denied."),
+        (KeyError("x\x1b[2J\ny"), "UnexpectedError: KeyError: 'x\\\\x1b[2J\\\\ny' (fusion_plugins/cli.py, line"),
+        (RecursionError("deep"), "UnexpectedError: RecursionError: deep"),
+        (StoreError("[/x] \x1b[31m"), "StoreError: [/x] \\x1b[31m"),
+    ],
+)
+def test_what_nobody_has_caught_is_one_line_too(error, said, capsys, monkeypatch):
+    monkeypatch.delenv("FUSION_TRACEBACK", raising=False)
+    status, shown = _main_says(capsys, error, monkeypatch)
+    assert status == 1
+    assert shown.startswith(said.replace("\\\\", "\\"))
+    assert shown.count("\n") == 1
+
+
+def test_the_traceback_of_a_fault_can_be_asked_for(capsys, monkeypatch):
+    monkeypatch.setenv("FUSION_TRACEBACK", "1")
+    _, shown = _main_says(capsys, KeyError("x"), monkeypatch)
+    assert "Traceback (most recent call last)" in shown
+
+
+def test_ctrl_c_has_the_status_of_shells(capsys, monkeypatch):
+    assert _main_says(capsys, KeyboardInterrupt(), monkeypatch) == (130, "")
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    shell = f"{Path(sys.executable).parent / 'fusion'} plugins | head -n 1"
+    result = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert result.stderr == ""
+
+
+def test_plugins_of_packages_that_are_missing_are_listed_with_the_command_that_installs_them(capsys, monkeypatch):
+    error = ModuleNotFoundError("No module named 'torch'", name="torch.nn")
+    monkeypatch.setattr("fusion_plugins.plugins.get_registry", lambda kind: (_ for _ in ()).throw(error))
+    assert CliRunner().invoke(app, ["plugins"]).output.count("needs the package torch, which is not installed") == 5
+
+
+def test_h_is_help():
+    assert "Usage" in CliRunner().invoke(app, ["-h"]).output
+    assert "Usage" in CliRunner().invoke(app, ["store", "info", "-h"]).output
 
 
 def test_starting_the_command_line_loads_neither_torch_nor_a_host():

@@ -1,5 +1,7 @@
 """Settings of a command: a YAML file, flags and ``KEY=VALUE`` over it, and the errors that name what is wrong."""
 
+from typing import Literal
+
 import pytest
 from pydantic import Field
 
@@ -56,8 +58,8 @@ def test_a_renamed_key_is_refused_with_its_new_name(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a: [", "is not YAML in UTF-8"),
-        (b"a: \xff\n", "is not YAML in UTF-8"),
+        ("a: [", "expected YAML, got an error"),
+        (b"a: \xff\n", "expected YAML in UTF-8"),
         ("- a\n", "expected a mapping of settings, got list"),
         (None, "cannot read the config file"),
     ],
@@ -119,3 +121,70 @@ def test_a_renamed_key_of_a_group_is_refused_with_its_place():
 
     with pytest.raises(ConfigError, match="the block: .* example: old is now new"):
         validate(Outer, {"example": {"old": "x"}}, where="the block")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"name: \xff\xfe", "expected YAML in UTF-8"),
+        (b"name: a\x00b", "special characters are not allowed"),
+        (b"name: 2024-13-45", "month must be in 1..12"),
+        (b"name: " + b"[" * 3000 + b"]" * 3000, "nested too deeply"),
+        (b"name: [a", r"expected ',' or ']'.* in line 1, column 9"),
+        (b'name: !!python/object/apply:os.system ["id"]', "could not determine a constructor"),
+        (b"name: a\nname: b\n", "the key 'name' is there twice in line 1"),
+        (b"inner:\n  depth: 1\n  width: 2\n  depth: 3\n", "the key 'depth' is there twice in line 2"),
+        (b"name: *nothing", "undefined alias"),
+        (b"\t- a", "cannot start any token"),
+    ],
+)
+def test_a_file_that_is_no_yaml_is_one_line_with_the_place(tmp_path, text, said):
+    path = tmp_path / "settings.yml"
+    path.write_bytes(text)
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_config(Example, path, {})
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("text", ["[", "2024-13-45", "\udcff", "*a", "{a: 1, a: 2}", "!!python/name:os.system"])
+def test_a_value_that_is_no_yaml_is_one_line(text):
+    with pytest.raises(ConfigError, match="^--set name: expected a YAML value") as caught:
+        load_config(Example, None, {}, [f"name={text}"])
+    assert "\n" not in str(caught.value)
+
+
+class Choice(Settings):
+    model: str = Field(description="folder or hub name of the model")
+    top_k: int | Literal["all"] = 64
+    n: int | dict[str, int] = 1
+    names: str | list[str] = "a"
+    many: list[Inner] = Field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"top_k": "x"}, "top_k: Input should be a valid integer or 'all', got 'x'"),
+        ({"top_k": 1.5}, "top_k: Input should be a valid integer or 'all', got 1.5"),
+        ({"n": "q"}, "n: Input should be a valid integer or a valid dictionary, got 'q'"),
+        ({"n": {"math": "x"}}, "n.math: Input should be a valid integer, got 'x'"),
+        ({"names": ["a", 5]}, "names.1: Input should be a valid string, got 5"),
+        ({"many": [{"depth": 1}, {"depth": "x"}]}, "many.1.depth: Input should be a valid integer, got 'x'"),
+        ({"many": [{"dept": 1}]}, "many.0.dept: unknown key"),
+        ({"names": ["http://me:secret@h", 5]}, "names.1: "),
+        ({"top_k": "http://me:secret@h/v1"}, "top_k: Input should be a valid integer or 'all', got '***@h/v1'"),
+    ],
+)
+def test_a_wrong_setting_is_named_as_it_was_written_with_all_that_it_may_be(values, message):
+    with pytest.raises(ConfigError, match=r"here: 1 wrong setting\(s\): ") as caught:
+        validate(Choice, {"model": "m", **values}, where="here")
+    assert message in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_missing_setting_is_named_with_what_is_expected():
+    with pytest.raises(
+        ConfigError, match="^here: 1 wrong.*: model: missing; expected folder or hub name of the model$"
+    ):
+        validate(Choice, {}, where="here")

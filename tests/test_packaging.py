@@ -1,5 +1,6 @@
-"""The wheel holds the package, the mergekit hook and nothing else."""
+"""The wheel holds the package, its recipes, the mergekit hook and nothing else."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -7,6 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from fusion_plugins.recipes import FOLDERS
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,10 +39,26 @@ def test_wheel_has_every_module_and_the_type_marker(wheel):
 def test_wheel_has_the_templates_of_the_html_reports(wheel):
     """They are no Python modules, so the build has to take them along."""
     templates = {str(path.relative_to(ROOT)) for path in (ROOT / "fusion_plugins").rglob("*.html")}
-    assert templates == {"fusion_plugins/doctor/templates/doctor.html", "fusion_plugins/mergekit/templates/merge.html"}
+    assert {"doctor.html", "merge.html", "page.html"} <= {Path(name).name for name in templates}
     assert templates <= set(wheel.namelist())
     for name in templates:
         assert wheel.read(name) == (ROOT / name).read_bytes() != b""
+
+
+def test_wheel_has_every_recipe_under_the_name_that_the_documents_use(wheel):
+    files = {
+        path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()
+    }
+    shipped = {name.removeprefix("fusion_plugins/shipped/") for name in wheel.namelist() if "/shipped/" in name}
+    assert shipped == files
+
+
+def test_the_description_has_no_link_or_picture_that_needs_the_repository(wheel):
+    (metadata,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    text = wheel.read(metadata).decode()
+    assert "LLM fusion inside the tools you already use" in text
+    assert "](http" in text
+    assert re.findall(r"\]\((?!http)[^)]*\)", text) == []
 
 
 def test_hook_is_one_guarded_line_of_the_standard_library(wheel):

@@ -36,13 +36,13 @@ def commands():
 
 
 def _runs_here(command):
-    return command.startswith(("fusion ", "mergekit-yaml "))
+    return command.startswith(("fusion ", "mergekit-yaml ", "python "))
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("axolotl_configs", "mergekit_configs", "examples/fusechat3"):
+    for name in ("axolotl_configs", "mergekit_configs", "examples/fusechat3", "examples/tutorial"):
         shutil.copytree(ROOT / name, folder / name)
     (folder / "data").mkdir()
     _write_lines(folder / "data" / "corpus.jsonl", [{"text": text} for text in TEXTS])
@@ -103,7 +103,7 @@ def _run(command, folder):
 
 def test_the_readme_shows_commands_of_every_tool():
     tools = {command.split()[0] for command in commands()}
-    assert tools == {"make", "pip", "fusion", "axolotl", "mergekit-yaml"}
+    assert tools == {"make", "pip", "python", "fusion", "axolotl", "mergekit-yaml"}
 
 
 def test_every_make_target_exists():
@@ -127,7 +127,7 @@ def test_every_training_that_the_readme_shows_is_a_recipe():
 
 
 @pytest.mark.slow
-def test_every_fusion_and_mergekit_command_runs_in_the_order_of_the_readme(workspace):
+def test_every_command_of_fusion_mergekit_and_python_runs_in_the_order_of_the_readme(workspace):
     shown = [command for command in commands() if _runs_here(command)]
     assert len(shown) >= 10
     for command in shown:

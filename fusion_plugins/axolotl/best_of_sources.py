@@ -4,7 +4,7 @@ First stage of FuseChat-3.0 (arXiv 2503.04222). The dataset is the output of `fu
 ``fusion.split`` set the rules.
 """
 
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from axolotl.prompt_tokenizers import DatasetWrappingStrategy
@@ -12,8 +12,17 @@ from datasets import Dataset
 
 from fusion_plugins.axolotl.args import FusionBlock
 from fusion_plugins.axolotl.guards import BEST, require_plugin
-from fusion_plugins.axolotl.preference_rows import SUPERVISED, Row, candidate_name, leave_out, make_rows, supervised_row
-from fusion_plugins.axolotl.selection import choose_best, write_report
+from fusion_plugins.axolotl.preference_rows import (
+    SUPERVISED,
+    Row,
+    candidate_name,
+    conversation,
+    leave_out,
+    make_rows,
+    supervised_row,
+)
+from fusion_plugins.axolotl.prepared import keep_report
+from fusion_plugins.axolotl.selection import choose_best, show_report
 from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
 
 
@@ -25,15 +34,14 @@ def load(tokenizer: Any, cfg: Any, ds_cfg: Any = None) -> "BestOfSources":
         ConfigError: the ``fusion:`` block is missing or wrong.
     """
     block = require_plugin(cfg, BEST)
-    report = Path(cfg.output_dir) / "fusion_sft.json"
-    return BestOfSources(TargetTokenizer.of(tokenizer, cfg), block, report, cfg.sequence_len)
+    return BestOfSources(TargetTokenizer.of(tokenizer, cfg), block, cfg, ds_cfg or {})
 
 
 class BestOfSources(DatasetWrappingStrategy):
     """Scored responses -> one supervised conversation per prompt."""
 
-    def __init__(self, target: TargetTokenizer, block: FusionBlock, report: Path, sequence_len: int) -> None:
-        self._target, self._block, self._report, self._sequence_len = target, block, report, sequence_len
+    def __init__(self, target: TargetTokenizer, block: FusionBlock, cfg: Any, entry: Any) -> None:
+        self._target, self._block, self._cfg, self._entry = target, block, cfg, entry
 
     def wrap_dataset(
         self, dataset: Any, process_count: int | None = None, keep_in_memory: bool | None = False, **kwargs: Any
@@ -42,8 +50,8 @@ class BestOfSources(DatasetWrappingStrategy):
         # Not `to_dict`, which leaves messages as JSON text where not all of them have the same keys.
         chosen, report = choose_best(dataset[:], self._block)
         rows, unusable = make_rows(
-            [(candidate_name(best), {"prompt": best.prompt, "response": best.response}) for best in chosen],
-            self._row,
+            [(candidate_name(best), conversation(best)) for best in chosen],
+            partial(_row, self._target),
             SUPERVISED,
             num_proc=process_count,
             keep_in_memory=bool(keep_in_memory),
@@ -52,10 +60,12 @@ class BestOfSources(DatasetWrappingStrategy):
         report["unusable"] += leave_out(unusable, len(chosen), self._block.on_unusable)
         # axolotl drops or truncates these, or stops: excess_length_strategy.
         report["longer_than_sequence_len"] = [
-            name for name, ids in zip(rows["name"], rows["input_ids"], strict=True) if len(ids) > self._sequence_len
+            name for name, ids in zip(rows["name"], rows["input_ids"], strict=True) if len(ids) > self._cfg.sequence_len
         ]
-        write_report(report, self._report, "best responses")
+        show_report(report, "best responses")
+        keep_report(self._cfg, self._entry, "fusion_sft.json", report)
         return rows.remove_columns("name")
 
-    def _row(self, item: Row) -> Row:
-        return supervised_row(self._target.answer(item["prompt"], item["response"]))
+
+def _row(target: TargetTokenizer, item: Row) -> Row:
+    return supervised_row(target.answer(item["prompt"], item["reply"], tools=item["tools"]))

@@ -33,6 +33,7 @@ from fusion_plugins.axolotl.supervision import Supervision
 from fusion_plugins.axolotl.target_tokenizer import IGNORED, EncodedText, TargetTokenizer
 from fusion_plugins.core.fusion.accounting import FusionReport
 from fusion_plugins.core.fusion.pipeline import FusionPlan, fuse_text, warm_up
+from fusion_plugins.core.text.round_trip import text_changes
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, DataError, MismatchError, TokenizerError
 from fusion_plugins.store import Store, open_store
@@ -97,6 +98,8 @@ class FusedStrategy(DatasetWrappingStrategy):
         dataset = self._joined(dataset, stores)
         warm_up()
         target = self._reader.target
+        if changes := text_changes(target.tokenizer, target.table.spell).known:
+            LOG.info(f"fusion: the target's tokenizer changes texts, which is known: {'; '.join(changes)}")
         count = partial(
             count_alignments,
             dataset,

@@ -9,7 +9,6 @@ texts are for axolotl's filter of long rows and for people.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Value
@@ -19,14 +18,15 @@ from fusion_plugins.axolotl.preference_rows import (
     ANSWERS,
     PREFERENCE,
     Row,
+    conversation,
     leave_out,
     make_rows,
     pair_name,
     preference_row,
 )
-from fusion_plugins.axolotl.selection import choose_pairs, write_report
+from fusion_plugins.axolotl.prepared import keep_report
+from fusion_plugins.axolotl.selection import choose_pairs, show_report
 from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
-from fusion_plugins.core.preferences.candidates import Pair
 from fusion_plugins.errors import DataError
 
 Columns = Mapping[str, Sequence[Any]]
@@ -47,7 +47,6 @@ def multi_source_dpo(cfg: Any, dataset_idx: int = 0, **kwargs: Any) -> tuple[Cal
     num_proc, cfg.dataset_num_proc = cfg.dataset_num_proc, None
     whole: dict[str, Any] = {"batched": True, "batch_size": None, "remove_columns": "__all__"}
     # Without it, the column `prompt` would keep the type of the table's own, which may be one of chats.
-    # Without it, the column `prompt` would keep the type of the table's own, which may be one of chats.
     whole["features"] = Features(PREFERENCE)
 
     def build(rows: Columns, tokenizer: Any) -> dict[str, list[Any]]:
@@ -56,7 +55,10 @@ def multi_source_dpo(cfg: Any, dataset_idx: int = 0, **kwargs: Any) -> tuple[Cal
         strategy = str(cfg.excess_length_strategy or "drop").lower()
         pairs, report = choose_pairs(dict(rows), block)
         made, unusable = make_rows(
-            [(pair_name(pair), _item(pair)) for pair in pairs],
+            [
+                (pair_name(pair), {"chosen": conversation(pair.chosen), "rejected": conversation(pair.rejected)})
+                for pair in pairs
+            ],
             partial(_row, TargetTokenizer.of(tokenizer, cfg), cfg.sequence_len if strategy == "truncate" else None),
             PREFERENCE | {"length": Value("int32")},
             num_proc=num_proc or None,
@@ -64,18 +66,39 @@ def multi_source_dpo(cfg: Any, dataset_idx: int = 0, **kwargs: Any) -> tuple[Cal
         )
         report["unusable"] += leave_out(unusable, len(pairs), block.on_unusable)
         kept, report["longer_than_sequence_len"] = _fitting(made, cfg.sequence_len, strategy)
-        write_report(report, Path(cfg.output_dir) / "fusion_pairs.json", "preference pairs")
+        show_report(report, "preference pairs")
+        keep_report(cfg, _entry(cfg, dataset_idx), "fusion_pairs.json", report)
         return {name: kept[name][:] for name in PREFERENCE}
 
     return build, whole
 
 
-def _item(pair: Pair) -> Row:
-    return {"prompt": pair.chosen.prompt, "chosen": pair.chosen.response, "rejected": pair.rejected.response}
+#: entries of the training datasets whose pairs this process made
+_made: set[str] = set()
+
+
+def _entry(cfg: Any, index: int) -> Any:
+    """Return the entry of the dataset whose pairs were just made; axolotl gives only its number.
+
+    It prepares the training datasets before the test datasets, and counts both from 0.
+    """
+    from axolotl.utils.data.shared import datasets_with_name_generator
+
+    for key in ("datasets", "test_datasets"):
+        entries = list(datasets_with_name_generator(cfg.get(key) or []))
+        if index < len(entries) and entries[index]["type"] == DPO:
+            name = f"{key} {index} {entries[index].get('field_rejected')} {cfg.output_dir}"
+            if name not in _made or not cfg.test_datasets:
+                _made.add(name)
+                return entries[index]
+    return cfg.datasets[index]
 
 
 def _row(target: TargetTokenizer, cut: int | None, item: Row) -> Row:
-    row = preference_row(*(target.answer(item["prompt"], item[side]) for side in ("chosen", "rejected")))
+    chosen, rejected = (
+        target.answer(each["prompt"], each["reply"], tools=each["tools"]) for each in (item["chosen"], item["rejected"])
+    )
+    row = preference_row(chosen, rejected)
     prompt = len(row["prompt_ids"])
     if cut is None:
         return row | {"length": max(prompt + _longest(row), _length_apart(target, row))}

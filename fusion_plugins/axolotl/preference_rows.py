@@ -13,6 +13,7 @@ from datasets import Dataset, Features, List, Value
 
 from fusion_plugins.axolotl.target_tokenizer import Answer
 from fusion_plugins.core.preferences.candidates import Candidate, Pair
+from fusion_plugins.core.text.messages import without_nulls
 from fusion_plugins.errors import DataError
 
 Row = dict[str, Any]
@@ -51,6 +52,28 @@ def candidate_name(candidate: Candidate) -> str:
 def pair_name(pair: Pair) -> str:
     """Return what identifies a pair."""
     return f"{candidate_name(pair.chosen)} before source {pair.rejected.source!r}, sample {pair.rejected.index}"
+
+
+def conversation(candidate: Candidate) -> Row:
+    """Return what :meth:`~fusion_plugins.axolotl.target_tokenizer.TargetTokenizer.answer` takes, as JSON can write it.
+
+    The columns ``tool_calls`` and ``reasoning_content`` belong to the answer, ``tools`` to the prompt.
+    """
+    parts = {
+        key: _loaded(candidate.extra[key]) for key in ("tool_calls", "reasoning_content") if candidate.extra.get(key)
+    }
+    reply = {"content": candidate.response, **parts} if parts else candidate.response
+    return {"prompt": candidate.prompt, "reply": reply, "tools": _loaded(candidate.extra.get("tools"))}
+
+
+def _loaded(value: Any) -> Any:
+    """Return a value of a table that may be JSON text; messages that Arrow has written have all keys of all rows."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return value
+    return without_nulls(value)
 
 
 def supervised_row(answer: Answer) -> Row:

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -115,16 +114,14 @@ def candidates_of(columns: Columns) -> tuple[list[Candidate], list[Unusable]]:
     return candidates, unusable
 
 
-def write_report(report: Report, path: Path, title: str) -> None:
-    """Print a report as a table and write it as JSON."""
+def show_report(report: Report, title: str) -> None:
+    """Print a report as a table."""
     table = Table("", "", title=title, show_header=False)
     for name, value in report.items():
         # The file names the rows; there may be many.
         shown = len(value) if isinstance(value, list) else value
         table.add_row(name, shown if isinstance(shown, str) else json.dumps(shown))
     Console().print(table)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _pairs(groups: CandidateGroups, block: FusionBlock) -> tuple[list[Pair], SelectionReport]:

@@ -6,13 +6,14 @@ from typing import Annotated
 import typer
 
 from fusion_plugins.command_options import Assignments, ConfigFile
-from fusion_plugins.errors import ConfigError
+from fusion_plugins.install import missing_package
+from fusion_plugins.terminal import console, say
 
 
 def doctor(
     sources: Annotated[list[str] | None, typer.Argument(help="Stores of the sources, or their tokenizers.")] = None,
     target: Annotated[
-        str | None, typer.Option(help="Store of the target, or its tokenizer; the last of the stores by default.")
+        str | None, typer.Option(help="Store of the target, or its tokenizer.", show_default="the last of the stores")
     ] = None,
     texts: Annotated[
         str | None, typer.Option(help="JSONL or Parquet texts; needed where a tokenizer takes the place of a store.")
@@ -20,29 +21,34 @@ def doctor(
     tokenizer: Annotated[
         str | None, typer.Option(help="Tokenizer of the target's store, if its model's folder no longer exists.")
     ] = None,
-    vocabulary_map: Annotated[str | None, typer.Option(help="first_token (default), min_edit or exact.")] = None,
+    vocabulary_map: Annotated[
+        str | None, typer.Option(help="first_token, min_edit or exact.", show_default="first_token")
+    ] = None,
     chain: Annotated[
         bool | None,
         typer.Option(
             help="Chain correction: where tokens split differently, give the next token the product of the source's "
-            "probabilities of its pieces (default)."
+            "probabilities of its pieces.",
+            show_default="chain",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Texts of the sample; 200 by default.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Texts of the sample.", show_default="200")] = None,
     out: Annotated[
-        str | None, typer.Option(help="Folder for doctor.json, doctor.html and doctor.png; doctor/ by default.")
+        str | None, typer.Option(help="Folder for doctor.json, doctor.html and doctor.png.", show_default="doctor")
     ] = None,
     config: ConfigFile = None,
     assign: Assignments = None,
 ) -> None:
-    """Measure, before any training, what fusing the sources into the target can give, and advise on the settings."""
-    from rich.console import Console
+    """Measure, before any training, what fusing the sources into the target can give, and advise on the settings.
 
+    For example: `fusion doctor stores/mpt --target stores/llama2`. `fusion keys doctor` lists the keys of the file.
+    """
     from fusion_plugins.config import load_config
     from fusion_plugins.core.fusion.project import ProjectionOptions
     from fusion_plugins.doctor.examine import DoctorConfig, examine, open_side, open_target
     from fusion_plugins.doctor.page import picture_png, render_doctor_page, show
     from fusion_plugins.inputs import read_texts
+    from fusion_plugins.store.files import make_folder, write_atomic
 
     flags = {
         "sources": sources or None,
@@ -57,7 +63,7 @@ def doctor(
     settings = load_config(DoctorConfig, config, flags, assign)
     target_path, source_paths = settings.sides()
     if settings.target is None:
-        typer.echo(f"target: {target_path}", err=True)
+        say(f"target: {target_path}", stderr=True)
     contents = None if settings.texts is None else {text.id: text.content for text in read_texts(settings.texts)}
     report = examine(
         open_target(target_path, contents, settings.tokenizer),
@@ -66,19 +72,14 @@ def doctor(
         options=ProjectionOptions(chain=settings.chain),
         limit=settings.limit,
     )
-    console = Console(soft_wrap=True)
-    # A file or a pipe has no width of its own; rich would squeeze the table into 80 columns.
-    show(report, console if console.is_terminal else Console(soft_wrap=True, width=140))
+    show(report, console())
     folder = Path(settings.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "doctor.json").write_text(report.to_json(), encoding="utf-8")
+    make_folder(folder)
+    write_atomic(folder / "doctor.json", report.to_json())
     try:
-        picture = picture_png(report)
-        (folder / "doctor.png").write_bytes(picture)
-        (folder / "doctor.html").write_text(render_doctor_page(report, picture), encoding="utf-8")
+        write_atomic(folder / "doctor.html", render_doctor_page(report))
+        write_atomic(folder / "doctor.png", picture_png(report))
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{folder / 'doctor.json'} is written; the page needs {error.name}, which is not installed: "
-            "pip install 'fusion-plugins[report]'"
-        ) from error
-    typer.echo(f"written to {folder}")
+        # The examination is done and its figures are written: a page less is no failure.
+        say(f"no page was written: {missing_package(error, 'it') or error}", stderr=True)
+    say(f"written to {folder}")

@@ -17,6 +17,7 @@ from fusion_plugins.config import Settings
 from fusion_plugins.core.fusion.project import ProjectionOptions
 from fusion_plugins.core.fusion.record import build_record
 from fusion_plugins.core.fusion.types import Record, TopK
+from fusion_plugins.core.text.round_trip import PREFIX_SPACE, text_changes
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize_content
 from fusion_plugins.core.text.types import TokenizedText
@@ -227,7 +228,7 @@ def examine(
     """
     ids = _sample(target, sources, limit)
     verdicts = []
-    with meter("examine", len(ids) * len(sources)) as progress:
+    with meter("examine", len(ids) * len(sources), unit="records") as progress:
         for source in sources:
             tables = source.table, target.table
             vocabulary = cached_map(*tables, method=vocabulary_map, tokenizer=target.tokenizer)
@@ -242,7 +243,7 @@ def examine(
         sources=verdicts,
         sparse_bytes=BATCH * TOKENS * ENTRIES * (np.dtype(np.int32).itemsize + np.dtype(np.float32).itemsize),
         dense_bytes=BATCH * TOKENS * target.table.vocab_size * np.dtype(np.float32).itemsize,
-        notes=_notes(verdicts, target),
+        notes=[*_notes(verdicts, target), *_text_changes([target, *sources])],
     )
 
 
@@ -259,6 +260,16 @@ def _notes(verdicts: Sequence[SourceVerdict], target: Side) -> list[str]:
             f"Without a store, a tokenizer ({', '.join(uncaptured)}) is examined as a source that is certain of every "
             "next token: its label probability says how often that token reaches the target's label."
         )
+    return notes
+
+
+def _text_changes(sides: Sequence[Side]) -> list[str]:
+    notes = []
+    for side in sides:
+        known = text_changes(side.tokenizer, side.table.spell).known if side.tokenizer is not None else ()
+        # A space before the text has no width and changes no figure.
+        if changes := [change for change in known if change != PREFIX_SPACE]:
+            notes.append(f"The tokenizer of {side.name} changes texts: {'; '.join(changes)}.")
     return notes
 
 

@@ -1,17 +1,22 @@
 """The output of ``fusion doctor``: a table in the terminal, and a self-contained HTML page with a picture."""
 
 import math
-from base64 import b64encode
 from collections.abc import Callable
 from io import BytesIO
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from fusion_plugins.doctor.diagnosis import ClassCount, figures
 from fusion_plugins.doctor.examine import DoctorReport, SourceVerdict
 from fusion_plugins.doctor.label_classes import CLASSES
+from fusion_plugins.page import COLOURS, new_figure, plot_name, render_page, svg
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 #: part of the table -> how the names of its figures begin
 PARTS = {
@@ -46,69 +51,117 @@ def sections(report: DoctorReport) -> list[tuple[str, list[Line]]]:
 
 
 def show(report: DoctorReport, console: Console) -> None:
-    """Print the table, the memory of a training step, the notes, and a verdict with its advice per source."""
-    names = [escape(source.diagnosis.name) for source in report.sources]
-    table = Table(title=f"fusion into {escape(report.target)}")
+    """Print the table, the memory of a training step, the notes, and a verdict with its advice per source.
+
+    Args:
+        report: what was found.
+        console: one of :func:`fusion_plugins.terminal.console`.
+    """
+    table = Table(title=f"fusion into {report.target}")
     table.add_column(no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right")
+    for source in report.sources:
+        table.add_column(source.diagnosis.name, justify="right")
     for title, lines in sections(report):
-        table.add_row(f"[bold]{title}[/]")
+        table.add_row(Text(title, style="bold"))
         for name, values in lines:
             table.add_row(f"  {name}", *values)
         table.add_section()
     console.print(table)
     for line in (_memory_line(report), *report.notes):
-        console.print(escape(line))
-    for name, source in zip(names, report.sources, strict=True):
-        console.print(f"{name}: [bold]{source.verdict}[/]" + ("" if source.advice else ", no problems found"))
+        console.print(line)
+    for source in report.sources:
+        verdict = f"{source.diagnosis.name}: {source.verdict}" + ("" if source.advice else ", no problems found")
+        console.print(verdict, style="bold")
         for line in source.advice:
-            console.print(f"  - {escape(line)}")
+            console.print(f"  - {line}")
 
 
-def render_doctor_page(report: DoctorReport, picture: bytes) -> str:
-    """Return the HTML page, with the picture (a PNG) inside it."""
-    from jinja2 import Environment, PackageLoader
+def render_doctor_page(report: DoctorReport) -> str:
+    """Return the HTML page, with its pictures inside it.
 
-    environment = Environment(loader=PackageLoader("fusion_plugins.doctor"), autoescape=True)
-    return environment.get_template("doctor.html").render(
-        report=report,
-        sections=sections(report),
-        memory=_memory_line(report),
-        picture="data:image/png;base64," + b64encode(picture).decode(),
-    )
+    Raises:
+        ModuleNotFoundError: jinja2 or matplotlib is not installed.
+    """
+    pictures = []
+    for title, draw in PANELS.items():
+        # As wide as a phone, so that its letters need not shrink there.
+        figure = new_figure(5.2, 3.6)
+        draw(figure.subplots(), report)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+        pictures.append(svg(figure, title))
+    values = {"report": report, "sections": sections(report), "memory": _memory_line(report), "pictures": pictures}
+    return render_page("doctor.html", values)
 
 
 def picture_png(report: DoctorReport) -> bytes:
-    """Return a PNG with two bar charts by kind of label: coverage, and the label's probability under each source."""
-    # Figure and canvas are made directly: pyplot would choose a backend and keep every figure alive.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Return a PNG with the page's bar charts side by side.
 
-    figure = Figure(figsize=(11, 4.1), layout="constrained")
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure: Figure = new_figure(11, 4.1)
     FigureCanvasAgg(figure)
-    coverage, probability = figure.subplots(1, 2)
-    seen = [name for name in CLASSES if any(s.diagnosis.classes[name].positions for s in report.sources)]
-    width = 0.8 / (len(report.sources) + 1)
-    for index, source in enumerate(report.sources):
-        classes = [source.diagnosis.classes[name] for name in seen]
-        places = [place + index * width for place in range(len(seen))]
-        coverage.bar(places, [_share(c.used, c.positions) for c in classes], width, label=source.diagnosis.name)
-        probability.bar(places, [_share(c.label, c.used) for c in classes], width, label=source.diagnosis.name)
-        own = [_share(c.target_label, c.used) for c in classes]
-        probability.scatter(places, own, color="black", marker="_", s=120, zorder=3)
-    for panel, title in (
-        (coverage, "share of positions with a distribution"),
-        (probability, "probability of the label (black line: the target's own)"),
-    ):
-        panel.set_title(title, fontsize=10)
-        panel.set_xticks([place + width * (len(report.sources) - 1) / 2 for place in range(len(seen))], seen)
-        panel.set_ylim(0, 1.05)
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(*coverage.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9, frameon=False)
+    figure.patch.set_alpha(1)
+    panels = figure.subplots(1, len(PANELS))
+    for panel, draw in zip(panels, PANELS.values(), strict=True):
+        draw(panel, report)
+    names = panels[0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=6, fontsize=9, frameon=False)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+def _draw_coverage(panel: "Axes", report: DoctorReport) -> None:
+    _bars(panel, report, lambda count: _share(count.used, count.positions))
+    panel.set_ylim(0, 1.05)
+    panel.set_title("share of positions with a distribution", fontsize=10)
+
+
+def _draw_probability(panel: "Axes", report: DoctorReport) -> None:
+    _bars(panel, report, lambda count: _share(count.label, count.used))
+    for places, counts in _places(report):
+        own = [_share(count.target_label, count.used) for count in counts]
+        panel.scatter(places, own, color="black", marker="_", s=120, zorder=3)
+    # Probabilities of labels can be small everywhere: the axis fits them.
+    panel.set_ylim(bottom=0)
+    panel.margins(y=0.1)
+    panel.set_title("probability of the label (line: the target's own)", fontsize=10)
+
+
+#: what a picture shows -> function that draws it
+PANELS: dict[str, Any] = {
+    "Share of the positions that have a distribution, by kind of label and source": _draw_coverage,
+    "Probability of the label, by kind of label and source": _draw_probability,
+}
+
+
+def _bars(panel: "Axes", report: DoctorReport, height: Callable[[ClassCount], float]) -> None:
+    width = 0.8 / (len(report.sources) + 1)
+    for index, (source, (places, counts)) in enumerate(zip(report.sources, _places(report), strict=True)):
+        heights = [height(count) for count in counts]
+        name = plot_name(source.diagnosis.name)
+        panel.bar(places, heights, width, label=name, color=COLOURS[index % len(COLOURS)])
+    names = _seen_classes(report)
+    middle = width * (len(report.sources) - 1) / 2
+    panel.set_xticks([place + middle for place in range(len(names))], names)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _places(report: DoctorReport) -> list[tuple[list[float], list[ClassCount]]]:
+    """Return per source where its bars stand and what they count."""
+    width = 0.8 / (len(report.sources) + 1)
+    names = _seen_classes(report)
+    return [
+        ([place + index * width for place in range(len(names))], [source.diagnosis.classes[name] for name in names])
+        for index, source in enumerate(report.sources)
+    ]
+
+
+def _seen_classes(report: DoctorReport) -> list[str]:
+    return [name for name in CLASSES if any(source.diagnosis.classes[name].positions for source in report.sources)]
 
 
 def _memory_line(report: DoctorReport) -> str:

@@ -25,7 +25,10 @@ def merge_check(
     lora_merge_cache: Annotated[str | None, typer.Option(help="As for mergekit-yaml.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="As for mergekit-yaml.")] = False,
 ) -> None:
-    """Report what is wrong with a merge before it starts, and what it will take; status 1 if it cannot work."""
+    """Report what is wrong with a merge before it starts, and what it will take; status 1 if it cannot work.
+
+    For example: `fusion merge-check mergekit_configs/varm.yml`.
+    """
     from rich.console import Console
 
     try:
@@ -52,11 +55,18 @@ def report(
     folder: Annotated[
         Path | None, typer.Argument(help="Folder of a model that was merged with varm or fusechat_sce.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="HTML file to write; fusion_report.html in the folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file to write.", show_default="fusion_report.html in the folder")
+    ] = None,
     config: ConfigFile = None,
     assign: Assignments = None,
 ) -> None:
-    """Write one self-contained HTML page about a merged model."""
+    """Write one self-contained HTML page about a merged model.
+
+    For example: `fusion report merged`.
+    """
+    from fusion_plugins.store.files import write_atomic
+
     settings = load_config(ReportConfig, config, {"folder": folder, "out": out}, assign)
     try:
         page = render_merge_report(settings.folder)
@@ -65,5 +75,5 @@ def report(
             f"fusion report needs {error.name}, which is not installed: pip install 'fusion-plugins[report]'"
         ) from error
     file = settings.out or settings.folder / "fusion_report.html"
-    file.write_text(page, encoding="utf-8")
+    write_atomic(file, page)
     typer.echo(str(file))

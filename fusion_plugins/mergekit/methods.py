@@ -23,7 +23,7 @@ from mergekit.merge_methods.easy_define import merge_method
 from pydantic import BeforeValidator, InstanceOf
 
 from fusion_plugins.core.merging import varm as core
-from fusion_plugins.core.merging.deltas import MEASURES, combine, delta_sums, require_finite
+from fusion_plugins.core.merging.deltas import MEASURES, combine, delta_sums, require_finite, require_weights
 from fusion_plugins.core.merging.sce import VARIANTS, sce
 from fusion_plugins.errors import ConfigError, MergeError
 from fusion_plugins.mergekit.record import MergeRecord
@@ -142,7 +142,8 @@ def varm(
         The merged tensor, in the dtype of the base or of the plan.
 
     Raises:
-        MergeError: a checkpoint holds NaN or infinity, or the unit is larger than a tensor and there is no plan.
+        MergeError: a checkpoint holds codes in place of weights, NaN or infinity, or the unit is larger than a tensor
+            and there is no plan.
     """
     prior = weight.values_for(group.non_base)
     rule = core.VarmRule(
@@ -194,7 +195,7 @@ def fusechat_sce(
         The merged tensor, in the dtype of the base or of the plan.
 
     Raises:
-        MergeError: a checkpoint holds NaN or infinity.
+        MergeError: a checkpoint holds codes in place of weights, NaN or infinity.
     """
     name, base, tuned = _unpacked(group)
     dtype = planned.dtype if planned else None
@@ -233,15 +234,19 @@ def _merge_rows(group: TensorGroup, rule: core.VarmRule, planned: Planned | None
 
 def _unpacked(group: TensorGroup) -> tuple[str, torch.Tensor, list[torch.Tensor]]:
     """Return the name of the output tensor, the base's tensor and the tensors of the tuned models."""
-    name = group.metadata.name or "(unnamed)"
+    name = _name(group)
     if group.base is None:
         raise MergeError(f"tensor {name!r}: expected a base, got none. Set base_model to the model that was tuned.")
+    require_weights(name, {str(entry.id): entry.tensor for entry in (group.base, *group.non_base)})
     return name, group.base.tensor, [entry.tensor for entry in group.non_base]
 
 
+def _name(group: TensorGroup) -> str:
+    return group.metadata.name or "(unnamed)"
+
+
 def _require_finite(numbers: torch.Tensor, group: TensorGroup) -> None:
-    tensors = {str(entry.id): entry.tensor for entry in group.entries}
-    require_finite(numbers, _unpacked(group)[0], tensors)
+    require_finite(numbers, _name(group), {str(entry.id): entry.tensor for entry in group.entries})
 
 
 def _report(
@@ -249,15 +254,14 @@ def _report(
 ) -> None:
     if planned is None:
         return
-    name, base, _ = _unpacked(group)
-    models = [str(entry.id) for entry in group.non_base]
+    name, models = _name(group), [str(entry.id) for entry in group.non_base]
     planned.record.add(
         name,
         dict(zip(models, weights.tolist(), strict=True)),
         dict(zip(models, values.tolist(), strict=True)),
         layer=core.layer_of(name),
         module=core.unit_of(name, "module"),
-        elements=base.numel(),
+        elements=group.tensors[0].numel(),
         **details,
     )
 

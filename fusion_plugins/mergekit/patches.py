@@ -1,22 +1,41 @@
 """Where our part of a merge enters mergekit: its planner and the functions that plan and run a merge.
 
-A merge with a method that is not ours passes through unchanged.
+A merge with a method that is not ours passes through unchanged; only the record of an earlier merge into its folder is
+removed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import click
 import yaml
 from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.registry import get
+from safetensors import SafetensorError
 
-from fusion_plugins.errors import ConfigError
+from fusion_plugins.errors import ConfigError, FusionError
+from fusion_plugins.escape import for_terminal
+from fusion_plugins.mergekit.checkpoints import (
+    IndexedLoader,
+    Stored,
+    first_line,
+    read_config,
+    read_file,
+    read_folder,
+    read_index,
+)
 from fusion_plugins.mergekit.ignored_keys import parameter_problems, unknown_keys
 from fusion_plugins.mergekit.methods import METHODS
 from fusion_plugins.mergekit.plan import extend_plan
-from fusion_plugins.mergekit.record import MergeRecord, append_card
+from fusion_plugins.mergekit.quantized import require_mergeable
+from fusion_plugins.mergekit.record import MergeRecord, append_card, remove_record, require_writable
+
+#: What a merge raises for wrong files and settings: our errors, and those of mergekit and the libraries below it.
+CAUSED_BY_USERS = (FusionError, OSError, SafetensorError, RuntimeError, ValueError)
 
 
 def extend_merge(module: Any) -> None:
@@ -25,24 +44,30 @@ def extend_merge(module: Any) -> None:
 
     class FusionPlanner(planner):  # type: ignore[misc, valid-type]
         def plan_to_disk(self, out_path: str) -> list[Any]:
+            if not _is_ours(self.config.merge_method):
+                return super().plan_to_disk(out_path)  # type: ignore[no-any-return]
             # Before planning: it rewrites the configuration in place (models become slices).
             config = self.config.model_dump(mode="json", exclude_defaults=True)
+            stored = _stored(self.config.referenced_models())
             tasks = super().plan_to_disk(out_path)
-            if not _is_ours(self.config.merge_method):
-                return tasks
-            return extend_plan(tasks, _record_of(config, out_path), str(self.options.device))
+            return extend_plan(tasks, _record_of(config, out_path), stored, str(self.options.device))
 
     @wraps(original)
     def run_merge(merge_config: Any, out_path: str, options: Any, config_source: str | None = None) -> Any:
         if not _is_ours(merge_config.merge_method):
+            remove_record(Path(out_path))
             return original(merge_config, out_path, options=options, config_source=config_source)
-        # The source still has the keys that mergekit dropped when it read the configuration.
-        raw = yaml.safe_load(config_source) if config_source else None
-        _refuse_ignored(merge_config.model_dump(mode="json", exclude_defaults=True), type(merge_config), raw)
-        result = original(merge_config, out_path, options=options, config_source=config_source)
-        # mergekit writes the card after it has run the plan.
-        append_card(Path(out_path))
-        return result
+        with _told_in_one_sentence():
+            # The source still has the keys that mergekit dropped when it read the configuration.
+            raw = yaml.safe_load(config_source) if config_source else None
+            _refuse_ignored(merge_config.model_dump(mode="json", exclude_defaults=True), type(merge_config), raw)
+            _refuse_unreadable(merge_config.referenced_models(), options)
+            require_writable(Path(out_path))
+            remove_record(Path(out_path))
+            result = original(merge_config, out_path, options=options, config_source=config_source)
+            # mergekit writes the card after it has run the plan.
+            append_card(Path(out_path))
+            return result
 
     # run_merge looks the planner up in its module, so that replacing the name there is enough.
     module.MergePlanner = FusionPlanner
@@ -56,13 +81,67 @@ def extend_raw_merge(module: Any) -> None:
     @wraps(original)
     def plan_flat_merge(config: Any, out_path: str, union: bool, intersection: bool, options: Any) -> list[Any]:
         if not _is_ours(config.merge_method):
-            return original(config, out_path, union, intersection, options)
-        described = config.model_dump(mode="json", exclude_defaults=True)
-        _refuse_ignored(described, type(config), None)
-        tasks = original(config, out_path, union, intersection, options)
-        return extend_plan(tasks, _record_of(described, out_path), str(options.device))
+            remove_record(Path(out_path))
+            return original(config, out_path, union, intersection, options)  # type: ignore[no-any-return]
+        with _told_in_one_sentence():
+            described = config.model_dump(mode="json", exclude_defaults=True)
+            _refuse_ignored(described, type(config), None)
+            require_writable(Path(out_path))
+            files = dict.fromkeys([config.base_model, *(model.model for model in config.models)])
+            stored = {file: read_file(Path(file)) for file in files if file is not None}
+            tasks = original(config, out_path, union, intersection, options)
+            tasks = extend_plan(tasks, _record_of(described, out_path), stored, str(options.device))
+            remove_record(Path(out_path))
+            return tasks
 
     module.plan_flat_merge = plan_flat_merge
+    command = module.main.callback
+
+    @wraps(command)
+    def callback(*arguments: Any, **options: Any) -> Any:
+        with _told_in_one_sentence((FusionError,)):
+            return command(*arguments, **options)
+
+    module.main.callback = callback
+
+
+def _refuse_unreadable(references: Iterable[ModelReference], options: Any) -> None:
+    """Refuse what makes a merge fail, or its result noise, while nothing is removed or written yet."""
+    stored = {}
+    for reference in references:
+        read_config(reference, trust_remote_code=options.trust_remote_code)
+        if Path(reference.model.path).is_dir():
+            stored[str(reference)] = read_folder(Path(reference.model.path))
+    require_mergeable(stored)
+
+
+def _stored(references: Iterable[ModelReference]) -> dict[str, Stored]:
+    """Return what the models of a plan are stored in, and make mergekit read them as their index says."""
+    cache, stored = LoaderCache(), {}
+    for reference in references:
+        loader = cache.get(reference)
+        stored[str(reference)] = read_index(loader.index)
+        if not isinstance(loader, IndexedLoader):
+            cache.loaders[reference] = IndexedLoader(loader.index, loader.lazy_unpickle)
+    return stored
+
+
+@contextmanager
+def _told_in_one_sentence(errors: tuple[type[Exception], ...] = CAUSED_BY_USERS) -> Iterator[None]:
+    """Inside a command of mergekit, turn what a user can cause into one message and exit status 1.
+
+    From Python code, errors pass unchanged.
+
+    Args:
+        errors: the types to turn.
+    """
+    try:
+        yield
+    except errors as error:
+        if click.get_current_context(silent=True) is None:
+            raise
+        text = str(error) if isinstance(error, FusionError) else f"the merge stopped: {first_line(error)}"
+        raise click.ClickException(for_terminal(text)) from error
 
 
 def _is_ours(method: str) -> bool:

@@ -9,19 +9,21 @@ rebuilds this graph for a merge with one of our methods:
 - a last task writes the record.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from mergekit.common import ImmutableMap, ModelReference
 from mergekit.graph import Task
-from mergekit.io.tasks import FinalizeModel, SaveTensor
+from mergekit.io.tasks import FinalizeModel, GatherTensors, SaveTensor
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 from pydantic import ConfigDict, SkipValidation
 
 from fusion_plugins.core.merging.varm import ACROSS_TENSORS, unit_of
+from fusion_plugins.mergekit.checkpoints import Stored
 from fusion_plugins.mergekit.methods import Planned, UnitSums
+from fusion_plugins.mergekit.quantized import BUFFERS, require_mergeable
 from fusion_plugins.mergekit.record import MergeRecord
 from fusion_plugins.mergekit.unit_sums import Unit, UnitStatistics, unwidened
 
@@ -74,14 +76,20 @@ class WriteRecord(Task[None]):
         self.record.write()
 
 
-def extend_plan(tasks: Sequence[Task], record: MergeRecord, device: str) -> list[Task]:
+def extend_plan(tasks: Sequence[Task], record: MergeRecord, stored: Mapping[str, Stored], device: str) -> list[Task]:
     """Return the planned tasks with our merge tasks in them, and one that writes the record.
 
     Args:
         tasks: what mergekit planned.
         record: where the weights go.
+        stored: model -> what it is stored in.
         device: where mergekit computes.
+
+    Raises:
+        MergeError: a model is quantized.
     """
+    # Here, since ``dtype`` makes mergekit cast codes to floats before a method sees them.
+    require_mergeable(stored)
     merges = [task.tensor_task for task in tasks if isinstance(task, SaveTensor)]
     tokenizer = next((task for task in tasks if isinstance(task, BuildTokenizer)), None)
     statistics = _plan_units([task for task in merges if isinstance(task, ExecuteMergeMethodTask)], device, tokenizer)
@@ -91,7 +99,12 @@ def extend_plan(tasks: Sequence[Task], record: MergeRecord, device: str) -> list
         # Tasks are immutable and hold the tasks they depend on, so a new merge task needs a new SaveTensor, and new
         # SaveTensor tasks need a new FinalizeModel. mergekit lists it after all SaveTensor tasks.
         if isinstance(task, SaveTensor):
-            saves.append(task.model_copy(update={"tensor_task": _extended(task.tensor_task, record, statistics)}))
+            merge = _extended(task.tensor_task, record, statistics)
+            dtype = task.dtype
+            if isinstance(merge, FusionMergeTask) and _reads_integers(merge, stored):
+                # Positions and counters, which a cast to the dtype of the weights would round.
+                merge, dtype = _uncast(merge), None
+            saves.append(task.model_copy(update={"tensor_task": merge, "dtype": dtype}))
         elif isinstance(task, FinalizeModel):
             finalize = task.model_copy(update={"tensor_save_tasks": tuple(saves)})
             others += [finalize, WriteRecord(finalize=finalize, record=record)]
@@ -125,6 +138,19 @@ def _plan_units(
         permuted = any(isinstance(inputs, PermutedVocabulary) for inputs in unit.inputs.values())
         tasks[key] = UnitStatistics(unit=unit, tokenizer=tokenizer if permuted else None)
     return {name: tasks[key] for name, key in member_of.items()}
+
+
+def _reads_integers(merge: FusionMergeTask, stored: Mapping[str, Stored]) -> bool:
+    gather = merge.gather_tensors
+    if not isinstance(gather, GatherTensors):
+        return False
+    named = [stored[str(model)].tensors.get(weight.name) for model, weight in gather.weight_info.items()]
+    return any(info is not None and info.dtype in BUFFERS for info in named)
+
+
+def _uncast(merge: FusionMergeTask) -> FusionMergeTask:
+    gather = merge.gather_tensors.model_copy(update={"dtype": None})
+    return merge.model_copy(update={"gather_tensors": gather, "widen": False})
 
 
 def _extended(task: Task, record: MergeRecord, statistics: dict[str, UnitStatistics]) -> Task:

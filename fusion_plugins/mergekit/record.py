@@ -2,9 +2,13 @@
 
 The methods report to a :class:`MergeRecord`. When the checkpoint is complete, it becomes ``fusion_merge.json``, which
 ``fusion report`` draws; :func:`append_card` adds a section to the model card.
+
+A record describes the weights beside it and no others. So :func:`remove_record` removes it when a merge into its folder
+starts, it is written when the weights are complete, and it holds their fingerprint, which :func:`read_record` compares.
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,8 +17,18 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from fusion_plugins.checkpoint_fingerprint import checkpoint_fingerprint
+from fusion_plugins.errors import DataError, MergeError
+from fusion_plugins.escape import for_markdown
+from fusion_plugins.store.files import write_atomic
+
 RECORD_NAME = "fusion_merge.json"
-FORMAT = 1
+PAGE_NAME = "fusion_report.html"
+FORMAT = 2
+#: What mergekit writes weights into.
+WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")
+#: Larger files of weights are hashed in part.
+WHOLE_BYTES = 1 << 28
 CARD_HEADING = "### How the models were weighted"
 
 
@@ -66,13 +80,82 @@ class MergeRecord:
             "base_model": self.base_model,
             "models": self.models,
             "config": dict(self.config),
+            "weights": weights_fingerprint(self.folder),
             "versions": {name: version(name) for name in ("fusion-plugins", "mergekit", "torch")},
             "mean_weights": mean_weights,
             "tensors": tensors,
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(record, indent=1, ensure_ascii=False)
-        (self.folder / RECORD_NAME).write_text(f"{text}\n", encoding="utf-8")
+        write_atomic(self.folder / RECORD_NAME, f"{json.dumps(record, indent=1)}\n".encode())
+
+
+def weights_fingerprint(folder: Path) -> str | None:
+    """Return a sha256 (hex) of the merged weights in a folder; None if there are none."""
+    return checkpoint_fingerprint(folder, whole_bytes=WHOLE_BYTES, weight_files=WEIGHT_FILES, with_config=False)
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse an output folder that cannot be made or written, before hours of work.
+
+    Raises:
+        MergeError: a file or a permission is in the way.
+    """
+    nearest = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        what = "a folder that cannot be written" if nearest.is_dir() else "a file"
+        raise MergeError(
+            f"{folder}: expected a folder for the merged model, or a name for a new one, got {what} ({nearest}). Name "
+            "another folder, or repair the permission."
+        )
+
+
+def remove_record(folder: Path) -> None:
+    """Remove what describes the weights in a folder, before a merge replaces them: record, page, section of the card.
+
+    Raises:
+        OSError: a permission is in the way.
+    """
+    for name in (RECORD_NAME, PAGE_NAME):
+        (folder / name).unlink(missing_ok=True)
+    card = folder / "README.md"
+    if card.is_file():
+        text = card.read_text(encoding="utf-8", errors="surrogateescape")
+        kept, heading, _ = text.partition(f"\n{CARD_HEADING}\n")
+        if heading:
+            card.write_text(f"{kept.rstrip()}\n", encoding="utf-8", errors="surrogateescape")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the record of the merge that made the weights in a folder.
+
+    Raises:
+        DataError: there is no readable record, it has another format, or it belongs to other weights.
+    """
+    path = folder / RECORD_NAME
+    if not folder.is_dir():
+        raise DataError(f"{folder}: expected the folder of a merged model, got no folder. Correct the path.")
+    if not path.exists():
+        raise DataError(
+            f"{folder}: expected a merged model with {RECORD_NAME}, got no such file. Merge with varm or fusechat_sce "
+            "to the end: other methods leave no record, nor does a merge that did not finish."
+        )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: expected the record of a merge, got {error}. Merge again.") from error
+    found = record.get("format") if isinstance(record, dict) else type(record).__name__
+    if found != FORMAT or not record.get("tensors"):
+        raise DataError(
+            f"{path}: expected format {FORMAT} and at least one tensor, got format {found!r} and "
+            f"{len(record.get('tensors') or []) if isinstance(record, dict) else 0} tensors. Merge again with this "
+            "version of fusion-plugins."
+        )
+    weights = weights_fingerprint(folder)
+    if weights is None or record.get("weights") != weights:
+        raise DataError(
+            f"{path}: expected the record of the weights in {folder}, got that of others: the weights were merged, "
+            "trained or copied there afterwards. Merge again, or report on the folder that the record is from."
+        )
+    return record  # type: ignore[no-any-return]
 
 
 def append_card(folder: Path) -> None:
@@ -90,9 +173,12 @@ def _card_section(record: Mapping[str, Any]) -> str:
     rows = []
     for model in record["models"]:
         weights = [(entry["weights"][model], entry["name"]) for entry in record["tensors"] if model in entry["weights"]]
+        if not weights:
+            continue
         (low, low_name), (high, high_name) = min(weights), max(weights)
         rows.append(
-            f"| {model} | {record['mean_weights'][model]:.3f} | {low:.3f} (`{low_name}`) | {high:.3f} (`{high_name}`) |"
+            f"| {for_markdown(model)} | {record['mean_weights'][model]:.3f} | {low:.3f} ({for_markdown(low_name)})"
+            f" | {high:.3f} ({for_markdown(high_name)}) |"
         )
     return "\n".join(
         [

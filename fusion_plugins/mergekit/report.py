@@ -14,8 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from fusion_plugins.errors import DataError
-from fusion_plugins.mergekit.record import FORMAT, RECORD_NAME
+from fusion_plugins.mergekit.record import read_record
 
 #: Number of tensors in a list of extremes.
 LISTED = 10
@@ -81,11 +80,11 @@ def render_merge_report(folder: Path) -> str:
         folder: of the merged model.
 
     Raises:
-        DataError: there is no readable record, or it has another format.
+        DataError: there is no readable record, it has another format, or it belongs to other weights.
     """
     from jinja2 import Environment, PackageLoader
 
-    record = _read(folder / RECORD_NAME)
+    record = read_record(folder)
     summary = summarize_merge(record)
     environment = Environment(loader=PackageLoader("fusion_plugins.mergekit"), autoescape=True)
     return environment.get_template("merge.html").render(
@@ -97,24 +96,6 @@ def render_merge_report(folder: Path) -> str:
         outside=[entry for entry in record["tensors"] if entry["layer"] is None],
         config=json.dumps(record["config"], indent=2),
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise DataError(
-            f"{path.parent}: expected a merged model with {path.name}, got no such file. Merge with varm or "
-            "fusechat_sce: other methods leave no record."
-        )
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: expected the record of a merge, got {error}. Merge again.") from error
-    if record.get("format") != FORMAT or not record.get("tensors"):
-        raise DataError(
-            f"{path}: expected format {FORMAT} and at least one tensor, got format {record.get('format')!r} and "
-            f"{len(record.get('tensors') or [])} tensors. Merge again with this version of fusion-plugins."
-        )
-    return record  # type: ignore[no-any-return]
 
 
 def _heat_map(record: Mapping[str, Any], names: Sequence[str]) -> str:

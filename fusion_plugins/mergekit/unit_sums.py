@@ -21,7 +21,7 @@ from mergekit.merge_methods.task_adapter import MergeTensorInput
 from mergekit.tokenizer import BuildTokenizer
 from pydantic import ConfigDict, SkipValidation
 
-from fusion_plugins.core.merging.deltas import delta_sums, require_finite
+from fusion_plugins.core.merging.deltas import delta_sums, require_finite, require_weights
 from fusion_plugins.errors import MergeError
 from fusion_plugins.mergekit.methods import UnitSums
 
@@ -109,7 +109,7 @@ class DeltaSums(Task[tuple[torch.Tensor, int] | None]):
         return True
 
     def execute(self, tensors: Mapping[ModelReference, torch.Tensor | None]) -> tuple[torch.Tensor, int] | None:
-        """Return the sums; refuse tensors that are missing, differ in shape or hold NaN."""
+        """Return the sums; refuse tensors that are missing, differ in shape, or hold codes or NaN."""
         unit = self.unit
         found = {model: tensor for model in unit.models if (tensor := tensors.get(model)) is not None}
         # mergekit copies such tensors without asking the method: optional ones of the base alone, and integers.
@@ -130,9 +130,10 @@ class DeltaSums(Task[tuple[torch.Tensor, int] | None]):
                     f"{tuple(tensor.shape)}. Vocabularies of different size need tokenizer: {{source: base}}; other "
                     "shapes must be the same."
                 )
+        labelled = {str(model): tensor for model, tensor in {unit.base_model: base, **found}.items()}
+        require_weights(self.name, labelled)
         sums = delta_sums(base, list(found.values()), unit.measure)
-        labelled = {unit.base_model: base, **found}
-        require_finite(sums, self.name, {str(model): tensor for model, tensor in labelled.items()})
+        require_finite(sums, self.name, labelled)
         return sums, base.numel()
 
 

@@ -26,6 +26,22 @@ _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _CHINESE = re.compile(r"[\u3000-\u303f\u3400-\u4dbf\u4e00-\u9fff]+")
 
 
+#: the end of a model's thinking; in a program it is inside quotes
+_THOUGHT = re.compile(r"""(?<!["'`])</(?:think|thinking|thought|reasoning|seed:think)>(?!["']|`(?!``))""", re.I)
+_THINKING = re.compile(r"^[ \t]*<(?:think|thinking|thought|reasoning|seed:think)>", re.I | re.M)
+
+
+def final_part(response: str) -> str:
+    """Return what a response says after its thinking; nothing where the thinking has no end.
+
+    Example:
+        >>> final_part("<think>5? </think>It is 6."), final_part("<think>5?")
+        ('It is 6.', '')
+    """
+    behind = _THOUGHT.split(response)[-1]
+    return "" if _THINKING.search(behind) else behind
+
+
 def gold_answer(reference: str) -> str:
     r"""Return the answer inside a reference: after ``####``, inside the last ``\boxed{}``, or all of it.
 

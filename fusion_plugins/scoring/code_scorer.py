@@ -1,10 +1,12 @@
 """Code: does the program in the response compile and pass its tests? Runs in :mod:`~fusion_plugins.scoring.sandbox`.
 
-A response is correct when its code compiles and every test passes (FuseChat-3.0, section 4), and incorrect when a test
-fails, crashes or runs out of time. There is no verdict where the sandbox fails or a test is no program. A sandbox that
-cannot isolate is an error.
+A response is correct when its code compiles, every test passes (FuseChat-3.0, section 4) and at least one check was
+reached, and incorrect when a test fails, crashes or runs out of time. There is no verdict where the sandbox fails, the
+format of the tests is not recognised, or a test is no program, reaches no check or needs a package that is not there. A
+sandbox that cannot isolate is an error.
 """
 
+import importlib.util
 import os
 import platform
 import re
@@ -16,10 +18,12 @@ from typing import Any
 
 from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.scoring.base import Row, Score
-from fusion_plugins.scoring.sandbox import Limits, Outcome, Sandbox
+from fusion_plugins.scoring.code_tests import Suite, read_tests
+from fusion_plugins.scoring.programs import extract_code
+from fusion_plugins.scoring.sandbox import Limits, Outcome, Sandbox, TestVerdict
 
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-_PYTHON = {"", "python", "python3", "py"}
+#: what pytest consists of
+_PYTEST = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py")
 
 
 class CodeScorer:
@@ -52,13 +56,20 @@ class CodeScorer:
                 f"scorers.code.packages: expected folders, got {', '.join(missing)}, where there is none. Install the "
                 "packages with `pip install --target FOLDER`, or leave the folder out."
             )
-        self.facts = {"limits": asdict(chosen), "packages": list(packages), "python": platform.python_version()}
-        self._sandbox = Sandbox(chosen, packages)
+        self.facts = {
+            "limits": asdict(chosen),
+            "packages": list(packages),
+            "python": platform.python_version(),
+            # Changes where the same response and tests may get another verdict than before.
+            "rules": 2,
+        }
+        self._pytest = _pytest_folders()
+        self._sandbox = Sandbox(chosen, packages, modules=self._pytest)
         # Threads are enough: each one only waits for the processes of its sandbox.
         self._threads = ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="sandbox")
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
-        """Return one verdict per row; ``tests`` of a row are those of :func:`list_tests`."""
+        """Return one verdict per row; ``tests`` of a row are those of :func:`~.code_tests.read_tests`."""
         return list(self._threads.map(self._score_one, rows))
 
     def close(self) -> None:
@@ -68,78 +79,54 @@ class CodeScorer:
 
     def _score_one(self, row: Row) -> Score:
         given = row.get("tests")
-        tests = list_tests(given)
-        if not tests:
+        try:
+            suite = read_tests(given)
+        except DataError as error:
+            return Score(reason=f"the tests cannot be read: {error}")
+        if suite is None:
             return Score(reason="no tests")
-        code = extract_code(row["response"], given.get("entry_point") if isinstance(given, dict) else None)
+        if suite.format == "pytest" and not self._pytest:
+            return Score(reason="the tests are test functions, which need pytest; install it: pip install pytest")
+        prompt = given.get("prompt") if isinstance(given, dict) else None
+        code = extract_code(row["response"], suite.needed, prompt if isinstance(prompt, str) else "")
         if not code.strip():
-            return Score(correct=False, reason="the response has no code")
-        return _as_score(self._sandbox.run(code, tests))
+            return Score(correct=False, reason="the response has no code", details={"format": suite.format})
+        return _as_score(suite, self._sandbox.run(code, suite.tests, suite.setup))
 
 
-def extract_code(response: str, entry_point: str | None = None) -> str:
-    r"""Return the program in a response: a fenced block, or all of a response without fences.
-
-    Of several Python blocks the last one that defines ``entry_point`` counts, else the longest; an unclosed last block
-    (a response that was cut off) counts as it is.
-
-    Example:
-        >>> extract_code("Sure:\n```python\ndef f(): return 1\n```\nUsage:\n```python\nprint(f())\n```", "f")
-        'def f(): return 1\n'
-    """
-    blocks = [body for language, body in _FENCE.findall(response) if language.lower() in _PYTHON]
-    if not blocks:
-        return "" if _FENCE.search(response) else response
-    if entry_point is not None:
-        defining = [block for block in blocks if re.search(rf"^(def|class)\s+{re.escape(entry_point)}\b", block, re.M)]
-        if defining:
-            return defining[-1]
-    return max(blocks, key=len)
-
-
-def list_tests(tests: Any) -> list[str]:
-    r"""Return tests as programs, each to be run after the response's code.
-
-    Args:
-        tests: a program, a list of programs (for example single ``assert`` lines), None, or a mapping with ``test`` or
-            ``tests`` (either of those), ``setup`` (code before each of them) and ``entry_point``. A single test that
-            defines ``check(candidate)`` is called with the entry point, as in HumanEval.
-
-    Raises:
-        DataError: anything else.
-
-    Example:
-        >>> list_tests({"setup": "import math", "tests": ["assert f(0) == math.pi"]})
-        ['import math\nassert f(0) == math.pi']
-    """
-    if tests is None:
-        return []
-    if isinstance(tests, str):
-        return [tests] if tests.strip() else []
-    if isinstance(tests, list) and all(isinstance(test, str) for test in tests):
-        return tests
-    if isinstance(tests, dict) and ("test" in tests or "tests" in tests):
-        setup = f"{tests['setup']}\n" if tests.get("setup") else ""
-        programs = list_tests(tests.get("tests", tests.get("test")))
-        name = tests.get("entry_point")
-        call = f"\ncheck({name})\n" if name and len(programs) == 1 and "def check(" in programs[0] else ""
-        return [setup + program + call for program in programs]
-    raise DataError(
-        "tests: expected a program, a list of programs, or a mapping with 'test' or 'tests' and perhaps 'setup' and "
-        f"'entry_point', got {tests!r:.80}. Correct `tests` of the prompt."
-    )
-
-
-def _as_score(outcome: Outcome) -> Score:
+def _as_score(suite: Suite, outcome: Outcome) -> Score:
     if outcome.failure is not None:
-        return Score(reason=outcome.failure)
+        return Score(reason=outcome.failure, details={"format": suite.format})
+    details: dict[str, Any] = {"format": suite.format, "tests": [test.verdict for test in outcome.tests]}
     if outcome.static is not None:
-        return Score(correct=False, reason="does not compile", details={"error": outcome.static, "tests": []})
-    verdicts = [test.verdict for test in outcome.tests]
-    # A test that does not compile is a defect of the data, no verdict on the response.
-    if "unreadable" in verdicts:
-        return Score(reason="a test does not compile", details={"tests": verdicts})
+        return Score(correct=False, reason="does not compile", details={**details, "error": outcome.static})
     failed = [test for test in outcome.tests if test.verdict != "passed"]
-    details = {"tests": verdicts, "error": failed[0].error if failed else None}
-    counted = ", ".join(f"{count} {verdict}" for verdict, count in sorted(Counter(verdicts).items()))
-    return Score(correct=not failed, reason=f"tests: {counted}" if failed else None, details=details)
+    if not failed:
+        return Score(correct=True, details={**details, "error": None})
+    details["error"] = failed[0].error
+    defect = next(filter(None, (_defect(suite, test) for test in failed)), None)
+    if defect is not None:
+        return Score(reason=defect, details=details)
+    counted = ", ".join(f"{count} {verdict}" for verdict, count in sorted(Counter(details["tests"]).items()))
+    return Score(correct=False, reason=f"tests: {counted}", details=details)
+
+
+def _defect(suite: Suite, test: TestVerdict) -> str | None:
+    """Return why a test that has not passed says nothing about the response; None where it does."""
+    if test.verdict == "unreadable":
+        return "a test does not compile"
+    if test.verdict == "unchecked":
+        return "the tests reached no check"
+    missing = re.search(r"ModuleNotFoundError: No module named '([\w.]+)'", test.error or "")
+    if missing and missing[1].partition(".")[0] in suite.modules:
+        return f"the tests need the package {missing[1]!r}, which the sandbox does not have; see the option packages"
+    if "fixture '" in (test.error or "") and suite.format == "pytest":
+        return f"the tests need what pytest does not have: {test.error}"
+    return None
+
+
+def _pytest_folders() -> list[str]:
+    """Return the folders and files of pytest and what it imports; empty where pytest is not installed."""
+    specs = [importlib.util.find_spec(name) for name in _PYTEST]
+    places = [place for spec in specs if spec for place in spec.submodule_search_locations or [spec.origin or ""]]
+    return places if specs[0] else []

@@ -24,7 +24,10 @@ def score(
     limit: Limit = None,
     assign: Assignments = None,
 ) -> None:
-    """Score responses: verdicts of verifiers, rewards of a reward model; prints a table per domain and source."""
+    """Score responses: verdicts of verifiers, rewards of a reward model; prints a table per domain and source.
+
+    For example: `fusion score --config examples/fusechat3/score.yml`. `fusion keys score` lists the keys of the file.
+    """
     from fusion_plugins.scoring.score import ScoreConfig, score_responses, summarize
     from fusion_plugins.store import open_rows
 

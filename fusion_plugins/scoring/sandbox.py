@@ -10,12 +10,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fusion_plugins.errors import ConfigError, ScoringError
+from fusion_plugins.scoring.code_tests import COUNTER
 
 HERE = Path(__file__).parent
 LAUNCHER = HERE / "sandbox_launcher.py"
@@ -72,7 +73,8 @@ class TestVerdict:
     """Result of one test.
 
     Attributes:
-        verdict: passed | failed | timeout | crashed | not_run | unreadable (the test itself does not compile).
+        verdict: passed | failed | timeout | crashed | not_run | unreadable (the test itself does not compile) |
+            unchecked (it ended well, but reached no check).
         error: the exception, or how the process ended; None when passed.
         seconds: wall time.
     """
@@ -107,35 +109,47 @@ class Sandbox:
         limits: of each program.
         packages: folders that programs may import from, read-only; without any, only the standard library. A driver
             that runs as root needs them readable by everybody, because its programs run as user 65534.
+        modules: folders of single packages that programs may import; nothing beside them is visible.
 
     Raises:
         ScoringError: the isolation layers cannot be set up here, or one of them does not hold.
     """
 
-    def __init__(self, limits: Limits | None = None, packages: Sequence[str] = ()) -> None:
+    def __init__(self, limits: Limits | None = None, packages: Sequence[str] = (), modules: Sequence[str] = ()) -> None:
         self.limits = limits or Limits()
         # The interpreter that a virtual environment links to, because only its own folder is visible inside.
         self._python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-        visible = [*SYSTEM_PATHS, sys.base_prefix, *packages]
+        visible = [*SYSTEM_PATHS, sys.base_prefix, *packages, *modules]
         self._spec: dict[str, Any] = {
             "runner": RUNNER.read_text(),
             "visible": _outermost(path for path in visible if os.path.lexists(path)),
-            "path": [os.path.abspath(path) for path in packages],
+            "path": [
+                *map(os.path.abspath, packages),
+                *dict.fromkeys(map(os.path.dirname, map(os.path.abspath, modules))),
+            ],
             "limits": {name: value for name, value in asdict(self.limits).items() if not name.endswith("_seconds")},
         }
         self._running: set[subprocess.Popen[bytes]] = set()
         self._closed = False
         self._try_layers()
 
-    def run(self, code: str, tests: Sequence[str]) -> Outcome:
-        """Run ``code`` followed by each test; a test passes when it ends without an exception.
+    def run(self, code: str, tests: Sequence[str | Mapping[str, Any]], setup: str = "") -> Outcome:
+        """Run ``code`` with each test.
+
+        Args:
+            code: the program.
+            tests: programs, each of which passes when it ends without an exception, or tests of
+                :class:`~fusion_plugins.scoring.code_tests.Suite`.
+            setup: a program that runs before ``code`` as far as it can, and as a whole between ``code`` and the test.
 
         Raises:
             ScoringError: the isolation layers can no longer be set up.
         """
         job = {
             "code": code,
+            "setup": setup,
             "tests": list(tests),
+            "counter": COUNTER,
             "cpu_seconds": self.limits.cpu_seconds,
             "wall_seconds": self.limits.wall_seconds,
             "total_seconds": self.limits.total_seconds,

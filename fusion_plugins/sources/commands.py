@@ -8,6 +8,7 @@ from rich.console import Console
 
 from fusion_plugins.command_options import Assignments, ConfigFile, DryRun, Limit, Out
 from fusion_plugins.config import load_config
+from fusion_plugins.progress import duration
 
 # The modules that do the work load numpy and pyarrow. Each command imports its own, so that `fusion --help` is fast.
 
@@ -17,13 +18,19 @@ def capture(
     texts: Annotated[str | None, typer.Option(help="JSONL or Parquet file or folder with the texts.")] = None,
     model: Annotated[str | None, typer.Option(help="Folder or hub name of the source model.")] = None,
     out: Out = None,
-    backend: Annotated[str | None, typer.Option(help="transformers, vllm, openai or ray.")] = None,
-    top_k: Annotated[str | None, typer.Option(help="Entries per position, or 'all'.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="transformers, vllm, openai or ray.", show_default="transformers")
+    ] = None,
+    top_k: Annotated[str | None, typer.Option(help="Entries per position, or 'all'.", show_default="64")] = None,
     limit: Limit = None,
     dry_run: DryRun = False,
     assign: Assignments = None,
 ) -> None:
-    """Store the top-k log-probabilities of one source model over a set of texts."""
+    """Store the top-k log-probabilities of one source model over a set of texts.
+
+    For example: `fusion capture --model mosaicml/mpt-7b --texts corpus.jsonl --out stores/mpt`. `fusion keys capture`
+    lists the keys of the file.
+    """
     from fusion_plugins.sources.capture import CaptureConfig, capture_texts, estimate_capture
 
     flags = {
@@ -45,6 +52,8 @@ def capture(
         f"{report.captured} texts captured ({_speed(report.tokens, report.seconds)}), {report.present} were there, "
         f"{len(report.skipped)} left out: {report.out}"
     )
+    if report.text_changes:
+        console.print(f"the tokenizer changes texts, which is known: {'; '.join(report.text_changes)}")
     for text_id, reason in report.skipped.items():
         console.print(f"left out {text_id}: {reason}")
 
@@ -58,7 +67,11 @@ def sample(
     dry_run: DryRun = False,
     assign: Assignments = None,
 ) -> None:
-    """Draw N responses of each of M source models to a set of prompts."""
+    """Draw N responses of each of M source models to a set of prompts.
+
+    For example: `fusion sample --config examples/fusechat3/sample.yml`. `fusion keys sample` lists the keys of the
+    file.
+    """
     from fusion_plugins.sources.estimate import estimate_samples
     from fusion_plugins.sources.sample import SampleConfig, sample_prompts
 
@@ -74,6 +87,10 @@ def sample(
         f"{report.drawn} responses drawn ({_speed(report.tokens, report.seconds)}), {report.present} were there, "
         f"{len(report.skipped)} prompts left out: {report.out}"
     )
+    if report.repaired:
+        console.print(
+            f"{report.repaired} responses were repaired: half characters became U+FFFD, impossible counts of tokens 0"
+        )
     for (source, prompt), reason in report.skipped.items():
         console.print(f"left out {prompt} of {source}: {reason}")
 
@@ -88,7 +105,10 @@ def cut(
     max_length: Annotated[int | None, typer.Option(help="Longest piece in tokens.")] = None,
     assign: Assignments = None,
 ) -> None:
-    """Cut long texts into pieces that fit the context of every model."""
+    """Cut long texts into pieces that fit the context of every model.
+
+    For example: `fusion cut --texts corpus.jsonl --tokenizer mosaicml/mpt-7b --max-length 2048 --out pieces.jsonl`.
+    """
     from fusion_plugins.sources.cut import CutConfig, cut_texts
 
     flags = {"texts": texts, "out": out, "tokenizers": tokenizer or None, "max_length": max_length}
@@ -102,9 +122,10 @@ def _console() -> Console:
 
 
 def _described(estimate: Mapping[str, float]) -> str:
+    speed = estimate["tokens_per_second"]
     return (
-        f"about {estimate['tokens']:,.0f} tokens, {estimate['bytes'] / 1e6:,.1f} MB, {estimate['hours']:,.2f} hours at "
-        f"the measured {estimate['tokens_per_second']:,.0f} tokens/s"
+        f"about {estimate['tokens']:,.0f} tokens, {estimate['bytes'] / 1e6:,.1f} MB, "
+        f"{duration(estimate['hours'] * 3600)} at the measured {speed:,.{0 if speed >= 10 else 2}f} tokens/s"
     )
 
 

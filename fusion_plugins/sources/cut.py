@@ -10,6 +10,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.inputs import Text, read_texts
 from fusion_plugins.sources.backends.base import SourceSettings
 from fusion_plugins.sources.loading import load_tokenizer
+from fusion_plugins.store.files import FolderLock, leftovers, new_file
 
 Count = Callable[[str], int]
 #: good places to end a piece, the best first: after an empty line, after a line, before the first of several spaces
@@ -64,20 +66,23 @@ def cut_texts(config: CutConfig) -> CutReport:
     Raises:
         ConfigError: ``out`` cannot be a file.
         DataError: a chat is too long (chats are not cut), or a piece cannot be made short enough.
+        StoreError: another run writes this file, or it cannot be written.
     """
     texts = read_texts(config.texts)
     counters = [_counter(name, config) for name in config.tokenizers]
     out = Path(config.out)
     if out.is_dir() or not out.parent.is_dir():
         raise ConfigError(f"out: expected a file in a folder that exists, got {config.out!r}. Name another or make it.")
-    temporary = out.with_name(f".{out.name}.tmp")
     pieces = 0
-    with temporary.open("w", encoding="utf-8") as file:
-        for text in texts:
-            for row in _rows(text, counters, config):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                pieces += 1
-    temporary.replace(out)
+    with closing(FolderLock(out.parent, out.name)):
+        for left in leftovers(out):  # of a run that was killed
+            with suppress(OSError):
+                left.unlink()
+        with new_file(out) as file:
+            for text in texts:
+                for row in _rows(text, counters, config):
+                    file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+                    pieces += 1
     return CutReport(out, len(texts), pieces)
 
 

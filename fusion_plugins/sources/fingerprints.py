@@ -88,6 +88,12 @@ def revision_of(settings: SourceSettings, commit: str | None) -> str | None:
     return f"weights:{weights[:32]}" if weights else commit or settings.revision
 
 
+def _facts_of(sampling: Sampling) -> dict[str, Any]:
+    """Return the settings in the form that they had in the first version: responses of then can be added to."""
+    facts = sampling.model_dump(mode="json") | {"top_k": max(sampling.top_k, 0)}
+    return facts if sampling.min_p else {name: value for name, value in facts.items() if name != "min_p"}
+
+
 def sampling_fingerprint(settings: SourceSettings, sampling: Sampling, tokenizer: Any) -> str:
     """Return a hash (hex) of everything that decides a response, except the prompt and the seed.
 
@@ -100,7 +106,7 @@ def sampling_fingerprint(settings: SourceSettings, sampling: Sampling, tokenizer
         "model": settings.model,
         "revision": settings.revision,
         "template": chat_template_hash(tokenizer),
-        "sampling": sampling.model_dump(mode="json"),
+        "sampling": _facts_of(sampling),
         "options": numeric_options(settings),
     }
     if settings.backend != "openai":

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from fusion_plugins.core.text.messages import as_messages
-from fusion_plugins.errors import ConfigError, SourceError
-from fusion_plugins.sources.backends.base import Refusal, SampleRequest, Sampling, SourceSettings
+from fusion_plugins.core.text.model_rows import beyond_the_model
+from fusion_plugins.core.text.reasoning import CHANNEL, CHANNEL_TAGS, CLOSE, OPEN, channels, with_reasoning
+from fusion_plugins.core.text.round_trip import require_text
+from fusion_plugins.errors import ConfigError, SourceError, TokenizerError
+from fusion_plugins.sources.backends.base import Refusal, Response, SampleRequest, Sampling, SourceSettings
 
 Content = str | list[dict[str, Any]]
 
@@ -20,6 +23,7 @@ def load_tokenizer(settings: SourceSettings) -> Any:
 
     Raises:
         SourceError: it cannot be loaded.
+        TokenizerError: it loses text.
         ConfigError: the file of the chat template cannot be read.
     """
     from transformers import AutoTokenizer
@@ -33,6 +37,10 @@ def load_tokenizer(settings: SourceSettings) -> Any:
             f"source {settings.source_name!r}: cannot load the tokenizer {name!r}: {error}. Check the name, the "
             "network and `trust_remote_code`."
         ) from error
+    try:
+        require_text(tokenizer)
+    except TokenizerError as error:
+        raise TokenizerError(f"source {settings.source_name!r}: {error}") from error
     if settings.chat_template is not None:
         try:
             tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
@@ -93,6 +101,11 @@ def vocabulary_size(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def embedding_rows(settings: SourceSettings) -> int | None:
+    """Return the number of ids that the model can read; the tokenizer may know more. None for a server."""
+    return None if settings.backend == "openai" else int(load_config(settings).vocab_size)
+
+
 def plain_text(content: Content) -> str:
     """Return the text of a prompt that is given to the model as it is.
 
@@ -148,15 +161,51 @@ def prompt_text(tokenizer: Any, content: Content, template: str, system: str | N
         ) from error
 
 
-def response_text(tokenizer: Any, token_ids: list[int], stop: tuple[str, ...]) -> tuple[str, bool]:
+def response_text(tokenizer: Any, token_ids: Sequence[int], stop: tuple[str, ...]) -> tuple[str, bool]:
     """Return the text of generated tokens, cut before the first stop string, and whether there was one.
 
     Engines decode token by token, and write bytes that are not UTF-8 in different ways. With one function for all of
     them their responses can be compared.
     """
-    text: str = tokenizer.decode(token_ids, skip_special_tokens=True)
+    text = _decoded(tokenizer, token_ids)
     cut = min((text.find(string) for string in stop if string in text), default=None)
-    return (text, False) if cut is None else (text[:cut], True)
+    return text[:cut], cut is not None
+
+
+def local_response(
+    tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int], stop: tuple[str, ...], *, ended: bool, n_tokens: int
+) -> Response | Refusal:
+    """Return the response that generated tokens are.
+
+    Reasoning gets the form of :mod:`fusion_plugins.core.text.reasoning`.
+
+    Args:
+        tokenizer: the source's tokenizer.
+        prompt: ids of the prompt.
+        tokens: generated ids, without the one that ended the response.
+        stop: strings that end a response; it is cut before the first.
+        ended: the model ended the response itself.
+        n_tokens: tokens generated, the one that ended the response included.
+    """
+    text, stopped = response_text(tokenizer, tokens, stop)
+    said = channels(text)
+    if said is not None and said.calls:
+        return Refusal(f"expected an answer in text, got a call of a tool: {text!r:.80}")
+    if said is not None:
+        text = with_reasoning(said.reasoning, said.answer)
+    elif tokenizer.decode(list(prompt[-8:])).rstrip().endswith(OPEN):
+        text = f"{OPEN}\n{text.lstrip()}"
+    return Response(text, "stop" if ended or stopped else "length", n_tokens, len(prompt))
+
+
+def _decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """Return the text of tokens, without special ones except those that tell reasoning from the answer."""
+    special = {id for id, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
+    if not special & {tokenizer.convert_tokens_to_ids(tag) for tag in (OPEN, CLOSE, CHANNEL)} & set(tokens):
+        text: str = tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text
+    marks = {tokenizer.convert_tokens_to_ids(tag) for tag in (OPEN, CLOSE, *CHANNEL_TAGS)}
+    return str(tokenizer.decode([token for token in tokens if token not in special or token in marks]))
 
 
 def prompt_ids(tokenizer: Any, content: Content, sampling: Sampling, max_length: int | None) -> list[int]:
@@ -179,9 +228,15 @@ def prompt_ids(tokenizer: Any, content: Content, sampling: Sampling, max_length:
 
 
 def split_prompts(
-    tokenizer: Any, requests: Sequence[SampleRequest], max_length: int | None
+    tokenizer: Any, requests: Sequence[SampleRequest], max_length: int | None, rows: int | None = None
 ) -> tuple[dict[int, list[int]], dict[int, Refusal]]:
     """Tokenize prompts.
+
+    Args:
+        tokenizer: the source's tokenizer.
+        requests: the prompts.
+        max_length: longest sequence in tokens, prompt and response together; None for no limit.
+        rows: embedding rows of the model; None where the engine itself refuses ids beyond them.
 
     Returns:
         Index -> ids of the prompts that the model can answer, and index -> why for the others.
@@ -190,7 +245,12 @@ def split_prompts(
     refused: dict[int, Refusal] = {}
     for index, request in enumerate(requests):
         try:
-            prompts[index] = prompt_ids(tokenizer, request.content, request.sampling, max_length)
+            ids = prompt_ids(tokenizer, request.content, request.sampling, max_length)
         except SourceError as error:
             refused[index] = Refusal(str(error))
+            continue
+        if problem := beyond_the_model(tokenizer, ids, rows):
+            refused[index] = Refusal(problem)
+        else:
+            prompts[index] = ids
     return prompts, refused

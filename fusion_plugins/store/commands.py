@@ -1,26 +1,29 @@
 """The commands ``fusion store info | verify | merge | compact | export``."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from fusion_plugins.errors import StoreError
+from fusion_plugins.terminal import console
+from fusion_plugins.terminal import say as _say
 
 # pyarrow, numpy and pydantic are imported inside the commands, so that `fusion --help` stays fast.
 
 Folder = Annotated[Path, typer.Argument(help="A store, or a folder of responses or scored responses.")]
 
 
-def _say(text: str) -> None:
-    Console(soft_wrap=True, markup=False).print(text)
+def info(
+    folder: Folder,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
+) -> None:
+    """Show what a folder holds: how it was made, how much is in it, and what it costs per token.
 
-
-def info(folder: Folder) -> None:
-    """Show what a folder holds: how it was made, how much is in it, and what it costs per token."""
+    For example: `fusion store info stores/mpt`.
+    """
     from fusion_plugins.store.manifest import load_manifest
 
     manifest = load_manifest(folder)
@@ -33,11 +36,19 @@ def info(folder: Folder) -> None:
     }
     if manifest.tokens:
         counts["tokens"] = f"{manifest.tokens:,}, {manifest.bytes / manifest.tokens:.1f} bytes each"
-    table = Table("", str(folder), show_header=True)
+    if as_json:
+        numbers = {"rows": manifest.rows, "shards": len(manifest.shards), "bytes": manifest.bytes}
+        figures = {"complete": manifest.complete, "tokens": manifest.tokens, "made_by": manifest.made_by} | numbers
+        parts = {"identity": manifest.identity(), **figures, "provenance": manifest.provenance}
+        typer.echo(json.dumps(parts, indent=2, default=str))
+        return
+    table = Table("")
+    # A fingerprint that is cut cannot be compared.
+    table.add_column(str(folder), overflow="fold")
     for lines in (manifest.identity(), counts, manifest.provenance):
         for name, value in lines.items():
-            table.add_row(name, escape(str(value)))
-    Console().print(table)
+            table.add_row(name, str(value))
+    console().print(table)
 
 
 def verify(
@@ -46,7 +57,10 @@ def verify(
         bool, typer.Option(help="Remove damaged shards, so that the command that made them makes their content again.")
     ] = False,
 ) -> None:
-    """Read a folder to the last byte, compare checksums and counts, and look for ids or keys that appear twice."""
+    """Read a folder to the last byte, compare checksums and counts, and look for ids or keys that appear twice.
+
+    For example: `fusion store verify stores/mpt`.
+    """
     from fusion_plugins.store.maintain import verify as run
 
     verdict = run(folder, drop_damaged=drop_damaged)
@@ -67,7 +81,10 @@ def merge(
     parts: Annotated[list[Path], typer.Argument(help="Folders that were made with the same settings.")],
     out: Annotated[Path, typer.Option(help="Folder to write; an interrupted merge is continued.")],
 ) -> None:
-    """Join the parts of one capture (or of one sampling run) into one folder."""
+    """Join the parts of one capture (or of one sampling run) into one folder.
+
+    For example: `fusion store merge stores/part-0 stores/part-1 --out stores/mpt`.
+    """
     from fusion_plugins.store.maintain import merge as run
 
     manifest = run(parts, out)
@@ -75,7 +92,10 @@ def merge(
 
 
 def compact(folder: Folder) -> None:
-    """Join small shards, and rewrite those of an older version."""
+    """Join small shards, and rewrite those of an older version.
+
+    For example: `fusion store compact stores/mpt`.
+    """
     from fusion_plugins.store.maintain import compact as run
     from fusion_plugins.store.manifest import load_manifest
 
@@ -91,7 +111,10 @@ def export(
     format: Annotated[str, typer.Option(help="datasets (plain lists) or axolotl-kd.")] = "datasets",
     temperature: Annotated[float, typer.Option(help="For axolotl-kd: the kd_temperature of the run.")] = 1.0,
 ) -> None:
-    """Write a store as plain Parquet for Hugging Face datasets, or for axolotl's own knowledge distillation."""
+    """Write a store as plain Parquet for Hugging Face datasets, or for axolotl's own knowledge distillation.
+
+    For example: `fusion store export stores/mpt --out mpt-parquet`.
+    """
     from fusion_plugins.store.export import export as run
 
     count = run(folder, out, format=format, temperature=temperature)

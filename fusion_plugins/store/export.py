@@ -4,9 +4,11 @@
 ``axolotl-kd`` has the columns of axolotl's own knowledge distillation (same tokenizer, one teacher), already tokenized.
 """
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pyarrow.parquet as pq
 
 from fusion_plugins.core.fusion.types import Record
 from fusion_plugins.errors import ConfigError, StoreError
-from fusion_plugins.store.files import TEMPORARY_SUFFIX, make_folder, write_atomic
+from fusion_plugins.store.files import leftovers, make_folder, temporary_name, write_atomic
 from fusion_plugins.store.reader import Store, open_store
 
 FORMATS = ("datasets", "axolotl-kd")
@@ -75,20 +77,45 @@ def export(path: str | Path, out: str | Path, *, format: str = "datasets", tempe
             f"{format}. Leave --temperature out."
         )
     store = open_store(path)
+    if out.is_symlink():
+        raise ConfigError(f"out: expected an empty or new folder, got {out}, which is a link. Name the folder itself.")
     make_folder(out)
     if any(out.iterdir()):
         raise ConfigError(f"out: expected an empty or new folder, got {out}, which holds files. Name another folder.")
-    unfinished = out.with_name(f".{out.name}{TEMPORARY_SUFFIX}")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
-    make_folder(unfinished)
+    _remove_leftovers(out)
+    unfinished = temporary_name(out)
     try:
-        count = _write(store, unfinished, format, store.manifest.temperature / temperature)
-        os.replace(unfinished, out)  # a folder may replace an empty one, in one step
+        unfinished.mkdir()
+        with _held(unfinished):
+            count = _write(store, unfinished, format, store.manifest.temperature / temperature)
+            os.replace(unfinished, out)  # a folder may replace an empty one, in one step
     except OSError as error:
         raise StoreError(f"cannot write {out}: {error.strerror or error}. Name another folder.") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return count
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Mark a folder as being worked on; the mark ends with the process.
+
+    Raises:
+        OSError: another export has marked it, or it is no folder of ours.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove what exports that were killed left beside a folder, but not what a running one is writing."""
+    for left in leftovers(out):
+        with suppress(OSError), _held(left):
+            shutil.rmtree(left)
 
 
 def _write(store: Store, folder: Path, format: str, exponent: float) -> int:

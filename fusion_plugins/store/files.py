@@ -1,17 +1,23 @@
-"""Files that appear whole or not at all, and the lock that keeps a second writer out of a folder.
+"""Files that appear whole or not at all, files that are what they seem, and the lock that keeps a second writer out.
 
-Every commit of a store is one such write: temporary file, fsync, rename, fsync of the folder.
+Every commit of a store is one write: temporary file, fsync, rename, fsync of the folder. Pages and reports are written
+the same way. A folder may come from a stranger: no link in it is followed when something is written or deleted, and
+what is no plain file is refused before it is opened, because to open a pipe can take for ever.
 """
 
 import errno
 import os
+import re
+import secrets
 import signal
 import socket
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -21,6 +27,49 @@ LOCK_NAME = ".lock"
 TEMPORARY_SUFFIX = ".tmp"
 #: how Lustre, NFS and others say that they were mounted without locks
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+#: what the holder of a lock writes into the lock file
+_HOLDER = re.compile(r"process \d{1,20} on [\w.-]{1,255}")
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFLNK: "a link",
+}
+
+
+def plain_file(path: Path) -> Path:
+    """Return where a file of a store really lies, after a look at what it is.
+
+    The folder itself may be reached through links. A file in it may be a link only to a file of the same folder, or, in
+    the cache of the Hugging Face hub, to one of the same repository's blobs, which is how that cache keeps files.
+
+    Raises:
+        FileNotFoundError: there is none.
+        StoreError: it is a pipe, a device, a socket, a folder, or a link that leads elsewhere.
+    """
+    found = path
+    if stat.S_ISLNK(path.lstat().st_mode):
+        found = Path(os.path.realpath(path, strict=True))
+        if found.parent not in _homes(Path(os.path.realpath(path.parent))):
+            raise StoreError(
+                f"{path}: expected a file of its own folder, got a link to {found}. Links are not followed out of a "
+                f"store: copy the file to its place if you trust it."
+            )
+    _require_plain(found.lstat().st_mode, path)
+    return found
+
+
+def _homes(folder: Path) -> list[Path]:
+    """Return the folders in which the files of a folder may lie: itself, and the blobs of its repository."""
+    return [folder] + [above.parent / "blobs" for above in (folder, *folder.parents) if above.name == "snapshots"]
+
+
+def _require_plain(mode: int, path: Path) -> None:
+    if not stat.S_ISREG(mode):
+        got = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise StoreError(f"{path}: expected a plain file, got {got}. Remove it, or name another.")
 
 
 def sync_folder(folder: Path) -> None:
@@ -48,18 +97,36 @@ def make_folder(folder: Path) -> None:
         raise StoreError(f"cannot make the folder {folder}: {error.strerror or error}. Name another folder.") from error
 
 
-def write_atomic(path: Path, data: bytes | memoryview) -> None:
-    """Write a file that is visible under its name only once it is complete and on the disk.
+def temporary_name(path: Path) -> Path:
+    """Return a private name beside a path, which nobody can know beforehand."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+
+
+def leftovers(path: Path) -> list[Path]:
+    """Return what killed writers of a path left beside it; call it only while no other writer can be at work."""
+    pattern = re.compile(re.escape(f".{path.name}") + r"(\.[0-9a-f]{16})?" + re.escape(TEMPORARY_SUFFIX))
+    return sorted(other for other in path.parent.iterdir() if pattern.fullmatch(other.name))
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that is visible under its name only once the block has ended, complete and on the disk.
+
+    A link of that name is replaced, not followed.
 
     Raises:
-        StoreError: the disk is full, or a quota or a permission is in the way. A file that had this name before is
-            still there, unless the message says that the new one is.
+        StoreError: the disk is full, a quota or a permission is in the way, or the name is that of a folder, a device,
+            a pipe or a socket. A file that had this name before is still there, unless the message says that the new
+            one is.
     """
+    with suppress(OSError):  # nothing there, or a link to nothing
+        _require_plain(path.stat().st_mode, path)
     # A rename is atomic only within one file system, so the temporary file lies in the same folder.
-    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+    temporary = temporary_name(path)
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
+        # Mode x fails on whatever has that name, links to nothing included.
+        with open(temporary, "xb") as file:
+            yield file
             file.flush()
             # Before the rename: otherwise a power failure can leave an empty file under the new name.
             os.fsync(file.fileno())
@@ -83,16 +150,33 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
         ) from error
 
 
+def write_atomic(path: Path, data: bytes | memoryview | str) -> None:
+    """Write a file as :func:`new_file` does; text becomes UTF-8.
+
+    Raises:
+        StoreError: as for :func:`new_file`.
+    """
+    with new_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
 class FolderLock:
     """The right to write into a folder, held until :meth:`close` or the end of the process, however it ends.
 
+    Args:
+        folder: the folder.
+        file: a single file of the folder that is to be written, where others may write other files of it.
+
     Raises:
-        StoreError: another process, or another writer of this one, holds it; the file system has no locks; or the
-            folder cannot be written.
+        StoreError: another process, or another writer of this one, holds it; the file system has no locks; the folder
+            cannot be written; or the name of the lock file is taken by something else.
     """
 
-    def __init__(self, folder: Path) -> None:
-        path = folder / LOCK_NAME
+    def __init__(self, folder: Path, file: str | None = None) -> None:
+        path = folder / (LOCK_NAME if file is None else f".{file}{LOCK_NAME}")
+        wanted = folder if file is None else folder / file
+        with suppress(FileNotFoundError, NotADirectoryError):
+            _require_plain(path.lstat().st_mode, path)
         # The lock belongs to an open file, so kill -9 frees it, and a forked worker drops it. A soft lock, which is a
         # file that exists, would outlive its process: where there are no real locks we refuse instead.
         self._lock = FileLock(
@@ -106,12 +190,9 @@ class FolderLock:
         try:
             self._lock.acquire()
         except Timeout:
-            holder = ""
-            with suppress(OSError):
-                holder = path.read_text().strip()
             raise StoreError(
-                f"{folder} is being written by {holder or 'another process'}. Wait until it ends, or give this run a "
-                f"folder of its own and join the two with `fusion store merge`."
+                f"{wanted} is being written by {_holder(path)}. Wait until it ends, or give this run "
+                + ("a folder of its own and join the two with `fusion store merge`." if file is None else "another.")
             ) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
@@ -130,8 +211,20 @@ class FolderLock:
         self._lock.release()
 
 
+def _holder(path: Path) -> str:
+    """Return who says to hold a lock; the file may be anybody's, so only what looks like us is repeated."""
+    with suppress(OSError), path.open("rb") as file:
+        found = _HOLDER.match(file.read(300).decode(errors="replace"))
+        if found:
+            return found[0]
+    return "another process"
+
+
 def _sign(descriptor: int) -> None:
     """Write into the lock file who holds it, for the message to the next who wants it."""
+    # Another file may have got this name, by a hard link for instance: nothing is taken from a file that is not ours.
+    if os.fstat(descriptor).st_size and not _HOLDER.match(os.pread(descriptor, 300, 0).decode(errors="replace")):
+        return
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 

@@ -2,13 +2,11 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Hashable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
 
 from fusion_plugins.core.text.content_id import texts_fingerprint
 from fusion_plugins.errors import ConfigError, FusionError, MismatchError, StoreError
@@ -67,6 +65,8 @@ def verify(folder: str | Path, *, drop_damaged: bool = False) -> Verdict:
     for shard in manifest.shards:
         try:
             seen.update(_checked_keys(folder, shard, _codec_of(manifest)))
+        except MismatchError as error:  # the shard is sound, and no other file has what it holds
+            problems.append(str(error))
         except StoreError as error:
             problems.append(str(error))
             damaged.append(shard)
@@ -82,20 +82,16 @@ def verify(folder: str | Path, *, drop_damaged: bool = False) -> Verdict:
 
 
 def _codec_of(manifest: AnyManifest) -> Codec[Any]:
-    return RecordCodec(manifest.top_k) if isinstance(manifest, Manifest) else RowCodec(manifest)
+    return RecordCodec(manifest) if isinstance(manifest, Manifest) else RowCodec(manifest)
 
 
 def _checked_keys(folder: Path, shard: ShardInfo, codec: Codec[Any]) -> list[Hashable]:
-    path = folder / shard.name
-    try:
-        items = list(read_items(folder, shard, codec))
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise StoreError(f"{path} cannot be decoded: {type(error).__name__}: {error}. {cure(folder)}") from error
+    items = read_items(folder, shard, codec)
     tokens = sum(codec.tokens(item) for item in items)
     if (len(items), tokens) != (shard.rows, shard.tokens):
         raise StoreError(
-            f"{path}: expected {shard.rows} rows of {shard.tokens} tokens, as the manifest says, got {len(items)} of "
-            f"{tokens}. {cure(folder)}"
+            f"{folder / shard.name}: expected {shard.rows} rows of {shard.tokens} tokens, as the manifest says, got "
+            f"{len(items)} of {tokens}. {cure(folder)}"
         )
     return [codec.key(item) for item in items]
 
@@ -107,7 +103,8 @@ def _drop(folder: Path, damaged: Sequence[ShardInfo]) -> AnyManifest:
         manifest = manifest.model_copy(update={"shards": kept, "complete": False})
         manifest.save(folder)
         for shard in damaged:
-            (folder / shard.name).unlink(missing_ok=True)
+            with suppress(OSError):  # a folder, for instance: no longer listed, so that the next writer puts it aside
+                (folder / shard.name).unlink(missing_ok=True)
     return manifest
 
 
@@ -120,17 +117,19 @@ def compact(folder: str | Path) -> AnyManifest:
         StoreError: the folder is damaged, or another writer is at work.
     """
     folder = Path(folder)
-    with _writer(folder, load_manifest(folder)) as writer:
+    with _writer(folder, load_manifest(folder), folder) as writer:
         writer.compact()
         return writer.manifest
 
 
-def _writer(folder: Path, manifest: AnyManifest, like: Path | None = None) -> ShardWriter[Any, AnyManifest]:
-    """Open a folder for writing, a new one with the token table of the folder that it is like."""
-    fresh = manifest.model_copy(update={"shards": [], "complete": False, "schema_version": type(manifest).VERSION})
-    companions = {}
-    if like is not None and isinstance(manifest, Manifest):
-        companions[TABLE_NAME] = (like / TABLE_NAME).read_bytes
+def _writer(folder: Path, manifest: AnyManifest, like: Path) -> ShardWriter[Any, AnyManifest]:
+    """Open a folder for writing, with the token table of the folder that it is like."""
+    fresh = manifest.model_copy(update={"shards": [], "files": {}, "complete": False})
+    companions: dict[str, Callable[[], bytes]] = {}
+    if isinstance(manifest, Manifest):
+        store = Store(like)
+        _ = store.table  # refused here if it is not sound
+        companions[TABLE_NAME] = store.table_bytes
     return ShardWriter(folder, fresh, _codec_of(manifest), companions=companions)
 
 
@@ -153,12 +152,11 @@ def merge(parts: Sequence[str | Path], out: str | Path) -> AnyManifest:
         raise ConfigError(f"merge: expected another folder to write into than the parts, got {out}. Name a new one.")
     manifests = [load_manifest(folder) for folder in folders]
     joined = _joined_manifest(folders, manifests)
-    codec = _codec_of(joined)
-    _refuse_conflicts(folders, manifests, codec)
+    _refuse_conflicts(folders, manifests, _codec_of(joined))
     with _writer(out, joined, folders[0]) as writer:
         for folder, manifest in zip(folders, manifests, strict=True):
             for shard in manifest.shards:
-                _copy_items(folder, shard, codec, writer)
+                _copy_items(folder, shard, _codec_of(manifest), writer)
         if all(manifest.complete for manifest in manifests):
             writer.finish()
         writer.flush()
@@ -201,21 +199,25 @@ def _origin(folder: Path, manifest: AnyManifest) -> dict[str, Any]:
 
 
 def _refuse_conflicts(folders: Sequence[Path], manifests: Sequence[AnyManifest], codec: Codec[Any]) -> None:
-    """Compare the items that several parts hold, before anything is written."""
-    shards = [(folder, shard) for folder, manifest in zip(folders, manifests, strict=True) for shard in manifest.shards]
-    keys = [read_keys(folder, shard, codec) for folder, shard in shards]
+    """Compare the items that several parts hold, before anything is written; ``codec`` is that of the joined folder."""
+    shards = [
+        (folder, shard, _codec_of(manifest))
+        for folder, manifest in zip(folders, manifests, strict=True)
+        for shard in manifest.shards
+    ]
+    keys = [read_keys(folder, shard, own) for folder, shard, own in shards]
     counts = Counter(key for part in keys for key in part)
     shared = {key for key, count in counts.items() if count > 1}
     digests: dict[Hashable, tuple[str, Path]] = {}
-    for (folder, shard), part in zip(shards, keys, strict=True):
+    for (folder, shard, own), part in zip(shards, keys, strict=True):
         if shared.isdisjoint(part):
             continue
-        for item in read_items(folder, shard, codec):
+        for item in read_items(folder, shard, own):
             key = codec.key(item)
             if key not in shared:
                 continue
             # Compared as they would be written: shards of two versions may hold the same record in other bytes.
-            data, _ = encode_shard([item], codec, "")
+            data, _ = encode_shard([item], codec)
             digest = hashlib.sha256(data).hexdigest()
             known, other = digests.setdefault(key, (digest, folder))
             if known != digest:

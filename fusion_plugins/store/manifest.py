@@ -2,27 +2,39 @@
 
 It is the only file that is ever replaced, and replacing it is what commits a shard. A step that uses a folder first
 calls :meth:`ManifestBase.require`, which names every setting that differs, with both values.
+
+A folder may come from a stranger, so a manifest is read as untrusted input: every name in it has one strict form, every
+number has bounds, and a checksum over all fields shows an edit.
 """
 
 import hashlib
 import json
+import math
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import fusion_plugins
 from fusion_plugins.errors import MismatchError, StoreError
-from fusion_plugins.store.files import write_atomic
+from fusion_plugins.store.files import plain_file, write_atomic
 
 MANIFEST_NAME = "manifest.json"
+#: bytes of the largest manifest that is read; a shard takes about 200
+MANIFEST_BYTES = 1 << 26
+#: how deep values may lie in each other; free notes are the only ones that nest at all
+MANIFEST_DEPTH = 32
 #: the source tokenizer's tokens, in a store of log-probabilities
-TABLE_NAME = "tokens.parquet"
+TABLE_NAME: Literal["tokens.parquet"] = "tokens.parquet"
 _KINDS = {"logprobs": "a store of log-probabilities", "rows": "a folder of responses or scored responses"}
 
 #: what a column of a row folder holds
 ColumnKind = Literal["string", "int64", "float64", "bool", "json"]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+Size = Annotated[int, Field(ge=1, lt=1 << 31)]
 
 
 class ShardInfo(BaseModel):
@@ -30,12 +42,13 @@ class ShardInfo(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    name: str
-    rows: int
-    tokens: int = Field(description="tokens in a store of log-probabilities, 0 elsewhere")
-    bytes: int = Field(description="size of the file")
-    sha256: str = Field(description="of the file")
-    version: int = Field(default=1, description="of the layout of its columns")
+    # The name becomes a path that is read and deleted: a plain name of the one form that writers give, never a path.
+    name: str = Field(pattern=r"^shard-[0-9]{6,12}\.parquet$")
+    rows: Count
+    tokens: Count = Field(description="tokens in a store of log-probabilities, 0 elsewhere")
+    bytes: Count = Field(description="size of the file")
+    sha256: Sha256 = Field(description="of the file")
+    version: int = Field(default=1, ge=1, description="of the layout of its columns")
 
 
 class ManifestBase(BaseModel):
@@ -47,15 +60,22 @@ class ManifestBase(BaseModel):
     NOUN: ClassVar[str] = "rows"
     #: fields that must be equal before anything may be added to a folder
     IDENTITY: ClassVar[tuple[str, ...]] = ()
-    #: version that is written, and the oldest that is still read
+    #: version of the manifest that is written, and the oldest that is still read
     VERSION: ClassVar[int] = 1
     OLDEST: ClassVar[int] = 1
+    #: version from which on there are checksums of the manifest itself and of the other files
+    CHECKED: ClassVar[int] = 1
+    #: layout of the shards that are written
+    LAYOUT: ClassVar[int] = 1
 
-    schema_version: int = Field(default=1, description="the newest layout among the shards")
+    schema_version: int = Field(default=1, description="of the manifest")
     complete: bool = Field(default=False, description="everything that was asked for is there")
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     made_by: str = f"fusion-plugins {fusion_plugins.__version__}"
     provenance: dict[str, Any] = Field(default_factory=dict, description="free notes; never checked, never secrets")
+    files: dict[Literal["tokens.parquet"], Sha256] = Field(
+        default_factory=dict, description="sha256 of each other file of the folder; empty in one of an older version"
+    )
     shards: list[ShardInfo] = Field(default_factory=list)
 
     @property
@@ -75,8 +95,8 @@ class ManifestBase(BaseModel):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of identity and shards: changes whenever the content does (and when shards are joined)."""
-        return _digest([self.identity(), sorted(shard.sha256 for shard in self.shards)])
+        """sha256 of identity, files and shards: changes whenever the content does (and when shards are joined)."""
+        return _digest([self.identity(), self.files, sorted(shard.sha256 for shard in self.shards)])
 
     def identity(self) -> dict[str, Any]:
         """Return what must be equal before anything may be added."""
@@ -124,21 +144,44 @@ class ManifestBase(BaseModel):
             raise StoreError(f"{path}: expected the manifest of {_KINDS[expected]}, got {got}. Name another folder.")
         # Before the fields are looked at: a later version may have other ones, and its folder is not damaged.
         version, maker = found.get("schema_version"), found.get("made_by", "it does not say which")
-        if isinstance(version, int) and not cls.OLDEST <= version <= cls.VERSION:
+        if type(version) is not int:
+            raise _damaged(path, f"schema_version: expected a number, got {version!r:.40}")
+        if not cls.OLDEST <= version <= cls.VERSION:
             raise StoreError(
                 f"{path}: this version of fusion-plugins expected schema version {cls.OLDEST} to {cls.VERSION}, got "
                 f"{version}. The folder is sound: use the version that wrote it ({maker}), or a newer one."
             )
+        checksum = found.pop("checksum", None)
+        if checksum is None and version >= cls.CHECKED:
+            raise _damaged(path, "checksum: expected one, got none")
+        if checksum is not None and checksum != _digest(found):
+            raise _damaged(path, "it was edited, or bytes of it changed: its checksum is that of another content")
         try:
-            return cls.model_validate(found)
+            manifest = cls.model_validate(found)
         except ValidationError as error:
-            problem = error.errors()[0]
+            problem = error.errors(include_input=False, include_url=False)[0]
             at = ".".join(str(part) for part in problem["loc"])
-            raise _damaged(path, f"{at}: {problem['msg']}") from error
+            raise _damaged(path, f"{at:.200}: {problem['msg']:.200}") from error
+        problem_found = manifest.problem()
+        if problem_found:
+            raise _damaged(path, problem_found)
+        return manifest
+
+    def problem(self) -> str | None:
+        """Return what is wrong with a manifest whose fields are valid one by one, or None."""
+        twice = [name for name, count in Counter(shard.name for shard in self.shards).items() if count > 1]
+        if twice:
+            return f"shards: {twice[0]} is listed more than once"
+        newest = max((shard.version for shard in self.shards), default=1)
+        if newest > self.LAYOUT:
+            return f"shards: expected layouts up to version {self.LAYOUT}, got {newest}"
+        return None
 
     def save(self, folder: Path) -> None:
-        """Replace the manifest of a folder atomically."""
-        write_atomic(folder / MANIFEST_NAME, self.model_dump_json(indent=1).encode())
+        """Replace the manifest of a folder atomically; it is written in the current version, with a checksum."""
+        fields = json.loads(self.model_dump_json()) | {"schema_version": self.VERSION}
+        text = json.dumps(fields | {"checksum": _digest(fields)}, indent=1, ensure_ascii=False)
+        write_atomic(folder / MANIFEST_NAME, text)
 
 
 class Manifest(ManifestBase):
@@ -157,16 +200,19 @@ class Manifest(ManifestBase):
         "texts_fingerprint",
         "template_hash",
     )
-    VERSION = 2
+    VERSION = CHECKED = 3
+    LAYOUT = 2
 
     kind: Literal["logprobs"] = "logprobs"
     model: str = Field(description="name or path of the source model")
     revision: str | None = Field(default=None, description="commit or tag of the model")
     tokenizer_fingerprint: str = Field(description="TokenTable.fingerprint")
-    vocab_size: int = Field(description="tokens in the tokenizer")
-    logits_width: int = Field(description="columns of the model's head; may exceed vocab_size")
-    top_k: int = Field(gt=0, description="entries stored per position")
-    temperature: float = Field(default=1.0, gt=0, description="at which the log-probabilities were taken")
+    vocab_size: Size = Field(description="tokens in the tokenizer")
+    logits_width: Size = Field(description="columns of the model's head; may exceed vocab_size")
+    top_k: Size = Field(description="entries stored per position")
+    temperature: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="at which the log-probabilities were taken"
+    )
     dtype: str = Field(description="dtype in which the model ran")
     texts_fingerprint: str = Field(description="content_id.texts_fingerprint of all texts")
     template_hash: str | None = Field(default=None, description="sha256 of the chat template; None for plain text")
@@ -176,6 +222,8 @@ class Manifest(ManifestBase):
 
 class RowManifest(ManifestBase):
     """What a folder of responses or scored responses holds."""
+
+    VERSION = CHECKED = 2
 
     kind: Literal["rows"] = "rows"
     stage: str = Field(description="responses | scored | any name")
@@ -192,6 +240,13 @@ class RowManifest(ManifestBase):
         """Return stage, columns, key and facts, the facts under their own names."""
         return {"stage": self.stage, "columns": self.columns, "key": self.key} | self.facts
 
+    def problem(self) -> str | None:
+        """Return what is wrong with a manifest whose fields are valid one by one, or None."""
+        missing = [name for name in self.key if name not in self.columns]
+        if missing:
+            return f"key: expected columns that are declared, got {missing[0]!r:.100}"
+        return super().problem()
+
 
 def load_manifest(folder: Path) -> Manifest | RowManifest:
     """Return the manifest of a folder of either kind.
@@ -205,22 +260,60 @@ def load_manifest(folder: Path) -> Manifest | RowManifest:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        file = plain_file(path)
+        size = file.stat().st_size
+        if size > MANIFEST_BYTES:
+            raise _damaged(path, f"expected at most {MANIFEST_BYTES:,} bytes, got {size:,}")
+        data = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         got = f"a folder without {MANIFEST_NAME}" if path.parent.is_dir() else "no folder"
         raise StoreError(
             f"{path.parent}: expected a store or a folder of responses, got {got}. Give the folder that `fusion "
             f"capture`, `sample` or `score` wrote."
         ) from None
-    except OSError as error:
-        raise StoreError(
-            f"{path} cannot be read: {error.strerror or error}. Repair the permission or the disk."
-        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a folder whose name holds a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise StoreError(f"{path} cannot be read: {reason}. Repair the permission or the disk.") from error
+    try:
+        found = json.loads(
+            data.decode(), object_pairs_hook=_without_repeats, parse_constant=_finite, parse_float=_finite
+        )
+        _check_values(found, MANIFEST_DEPTH)
+    except RecursionError:
+        raise _damaged(path, f"expected values at most {MANIFEST_DEPTH} deep in each other") from None
     except ValueError as error:
-        raise _damaged(path, str(error)) from error
+        raise _damaged(path, f"{str(error):.200}") from error
     if not isinstance(found, dict):
         raise _damaged(path, f"expected a JSON object, got {type(found).__name__}")
     return found
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # which of the two counts differs from reader to reader
+        name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {name!r:.100} appears twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"expected a finite number, got {text:.40}")
+    return value
+
+
+def _check_values(value: Any, depth: int) -> None:
+    """Refuse what the next save could not write, or a terminal or file could not show."""
+    if depth < 0:
+        raise RecursionError
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        for part in value:
+            _check_values(part, depth - 1)
+    elif isinstance(value, str):
+        value.encode()  # UnicodeEncodeError, which is a ValueError, for half a surrogate pair
 
 
 def _as_json(value: Any) -> str:

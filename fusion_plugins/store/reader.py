@@ -5,19 +5,22 @@ ids; a shard's checksum is compared before its first record is returned. A store
 opens the files anew, and trusts the checksums that its parent has compared.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fusion_plugins.core.fusion.types import Record
 from fusion_plugins.errors import MismatchError, StoreError
+from fusion_plugins.store.files import plain_file
 from fusion_plugins.store.manifest import TABLE_NAME, Manifest
-from fusion_plugins.store.schema import RecordTable, decode_records
-from fusion_plugins.store.shards import compare_checksum, open_shard, read_columns
+from fusion_plugins.store.schema import RecordCodec, RecordTable
+from fusion_plugins.store.shards import compare_checksum, open_shard, parquet_file, read_table, reading
 
 if TYPE_CHECKING:
     from fusion_plugins.core.text.token_table import TokenTable
@@ -49,6 +52,7 @@ class Store:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = Manifest.load(self.path)
+        self._codec = RecordCodec(self.manifest)
         self._checked: set[int] = set()
         self._open()
 
@@ -73,17 +77,47 @@ class Store:
         from fusion_plugins.core.text.token_table import TokenTable
 
         path = self.path / TABLE_NAME
+        data = self._read_table_file()
         try:
-            columns = pq.read_table(path)
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{path} cannot be read: {error}. Restore it from a copy.") from error
-        table = TokenTable.from_columns({name: columns[name].to_pylist() for name in columns.column_names})
-        if table.fingerprint != self.manifest.tokenizer_fingerprint:
+            columns = read_table(parquet_file(pa.py_buffer(data)))
+            table = TokenTable.from_columns({name: columns[name].to_pylist() for name in columns.column_names})
+            fingerprint = table.fingerprint
+        except Exception as error:  # as in `shards.reading`: what a broken file makes a library raise
+            raise StoreError(f"{path} cannot be read: {str(error):.300}. Restore it from a copy.") from error
+        if fingerprint != self.manifest.tokenizer_fingerprint:
             raise MismatchError(
                 f"{path}: expected the table of tokenizer {self.manifest.tokenizer_fingerprint}, as the manifest says, "
-                f"got {table.fingerprint}. One of the two files is of another store: restore it from a copy."
+                f"got {fingerprint}. One of the two files is of another store: restore it from a copy."
             )
+        # The fingerprint leaves out what a run may set (the pad token, the end of a turn); the checksum does not.
+        self._check_table_file(data)
         return table
+
+    def table_bytes(self) -> bytes:
+        """Return the file of the token table as it is.
+
+        Raises:
+            StoreError: it is missing, or not the file that was written.
+        """
+        data = self._read_table_file()
+        self._check_table_file(data)
+        return data
+
+    def _read_table_file(self) -> bytes:
+        path = self.path / TABLE_NAME
+        try:
+            return plain_file(path).read_bytes()
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read: {error}. Restore it from a copy.") from error
+
+    def _check_table_file(self, data: bytes) -> None:
+        found = hashlib.sha256(data).hexdigest()
+        expected = self.manifest.files.get(TABLE_NAME, found)
+        if expected != found:
+            raise StoreError(
+                f"{self.path / TABLE_NAME} is damaged: expected sha256 {expected[:12]}..., got {found[:12]}.... "
+                "Restore it from a copy."
+            )
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, int, int]]:
@@ -91,21 +125,22 @@ class Store:
         places: dict[str, tuple[int, int, int]] = {}
         for shard in range(len(self.manifest.shards)):
             file = self._file(shard)
-            ids = iter(read_columns(self.path, self.manifest.shards[shard], file, ["id"])["id"].to_pylist())
-            for group in range(file.num_row_groups):
-                n_rows = file.metadata.row_group(group).num_rows
-                places.update((next(ids), (shard, group, row)) for row in range(n_rows))
+            with reading(self.path, self.manifest.shards[shard]):
+                for group in range(file.num_row_groups):
+                    ids = read_table(file, group, self._codec.key_columns)["id"].to_pylist()
+                    places.update((id, (shard, group, row)) for row, id in enumerate(ids))
         return places
 
     def _open_shard(self, shard: int) -> pq.ParquetFile:
-        return open_shard(self.path, self.manifest.shards[shard])
+        return open_shard(self.path, self.manifest.shards[shard], self._codec.identity)
 
     def _decode_group(self, shard: int, group: int) -> RecordTable:
         if shard not in self._checked:
             compare_checksum(self.path, self.manifest.shards[shard])
             self._checked.add(shard)
-        table = self._file(shard).read_row_group(group, use_threads=False)
-        return decode_records(table, self.manifest.shards[shard].version)
+        file = self._file(shard)
+        with reading(self.path, self.manifest.shards[shard]):
+            return self._codec.decode_table(read_table(file, group), self.manifest.shards[shard].version)
 
     def ids(self) -> list[str]:
         """Return all ids, in the order of the shards."""

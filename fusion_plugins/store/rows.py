@@ -33,12 +33,13 @@ _PYTHON: dict[str, tuple[type, ...]] = {"string": (str,), "int64": (int,), "floa
 class RowCodec:
     """How the rows of a folder are kept: one Parquet column per declared column."""
 
-    version = RowManifest.VERSION
+    version = RowManifest.LAYOUT
     shard_tokens = 1 << 62  # rows have no tokens: their number alone limits a shard
     group_tokens = 1
     parquet: dict[str, Any] = {}
 
     def __init__(self, manifest: RowManifest) -> None:
+        self.identity = manifest.identity_digest
         self.columns = manifest.columns
         self.key_columns = list(manifest.key)
 
@@ -54,11 +55,20 @@ class RowCodec:
         return pa.table(columns)
 
     def decode(self, table: pa.Table, version: int) -> list[Row]:
-        """Return the rows of a table; there is one version."""
+        """Return the rows of a table; there is one version.
+
+        Raises:
+            ValueError: the columns are not those that are declared, or a key is not whole.
+        """
+        expected = pa.schema([(name, _ARROW[kind]) for name, kind in self.columns.items()])
+        if not table.schema.equals(expected):
+            found = ", ".join(f"{field.name} {field.type}" for field in table.schema)
+            raise ValueError(f"expected the columns that the manifest declares, got {found:.200}")
         rows: list[Row] = table.to_pylist()
         for name in (name for name, kind in self.columns.items() if kind == "json"):
             for row in rows:
                 row[name] = None if row[name] is None else json.loads(row[name])
+        self.keys(table)  # a key that is not whole is refused
         return rows
 
     def key(self, item: Row) -> Key:
@@ -66,7 +76,13 @@ class RowCodec:
         return tuple(item[name] for name in self.key_columns)
 
     def keys(self, table: pa.Table) -> list[Key]:
-        """Return the keys of a table's rows."""
+        """Return the keys of a table's rows.
+
+        Raises:
+            ValueError: a row lacks a part of its key.
+        """
+        if any(table[name].null_count for name in self.key_columns):
+            raise ValueError("expected a value in every column of the key, got none")
         return list(zip(*(table[name].to_pylist() for name in self.key_columns), strict=True))
 
     def tokens(self, item: Row) -> int:

@@ -24,6 +24,8 @@ GROUP_VALUES = 1 << 17
 SHARD_VALUES = 1 << 24
 #: in the column `gold` (the next token's log-probability): the value is the one that the top k have for that token
 IN_TOP_K = 0xFFFF
+#: a logarithm of a probability may be this much above 0
+_ROUNDED = 1e-3
 #: bit pattern -> log-probability; numpy's own conversion takes five times as long
 _LOGPROBS = -np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 # A byte-stream split writes the first bytes of all values of a page, then all second bytes, and so on; for
@@ -40,15 +42,17 @@ PARQUET_OPTIONS: dict[str, Any] = {
 
 
 class RecordCodec:
-    """How the records of a store with K entries per position are kept."""
+    """How the records of a store are kept."""
 
-    version = Manifest.VERSION
+    version = Manifest.LAYOUT
     key_columns = ["id"]
     parquet = PARQUET_OPTIONS
 
-    def __init__(self, top_k: int) -> None:
-        self.shard_tokens = max(1, SHARD_VALUES // top_k)
-        self.group_tokens = max(1, GROUP_VALUES // top_k)
+    def __init__(self, manifest: Manifest) -> None:
+        self.identity = manifest.identity_digest
+        self.top_k = manifest.top_k
+        self.shard_tokens = max(1, SHARD_VALUES // manifest.top_k)
+        self.group_tokens = max(1, GROUP_VALUES // manifest.top_k)
 
     def encode(self, items: list[Record]) -> pa.Table:
         """Return one table row per record, in the layout of the current version."""
@@ -87,7 +91,20 @@ class RecordCodec:
 
     def decode(self, table: pa.Table, version: int) -> Iterator[Record]:
         """Return the records of a table that was written with that version."""
-        return decode_records(table, version).records()
+        return self.decode_table(table, version).records()
+
+    def decode_table(self, table: pa.Table, version: int) -> "RecordTable":
+        """Return the records of a table as one; refuse what no record can be.
+
+        The rest of the program, compiled code included, relies on what is checked here.
+
+        Raises:
+            ValueError: naming the column that is wrong.
+        """
+        _check_types(table, version, self.top_k)
+        records = decode_records(table, version)
+        _check_values(records)
+        return records
 
     def key(self, item: Record) -> str:
         """Return the id of a record."""
@@ -173,10 +190,74 @@ class RecordTable:
         return (self.record(row) for row in range(len(self.ids)))
 
 
+def _types(version: int, top_k: int) -> dict[str, tuple[str, ...]]:
+    """Return the types that each column of a layout may have, as Arrow spells them."""
+    numbers, truths, floats, halves = (f"list<item: {kind}>" for kind in ("int32", "bool", "float", "uint16"))
+    entries: dict[str, tuple[str, ...]]
+    common: dict[str, tuple[str, ...]] = {
+        "id": ("string",),
+        "input_ids": (numbers,),
+        "exact": (truths,),
+        "spans": (numbers,),
+    }
+    means = {"ce_per_token": ("double",), "ce_per_byte": ("double",)}
+    if version == 1:
+        ids, logprobs = (f"list<item: fixed_size_list<item: {kind}>[{top_k}]>" for kind in ("int32", "float"))
+        entries = {"topk_ids": (ids,), "topk_logprobs": (logprobs,)}
+        return common | {"ends": (numbers,), **entries, "token_logprobs": (floats,), "tail": (floats,)} | means
+    two, four = (f"list<item: fixed_size_binary[{size * top_k}]>" for size in (2, 4))
+    entries = {"topk_ids": (two, four), "topk_logprobs": (two,)}
+    return common | {"widths": (numbers,), **entries, "gold": (halves,), "tail": (halves,)} | means
+
+
+def _check_types(table: pa.Table, version: int, top_k: int) -> None:
+    """Raise a ValueError unless a table has the columns of a layout, with a value in every row."""
+    expected = _types(version, top_k)
+    if sorted(table.column_names) != sorted(expected):
+        raise ValueError(f"expected the columns {', '.join(expected)}, got {', '.join(table.column_names):.200}")
+    for name, types in expected.items():
+        column = table[name]
+        found = str(column.type).replace("element: ", "item: ")  # the name of an element depends on the writer
+        _require(found in types, f"{name}: expected {' or '.join(types)}, got {found:.200}")
+        _require(column.null_count == 0, f"{name}: expected a value in every row")
+
+
+def _check_values(records: "RecordTable") -> None:
+    """Raise a ValueError where the arrays of records do not fit together, or hold what no record can have.
+
+    Ids have no upper bound here: a model's head may be wider than its vocabulary, and whoever looks an id up asks for
+    its bounds.
+    """
+    columns, starts = records.columns, records.starts
+    for name in ("exact", "ends", "topk_ids", "topk_logprobs", "token_logprobs", "tail"):
+        found, wanted = len(columns[name]), len(columns["input_ids"])
+        _require(found == wanted, f"{name}: expected a value for each of {wanted} tokens, got {found}")
+    _require((columns["input_ids"] >= 0).all(), "input_ids: expected numbers from 0 on, got less")
+    _require((columns["topk_ids"] >= -1).all(), "topk_ids: expected numbers from -1 on, got less")
+    logprobs, tail = columns["topk_logprobs"], columns["tail"]
+    # The comparisons are false for nan. Some engines round a probability of 1 up a little.
+    sound = (logprobs <= _ROUNDED).all() and (logprobs[:, 1:] <= logprobs[:, :-1]).all()
+    _require(sound, "topk_logprobs: expected descending logarithms of probabilities, got others")
+    _require(not (columns["token_logprobs"] > _ROUNDED).any(), "token_logprobs: expected logarithms of probabilities")
+    _require(((tail >= 0) & (tail <= 1 + _ROUNDED)).all(), "tail: expected probabilities, got others")
+    spans, ends = columns["spans"], columns["ends"]
+    _require(((spans[:, 0] >= 0) & (spans[:, 0] <= spans[:, 1])).all(), "spans: expected 0 <= start <= stop")
+    goes_back = ends[1:] < ends[:-1]
+    inner = starts[(starts > 0) & (starts < len(ends))]
+    goes_back[inner - 1] = False  # from the last token of a record to the first of the next
+    _require((ends >= 0).all() and not goes_back.any(), "ends: expected bytes that never go back, got others")
+
+
+def _require(sound: Any, problem: str) -> None:
+    if not sound:
+        raise ValueError(problem)
+
+
 def decode_records(table: pa.Table, version: int) -> RecordTable:
     """Return the records of a table that was written with that version."""
     starts, input_ids = _flat(table, "input_ids")
     span_starts, spans = _flat(table, "spans")
+    _require((span_starts % 2 == 0).all(), "spans: expected pairs of start and stop")
     columns = {
         "input_ids": input_ids,
         "exact": _flat(table, "exact")[1],
@@ -195,6 +276,8 @@ def decode_records(table: pa.Table, version: int) -> RecordTable:
 
 
 def _decode_version_2(table: pa.Table, input_ids: Array, starts: Array) -> dict[str, Array]:
+    for name in ("widths", "topk_ids", "topk_logprobs", "gold"):
+        _require(np.array_equal(_starts(_lists_of(table, name)), starts), f"{name}: expected as many as input_ids")
     running = np.concatenate([[0], np.cumsum(_flat(table, "widths")[1], dtype=np.int64)])
     ends = running[1:] - np.repeat(running[starts[:-1]], np.diff(starts))
     ids = _flat(table, "topk_ids", np.uint16)[1]
@@ -216,11 +299,10 @@ def _decode_version_2(table: pa.Table, input_ids: Array, starts: Array) -> dict[
 
 def _flat(table: pa.Table, name: str, dtype: Any = None) -> tuple[Array, Array]:
     """Return where each list starts, and all values, (U,) or (U, K); ``dtype`` says what fixed-size values are."""
-    lists = table[name].combine_chunks()
-    if isinstance(lists, pa.ChunkedArray):  # no rows at all
-        lists = pa.array([], lists.type)
-    starts = lists.offsets.to_numpy() - lists.offsets[0].as_py()
+    lists = _lists_of(table, name)
+    starts = _starts(lists)
     values = lists.flatten()
+    _require(values.null_count == 0, f"{name}: expected a value at every token")
     if pa.types.is_fixed_size_binary(values.type):
         size = values.type.byte_width
         raw = values.buffers()[1] if len(values) else b""
@@ -230,3 +312,13 @@ def _flat(table: pa.Table, name: str, dtype: Any = None) -> tuple[Array, Array]:
     if pa.types.is_fixed_size_list(values.type):
         return starts, values.flatten().to_numpy(zero_copy_only=False).reshape(-1, values.type.list_size)
     return starts, values.to_numpy(zero_copy_only=False)
+
+
+def _lists_of(table: pa.Table, name: str) -> pa.ListArray:
+    lists = table[name].combine_chunks()
+    return pa.array([], lists.type) if isinstance(lists, pa.ChunkedArray) else lists  # chunked: no rows at all
+
+
+def _starts(lists: pa.ListArray) -> Array:
+    starts: Array = lists.offsets.to_numpy() - lists.offsets[0].as_py()
+    return starts

@@ -6,6 +6,7 @@ perhaps a shard that no manifest lists; the next writer recovers its items.
 """
 
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
@@ -17,7 +18,6 @@ from typing import Any, Generic, Self, TypeVar
 
 from fusion_plugins.errors import DataError, StoreError
 from fusion_plugins.store.files import (
-    TEMPORARY_SUFFIX,
     FolderLock,
     interrupts_deferred,
     make_folder,
@@ -32,7 +32,9 @@ M = TypeVar("M", bound=ManifestBase)
 Companions = Mapping[str, Callable[[], bytes | memoryview]]
 
 SHARD_PREFIX = "shard-"
-SHARD_NAME = re.compile(rf"{SHARD_PREFIX}(\d+)\.parquet")
+SHARD_NAME = re.compile(rf"{SHARD_PREFIX}([0-9]{{6,12}})\.parquet")
+#: what a killed writer of this or an earlier version leaves half written
+LEFTOVER = re.compile(rf"\.({SHARD_PREFIX}[0-9]+|manifest|tokens)\.(parquet|json)(\.[0-9a-f]{{16}})?\.tmp")
 #: before the name of a file that looks like a shard and does not belong to this folder
 ASIDE_PREFIX = "orphan-"
 #: items per shard
@@ -105,18 +107,31 @@ class ShardWriter(Generic[T, M]):
                     f"{self.path}: expected an empty folder or a store, got {shards[0]} without a {MANIFEST_NAME}. "
                     f"Restore the manifest, or name an empty folder."
                 )
-            for name, content in companions.items():
-                write_atomic(self.path / name, content())
-            wanted.save(self.path)
-            return wanted
+            fresh = wanted.model_copy(
+                update={"schema_version": wanted.VERSION, "files": self._write_companions(companions)}
+            )
+            fresh.save(self.path)
+            return fresh
         found = type(wanted).load(self.path)
         found.require(
             self.path,
             "Run with the settings it was made with, give another folder, or delete this one to start afresh.",
             **wanted.identity(),
         )
-        # The folder may have been written by an older version; each shard's own version says how to read it.
-        return found.model_copy(update={"schema_version": wanted.schema_version})
+        # The folder may have been written by an older version, which noted no checksums of companions; each shard's own
+        # version says how to read it.
+        missing = {name: content for name, content in companions.items() if name not in found.files}
+        files = found.files | self._write_companions(missing)
+        return found.model_copy(update={"schema_version": found.VERSION, "files": files})
+
+    def _write_companions(self, companions: Companions) -> dict[str, str]:
+        """Write the files that every reader needs; return their checksums."""
+        checksums = {}
+        for name, content in companions.items():
+            data = content()
+            write_atomic(self.path / name, data)
+            checksums[name] = hashlib.sha256(data).hexdigest()
+        return checksums
 
     def _recover_unlisted_shards(self) -> None:
         """Write the items of shards that the manifest does not list again; delete temporary files.
@@ -127,7 +142,7 @@ class ShardWriter(Generic[T, M]):
         listed = {shard.name for shard in self.manifest.shards}
         held = len(self.done)
         for path in sorted(self.path.iterdir()):
-            if path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX):
+            if LEFTOVER.fullmatch(path.name) and (path.is_symlink() or not path.is_dir()):
                 path.unlink()
             elif path.name.startswith(SHARD_PREFIX) and path.name not in listed:
                 self._recover(path)
@@ -136,11 +151,11 @@ class ShardWriter(Generic[T, M]):
             _say(f"{self.path}: recovered {len(self.done) - held} {noun} of shards that were not in the manifest.")
 
     def _recover(self, path: Path) -> None:
-        items = read_unlisted(path, self._codec, self.manifest.identity_digest)
+        items = read_unlisted(path, self._codec)
         if items is None:
             names = chain([path.name], (f"{path.stem}-{number}{path.suffix}" for number in count(1)))
             asides = (path.with_name(f"{ASIDE_PREFIX}{name}") for name in names)
-            aside = next(aside for aside in asides if not aside.exists())
+            aside = next(aside for aside in asides if not os.path.lexists(aside))
             path.rename(aside)
             _say(f"{path} is not in the manifest, and damaged or made with other settings. It is now {aside.name}.")
             return
@@ -254,7 +269,7 @@ class ShardWriter(Generic[T, M]):
         names = [shard.name for shard in self.manifest.shards] + [path.name for path in self.path.iterdir()]
         numbers = [int(match[1]) for match in map(SHARD_NAME.fullmatch, names) if match]
         name = f"{SHARD_PREFIX}{1 + max(numbers, default=-1):06d}.parquet"
-        data, tokens = encode_shard(items, self._codec, self.manifest.identity_digest)
+        data, tokens = encode_shard(items, self._codec)
         write_atomic(self.path / name, data)
         return ShardInfo(
             name=name,

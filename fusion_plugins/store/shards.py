@@ -1,23 +1,29 @@
 """Shards as files: how items of one kind become Parquet, and how a shard is read without trusting it.
 
-Opening a shard compares what is cheap to compare: its size, its number of rows, and the checksums of the pages that are
-read. Before items are returned, the sha256 of the whole file is compared with the manifest, once.
+Opening a shard compares what is cheap to compare: its size, its number of rows, the folder that it says it belongs to,
+and the checksums of the pages that are read. Before items are returned, the sha256 of the whole file is compared with
+the manifest, once. All of that may be a stranger's work and agree, so what a file says about its own size is looked at
+before it is unpacked, and whatever it makes a library raise is an error about the file.
 """
 
 import hashlib
 import json
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fusion_plugins.errors import StoreError
+from fusion_plugins.errors import FusionError, MismatchError, StoreError
+from fusion_plugins.store.files import plain_file
 from fusion_plugins.store.manifest import ShardInfo
 
 #: name under which a Parquet file says which folder it belongs to
 STAMP = b"fusion_plugins"
+#: most values of a column, most rows and most unpacked bytes that are read at once; writers stay far below
+MOST_VALUES, MOST_ROWS, MOST_BYTES = 1 << 28, 1 << 20, 1 << 32
 
 T = TypeVar("T")
 
@@ -26,6 +32,7 @@ class Codec(Protocol[T]):
     """How items of one kind (records, rows) become rows of a Parquet table, and back.
 
     Attributes:
+        identity: digest of the settings of the folder; its shards carry it.
         version: the layout that :meth:`encode` writes; :meth:`decode` reads it and all older ones.
         key_columns: the columns that :meth:`keys` needs.
         shard_tokens: tokens after which a shard is written without being asked; bounds the writer's memory.
@@ -33,6 +40,7 @@ class Codec(Protocol[T]):
         parquet: options of :func:`pyarrow.parquet.write_table`.
     """
 
+    identity: str
     version: int
     key_columns: list[str]
     shard_tokens: int
@@ -55,11 +63,11 @@ class Codec(Protocol[T]):
         """Return the number of tokens in an item; 0 where tokens do not matter."""
 
 
-def encode_shard(items: list[T], codec: Codec[T], identity: str) -> tuple[memoryview, int]:
+def encode_shard(items: list[T], codec: Codec[T]) -> tuple[memoryview, int]:
     """Return items as the bytes of a Parquet file, and the number of tokens in them."""
     tokens = sum(map(codec.tokens, items))
     # The stamp tells whoever finds the file without its manifest what it belongs to and how it is laid out.
-    stamp = json.dumps({"identity": identity, "version": codec.version})
+    stamp = json.dumps({"identity": codec.identity, "version": codec.version})
     table = codec.encode(items).replace_schema_metadata({STAMP: stamp})
     group_rows = max(1, len(items) * codec.group_tokens // tokens) if tokens else None
     sink = pa.BufferOutputStream()
@@ -68,14 +76,16 @@ def encode_shard(items: list[T], codec: Codec[T], identity: str) -> tuple[memory
     return memoryview(sink.getvalue()), tokens
 
 
-def read_items(folder: Path, shard: ShardInfo, codec: Codec[T]) -> Iterable[T]:
+def read_items(folder: Path, shard: ShardInfo, codec: Codec[T]) -> list[T]:
     """Return the items of a shard, in order, after comparing the whole file with its checksum.
 
     Raises:
         StoreError: the shard is missing or damaged.
     """
     compare_checksum(folder, shard)
-    return codec.decode(read_columns(folder, shard, open_shard(folder, shard)), shard.version)
+    file = open_shard(folder, shard, codec.identity)
+    with reading(folder, shard):
+        return list(codec.decode(read_table(file), shard.version))
 
 
 def read_keys(folder: Path, shard: ShardInfo, codec: Codec[T]) -> list[Any]:
@@ -84,46 +94,109 @@ def read_keys(folder: Path, shard: ShardInfo, codec: Codec[T]) -> list[Any]:
     Raises:
         StoreError: the shard is missing, or has another size than it should, or these columns are damaged.
     """
-    return codec.keys(read_columns(folder, shard, open_shard(folder, shard), codec.key_columns))
+    file = open_shard(folder, shard, codec.identity)
+    with reading(folder, shard):
+        return codec.keys(read_table(file, columns=codec.key_columns))
 
 
-def read_columns(folder: Path, shard: ShardInfo, file: pq.ParquetFile, columns: list[str] | None = None) -> pa.Table:
-    """Return columns of an open shard, all of them by default.
-
-    Raises:
-        StoreError: their pages do not match their checksums.
-    """
-    try:
-        return file.read(columns=columns, use_threads=False)
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(folder, shard, error) from error
-
-
-def read_unlisted(path: Path, codec: Codec[T], identity: str) -> list[T] | None:
+def read_unlisted(path: Path, codec: Codec[T]) -> list[T] | None:
     """Return the items of a shard that no manifest lists; None if it has another identity or is damaged."""
     try:
-        file = _parquet_file(pa.memory_map(str(path)).read_buffer())
-        stamp = json.loads((file.schema_arrow.metadata or {}).get(STAMP, b"{}"))
-        if stamp.get("identity") != identity or stamp["version"] > codec.version:
+        file = parquet_file(pa.memory_map(str(plain_file(path))).read_buffer())
+        stamp = stamp_of(file)
+        if stamp.get("identity") != codec.identity or not 1 <= stamp["version"] <= codec.version:
             return None
-        return list(codec.decode(file.read(use_threads=False), stamp["version"]))
-    except (pa.ArrowException, OSError, ValueError, KeyError):
+        return list(codec.decode(read_table(file), stamp["version"]))
+    except Exception:  # see `reading`
         return None
 
 
-def open_shard(folder: Path, shard: ShardInfo) -> pq.ParquetFile:
-    """Map a shard into memory and compare its size and number of rows with the manifest: cheap at any size.
+def open_shard(folder: Path, shard: ShardInfo, identity: str) -> pq.ParquetFile:
+    """Map a shard into memory and compare its size, rows and identity with the manifest: cheap at any size.
 
     Raises:
         StoreError: the shard is missing, or is not what the manifest says.
+        MismatchError: it was made with other settings than the manifest has.
+    """
+    buffer = _buffer(folder, shard)
+    with reading(folder, shard):
+        file = parquet_file(buffer)
+        stamp = stamp_of(file)
+        if file.metadata.num_rows != shard.rows:
+            raise ValueError(f"expected {shard.rows} rows, got {file.metadata.num_rows}")
+        if shard.rows > MOST_ROWS:
+            raise ValueError(f"expected at most {MOST_ROWS} rows, got {shard.rows}")
+        if stamp.get("version", shard.version) != shard.version:
+            raise ValueError(f"expected layout {shard.version}, got {stamp['version']!r:.40}")
+    # Not damage: nothing may be dropped because of it. Shards of the first version carry no stamp.
+    if stamp.get("identity", identity) != identity:
+        raise MismatchError(
+            f"{folder / shard.name} was made with other settings than the manifest says: one of the two was edited, or "
+            f"is of another folder. Restore both from one copy."
+        )
+    return file
+
+
+@contextmanager
+def reading(folder: Path, shard: ShardInfo) -> Iterator[None]:
+    """Turn whatever a file makes a library raise into an error that names the file.
+
+    Raises:
+        StoreError: the block raised something.
     """
     try:
-        file = _parquet_file(_buffer(folder, shard))
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(folder, shard, error) from error
-    if file.metadata.num_rows != shard.rows:
-        raise _damaged(folder, shard, f"expected {shard.rows} rows, got {file.metadata.num_rows}")
-    return file
+        yield
+    except FusionError:
+        raise
+    # Bytes that are not what they should be show as almost any exception: of Arrow, Unicode, JSON, numpy, a KeyError
+    # for a missing column, a MemoryError for a size that is a lie.
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        raise _damaged(folder, shard, f"{kind}{str(error):.300}") from error
+
+
+def parquet_file(data: pa.Buffer) -> pq.ParquetFile:
+    """Open a Parquet file that may lie; its pages are compared with their checksums, where they have any."""
+    return pq.ParquetFile(
+        pa.BufferReader(data),
+        page_checksum_verification=True,
+        thrift_string_size_limit=1 << 26,
+        thrift_container_size_limit=1 << 22,
+    )
+
+
+def read_table(file: pq.ParquetFile, group: int | None = None, columns: list[str] | None = None) -> pa.Table:
+    """Return columns of a Parquet file, all by default, or of one of its row groups.
+
+    Raises:
+        ValueError: the file says that they would take more memory than anything that was written by us.
+    """
+    meta = file.metadata
+    groups = [meta.row_group(number) for number in (range(meta.num_row_groups) if group is None else [group])]
+    wanted = [
+        number
+        for number in range(meta.num_columns)
+        if columns is None or meta.schema.column(number).path.split(".")[0] in columns
+    ]
+    values = max((sum(one.column(number).num_values for one in groups) for number in wanted), default=0)
+    rows = sum(one.num_rows for one in groups)
+    size = sum(one.column(number).total_uncompressed_size for one in groups for number in wanted)
+    if values > MOST_VALUES or rows > MOST_ROWS or size > MOST_BYTES:
+        raise ValueError(
+            f"expected at most {MOST_ROWS} rows, {MOST_VALUES} values of a column and {MOST_BYTES} bytes, got {rows}, "
+            f"{values} and {size}"
+        )
+    if group is None:
+        return file.read(columns=columns, use_threads=False)
+    return file.read_row_group(group, columns=columns, use_threads=False)
+
+
+def stamp_of(file: pq.ParquetFile) -> dict[str, Any]:
+    """Return what a shard says about itself: ``identity`` and ``version``, or nothing."""
+    stamp = json.loads((file.schema_arrow.metadata or {}).get(STAMP, b"{}"))
+    if not isinstance(stamp, dict):
+        raise ValueError(f"expected a JSON object as the stamp of the shard, got {stamp!r:.40}")
+    return stamp
 
 
 def compare_checksum(folder: Path, shard: ShardInfo) -> None:
@@ -148,18 +221,15 @@ def cure(folder: Path) -> str:
 def _buffer(folder: Path, shard: ShardInfo) -> pa.Buffer:
     path = folder / shard.name
     try:
-        data = pa.memory_map(str(path)).read_buffer()
+        found = plain_file(path)
+        size = found.stat().st_size
+        if size != shard.bytes:
+            raise _damaged(folder, shard, f"expected {shard.bytes} bytes, got {size}")
+        return pa.memory_map(str(found)).read_buffer()
     except OSError as error:
         raise StoreError(
             f"{path} cannot be read: {error}. If the folder was compacted meanwhile, open it again. {cure(folder)}"
         ) from error
-    if len(data) != shard.bytes:
-        raise _damaged(folder, shard, f"expected {shard.bytes} bytes, got {len(data)}")
-    return data
-
-
-def _parquet_file(data: pa.Buffer) -> pq.ParquetFile:
-    return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
 
 
 def _damaged(folder: Path, shard: ShardInfo, problem: object) -> StoreError:

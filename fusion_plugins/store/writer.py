@@ -48,8 +48,7 @@ class StoreWriter(ShardWriter[Record, Manifest]):
             pq.write_table(pa.table(table.to_columns()), sink, compression="zstd")
             return memoryview(sink.getvalue())
 
-        manifest = manifest.model_copy(update={"schema_version": Manifest.VERSION})
-        super().__init__(path, manifest, RecordCodec(manifest.top_k), flush_records, {TABLE_NAME: table_bytes})
+        super().__init__(path, manifest, RecordCodec(manifest), flush_records, {TABLE_NAME: table_bytes})
 
     @property
     def done_ids(self) -> set[str]:

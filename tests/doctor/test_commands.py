@@ -1,9 +1,13 @@
 """`fusion doctor` as a command: what it reads, writes and refuses."""
 
+import copy
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import tiny
+from tokenizers import normalizers
 from typer.testing import CliRunner
 
 from fusion_plugins.cli import app
@@ -28,10 +32,20 @@ def test_stores_give_figures_a_page_and_a_picture(work, contents):
     assert found["notes"] == []
     assert (work / "out" / "doctor.png").read_bytes().startswith(b"\x89PNG")
     page = (work / "out" / "doctor.html").read_text()
-    assert "data:image/png;base64," in page
+    assert page.count("<svg role=") == 2
     assert "http" not in page
     assert "coverage" in result.output
     assert "target: " not in result.output
+
+
+def test_without_the_packages_of_the_page_the_figures_are_written_all_the_same(work, monkeypatch):
+    stores = work / "stores"
+    for name in ("jinja2", "matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    result = _doctor(stores / "a", "--target", stores / "target", "--out", work / "no-page")
+    assert result.exit_code == 0, result.output
+    assert "no page was written: it needs the package" in result.output
+    assert sorted(path.name for path in (work / "no-page").iterdir()) == ["doctor.json"]
 
 
 def test_tokenizers_with_texts_give_coverage_without_scores(work):
@@ -106,3 +120,20 @@ def test_maps_by_counts_are_refused_because_they_are_made_in_training(work):
     store = work / "stores" / "a"
     error = str(_doctor(store, store, "--vocabulary-map", "statistics").exception)
     assert "vocabulary_map: Input should be 'first_token', 'min_edit' or 'exact', got 'statistics'" in error
+
+
+def test_a_tokenizer_that_loses_text_is_refused_and_known_changes_are_noted(work):
+    deaf = copy.deepcopy(tiny.byte_level())
+    deaf.backend_tokenizer.normalizer = normalizers.Lowercase()
+    deaf.save_pretrained(work / "deaf")
+    target = work / "models" / "target"
+    texts = ("--texts", work / "texts.jsonl", "--out", work / "losses")
+    result = _doctor(work / "deaf", "--target", target, *texts)
+    assert result.exit_code == 1
+    assert "loses or changes capital letters" in str(result.exception)
+    composing = copy.deepcopy(tiny.byte_level())
+    composing.backend_tokenizer.normalizer = normalizers.NFC()
+    composing.save_pretrained(work / "composing")
+    assert _doctor(work / "composing", "--target", target, *texts).exit_code == 0
+    notes = json.loads((work / "losses" / "doctor.json").read_text())["notes"]
+    assert "The tokenizer of composing changes texts: NFC." in notes

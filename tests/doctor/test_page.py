@@ -3,10 +3,10 @@
 from io import StringIO
 
 import pytest
-from rich.console import Console
 
 from fusion_plugins.doctor.examine import examine, open_side, open_target
 from fusion_plugins.doctor.page import picture_png, render_doctor_page, sections, show
+from fusion_plugins.terminal import console
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,9 @@ def test_a_figure_that_no_source_has_is_left_out(work, contents):
 
 
 def test_terminal_and_page_show_every_figure_and_all_advice(report):
-    console = Console(file=StringIO(), width=200, soft_wrap=True)
-    show(report, console)
-    page, printed = render_doctor_page(report, b"png"), console.file.getvalue()
+    screen = console(file=StringIO(), width=200)
+    show(report, screen)
+    page, printed = render_doctor_page(report), screen.file.getvalue()
     for title, lines in sections(report):
         assert title in page
         assert title in printed
@@ -63,14 +63,14 @@ def test_names_are_escaped_in_page_and_terminal(report):
     from dataclasses import replace
 
     odd = replace(report, target="[b]<b>")
-    console = Console(file=StringIO(), width=200)
-    show(odd, console)
-    assert "fusion into [b]<b>" in console.file.getvalue()
-    assert "Fusion into [b]&lt;b&gt;" in render_doctor_page(odd, b"png")
+    screen = console(file=StringIO(), width=200)
+    show(odd, screen)
+    assert "fusion into [b]<b>" in screen.file.getvalue()
+    assert "Fusion into [b]&lt;b&gt;" in render_doctor_page(odd)
 
 
 def test_position_and_row_are_not_mixed_up(report):
-    page = render_doctor_page(report, b"png").partition("<body>")[2]
+    page = render_doctor_page(report).partition("<body>")[2]
     assert "positions one-to-one" in page
     assert " row" not in page
 

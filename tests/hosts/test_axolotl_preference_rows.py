@@ -8,15 +8,24 @@ import real_assets
 import tiny
 import trl
 
-from fusion_plugins.axolotl.preference_rows import make_rows, preference_row, supervised_row, SUPERVISED
+from fusion_plugins.axolotl.preference_rows import (
+    SUPERVISED,
+    conversation,
+    leave_out,
+    make_rows,
+    preference_row,
+    supervised_row,
+)
 from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
+from fusion_plugins.core import Candidate
 from fusion_plugins.core.text.token_table import Role
 from fusion_plugins.errors import DataError
 
 #: answers whose first letters merge with what is before them in one tokenizer or another, or that end oddly
-ANSWERS = ("the theory of the other", " five", "\nfive", "  \n\tfive", "42", "数学 5", "five\n", "👩‍👩‍👧", "...", "<s> five", "é")
-PROMPTS = ("Say it now: ", "1 + 1 =", "How many?\n", "Why? 🎉", [{"role": "user", "content": "Hi"}])
-TEMPLATES = sorted(path.stem for path in Path(trl.__file__).with_name("chat_templates").glob("*.jinja"))
+ANSWERS = ("the theory of the other", " five", "\nfive", "  \n\tfive", "42", "数学 5", "five\n", "👩‍👩‍👧", "...", "é")
+PROMPTS = ("Say it now: ", "1 + 1 =", "How many?\n", [{"role": "user", "content": "Why? 🎉"}])
+TEMPLATES = Path(trl.__file__).with_name("chat_templates")
+TURN = "{{% for m in messages %}}{{{{ m['role'] }}}}:{0}{{{{ m['content'] }}}}<|im_end|>\n{{% endfor %}}{{% if add_generation_prompt %}}assistant:{0}{{% endif %}}"
 
 
 def with_template(tokenizer, template):
@@ -26,17 +35,139 @@ def with_template(tokenizer, template):
 
 
 def check(target, prompt, chosen, rejected):
-    """What holds for every pair; returns the row."""
+    """What holds for every pair; returns its row."""
     answers = [target.answer(prompt, response) for response in (chosen, rejected)]
     row = preference_row(*answers)
-    for answer, side in zip(answers, ("chosen_ids", "rejected_ids"), strict=True):
+    bos = target.table.id_of_role(Role.BOS)
+    for answer, response, side in zip(answers, (chosen, rejected), ("chosen", "rejected"), strict=True):
         supervised = supervised_row(answer)
-        assert row["prompt_ids"] + row[side] == supervised["input_ids"]
+        assert row["prompt_ids"] + row[f"{side}_ids"] == supervised["input_ids"]
         learnt = [label for label in supervised["labels"] if label != -100]
-        # The pair's answer is the supervised one; only letters of the prompt that merged with the other may precede it.
-        assert row[side][-len(learnt) :] == learnt
-        bos = target.table.id_of_role(Role.BOS)
+        # Only letters of the prompt, which merged with the other answer, may stand before what SFT learns.
+        assert row[f"{side}_ids"][-len(learnt) :] == learnt
+        assert response.strip() in target.tokenizer.decode(learnt, clean_up_tokenization_spaces=False)
         assert supervised["input_ids"][:2] != [bos, bos]
         assert target.table.role_of(learnt[-1]) in (Role.EOS, Role.END_OF_TURN)
-        assert [target.table.role_of(token) for token in learnt[-2:]].count(Role.EOS) <= 1
+        assert target.table.role_of(learnt[-2]) not in (Role.EOS, Role.END_OF_TURN)
     return row
+
+
+def check_all(target, prompts=PROMPTS):
+    for prompt in prompts:
+        for chosen, rejected in zip(ANSWERS, ANSWERS[1:] + ANSWERS[:1], strict=True):
+            check(target, prompt, chosen, rejected)
+
+
+@pytest.mark.parametrize("name", ["byte_level", "digit_splitting", "sentencepiece_bpe", "mistral_v1"])
+def test_both_stages_see_the_same_ids(name):
+    tokenizer = getattr(tiny, name)()
+    check_all(TargetTokenizer.of(tokenizer, {}))
+    check_all(with_template(tokenizer, None), [prompt for prompt in PROMPTS if isinstance(prompt, str)])
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\n\n", " \n", ""])
+def test_both_stages_see_the_same_ids_where_the_generation_prompt_ends_in_white_space(space):
+    for tokenizer in (tiny.byte_level(), tiny.tekken()):
+        changed = copy.deepcopy(tokenizer)
+        changed.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+        check_all(with_template(changed, TURN.format(space)))
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["llama3_1", "qwen3", "gemma3", "llama2", "smollm2", "gptoss", "deepseek_v3"])
+def test_both_stages_see_the_same_ids_with_real_tokenizers(name):
+    real_assets.require()
+    tokenizer = real_assets.tokenizer(name)
+    check_all(TargetTokenizer.of(tokenizer, {}))
+    check_all(with_template(tokenizer, None), [prompt for prompt in PROMPTS if isinstance(prompt, str)])
+
+
+def test_an_answer_keeps_its_first_token_where_it_merges_with_the_prompt():
+    target = with_template(tiny.mistral_v1(), None)
+    prompt, answer = "Say it now: ", "the theory of the other"
+    whole = target.tokenizer(prompt + answer)["input_ids"]
+    row = check(target, prompt, answer, "the other")
+    assert row["prompt_ids"] + row["chosen_ids"] == [*whole, target.tokenizer.eos_token_id]
+    names = target.tokenizer.convert_ids_to_tokens(row["chosen_ids"])
+    assert names == ["▁the", "▁theory", "▁of", "▁the", "▁other", "</s>"]
+    # The prompt alone has one token more: its last space. Cut there, the answer would begin with its second word.
+    assert len(target.tokenizer(prompt)["input_ids"]) == len(row["prompt_ids"]) + 1
+
+
+def test_a_pair_shares_its_prompt_where_only_one_answer_merges_with_it():
+    target = with_template(tiny.mistral_v1(), None)
+    row = check(target, "Say it now: ", "the other", "\nno")
+    names = [target.tokenizer.convert_ids_to_tokens(row[side]) for side in ("chosen_ids", "rejected_ids")]
+    assert names == [["▁the", "▁other", "</s>"], ["▁", "<0x0A>", "no", "</s>"]]
+
+
+def test_reasoning_and_tool_calls_are_in_the_form_of_the_template():
+    target = with_template(tiny.byte_level(), (TEMPLATES / "qwen3.jinja").read_text())
+    for reply in (
+        "<think>\nhm\n</think>\n\nfive",
+        "<think>hm</think>five",
+        {"content": "five", "reasoning_content": "hm"},
+    ):
+        answer = target.answer("2 + 3?", reply)
+        assert answer.prompt == "<|im_start|>user\n2 + 3?<|im_end|>\n<|im_start|>assistant\n"
+        assert target.tokenizer.decode(answer.answer_ids) == "<think>\nhm\n</think>\n\nfive<|im_end|>"
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 3}}}
+    answer = target.answer("2 + 3?", {"content": "", "tool_calls": [call]}, tools=tools)
+    assert answer.text.endswith('<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call><|im_end|>')
+    assert '"name": "add"' in answer.prompt
+    assert answer.text == target.tokenizer.decode(answer.answer_ids)
+    row = preference_row(answer, target.answer("2 + 3?", "<think>\nhm\n</think>\n\nfive", tools=tools))
+    assert target.tokenizer.decode(row["prompt_ids"]) == answer.prompt
+
+
+def test_calls_of_a_table_reach_the_template_as_json_or_as_arrow_writes_them():
+    calls = [{"function": {"name": "add", "arguments": '{"a": 2}'}, "id": None}]
+    for given in (calls, '[{"function": {"name": "add", "arguments": "{\\"a\\": 2}"}}]'):
+        found = conversation(Candidate("p", "s", 0, "?", "", extra={"tool_calls": given, "tools": "[]"}))
+        assert found == {
+            "prompt": "?",
+            "reply": {"content": "", "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 2}'}}]},
+            "tools": [],
+        }
+    assert conversation(Candidate("p", "s", 0, "?", "5"))["reply"] == "5"
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "message"),
+    [
+        ("{{ bos_token }}{{ bos_token }}" + tiny.INST.removeprefix("{{ bos_token }}"), "Hi", "expected one BOS token"),
+        ("{{ raise_exception('no users here') }}", "Hi", "template refuses the chat: no users here"),
+        (None, "", "a prompt that is not empty"),
+        (None, [{"role": "user", "content": "Hi"}], "no chat template"),
+        ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "Hi", "changes the text"),
+    ],
+)
+def test_what_cannot_be_a_row_is_refused_with_its_cure(template, prompt, message):
+    with pytest.raises(DataError, match=message):
+        with_template(tiny.sentencepiece_bpe(), template).answer(prompt, "five")
+
+
+def test_a_template_whose_prompt_depends_on_the_answer_makes_no_pair():
+    template = "{{ messages[-1]['content'] | length }}:" + tiny.CHATML
+    target = with_template(tiny.byte_level(), template)
+    with pytest.raises(DataError, match="the same text before both answers"):
+        preference_row(target.answer("Hi", "five"), target.answer("Hi", "seven"))
+
+
+def test_unusable_rows_are_named_and_fatal_or_left_out():
+    def make(item):
+        if item == "bad":
+            raise DataError("the template refuses it.")
+        return supervised_row(target.answer("Hi", item))
+
+    target = TargetTokenizer.of(tiny.byte_level(), {})
+    items = [("prompt 'a'", "five"), ("prompt 'b'", "bad"), ("prompt 'c'", "\ud83d"), ("prompt 'd'", "six")]
+    rows, unusable = make_rows(items, make, SUPERVISED)
+    assert rows["name"] == ["prompt 'a'", "prompt 'd'"]
+    assert [row.row for row in unusable] == ["prompt 'b'", "prompt 'c'"]
+    assert [row["row"] for row in leave_out(unusable, 4, "skip")] == ["prompt 'b'", "prompt 'c'"]
+    with pytest.raises(DataError, match=r"2 of 4 rows cannot be used. prompt 'b': the template.*on_unusable: skip"):
+        leave_out(unusable, 4, "raise")
+    with pytest.raises(DataError, match="2 of 2 rows cannot be used"):
+        leave_out(unusable, 2, "skip")

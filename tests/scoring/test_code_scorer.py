@@ -1,6 +1,5 @@
 """The code scorer on HumanEval, in the real sandbox."""
 
-import doctest
 import json
 import signal
 import subprocess
@@ -10,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fusion_plugins.errors import ConfigError, DataError
-from fusion_plugins.scoring import code_scorer
-from fusion_plugins.scoring.code_scorer import CodeScorer, extract_code, list_tests
+from fusion_plugins.errors import ConfigError
+from fusion_plugins.scoring.code_scorer import CodeScorer
+from fusion_plugins.scoring.code_tests import EXPECTED
 from fusion_plugins.store import RowManifest, RowWriter, open_rows
 
 DATA = Path(__file__).parents[1] / "data"
@@ -71,11 +70,12 @@ def test_what_is_missing_or_broken_in_the_data_is_no_verdict(scorer):
     assert none.correct is empty.correct is broken.correct is None
     assert none.reason == "no tests"
     assert broken.reason == "a test does not compile"
-    (prose,) = scorer.score([{"response": "```bash\nls\n```", "tests": ["pass"]}])
+    (prose,) = scorer.score([{"response": "```bash\nls\n```", "tests": ["assert x == 1"]}])
     assert prose.correct is False
     assert prose.reason == "the response has no code"
-    with pytest.raises(DataError, match="got 3"):
-        list_tests(3)
+    (unknown,) = scorer.score([{"response": "x = 1", "tests": 3}])
+    assert unknown.correct is None
+    assert unknown.reason == f"the tests cannot be read: expected {EXPECTED}, got int"
 
 
 def test_a_folder_that_is_not_there_is_not_quietly_left_out(tmp_path):
@@ -99,7 +99,13 @@ def test_ctrl_c_keeps_what_is_scored_and_ends_the_programs(tmp_path, descendants
         for index in range(40):
             texts = {"prompt_id": "p", "source": "a", "prompt": "?", "domain": "code", "response": f"x = {index}"}
             # From the fourth on they take longer than anybody waits.
-            writer.write({**texts, "index": index, "tests": [f"import time; time.sleep({0 if index < 4 else 60})"]})
+            writer.write(
+                {
+                    **texts,
+                    "index": index,
+                    "tests": [f"import time; time.sleep({0 if index < 4 else 60}); assert x == {index}"],
+                }
+            )
     command = [sys.executable, "-c", "import sys; from fusion_plugins.cli import main; sys.exit(main())", "score"]
     command += ["--responses", str(tmp_path / "responses"), "--out", str(tmp_path / "scored"), "--set", "batch_rows=4"]
     command += ["--set", "scorers.code={wall_seconds: 100, total_seconds: 100, workers: 2}"]
@@ -120,41 +126,3 @@ def test_ctrl_c_keeps_what_is_scored_and_ends_the_programs(tmp_path, descendants
     assert "4 rows are safe" in errors
     assert len(open_rows(tmp_path / "scored")) == 4
     assert not any(alive(child) for child in children)
-
-
-# Code and tests in text
-
-
-@pytest.mark.parametrize(
-    ("response", "name", "code"),
-    [
-        ("def f(): return 1", None, "def f(): return 1"),
-        ("```python\na = 1\n```", None, "a = 1\n"),
-        ("```\na = 1\n```", None, "a = 1\n"),
-        ("```py\nlonger = 1\n```\n```python\nb\n```", None, "longer = 1\n"),
-        (
-            "```python\ndef f(): 1\n```\n```python\ndef f(): 2\n```\n```python\nprint(f(), 'and more text')\n```",
-            "f",
-            "def f(): 2\n",
-        ),
-        ("```python\ncut = off", None, "cut = off"),
-        ("```bash\nls\n```", None, ""),
-        ("  ```python\n  x = 1\n  ```", None, "  x = 1\n"),
-    ],
-)
-def test_code_is_taken_out_of_its_fences(response, name, code):
-    assert extract_code(response, name) == code
-
-
-def test_forms_of_tests():
-    assert list_tests("assert f() == 1") == ["assert f() == 1"]
-    assert list_tests(["a", "b"]) == ["a", "b"]
-    assert list_tests({"setup": "s", "tests": ["a", "b"]}) == ["s\na", "s\nb"]
-    assert list_tests({"test": "def check(c): c()", "entry_point": "f"}) == ["def check(c): c()\ncheck(f)\n"]
-    assert list_tests(None) == list_tests("  ") == []
-
-
-def test_examples_in_docstrings_run():
-    result = doctest.testmod(code_scorer)
-    assert result.attempted > 0
-    assert result.failed == 0

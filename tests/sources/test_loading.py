@@ -3,11 +3,14 @@
 import copy
 
 import pytest
+import source_checks
 import tiny
 import transformers
+from tokenizers import normalizers
 
-from fusion_plugins.errors import ConfigError, SourceError
+from fusion_plugins.errors import ConfigError, SourceError, TokenizerError
 from fusion_plugins.sources.backends.base import SampleRequest, Sampling, SourceSettings
+from fusion_plugins.sources.capture import capture_texts
 from fusion_plugins.sources.loading import (
     capture_tokenizer,
     chat_messages,
@@ -113,3 +116,26 @@ def test_prompts_that_leave_no_room_are_told_apart_from_the_others():
     assert list(prompts) == [0]
     assert list(refused) == [1]
     assert "max_tokens 8 exceed the model's 20 tokens" in refused[1].reason
+
+
+def test_a_tokenizer_that_loses_text_is_refused_before_any_model_is_loaded(tmp_path):
+    tokenizer = copy.deepcopy(tiny.byte_level())
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\n", "")
+    tokenizer.save_pretrained(tmp_path / "deaf")  # a folder without weights
+    lost = r"loses or changes newlines, .*'one\\ntwo\\n\\nthree\\n' becomes 'onetwothree'"
+    for backend in ("transformers", "vllm", "ray"):
+        settings = SourceSettings(model=str(tmp_path / "deaf"), backend=backend)
+        with pytest.raises(TokenizerError, match=f"source 'deaf': .*{lost}"):
+            load_tokenizer(settings)
+    texts = source_checks.texts(tmp_path / "texts.jsonl")
+    with pytest.raises(TokenizerError, match=lost):
+        capture_texts(source_checks.capture_config(tmp_path / "deaf", texts, tmp_path / "store"))
+    assert not (tmp_path / "store").exists()
+
+
+def test_known_changes_of_texts_are_reported(tmp_path, model):
+    texts = source_checks.texts(tmp_path / "texts.jsonl")
+    assert capture_texts(source_checks.capture_config(model, texts, tmp_path / "none")).text_changes == ()
+    source_checks.checkpoint(tmp_path / "prefix", tokenizer=tiny.sentencepiece_bpe())
+    report = capture_texts(source_checks.capture_config(tmp_path / "prefix", texts, tmp_path / "store"))
+    assert report.text_changes == ("a space before the text",)

@@ -155,7 +155,7 @@ class Disk:
         return call
 
     def open(self, path: Path, mode: str) -> Any:
-        return FailingFile(self, open(path, mode)) if mode == "wb" else open(path, mode)  # type: ignore[arg-type]
+        return FailingFile(self, open(path, mode)) if mode == "xb" else open(path, mode)  # type: ignore[arg-type]
 
 
 class FailingFile:

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -131,7 +132,12 @@ def test_an_interrupt_waits_for_the_end_of_the_block() -> None:
 def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_atomic(path, b"before")
-    path.with_name(".file.tmp").mkdir()
-    with pytest.raises(StoreError, match="cannot write .*file: .* What was written before is kept; free space"):
-        write_atomic(path, b"after")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3, before[1]))
+    try:
+        with pytest.raises(StoreError, match="cannot write .*file: .* What was written before is kept; free space"):
+            write_atomic(path, b"after")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert path.read_bytes() == b"before"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

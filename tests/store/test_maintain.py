@@ -1,5 +1,6 @@
 """verify, merge and compact: what they refuse and what they leave."""
 
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,9 @@ def test_a_reader_of_a_compacted_store_is_told(tmp_path: Path) -> None:
 def test_verify_finds_records_that_appear_twice(tmp_path: Path) -> None:
     make_store(tmp_path, range(3), finish=False)
     text = open_store(tmp_path).manifest
-    text.model_copy(update={"shards": [*text.shards, text.shards[1]]}).save(tmp_path)
+    again = text.shards[1].model_copy(update={"name": "shard-000007.parquet"})
+    shutil.copy(tmp_path / text.shards[1].name, tmp_path / again.name)
+    text.model_copy(update={"shards": [*text.shards, again]}).save(tmp_path)
     assert verify(tmp_path).problems == [
         f"{tmp_path}: expected every key once, got 1 that appear more often, the first of them 'text-0001'. Make the "
         f"folder again."

@@ -1,5 +1,6 @@
 """An OpenAI-compatible server of a few lines that can misbehave in every way that a real one was seen to."""
 
+import gzip
 import json
 import threading
 import time
@@ -26,6 +27,16 @@ class FakeServer(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.tokenize: Callable[[str], list[int]] | None = None
         self.closing = threading.Event()
+        #: what /models and /version answer, whatever that is
+        self.models: object = {"data": [{"id": "served", "owned_by": "fake", "max_model_len": 128}]}
+        self.version: object = None
+        #: bytes that answer every completion instead of HTTP
+        self.raw = b""
+        #: where redirects lead
+        self.elsewhere, self.moved_status = "", 307
+        #: the choice, and the usage, of every good answer
+        self.choice: dict | None = None
+        self.usage: object = None
 
     @property
     def url(self) -> str:
@@ -50,8 +61,11 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = bool(cut)
 
     def do_GET(self) -> None:
+        server: FakeServer = self.server
         if self.path == "/v1/models":
-            self.send(200, {"data": [{"id": "served", "owned_by": "fake", "max_model_len": 128}]})
+            self.send(200, server.models)
+        elif self.path == "/version" and server.version is not None:
+            self.send(200, server.version)
         else:
             self.send(404, {"error": {"message": "not here"}})
 
@@ -88,6 +102,61 @@ class Handler(BaseHTTPRequestHandler):
             {"message": {"role": "assistant", "content": said[::-1]}} if "messages" in body else {"text": said[::-1]}
         )
         self.send(200, {"choices": [answer], "usage": {"completion_tokens": len(said), "prompt_tokens": 2}})
+
+    def chosen(self, body: dict) -> None:
+        """The choice that the test sets."""
+        usage = {"completion_tokens": 3, "prompt_tokens": 2} if self.server.usage is None else self.server.usage
+        self.send(200, {"choices": [self.server.choice], "usage": usage})
+
+    def anything(self, body: dict) -> None:
+        """The bytes that the test sets, instead of HTTP."""
+        self.wfile.write(self.server.raw)
+        self.close_connection = True
+
+    def dripping(self, body: dict) -> None:
+        """One byte now and then, and no end."""
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.end_headers()
+        self._drip(b" ")
+
+    def dripping_headers(self, body: dict) -> None:
+        """As above, before the headers have ended."""
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nx-more: ")
+        self._drip(b"a")
+
+    def _drip(self, byte: bytes) -> None:
+        self.close_connection = True
+        while not self.server.closing.wait(0.05):
+            try:
+                self.wfile.write(byte)
+            except OSError:
+                return
+
+    def endless(self, body: dict) -> None:
+        """More bytes than memory holds."""
+        self.send_response(200)
+        self.send_header("content-length", str(1 << 40))
+        self.end_headers()
+        self.close_connection = True
+        try:
+            while True:
+                self.wfile.write(bytes(1 << 20))
+        except OSError:
+            return
+
+    def compressed(self, body: dict) -> None:
+        """A gzip bomb."""
+        data = gzip.compress(bytes(64 << 20))
+        self.send_response(200)
+        self.send_header("content-encoding", "gzip")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def moved(self, body: dict) -> None:
+        """The prompt is to go elsewhere."""
+        self.send(self.server.moved_status, {}, {"location": self.server.elsewhere})
 
     def overloaded(self, body: dict) -> None:
         self.send(429, {"error": {"message": "slow down"}}, {"retry-after": "0.3"})

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import tiny
 import yaml
+from click import ClickException
 from click.testing import CliRunner
 
 from fusion_plugins.core.merging.varm import varm_merge
@@ -32,13 +33,16 @@ def config_of(models, *tuned, method="varm", **settings):
 
 
 def run_merge(folder: Path, config, *flags, name="out"):
-    """Run `mergekit-yaml` in this process; raise what it raises, else return the folder of the merged model."""
+    """Run `mergekit-yaml` in this process; raise what stopped it, else return the folder of the merged model."""
     from mergekit.scripts.run_yaml import main
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.yml"
     path.write_text(yaml.safe_dump(config))
-    result = CliRunner().invoke(main, [str(path), str(folder / name), "--quiet", *map(str, flags)])
+    arguments = [str(path), str(folder / name), "--quiet", *map(str, flags)]
+    result = CliRunner().invoke(main, arguments, standalone_mode=False)
+    if isinstance(result.exception, ClickException):  # made for the terminal, from what was raised
+        raise result.exception.__cause__ or result.exception
     if result.exception is not None:
         raise result.exception
     return folder / name

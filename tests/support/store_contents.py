@@ -1,6 +1,8 @@
 """Stores made for tests, and what a folder holds in a form that can be compared with what another one holds."""
 
-from collections.abc import Iterable
+import hashlib
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ __all__ = [
     "assert_same_record",
     "command",
     "content",
+    "edit_manifest",
     "flip",
     "make_store",
     "record_bytes",
@@ -73,6 +76,16 @@ def content(folder: Path) -> list[Any]:
 
 def store_or_rows(folder: Path) -> Any:
     return open_rows(folder) if "responses" in (folder / "manifest.json").read_text() else open_store(folder)
+
+
+def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object], signed: bool = True) -> None:
+    """Change the fields of a manifest; a signed one gets the checksum of what it then holds, as a forger gives it."""
+    path = folder / "manifest.json"
+    fields = json.loads(path.read_text())
+    checksum = fields.pop("checksum")
+    change(fields)
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(fields | {"checksum": digest if signed else checksum}))
 
 
 def flip(path: Path, near: bytes, distance: int) -> None:

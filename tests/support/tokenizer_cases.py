@@ -36,8 +36,8 @@ SPECIAL_TEXT = st.one_of(
 )
 
 
-def table_of(tokenizer):
-    return TokenTable.from_tokenizer(tokenizer)
+def table_of(tokenizer, **options):
+    return TokenTable.from_tokenizer(tokenizer, **options)
 
 
 def content(table, found):

@@ -10,7 +10,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from docstrings import as_markdown
+from fusion_plugins.docstrings import as_markdown
 
 __all__ = ["PAGES", "api_page"]
 

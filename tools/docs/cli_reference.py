@@ -7,7 +7,8 @@ from types import NoneType
 from typing import Any, get_args, get_origin
 
 import typer
-from docstrings import as_markdown
+
+from fusion_plugins.docstrings import as_markdown
 
 __all__ = ["cli_page"]
 

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from docstrings import as_markdown
 from griffe import Extension, Object
+
+from fusion_plugins.docstrings import as_markdown
 
 __all__ = ["MarkdownMarks"]
 

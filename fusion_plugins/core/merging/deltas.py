@@ -13,6 +13,9 @@ from torch import Tensor
 from fusion_plugins.errors import MergeError
 
 MEASURES = ("square", "abs")
+#: The dtypes of weights. Numbers of any other dtype are codes of a quantized checkpoint, indices or masks.
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+DEQUANTIZE = "load the model in full precision (dequantized), save it, and merge the saved copy"
 #: Elements of one tensor that are converted at a time: 256 kB in float32, so that a few chunks fit into the cache.
 CHUNK_ELEMENTS = 1 << 16
 #: Chunks on an accelerator are larger by this factor: there, starting a kernel costs more than the memory does.
@@ -102,6 +105,36 @@ def combine(base: Tensor, tuned: Sequence[Tensor], weights: Tensor, *, dtype: to
         if total is not slot:
             slot.copy_(total)
     return merged.reshape(base.shape)
+
+
+def require_weights(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors whose numbers cannot be averaged; a buffer that is the same in all models is not averaged.
+
+    Args:
+        name: of the parameter, for the message.
+        tensors: model -> its tensor, the base first.
+
+    Raises:
+        MergeError: names the parameter and the first model whose tensor holds no weights.
+    """
+    coded = next((model for model, tensor in tensors.items() if tensor.dtype not in WEIGHT_DTYPES), None)
+    first, *others = tensors.values()
+    if coded is None or all(_same_bytes(first, other) for other in others):
+        return
+    raise MergeError(
+        f"tensor {name!r} of model {coded!r}: expected weights in float64, float32, float16 or bfloat16, got "
+        f"{tensors[coded].dtype} that differs between the models. Codes of a quantized checkpoint cannot be averaged: "
+        f"{DEQUANTIZE}."
+    )
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    # As bytes, since torch cannot compare all of these dtypes.
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and torch.equal(one.reshape(-1).view(torch.uint8), other.to(one.device).reshape(-1).view(torch.uint8))
+    )
 
 
 def require_finite(numbers: Tensor, name: str, tensors: Mapping[str, Tensor]) -> None:

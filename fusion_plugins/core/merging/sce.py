@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusion_plugins.core.merging.deltas import chunks
+from fusion_plugins.core.merging.deltas import chunks, require_weights
 from fusion_plugins.errors import ConfigError
 
 VARIANTS = ("paper", "fusechat", "mergekit")
@@ -71,12 +71,14 @@ def sce_merge(base: Tensor, tuned: Sequence[Tensor], *, select_topk: float = 1.0
 
     Raises:
         ConfigError: a setting is wrong.
+        MergeError: a tensor holds codes in place of weights.
 
     Example:
         >>> base = torch.zeros(2)
         >>> sce_merge(base, [torch.tensor([3.0, 1.0]), torch.tensor([1.0, -1.0])])
         tensor([2.6667, 0.8333])
     """
+    require_weights("(unnamed)", {"base": base, **{f"tuned[{index}]": tensor for index, tensor in enumerate(tuned)}})
     return sce(base, tuned, select_topk=select_topk, variant=variant).merged
 
 

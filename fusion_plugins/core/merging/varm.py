@@ -34,6 +34,7 @@ from fusion_plugins.core.merging.deltas import (
     delta_sums,
     measured,
     require_finite,
+    require_weights,
 )
 from fusion_plugins.errors import ConfigError, MergeError
 
@@ -257,7 +258,7 @@ def varm_weights(
 
     Raises:
         ConfigError: a setting is wrong.
-        MergeError: names or shapes differ, or a value is NaN or infinite.
+        MergeError: names or shapes differ, a tensor holds codes in place of weights, or a value is NaN or infinite.
 
     Example:
         >>> base = {"w": torch.zeros(2)}
@@ -317,6 +318,8 @@ def _paired(base: Mapping[str, Tensor], tuned: Sequence[Mapping[str, Tensor]]) -
                     f"tensor {name!r} of tuned[{index}]: expected the base's shape {tuple(anchor.shape)}, got "
                     f"{tuple(model[name].shape)}. VaRM merges tuned models of one base."
                 )
+    for name, anchor in base.items():
+        require_weights(name, _labelled(anchor, [model[name] for model in tuned]))
     return {name: (anchor, [model[name] for model in tuned]) for name, anchor in base.items()}
 
 

@@ -3,6 +3,7 @@
 First step of core/preferences; :mod:`~fusion_plugins.core.preferences.pairs` chooses among what :func:`clean` returns.
 """
 
+import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -77,8 +78,8 @@ class Candidate:
         reward: score of the reward model, on its own scale; None where it was not scored.
         correct: verdict of a verifier; None where there is none (also when the verifier itself failed).
         domain: instruction | math | code | chinese | any other name.
-        extra: whatever else is known about the response; ``dataset`` is read by the split, ``finish_reason`` by
-            :func:`clean`.
+        extra: whatever else is known about the response; ``dataset`` is read by the split, ``finish_reason`` and
+            ``tool_calls`` by :func:`clean`.
         evidence: what the other responses of the source say about this one; set by :func:`clean`.
     """
 
@@ -138,6 +139,8 @@ def as_candidate(row: Mapping[str, Any], number: int) -> Candidate:
         DataError: a required value is missing, or a value has the wrong type.
     """
     known = {name: value for name, value in row.items() if value is not None}
+    if known.get("tool_calls"):
+        known.setdefault("response", "")  # a call without a word
     problems = [f"expected a value for {name}, got none" for name in _REQUIRED if name not in known]
     problems += [
         f"expected {expected} as {name}, got {known[name]!r:.80}"
@@ -224,6 +227,13 @@ def tie_order(candidate: Candidate) -> bytes:
     return blake2b(repr(key).encode(), digest_size=16).digest()
 
 
+def answer_of(candidate: Candidate) -> str:
+    """Return what an answer says, for comparison: its stripped text, and reasoning and calls that are given apart."""
+    parts = [candidate.extra.get(key) for key in ("reasoning_content", "tool_calls")]
+    text = candidate.response.strip()
+    return text if not any(parts) else text + json.dumps(parts, sort_keys=True, default=str)
+
+
 def steadiest_first(candidate: Candidate) -> tuple[float, int, float, int, bytes]:
     """Return the sort key for: the source that is right most often on this prompt first.
 
@@ -266,12 +276,12 @@ def _with_evidence(group: Sequence[Candidate], accuracy: Mapping[str, float]) ->
         count = candidate.evidence.repeats
         right[candidate.source] += count * (candidate.correct is True)
         judged[candidate.source] += count * (candidate.correct is not None)
-        repeats[candidate.source, candidate.response.strip()] += count
+        repeats[candidate.source, answer_of(candidate)] += count
     solved = any(0 < total == right[source] for source, total in judged.items())
 
     def evidence(candidate: Candidate) -> Evidence:
         source = candidate.source
-        times = repeats[source, candidate.response.strip()]
+        times = repeats[source, answer_of(candidate)]
         return Evidence(times, right[source], judged[source], accuracy[source], solved)
 
     return [replace(candidate, evidence=evidence(candidate)) for candidate in group]
@@ -295,15 +305,15 @@ def _usable(group: Iterable[Candidate], dropped: Counter[str], keep_truncated: b
     # lowest index. A verifier that failed once must not cost the response its verdict.
     group = sorted(group, key=lambda c: (c.source, c.correct is None, c.reward is None, c.index, tie_order(c)))
     for candidate in group:
-        text = candidate.response.strip()
+        answer = answer_of(candidate)
         if candidate.extra.get("finish_reason") == "length" and not keep_truncated:
             dropped["truncated"] += 1
-        elif not text:
+        elif not candidate.response.strip() and not candidate.extra.get("tool_calls"):
             dropped["empty_response"] += 1
         elif candidate.reward is not None and not math.isfinite(candidate.reward):
             dropped["reward_not_finite"] += 1
-        elif (candidate.source, text) in kept:
+        elif (candidate.source, answer) in kept:
             dropped["duplicate_response"] += 1
         else:
-            kept[candidate.source, text] = candidate
+            kept[candidate.source, answer] = candidate
     return list(kept.values())

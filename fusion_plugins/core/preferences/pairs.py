@@ -34,6 +34,7 @@ from fusion_plugins.core.preferences.candidates import (
     Candidate,
     CandidateGroups,
     Pair,
+    answer_of,
     best_first,
     clean,
     is_verified,
@@ -351,7 +352,7 @@ def _gaps(window: GapWindow, proposals: Iterable[list[Pair]]) -> list[float]:
 
 
 def _fault(pair: Pair, limits: tuple[float | None, float | None], exempt: frozenset[str]) -> str | None:
-    if pair.chosen.response.strip() == pair.rejected.response.strip():
+    if answer_of(pair.chosen) == answer_of(pair.rejected):
         return "same_response"
     if pair.gap is None or pair.chosen.domain in exempt:
         return None

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fusion_plugins.core.arrays import BoolArray, IntArray
+from fusion_plugins.core.text.round_trip import require_text
 from fusion_plugins.core.text.token_bytes import TokenBytes
 from fusion_plugins.core.text.tokenizer_json import Kind, adds_prefix_space, byte_token, decoder, kind_of, model_vocab
 from fusion_plugins.errors import TokenizerError
@@ -73,14 +74,16 @@ class TokenTable:
     plain_turn_end: bool = False
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Any) -> "TokenTable":
+    def from_tokenizer(cls, tokenizer: Any, *, check: bool = True) -> "TokenTable":
         """Read the table of a fast Hugging Face tokenizer.
 
         Args:
             tokenizer: a tokenizer with a ``backend_tokenizer`` (SentencePiece-style BPE or unigram, or byte-level BPE).
+            check: refuse a tokenizer that loses text.
 
         Raises:
-            TokenizerError: the tokenizer is slow, or its tokens do not spell bytes (WordPiece, word level).
+            TokenizerError: the tokenizer is slow, its tokens do not spell bytes (WordPiece, word level), or it loses
+                text (see :mod:`fusion_plugins.core.text.round_trip`).
         """
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -106,7 +109,10 @@ class TokenTable:
         )
         others = {found for role, found in role_ids.items() if role is not Role.END_OF_TURN}
         plain = role_ids.get(Role.END_OF_TURN, -1) in added - special - others
-        return cls(tokens, roles, role_ids, adds_prefix_space(spec), kind, fallback, plain)
+        table = cls(tokens, roles, role_ids, adds_prefix_space(spec), kind, fallback, plain)
+        if check:
+            require_text(tokenizer, table.spell)
+        return table
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Data workers get the table by pickle; one object per token would take seconds.
@@ -171,6 +177,17 @@ class TokenTable:
         if token_id < 0:
             raise TokenizerError(f"expected a token id of 0 or more, got {token_id}")
         return self.tokens[token_id] if token_id < len(self.tokens) else b""
+
+    def spell(self, ids: Sequence[int]) -> list[bytes]:
+        """Return the bytes that ids spell in turn, in pieces: one more than there are runs of the unknown token."""
+        unknown = self.role_ids.get(Role.UNK)
+        pieces = [b""]
+        for at, index in enumerate(ids):
+            if index != unknown:
+                pieces[-1] += self.tokens[index]
+            elif at == 0 or ids[at - 1] != unknown:
+                pieces.append(b"")
+        return pieces
 
     def role_of(self, token_id: int) -> Role | None:
         """Return the role of a special token, or ``None`` for an ordinary token or an id without a token."""

@@ -30,7 +30,7 @@ Content = TypeVar("Content", covariant=True)
 BACKENDS: dict[str, tuple[str, str]] = {
     "transformers": ("fusion_plugins.sources.backends.transformers_local", "torch and transformers"),
     "vllm": ("fusion_plugins.sources.backends.vllm_engine", "vllm"),
-    "openai": ("fusion_plugins.sources.backends.openai_server", "openai and tenacity"),
+    "openai": ("fusion_plugins.sources.backends.openai_server", "httpx and tenacity"),
     "ray": ("fusion_plugins.sources.backends.ray_data", "ray[data]"),
 }
 
@@ -70,7 +70,10 @@ class Sampling(Settings):
         le=1,
         description="nucleus sampling: draw from the smallest set of top tokens whose probability reaches this",
     )
-    top_k: int = Field(0, ge=0, description="draw from the K most probable tokens; 0: no limit")
+    top_k: int = Field(0, ge=-1, description="draw from the K most probable tokens; 0 or -1: no limit")
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="draw only tokens with at least this share of the most probable one's probability"
+    )
     repetition_penalty: float = Field(1.0, gt=0, description="above 1: tokens that already occurred get less probable")
     max_tokens: int = Field(2048, ge=1, description="longest response in tokens")
     stop: tuple[str, ...] = Field((), description="strings that end a response; they are cut off")
@@ -100,16 +103,19 @@ class Response:
     """One response.
 
     Attributes:
-        text: without the prompt, special tokens and stop strings.
-        finish_reason: stop | length, or what the server reported.
-        n_tokens: tokens generated.
-        n_prompt_tokens: tokens of the prompt.
+        text: without the prompt, special tokens and stop strings. Reasoning, if there is any, comes first, as
+            ``<think>...</think>``, whatever the backend.
+        finish_reason: stop | length.
+        n_tokens: tokens generated; 0 where the server does not tell.
+        n_prompt_tokens: tokens of the prompt; likewise.
+        repaired: half characters were replaced, or a count that cannot be was left out.
     """
 
     text: str
     finish_reason: str
     n_tokens: int
     n_prompt_tokens: int
+    repaired: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ Sampling uses chat completions (plain completions with ``template: plain``). Cap
 completions: prompts of token ids, and the top-k at every position of the prompt.
 """
 
+import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import islice
@@ -14,12 +16,9 @@ from threading import Thread
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import numpy as np
-import openai
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fusion_plugins.config import Settings, validate
-from fusion_plugins.core.arrays import IntArray
 from fusion_plugins.core.fusion.types import TopK
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import ConfigError, SourceError
@@ -30,35 +29,59 @@ from fusion_plugins.sources.backends.base import (
     Refusal,
     Response,
     SampleRequest,
+    Sampling,
     SourceSettings,
     least,
 )
-from fusion_plugins.sources.backends.servers import Refused, ServerPool, Trouble
-from fusion_plugins.sources.backends.topk import spare_entries, topk_of_entries
+from fusion_plugins.sources.backends.completions import parse_response, parse_topk, quoted
+from fusion_plugins.sources.backends.http import MOST_BYTES, HttpClient, NoAnswer
+from fusion_plugins.sources.backends.servers import Refused, ServerPool
+from fusion_plugins.sources.backends.topk import spare_entries
 from fusion_plugins.sources.loading import capture_tokenizer, chat_messages, plain_text, vocabulary_size
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-#: how a complete response ends, by server; any other reason ("abort", "error", none) means that it was interrupted
-FINAL_REASONS = ("stop", "length", "content_filter", "eos_token", "stop_sequence", "model_length")
 #: settings that a server decides itself when it samples
 DECIDED_BY_SERVER = ("chat_template", "dtype", "revision", "max_length")
+#: sampling settings that OpenAI itself does not know; these servers know them all
+BEYOND_OPENAI = ("top_k", "min_p", "repetition_penalty")
+KNOW_BEYOND_OPENAI = ("vllm", "sglang")
+#: fields of a request that ``extra_body`` may not replace
+OWN_FIELDS = ("model", "messages", "prompt", "stream", "n", "prompt_logprobs")
+#: seconds for a question about the server itself
+DESCRIBE_SECONDS = 30.0
+#: bytes of an answer per token, and per token and entry of a capture; JSON takes 60 to 100
+TOKEN_BYTES, ENTRY_BYTES = 4096, 256
 PROBE_TEXT = "Zoë's 1,234 naïve tests:\n\tdef f(x): return x  # 数学"
 
 
 class ServerOptions(Settings):
     """Keys of ``options`` for this backend. API keys are never written in a YAML file."""
 
-    base_url: str | list[str] = Field(description="URL of the server's API, usually ending in /v1, or several")
+    base_url: str | list[str] = Field(
+        min_length=1, description="URL of the server's API, usually ending in /v1, or several"
+    )
     api_key_env: str = Field("OPENAI_API_KEY", description="environment variable with the key; may be unset")
     api_key_file: str | None = Field(None, description="file with the key; wins over the variable")
     concurrency: int = Field(32, ge=1, description="requests in flight per server")
-    timeout: float = Field(600.0, gt=0, description="seconds to wait for one answer")
+    timeout: float = Field(600.0, gt=0, description="seconds for one answer, to its last byte")
     patience: float = Field(900.0, gt=0, description="seconds of failures after which a request is given up")
     rest_after: int = Field(5, ge=1, description="consecutive failures after which a server rests")
     rest_seconds: float = Field(20.0, gt=0, description="how long a server rests before one request tries it")
     send_seed: bool = Field(True, description="off for servers that refuse `seed`; responses then do not repeat")
     extra_body: dict[str, Any] = Field(default_factory=dict, description="more fields of every sampling request")
+
+    @field_validator("extra_body")
+    @classmethod
+    def _check_extra_body(cls, value: dict[str, Any]) -> dict[str, Any]:
+        own = sorted(set(value) & set(OWN_FIELDS))
+        if own:
+            raise ValueError(f"expected further fields of a request, got {', '.join(own)}, which we set; remove it")
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"expected values that JSON can write: {error}") from None
+        return value
 
 
 def open_source(settings: SourceSettings, purpose: Purpose) -> "ServerSource":
@@ -75,8 +98,7 @@ class ServerSource:
         where = f"options of source {settings.source_name!r}"
         self._options = validate(ServerOptions, settings.options, where=where)
         self._model = settings.model
-        if purpose == "sample":
-            _check_settings(settings)
+        _check_settings(settings, self._options, purpose)
         self.tokenizer = capture_tokenizer(settings) if purpose == "capture" else None
         self._vocab_size = vocabulary_size(self.tokenizer) if self.tokenizer is not None else 0
         urls = [self._options.base_url] if isinstance(self._options.base_url, str) else self._options.base_url
@@ -90,6 +112,8 @@ class ServerSource:
             key=key,
         )
         described = [_describe(server.client, settings.model) for server in self._pool.servers]
+        # A server that applies the model's own generation config is told every setting, if it knows them all.
+        self._tells_all = all(version.split()[0].lower() in KNOW_BEYOND_OPENAI for _, version in described)
         known = [length for length, _ in described if length is not None]
         # A capture request generates one token, and needs room for it.
         context = min(known) - (purpose == "capture") if known else None
@@ -131,31 +155,24 @@ class ServerSource:
             "prompt_logprobs": asked,
         }
         return self._pool.post(
-            "/completions", body, lambda answer: _topk(answer, text.input_ids, top_k, self._vocab_size)
+            "/completions",
+            body,
+            lambda answer: parse_topk(answer, text.input_ids, top_k, self._vocab_size),
+            most_bytes=MOST_BYTES + len(text.input_ids) * (asked + 1) * ENTRY_BYTES,
         )
 
     def _sample_one(self, request: SampleRequest) -> Response:
         sampling = request.sampling
-        body: dict[str, Any] = {
-            "model": self._model,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_tokens": sampling.max_tokens,
-        }
+        body = {"model": self._model, **sampling_fields(sampling, tell_all=self._tells_all)}
         if self._options.send_seed:
             body["seed"] = request.seed
-        if sampling.stop:
-            body["stop"] = list(sampling.stop)
-        # Not every server knows these two: they are sent only where they change something.
-        if sampling.top_k:
-            body["top_k"] = sampling.top_k
-        if sampling.repetition_penalty != 1.0:
-            body["repetition_penalty"] = sampling.repetition_penalty
         body |= self._options.extra_body
         if sampling.template == "plain":
-            return self._pool.post("/completions", body | {"prompt": plain_text(request.content)}, _response)
-        body["messages"] = chat_messages(request.content, sampling.system)
-        return self._pool.post("/chat/completions", body, _response)
+            path, body["prompt"] = "/completions", plain_text(request.content)
+        else:
+            path, body["messages"] = "/chat/completions", chat_messages(request.content, sampling.system)
+        most = MOST_BYTES + sampling.max_tokens * TOKEN_BYTES
+        return self._pool.post(path, body, parse_response, most_bytes=most)
 
     def _answers(
         self, batches: Iterable[Sequence[Item]], answer: Callable[[Item], Result]
@@ -204,69 +221,49 @@ def _work(
     finished.put((place, future))
 
 
-def _first_choice(answer: dict[str, Any]) -> dict[str, Any]:
-    choices = answer.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    if not isinstance(choice, dict):
-        raise Trouble(f"incomplete answer: expected choices, got {answer!r:.200}")
-    return choice
+def sampling_fields(sampling: Sampling, *, tell_all: bool) -> dict[str, Any]:
+    """Return the fields of a request that say how to sample.
+
+    What the user wrote is sent, also where it is our default: a server would otherwise apply the model's own generation
+    config. Other servers than vLLM's may refuse fields that OpenAI does not know, so these are sent only if written.
+
+    Args:
+        sampling: how to sample.
+        tell_all: send the settings that were not written too.
+
+    Example:
+        >>> sampling_fields(Sampling(top_k=0, max_tokens=9), tell_all=False)
+        {'temperature': 1.0, 'top_p': 1.0, 'max_tokens': 9, 'top_k': 0}
+    """
+    fields: dict[str, Any] = {name: getattr(sampling, name) for name in ("temperature", "top_p", "max_tokens")}
+    fields |= {name: getattr(sampling, name) for name in BEYOND_OPENAI if tell_all or name in sampling.model_fields_set}
+    if "top_k" in fields and "top_k" not in sampling.model_fields_set:
+        fields["top_k"] = -1  # "no limit" for all who know the field; some refuse 0
+    if "stop" in sampling.model_fields_set:
+        fields["stop"] = list(sampling.stop)
+    return fields
 
 
-def _response(answer: dict[str, Any]) -> Response:
-    choice = _first_choice(answer)
-    reason = choice.get("finish_reason")
-    if reason not in FINAL_REASONS:
-        raise Trouble(f"incomplete answer: expected finish_reason {', '.join(FINAL_REASONS)}, got {reason!r:.80}")
-    message = choice.get("message") if "message" in choice else {"content": choice.get("text")}
-    text = message.get("content") if isinstance(message, dict) else message
-    if not isinstance(message, dict) or not isinstance(text, str | None):
-        raise Trouble(f"incomplete answer: expected a text, got {text!r:.80}")
-    usage = answer.get("usage")
-    counts = [usage.get(name) if isinstance(usage, dict) else None for name in ("completion_tokens", "prompt_tokens")]
-    return Response(text or "", reason, *(count if isinstance(count, int) else 0 for count in counts))
-
-
-def _topk(answer: dict[str, Any], input_ids: IntArray, top_k: int, vocab_size: int) -> TopK:
-    positions = _positions(answer, len(input_ids))
-    following = input_ids[1:].tolist()
-    if any(token not in position for token, position in zip(following, positions, strict=True)):
-        raise Trouble("incomplete answer: expected the prompt's own token at every position, got one without it")
-    width = max((len(position) for position in positions), default=0)
-    ids = np.full((len(positions), width), -1, np.int32)
-    logprobs = np.full((len(positions), width), -np.inf, np.float32)
-    for number, position in enumerate(positions):
-        ids[number, : len(position)] = list(position)
-        logprobs[number, : len(position)] = list(position.values())
-    token_logprobs = [position[token] for token, position in zip(following, positions, strict=True)]
-    return topk_of_entries(ids, logprobs, np.array(token_logprobs, np.float32), top_k, vocab_size)
-
-
-def _positions(answer: dict[str, Any], n_tokens: int) -> list[dict[int, float]]:
-    """Return id -> log-probability at each position but the last, as the server gives them."""
-    choice = _first_choice(answer)
-    if "prompt_logprobs" not in choice:
-        raise SourceError(
-            "expected prompt_logprobs, but the server gives no prompt_logprobs: capture needs vLLM's server. Use it, "
-            "or the `vllm` or `transformers` backend."
-        )
-    positions = choice["prompt_logprobs"]
-    count = len(positions) if isinstance(positions, list) else 0
-    if count != n_tokens:
-        raise Trouble(f"incomplete answer: expected {n_tokens} positions, got {count}")
-    try:
-        # The server lists the distribution over token t at t, so the first is empty.
-        return [{int(token): float(entry["logprob"]) for token, entry in place.items()} for place in positions[1:]]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise Trouble(f"incomplete answer: expected a log-probability per id, got something else ({error})") from None
-
-
-def _check_settings(settings: SourceSettings) -> None:
-    """Refuse settings that have no effect when a server samples."""
+def _check_settings(settings: SourceSettings, options: ServerOptions, purpose: Purpose) -> None:
+    """Refuse settings that have no effect, and those that are given in two places."""
+    if purpose == "capture":
+        if options.extra_body:
+            raise ConfigError(
+                f"source {settings.source_name!r}: extra_body is for sampling, and a capture does not send it. Remove "
+                "it."
+            )
+        return
     ignored = [n for n in DECIDED_BY_SERVER if getattr(settings, n) != SourceSettings.model_fields[n].default]
     if ignored:
         raise ConfigError(
             f"source {settings.source_name!r}: {', '.join(ignored)} cannot be chosen here when a server samples. "
             "Remove the setting, and start the server with it."
+        )
+    twice = sorted(settings.model_fields_set & set(options.extra_body))
+    if twice:
+        raise ConfigError(
+            f"source {settings.source_name!r}: {', '.join(twice)} is set both for the source and in extra_body. Remove "
+            "one."
         )
 
 
@@ -291,53 +288,78 @@ def _api_key(options: ServerOptions) -> str:
     return key
 
 
-def _client(url: str, key: str, options: ServerOptions) -> openai.OpenAI:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"expected a base_url such as http://host:8000/v1, got {url!r}. Correct `options.base_url`.")
-    if parts.username or parts.password or parts.query:
+def _client(url: str, key: str, options: ServerOptions) -> HttpClient:
+    # A URL that we cannot read may hold a key anywhere before its last "@".
+    _, at, rest = url.rpartition("@")
+    shown = re.split("[?#]", f"***@{rest}" if at else url)[0]
+    try:
+        parts = urlsplit(url)
+        whole = parts.hostname and (parts.port is None or parts.port > 0) and not re.search(r"\s", url)
+        known = parts.scheme in ("http", "https") and whole
+    except ValueError:
+        known = False
+    if not known:
+        raise ConfigError(
+            f"expected a base_url such as http://host:8000/v1, got {shown!r}. Correct `options.base_url`."
+        )
+    if "@" in parts.netloc or parts.query or parts.fragment:
         raise ConfigError(
             f"base_url of {parts.hostname!r}: expected a plain URL, but it carries a user name, a password or a query. "
             "URLs are recorded: give the key in the environment variable `api_key_env` or the file `api_key_file`."
         )
-    return openai.OpenAI(base_url=url, api_key=key or "none", max_retries=0, timeout=options.timeout)
+    try:
+        return HttpClient(url, key, options.timeout)
+    except ValueError as error:
+        raise ConfigError(f"base_url: expected a URL, got {shown!r}: {error}. Correct `options.base_url`.") from None
 
 
-def _describe(client: openai.OpenAI, model: str) -> tuple[int | None, str]:
+def _describe(client: HttpClient, model: str) -> tuple[int | None, str]:
     """Return the model's context in tokens, where the server tells it, and name and version of the server."""
-    listed = _ask(client, str(client.base_url).rstrip("/") + "/models").get("data") or []
-    found: dict[str, Any] = next((entry for entry in listed if entry.get("id") == model), {})
-    version = _ask(client, _root(client) + "/version").get("version", "")
-    return found.get("max_model_len"), f"{found.get('owned_by') or 'unknown'} {version}".strip()
+    listed = _ask(client, client.base_url + "/models").get("data")
+    entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    found: dict[str, Any] = next((entry for entry in entries if entry.get("id") == model), {})
+    length, owner = found.get("max_model_len"), found.get("owned_by")
+    version = _ask(client, _root(client) + "/version").get("version")
+    usable = isinstance(length, int) and not isinstance(length, bool) and length > 0
+    return length if usable else None, f"{_word(owner) or 'unknown'} {_word(version)}".strip()
 
 
-def _root(client: openai.OpenAI) -> str:
-    return str(client.base_url).rstrip("/").removesuffix("/v1")
+def _word(value: Any) -> str:
+    """Return a name that a server gives itself, short enough for a manifest; nothing else that it may send."""
+    return value.strip()[:80] if isinstance(value, str) and value.isprintable() else ""
 
 
-def _ask(client: openai.OpenAI, url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+def _root(client: HttpClient) -> str:
+    return client.base_url.removesuffix("/v1")
+
+
+def _ask(client: HttpClient, url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     """Ask for what not every server offers; {} without an answer (if the server is down, the first request fails)."""
     try:
-        answer = client.get(url, cast_to=object) if body is None else client.post(url, body=body, cast_to=object)
-    except openai.AuthenticationError:
-        raise SourceError(
-            f"{client.base_url} refuses the key. Give the right one in the environment variable `api_key_env` or the "
-            "file `api_key_file`."
-        ) from None
-    except (openai.APIError, ValueError):
+        if body is None:
+            answer = client.get(url, seconds=DESCRIBE_SECONDS)
+        else:
+            answer = client.post(url, body, seconds=DESCRIBE_SECONDS)
+        if answer.status == 401:
+            raise SourceError(
+                f"{client.base_url} refuses the key. Give the right one in the environment variable `api_key_env` or "
+                "the file `api_key_file`."
+            )
+        found = answer.json() if answer.status == 200 else {}
+    except (NoAnswer, ValueError):
         return {}
-    return answer if isinstance(answer, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
-def _check_tokenizer(client: openai.OpenAI, model: str, tokenizer: Any) -> None:
+def _check_tokenizer(client: HttpClient, model: str, tokenizer: Any) -> None:
     """Compare a few ids with those of the server's own tokenizer, where it offers that."""
     body = {"model": model, "prompt": PROBE_TEXT, "add_special_tokens": False}
     theirs = _ask(client, _root(client) + "/tokenize", body).get("tokens")
     ours = tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"]
-    if theirs is not None and theirs != ours:
+    if isinstance(theirs, list) and theirs != ours:
         raise SourceError(
             f"{client.base_url} serves {model!r} with another tokenizer than {tokenizer.name_or_path!r}: the same text "
-            f"begins with ids {theirs[:5]} there and {ours[:5]} here. Name the right one in `tokenizer`."
+            f"begins with ids {quoted(theirs[:5])} there and {ours[:5]} here. Name the right one in `tokenizer`."
         )
 
 
@@ -346,7 +368,7 @@ def _logits_width(settings: SourceSettings) -> int | None:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(settings.tokenizer)
+        config = AutoConfig.from_pretrained(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError):
         return None
     return getattr(config.get_text_config(), "vocab_size", None)

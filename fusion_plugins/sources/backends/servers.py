@@ -1,6 +1,6 @@
 """Several servers that offer the same model: which one to ask, what to retry, when to give up.
 
-tenacity retries and the openai client speaks HTTP; this module only decides.
+tenacity retries and :mod:`fusion_plugins.sources.backends.http` speaks HTTP; this module only decides.
 """
 
 import json
@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import openai
 import tenacity
 
+from fusion_plugins.core.text.reasoning import whole_characters
 from fusion_plugins.errors import SourceError
 from fusion_plugins.sources.backends.health import ServerHealth
+from fusion_plugins.sources.backends.http import MOST_BYTES, Answer, HttpClient, NoAnswer
 
 Result = TypeVar("Result")
 
@@ -60,14 +61,14 @@ class Server:
         in_flight: requests that wait for its answer.
     """
 
-    client: openai.OpenAI
+    client: HttpClient
     health: ServerHealth
     in_flight: int = 0
 
     @property
     def address(self) -> str:
         """Its base URL, for messages."""
-        return str(self.client.base_url).rstrip("/")
+        return self.client.base_url
 
 
 def without_key(message: str, key: str) -> str:
@@ -81,7 +82,7 @@ class ServerPool:
     """Sends requests to the least busy healthy server, until one answers or patience ends.
 
     Args:
-        clients: one per server, with their own retries turned off.
+        clients: one per server.
         concurrency: requests in flight per server, at most.
         rest_after: consecutive failures after which a server is left alone for a while.
         rest_seconds: how long.
@@ -92,7 +93,7 @@ class ServerPool:
 
     def __init__(
         self,
-        clients: list[openai.OpenAI],
+        clients: list[HttpClient],
         *,
         concurrency: int,
         rest_after: int,
@@ -115,13 +116,21 @@ class ServerPool:
         for server in self.servers:
             server.client.close()
 
-    def post(self, path: str, body: dict[str, Any], check: Callable[[dict[str, Any]], Result]) -> Result:
+    def post(
+        self,
+        path: str,
+        body: dict[str, Any],
+        check: Callable[[dict[str, Any]], Result],
+        *,
+        most_bytes: int = MOST_BYTES,
+    ) -> Result:
         """Send a request until ``check`` accepts the answer.
 
         Args:
             path: below the server's base URL.
             body: JSON.
             check: turns the answer into the result; raises :class:`Trouble` for an incomplete answer.
+            most_bytes: size of the longest answer that is taken.
 
         Raises:
             Refused: the servers refuse this request, or always fail on it while they answer others.
@@ -136,7 +145,7 @@ class ServerPool:
             reraise=True,
         )
         try:
-            return attempts(self._attempt, path, body, check)
+            return attempts(self._attempt, path, body, check, most_bytes)
         except Trouble as trouble:
             # If other requests were answered meanwhile, the servers work and this request is the cause.
             if self._last_answer > started:
@@ -153,41 +162,44 @@ class ServerPool:
         since = max(started, self._last_answer) if busy else started
         return time.monotonic() - since >= self._patience
 
-    def _attempt(self, path: str, body: dict[str, Any], check: Callable[[dict[str, Any]], Result]) -> Result:
+    def _attempt(
+        self, path: str, body: dict[str, Any], check: Callable[[dict[str, Any]], Result], most_bytes: int
+    ) -> Result:
         with self._chosen() as server:
-            answer = self._answer(server, path, body)
+            answer = self._answer(server, path, body, most_bytes)
             try:
                 return check(answer)
-            except Trouble as trouble:
-                raise Trouble(self._message(server, str(trouble))) from None
+            except (Trouble, Refused) as problem:
+                raise type(problem)(self._message(server, str(problem))) from None
 
-    def _answer(self, server: Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def _answer(self, server: Server, path: str, body: dict[str, Any], most_bytes: int) -> dict[str, Any]:
         try:
-            answer = server.client.post(path, body=body, cast_to=object)
-        except openai.APIStatusError as error:
-            raise self._status_error(server, error) from None
-        except openai.APIConnectionError as error:  # time-outs are among them
-            raise Trouble(self._message(server, f"{type(error).__name__}: {error.__cause__ or error}")) from None
-        except (openai.APIError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise Trouble(self._message(server, f"expected JSON, got something else: {error}")) from None
-        except RuntimeError:
-            if self._stopped.is_set():  # the client was closed meanwhile
+            answer = server.client.post(server.address + path, body, most_bytes=most_bytes)
+        except NoAnswer as problem:
+            if self._stopped.is_set():
                 raise SourceError("stopped") from None
-            raise
-        if not isinstance(answer, dict):
-            raise Trouble(self._message(server, f"expected a JSON object, got {answer!r}"))
-        return answer
+            raise Trouble(self._message(server, str(problem))) from None
+        if not 200 <= answer.status < 300:
+            raise self._status_error(server, answer)
+        try:
+            found = answer.json()
+        except ValueError as error:
+            raise Trouble(self._message(server, f"expected JSON, got something else: {error}")) from None
+        if not isinstance(found, dict):
+            raise Trouble(self._message(server, f"expected a JSON object, got {type(found).__name__}"))
+        return found
 
-    def _status_error(self, server: Server, error: openai.APIStatusError) -> Exception:
-        status = error.status_code
-        message = self._message(server, f"status {status}: {error.message}")
+    def _status_error(self, server: Server, answer: Answer) -> Exception:
+        status = answer.status
+        said = answer.body[: 4 * MOST_QUOTED].decode(errors="replace").strip()
+        message = self._message(server, f"status {status}: {said}")
         if status in RETRIED_STATUS or (status >= 500 and status not in FINAL_STATUS):
-            return Trouble(message, busy=status == TOO_MANY_REQUESTS, retry_after=_retry_after(error.response.headers))
+            return Trouble(message, busy=status == TOO_MANY_REQUESTS, retry_after=_retry_after(answer.headers))
         return Refused(message) if status in REQUEST_STATUS else SourceError(message + _hint(status))
 
     def _message(self, server: Server, text: str) -> str:
         # The key is removed first: once the text is cut, a part of a key would no longer be found.
-        return f"{server.address}: {without_key(text, self._key):.{MOST_QUOTED}}"
+        return f"{server.address}: {whole_characters(without_key(text, self._key)):.{MOST_QUOTED}}"
 
     @contextmanager
     def _chosen(self) -> Iterator[Server]:
@@ -245,6 +257,8 @@ def _retry_after(headers: Mapping[str, str]) -> float:
 
 
 def _hint(status: int) -> str:
+    if 300 <= status < 400:
+        return ". Redirects are not followed: prompts go only to the host in `base_url`. Give the new URL there."
     if status in (401, 403):
         return ". Give the key in the environment variable `api_key_env` or the file `api_key_file`."
     if status == 404:

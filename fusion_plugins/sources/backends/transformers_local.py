@@ -7,10 +7,12 @@ import numpy as np
 import torch
 import transformers
 from pydantic import Field
+from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.logits_process import (
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -34,7 +36,7 @@ from fusion_plugins.sources.backends.base import (
     least,
 )
 from fusion_plugins.sources.backends.topk import with_last_position
-from fusion_plugins.sources.loading import load_tokenizer, response_text, split_prompts, vocabulary_size
+from fusion_plugins.sources.loading import load_tokenizer, local_response, split_prompts, vocabulary_size
 
 #: logits that are normalised at a time, in float32 and float64: few enough to stay in a CPU's cache
 SCRATCH = 1 << 22
@@ -93,7 +95,8 @@ class TransformersSource:
             yield from zip(group, self._forward([texts[i] for i in group], top_k), strict=True)
 
     def _sample(self, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, Response | Refusal]]:
-        prompts, refused = split_prompts(self.tokenizer, requests, self.max_length)
+        rows = self._model.get_input_embeddings().weight.shape[0]
+        prompts, refused = split_prompts(self.tokenizer, requests, self.max_length, rows)
         yield from refused.items()
         by_sampling: dict[Sampling, list[int]] = {}
         for index in prompts:
@@ -123,7 +126,7 @@ class TransformersSource:
         return found
 
     @torch.inference_mode()
-    def _generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Response]:
+    def _generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Response | Refusal]:
         width = max(map(len, prompts))
         # Padding repeats the prompt's own first token, so that a repetition penalty sees no token that is not there.
         ids = torch.tensor([prompt[:1] * (width - len(prompt)) + prompt for prompt in prompts])
@@ -146,15 +149,14 @@ class TransformersSource:
         )
         generated = output[:, width:].tolist()
         return [
-            self._response(tokens, len(prompt), sampling) for tokens, prompt in zip(generated, prompts, strict=True)
+            self._response(prompt, tokens, sampling.stop) for tokens, prompt in zip(generated, prompts, strict=True)
         ]
 
-    def _response(self, tokens: list[int], n_prompt_tokens: int, sampling: Sampling) -> Response:
+    def _response(self, prompt: list[int], tokens: list[int], stop: tuple[str, ...]) -> Response | Refusal:
         # Responses that end before the longest of their group are padded. The end token itself was generated.
         end = next((position for position, token in enumerate(tokens) if token in self._stop_ids), len(tokens))
-        text, stopped = response_text(self.tokenizer, tokens[:end], sampling.stop)
-        reason = "stop" if stopped or end < len(tokens) else "length"
-        return Response(text, reason, min(end + 1, len(tokens)), n_prompt_tokens)
+        n_tokens = min(end + 1, len(tokens))
+        return local_response(self.tokenizer, prompt, tokens[:end], stop, ended=end < len(tokens), n_tokens=n_tokens)
 
 
 def topk_of_logits(
@@ -169,10 +171,11 @@ def topk_of_logits(
         logits: (N, W) of any float dtype.
         token_ids: (N,) int64 ids whose log-probabilities are asked for.
         k: entries per position, at most ``vocab_size``.
-        vocab_size: ids that the tokenizer knows.
+        vocab_size: ids that the tokenizer knows, perhaps more than W.
 
     Returns:
-        ids (N, k) int32, logprobs (N, k) float32 nats, logprobs of ``token_ids`` (N,) float32; all on the CPU.
+        ids (N, k) int32 (-1 where W is below k), logprobs (N, k) float32 nats, logprobs of ``token_ids`` (N,) float32;
+        all on the CPU.
     """
     # In chunks: the log-probabilities of a whole text over a large vocabulary take gigabytes, and leave the cache.
     step = max(1, SCRATCH // logits.shape[-1])
@@ -186,13 +189,15 @@ def _topk_of_chunk(
     logits: torch.Tensor, token_ids: torch.Tensor, k: int, vocab_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     logprobs = torch.log_softmax(logits.float(), dim=-1)
+    known = min(vocab_size, logits.shape[-1])
     token_logprobs = logprobs.gather(-1, token_ids[:, None])[:, 0]
     # torch.topk leaves the order of ties open. A float32 that is converted to float64 ends in 29 zero bits. With the id
     # in them, the lower id is the larger of two equal negative numbers, so that one topk sorts by both.
-    keys = logprobs[:, :vocab_size].clamp(min=torch.finfo(torch.float32).min).double()
-    keys.view(torch.int64).bitwise_or_(torch.arange(vocab_size, device=logits.device))
-    ids = keys.topk(min(k, vocab_size), dim=-1).indices
-    return ids.to(torch.int32).cpu(), logprobs.gather(-1, ids).cpu(), token_logprobs.cpu()
+    keys = logprobs[:, :known].clamp(min=torch.finfo(torch.float32).min).double()
+    keys.view(torch.int64).bitwise_or_(torch.arange(known, device=logits.device))
+    ids = keys.topk(min(k, known), dim=-1).indices
+    values, empty = logprobs.gather(-1, ids).cpu(), (0, k - ids.shape[-1])
+    return pad(ids.to(torch.int32).cpu(), empty, value=-1), pad(values, empty, value=-torch.inf), token_logprobs.cpu()
 
 
 class _SeededNoise(LogitsProcessor):
@@ -215,7 +220,9 @@ def _processors(sampling: Sampling, seeds: list[int]) -> LogitsProcessorList:
     if sampling.temperature == 0:
         return processors
     processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
-    if sampling.top_k:
+    if sampling.min_p > 0:  # before the others, as in vLLM
+        processors.append(MinPLogitsWarper(float(sampling.min_p)))
+    if sampling.top_k > 0:
         processors.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         processors.append(TopPLogitsWarper(float(sampling.top_p)))

@@ -35,7 +35,7 @@ from fusion_plugins.sources.backends.base import (
 from fusion_plugins.sources.backends.topk import spare_entries, topk_of_entries
 from fusion_plugins.sources.batches import plan_batches
 from fusion_plugins.sources.fingerprints import numeric_options, stored_dtype
-from fusion_plugins.sources.loading import load_config, load_tokenizer, response_text, split_prompts, vocabulary_size
+from fusion_plugins.sources.loading import load_config, load_tokenizer, local_response, split_prompts, vocabulary_size
 
 try:
     from vllm.exceptions import VLLMClientError
@@ -149,8 +149,17 @@ class VllmSource:
                     f"source {self._name!r}: expected vLLM to end a response with 'stop' or 'length', got "
                     f"{answer.finish_reason!r}. Run the same command again."
                 )
-            text, _ = response_text(self.tokenizer, list(answer.token_ids), requests[index].sampling.stop)
-            yield index, Response(text, answer.finish_reason, len(answer.token_ids), len(prompts[index]))
+            yield (
+                index,
+                local_response(
+                    self.tokenizer,
+                    prompts[index],
+                    answer.token_ids,
+                    requests[index].sampling.stop,
+                    ended=answer.finish_reason == "stop",
+                    n_tokens=len(answer.token_ids),
+                ),
+            )
 
     def _generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
         """Ask for all at once; when vLLM refuses one of them, ask one by one, to find out which."""
@@ -191,7 +200,8 @@ def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
-        top_k=sampling.top_k,
+        top_k=max(sampling.top_k, 0),
+        min_p=sampling.min_p,
         repetition_penalty=sampling.repetition_penalty,
         max_tokens=sampling.max_tokens,
         stop=list(sampling.stop) or None,

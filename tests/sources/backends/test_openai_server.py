@@ -88,6 +88,128 @@ def test_plain_openai_requests_carry_no_fields_that_only_some_servers_know(promp
     assert "prompt" in server.requests[-1]
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"top_k": 0, "repetition_penalty": 1.0},
+        {"top_k": -1},
+        {"min_p": 0.0, "stop": []},
+        {"temperature": 1.0, "top_p": 1, "repetition_penalty": 1},
+        {"preset": "fusechat3-qwen-2.5-72b", "repetition_penalty": 1.0},
+    ],
+)
+def test_what_is_written_is_sent_also_where_it_is_the_default(prompts, tmp_path, written):
+    """Otherwise a server that applies the model's own generation config would use that one's values."""
+    with running() as server:
+        sample_prompts(config(prompts, tmp_path / "out", server, n=1, source=written))
+    sent = written.items() - {("preset", "fusechat3-qwen-2.5-72b")} if "stop" not in written else written.items()
+    assert all(
+        sent <= request.items() if "stop" not in written else request["stop"] == [] for request in server.requests
+    )
+
+
+@pytest.mark.parametrize("owner", ["vllm", "sglang"])
+def test_servers_that_know_all_settings_are_told_all_of_them(prompts, tmp_path, owner):
+    with running() as server:
+        server.models = {"data": [{"id": "served", "owned_by": owner}]}
+        sample_prompts(config(prompts, tmp_path / "out", server, n=1, source={"top_p": 0.9}))
+        sample_prompts(config(prompts, tmp_path / "limited", server, n=1, source={"top_k": 7}))
+    assert {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "top_p": 0.9}.items() <= server.requests[0].items()
+    assert server.requests[-1]["top_k"] == 7
+
+
+def test_a_setting_in_two_places_or_without_effect_is_refused(prompts, tmp_path):
+    with running() as server:
+        with pytest.raises(ConfigError, match="top_k is set both for the source and in extra_body"):
+            sample_prompts(
+                config(prompts, tmp_path / "out", server, source={"top_k": 0}, extra_body={"top_k": 20, "min_p": 0.1})
+            )
+        for field in ("stream", "n", "messages", "model"):
+            with pytest.raises(ConfigError, match=f"further fields of a request, got {field}, which we set"):
+                sample_prompts(config(prompts, tmp_path / "out", server, extra_body={field: 2}))
+        for value in (float("nan"), {1, 2}, b"x"):
+            with pytest.raises(ConfigError, match="extra_body: expected values that JSON can write"):
+                sample_prompts(config(prompts, tmp_path / "out", server, extra_body={"logit_bias": value}))
+        values = {"model": "served", "backend": "openai", "texts": str(prompts), "out": str(tmp_path / "store")}
+        options = {"base_url": server.url, "extra_body": {"top_k": 5}}
+        with pytest.raises(ConfigError, match="extra_body is for sampling, and a capture does not send it"):
+            capture_texts(CaptureConfig(**values, options=options, tokenizer=str(tiny_tokenizer(tmp_path))))
+        assert server.requests == []
+
+
+def tiny_tokenizer(folder):
+    tiny.byte_level().save_pretrained(folder / "tokenizer")
+    return folder / "tokenizer"
+
+
+def test_answers_that_end_for_good_cost_one_request_each(prompts, tmp_path):
+    """Their prompts are named and left out; those with other names for a complete answer are kept."""
+    ends = {"0": "tool_calls", "1": "end_turn", "2": "STOP", "3": "SAFETY", "4": "MAX_TOKENS", "5": "unheard_of"}
+
+    def trouble(number, body):
+        number = body["messages"][-1]["content"].split()[2]
+        message = {"content": "half \ud83d", "reasoning_content": "hm" if number == "1" else None}
+        if number == "0":
+            message = {"content": None, "tool_calls": [{"function": {"name": "look_up", "arguments": "{}"}}]}
+        server.choice = {"message": message, "finish_reason": ends.get(number, "stop")}
+        server.usage = {"completion_tokens": 10**30 if number == "7" else 5}
+        return "chosen"
+
+    with running(trouble) as server:
+        settings = config(prompts, tmp_path / "out", server, n=1, concurrency=1, patience=900.0)
+        with pytest.raises(
+            SourceError, match="prompt 'p0', source 'remote': .*call of a tool.*look_up.*on_unusable: skip"
+        ):
+            sample_prompts(settings)
+        report = sample_prompts(settings.model_copy(update={"on_unusable": "skip"}))
+    assert {prompt for _, prompt in report.skipped} == {"p0", "p3", "p5"}
+    assert "withheld or cut" in report.skipped["remote", "p3"]
+    assert (report.drawn, report.repaired) == (9, 9)
+    assert len(server.requests) == 13
+    rows = {row["prompt_id"]: row for row in open_rows(tmp_path / "out")}
+    assert rows["p1"]["response"] == "<think>\nhm\n</think>\n\nhalf \ufffd"
+    assert {rows[name]["finish_reason"] for name in ("p1", "p2")} == {"stop"}
+    assert rows["p4"]["finish_reason"] == "length"
+    assert (rows["p7"]["n_tokens"], rows["p6"]["n_tokens"]) == (0, 5)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://me:sk-secret@h/v1",
+        "ftp://me:sk-secret@h/v1",
+        "me:sk-secret@h/v1",
+        "sk-secret@h/v1",
+        "//sk-secret@h:8000/v1",
+        "HTTP:me:sk-secret@h",
+        "http://me:sk-se/cr et@h@host/v1",
+        "http://h/v1?key=sk-secret",
+        "h/v1#sk-secret",
+        "http://me:sk-secret@[::1/v1",
+        "http://me:sk-secret@h:99999999/v1",
+        "unix:///me:sk-secret@h",
+    ],
+)
+def test_a_url_with_a_key_in_it_is_refused_and_never_printed_whole(prompts, tmp_path, url):
+    for urls in (url, ["http://h/v1", url], [url, 5]):
+        settings = config(prompts, tmp_path / "out")
+        settings.sources[0].options["base_url"] = urls
+        with pytest.raises(ConfigError) as refusal:
+            sample_prompts(settings)
+        assert "sk-se" not in "".join(traceback.format_exception(refusal.value)).replace(repr(url), "")
+        assert "sk-se" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "http://", "http:///v1", "http://h:port/v1", "http://exa mple/v1", [], ""]
+)
+def test_what_is_no_url_is_refused(prompts, tmp_path, url):
+    settings = config(prompts, tmp_path / "out")
+    settings.sources[0].options["base_url"] = url
+    with pytest.raises(ConfigError, match="base_url"):
+        sample_prompts(settings)
+
+
 def test_requests_run_side_by_side_up_to_the_limit(prompts, tmp_path):
     with running() as server:
         sample_prompts(config(prompts, tmp_path / "out", server, n=5, concurrency=4))
@@ -118,9 +240,11 @@ def test_ctrl_c_does_not_wait_for_slow_servers_and_keeps_what_is_done(prompts, t
             with pytest.raises(KeyboardInterrupt):
                 sample_prompts(config(prompts, tmp_path / "out", server))
             assert time.monotonic() - started < 10
-            waiting = [thread for thread in threading.enumerate() if "_work" in thread.name]
-            assert waiting
-            assert all(thread.daemon for thread in waiting)
+            for thread in threading.enumerate():
+                if "_work" in thread.name:
+                    assert thread.daemon
+                    thread.join(5)  # the requests were ended, although their server hangs
+                    assert not thread.is_alive()
     finally:
         signal.signal(signal.SIGINT, before)
     # "1 + 30" and "11 + 30" were never answered.

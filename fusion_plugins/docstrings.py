@@ -1,10 +1,8 @@
-"""What the reference pages take from docstrings: reStructuredText marks as Markdown, and the entries of a section."""
+"""What `fusion keys` and the reference pages take from docstrings: marks as Markdown, and the entries of a section."""
 
 import inspect
 import re
 from typing import Any
-
-__all__ = ["as_markdown", "entries", "first_sentence"]
 
 _ROLE = re.compile(r":\w+:`(~?)([^`<]+?)(?: <[^>`]*>)?`")
 _SECTION = re.compile(r"^(?P<name>Args|Attributes):\n(?P<body>(?:[ ]{4}.*\n|\n)+)", re.MULTILINE)

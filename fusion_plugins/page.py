@@ -1,0 +1,91 @@
+"""Self-contained HTML pages: one style, one place that escapes, pictures as vectors.
+
+A page is a template that extends ``page.html`` and fills its blocks ``title`` and ``body``. Tables stand in a
+``<div class="wide">``, which scrolls by itself on a narrow screen.
+"""
+
+import re
+import warnings
+from collections.abc import Mapping
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+from fusion_plugins.escape import for_plot, for_terminal
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: colours that most kinds of colour blindness tell apart (Okabe and Ito), the first ones also in grey
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999")
+
+
+def render_page(template: str, values: Mapping[str, Any]) -> str:
+    """Return a page.
+
+    Args:
+        template: name of a file in ``fusion_plugins/templates``.
+        values: what the template names. Every text among them is data; :func:`svg` makes the exception.
+
+    Raises:
+        ModuleNotFoundError: jinja2 is not installed.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    def shown(value: Any) -> Any:
+        # Control characters and halves of surrogate pairs can stand in no page.
+        return value if isinstance(value, Markup | int | float) else for_terminal(value)
+
+    environment = Environment(
+        loader=PackageLoader("fusion_plugins"), autoescape=True, finalize=shown, undefined=StrictUndefined
+    )
+    return environment.get_template(template).render(values)
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """Return an empty matplotlib figure of that many inches, with the colours of the pages.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    # Figure and canvas are made directly: pyplot would choose a backend and keep every figure alive.
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    FigureCanvasSVG(figure)
+    return figure
+
+
+def svg(figure: "Figure", label: str) -> Any:
+    """Return the figure as an SVG element that is safe to put into a page.
+
+    Letters stay letters, in the page's own fonts and in its colour, so that dark pages and all scripts work.
+
+    Args:
+        figure: what :func:`new_figure` made.
+        label: what the picture shows, for people who do not see it.
+    """
+    import matplotlib
+    from markupsafe import Markup, escape
+
+    buffer = StringIO()
+    # The salt keeps the names of parts the same from run to run, and apart from those of another picture in the page.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}), warnings.catch_warnings():
+        # The page's fonts draw the letters, so it does not matter that matplotlib's own lacks some.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    element = buffer.getvalue().partition("<svg ")[2]
+    # The page sets the size, and what is black by default takes the colour of its text.
+    element = re.sub(r' (?:width|height)="[\d.]+pt"', "", element, count=2).replace("#000000", "currentColor")
+    # Inside a page neither the namespaces nor the description of the file mean anything.
+    element = re.sub(r'xmlns(?::xlink)?="[^"]*" ?|<metadata>.*?</metadata>', "", element, flags=re.DOTALL)
+    width = f"width: 100%; max-width: {figure.get_figwidth() * 96:.0f}px"
+    return Markup(f'<svg role="img" aria-label="{escape(for_terminal(label))}" style="{width}" {element}')
+
+
+def plot_name(name: object, limit: int = 40) -> str:
+    """Return a name for an axis or a legend: at most ``limit`` characters, its end kept."""
+    text = str(name)
+    return for_plot(text if len(text) <= limit else "…" + text[1 - limit :])

@@ -1,0 +1,341 @@
+"""Read the tests of a prompt, in the formats of the benchmarks, and count the checks that they hold.
+
+Each format is turned into tests that :mod:`fusion_plugins.scoring.sandbox_runner` can run: mappings with ``kind`` and
+what that kind needs. A format that is not recognised is an error, never a test that tests nothing.
+"""
+
+import ast
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fusion_plugins.errors import DataError
+from fusion_plugins.scoring.names import UNPARSABLE, bound_names, free_names, imported_modules, parse
+
+#: what the runner calls when a check is reached; :func:`count_checks` writes the calls into the tests
+COUNTER = "_check_is_reached_"
+EXPECTED = (
+    "a program, a list of programs, stdin and stdout or arguments and results in 'inputs' and 'outputs', or a mapping "
+    "with 'test' or 'tests' and perhaps 'setup' and 'entry_point'"
+)
+_TESTS = ("tests", "test", "test_list")
+_SETUPS = ("testimported_modules", "test_setup_code", "setup")
+_ENTRY_POINTS = ("entry_point", "fn_name", "func_name")
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The tests of one prompt.
+
+    Attributes:
+        format: what they were recognised as: asserts, check, unittest, pytest, stdio or calls.
+        tests: what the runner runs, in order; each in a process of its own.
+        setup: a program that runs before the response's, and again after it.
+        needed: names that the tests expect the response to define; empty where it is a whole program.
+        modules: modules that tests and setup import.
+    """
+
+    format: str
+    tests: tuple[Mapping[str, Any], ...]
+    setup: str = ""
+    needed: frozenset[str] = frozenset()
+    modules: frozenset[str] = frozenset()
+
+
+def read_tests(tests: Any) -> Suite | None:
+    """Return the tests of a prompt; None where there are none.
+
+    Args:
+        tests: any of
+
+            * a program: plain asserts, ``unittest.TestCase`` classes (BigCodeBench), ``test_*`` functions (KodCode), or
+              a function ``check(candidate)``, which needs an entry point (HumanEval, LeetCode);
+            * a list of programs, such as the assert lines of MBPP;
+            * a mapping with ``test``, ``tests`` or ``test_list`` (either of those), ``setup`` and ``entry_point``;
+            * a mapping with ``inputs`` and ``outputs``: texts for stdin and stdout, or with ``fn_name`` arguments and
+              results (APPS, TACO); or a list of mappings with ``input`` and ``output`` (LiveCodeBench);
+            * a mapping that holds the latter under ``input_output``; or the JSON text of any of these.
+
+    Raises:
+        DataError: anything else.
+
+    Example:
+        >>> suite = read_tests('{"inputs": ["1 2"], "outputs": ["3"]}')
+        >>> suite.format, len(suite.tests)
+        ('stdio', 1)
+    """
+    tests = _from_json(tests)
+    context = dict(tests) if isinstance(tests, dict) else {}
+    found = _from_json(_first(context, ("input_output", *_TESTS))) if context and "inputs" not in context else tests
+    if isinstance(found, dict):
+        context |= found
+        if "inputs" not in context:
+            found = _from_json(_first(found, _TESTS))
+    if found is None or found in ("", [], {}) or (isinstance(found, str) and not found.strip()):
+        return None
+    entry_point = _first(context, _ENTRY_POINTS)
+    if entry_point is not None and not (isinstance(entry_point, str) and parse(entry_point, "eval") is not None):
+        raise DataError(
+            f"entry_point: expected the name of what is tested, such as f or Solution().f, got {entry_point!r}"
+        )
+    setup = "\n".join(_lines(name, context[name]) for name in _SETUPS if context.get(name))
+    if isinstance(found, dict):
+        return _read_cases(found.get("inputs"), found.get("outputs"), entry_point, setup)
+    if isinstance(found, list) and found and all(isinstance(case, dict) for case in found):
+        functional = [case for case in found if case.get("testtype") == "functional"]
+        if functional and entry_point is None:
+            raise DataError("tests: expected 'fn_name' beside cases of testtype functional, got none")
+        inputs, outputs = ([case.get(name, _MISSING) for case in found] for name in ("input", "output"))
+        return _read_cases(inputs, outputs, entry_point, setup)
+    programs = [found] if isinstance(found, str) else found
+    if not (isinstance(programs, list) and all(isinstance(program, str) for program in programs)):
+        raise DataError(f"expected {EXPECTED}, got {_kind_of(tests)}")
+    return _read_programs([program for program in programs if program.strip()], entry_point, setup)
+
+
+def count_checks(source: str) -> tuple[str, int]:
+    r"""Return a program that calls :data:`COUNTER` before each of its checks, and the number of checks in its text.
+
+    Checks are assert statements about something (``assert True`` is none), calls and context managers whose name says
+    that they assert or expect an exception, and branches that can raise.
+
+    Raises:
+        SyntaxError: it is no program; also ValueError, MemoryError and RecursionError.
+
+    Example:
+        >>> print(count_checks("assert f(1) == 2")[0])
+        _check_is_reached_()
+        assert f(1) == 2
+        >>> count_checks("f(1)\nassert True")[1]
+        0
+    """
+    counting = _Counting()
+    tree = ast.fix_missing_locations(counting.visit(ast.parse(source)))
+    return ast.unparse(tree), counting.checks
+
+
+class _Counting(ast.NodeTransformer):
+    def __init__(self) -> None:
+        self.checks = 0
+
+    def visit(self, node: ast.AST) -> Any:
+        visited = self.generic_visit(node)
+        if not isinstance(node, ast.stmt) or not _is_check(node):
+            return visited
+        self.checks += 1
+        return [ast.Expr(ast.Call(ast.Name(COUNTER, ast.Load()), [], [])), visited]
+
+
+def _is_check(node: ast.stmt) -> bool:
+    match node:
+        case ast.Assert(test=ast.Constant()):
+            return False
+        case ast.Assert():
+            return True
+        case ast.Expr(value=ast.Call() | ast.Await(value=ast.Call())):
+            call = node.value.value if isinstance(node.value, ast.Await) else node.value
+            return _asserts(call)
+        case ast.With(items=items) | ast.AsyncWith(items=items):
+            return any(_asserts(item.context_expr) for item in items)
+        case ast.If() | ast.Match() | ast.Try():
+            return _can_raise(node)
+    return False
+
+
+def _asserts(node: ast.AST) -> bool:
+    """Return whether a call's name says that it checks: ``assert_allclose``, ``pytest.raises``, ``self.fail``."""
+    if not isinstance(node, ast.Call):
+        return False
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    return "assert" in name.lower() or name in ("raises", "fail", "warns")
+
+
+def _can_raise(node: ast.AST) -> bool:
+    """Return whether the branches of a statement raise, or assert what is never true, outside of functions in them."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Raise) or (isinstance(child, ast.Assert) and isinstance(child.test, ast.Constant)):
+            return True
+        inside = not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda)
+        if inside and _can_raise(child):
+            return True
+    return False
+
+
+def _read_programs(programs: list[str], entry_point: str | None, setup: str) -> Suite | None:
+    if not programs:
+        return None
+    trees = [parse(program) for program in programs]
+    formats = {_format(tree) for tree in trees}
+    if None in trees or len(formats) > 1:
+        # Pieces of one program, such as the imports in one entry and the asserts in the next.
+        programs = ["\n".join(programs)]
+        trees = [parse(programs[0])]
+        formats = {_format(trees[0])}
+    (format,) = formats
+    if format == "check":
+        programs = [_call_check(program, tree, entry_point) for program, tree in zip(programs, trees, strict=True)]
+    elif format == "asserts" and len(programs) > 1 and any(_counted(program)[1] == 0 for program in programs):
+        programs = ["\n".join(programs)]
+    counted = [_counted(program) for program in programs]
+    setup, in_setup = _counted(setup)
+    if any(checks == 0 for _, checks in counted) and in_setup == 0:
+        raise DataError("the tests hold no check: no assert, no test function that asserts, nothing that can raise")
+    tests = [
+        {"kind": format, "source": source, **({"classes": _test_cases(parse(source))} if format == "unittest" else {})}
+        for source, _ in counted
+    ]
+    modules = [parse(setup), *trees]
+    needed = (
+        _root(entry_point) if entry_point else frozenset().union(*map(free_names, trees)) - bound_names(parse(setup))
+    )
+    return Suite(format, tuple(tests), setup, needed, frozenset().union(*map(imported_modules, modules)))
+
+
+def _format(tree: ast.Module | None) -> str:
+    for node in tree.body if tree else ():
+        if isinstance(node, ast.FunctionDef) and node.name == "check":
+            return "check"
+        if isinstance(node, ast.ClassDef) and any("TestCase" in ast.unparse(base) for base in node.bases):
+            return "unittest"
+    # Functions that the program calls by itself need nobody to find them.
+    called = {
+        node.func.id
+        for node in (ast.walk(tree) if tree else ())
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    for node in tree.body if tree else ():
+        name = getattr(node, "name", "")
+        if isinstance(node, ast.ClassDef) and name.startswith("Test"):
+            return "pytest"
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and name.startswith("test") and name not in called:
+            return "pytest"
+    return "asserts"
+
+
+def _call_check(program: str, tree: ast.Module | None, entry_point: str | None) -> str:
+    """Return a program that calls its ``check`` with the entry point."""
+    calls = [
+        node.value.func
+        for node in (tree.body if tree else ())
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+    ]
+    if any(isinstance(called, ast.Name) and called.id == "check" for called in calls):
+        return program
+    if entry_point is None:
+        raise DataError(
+            "the tests define check(candidate), but no 'entry_point' says what to check; add it to the tests"
+        )
+    return f"{program}\ncheck({_resolved(entry_point)})\n"
+
+
+def _resolved(entry_point: str) -> str:
+    """Return an expression for the entry point, which is a function or a method of the class ``Solution``."""
+    if not entry_point.isidentifier() or entry_point == "Solution":
+        return entry_point
+    return (
+        f"(Solution().{entry_point} if {entry_point!r} not in globals() and 'Solution' in globals() else {entry_point})"
+    )
+
+
+def _read_cases(inputs: Any, outputs: Any, entry_point: str | None, setup: str) -> Suite | None:
+    if not (isinstance(inputs, list) and isinstance(outputs, list)) or _MISSING in [*inputs, *outputs]:
+        raise DataError("tests: expected lists in 'inputs' and 'outputs', or 'input' and 'output' in each case")
+    if len(inputs) != len(outputs):
+        raise DataError(f"tests: expected one output per input, got {len(inputs)} inputs and {len(outputs)} outputs")
+    if not inputs:
+        return None
+    if entry_point is None:
+        cases = [
+            {"kind": "stdio", "stdin": _lines("inputs", given), "stdout": _lines("outputs", expected)}
+            for given, expected in zip(inputs, outputs, strict=True)
+        ]
+        return Suite("stdio", tuple(cases), setup)
+    # APPS writes each result into a list of its own, where others write the result itself.
+    wrapped = all(isinstance(expected, list) and len(expected) == 1 for expected in outputs)
+    calls = [
+        {
+            "kind": "calls",
+            "function": _resolved(entry_point),
+            "arguments": _arguments(given),
+            "results": [result := _literal(expected), *(result if wrapped else ())],
+        }
+        for given, expected in zip(inputs, outputs, strict=True)
+    ]
+    return Suite("calls", tuple(calls), setup, frozenset({*_root(entry_point), "Solution"}))
+
+
+def _arguments(given: Any) -> list[Any]:
+    if isinstance(given, list):
+        return given
+    if isinstance(given, str):  # one argument per line
+        return [_literal(line) for line in given.split("\n") if line.strip()]
+    raise DataError(
+        f"inputs: expected a list of arguments, or a text with one argument per line, got {_kind_of(given)}"
+    )
+
+
+def _literal(value: Any) -> Any:
+    """Return what a text holds as JSON or as a Python literal; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(value)
+        except UNPARSABLE:
+            continue
+    return value
+
+
+def _lines(name: str, value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(line, str | int | float) for line in value):
+        return "\n".join(str(line).rstrip("\n") for line in value)
+    if not isinstance(value, str):
+        raise DataError(f"{name}: expected a text or a list of lines, got {_kind_of(value)}")
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    """Return what a JSON text of a list or mapping holds; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{", '"'):
+        try:
+            return _from_json(json.loads(value))
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _kind_of(value: Any) -> str:
+    """Return what a value is, in a few words that are the same for many rows."""
+    if isinstance(value, dict):
+        return f"a mapping with {', '.join(map(str, value))}"[:80] if value else "an empty mapping"
+    inner = f" with {type(value[0]).__name__}" if isinstance(value, list) and value else ""
+    return type(value).__name__ + inner
+
+
+def _first(context: Mapping[str, Any], names: Sequence[str]) -> Any:
+    return next((context[name] for name in names if context.get(name) is not None), None)
+
+
+def _counted(program: str) -> tuple[str, int]:
+    """Return :func:`count_checks`; a program that is none stays as it is, for the runner to say so."""
+    try:
+        return count_checks(program)
+    except UNPARSABLE:
+        return program, 1
+
+
+def _test_cases(tree: ast.Module) -> list[str]:
+    return [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+
+
+def _root(entry_point: str) -> frozenset[str]:
+    """Return the name that an entry point begins with.
+
+    Example:
+        >>> sorted(_root("Solution().two_sum"))
+        ['Solution']
+    """
+    names = [node.id for node in ast.walk(ast.parse(entry_point, mode="eval")) if isinstance(node, ast.Name)]
+    return frozenset(names[:1])

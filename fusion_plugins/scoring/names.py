@@ -1,0 +1,55 @@
+"""The names that a program binds, reads and imports, from its text alone; nothing is run."""
+
+import ast
+import builtins
+from typing import Any
+
+#: errors of a text that is no program, or is nested too deeply to be read
+UNPARSABLE = (SyntaxError, ValueError, MemoryError, RecursionError)
+
+
+def parse(source: str, mode: str = "exec") -> Any:
+    """Return the syntax tree of a program; None where it is none."""
+    try:
+        return ast.parse(source, mode=mode)
+    except UNPARSABLE:
+        return None
+
+
+def imported_modules(tree: ast.AST | None) -> frozenset[str]:
+    """Return the top-level modules that a program imports."""
+    names: set[str] = set()
+    for node in ast.walk(tree) if tree else ():
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.partition(".")[0])
+    return frozenset(names)
+
+
+def bound_names(tree: ast.AST | None) -> frozenset[str]:
+    """Return all names that a program binds, in whatever scope."""
+    names: set[str] = set()
+    for node in ast.walk(tree) if tree else ():
+        match node:
+            case ast.Name(id=name, ctx=ast.Store() | ast.Del()) | ast.arg(arg=name):
+                names.add(name)
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                names.add(name)
+            case ast.ExceptHandler(name=str(name)) | ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
+                names.add(name)
+            case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
+                names |= {alias.asname or alias.name.partition(".")[0] for alias in aliases}
+    return frozenset(names)
+
+
+def free_names(tree: ast.AST | None) -> frozenset[str]:
+    """Return names that a program reads and neither binds nor has built in, and those it imports from ``solution``."""
+    read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} if tree else set()
+    given = {
+        alias.name
+        for node in (ast.walk(tree) if tree else ())
+        if isinstance(node, ast.ImportFrom) and node.module == "solution"
+        for alias in node.names
+    }
+    return frozenset((read - bound_names(tree) - vars(builtins).keys()) | given - {"*"})

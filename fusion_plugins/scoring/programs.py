@@ -1,0 +1,293 @@
+r"""Find the program in a model's response: which of its blocks count, and how they belong together. Nothing is run.
+
+1. The thinking is cut off, and the rest is split into fenced blocks, as loosely as models write them.
+2. The last block that defines what the tests need is the answer. A block that only restates the signature is none.
+3. Names that this block reads and does not define are taken from the definitions in the other blocks, nearest first: a
+   helper or the imports may be in a block of their own.
+
+A response without fences is a program as a whole, or holds one between its paragraphs.
+"""
+
+import ast
+import doctest
+import io
+import re
+import textwrap
+import tokenize
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+
+from fusion_plugins.scoring.answers import final_part
+from fusion_plugins.scoring.names import bound_names, free_names, parse
+
+_FENCE = re.compile(r"(?P<before>.*?)(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)")
+_LANGUAGE = re.compile(r"[{.]*([A-Za-z][\w+#-]*)")
+_PYTHON = {"", "python", "python3", "python2", "py", "py3", "ipython", "ipython3", "pycon", "sage"}
+#: marks that some models are trained to put around code instead of fences
+_TAGS = re.compile(r"\[/?(?:PYTHON|CODE|BEGIN|DONE)\]|^[ \t]*</?(?:answer|solution|code|python|output)>", re.M)
+_STARTS_BODY = re.compile(r"(?:from\s+\S+\s+import\b|import\s+\w|(?:async\s+)?def\s+\w|class\s+\w|@\w)")
+_STARTS_CODE = re.compile(rf"{_STARTS_BODY.pattern}|[A-Za-z_]\w*\s*=[^=]")
+_READS_INPUT = re.compile(r"\binput\s*\(|\bstdin\b|\bopen\(0|\bos\.read\(0")
+#: commands of a notebook
+_MAGIC = re.compile(r"^[ \t]*[%!].*\n?", re.M)
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+_BINDING = (*_DEFINITIONS, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.Try)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A piece of code; ``labelled`` says that its fence names Python."""
+
+    code: str
+    labelled: bool
+
+    @cached_property
+    def tree(self) -> ast.Module | None:
+        tree: ast.Module | None = parse(self.code)
+        return tree
+
+    def defines(self, name: str) -> bool:
+        if self.tree is None:
+            return (
+                re.search(rf"^((async\s+)?(def|class)\s+{re.escape(name)}\b|{re.escape(name)}\s*=)", self.code, re.M)
+                is not None
+            )
+        return any(isinstance(node, _BINDING) and name in _bound_at_top(node) for node in self.tree.body)
+
+    def is_stub(self) -> bool:
+        """Return whether all that the block defines is signatures without bodies."""
+        bodies = [node.body for node in (self.tree.body if self.tree else ()) if isinstance(node, ast.FunctionDef)]
+        return bool(bodies) and all(map(_is_empty, bodies))
+
+
+def extract_code(response: str, needed: Collection[str] = frozenset(), prompt: str = "") -> str:
+    r"""Return the program in a response; empty where there is none.
+
+    Args:
+        response: of the model, in full.
+        needed: names that the tests expect; empty for a program that reads its input by itself.
+        prompt: the beginning of a program, which the response may continue (HumanEval).
+
+    Example:
+        >>> extract_code("Sure:\n```python\ndef f(): return 1\n```\nUsage:\n```python\nprint(f(), 'more')\n```", {"f"})
+        'def f(): return 1\n'
+    """
+    text = final_part(response).replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "")
+    found, has_fences = _fenced_blocks(text)
+    blocks = [block for block in (found if has_fences else _bare_blocks(text)) if block.code.strip()]
+    if not blocks:
+        return ""
+    answer = _choose(blocks, needed)
+    if prompt and needed and not any(answer.defines(name) for name in needed):
+        body = textwrap.indent(textwrap.dedent(answer.code), "    ")
+        continued = _Block(f"{prompt.rstrip()}\n{body}", labelled=True)
+        if continued.tree is not None and any(continued.defines(name) for name in needed):
+            return continued.code
+    return _link(answer, blocks, needed)
+
+
+def _fenced_blocks(text: str) -> tuple[list[_Block], bool]:
+    """Return the Python blocks of a text, and whether it has any fence."""
+    lines, place, outside = text.split("\n"), 0, list[str]()
+    found: list[_Block] = []
+    has_fences = False
+    while place < len(lines):
+        line = lines[place]
+        fence = _FENCE.fullmatch(line)
+        if fence is None or (fence["fence"][0] == "~" and fence["before"].strip()):
+            outside.append(line)
+            place += 1
+            continue
+        before = [*outside, fence["before"]]
+        language = _language(fence["info"])
+        if not has_fences and not fence["info"].strip() and _looks_like_code(before):
+            # A fence that closes what the prompt has opened.
+            found.append(_Block(_clean(before, 0), labelled=True))
+            place += 1
+        else:
+            body, next_place = _body(lines, place + 1, fence["fence"], python=language in _PYTHON)
+            rest = fence["info"].strip().partition(" ")[2]  # "```python def f(): ..." on one line
+            if language in _PYTHON:
+                body = [rest, *body] if _STARTS_BODY.match(rest) else body
+                found.append(_Block(_clean(body, len(line) - len(line.lstrip())), labelled=language != ""))
+            place = next_place
+        has_fences, outside = True, []
+    return found, has_fences
+
+
+def _body(lines: list[str], start: int, fence: str, *, python: bool) -> tuple[list[str], int]:
+    """Return the lines of a block that begins at ``start``, and the place of the line to read next.
+
+    The block ends at the first fence like its own. A fence inside a string of Python does not end it; a fence that
+    names a language ends it and opens the next one; an answer that was cut off ends it at last.
+    """
+    passed_over = None
+    for place in range(start, len(lines)):
+        match = _FENCE.fullmatch(lines[place])
+        if match is None or not match["fence"].startswith(fence):
+            continue
+        before, info = match["before"].strip(), match["info"].strip()
+        # The end of a line of code may close a block, a comment or a string that holds a fence does not.
+        if before and (info or before.startswith("#")):
+            continue
+        body = lines[start:place] + ([match["before"]] if before else [])
+        found = body, place if re.fullmatch(r"[A-Za-z][\w+#-]*", info) else place + 1
+        if not (python and _ends_in_string("\n".join(body))):
+            return found
+        passed_over = passed_over or found
+    if passed_over and _ends_in_string("\n".join(lines[start:])):
+        return passed_over
+    return lines[start:], len(lines)
+
+
+def _language(info: str) -> str:
+    match = _LANGUAGE.match(info.strip())
+    return match[1].lower() if match else ""
+
+
+def _ends_in_string(code: str) -> bool:
+    """Return whether a text ends inside a triple-quoted string."""
+    try:
+        for _ in tokenize.generate_tokens(io.StringIO(code + "\n").readline):
+            pass
+    except tokenize.TokenError as error:
+        return "string" in str(error)
+    except (SyntaxError, ValueError):
+        return False
+    return False
+
+
+def _looks_like_code(lines: list[str]) -> bool:
+    """Return whether lines are a program, or its indented continuation."""
+    text = "\n".join(lines)
+    first = next((line for line in lines if line.strip()), "")
+    if first[:4] in ("    ", "\t"):
+        return parse(textwrap.dedent(text)) is not None
+    return _STARTS_CODE.match(first) is not None
+
+
+def _clean(lines: list[str], indent: int) -> str:
+    """Return the code of a block without the indentation of its fence, prompts of the interpreter and other marks."""
+    if any(line.lstrip().startswith(">>> ") for line in lines):
+        try:
+            examples = doctest.DocTestParser().get_examples("\n".join(lines))
+        except ValueError:
+            examples = []
+        code = "".join(example.source for example in examples)
+        if not all(line.lstrip().startswith((">>>", "...")) for line in lines[:1]):
+            code = ""
+        if code:
+            return code
+    code = "\n".join(line[min(indent, len(line) - len(line.lstrip())) :] for line in lines) + "\n"
+    for mend in (str, textwrap.dedent, _without_marks, lambda code: textwrap.dedent(_without_marks(code))):
+        if parse(mend(code)) is not None:
+            return mend(code)
+    return code
+
+
+def _without_marks(code: str) -> str:
+    # Spaces as typesetting has them, and commands of a notebook, are no Python.
+    return _MAGIC.sub("", code.replace("\u00a0", " ").replace("\u200b", ""))
+
+
+def _bare_blocks(text: str) -> list[_Block]:
+    """Return the programs in a text without fences; all of the text where it has none."""
+    lines = _TAGS.sub("\n", text).split("\n")
+    if parse("\n".join(lines)) is not None:
+        return [_Block("\n".join(lines), labelled=True)]
+    found, place = [], 0
+    while place < len(lines):
+        code = _leading_code(lines[place:]) if _STARTS_CODE.match(lines[place]) else ""
+        if code:
+            found.append(_Block(code, labelled=True))
+        place += code.count("\n") + 1
+    return found or [_Block("\n".join(lines), labelled=True)]
+
+
+def _leading_code(lines: list[str]) -> str:
+    """Return the longest program that lines begin with."""
+    end = len(lines)
+    while end > 0:
+        try:
+            body = ast.parse("\n".join(lines[:end])).body
+        except SyntaxError as error:
+            end = min(end - 1, max(0, (error.lineno or 1) - 1))
+        except (ValueError, MemoryError, RecursionError):
+            return ""
+        else:
+            # "Complexity: O(n)" reads as an annotation, and "Done" as a name.
+            while body and (
+                (isinstance(body[-1], ast.AnnAssign) and body[-1].value is None)
+                or (isinstance(body[-1], ast.Expr) and isinstance(body[-1].value, ast.Name | ast.Constant | ast.Tuple))
+            ):
+                body.pop()
+            return "\n".join(lines[: body[-1].end_lineno]) + "\n" if body else ""
+    return ""
+
+
+def _choose(blocks: list[_Block], needed: Collection[str]) -> _Block:
+    """Return the block that is the answer."""
+    programs = [block for block in blocks if block.labelled or block.tree is not None] or blocks
+    if needed:
+        defining = [block for block in programs if any(block.defines(name) for name in needed)]
+        complete = [block for block in defining if not block.is_stub()]
+        return (complete or defining or [max(programs, key=lambda block: len(block.code))])[-1]
+    reading = [block for block in programs if _READS_INPUT.search(_link(block, blocks, needed))]
+    labelled = [block for block in programs if block.labelled]
+    return (reading or labelled or [max(programs, key=lambda block: len(block.code))])[-1]
+
+
+def _link(answer: _Block, blocks: list[_Block], needed: Collection[str]) -> str:
+    """Return the answer with the definitions that it reads and that are in other blocks."""
+    if answer.tree is None or len(blocks) == 1:
+        return answer.code
+    own = blocks.index(answer)
+    others = [*range(own - 1, -1, -1), *range(own + 1, len(blocks))]
+    linked: dict[tuple[int, int], ast.stmt] = {}
+    missing = [*needed, *free_names(answer.tree)]
+    known = set(missing) & bound_names(answer.tree)
+    while missing:
+        name = missing.pop()
+        if name in known:
+            continue
+        known.add(name)
+        # What no block binds may be in a module of which one imports everything.
+        places = (
+            place for wanted in (name, "*") for block in others if (place := _definition(blocks[block], block, wanted))
+        )
+        if place := next(places, None):
+            linked[place[:2]] = place[2]
+            missing += free_names(place[2])
+    if not linked:
+        return answer.code
+    lines = answer.code.split("\n")
+    # They must be the first statements of a program.
+    future = [node for node in answer.tree.body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
+    for node in future:
+        lines[node.lineno - 1 : node.end_lineno] = [""] * ((node.end_lineno or node.lineno) - node.lineno + 1)
+    statements = [*future, *(linked[place] for place in sorted(linked))]
+    return "\n".join([*map(ast.unparse, statements), *lines])
+
+
+def _definition(block: _Block, place: int, name: str) -> tuple[int, int, ast.stmt] | None:
+    """Return the last statement of a block that binds a name, and its place; None where none does."""
+    body = block.tree.body if block.tree else []
+    for index, node in reversed(list(enumerate(body))):
+        if isinstance(node, _BINDING) and name in _bound_at_top(node):
+            return place, index, node
+    return None
+
+
+def _bound_at_top(node: ast.stmt) -> frozenset[str]:
+    return frozenset({node.name}) if isinstance(node, _DEFINITIONS) else bound_names(node)
+
+
+def _is_empty(body: list[ast.stmt]) -> bool:
+    """Return whether the body of a function does nothing: a docstring, ``pass``, ``...`` or NotImplementedError."""
+    return all(
+        isinstance(node, ast.Pass)
+        or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+        or (isinstance(node, ast.Raise) and "NotImplementedError" in ast.unparse(node))
+        for node in body
+    )

@@ -1,0 +1,46 @@
+"""What messages say about packages that are missing."""
+
+import json
+import tomllib
+from importlib.metadata import Distribution
+from pathlib import Path
+
+import pytest
+
+from fusion_plugins import install
+
+ROOT = Path(__file__).parents[1]
+
+
+def _installed_from(monkeypatch, origin):
+    class Installed(Distribution):
+        def read_text(self, filename):
+            return origin if filename == "direct_url.json" else None
+
+        def locate_file(self, path):
+            raise NotImplementedError
+
+    monkeypatch.setattr(install, "distribution", lambda name: Installed())
+
+
+def test_the_command_names_the_checkout_or_wheel_that_is_installed(tmp_path, monkeypatch):
+    wheel = tmp_path / "fusion plugins.whl"
+    wheel.touch()
+    _installed_from(monkeypatch, json.dumps({"url": tmp_path.as_uri(), "dir_info": {"editable": True}}))
+    assert install.install_command("score") == f"pip install -e '{tmp_path}[score]'"
+    _installed_from(monkeypatch, json.dumps({"url": wheel.as_uri(), "archive_info": {}}))
+    assert install.install_command("score") == f"pip install '{wheel}[score]'"
+
+
+@pytest.mark.parametrize("origin", [None, "", "{", "[]", '{"url": 3}', '{"url": "file:///no/such/place"}'])
+def test_without_a_known_origin_the_command_has_a_placeholder(origin, monkeypatch):
+    _installed_from(monkeypatch, origin)
+    assert install.install_command("ray") == "pip install 'PATH/TO/fusion_plugins[ray]'"
+
+
+def test_every_extra_exists_and_every_missing_package_names_one():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(install.EXTRA_OF.values()) <= set(extras)
+    message = install.missing_package(ModuleNotFoundError(name="math_verify.parser"), "the scorer math")
+    assert message.startswith("the scorer math needs the package math_verify, which is not installed: pip install ")
+    assert install.missing_package(ModuleNotFoundError(name="fusion_plugins.x"), "x") is None
