@@ -314,20 +314,3 @@ def test_tools_and_arguments_of_the_template_reach_it_and_the_identity_of_the_st
     texts.write_text(json.dumps(row))
     with pytest.raises(MismatchError, match="texts_fingerprint"):
         capture_texts(config(model, texts, tmp_path / "store", **settings))
-
-
-def test_a_token_that_the_model_lacks_is_named_or_left_out(model, texts, tmp_path):
-    from transformers import AutoTokenizer
-
-    wide = shutil.copytree(model, tmp_path / "wide")
-    tokenizer = AutoTokenizer.from_pretrained(wide)
-    tokenizer.add_tokens(["wombat"])
-    tokenizer.save_pretrained(wide)
-    with texts.open("a") as lines:
-        lines.write(json.dumps({"id": "animal", "text": "A wombat sleeps."}) + "\n")
-    with pytest.raises(
-        DataError, match=r"text 'animal': expected tokens that the model .* knows .* got 'wombat'"
-    ):
-        capture_texts(config(wide, texts, tmp_path / "store"))
-    report = capture_texts(config(wide, texts, tmp_path / "store", on_unusable="skip"))
-    assert list(report.skipped) == ["animal"]
