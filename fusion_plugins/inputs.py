@@ -2,16 +2,17 @@
 
 First step of the data flow. A row has ``text``, or ``messages`` and perhaps ``tools``, and usually an ``id``; without
 one, the sha256 of the content is the id. Prompts may also have ``domain``, ``reference`` (gold answer) and ``tests``
-(code). All texts are held in memory: their ids and contents together decide whether a run may resume, before any model
-is loaded.
+(code). Other columns are not read, so nothing in them can be in the way. All texts are held in memory: their ids and
+contents together decide whether a run may resume, before any model is loaded.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,9 +23,16 @@ from fusion_plugins.errors import DataError
 
 #: ends of the names of files that can be read
 SUFFIXES = (".jsonl", ".parquet")
+#: columns of texts and prompts
+COLUMNS = ("id", "text", "messages", "tools", "domain", "reference", "tests")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 _WEIGHED = ("content", "tool_calls", *REASONING_KEYS)
+
+Row = dict[str, Any]
+#: place or id of a row that cannot be used -> why
+Unusable = dict[str, str]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -70,42 +78,32 @@ class Prompt:
     tests: Any = None
 
 
-def read_texts(path: str | Path | Sequence[str | Path], limit: int | None = None) -> list[Text]:
+def read_texts(
+    path: str | Path | Sequence[str | Path], limit: int | None = None, *, unusable: Unusable | None = None
+) -> list[Text]:
     """Read the texts of one file, a folder of files, or several of them, in order.
 
     Args:
         path: ``.jsonl`` or ``.parquet`` files, or folders of such files (read in the order of their names).
-        limit: stop after this many rows.
+        limit: stop after this many texts.
+        unusable: takes the rows that cannot be used; without it, the first of them is an error.
 
     Raises:
-        DataError: a file is missing or broken, a row has no content, or two rows have the same id.
+        DataError: a file is missing or broken; or a row has no content, or the id of another row.
     """
-    return [text for _, _, text in _read(path, limit)]
+    return list(_read(path, limit, unusable, lambda where, row, text: text))
 
 
-def read_prompts(path: str | Path | Sequence[str | Path], limit: int | None = None) -> list[Prompt]:
+def read_prompts(
+    path: str | Path | Sequence[str | Path], limit: int | None = None, *, unusable: Unusable | None = None
+) -> list[Prompt]:
     """Read prompts; like :func:`read_texts`, with the columns of :class:`Prompt`.
 
     Raises:
-        DataError: as :func:`read_texts`; or a chat that ends with a message of the assistant.
+        DataError: as :func:`read_texts`; or a chat that ends with a message of the assistant, or tests that JSON cannot
+            write.
     """
-    prompts = []
-    for where, row, text in _read(path, limit):
-        if not isinstance(text.content, str) and text.content[-1]["role"] == "assistant":
-            raise DataError(
-                f"{where}: expected a prompt that ends with a message of the user, got one that ends with the "
-                "assistant's. Drop the last message of each prompt."
-            )
-        reference = row.get("reference")
-        prompts.append(
-            Prompt(
-                text=text,
-                domain=str(row.get("domain") or "instruction"),
-                reference=None if reference is None else str(reference),
-                tests=row.get("tests"),
-            )
-        )
-    return prompts
+    return list(_read(path, limit, unusable, _prompt))
 
 
 def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
@@ -121,41 +119,83 @@ def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
     return texts_fingerprint(pairs)
 
 
-def read_row_file(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_row_file(path: str | Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, Row]]:
     """Yield ``file:number`` and content of every row; lines of JSONL are counted from 1, empty lines are left out.
 
     Args:
         path: a file that ends in one of :data:`SUFFIXES`.
+        columns: what to read of a Parquet file; the others are None. Default: all.
 
     Raises:
         DataError: the file is missing, of another kind, or broken; the message names the line.
+    """
+    for where, row in readable_rows(path, columns):
+        if isinstance(row, DataError):
+            raise row
+        yield where, row
+
+
+def readable_rows(path: str | Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, Row | DataError]]:
+    """Yield every row as :func:`read_row_file` does, and an error in the place of a row that cannot be read.
+
+    Raises:
+        DataError: the file is missing, of another kind, or broken as a whole.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES or not path.is_file():
         got = f"a file with the ending {path.suffix!r}" if path.is_file() else "none"
         raise DataError(f"{path}: expected a {' or '.join(SUFFIXES)} file, got {got}. Name another file.")
     try:
-        yield from _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
+        yield from _parquet_rows(path, columns) if path.suffix == ".parquet" else _jsonl_rows(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}. Repair the permission or the disk.") from error
 
 
-def _read(path: str | Path | Sequence[str | Path], limit: int | None) -> Iterator[tuple[str, dict[str, Any], Text]]:
-    """Yield place, row and text of every row; refuse an id that appears twice."""
+def _read(
+    path: str | Path | Sequence[str | Path],
+    limit: int | None,
+    unusable: Unusable | None,
+    make: Callable[[str, Row, Text], Item],
+) -> Iterator[Item]:
+    """Yield what ``make`` makes of place, row and text of every row; refuse an id that appears twice."""
     seen: dict[str, str] = {}
     for file in _files([path] if isinstance(path, str | Path) else path):
-        for where, row in read_row_file(file):
+        for where, row in readable_rows(file, COLUMNS):
             if limit is not None and len(seen) >= limit:
                 return
-            text = _text(row, where)
-            if text.id in seen:
-                raise DataError(
-                    f"{where}: expected an id that no other row has, got {text.id!r}, which is also the id of "
-                    f"{seen[text.id]}. Stores are joined by ids: give each row its own. (A row without an id has its "
-                    "content's sha256 for one: drop the duplicate, or give both rows ids.)"
-                )
-            seen[text.id] = where
-            yield where, row, text
+            try:
+                text = _checked(row, where, seen)
+                item = make(where, row if isinstance(row, dict) else {}, text)
+            except DataError as error:
+                if unusable is None:
+                    raise
+                unusable[_name(row, where, seen)] = str(error)
+            else:
+                seen[text.id] = where
+                yield item
+
+
+def _checked(row: Row | DataError, where: str, seen: Mapping[str, str]) -> Text:
+    """Return the text of a row that can be used."""
+    if isinstance(row, DataError):
+        raise row
+    try:
+        text = _text(row, where)
+    except RecursionError:
+        raise DataError(f"{where}: expected text or messages, got values nested too deeply. Flatten them.") from None
+    if text.id in seen:
+        raise DataError(
+            f"{where}: expected an id that no other row has, got {text.id!r}, which is also the id of {seen[text.id]}. "
+            "Stores are joined by ids: give each row its own. (A row without an id has its content's sha256 for one: "
+            "drop the duplicate, or give both rows ids.)"
+        )
+    return text
+
+
+def _name(row: Row | DataError, where: str, seen: Mapping[str, str]) -> str:
+    """Return what a row that cannot be used is called: its id, or its place if it has none of its own."""
+    name = where if isinstance(row, DataError) or row.get("id") is None else str(row["id"])
+    return where if name in seen else name
 
 
 def _files(paths: Sequence[str | Path]) -> list[Path]:
@@ -170,42 +210,64 @@ def _files(paths: Sequence[str | Path]) -> list[Path]:
     return files
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row | DataError]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line.decode("utf-8-sig"))  # some editors begin a file with a byte order mark
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{where}: expected one JSON object per line, in UTF-8, got other bytes: {error}. Convert it."
-                ) from error
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{where}: expected one JSON object per line, got other text: {error!s:.200}. Correct the line."
-                ) from error
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}. Correct the line.")
-            yield where, row
+            if line.strip():
+                where = f"{path}:{number}"
+                yield where, _json_row(line, where)
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_row(line: bytes, where: str) -> Row | DataError:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        return DataError(f"{where}: expected one JSON object per line, in UTF-8, got other bytes: {error}. Convert it.")
+    except ValueError as error:
+        return DataError(
+            f"{where}: expected one JSON object per line, got other text: {error!s:.200}. Correct the line."
+        )
+    except RecursionError:
+        return DataError(f"{where}: expected one JSON object per line, got one that is nested too deeply. Flatten it.")
+    if not isinstance(row, dict):
+        return DataError(f"{where}: expected a JSON object, got {type(row).__name__}. Correct the line.")
+    return row
+
+
+def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[str, Row | DataError]]:
     number = 0
     try:
-        for batch in pq.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
+        file = pq.ParquetFile(path)
+        names = file.schema_arrow.names
+        read = [name for name in names if columns is None or name in columns]
+        if not read:
+            raise DataError(f"{path}: expected some of the columns {', '.join(columns or ())}, got {', '.join(names)}.")
+        others = dict.fromkeys(names)
+        for batch in file.iter_batches(columns=read):
+            for row in _values(batch):
                 number += 1
-                yield f"{path}:{number}", row
-    # A file may hold what Arrow reads and Python cannot: text that is not UTF-8, a time beyond the year 9999.
+                where = f"{path}:{number}"
+                yield where, others | row if isinstance(row, dict) else DataError(f"{where}: {row}. Correct the row.")
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(
             f"{path}: expected a Parquet file, got other bytes behind row {number}: {error!s:.200}. Write it again."
         ) from error
 
 
-def _text(row: dict[str, Any], where: str) -> Text:
+def _values(batch: pa.RecordBatch) -> Iterator[Row | str]:
+    """Yield the rows of a batch, and what is wrong with those that Python cannot hold (a year 294247, no UTF-8)."""
+    try:
+        rows: list[Row | str] = batch.to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        if batch.num_rows > 1:
+            for number in range(batch.num_rows):
+                yield from _values(batch.slice(number, 1))
+            return
+        rows = [f"expected values that can be read, got others: {error!s:.200}"]
+    yield from rows
+
+
+def _text(row: Row, where: str) -> Text:
     text, messages = row.get("text"), row.get("messages")
     if (text is None) == (messages is None):
         got = ", ".join(sorted(row)) or "an empty row"
@@ -229,13 +291,47 @@ def _text(row: dict[str, Any], where: str) -> Text:
         raise DataError(
             f"{where}: expected text that UTF-8 can encode, got a lone surrogate: {error}. Remove it from the text."
         ) from error
-    name = str(row["id"]) if row.get("id") is not None else digest
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{where}: expected messages of values that JSON can write, got others: {error}. Correct the messages."
+        ) from error
+    given = _given(row, "id")
+    name = digest if given is None else str(given)
     # The first test is fast and true for nearly all ids; it is false for all with surrogates.
     if not name.isprintable() and any("\ud800" <= character <= "\udfff" for character in name):
         raise DataError(
             f"{where}: expected an id that UTF-8 can encode, got one with a lone surrogate: {name!r:.80}. Rename it."
         )
     return Text(name, content, digest, tools, where)
+
+
+def _prompt(where: str, row: Row, text: Text) -> Prompt:
+    if not isinstance(text.content, str) and text.content[-1]["role"] == "assistant":
+        raise DataError(
+            f"{where}: expected a prompt that ends with a message of the user, got one that ends with the "
+            "assistant's. Drop the last message of each prompt."
+        )
+    reference = _given(row, "reference")
+    prompt = Prompt(
+        text=text,
+        domain=str(_given(row, "domain") or "instruction"),
+        reference=None if reference is None else str(reference),
+        tests=_given(row, "tests"),
+    )
+    try:
+        json.dumps([prompt.domain, prompt.reference, prompt.tests], ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{where}: expected a domain, a reference and tests that JSON and UTF-8 can write, got others: {error}. "
+            "Correct the row."
+        ) from error
+    return prompt
+
+
+def _given(row: Row, name: str) -> Any:
+    """Return a value; None where there is none, also where another tool wrote that as a number that is no number."""
+    value = row.get(name)
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _messages(messages: Any, where: str) -> list[dict[str, Any]]:

@@ -1,13 +1,21 @@
-"""Progress of a long run: a bar with the time left, or a line now and then where there is no terminal."""
+"""Progress of a long run: a bar with the time left, or a line now and then where there is no terminal.
+
+A line has one unit: what is done, how fast, and how long the rest will take. Speed and rest are measured from the first
+results on, so that the start of a model or of its actors does not count.
+"""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 30.0
+#: results that arrive within this time of the first ones were worked on together with them, and with the start
+SETTLING_SECONDS = 1.0
+#: unit -> its larger forms
+LARGER = {"bytes": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))}
 
 
 class Meter:
@@ -17,54 +25,94 @@ class Meter:
         tokens: tokens done in this run; 0 where none are counted.
     """
 
-    def __init__(self, label: str, total: int, done: int, bar: Progress | None, console: Console) -> None:
+    def __init__(self, label: str, total: int, done: int, unit: str, bar: Progress | None, console: Console) -> None:
         self.tokens = 0
         self._started = self._last_line = time.monotonic()
         self._label, self._total, self._count, self._at_start = label, total, done, done
+        larger = LARGER.get(unit, ())
+        self._scale, self._unit = next(((scale, name) for scale, name in larger if total >= scale), (1.0, unit))
+        #: when the first results were there, and how much that was
+        self._settled: tuple[float, int] | None = None
+        self._first_result = 0.0
         self._bar, self._console = bar, console
-        self._task = bar.add_task(label, total=total, completed=done, speed="") if bar else None
+        self._task = bar.add_task(label, total=total, completed=done, amount=self._amount, speed="") if bar else None
 
     @property
     def seconds(self) -> float:
         """Seconds since the start."""
         return time.monotonic() - self._started
 
+    @property
+    def rate(self) -> float:
+        """Items per second, without the time until the first results; with it while there are no others."""
+        since, before = self._settled or (self._started, self._at_start)
+        if self._count == before:
+            since, before = self._started, self._at_start
+        return (self._count - before) / max(time.monotonic() - since, 1e-9)
+
     def advance(self, items: int = 1, tokens: int = 0) -> None:
         """Count more items, and the tokens they are made of where the run counts tokens."""
+        now = time.monotonic()
         self._count += items
         self.tokens += tokens
-        speed = f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s" if self.tokens else ""
+        if self._settled is None:
+            self._first_result = now
+        if now - self._first_result < SETTLING_SECONDS:
+            self._settled = now, self._count
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self._count, speed=speed)
-        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            # Only this run's items tell its speed; what an earlier run has done took no time now.
-            seconds_per_item = self.seconds / max(self._count - self._at_start, 1)
-            left = f"about {seconds_per_item * max(self._total - self._count, 0):,.0f} s left"
-            parts = [f"{self._label}: {self._count}/{self._total}", speed, left]
-            self._console.print(", ".join(part for part in parts if part))
+            self._bar.update(self._task, completed=self._count, amount=self._amount, speed=self._speed)
+        elif now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            left = duration(max(self._total - self._count, 0) / max(self.rate, 1e-9))
+            self._console.print(f"{self._label}: {self._amount}, {self._speed}, about {left} left")
+
+    @property
+    def _amount(self) -> str:
+        if self._scale == 1:
+            return f"{self._count:,}/{self._total:,} {self._unit}"
+        return f"{self._count / self._scale:,.1f}/{self._total / self._scale:,.1f} {self._unit}"
+
+    @property
+    def _speed(self) -> str:
+        speed = self.rate / self._scale
+        return f"{speed:,.0f} {self._unit}/s" if speed >= 100 else f"{speed:.2g} {self._unit}/s"
 
 
 @contextmanager
-def meter(label: str, total: int, done: int = 0) -> Iterator[Meter]:
+def meter(label: str, total: int, done: int = 0, *, unit: str = "items") -> Iterator[Meter]:
     """Show progress on stderr while the block runs.
 
     Args:
         label: name of the run.
-        total: number of all items, in any unit (texts, bytes, responses).
+        total: number of all items.
         done: items that an earlier run has done.
+        unit: what the items are, as a plural (texts, responses); ``bytes`` are shown as kB, MB or GB.
     """
     console = Console(stderr=True, markup=False)  # a label may hold a name with brackets
     if not console.is_terminal:
-        yield Meter(label, total, done, None, console)
+        yield Meter(label, total, done, unit, None, console)
         return
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
+        TextColumn("{task.fields[amount]}", markup=False),
+        TextColumn("{task.fields[speed]}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        yield Meter(label, total, done, bar, console)
+        yield Meter(label, total, done, unit, bar, console)
+
+
+def duration(seconds: float) -> str:
+    """Return a time in a unit that suits it.
+
+    Example:
+        >>> [duration(seconds) for seconds in (0.2, 90, 600, 12_240)]
+        ['less than 1 s', '90 s', '10 min', '3.4 hours']
+    """
+    if seconds < 1:
+        return "less than 1 s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"

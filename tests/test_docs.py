@@ -24,8 +24,9 @@ from fusion_plugins.sources.sample import SampleConfig
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools" / "docs"))
 
 from check_site import problems_of
-from docstrings import as_markdown, entries
 from stage import GENERATED
+
+from fusion_plugins.docstrings import as_markdown, entries
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("docs/**/*.md"), *ROOT.glob("*.md")])

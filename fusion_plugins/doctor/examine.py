@@ -228,7 +228,7 @@ def examine(
     """
     ids = _sample(target, sources, limit)
     verdicts = []
-    with meter("examine", len(ids) * len(sources)) as progress:
+    with meter("examine", len(ids) * len(sources), unit="records") as progress:
         for source in sources:
             tables = source.table, target.table
             vocabulary = cached_map(*tables, method=vocabulary_map, tokenizer=target.tokenizer)

@@ -15,6 +15,7 @@ from pydantic import Field
 from fusion_plugins.checkpoint_fingerprint import checkpoint_fingerprint
 from fusion_plugins.config import Settings, validate
 from fusion_plugins.core.text.messages import as_messages
+from fusion_plugins.core.text.model_rows import beyond_the_model
 from fusion_plugins.errors import ConfigError, DataError, ScoringError
 from fusion_plugins.scoring.base import Row, Score
 
@@ -71,6 +72,7 @@ class RewardScorer:
         self._pad_id = text_config.pad_token_id
         # Without a padding token the model cannot tell where a response ends that others in its batch are longer than.
         self._batch_size = chosen.batch_size if self._pad_id is not None else 1
+        self._rows = self._model.get_input_embeddings().weight.shape[0]
         self._max_length = chosen.max_length or getattr(text_config, "max_position_embeddings", None) or 1 << 30
         self.facts = {
             "model": chosen.model,
@@ -92,6 +94,9 @@ class RewardScorer:
             for place, ids in enumerate(encoded)
             if len(ids) > self._max_length
         }
+        for place, ids in enumerate(encoded):
+            if problem := beyond_the_model(self._tokenizer, ids, self._rows):
+                scores[place] = Score(reason=problem)
         # Near lengths in one batch need little padding.
         fitting = sorted((place for place in range(len(rows)) if place not in scores), key=lambda p: len(encoded[p]))
         for start in range(0, len(fitting), self._batch_size):

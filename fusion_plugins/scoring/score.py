@@ -128,7 +128,7 @@ def score_responses(config: ScoreConfig) -> ScoreReport:
         scored = unscored = 0
         waiting = (row for row in responses if key_of(row, responses.manifest) not in writer.done_keys)
         due = islice(waiting, None if config.limit is None else max(0, config.limit - present))
-        progress = stack.enter_context(meter("score", config.limit or len(responses), present))
+        progress = stack.enter_context(meter("score", config.limit or len(responses), present, unit="responses"))
         while batch := list(islice(due, config.batch_rows)):
             for row, results in zip(batch, _score_batch(batch, running), strict=True):
                 writer.write(_merge(row, results))

@@ -5,7 +5,9 @@ Texts are cut into batches, and each batch is committed as one shard. A run skip
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,25 +16,29 @@ from pydantic import Field, field_validator
 from fusion_plugins.core.fusion.record import build_record
 from fusion_plugins.core.fusion.types import Record
 from fusion_plugins.core.text.content_id import texts_fingerprint
+from fusion_plugins.core.text.model_rows import beyond_the_model
 from fusion_plugins.core.text.round_trip import text_changes
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize_content
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import ConfigError, DataError, SourceError, TokenizerError
-from fusion_plugins.inputs import Text, read_texts
+from fusion_plugins.inputs import Text, Unusable, read_texts
 from fusion_plugins.progress import Meter, meter
 from fusion_plugins.sources.backends.base import Place, Refusal, Source, SourceSettings, least, open_source
 from fusion_plugins.sources.batches import LazyBatches, commit_batches, missing_batches, plan_batches
 from fusion_plugins.sources.fingerprints import revision_of
-from fusion_plugins.sources.loading import capture_tokenizer, chat_template_hash
+from fusion_plugins.sources.loading import capture_tokenizer, chat_template_hash, embedding_rows
 from fusion_plugins.store import Manifest, StoreWriter
 from fusion_plugins.store.files import FolderLock
 from fusion_plugins.store.manifest import MANIFEST_NAME
 
-#: bytes of text that a dry run captures to measure speed and size
+#: what a dry run captures to measure speed and size: bytes in one round, of the first texts, in about this time
 PROBE_BYTES = 32_768
+PROBE_TEXTS = 1024
+PROBE_SECONDS = 30.0
 
 Tokenize = Callable[[Text], TokenizedText]
+Beyond = Callable[[list[int]], str | None]
 
 
 class CaptureConfig(SourceSettings):
@@ -50,8 +56,8 @@ class CaptureConfig(SourceSettings):
     batch_bytes: int = Field(262_144, ge=1, description="bytes of text that are captured and committed together")
     on_unusable: Literal["raise", "skip"] = Field(
         "raise",
-        description="texts that are too long, chats that the template refuses, tokens that the model lacks: raise, or "
-        "skip and report",
+        description="rows that are no texts, texts that are too long, chats that the template refuses, tokens that the "
+        "model lacks: raise, or skip and report",
     )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="arguments of the chat template, such as enable_thinking or a date"
@@ -96,52 +102,80 @@ def capture_texts(config: CaptureConfig) -> CaptureReport:
         MismatchError: the folder holds a store of another model, text set, top_k, ...
         SourceError: the model cannot be loaded or fails.
     """
-    texts = read_texts(config.texts)
-    return _capture(config, texts, texts[: config.limit], Path(config.out), complete=config.limit is None)
+    unusable: Unusable | None = None if config.on_unusable == "raise" else {}
+    texts = read_texts(config.texts, unusable=unusable)
+    chosen, skipped = texts[: config.limit], unusable or {}
+    with _opened(config, texts, Path(config.out)) as opened:
+        skipped |= _unusable(config, opened, chosen)
+        usable = [text for text in chosen if text.id not in skipped]
+        with StoreWriter(config.out, opened.manifest, opened.table) as store:
+            present = sum(text.id in store.done_ids for text in usable)
+            progress = _capture_missing(config, opened, store, usable, skipped)
+            captured = sum(text.id in store.done_ids for text in usable) - present
+            if config.limit is None:
+                store.finish()
+    return CaptureReport(
+        Path(config.out), captured, present, skipped, opened.changes, progress.tokens, progress.seconds
+    )
 
 
 def estimate_capture(config: CaptureConfig) -> dict[str, float]:
     """Capture a few texts into a temporary folder and estimate what all of them will take.
 
+    Rounds grow, from one short text on, while they should end within :data:`PROBE_SECONDS`. The speed is that of the
+    last round, so that the start of the model does not count.
+
     Returns:
         ``texts``, ``tokens``, ``bytes`` (of the store), ``hours``, ``tokens_per_second``; all but the first are
         estimates.
+
+    Raises:
+        DataError, SourceError: as :func:`capture_texts`; or no text can be captured.
     """
-    texts = read_texts(config.texts, config.limit)
-    probe = next(plan_batches(texts, _n_bytes, PROBE_BYTES), [])
-    if not probe:
-        raise DataError(f"{config.texts}: expected at least one text, got none. Add texts.")
+    unusable: Unusable | None = None if config.on_unusable == "raise" else {}
+    texts = read_texts(config.texts, config.limit, unusable=unusable)
+    skipped = unusable or {}
     with tempfile.TemporaryDirectory() as folder:
-        report = _capture(config, texts, probe, Path(folder), complete=False)
-        stored_bytes = Manifest.load(Path(folder)).bytes
-    scale = sum(map(_n_bytes, texts)) / sum(map(_n_bytes, probe))
-    speed = report.tokens / max(report.seconds, 1e-9)
-    tokens = report.tokens * scale
+        with (
+            _opened(config, texts, Path(folder)) as opened,
+            StoreWriter(folder, opened.manifest, opened.table) as store,
+        ):
+            n_bytes, n_tokens, speed = _probe(config, opened, store, texts[:PROBE_TEXTS], skipped)
+        shards = Manifest.load(Path(folder)).shards
+    if not n_tokens:
+        reason = next(iter(skipped.values()), "there is none")
+        raise DataError(f"{config.texts}: expected at least one text that can be captured, got none: {reason}")
+    tokens = n_tokens * sum(map(_n_bytes, texts)) / n_bytes
+    largest = max(shards, key=lambda shard: shard.tokens)  # every file has a part that does not grow
     return {
         "texts": len(texts),
         "tokens": tokens,
-        "bytes": stored_bytes * scale,
-        "hours": tokens / max(speed, 1e-9) / 3600,
+        "bytes": tokens * largest.bytes / largest.tokens,
+        "hours": tokens / speed / 3600,
         "tokens_per_second": speed,
     }
 
 
-def _n_bytes(text: Text) -> int:
-    return text.n_bytes
+@dataclass(frozen=True)
+class _Opened:
+    """A source, ready to capture a set of texts, and what the writer of its store needs.
 
-
-def _capture(
-    config: CaptureConfig, texts: Sequence[Text], chosen: Sequence[Text], out: Path, *, complete: bool
-) -> CaptureReport:
-    """Capture ``chosen`` into ``out``.
-
-    Args:
-        config: the settings.
-        texts: the whole set, which the store names in its manifest.
-        chosen: the texts of this run.
-        out: folder of the store.
-        complete: whether the store is complete at the end.
+    Attributes:
+        beyond: says which of the token ids of a text the model has no row for; None where it has one for all.
+        changes: what the tokenizer does to texts.
     """
+
+    source: Source
+    tokenize: Tokenize
+    manifest: Manifest
+    table: TokenTable
+    beyond: Beyond | None
+    changes: tuple[str, ...]
+
+
+@contextmanager
+def _opened(config: CaptureConfig, texts: Sequence[Text], out: Path) -> Iterator[_Opened]:
+    """Open the source; refuse a folder of something else before that."""
     tokenizer = capture_tokenizer(config)
     table = TokenTable.from_tokenizer(tokenizer)
     changes = text_changes(tokenizer, table.spell).known
@@ -153,21 +187,48 @@ def _capture(
         tokens, _ = tokenize_content(tokenizer, table, text.content, tools=text.tools, template_options=options)
         return tokens
 
+    rows = embedding_rows(config)
+    beyond = None
+    if rows is not None and rows < table.vocab_size:
+        beyond = partial(beyond_the_model, tokenizer, rows=rows)
+        if config.on_unusable == "raise":
+            for text in texts[: config.limit]:
+                _require(text, _problem(config, text, tokenize, None, beyond))
     source = open_source(config, "capture")
     try:
-        # A token that the model has no row for would end the run.
-        width = source.facts.get("logits_width") or table.vocab_size
-        skipped = _unusable(config, source, chosen, tokenize, table if width < table.vocab_size else None)
-        usable = [text for text in chosen if text.id not in skipped]
-        with StoreWriter(out, _manifest(config, identity, source.facts), table) as store:
-            present = sum(text.id in store.done_ids for text in usable)
-            progress = _capture_missing(config, source, store, usable, tokenize, skipped)
-            captured = sum(text.id in store.done_ids for text in usable) - present
-            if complete:
-                store.finish()
+        yield _Opened(source, tokenize, _manifest(config, identity, source.facts), table, beyond, changes)
     finally:
         source.close()
-    return CaptureReport(out, captured, present, skipped, changes, progress.tokens, progress.seconds)
+
+
+def _probe(
+    config: CaptureConfig, opened: _Opened, store: StoreWriter, texts: Sequence[Text], skipped: dict[str, str]
+) -> tuple[int, int, float]:
+    """Capture some of the texts in growing rounds; return their bytes and tokens, and the last round's tokens/s."""
+    # The first round is the shortest text, so that it ends soon even where a model is slow; then in order.
+    first = min(range(len(texts)), key=lambda number: texts[number].n_bytes, default=0)
+    waiting = [*texts[first : first + 1], *texts[:first], *texts[first + 1 :]]
+    n_bytes = n_tokens = 0
+    speed, budget, left = 0.0, 1, PROBE_SECONDS
+    while waiting and left > 0:
+        part = next(plan_batches(waiting, _n_bytes, budget))
+        skipped |= _unusable(config, opened, part)
+        usable = [text for text in part if text.id not in skipped]
+        progress = _capture_missing(config, opened, store, usable, skipped, "probe")
+        waiting = waiting[len(part) :]
+        if progress.tokens:
+            captured = sum(text.n_bytes for text in usable if text.id not in skipped)
+            n_bytes, n_tokens = n_bytes + captured, n_tokens + progress.tokens
+            seconds = max(progress.seconds, 1e-9)
+            speed, left = progress.tokens / seconds, left - seconds
+            budget = int(min(8 * captured, PROBE_BYTES - n_bytes, captured / seconds * left))
+            # A text that is longer than the budget would be a round of its own.
+            waiting = [text for text in waiting if text.n_bytes <= budget]
+    return n_bytes, n_tokens, speed
+
+
+def _n_bytes(text: Text) -> int:
+    return text.n_bytes
 
 
 def _identity(config: CaptureConfig, texts: Sequence[Text], tokenizer: Any, table: TokenTable) -> dict[str, Any]:
@@ -215,83 +276,69 @@ def _manifest(config: CaptureConfig, identity: Mapping[str, Any], facts: Mapping
     )
 
 
-def _unusable(
-    config: CaptureConfig, source: Source, texts: Sequence[Text], tokenize: Tokenize, wider: TokenTable | None
-) -> dict[str, str]:
-    """Return id -> problem of the texts that the source cannot take, before hours are spent on the others.
-
-    Args:
-        config: the settings.
-        source: the model.
-        texts: the texts.
-        tokenize: tokenizes one.
-        wider: the table of the tokenizer, where it has more tokens than the model.
-    """
-    limit = least(config.max_length, source.max_length)
+def _unusable(config: CaptureConfig, opened: _Opened, texts: Sequence[Text]) -> dict[str, str]:
+    """Return id -> problem of the texts that the source cannot take, before hours are spent on the others."""
+    limit = least(config.max_length, opened.source.max_length)
     problems = {}
     for text in texts:
         # A token is at least one byte, so most plain texts need not be tokenized to know that they fit; 8 is room for
         # begin and end tokens. A template may add much to a chat, or refuse it.
         short = limit is None or text.n_bytes + 8 <= limit
-        if isinstance(text.content, str) and short and wider is None:
+        if isinstance(text.content, str) and short and opened.beyond is None:
             continue
-        problem = _problem(config, source, text, tokenize, limit, wider)
-        if problem and config.on_unusable == "raise":
-            raise DataError(
-                f"{text.where}: text {text.id!r}: {problem} Leave such texts out with `on_unusable: skip`, or cut long "
-                "ones (`fusion cut`)."
-            )
-        if problem:
+        problem = _problem(config, text, opened.tokenize, limit, opened.beyond)
+        if config.on_unusable == "raise":
+            _require(text, problem)
+        elif problem:
             problems[text.id] = problem
     return problems
 
 
+def _require(text: Text, problem: str | None) -> None:
+    if problem:
+        raise DataError(
+            f"{text.where}: text {text.id!r}: {problem} Leave such texts out with `on_unusable: skip`, or cut long "
+            "ones (`fusion cut`)."
+        )
+
+
 def _problem(
-    config: CaptureConfig, source: Source, text: Text, tokenize: Tokenize, limit: int | None, wider: TokenTable | None
+    config: CaptureConfig, text: Text, tokenize: Tokenize, limit: int | None, beyond: Beyond | None
 ) -> str | None:
     """Return why the source cannot take a text, None if it can."""
     try:
-        tokens = tokenize(text)
+        ids = tokenize(text).input_ids
     except (DataError, TokenizerError) as error:
         return str(error)
-    if limit is not None and len(tokens.input_ids) > limit:
-        return f"expected at most {limit} tokens of source {config.source_name!r}, got {len(tokens.input_ids)}."
-    if wider is None:
-        return None
-    width = int(source.facts["logits_width"])
-    beyond = next((id for id in tokens.input_ids.tolist() if id >= width), None)
-    if beyond is None:
-        return None
-    return (
-        f"expected tokens that the model of source {config.source_name!r} knows (it has {width}), got "
-        f"{wider.bytes_of(beyond).decode(errors='replace')!r} with id {beyond}: the tokenizer has more tokens than the "
-        "model. Use the tokenizer that the model was trained with."
-    )
+    if limit is not None and len(ids) > limit:
+        return f"expected at most {limit} tokens of source {config.source_name!r}, got {len(ids)}."
+    problem = beyond(ids.tolist()) if beyond else None
+    return problem and f"source {config.source_name!r}: {problem}."
 
 
 def _capture_missing(
     config: CaptureConfig,
-    source: Source,
+    opened: _Opened,
     store: StoreWriter,
     texts: Sequence[Text],
-    tokenize: Tokenize,
     skipped: dict[str, str],
+    label: str = "capture",
 ) -> Meter:
     """Capture what the store does not have yet, batch by batch; add texts that the source refuses to ``skipped``."""
     done = set(store.done_ids)
     batches = missing_batches(
-        texts, _n_bytes, config.batch_bytes, lambda text: text.id in done, whole=source.whole_batches
+        texts, _n_bytes, config.batch_bytes, lambda text: text.id in done, whole=opened.source.whole_batches
     )
     # The tokens of the batches that the source has taken, until their results arrive.
     waiting: dict[Place, TokenizedText] = {}
 
     def tokenize_batch(number: int, batch: Sequence[Text]) -> list[TokenizedText]:
-        tokenized = [tokenize(text) for text in batch]
+        tokenized = [opened.tokenize(text) for text in batch]
         waiting.update({(number, index): tokens for index, tokens in enumerate(tokenized)})
         return tokenized
 
     def records() -> Iterator[tuple[Place, Record | None]]:
-        for place, topk in source.capture(LazyBatches(batches, tokenize_batch), store.manifest.top_k):
+        for place, topk in opened.source.capture(LazyBatches(batches, tokenize_batch), store.manifest.top_k):
             number, index = place
             text, tokens = batches[number][index], waiting.pop(place)
             if not isinstance(topk, Refusal):
@@ -313,6 +360,6 @@ def _capture_missing(
         store.flush()
 
     total, ready = sum(map(_n_bytes, texts)), sum(text.n_bytes for text in texts if text.id in done)
-    with meter(f"capture {config.source_name}", total, ready) as progress:
+    with meter(f"{label} {config.source_name}", total, ready, unit="bytes") as progress:
         commit_batches(batches, records(), commit)
     return progress

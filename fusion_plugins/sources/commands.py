@@ -8,6 +8,7 @@ from rich.console import Console
 
 from fusion_plugins.command_options import Assignments, ConfigFile, DryRun, Limit, Out
 from fusion_plugins.config import load_config
+from fusion_plugins.progress import duration
 
 # The modules that do the work load numpy and pyarrow. Each command imports its own, so that `fusion --help` is fast.
 
@@ -121,9 +122,10 @@ def _console() -> Console:
 
 
 def _described(estimate: Mapping[str, float]) -> str:
+    speed = estimate["tokens_per_second"]
     return (
-        f"about {estimate['tokens']:,.0f} tokens, {estimate['bytes'] / 1e6:,.1f} MB, {estimate['hours']:,.2f} hours at "
-        f"the measured {estimate['tokens_per_second']:,.0f} tokens/s"
+        f"about {estimate['tokens']:,.0f} tokens, {estimate['bytes'] / 1e6:,.1f} MB, "
+        f"{duration(estimate['hours'] * 3600)} at the measured {speed:,.{0 if speed >= 10 else 2}f} tokens/s"
     )
 
 

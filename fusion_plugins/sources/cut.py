@@ -114,23 +114,25 @@ def cut_text(text: str, max_length: int, counters: Sequence[Count]) -> Iterator[
         reach = max(2 * size, max_length)  # a text is of one kind: the next piece will not be many times as long
 
 
-def _counter(name: str, config: CutConfig) -> Callable[[Any], int]:
+def _counter(name: str, config: CutConfig) -> Callable[..., int]:
     tokenizer = load_tokenizer(
         SourceSettings.model_validate({"model": name, "trust_remote_code": config.trust_remote_code})
     )
     table = TokenTable.from_tokenizer(tokenizer)
-    return lambda content: len(tokenize_content(tokenizer, table, content)[0].input_ids)
+    return lambda content, tools=None: len(tokenize_content(tokenizer, table, content, tools=tools)[0].input_ids)
 
 
-def _rows(text: Text, counters: Sequence[Callable[[Any], int]], config: CutConfig) -> Iterator[dict[str, Any]]:
+def _rows(text: Text, counters: Sequence[Callable[..., int]], config: CutConfig) -> Iterator[dict[str, Any]]:
     if not isinstance(text.content, str):
-        longest = max(count(text.content) for count in counters)
+        longest = max(count(text.content, text.tools) for count in counters)
         if longest > config.max_length:
             raise DataError(
                 f"chat {text.id!r}: expected at most {config.max_length} tokens, got {longest}; chats are not cut. "
                 "Leave it out or raise max_length."
             )
-        yield {"id": text.id, "messages": text.content}
+        # As JSON, because schemas of different tools are not one type of column.
+        tools = {"tools": json.dumps(text.tools, ensure_ascii=False)} if text.tools else {}
+        yield {"id": text.id, "messages": text.content, **tools}
         return
     pieces = list(cut_text(text.content, config.max_length, counters))
     for number, piece in enumerate(pieces):

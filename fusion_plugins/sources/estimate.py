@@ -2,33 +2,47 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from fusion_plugins.errors import SourceError
-from fusion_plugins.inputs import read_prompts
+from fusion_plugins.inputs import Unusable, read_prompts
 from fusion_plugins.progress import meter
-from fusion_plugins.sources.backends.base import Refusal, Response, Source, open_source
+from fusion_plugins.sources.backends.base import Refusal, Response, SampleRequest, Source, open_source
 from fusion_plugins.sources.sample import Draw, SampleConfig, planned_draws
 
-#: responses of the first round; each further round draws four times as many as the one before
-FIRST_ROUND = 4
+#: responses of the first round, and their longest length in tokens, so that it ends soon even where a source is slow;
+#: further rounds have longer responses until none is cut, then four times as many
+FIRST_ROUND, FIRST_TOKENS = 4, 32
 #: a further round is drawn only if it should end within this time
 ROUND_SECONDS = 20.0
 
-Probed = list[tuple[Draw, Response]]
+
+@dataclass(frozen=True)
+class _Size:
+    """How large a response that was drawn is; of one that the dry run has cut, how large it can be at most."""
+
+    domain: str
+    tokens: float
+    n_bytes: float
 
 
 def estimate_samples(config: SampleConfig) -> dict[str, dict[str, float]]:
     """Draw some responses of each source, keep none, and estimate what all of them will take.
 
-    Rounds grow up to the size of a batch, so that the speed is that of a real run.
+    Rounds grow up to the size of a batch, so that the speed is that of a real run. Where a source is so slow that
+    responses had to be cut, they count as long as ``max_tokens`` allows.
 
     Returns:
         source -> ``responses``, ``tokens``, ``bytes``, ``hours``, ``tokens_per_second``; all but the first are
         estimates.
+
+    Raises:
+        SourceError: a source cannot be opened, or answers none of the prompts.
     """
-    prompts = read_prompts(config.prompts, config.limit)
+    unusable: Unusable | None = None if config.on_unusable == "raise" else {}
+    prompts = read_prompts(config.prompts, config.limit, unusable=unusable)
     estimates = {}
     for settings in config.chosen_sources:
         draws = planned_draws(config, settings, prompts)
@@ -36,44 +50,66 @@ def estimate_samples(config: SampleConfig) -> dict[str, dict[str, float]]:
             continue
         source = open_source(settings, "sample")
         try:
-            probed, speed = _probe(source, settings.source_name, draws, config.batch_requests)
+            sizes, speed = _probe(source, settings.source_name, draws, config.batch_requests)
         finally:
             source.close()
-        tokens = _extrapolated(draws, probed, lambda response: response.n_tokens)
+        tokens = _extrapolated(draws, [(size.domain, size.tokens) for size in sizes])
         estimates[settings.source_name] = {
             "responses": len(draws),
             "tokens": tokens,
-            "bytes": _extrapolated(draws, probed, lambda response: len(response.text.encode())),
+            "bytes": _extrapolated(draws, [(size.domain, size.n_bytes) for size in sizes]),
             "hours": tokens / max(speed, 1e-9) / 3600,
             "tokens_per_second": speed,
         }
     return estimates
 
 
-def _probe(source: Source, name: str, draws: Sequence[Draw], most: int) -> tuple[Probed, float]:
-    """Return what was drawn, and the tokens per second of the largest round of at most ``most`` responses."""
+def _probe(source: Source, name: str, draws: Sequence[Draw], most: int) -> tuple[list[_Size], float]:
+    """Return the sizes of what was drawn, and the tokens per second of the last round of at most ``most`` responses."""
     order = _shuffled(draws)
-    probed: Probed = []
-    speed, largest = 0.0, 0
-    start, size = 0, max(FIRST_ROUND, len({draw.prompt.domain for draw in draws}))
+    sizes: list[_Size] = []
+    speed = 0.0
+    start, count, longest = 0, max(FIRST_ROUND, len({draw.prompt.domain for draw in draws})), FIRST_TOKENS
     while True:
-        part = order[start : start + size]
-        with meter(f"probe {name}", len(part)) as progress:
-            results = list(source.sample([[draw.request for draw in part]]))
-            seconds = progress.seconds
+        part = order[start : start + count]
+        with meter(f"probe {name}", len(part), unit="responses") as progress:
+            results = list(source.sample([[_cut(draw.request, longest) for draw in part]]))
+            seconds = max(progress.seconds, 1e-9)
         drawn = [(part[index], response) for (_, index), response in results if isinstance(response, Response)]
-        probed += drawn
-        if len(part) > largest:
-            speed, largest = sum(response.n_tokens for _, response in drawn) / max(seconds, 1e-9), len(part)
-        start += size
-        size = min(4 * size, most)
-        # If the source answers one request after the other, the next round takes four times as long.
-        if start >= len(order) or 4 * seconds > ROUND_SECONDS or len(part) >= most:
+        cut = any(_was_cut(draw, response, longest) for draw, response in drawn)
+        speed = sum(response.n_tokens for _, response in drawn) / seconds or speed
+        found = [_size(draw, response, longest) for draw, response in drawn]
+        limit = max(draw.request.sampling.max_tokens for draw in part)
+        # If the source answers one request after the other, four times as many take four times as long.
+        growth = limit / longest if cut else 4.0
+        if cut and growth * seconds > ROUND_SECONDS:
+            sizes += found
             break
-    if not probed:
+        if cut:  # the same prompts again, with responses as long as they want to be
+            longest = limit
+            continue
+        sizes, start, longest = sizes + found, start + len(part), max(longest, limit)
+        if start >= len(order) or growth * seconds > ROUND_SECONDS or len(part) >= most:
+            break
+        count = min(4 * count, most)
+    if not sizes:
         reasons = [result.reason for _, result in results if isinstance(result, Refusal)]
         raise SourceError(f"source {name!r}: expected an answer to one of {start} prompts, got none: {reasons[0]}")
-    return probed, speed
+    return sizes, speed
+
+
+def _cut(request: SampleRequest, longest: int) -> SampleRequest:
+    most = min(longest, request.sampling.max_tokens)
+    return replace(request, sampling=request.sampling.model_copy(update={"max_tokens": most}))
+
+
+def _was_cut(draw: Draw, response: Response, longest: int) -> bool:
+    return response.finish_reason == "length" and longest < draw.request.sampling.max_tokens
+
+
+def _size(draw: Draw, response: Response, longest: int) -> _Size:
+    stretch = draw.request.sampling.max_tokens / longest if _was_cut(draw, response, longest) else 1.0
+    return _Size(draw.prompt.domain, stretch * response.n_tokens, stretch * len(response.text.encode()))
 
 
 def _shuffled(draws: Sequence[Draw]) -> list[Draw]:
@@ -84,11 +120,16 @@ def _shuffled(draws: Sequence[Draw]) -> list[Draw]:
     return [*first.values(), *(draw for draw in mixed if draw.key not in chosen)]
 
 
-def _extrapolated(draws: Sequence[Draw], probed: Probed, size: Callable[[Response], int]) -> float:
-    """Return the summed size of all responses; one that was not drawn counts as the mean of its domain."""
-    sizes = defaultdict(list)
-    for draw, response in probed:
-        sizes[draw.prompt.domain].append(size(response))
-    overall = fmean(value for values in sizes.values() for value in values) if sizes else 0.0
-    means = {domain: fmean(values) for domain, values in sizes.items()}
+def _extrapolated(draws: Sequence[Draw], sizes: Sequence[tuple[str, float]]) -> float:
+    """Return the summed size of all responses; each counts as the mean of its domain, or of all domains.
+
+    Args:
+        draws: all responses.
+        sizes: domain and size of those that were drawn.
+    """
+    by_domain = defaultdict(list)
+    for domain, size in sizes:
+        by_domain[domain].append(size)
+    overall = fmean(size for _, size in sizes)
+    means = {domain: fmean(values) for domain, values in by_domain.items()}
     return sum(means.get(draw.prompt.domain, overall) for draw in draws)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_plugins.core.text.messages import as_messages
+from fusion_plugins.core.text.model_rows import beyond_the_model
 from fusion_plugins.core.text.reasoning import CHANNEL, CHANNEL_TAGS, CLOSE, OPEN, channels, with_reasoning
 from fusion_plugins.core.text.round_trip import require_text
 from fusion_plugins.errors import ConfigError, SourceError, TokenizerError
@@ -98,6 +99,11 @@ def chat_template_hash(tokenizer: Any, options: Mapping[str, Any] | None = None)
 def vocabulary_size(tokenizer: Any) -> int:
     """Return one more than the highest id that the tokenizer knows; the model's output may be wider."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def embedding_rows(settings: SourceSettings) -> int | None:
+    """Return the number of ids that the model can read; the tokenizer may know more. None for a server."""
+    return None if settings.backend == "openai" else int(load_config(settings).vocab_size)
 
 
 def plain_text(content: Content) -> str:
@@ -222,9 +228,15 @@ def prompt_ids(tokenizer: Any, content: Content, sampling: Sampling, max_length:
 
 
 def split_prompts(
-    tokenizer: Any, requests: Sequence[SampleRequest], max_length: int | None
+    tokenizer: Any, requests: Sequence[SampleRequest], max_length: int | None, rows: int | None = None
 ) -> tuple[dict[int, list[int]], dict[int, Refusal]]:
     """Tokenize prompts.
+
+    Args:
+        tokenizer: the source's tokenizer.
+        requests: the prompts.
+        max_length: longest sequence in tokens, prompt and response together; None for no limit.
+        rows: embedding rows of the model; None where the engine itself refuses ids beyond them.
 
     Returns:
         Index -> ids of the prompts that the model can answer, and index -> why for the others.
@@ -233,7 +245,12 @@ def split_prompts(
     refused: dict[int, Refusal] = {}
     for index, request in enumerate(requests):
         try:
-            prompts[index] = prompt_ids(tokenizer, request.content, request.sampling, max_length)
+            ids = prompt_ids(tokenizer, request.content, request.sampling, max_length)
         except SourceError as error:
             refused[index] = Refusal(str(error))
+            continue
+        if problem := beyond_the_model(tokenizer, ids, rows):
+            refused[index] = Refusal(problem)
+        else:
+            prompts[index] = ids
     return prompts, refused

@@ -1,5 +1,6 @@
 """The reward scorer on reward models built from scratch and loaded by transformers as any other."""
 
+import copy
 import itertools
 import json
 import random
@@ -113,6 +114,16 @@ def test_what_is_too_long_has_no_reward_and_a_reason(model):
     assert short.reward is not None
     assert long.reward is None
     assert long.reason == "longer than 60 tokens"
+
+
+def test_a_token_that_the_model_has_no_row_for_gives_no_reward_and_a_reason(tmp_path):
+    tokenizer = copy.deepcopy(tiny.byte_level())
+    tokenizer.add_tokens(["<tool>"])
+    folder = tiny.reward_checkpoint(tmp_path / "narrow", tokenizer=tokenizer, vocab_size=420, pad_token_id=0)
+    wide, plain = RewardScorer(model=folder).score([{"prompt": "Hi?", "response": text} for text in ("<tool>", "Hi.")])
+    assert wide.reward is None
+    assert "token id 420 ('<tool>') has no row in the model" in wide.reason
+    assert plain.reward is not None
 
 
 def test_what_a_reward_depends_on_is_in_the_facts(model, scorer, tmp_path):

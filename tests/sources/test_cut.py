@@ -98,3 +98,12 @@ def test_the_command_writes_what_capture_then_takes(tokenizers, tmp_path):
     assert done.exit_code == 0, done.output
     assert CliRunner().invoke(app, [*capture, str(pieces)]).exit_code == 0
     assert json.loads(pieces.read_text().splitlines()[0])["id"] == "long#0"
+
+
+def test_a_chat_keeps_its_tools(model, tmp_path):
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    texts = tmp_path / "chats.jsonl"
+    texts.write_text(json.dumps({"id": "c", "messages": tiny.CHAT, "tools": tools}))
+    out = tmp_path / "cut.jsonl"
+    cut_texts(CutConfig(texts=str(texts), out=str(out), tokenizers=[str(model)], max_length=200))
+    assert read_texts(out) == read_texts(texts)

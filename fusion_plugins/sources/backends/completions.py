@@ -13,25 +13,13 @@ import numpy as np
 
 from fusion_plugins.core.arrays import IntArray
 from fusion_plugins.core.fusion.types import TopK
+from fusion_plugins.core.text.finish_reason import ending
 from fusion_plugins.core.text.reasoning import whole_characters, with_opening, with_reasoning
 from fusion_plugins.errors import SourceError
 from fusion_plugins.sources.backends.base import Response
 from fusion_plugins.sources.backends.servers import Refused, Trouble
 from fusion_plugins.sources.backends.topk import topk_of_entries
 
-#: how servers call the end of a complete answer, and of one that was too long; compared in lower case
-COMPLETE = frozenset(
-    "stop stop_sequence stop_token stop_str eos eos_token eos_token_id end_turn end eot complete completed finish "
-    "finished finish_reason_stop".split()
-)
-TOO_LONG = frozenset(
-    "length max_tokens max_length max_new_tokens max_output_tokens max_completion_tokens model_length "
-    "model_context_window_exceeded token_limit finish_reason_max_tokens".split()
-)
-#: the answer is a call of a tool, not a text
-TOOLS = frozenset("tool_calls tool_call tool_use function_call".split())
-#: the server was interrupted: another attempt may end otherwise
-INTERRUPTED = frozenset("abort aborted error cancel cancelled canceled timeout failed incomplete".split())
 #: where servers put the reasoning; the first that has a text counts
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 #: the largest count that a row can hold
@@ -109,20 +97,18 @@ def _first_choice(answer: dict[str, Any]) -> dict[str, Any]:
 
 def _finish_reason(reason: Any, message: dict[str, Any]) -> str:
     """Return ``stop`` or ``length``; later steps know no other word for a complete answer and one that was cut."""
-    known = reason.lower() if isinstance(reason, str) else ""
-    if reason is None or reason == "" or known in INTERRUPTED:
+    found = ending(reason)
+    if found == "interrupted":
         raise Trouble(f"incomplete answer: expected finish_reason stop or length, got {quoted(reason)}")
     calls = message.get("tool_calls") or message.get("function_call")
-    if calls or known in TOOLS:
+    if calls or found == "tools":
         raise Refused(f"expected an answer in text, got a call of a tool: {quoted(calls or reason)}")
-    if known in COMPLETE:
-        return "stop"
-    if known in TOO_LONG:
-        return "length"
-    raise Refused(
-        f"expected an answer that ends with stop or length, got the finish_reason {quoted(reason)}: it was withheld or "
-        "cut"
-    )
+    if found == "unknown":
+        raise Refused(
+            f"expected an answer that ends with stop or length, got the finish_reason {quoted(reason)}: it was "
+            "withheld or cut"
+        )
+    return found
 
 
 def _texts(message: dict[str, Any]) -> tuple[str, str | None]:

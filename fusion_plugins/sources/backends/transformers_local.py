@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import transformers
 from pydantic import Field
+from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.logits_process import (
     LogitsProcessor,
@@ -94,7 +95,8 @@ class TransformersSource:
             yield from zip(group, self._forward([texts[i] for i in group], top_k), strict=True)
 
     def _sample(self, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, Response | Refusal]]:
-        prompts, refused = split_prompts(self.tokenizer, requests, self.max_length)
+        rows = self._model.get_input_embeddings().weight.shape[0]
+        prompts, refused = split_prompts(self.tokenizer, requests, self.max_length, rows)
         yield from refused.items()
         by_sampling: dict[Sampling, list[int]] = {}
         for index in prompts:
@@ -169,10 +171,11 @@ def topk_of_logits(
         logits: (N, W) of any float dtype.
         token_ids: (N,) int64 ids whose log-probabilities are asked for.
         k: entries per position, at most ``vocab_size``.
-        vocab_size: ids that the tokenizer knows.
+        vocab_size: ids that the tokenizer knows, perhaps more than W.
 
     Returns:
-        ids (N, k) int32, logprobs (N, k) float32 nats, logprobs of ``token_ids`` (N,) float32; all on the CPU.
+        ids (N, k) int32 (-1 where W is below k), logprobs (N, k) float32 nats, logprobs of ``token_ids`` (N,) float32;
+        all on the CPU.
     """
     # In chunks: the log-probabilities of a whole text over a large vocabulary take gigabytes, and leave the cache.
     step = max(1, SCRATCH // logits.shape[-1])
@@ -186,13 +189,15 @@ def _topk_of_chunk(
     logits: torch.Tensor, token_ids: torch.Tensor, k: int, vocab_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     logprobs = torch.log_softmax(logits.float(), dim=-1)
+    known = min(vocab_size, logits.shape[-1])
     token_logprobs = logprobs.gather(-1, token_ids[:, None])[:, 0]
     # torch.topk leaves the order of ties open. A float32 that is converted to float64 ends in 29 zero bits. With the id
     # in them, the lower id is the larger of two equal negative numbers, so that one topk sorts by both.
-    keys = logprobs[:, :vocab_size].clamp(min=torch.finfo(torch.float32).min).double()
-    keys.view(torch.int64).bitwise_or_(torch.arange(vocab_size, device=logits.device))
-    ids = keys.topk(min(k, vocab_size), dim=-1).indices
-    return ids.to(torch.int32).cpu(), logprobs.gather(-1, ids).cpu(), token_logprobs.cpu()
+    keys = logprobs[:, :known].clamp(min=torch.finfo(torch.float32).min).double()
+    keys.view(torch.int64).bitwise_or_(torch.arange(known, device=logits.device))
+    ids = keys.topk(min(k, known), dim=-1).indices
+    values, empty = logprobs.gather(-1, ids).cpu(), (0, k - ids.shape[-1])
+    return pad(ids.to(torch.int32).cpu(), empty, value=-1), pad(values, empty, value=-torch.inf), token_logprobs.cpu()
 
 
 class _SeededNoise(LogitsProcessor):
