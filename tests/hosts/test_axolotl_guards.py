@@ -111,12 +111,28 @@ def test_store_of_another_tokenizer_than_the_targets(axolotl_train, material):
     )
 
 
+TOKENS = {"input_ids": [1, 5, 6, 7], "attention_mask": [1] * 4, "labels": [1, 5, 6, 7]}
+
+
 def test_batch_without_targets(axolotl_train, run_folder):
-    """axolotl takes rows that are tokens already as they are, whatever type the data set is said to have."""
-    row = {"input_ids": [1, 5, 6, 7], "attention_mask": [1] * 4, "labels": [1, 5, 6, 7]}
-    path = runs.write_rows(run_folder / "tokens.jsonl", [row] * 4)
+    """axolotl takes rows that are tokens already as they are, whatever type the dataset is said to have."""
+    path = runs.write_rows(run_folder / "tokens.jsonl", [TOKENS] * 4)
     train = axolotl_train(datasets=[{"path": str(path), "type": FUSED}])
     refused(train, DataError, "expected a row with fused distributions")
+
+
+def test_tokens_instead_of_responses(axolotl_train, run_folder):
+    path = runs.write_rows(run_folder / "tokens.jsonl", [TOKENS] * 4)
+    train = axolotl_train(datasets=[{"path": str(path), "type": BEST}], fusion={"sources": [], "sft": {}})
+    refused(train, ConfigError, "tokens.jsonl has the columns attention_mask, input_ids, labels")
+
+
+def test_a_folder_of_responses_as_test_dataset_needs_its_split(axolotl_train, run_folder):
+    path = runs.row_folder(run_folder / "scored", runs.scored(3))
+    entry = {"path": str(path), "type": DPO}
+    block = {"sources": [], "pairs": {}}
+    train = axolotl_train(datasets=[dict(entry)], test_datasets=[dict(entry)], fusion=block, rl="dpo")
+    refused(train, ConfigError, "`split: train`")
 
 
 def test_other_data_sets_among_the_fused_ones(axolotl_train, material):
