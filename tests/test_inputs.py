@@ -206,3 +206,66 @@ def test_rows_of_a_file_come_with_their_places_and_empty_lines_and_a_byte_order_
     ]
     with pytest.raises(DataError, match=r"x\.csv: expected a \.jsonl or \.parquet file, got "):
         list(read_row_file(tmp_path / "x.csv"))
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"left": 1}}}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}},
+    }
+]
+
+
+def test_chats_with_calls_reasoning_and_tools_have_the_same_id_in_every_form(tmp_path):
+    """Parquet fills messages, calls and schemas with nulls; datasets give lists as JSON."""
+    calls = [
+        {"role": "user", "content": "1?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "hm"},
+        {"role": "tool", "content": "2", "tool_call_id": "1"},
+    ]
+    other = {"id": "2", "type": "function", "function": {"name": "cut", "arguments": {"text": "x"}}}
+    rows = [
+        {"messages": calls, "tools": TOOLS},
+        {"messages": [*calls[:1], {**calls[1], "tool_calls": [other]}], "tools": None},
+    ]
+    lines = write(tmp_path / "a.jsonl", rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+    as_json = write(
+        tmp_path / "c.jsonl",
+        [{"messages": json.dumps(row["messages"]), "tools": json.dumps(row["tools"])} for row in rows],
+    )
+    texts = read_texts(lines)
+    assert texts == read_texts(tmp_path / "b.parquet") == read_texts(as_json)
+    assert [text.tools for text in texts] == [TOOLS, None]
+    assert texts[0].content[1]["tool_calls"] == [CALL]
+    assert texts[0].where.endswith("a.jsonl:1")
+    without = read_texts(write(tmp_path / "d.jsonl", [{"messages": calls}]))
+    assert without[0].content_id != texts[0].content_id
+
+
+def test_contents_in_parts_and_results_that_are_no_text_become_texts(tmp_path):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    chat = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "c"},
+        {"role": "tool", "content": {"degrees": 18}},
+    ]
+    (text,) = read_texts(write(tmp_path / "a.jsonl", [{"messages": chat}]))
+    assert [message["content"] for message in text.content] == ["ab", "c", '{"degrees": 18}']
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [{"role": "assistant", "content": None}]}, "tool_calls or reasoning beside it"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "expected text as a message's content"),
+        ({"messages": "x"}, "a list or its JSON"),
+        ({"messages": CHAT, "tools": "x"}, "x.jsonl:1: expected tools as JSON"),
+        ({"messages": CHAT, "tools": [1]}, "expected tools as a list of schemas"),
+        ({"messages": [{"role": "assistant", "tool_calls": "x"}]}, "x.jsonl:1: expected tool_calls as JSON"),
+    ],
+)
+def test_chats_of_another_form_are_refused_with_the_row(tmp_path, row, message):
+    with pytest.raises(DataError, match=message):
+        read_texts(write(tmp_path / "x.jsonl", [row]))

@@ -52,6 +52,14 @@ FEATURES = Features(
         REASON: Value("string"),
     }
 )
+#: stands for a row that is left out
+_EMPTY = {
+    "input_ids": np.empty(0, np.int32),
+    "attention_mask": np.empty(0, np.int8),
+    "labels": np.empty(0, np.int32),
+    FUSED_IDS: np.empty(0, np.int32),
+    FUSED_LOGPROBS: np.empty(0, np.float32),
+}
 #: rows per call; bounds the memory of a worker
 BATCH = 32
 
@@ -244,7 +252,7 @@ class _Fuse:
                 fused, report = self._row(row)
                 reason = ""
             except (DataError, AlignmentError) as error:
-                fused, report, reason = dict.fromkeys(FEATURES, []), FusionReport(), str(error)
+                fused, report, reason = _EMPTY, FusionReport(), str(error)
             total = total + report
             for name, value in (fused | {REASON: reason}).items():
                 columns[name].append(value)

@@ -173,6 +173,8 @@ def _datasets(cfg: Any, block: FusionBlock) -> Iterator[str]:
             f"trainer_cls: {cfg.get('trainer_cls')} would tokenize the pairs of `type: {DPO}` anew, and cut prompt and "
             "answer elsewhere than supervised training does; remove it"
         )
+    if DPO in types and rl == "simpo" and cfg.get("simpo_gamma") is None:
+        yield "rl: simpo needs simpo_gamma, the margin of its loss; 0.5 is TRL's default"
     if BEST in types and rl:
         yield f"a dataset has `type: {BEST}`, which is for supervised training; got `rl: {rl}`"
     if not block.sources and not {*types} & {*TYPES}:

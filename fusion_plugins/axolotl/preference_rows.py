@@ -19,9 +19,8 @@ from fusion_plugins.errors import DataError
 Row = dict[str, Any]
 
 _TEXT, _IDS = Value("string"), List(Value("int32"))
-# The types of axolotl's own rows, because a dataset of another type may be merged with this one.
 SUPERVISED = {"input_ids": _IDS, "attention_mask": List(Value("int8")), "labels": List(Value("int64"))}
-"""The columns of :func:`supervised_row`."""
+"""The columns of :func:`supervised_row`, of the types that axolotl's own datasets have."""
 ANSWERS = ("chosen_ids", "rejected_ids")
 PREFERENCE = {
     **dict.fromkeys(("prompt", "chosen", "rejected"), _TEXT),
@@ -139,6 +138,9 @@ def make_rows(
     made = table.map(row, remove_columns=["item"], features=types, load_from_cache_file=False, **options)
     reasons = list(zip(made["name"], made["reason"], strict=True))
     kept = made.select([place for place, (_, reason) in enumerate(reasons) if reason is None])
+    if len(kept) < len(made):
+        # axolotl measures the lengths in the table itself, in which a selection still has all rows.
+        kept = kept.flatten_indices()
     unusable = [Unusable(name, reason) for name, reason in reasons if reason is not None]
     return kept.remove_columns("reason"), unusable
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from axolotl.core.trainers import AxolotlCPOTrainer, AxolotlORPOTrainer
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
+from axolotl.utils.collators.dpo import AxolotlDPODataCollatorWithPadding
 from datasets import Dataset, concatenate_datasets
 
 #: the columns of a tokenized row
@@ -17,6 +18,13 @@ IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 class TokenizedDPOTrainer(AxolotlDPOTrainer):
     """DPO and IPO."""
+
+    def __init__(self, *args: Any, data_collator: Any = None, **kwargs: Any) -> None:
+        # What axolotl brings for `pad_to_multiple_of` knows the columns of earlier versions of TRL alone.
+        if isinstance(data_collator, AxolotlDPODataCollatorWithPadding):
+            kwargs["args"].pad_to_multiple_of = data_collator.pad_to_multiple_of
+            data_collator = None
+        super().__init__(*args, data_collator=data_collator, **kwargs)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Leave tokenized rows as they are, and let TRL tokenize the others."""

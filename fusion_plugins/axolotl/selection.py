@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from fusion_plugins.axolotl.args import FusionBlock, PairArgs, SftArgs
@@ -27,11 +26,18 @@ from fusion_plugins.core.preferences.pairs import (
     resolve_rule,
 )
 from fusion_plugins.core.preferences.split import Split, split_prompts
-from fusion_plugins.errors import DataError
+from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.plugins import lookup
+from fusion_plugins.terminal import console
 
 Columns = Mapping[str, Sequence[Any]]
 Report = dict[str, Any]
+
+_NEED_REWARDS = {"reward", "same_source", "across_sources"}
+_FOR_VERDICTS = (
+    "For responses with verdicts and no rewards set `rule: verdict` under both fusion.sft and fusion.pairs, in the "
+    "configurations of both stages; axolotl_configs/fusechat3_verdict.yml shows it."
+)
 
 
 def choose_pairs(columns: Columns, block: FusionBlock) -> tuple[list[Pair], Report]:
@@ -41,6 +47,7 @@ def choose_pairs(columns: Columns, block: FusionBlock) -> tuple[list[Pair], Repo
         DataError: a row is wrong, or not one pair is left; the message says why.
     """
     groups, unusable = _groups(columns, block)
+    _check_rules(groups, block, best=block.split is not None, pairs=True)
     pairs, found = _pairs(groups, block)
     split = None
     if block.split is not None:
@@ -59,7 +66,7 @@ def choose_pairs(columns: Columns, block: FusionBlock) -> tuple[list[Pair], Repo
         raise DataError(
             f"expected preference pairs in the scored responses, got none: {json.dumps(report)}. The limits 0.01 and "
             "0.1 of the reward gap belong to ArmoRM; for another reward model set fusion.pairs.min_gap and max_gap, or "
-            "`gap_unit: quantile`; for verdicts without rewards `rule: verdict`."
+            f"`gap_unit: quantile`. {_FOR_VERDICTS}"
         )
     return pairs, report
 
@@ -71,6 +78,7 @@ def choose_best(columns: Columns, block: FusionBlock) -> tuple[list[Candidate], 
         DataError: a row is wrong, or not one response is left; the message says why.
     """
     groups, unusable = _groups(columns, block)
+    _check_rules(groups, block, best=True, pairs=block.split is not None)
     best, found = _best(groups, block)
     chosen = [candidate for candidate in best.values() if candidate is not None]
     split = None
@@ -86,8 +94,8 @@ def choose_best(columns: Columns, block: FusionBlock) -> tuple[list[Candidate], 
     if not chosen:
         raise DataError(
             f"expected best answers in the scored responses, got none: {json.dumps(report)}. The rule `reward` needs "
-            "rewards where a prompt has several responses; for verdicts without rewards set fusion.sft to "
-            "`rule: verdict`. With fusion.split, see sft_share and unpaired."
+            f"rewards where a prompt has several responses. {_FOR_VERDICTS} With fusion.split, see sft_share and "
+            "unpaired."
         )
     return chosen, report
 
@@ -121,7 +129,7 @@ def show_report(report: Report, title: str) -> None:
         # The file names the rows; there may be many.
         shown = len(value) if isinstance(value, list) else value
         table.add_row(name, shown if isinstance(shown, str) else json.dumps(shown))
-    Console().print(table)
+    console().print(table)
 
 
 def _pairs(groups: CandidateGroups, block: FusionBlock) -> tuple[list[Pair], SelectionReport]:
@@ -141,6 +149,28 @@ def _groups(columns: Columns, block: FusionBlock) -> tuple[CandidateGroups, list
     return clean(candidates, keep_truncated=block.keep_truncated), left_out
 
 
+def _check_rules(groups: CandidateGroups, block: FusionBlock, *, best: bool, pairs: bool) -> None:
+    """Refuse rules that need rewards where there are only verdicts.
+
+    They would not fail: the best answer of a prompt with one right answer needs no reward, so a stage would train on
+    those prompts alone, and the split would give all of them to one stage.
+    """
+    candidates = [candidate for group in groups.by_prompt.values() for candidate in group]
+    rewarded = any(candidate.reward is not None for candidate in candidates)
+    if rewarded or all(candidate.correct is None for candidate in candidates):
+        return
+    used = {
+        "fusion.sft": best and (block.sft or SftArgs()).rule,
+        "fusion.pairs": pairs and (block.pairs or PairArgs()).rule,
+    }
+    wrong = [f"{key}.rule {rule}" for key, rule in used.items() if rule in _NEED_REWARDS]
+    if wrong:
+        raise ConfigError(
+            f"expected rewards for {' and '.join(wrong)}, got responses with verdicts and not one reward. "
+            f"{_FOR_VERDICTS}"
+        )
+
+
 def _report(found: SelectionReport, unusable: list[Row], split: Split | None) -> Report:
     report = asdict(found)
     if found.limits is None:
@@ -154,7 +184,7 @@ def _prompts(values: Sequence[Any]) -> Sequence[Any]:
     """Return prompts as texts or messages. A row folder stores them as JSON text, which all values then are."""
     try:
         parsed = [json.loads(value) for value in values]
-    except (TypeError, json.JSONDecodeError):
+    except (TypeError, ValueError, RecursionError):
         # One value that is not JSON shows that the others, too, are texts that only look like JSON.
         return values
     return parsed if all(is_prompt(prompt) for prompt in parsed) else values

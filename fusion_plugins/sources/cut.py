@@ -143,7 +143,9 @@ def _rows(text: Text, counters: Sequence[Callable[..., int]], config: CutConfig)
                 f"chat {text.id!r}: expected at most {config.max_length} tokens, got {longest}; chats are not cut. "
                 "Leave such chats out with `on_unusable: skip`, or raise max_length."
             )
-        yield {"id": text.id, "messages": text.content} | ({"tools": text.tools} if text.tools else {})
+        # As JSON, because schemas of different tools are not one type of column.
+        tools = {"tools": json.dumps(text.tools, ensure_ascii=False)} if text.tools else {}
+        yield {"id": text.id, "messages": text.content, **tools}
         return
     pieces = list(cut_text(text.content, config.max_length, counters))
     for number, piece in enumerate(pieces):

@@ -1,10 +1,12 @@
 """The shipped recipes: valid for axolotl as they are, without misspelt keys, and trained for real at toy size."""
 
 import copy
+import json
 import shutil
 
 import axolotl_runs as runs
 import pytest
+import real_assets
 import tiny
 import yaml
 from axolotl_runs import ROOT, forget_plugins, row_folder, scored
@@ -34,6 +36,7 @@ def workplace(material, tmp_path_factory):
     shutil.copy(material.texts, folder / "data" / "corpus.jsonl")
     shutil.copy(material.chats, folder / "data" / "chats.jsonl")
     row_folder(folder / "data" / "scored", scored(20))
+    row_folder(folder / "data" / "verdicts", judged(20))
     (folder / "stores").mkdir()
     runs.capture(material.chats, material.target, folder / "stores" / "openchat")
     for store, made in {
@@ -50,11 +53,20 @@ def workplace(material, tmp_path_factory):
 @pytest.fixture(scope="module")
 def models(material, workplace):
     """Checkpoints whose tokenizers have the pad tokens that the recipes name."""
-    for name in ("llama", "qwen", "gemma"):
+    for name in ("llama", "qwen", "gemma", "verdict"):
         tokenizer = copy.deepcopy(tiny.byte_level())
         tokenizer.add_special_tokens({"pad_token": read(f"fusechat3_{name}.yml")["special_tokens"]["pad_token"]})
         tiny.llama_checkpoint(workplace / "models" / f"fusechat3-{name}-sft", tokenizer=tokenizer)
     return workplace / "models"
+
+
+def judged(prompts):
+    """Verdicts without rewards: of every second prompt "near" is always right, of the others each source sometimes."""
+    rows = scored(prompts)
+    for row in rows:
+        always = row["source"] == "near" and int(row["prompt_id"][1:]) % 2 == 0
+        row |= {"reward": None, "correct": always or row["index"] == 1, "domain": "math"}
+    return rows
 
 
 def read(name):
@@ -111,6 +123,46 @@ def test_the_recipe_trains(name, workplace, models, material, run_folder, monkey
     trainer = runs.train(settings, run_folder)
     assert trainer.state.global_step == 2
     assert (workplace / settings["output_dir"] / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("tokenizer", ["tiny", pytest.param("llama3_1", marks=pytest.mark.real)])
+def test_both_stages_of_a_recipe_see_the_same_ids(tokenizer, workplace, models, run_folder, monkeypatch):
+    """Every prompt in both stages, and one source, so that the best answer is the chosen one."""
+    monkeypatch.chdir(workplace)
+    folder = models / "fusechat3-llama-sft"
+    if tokenizer != "tiny":
+        real_assets.require()
+        folder = tiny.llama_checkpoint(run_folder / "real", tokenizer=real_assets.tokenizer(tokenizer))
+    data = row_folder(run_folder / "scored", [row for row in scored(6) if row["source"] == "also"])
+    rows = {}
+    for name in ("fusechat3_llama_sft.yml", "fusechat3_llama.yml"):
+        settings = read(name) | SMALL | {"base_model": str(folder)}
+        del settings["fusion"]["split"], settings["deepspeed"]
+        settings["datasets"][0]["path"] = str(data)
+        settings["dataset_prepared_path"] = str(run_folder / name)
+        rows[name] = list(runs.prepare(settings, run_folder)[1])
+    supervised = sorted(row["input_ids"] for row in rows["fusechat3_llama_sft.yml"])
+    pairs = rows["fusechat3_llama.yml"]
+    assert len(supervised) == 6
+    assert supervised == sorted(row["prompt_ids"] + row["chosen_ids"] for row in pairs)
+    learnt = [[label for label in row["labels"] if label != -100] for row in rows["fusechat3_llama_sft.yml"]]
+    assert sorted(learnt) == sorted(row["chosen_ids"] for row in pairs)
+    assert all(row["chosen_ids"][-1] == row["rejected_ids"][-1] for row in pairs)
+
+
+def test_by_verdict_each_stage_gets_the_prompts_that_it_can_use(workplace, models, run_folder, monkeypatch):
+    monkeypatch.chdir(workplace)
+    prompts = {}
+    for name in ("fusechat3_verdict_sft.yml", "fusechat3_verdict.yml"):
+        settings = read(name) | SMALL | {"base_model": str(models / "fusechat3-verdict-sft")}
+        del settings["deepspeed"]
+        settings["dataset_prepared_path"] = str(run_folder / name)
+        settings["output_dir"] = str(run_folder / "out")
+        prompts[name] = len(runs.prepare(settings, run_folder)[1])
+    assert prompts == {"fusechat3_verdict_sft.yml": 10, "fusechat3_verdict.yml": 10}
+    reports = [json.loads((run_folder / "out" / f"fusion_{name}.json").read_text()) for name in ("sft", "pairs")]
+    assert reports[0]["by_source"] == {"near": 10}
+    assert all("limits" not in report for report in reports)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
-"""Supervised and preference rows of one conversation have the same ids, cut where the answer begins and its turn ends."""
+"""Supervised and preference rows of one conversation have the same ids, cut where the answer begins and ends."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from fusion_plugins.axolotl.preference_rows import (
     preference_row,
     supervised_row,
 )
-from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
+from fusion_plugins.axolotl.target_tokenizer import Answer, TargetTokenizer
 from fusion_plugins.core import Candidate
 from fusion_plugins.core.text.token_table import Role
 from fusion_plugins.errors import DataError
@@ -25,7 +26,10 @@ from fusion_plugins.errors import DataError
 ANSWERS = ("the theory of the other", " five", "\nfive", "  \n\tfive", "42", "数学 5", "five\n", "👩‍👩‍👧", "...", "é")
 PROMPTS = ("Say it now: ", "1 + 1 =", "How many?\n", [{"role": "user", "content": "Why? 🎉"}])
 TEMPLATES = Path(trl.__file__).with_name("chat_templates")
-TURN = "{{% for m in messages %}}{{{{ m['role'] }}}}:{0}{{{{ m['content'] }}}}<|im_end|>\n{{% endfor %}}{{% if add_generation_prompt %}}assistant:{0}{{% endif %}}"
+TURN = (
+    "{% for m in messages %}{{ m['role'] }}:SPACE{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:SPACE{% endif %}"
+)
 
 
 def with_template(tokenizer, template):
@@ -62,24 +66,19 @@ def check_all(target, prompts=PROMPTS):
 def test_both_stages_see_the_same_ids(name):
     tokenizer = getattr(tiny, name)()
     check_all(TargetTokenizer.of(tokenizer, {}))
-    check_all(with_template(tokenizer, None), [prompt for prompt in PROMPTS if isinstance(prompt, str)])
+    check_all(with_template(tokenizer, None), PROMPTS[:3])
 
 
 @pytest.mark.parametrize("space", [" ", "\n", "\n\n", " \n", ""])
 def test_both_stages_see_the_same_ids_where_the_generation_prompt_ends_in_white_space(space):
-    for tokenizer in (tiny.byte_level(), tiny.tekken()):
-        changed = copy.deepcopy(tokenizer)
-        changed.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
-        check_all(with_template(changed, TURN.format(space)))
+    check_all(with_template(tiny.byte_level(), TURN.replace("SPACE", space)), PROMPTS[:1])
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", ["llama3_1", "qwen3", "gemma3", "llama2", "smollm2", "gptoss", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["llama3_1", "qwen3", "gemma3", "llama2", "smollm2"])
 def test_both_stages_see_the_same_ids_with_real_tokenizers(name):
     real_assets.require()
-    tokenizer = real_assets.tokenizer(name)
-    check_all(TargetTokenizer.of(tokenizer, {}))
-    check_all(with_template(tokenizer, None), [prompt for prompt in PROMPTS if isinstance(prompt, str)])
+    check_all(TargetTokenizer.of(real_assets.tokenizer(name), {}), PROMPTS[2:])
 
 
 def test_an_answer_keeps_its_first_token_where_it_merges_with_the_prompt():
@@ -149,10 +148,18 @@ def test_what_cannot_be_a_row_is_refused_with_its_cure(template, prompt, message
 
 
 def test_a_template_whose_prompt_depends_on_the_answer_makes_no_pair():
-    template = "{{ messages[-1]['content'] | length }}:" + tiny.CHATML
-    target = with_template(tiny.byte_level(), template)
+    chosen = Answer([1, 2], [5], "short: ", "five")
+    with pytest.raises(DataError, match="the same text before both answers of a pair, got 'short: ' and 'long: '"):
+        preference_row(chosen, replace(chosen, prompt="long: "))
+    # Nothing can predict the first token of a text.
     with pytest.raises(DataError, match="the same text before both answers"):
-        preference_row(target.answer("Hi", "five"), target.answer("Hi", "seven"))
+        preference_row(chosen, replace(chosen, prompt_ids=[3, 2]))
+
+
+def test_a_template_that_writes_lists_as_python_does_is_not_given_lists():
+    target = with_template(tiny.byte_level(), "{{ messages[-1]['content'] | length }}:" + tiny.CHATML)
+    with pytest.raises(DataError, match="changes the text"):
+        target.answer("Hi", "five")
 
 
 def test_unusable_rows_are_named_and_fatal_or_left_out():

@@ -1,13 +1,16 @@
 """Supervised training on the best responses and preference training on pairs, from scored responses."""
 
+import copy
 import json
+from pathlib import Path
 
 import pytest
 import tiny
+import trl
 from axolotl_runs import config, logged, prepare, row_folder, scored, train, write_rows
 
 from fusion_plugins.axolotl.args import FusionBlock
-from fusion_plugins.axolotl.selection import candidates_of, choose_best
+from fusion_plugins.axolotl.selection import candidates_of, choose_best, choose_pairs
 from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
 from fusion_plugins.errors import ConfigError, DataError, PluginError
 
@@ -24,9 +27,30 @@ def only_pairs(**pairs):
     return {"sources": [], "pairs": pairs}
 
 
+def supervised_part(row):
+    """The ids before the answer and those of the answer."""
+    first = next(place for place, label in enumerate(row["labels"]) if label != -100)
+    return row["input_ids"][:first], row["input_ids"][first:]
+
+
 def test_pairs_train_with_the_length_normalised_loss(material, run_folder):
     path = row_folder(run_folder / "scored", scored())
-    trainer = train(preference(material, run_folder, path, fusion=only_pairs()), run_folder)
+    settings = preference(material, run_folder, path, fusion=only_pairs(), pad_to_multiple_of=8)
+    trainer = train(settings, run_folder)
+    batch = next(iter(trainer.get_train_dataloader()))
+    tokenizer = tiny.sentencepiece_bpe()
+    texts = [
+        tokenizer.decode(ids[mask == 1]) for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)
+    ]
+    assert all(text.startswith("also says") and text.endswith("more.</s>") for text in texts)
+    whole = [ids[mask == 1].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    # One BOS, as SFT has it: these are the very ids that the other dataset type makes of the same conversations.
+    target = TargetTokenizer.of(tokenizer, {})
+    answers = {(n, no): f"also says {n}, {no}more." for n in range(10) for no in ("", "no no ")}
+    supervised = [target.answer(f"Say {n}!", text).input_ids for (n, _), text in answers.items()]
+    assert len(whole) == 4
+    assert all(ids in supervised and ids.count(1) == 1 for ids in whole)
+    assert batch["input_ids"].shape[1] % 8 == 0
     losses = logged(trainer)
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)
     assert losses[-1] < losses[0]
@@ -94,9 +118,128 @@ def test_the_two_stages_share_no_prompt(material, run_folder):
     assert prompts.isdisjoint({row["prompt"].partition("[INST]")[2].partition("[/INST]")[0] for row in pairs})
 
 
-def test_a_tokenizer_without_template_takes_plain_prompts(run_folder, material):
-    import copy
+@pytest.mark.slow
+@pytest.mark.parametrize(("rl", "setting"), [("ipo", "rl_beta"), ("simpo", "simpo_gamma"), ("orpo", "orpo_alpha")])
+def test_every_kind_of_preference_training_takes_the_ids_as_they_are(material, run_folder, rl, setting):
+    """Beside rows of another dataset type, which the trainer tokenizes as ever."""
+    ours = {"path": str(row_folder(run_folder / "scored", scored(4))), "type": DPO}
+    stock = {f"{name}_format": f"{{{name}}}" for name in ("prompt", "chosen", "rejected")}
+    stock |= {f"field_{name}": name for name in ("prompt", "chosen", "rejected")}
+    rows = [{"prompt": "Say", "chosen": "yes", "rejected": "no"}]
+    others = {"path": str(write_rows(run_folder / "stock.jsonl", rows)), "type": stock}
+    datasets = [ours] if rl == "orpo" else [ours, others]
+    changes = {"rl": rl, setting: 0.5, "datasets": datasets, "fusion": only_pairs()}
+    trainer = train(config(material, run_folder, **changes), run_folder)
+    assert trainer.state.global_step == 3
+    rows = trainer.train_dataset
+    if rl == "ipo":
+        found = [(row["prompt_ids"] + row["chosen_ids"], row["prompt_ids"]) for row in rows]
+    else:
+        prompts = [row["chosen_labels"].count(-100) for row in rows]
+        found = [(row["chosen_input_ids"], row["chosen_input_ids"][:n]) for row, n in zip(rows, prompts, strict=True)]
+    target = TargetTokenizer.of(tiny.sentencepiece_bpe(), {})
+    for n in range(4):
+        answer = target.answer(f"Say {n}!", f"also says {n}, more.")
+        assert (answer.input_ids, answer.prompt_ids) in found
+    assert len(found) == 3 + len(datasets)
 
+
+def refusing(tokenizer):
+    """A tokenizer whose template refuses the prompts that end in a question mark."""
+    changed = copy.deepcopy(tokenizer)
+    refusal = "{% if messages[0]['content'][-1] == '?' %}{{ raise_exception('no questions') }}{% endif %}"
+    changed.chat_template = refusal + changed.chat_template
+    return changed
+
+
+def test_an_answer_that_the_template_refuses_is_named_and_fatal_or_left_out(material, run_folder):
+    rows = scored(4)
+    for row in rows:
+        row["prompt"] = row["prompt"].replace("Say 2!", "Say 2?")
+    rows.append(rows[0] | {"response": None, "index": 7, "source": "broken"})
+    path = write_rows(run_folder / "scored.jsonl", rows)
+    model = tiny.llama_checkpoint(run_folder / "refusing", tokenizer=refusing(tiny.sentencepiece_bpe()))
+    fusion = {"sources": [], "pairs": {}, "sft": {}}
+    sft = config(
+        material, run_folder, base_model=str(model), datasets=[{"path": str(path), "type": BEST}], fusion=fusion
+    )
+    dpo = preference(material, run_folder, path, base_model=str(model), fusion=fusion)
+    with pytest.raises(DataError, match=r"1 of 37 rows cannot be used. row 36: .*\(prompt 'p0', source 'broken'\)"):
+        prepare(sft, run_folder)
+    write_rows(path, rows[:-1])
+    with pytest.raises(
+        DataError, match="1 of 4 rows cannot be used. prompt 'p2', source 'far', sample 0: the chat tem"
+    ):
+        prepare(sft, run_folder)
+    with pytest.raises(
+        DataError, match="prompt 'p2', source 'also', sample 0 before source 'also', sample 2: the chat"
+    ):
+        prepare(dpo, run_folder)
+    write_rows(path, rows)
+    for settings, file, other in ((sft, "fusion_sft.json", "far"), (dpo, "fusion_pairs.json", "also")):
+        settings["fusion"] = settings["fusion"] | {"on_unusable": "skip"}
+        _, kept = prepare(settings, run_folder)
+        assert len(kept) == 3
+        report = json.loads((run_folder / "model" / file).read_text())
+        names = [row["row"] for row in report["unusable"]]
+        assert names[0] == "row 36"
+        assert names[1].startswith(f"prompt 'p2', source '{other}', sample 0")
+        assert "no questions" in report["unusable"][1]["reason"]
+
+
+def test_pairs_that_are_too_long_are_named_and_treated_as_axolotl_is_told(material, run_folder):
+    rows = scored(3)
+    for row in rows:
+        if row["prompt_id"] == "p1":
+            row["response"] += " and so on" * 40
+    path = row_folder(run_folder / "scored", rows)
+    settings = preference(material, run_folder, path, fusion=only_pairs())
+    _, kept = prepare(settings, run_folder)
+    assert len(kept) == 2
+    report = json.loads((run_folder / "model" / "fusion_pairs.json").read_text())
+    assert [name[:12] for name in report["longer_than_sequence_len"]] == ["prompt 'p1',"]
+    _, cut = prepare(settings | {"excess_length_strategy": "truncate"}, run_folder)
+    assert sorted(len(row["prompt_ids"] + row["chosen_ids"]) == 128 for row in cut) == [False, False, True]
+    with pytest.raises(
+        DataError, match="1 of 3 pairs are longer than sequence_len .128 tokens., the first for prompt 'p1'"
+    ):
+        prepare(settings | {"excess_length_strategy": "raise"}, run_folder)
+
+
+def test_reasoning_and_tool_calls_train_both_stages(material, run_folder):
+    """Answers of Qwen3's kind: an SFT run and a DPO run have the same ids for them."""
+    tokenizer = copy.deepcopy(tiny.byte_level())
+    tokenizer.chat_template = (Path(trl.__file__).with_name("chat_templates") / "qwen3.jinja").read_text()
+    model = tiny.llama_checkpoint(run_folder / "thinking", tokenizer=tokenizer)
+    calls = [{"type": "function", "function": {"name": "add", "arguments": '{"a": 2, "b": 3}'}}]
+    answers = [{"response": f"<think>\nhm\n</think>\n\nIt is {n}"} for n in (5, 6)]
+    answers += [{"response": None, "tool_calls": calls}, {"response": "No idea."}]
+    common = {"prompt_id": "p", "source": "s", "prompt": "2 + 3?", "tool_calls": None}
+    common["tools"] = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+    table = {"p": answers[:2], "q": answers[2:], "r": [answers[1], answers[3]]}
+    rows = [
+        common | {"prompt_id": prompt} | answer | {"index": i, "correct": 1 - i}
+        for prompt, pair in table.items()
+        for i, answer in enumerate(pair)
+    ]
+    path = write_rows(run_folder / "scored.jsonl", rows)
+    fusion = {"sources": [], "pairs": {"rule": "verdict"}, "sft": {"rule": "verdict"}}
+    changes = {"base_model": str(model), "fusion": fusion, "special_tokens": None, "sequence_len": 2048}
+    _, supervised = prepare(
+        config(material, run_folder, datasets=[{"path": str(path), "type": BEST}], **changes), run_folder
+    )
+    _, pairs = prepare(preference(material, run_folder, path, **changes), run_folder)
+    found = [supervised_part(row) for row in supervised]
+    assert sorted(found) == sorted((row["prompt_ids"], row["chosen_ids"]) for row in pairs)
+    assert {tokenizer.decode(answer) for _, answer in found} == {
+        "<think>\nhm\n</think>\n\nIt is 5<|im_end|>",
+        '<think>\n\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call><|im_end|>',
+        "<think>\nhm\n</think>\n\nIt is 6<|im_end|>",
+    }
+    assert all('{"type": "function", "function": {"name": "add"' in tokenizer.decode(prompt) for prompt, _ in found)
+
+
+def test_a_tokenizer_without_template_takes_plain_prompts(run_folder, material):
     tokenizer = copy.deepcopy(tiny.sentencepiece_bpe())
     tokenizer.chat_template = None
     target = TargetTokenizer.of(tokenizer, {})
@@ -127,6 +270,31 @@ def test_truncated_responses_are_left_out_and_counted():
     assert report["dropped_responses"] == {"truncated": 2}
     _, report = choose_best(columns, FusionBlock(sft={}, keep_truncated=True))
     assert report["dropped_responses"] == {"empty_response": 1}
+
+
+def test_rules_that_need_rewards_are_refused_where_there_are_only_verdicts():
+    rows = [row | {"reward": None, "correct": float(row["index"] == 1)} for row in scored(4)]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    by_verdict = {"sft": {"rule": "verdict"}, "pairs": {"rule": "verdict"}}
+    for change, key in (({"sft": {}}, "fusion.sft.rule reward"), ({"pairs": {}}, "fusion.pairs.rule same_source")):
+        block = FusionBlock(**by_verdict | change | {"split": {}})
+        for choose in (choose_best, choose_pairs):
+            with pytest.raises(ConfigError, match=rf"expected rewards for {key}, got .*`rule: verdict` under both"):
+                choose(columns, block)
+    block = FusionBlock(**by_verdict, split={})
+    assert len(choose_pairs(columns, block)[0]) == 4
+    # Without a split, the rule of the other stage plays no part.
+    assert len(choose_best(columns, FusionBlock(sft={"rule": "verdict"}))[0]) == 4
+
+
+def test_limits_are_in_both_reports_where_they_decided():
+    rows = scored(4)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    block = FusionBlock(sft={}, pairs={}, split={})
+    assert choose_best(columns, block)[1]["limits"] == choose_pairs(columns, block)[1]["limits"] == (0.01, 0.1)
+    assert "limits" not in choose_best(columns, FusionBlock(sft={}))[1]
+    unlimited = FusionBlock(sft={}, pairs={"min_gap": "none", "max_gap": "none"}, split={})
+    assert "limits" not in choose_pairs(columns, unlimited)[1]
 
 
 def test_prompts_that_look_like_json_stay_text():
@@ -189,5 +357,10 @@ def test_unusable_tables_are_refused(material, run_folder):
         prepare(preference(material, run_folder, path, plugins=None, fusion=None), run_folder)
     with pytest.raises(ConfigError, match="minimum <= maximum"):
         prepare(preference(material, run_folder, path, fusion=only_pairs(min_gap=2)), run_folder)
-    with pytest.raises(ConfigError, match="needs `rl: dpo`"):
-        prepare(preference(material, run_folder, path, fusion=only_pairs(), rl=None), run_folder)
+    for rl in (None, "kto", "grpo"):
+        with pytest.raises(ConfigError, match=r"needs `rl: dpo` \(or ipo, simpo, orpo\)"):
+            prepare(preference(material, run_folder, path, fusion=only_pairs(), rl=rl), run_folder)
+    with pytest.raises(ConfigError, match="rl: simpo needs simpo_gamma"):
+        prepare(preference(material, run_folder, path, fusion=only_pairs(), rl="simpo"), run_folder)
+    with pytest.raises(ConfigError, match="trainer_cls: trl.DPOTrainer would tokenize the pairs"):
+        prepare(preference(material, run_folder, path, fusion=only_pairs(), trainer_cls="trl.DPOTrainer"), run_folder)

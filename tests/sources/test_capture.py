@@ -82,7 +82,7 @@ def test_chats_keep_only_positions_of_the_assistants_messages(padded_model, tmp_
     tokenizer = tiny.sentencepiece_bpe()
     messages = [*tiny.CHAT[:-1], {"role": "assistant", "content": "1!"}]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False).encode()
-    contents = [rendered[start:stop].decode() for start, stop in record.text.spans]
+    contents = [rendered[start:stop].decode() for start, stop in record.text.spans[1::3]]
     assert contents == [tiny.CHAT[1]["content"], "1!"]
     inside = np.zeros(len(record.text.input_ids), bool)
     for start, stop in record.text.spans:
@@ -255,3 +255,62 @@ def test_a_dry_run_measures_and_writes_nothing(model, tmp_path):
     assert estimate["bytes"] == pytest.approx(
         open_store(tmp_path / "store").manifest.bytes, rel=0.5
     )  # repeated texts compress well
+
+
+GEMMA = tiny.CHATML.replace(
+    "{% for m in messages %}",
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}",
+    1,
+)
+
+
+def write_chats(path, *chats):
+    lines = (json.dumps({"id": f"c{number}", "messages": chat}) for number, chat in enumerate(chats))
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_a_chat_that_the_template_refuses_is_named_or_left_out(model, tmp_path):
+    template = tmp_path / "gemma.jinja"
+    template.write_text(GEMMA)
+    system = [{"role": "system", "content": "Be brief."}, *tiny.CHAT]
+    unread = [tiny.CHAT[0], {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {}}]}]
+    chats = write_chats(tmp_path / "chats.jsonl", tiny.CHAT, system, unread)
+    settings = {"chat_template": str(template)}
+    with pytest.raises(DataError, match=r"chats\.jsonl:2: text 'c1': the chat template refuses the chat: System role"):
+        capture_texts(config(model, chats, tmp_path / "store", **settings))
+    report = capture_texts(config(model, chats, tmp_path / "store", on_unusable="skip", **settings))
+    assert list(report.skipped) == ["c1", "c2"]
+    assert "the call of f in message 1 is not in the text" in report.skipped["c2"]
+    assert [record.id for record in open_store(tmp_path / "store")] == ["c0"]
+
+
+def test_tools_and_arguments_of_the_template_reach_it_and_the_identity_of_the_store(model, tmp_path):
+    template = tmp_path / "tools.jinja"
+    template.write_text(
+        "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}{{ date }}{% for m in messages %}"
+        "[{{ m.role }}]{{ m.content }}{% for call in m.tool_calls or [] %}{{ call.function.name }} "
+        "{{ call.function.arguments | tojson }}{% endfor %}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    calls = [{"function": {"name": "add", "arguments": '{"left": 12}'}}]
+    row = {"id": "c", "messages": [tiny.CHAT[0], {"role": "assistant", "content": None, "tool_calls": calls}]}
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    texts = tmp_path / "chats.jsonl"
+    texts.write_text(json.dumps(row | {"tools": json.dumps(tools)}))
+    settings = {"chat_template": str(template), "chat_template_kwargs": {"date": "1 May"}}
+    capture_texts(config(model, texts, tmp_path / "store", **settings))
+    (record,) = open_store(tmp_path / "store")
+    table = open_store(tmp_path / "store").table
+    text = b"".join(table.bytes_of(int(token)) for token in record.text.input_ids)
+    assert text.lstrip().startswith(b"[add]1 May[user]")
+    (start, _), (_, stop) = record.text.spans[0], record.text.spans[-1]
+    shift = len(text) - len(text.lstrip())
+    assert text[start + shift : stop + shift] == b'add {"left": 12}'
+    assert not np.isnan(record.ce_per_byte)
+    settings["chat_template_kwargs"] = {"date": "2 May"}
+    with pytest.raises(MismatchError, match="template_hash"):
+        capture_texts(config(model, texts, tmp_path / "store", **settings))
+    texts.write_text(json.dumps(row))
+    with pytest.raises(MismatchError, match="texts_fingerprint"):
+        capture_texts(config(model, texts, tmp_path / "store", **settings))

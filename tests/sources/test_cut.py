@@ -113,3 +113,12 @@ def test_what_cannot_be_cut_is_left_out_where_that_is_wanted_and_tools_stay_with
     assert "chats are not cut" in report.skipped["long"]
     assert [text.id for text in read_texts(tmp_path / "cut.jsonl")] == ["fits", "short"]
     assert read_texts(tmp_path / "cut.jsonl")[0].tools == tools
+
+
+def test_a_chat_keeps_its_tools(model, tmp_path):
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    texts = tmp_path / "chats.jsonl"
+    texts.write_text(json.dumps({"id": "c", "messages": tiny.CHAT, "tools": tools}))
+    out = tmp_path / "cut.jsonl"
+    cut_texts(CutConfig(texts=str(texts), out=str(out), tokenizers=[str(model)], max_length=200))
+    assert read_texts(out) == read_texts(texts)

@@ -229,7 +229,7 @@ def _shaped(render: Render, shape: Shape) -> Render:
     def rendered(messages: Messages, prompt: bool) -> str:
         try:
             with time_limit(RENDER_SECONDS):
-                return render([shape(message) for message in messages], prompt)
+                text = render([shape(message) for message in messages], prompt)
         except FusionError:
             raise
         except TimeoutError as error:
@@ -243,6 +243,9 @@ def _shaped(render: Render, shape: Shape) -> Render:
                 "message, or only roles that alternate, or one tool call per message), use another chat template, or "
                 "leave the chat out."
             ) from error
+        if shape is _in_text_parts and "{'type': 'text'" in text:
+            raise DataError("the chat template takes texts and not lists of parts: it writes a list as Python does.")
+        return text
 
     return rendered
 

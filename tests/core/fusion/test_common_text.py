@@ -1,3 +1,6 @@
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -5,7 +8,7 @@ from records import record_of
 
 from fusion_plugins.core.fusion.common_text import common_text, comparable
 from fusion_plugins.core.text.token_table import TokenTable
-from fusion_plugins.core.text.tokenize import tokenize
+from fusion_plugins.core.text.tokenize import tokenize, tokenize_content
 from fusion_plugins.errors import AlignmentError
 
 
@@ -112,3 +115,96 @@ def test_cross_entropies_are_those_of_the_bytes_that_every_source_has_read():
     assert [r.ce_per_byte for r in found] == [pytest.approx(records[1].ce_per_byte)] * 3
     assert [r.ce_per_token for r in found] == [pytest.approx(records[1].ce_per_token)] * 3
     assert comparable(records[:1], common[:1])[0] is records[0]
+
+
+THINK = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content and loop.last %}<think>\n"
+    "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>'
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHANNELS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.reasoning_content %}(analysis){{ m.reasoning_content }}"
+    "(end)(start){% endif %}(final){{ m.content }}{% for call in m.tool_calls or [] %}"
+    "(to={{ call.function.name }}){{ call.function.arguments | tojson }}(call){% endfor %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
+XML = THINK.replace("{{ call.function.arguments | tojson }}", "{% for k, v in call.function.arguments.items() %}"
+                    "<arg>{{ k }}={{ v }}</arg>{% endfor %}")  # fmt: skip
+PLAIN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"left": 12, "right": 30}}}
+REASONED = [
+    {"role": "user", "content": "12 + 30?"},
+    {"role": "assistant", "content": "42 apples", "reasoning_content": "12 and 30"},
+    {"role": "user", "content": "Again?"},
+    {"role": "assistant", "content": "So 42 apples", "reasoning_content": "the same: 42 apples"},
+]
+CALLED = [
+    {"role": "user", "content": "12 + 30?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "42"},
+    {"role": "assistant", "content": "42 apples"},
+]
+
+
+def rendered(template, messages, make):
+    tokenizer = copy.copy(make())
+    tokenizer.chat_template = template
+    table = TokenTable.from_tokenizer(tokenizer)
+    tokens, text = tokenize_content(tokenizer, table, messages)
+    return tokens, text.encode(), table
+
+
+def shared(source_template, target_template, messages):
+    """The texts that two templates have in common, as the narrowed spans of both sides hold them."""
+    source, source_text, source_table = rendered(source_template, messages, tiny.digit_splitting)
+    target, target_text, target_table = rendered(target_template, messages, tiny.byte_level)
+    n = len(source.input_ids)
+    zeros = np.zeros(n, np.float32)
+    record = record_of("r", source, np.zeros((n, 1), np.int32), zeros[:, None], zeros)
+    own, other = common_text(record, target, source_table.packed, target_table.packed)
+    texts = [source_text[start:stop].decode() for start, stop in own.text.spans]
+    assert texts == [target_text[start:stop].decode() for start, stop in other.spans]
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "messages", "expected"),
+    [
+        (THINK, THINK, REASONED, ["42 apples", "<think>\nthe same: 42 apples\n</think>\n\nSo 42 apples"]),
+        (THINK, CHANNELS, REASONED, ["42 apples", "the same: 42 apples", "So 42 apples"]),
+        (PLAIN, THINK, REASONED, ["42 apples", "So 42 apples"]),
+        (CHANNELS, PLAIN, REASONED, ["42 apples", "So 42 apples"]),
+        (THINK, THINK, CALLED, ['<tool_call>\n{"name": "add", "arguments": {"left": 12, "right": 30}}\n</tool_call>',
+                                "42 apples"]),
+        (THINK, CHANNELS, CALLED, ["add", '{"left": 12, "right": 30}', "42 apples"]),
+        (XML, CHANNELS, CALLED, ["add", "42 apples"]),
+        (XML, THINK, CALLED, ['<tool_call>\n{"name": "add', "42 apples"]),
+    ],
+)  # fmt: skip
+def test_turns_in_other_syntax_have_their_parts_in_common(source, target, messages, expected):
+    assert shared(source, target, messages) == expected
+
+
+def test_another_answer_is_refused_whatever_the_syntax():
+    other = [*CALLED[:-1], {"role": "assistant", "content": "43 apples"}]
+    source, _, table = rendered(THINK, other, tiny.digit_splitting)
+    target, _, target_table = rendered(CHANNELS, CALLED, tiny.byte_level)
+    n = len(source.input_ids)
+    zeros = np.zeros(n, np.float32)
+    record = record_of("r", source, np.zeros((n, 1), np.int32), zeros[:, None], zeros)
+    with pytest.raises(AlignmentError, match="the source continues '43 apples', the target '42 apples'"):
+        common_text(record, target, table.packed, target_table.packed)
+
+
+def test_a_store_that_holds_the_answers_alone_is_still_used():
+    source, _, table = rendered(PLAIN, tiny.CHAT, tiny.digit_splitting)
+    source = replace(source, spans=source.spans[1::3])
+    target, text, target_table = rendered(THINK, tiny.CHAT, tiny.byte_level)
+    n = len(source.input_ids)
+    zeros = np.zeros(n, np.float32)
+    record = record_of("r", source, np.zeros((n, 1), np.int32), zeros[:, None], zeros)
+    _, other = common_text(record, target, table.packed, target_table.packed)
+    answers = [message["content"] for message in tiny.CHAT if message["role"] == "assistant"]
+    assert [text[start:stop].decode() for start, stop in other.spans] == answers

@@ -7,6 +7,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusion_plugins.core.text import chat as chat_module
 from fusion_plugins.core.text.chat import generated_spans
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import chat_renderer, tokenize_chat
@@ -274,3 +275,10 @@ def test_chats_without_answers_are_refused(chat):
 def test_broken_calls_are_refused(calls):
     with pytest.raises(DataError, match="expected a tool call as"):
         generated_spans(templated(CHATML), [user("?"), answer(None, tool_calls=calls)])
+
+
+def test_a_template_that_does_not_end_is_stopped(monkeypatch):
+    monkeypatch.setattr(chat_module, "RENDER_SECONDS", 0.3)
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(DataError, match="it takes longer than 0.3 seconds. Use another chat template"):
+        generated_spans(templated(endless), tiny.CHAT)
