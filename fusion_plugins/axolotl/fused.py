@@ -89,7 +89,8 @@ class FusedStrategy(DatasetWrappingStrategy):
         """Fuse every row.
 
         Raises:
-            MismatchError: the target's own store is of another model, or a store lacks a row.
+            MismatchError: the target's own store is of another model, or a store lacks a row or was captured from
+                another text (with ``on_unusable: raise``).
             StoreError: a store is damaged.
             DataError: a row cannot be used (with ``on_unusable: raise``), or no row is left.
         """
@@ -111,7 +112,7 @@ class FusedStrategy(DatasetWrappingStrategy):
         )
         plan = make_plan(self._block, stores, target, count)
         rows = dataset.map(
-            _Fuse(self._reader, plan, stores),
+            _Fuse(self._reader, plan, stores, self._block.on_unusable == "raise"),
             batched=True,
             batch_size=BATCH,
             num_proc=process_count,
@@ -240,8 +241,8 @@ class _Reader:
 class _Fuse:
     """What runs in each worker: a batch of rows in, columns out."""
 
-    def __init__(self, reader: _Reader, plan: FusionPlan, stores: list[Store]) -> None:
-        self._reader, self._plan, self._stores = reader, plan, stores
+    def __init__(self, reader: _Reader, plan: FusionPlan, stores: list[Store], strict: bool) -> None:
+        self._reader, self._plan, self._stores, self._strict = reader, plan, stores, strict
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         rows = rows_of(batch)
@@ -252,6 +253,8 @@ class _Fuse:
                 fused, report = self._row(row)
                 reason = ""
             except (DataError, AlignmentError) as error:
+                if self._strict and isinstance(error, AlignmentError):
+                    raise MismatchError(f"{row[NAME]}: {error}") from error
                 fused, report, reason = _EMPTY, FusionReport(), str(error)
             total = total + report
             for name, value in (fused | {REASON: reason}).items():

@@ -157,7 +157,7 @@ def leave_out(unusable: Sequence[Unusable], of: int, on_unusable: str) -> list[R
         DataError: there are unusable rows and they are to raise, or not one row is left.
     """
     if unusable and (on_unusable == "raise" or len(unusable) == of):
-        named = "; ".join(f"{each.row}: {each.reason}" for each in unusable[:_SHOWN])
+        named = "; ".join(f"{each.row}: {each.reason.rstrip('.')}" for each in unusable[:_SHOWN])
         more = f"; and {len(unusable) - _SHOWN} more" if len(unusable) > _SHOWN else ""
         cure = (
             "Correct them" if on_unusable == "skip" else "Correct them, or leave them out with fusion.on_unusable: skip"
