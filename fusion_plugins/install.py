@@ -20,6 +20,7 @@ EXTRA_OF = {
     "matplotlib": "report",
     "mergekit": "mergekit",
     "peft": "axolotl",
+    "pytest": "score",
     "ray": "ray",
     "safetensors": "transformers",
     "tenacity": "server",

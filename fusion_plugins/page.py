@@ -72,7 +72,10 @@ def svg(figure: "Figure", label: str) -> Any:
 
     buffer = StringIO()
     # The salt keeps the names of parts the same from run to run, and apart from those of another picture in the page.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}), warnings.catch_warnings():
+    with (
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": for_terminal(label)}),
+        warnings.catch_warnings(),
+    ):
         # The page's fonts draw the letters, so it does not matter that matplotlib's own lacks some.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)

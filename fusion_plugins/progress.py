@@ -31,9 +31,10 @@ class Meter:
         self._label, self._total, self._count, self._at_start = label, total, done, done
         larger = LARGER.get(unit, ())
         self._scale, self._unit = next(((scale, name) for scale, name in larger if total >= scale), (1.0, unit))
-        #: when the first results were there, and how much that was
-        self._settled: tuple[float, int] | None = None
-        self._first_result = 0.0
+        #: (time, count) when the first results were there, at the last result, and where the rate is measured to
+        self._settled = self._last = self._mark = (self._started, done)
+        self._first_result: float | None = None
+        self._burst = self._started
         self._bar, self._console = bar, console
         self._task = bar.add_task(label, total=total, completed=done, amount=self._amount, speed="") if bar else None
 
@@ -44,21 +45,31 @@ class Meter:
 
     @property
     def rate(self) -> float:
-        """Items per second, without the time until the first results; with it while there are no others."""
-        since, before = self._settled or (self._started, self._at_start)
-        if self._count == before:
-            since, before = self._started, self._at_start
-        return (self._count - before) / max(time.monotonic() - since, 1e-9)
+        """Items per second, without the time until the first results; with it while there are no others.
+
+        Engines give the results of a batch at one moment: the rate is measured from batch to batch.
+        """
+        (since, before), (until, after), now = self._settled, self._mark, time.monotonic()
+        if until > since:
+            return (after - before) / (until - since)
+        if self._first_result is not None and now - since >= SETTLING_SECONDS:
+            return (before - self._at_start) / (now - since)
+        return (self._count - self._at_start) / max(now - self._started, 1e-9)
 
     def advance(self, items: int = 1, tokens: int = 0) -> None:
         """Count more items, and the tokens they are made of where the run counts tokens."""
         now = time.monotonic()
+        if self._first_result is None:
+            self._first_result = self._burst = now
+        elif now - self._last[0] >= SETTLING_SECONDS:
+            self._mark, self._burst = self._last, now
         self._count += items
         self.tokens += tokens
-        if self._settled is None:
-            self._first_result = now
+        self._last = now, self._count
         if now - self._first_result < SETTLING_SECONDS:
-            self._settled = now, self._count
+            self._settled = self._mark = self._last
+        elif now - self._burst >= SETTLING_SECONDS:
+            self._mark = self._last
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._count, amount=self._amount, speed=self._speed)
         elif now - self._last_line >= SECONDS_BETWEEN_LINES:

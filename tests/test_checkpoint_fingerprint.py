@@ -125,3 +125,17 @@ def test_it_is_computed_anew_only_when_a_file_has_changed(checkpoint, monkeypatc
     os.utime(checkpoint / "model-1.safetensors", ns=(1, 1))
     with pytest.raises(pytest.fail.Exception, match="hashed again"):
         checkpoint_fingerprint(checkpoint)
+
+
+def test_weights_alone_are_fingerprinted_where_the_configuration_does_not_count(checkpoint):
+    def weights(pattern="model*.safetensors"):
+        return checkpoint_fingerprint(checkpoint, weight_files=(pattern,), with_config=False)
+
+    before = weights()
+    (checkpoint / "config.json").write_text("{}")
+    (checkpoint / "adapter.safetensors").write_bytes(tensors([1, 1, 1, 1]))
+    assert weights() == before
+    assert weights("*.safetensors") != before
+    (checkpoint / "model-2.safetensors").write_bytes(tensors([5, 6, 7, 9]))
+    assert weights() != before
+    assert weights("pytorch*.bin") is None

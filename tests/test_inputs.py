@@ -93,6 +93,77 @@ def test_what_is_no_json_and_what_is_no_text_is_refused(tmp_path):
         read_texts(tmp_path / "missing.jsonl")
 
 
+def nested(depth):
+    return "[" * depth + "]" * depth
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"id": "x", "text": "a", "domain": "d\\ud83d"}',
+        b'{"id": "x", "text": "a", "reference": "\\udc00"}',
+        b'{"id": "x", "text": "a", "tests": ["\\ud83d"]}',
+        b'{"id": "x", "text": "a\\ud83d"}',
+        b'{"id": "x\\ud83d", "text": "a"}',
+        b'{"id": "x", "text": "\xff"}',
+        b'{"id": "x", "text": ""}',
+        b'{"id": "x", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+        f'{{"id": "x", "text": "a", "tests": {nested(100_000)}}}'.encode(),
+        f'{{"id": "x", "messages": {nested(100_000)}}}'.encode(),
+        f'{{"id": "x", "messages": {nested(900)}}}'.encode(),
+        b'{"id": "x", "text": "a", "n": ' + b"9" * 5000 + b"}",
+        b'{"id": "good", "text": "another"}',
+        b"[1]",
+        b'{"id": "x"',
+    ],
+)
+def test_one_bad_row_is_an_error_of_ours_or_left_out_and_the_others_are_read(tmp_path, line):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'{"id": "good", "text": "a"}\n' + line + b'\n{"id": "last", "text": "b"}\n')
+    with pytest.raises(DataError, match=r"p\.jsonl:2: ") as refusal:
+        read_prompts(path)
+    str(refusal.value).encode()
+    unusable = {}
+    assert [prompt.text.id for prompt in read_prompts(path, unusable=unusable)] == ["good", "last"]
+    ((name, reason),) = unusable.items()
+    assert f"{path}:2: " in reason
+    assert name.startswith("x") or name == f"{path}:2"
+
+
+def test_values_that_are_no_number_are_none_and_large_ids_stay_as_they_are(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(
+        '{"id": NaN, "text": "a", "reference": NaN, "domain": NaN}\n'
+        f'{{"id": {2**70}, "text": "b", "reference": 4}}\n{{"id": "2024-01-01", "text": "c"}}\n'
+    )
+    first, second, third = read_prompts(path)
+    assert (first.text.id, first.reference, first.domain) == (first.text.content_id, None, "instruction")
+    assert (second.text.id, second.reference, third.text.id) == (str(2**70), "4", "2024-01-01")
+
+
+def test_columns_that_are_not_used_are_not_read(tmp_path):
+    """Bytes that are no UTF-8 in a column of strings, a time in the year 294247, and nanoseconds that Python lacks."""
+    bad = pa.array([b"\xff", b"ok"], pa.binary()).view(pa.string())
+    late = pa.array([2**63 - 1, 0], pa.timestamp("us"))
+    texts = pa.array(["eins", "zwei"])
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"id": ["a", "b"], "text": texts, "note": bad, "at": late}), path)
+    assert [text.id for text in read_texts(path)] == ["a", "b"]
+    for name, column in (("text", bad), ("id", late), ("id", bad), ("reference", late), ("tests", late.cast("int64"))):
+        used = {"id": ["a", "b"], "text": texts} | {name: column}
+        pq.write_table(pa.table(used), path)
+        if name == "tests":
+            assert [prompt.tests for prompt in read_prompts(path)] == [2**63 - 1, 0]
+            continue
+        with pytest.raises(DataError, match=r"x\.parquet:1: "):
+            read_prompts(path)
+        unusable = {}
+        assert len(read_prompts(path, unusable=unusable)) == len(unusable) == 1
+    pq.write_table(pa.table({"note": ["a"]}), path)
+    with pytest.raises(DataError, match="expected some of the columns id, text, .* got note"):
+        read_texts(path)
+
+
 def test_prompts_have_a_domain_a_reference_and_tests(tmp_path):
     rows = [
         {"id": "1", "text": "2+2", "domain": "math", "reference": 4},

@@ -10,8 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-#: What is summed over the positions. ``loss``, ``weight`` and ``router`` are values of a batch times its positions.
-SUMS = ("loss", "lm", "fusion", "weight", "router", "positions", "fused_positions")
+#: what a batch gives: sums over its positions, their counts, and two values of the batch as a whole
+SUMS = ("lm", "fusion", "positions", "fused_positions")
+VALUES = ("weight", "router")
 
 
 class Figures:
@@ -23,12 +24,24 @@ class Figures:
     def __init__(self) -> None:
         self._sums: Tensor | None = None
 
-    def add(self, **sums: Tensor | float) -> None:
-        """Add the sums of one batch, by the names of :data:`SUMS`."""
-        device = next(value.device for value in sums.values() if isinstance(value, Tensor))
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        values = torch.stack([torch.as_tensor(sums[name], device=device).detach().to(dtype) for name in SUMS])
-        self._sums = values if self._sums is None else self._sums + values
+    def add(self, *, positions: Tensor, **given: Tensor | float) -> None:
+        """Add one batch.
+
+        Args:
+            positions: () supervised positions.
+            given: the other names of :data:`SUMS` and :data:`VALUES`, each () or a number.
+        """
+        dtype = _dtype(positions.device)
+        given |= {"positions": positions}
+        sums, values = (
+            torch.stack([torch.as_tensor(given[name], device=positions.device, dtype=dtype).detach() for name in names])
+            for names in (SUMS, VALUES)
+        )
+        weight, (lm, fusion) = values[0], sums[:2]
+        # The weight of the language-model loss may change within the batches of one figure.
+        loss = weight * lm + (1 - weight) * fusion
+        added = torch.cat([sums, values * sums[2], loss.view(1)])
+        self._sums = added if self._sums is None else self._sums + added
 
     def take(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
         """Return the figures and start anew.
@@ -42,15 +55,15 @@ class Figures:
             ``ppl`` (exp of ``lm_loss``), ``fusion_loss`` (nats per position with a fused distribution) and
             ``router_loss`` (where the model has one). What no position has is left out.
         """
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        sums = torch.zeros(len(SUMS), device=device, dtype=dtype) if self._sums is None else self._sums
+        names = (*SUMS, *VALUES, "loss")
+        sums = torch.zeros(len(names), device=device, dtype=_dtype(device)) if self._sums is None else self._sums
         self._sums = None
-        total = dict(zip(SUMS, reduce(sums).tolist(), strict=True))
+        total = dict(zip(names, reduce(sums).tolist(), strict=True))
         positions, fused = total["positions"], total["fused_positions"]
         if not positions:
             return {}
         figures = {
-            "loss": total["loss"] / positions,
+            "loss": (total["loss"] + total["router"]) / positions,
             "lm_loss": total["lm"] / positions,
             "ppl": perplexity(total["lm"] / positions),
             "fusion_coverage": fused / positions,
@@ -69,3 +82,7 @@ def perplexity(lm_loss: float) -> float:
         return math.exp(lm_loss)
     except OverflowError:
         return math.inf
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -29,6 +29,7 @@ from fusion_plugins.axolotl.plan import make_plan
 from fusion_plugins.axolotl.preference_rows import Unusable, leave_out
 from fusion_plugins.axolotl.prepared import keep_report
 from fusion_plugins.axolotl.report import read_counters, report_content, show_report
+from fusion_plugins.axolotl.row_ids import with_written_ids
 from fusion_plugins.axolotl.supervision import Supervision
 from fusion_plugins.axolotl.target_tokenizer import IGNORED, EncodedText, TargetTokenizer
 from fusion_plugins.core.fusion.accounting import FusionReport
@@ -95,7 +96,7 @@ class FusedStrategy(DatasetWrappingStrategy):
         """
         stores = [open_store(source.store) for source in self._block.sources]
         total = len(dataset)
-        dataset, unusable = self._readable(dataset)
+        dataset, unusable = self._readable(with_written_ids(dataset, stores, self._path))
         dataset = self._joined(dataset, stores)
         warm_up()
         target = self._reader.target

@@ -3,7 +3,9 @@
 Runs before anything is loaded. All problems of one configuration are reported together.
 """
 
+import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from axolotl.utils.logging import get_logger
@@ -52,6 +54,8 @@ _REFUSED_WITH_SOURCES = _REFUSED | {
     "processor_type": "fused rows are text; remove it",
     "orpo_alpha": "it replaces the loss; remove it",
 }
+#: columns by which axolotl knows rows that are tokens already
+_TOKENIZED = {"input_ids", "attention_mask", "labels"}
 #: two names of one setting: how many processes share one sequence
 _SPLITS_SEQUENCES = ("context_parallel_size", "sequence_parallel_degree")
 
@@ -66,7 +70,8 @@ def check_config(cfg: Any) -> FusionBlock:
         ConfigError: naming every problem.
     """
     block = fusion_block(cfg)
-    problems = [*_datasets(cfg, block), *_entries(cfg), *_settings(cfg, block), *_other_trainers(cfg, block)]
+    parts = (_datasets(cfg, block), _entries(cfg), _rows(cfg), _settings(cfg, block), _other_trainers(cfg, block))
+    problems = [problem for part in parts for problem in part]
     if problems:
         _refuse([*_unknown_names(block), *problems])
     return block
@@ -151,12 +156,12 @@ def _stores(sources: Sequence[SourceArgs]) -> Iterator[str]:
 
 
 def _datasets(cfg: Any, block: FusionBlock) -> Iterator[str]:
-    types = dataset_types(cfg)
+    types = [*dataset_types(cfg), *dataset_types(cfg, "test_datasets")]
     rl = cfg.get("rl")
     if block.sources and rl:
         yield f"fusion.sources is for supervised training, `rl: {rl}` would ignore it; remove one of the two"
     elif block.sources:
-        others = sorted({*types, *dataset_types(cfg, "test_datasets")} - {FUSED})
+        others = sorted({*types} - {FUSED})
         if others:
             yield f"a dataset has `type: {', '.join(others)}`, which fuses nothing; all must have `type: {FUSED}`"
     if not block.sources and FUSED in types:
@@ -170,7 +175,7 @@ def _datasets(cfg: Any, block: FusionBlock) -> Iterator[str]:
         )
     if BEST in types and rl:
         yield f"a dataset has `type: {BEST}`, which is for supervised training; got `rl: {rl}`"
-    if not block.sources and not {*types, *dataset_types(cfg, "test_datasets")} & {*TYPES}:
+    if not block.sources and not {*types} & {*TYPES}:
         yield (
             f"no dataset has one of the types {', '.join(TYPES)}: nothing would be fused or chosen. Give a dataset one "
             "of them, or remove the plugin and the block"
@@ -182,6 +187,36 @@ def _entries(cfg: Any) -> Iterator[str]:
         for entry in cfg.get(key) or []:
             if entry.get("type") == FUSED:
                 yield from problems_of(entry)
+
+
+def _rows(cfg: Any) -> Iterator[str]:
+    """Problems of the files that the entries name; missing files are left to axolotl."""
+    for key in ("datasets", "test_datasets"):
+        for entry in cfg.get(key) or []:
+            path = Path(str(entry.get("path")))
+            # A fused run finds out by itself, when its first batch has no distributions.
+            if entry.get("type") == BEST and _is_tokenized(path):
+                yield (
+                    f"{path} has the columns {', '.join(sorted(_TOKENIZED))}: axolotl would take these rows as they "
+                    f"are and never ask `type: {BEST}`. Give it the scored responses"
+                )
+            if key == "test_datasets" and entry.get("type") == DPO and path.is_dir() and not entry.get("split"):
+                yield (
+                    f"test_datasets: {path} is a folder, in which axolotl looks for a split called test; give the "
+                    "entry `split: train` for all of its rows"
+                )
+
+
+def _is_tokenized(file: Path) -> bool:
+    """Whether the first row of a JSONL file is one that axolotl takes for prepared."""
+    if file.suffix not in (".jsonl", ".json") or not file.is_file():
+        return False
+    with file.open(encoding="utf-8", errors="replace") as rows:
+        try:
+            row = json.loads(next(rows, ""))
+        except ValueError:
+            return False
+    return isinstance(row, dict) and row.keys() >= _TOKENIZED
 
 
 def _settings(cfg: Any, block: FusionBlock) -> Iterator[str]:

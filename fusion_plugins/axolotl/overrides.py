@@ -63,8 +63,11 @@ def _put(cfg: Any, path: Sequence[str], value: Any) -> None:
 
 
 def _misplaced_keys(cfg: Mapping[str, Any]) -> Iterator[str]:
-    for key in cfg:
-        if key in FusionBlock.model_fields and key not in _keys_of_axolotl():
+    block = cfg.get(BLOCK)
+    for key, value in cfg.items():
+        # The same value in both places is a YAML anchor.
+        taken = isinstance(block, Mapping) and key in block and block[key] == value
+        if key in FusionBlock.model_fields and not taken and key not in _keys_of_axolotl():
             yield f"{key}: axolotl ignores this key beside the block; write it under `{BLOCK}:`"
 
 

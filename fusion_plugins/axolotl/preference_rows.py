@@ -19,7 +19,8 @@ from fusion_plugins.errors import DataError
 Row = dict[str, Any]
 
 _TEXT, _IDS = Value("string"), List(Value("int32"))
-SUPERVISED = {"input_ids": _IDS, "attention_mask": List(Value("int8")), "labels": _IDS}
+# The types of axolotl's own rows, because a dataset of another type may be merged with this one.
+SUPERVISED = {"input_ids": _IDS, "attention_mask": List(Value("int8")), "labels": List(Value("int64"))}
 """The columns of :func:`supervised_row`."""
 ANSWERS = ("chosen_ids", "rejected_ids")
 PREFERENCE = {

@@ -181,20 +181,18 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
             found = token_losses(outputs["logits"], None, labels, self._batch.fused, **self._options)
             lm, fusion = found.lm, found.fusion
         weight, router = self.lm_weight, self._router_loss(outputs)
-        loss = weight * lm + (1 - weight) * fusion
         figures = self._training_figures if self.model.training else self._evaluation_figures
         if figures is not None:
             figures.add(
-                loss=loss + router * positions,
                 lm=lm,
                 fusion=fusion,
-                weight=weight * positions,
-                router=router * positions,
                 positions=positions,
                 fused_positions=fused_positions,
+                weight=weight,
+                router=router,
             )
         tokens = positions.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
-        return loss / tokens + router / self._batches_of_a_step(num_items_in_batch)
+        return (weight * lm + (1 - weight) * fusion) / tokens + router / self._batches_of_a_step(num_items_in_batch)
 
     def _router_loss(self, outputs: Any) -> Tensor | float:
         """The weighted loss that balances the experts of a mixture; 0 for other models.

@@ -25,13 +25,14 @@ from fusion_plugins.doctor.advice import advice, verdict
 from fusion_plugins.doctor.diagnosis import Diagnosis, diagnose, figures
 from fusion_plugins.errors import ConfigError, FusionError, MismatchError
 from fusion_plugins.map_cache import cached_map
+from fusion_plugins.model_names import missing_folder
 from fusion_plugins.progress import meter
 from fusion_plugins.store import Store, open_store
 
 #: the training step whose memory is reported; ENTRIES is what `fusion capture` keeps by default
 BATCH, TOKENS, ENTRIES = 1, 2048, 64
 #: bytes on disk per token that `fusion capture` can be expected to write at its default top_k of 64
-EXPECTED_BYTES = 117.0
+EXPECTED_BYTES = 165.0
 
 
 class DoctorConfig(Settings):
@@ -289,8 +290,10 @@ def _sample(target: Side, sources: Sequence[Side], limit: int) -> list[str]:
 def _load_tokenizer(path: str) -> tuple[Any, TokenTable]:
     from transformers import AutoTokenizer
 
+    if problem := missing_folder(path):
+        raise ConfigError(f"expected a store or a tokenizer, got {path}: {problem}. Correct the path.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"expected a store or a tokenizer, got {path}, which is neither: {error}") from error
     return tokenizer, TokenTable.from_tokenizer(tokenizer)

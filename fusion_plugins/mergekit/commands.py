@@ -9,7 +9,10 @@ from pydantic import Field
 from fusion_plugins.command_options import Assignments, ConfigFile
 from fusion_plugins.config import Settings, load_config
 from fusion_plugins.errors import ConfigError
+from fusion_plugins.install import missing_package
+from fusion_plugins.mergekit.record import PAGE_NAME
 from fusion_plugins.mergekit.report import render_merge_report
+from fusion_plugins.terminal import say
 
 
 class ReportConfig(Settings):
@@ -29,26 +32,21 @@ def merge_check(
 
     For example: `fusion merge-check mergekit_configs/varm.yml`.
     """
-    from rich.console import Console
-
     try:
         from mergekit.options import MergeOptions
 
         from fusion_plugins.mergekit.check import check_merge
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"fusion merge-check needs {error.name}, which is not installed: pip install 'fusion-plugins[mergekit]'"
-        ) from error
+        raise _missing(error, "fusion merge-check") from error
     options = MergeOptions(lora_merge_cache=lora_merge_cache, trust_remote_code=trust_remote_code)
-    result = check_merge(config, out=out, options=options)
-    console = Console(soft_wrap=True, highlight=False)
+    result = check_merge(config, out=out, options=options, say=lambda step: say(f"{step} ...", stderr=True))
     for name, text in result.facts:
-        console.print(f"{name}: {text}", markup=False)
+        say(f"{name}: {text}")
     for finding in result.findings:
-        console.print(f"{finding.level.upper()}: {finding.text}\n  -> {finding.cure}", markup=False)
+        say(f"{finding.level.upper()}: {finding.text}\n  -> {finding.cure}")
     if not result.ok:
         raise typer.Exit(1)
-    console.print("no problems found" if not result.findings else "no errors found", markup=False)
+    say("no problems found" if not result.findings else "no errors found")
 
 
 def report(
@@ -71,9 +69,13 @@ def report(
     try:
         page = render_merge_report(settings.folder)
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"fusion report needs {error.name}, which is not installed: pip install 'fusion-plugins[report]'"
-        ) from error
-    file = settings.out or settings.folder / "fusion_report.html"
+        raise _missing(error, "fusion report") from error
+    file = settings.out or settings.folder / PAGE_NAME
     write_atomic(file, page)
-    typer.echo(str(file))
+    say(str(file))
+
+
+def _missing(error: ModuleNotFoundError, command: str) -> Exception:
+    """Return what to raise where a package is missing: the way to install it, if an extra brings it."""
+    message = missing_package(error, command)
+    return error if message is None else ConfigError(message)

@@ -17,11 +17,12 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.registry import get
 from safetensors import SafetensorError
 
-from fusion_plugins.errors import ConfigError, FusionError
+from fusion_plugins.errors import ConfigError, FusionError, MergeError
 from fusion_plugins.escape import for_terminal
+from fusion_plugins.mergekit.adapters import adapter_problems
 from fusion_plugins.mergekit.checkpoints import (
+    Checkpoint,
     IndexedLoader,
-    Stored,
     first_line,
     read_config,
     read_file,
@@ -31,8 +32,9 @@ from fusion_plugins.mergekit.checkpoints import (
 from fusion_plugins.mergekit.ignored_keys import parameter_problems, unknown_keys
 from fusion_plugins.mergekit.methods import METHODS
 from fusion_plugins.mergekit.plan import extend_plan
-from fusion_plugins.mergekit.quantized import require_mergeable
+from fusion_plugins.mergekit.quantized import different_integers, require_mergeable
 from fusion_plugins.mergekit.record import MergeRecord, append_card, remove_record, require_writable
+from fusion_plugins.mergekit.rehearsal import Rehearsal, require_sound
 
 #: What a merge raises for wrong files and settings: our errors, and those of mergekit and the libraries below it.
 CAUSED_BY_USERS = (FusionError, OSError, SafetensorError, RuntimeError, ValueError)
@@ -48,9 +50,26 @@ def extend_merge(module: Any) -> None:
                 return super().plan_to_disk(out_path)  # type: ignore[no-any-return]
             # Before planning: it rewrites the configuration in place (models become slices).
             config = self.config.model_dump(mode="json", exclude_defaults=True)
-            stored = _stored(self.config.referenced_models())
+            models = self._read(self.config.referenced_models())
+            base = models[self.config.base_model or next(iter(models))]
             tasks = super().plan_to_disk(out_path)
-            return extend_plan(tasks, _record_of(config, out_path), stored, str(self.options.device))
+            stored = {str(reference): model.stored for reference, model in models.items() if model.stored is not None}
+            extended = extend_plan(tasks, _record_of(config, out_path), stored, str(self.options.device))
+            require_sound(tasks, Rehearsal(get(self.config.merge_method), models), self.arch_info, base)
+            remove_record(Path(out_path))  # only now: a merge that is refused leaves the old weights there
+            return extended
+
+        def _read(self, references: Iterable[ModelReference]) -> dict[ModelReference, Checkpoint]:
+            """Read what the models are stored in, and make mergekit read them as their index says."""
+            loaders, models = LoaderCache(), {}
+            for reference in references:
+                loader = loaders.get(reference)
+                stored = read_index(loader.index)
+                config = read_config(reference, trust_remote_code=self.options.trust_remote_code)
+                models[reference] = Checkpoint(str(reference), config, stored.tensors, None, None, stored)
+                if not isinstance(loader, IndexedLoader):
+                    loaders.loaders[reference] = IndexedLoader(loader.index, loader.lazy_unpickle)
+            return models
 
     @wraps(original)
     def run_merge(merge_config: Any, out_path: str, options: Any, config_source: str | None = None) -> Any:
@@ -63,7 +82,6 @@ def extend_merge(module: Any) -> None:
             _refuse_ignored(merge_config.model_dump(mode="json", exclude_defaults=True), type(merge_config), raw)
             _refuse_unreadable(merge_config.referenced_models(), options)
             require_writable(Path(out_path))
-            remove_record(Path(out_path))
             result = original(merge_config, out_path, options=options, config_source=config_source)
             # mergekit writes the card after it has run the plan.
             append_card(Path(out_path))
@@ -90,6 +108,8 @@ def extend_raw_merge(module: Any) -> None:
             files = dict.fromkeys([config.base_model, *(model.model for model in config.models)])
             stored = {file: read_file(Path(file)) for file in files if file is not None}
             tasks = original(config, out_path, union, intersection, options)
+            for text, cure in different_integers(stored, set().union(*(model.tensors for model in stored.values()))):
+                raise MergeError(f"{text}: {cure}.")
             tasks = extend_plan(tasks, _record_of(described, out_path), stored, str(options.device))
             remove_record(Path(out_path))
             return tasks
@@ -109,21 +129,13 @@ def _refuse_unreadable(references: Iterable[ModelReference], options: Any) -> No
     """Refuse what makes a merge fail, or its result noise, while nothing is removed or written yet."""
     stored = {}
     for reference in references:
-        read_config(reference, trust_remote_code=options.trust_remote_code)
+        config = read_config(reference, trust_remote_code=options.trust_remote_code)
+        if reference.lora is not None:
+            for text, cure in adapter_problems(reference, config, options.lora_merge_cache):
+                raise MergeError(f"{text}: {cure}.")
         if Path(reference.model.path).is_dir():
             stored[str(reference)] = read_folder(Path(reference.model.path))
     require_mergeable(stored)
-
-
-def _stored(references: Iterable[ModelReference]) -> dict[str, Stored]:
-    """Return what the models of a plan are stored in, and make mergekit read them as their index says."""
-    cache, stored = LoaderCache(), {}
-    for reference in references:
-        loader = cache.get(reference)
-        stored[str(reference)] = read_index(loader.index)
-        if not isinstance(loader, IndexedLoader):
-            cache.loaders[reference] = IndexedLoader(loader.index, loader.lazy_unpickle)
-    return stored
 
 
 @contextmanager

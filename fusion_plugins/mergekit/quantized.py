@@ -6,7 +6,7 @@ and the dtypes.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,46 +49,51 @@ def quantization_of(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
 
 
 def unmergeable(models: Mapping[str, Stored]) -> Iterator[tuple[str, str]]:
-    """Yield (problem, cure) for every model that is quantized and for integers that no merge can average.
+    """Yield (problem, cure) for every model that is quantized.
 
     Args:
         models: name -> what is stored.
     """
-    reasons = {name: quantization_of(model.config, model.tensors) for name, model in models.items()}
-    quantized = {name: reason for name, reason in reasons.items() if reason is not None}
-    for name, found in quantized.items():
-        yield (
-            f"{name} is quantized ({found}), and codes cannot be averaged",
-            (f"{DEQUANTIZE}, without quantization_config in its config.json"),
-        )
-    if not quantized:
-        for one, other, tensor in _different_buffers(models):
+    for name, model in models.items():
+        reason = quantization_of(model.config, model.tensors)
+        if reason is not None:
             yield (
-                f"tensor {tensor!r} holds integers that differ between {one} and {other} and cannot be averaged",
-                f"make them equal; if they are codes of a quantized checkpoint, {DEQUANTIZE}",
+                f"{name} is quantized ({reason}), and codes cannot be averaged",
+                f"{DEQUANTIZE}, without quantization_config in its config.json",
             )
 
 
+def different_integers(models: Mapping[str, Stored], names: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield (problem, cure) for integers that are not the same in all models that have them.
+
+    Args:
+        models: name -> what is stored.
+        names: of the tensors that are merged.
+    """
+    for tensor in sorted(names):
+        holders = [name for name, model in models.items() if tensor in model.tensors]
+        if not any(models[name].tensors[tensor].dtype in BUFFERS for name in holders):
+            continue
+        first = read_tensor(models[holders[0]], tensor)
+        for other in holders[1:]:
+            second = read_tensor(models[other], tensor)
+            if first.dtype != second.dtype or not torch.equal(first, second):
+                yield (
+                    f"tensor {tensor!r} holds integers that differ between {holders[0]} and {other} and cannot be "
+                    "averaged",
+                    f"make them equal; if they are codes of a quantized checkpoint, {DEQUANTIZE}",
+                )
+                break
+
+
 def require_mergeable(models: Mapping[str, Stored]) -> None:
-    """Refuse what :func:`unmergeable` finds.
+    """Refuse quantized models.
 
     Raises:
         MergeError: names the model, the tensor and the cure.
     """
     for problem, cure in unmergeable(models):
         raise MergeError(f"{problem}: {cure}.")
-
-
-def _different_buffers(models: Mapping[str, Stored]) -> Iterator[tuple[str, str, str]]:
-    """Yield (model, other model, tensor) for integers that are not the same in all models that have them."""
-    buffers = {name for model in models.values() for name, info in model.tensors.items() if info.dtype in BUFFERS}
-    for tensor in sorted(buffers):
-        one, *others = [name for name, model in models.items() if tensor in model.tensors]
-        for other in others:
-            first, second = (read_tensor(models[name], tensor) for name in (one, other))
-            if first.dtype != second.dtype or not torch.equal(first, second):
-                yield one, other, tensor
-                break
 
 
 def _configured(config: Any) -> str | None:

@@ -8,14 +8,16 @@ starts, it is written when the weights are complete, and it holds their fingerpr
 """
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryFile
 from threading import Lock
 from typing import Any
+
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
 from fusion_plugins.checkpoint_fingerprint import checkpoint_fingerprint
 from fusion_plugins.errors import DataError, MergeError
@@ -85,7 +87,39 @@ class MergeRecord:
             "mean_weights": mean_weights,
             "tensors": tensors,
         }
-        write_atomic(self.folder / RECORD_NAME, f"{json.dumps(record, indent=1)}\n".encode())
+        write_atomic(self.folder / RECORD_NAME, f"{json.dumps(record, indent=1)}\n")
+
+
+class _Tensor(BaseModel):
+    name: str
+    layer: str | None
+    elements: int
+    weights: dict[str, FiniteFloat]
+
+    @model_validator(mode="after")
+    def _layer_holds_tensor(self) -> "_Tensor":
+        if self.layer is not None and not self.name.startswith(f"{self.layer}."):
+            raise ValueError("the name of a tensor must begin with its layer")
+        return self
+
+
+class _Record(BaseModel):
+    """What a page reads of a record, which may come from anywhere."""
+
+    method: str
+    base_model: str
+    models: list[str] = Field(min_length=1)
+    config: dict[str, Any]
+    versions: dict[str, str]
+    weights: str
+    mean_weights: dict[str, FiniteFloat]
+    tensors: list[_Tensor]
+
+    @model_validator(mode="after")
+    def _models_have_means(self) -> "_Record":
+        if set(self.models) != set(self.mean_weights):
+            raise ValueError("every model needs a mean weight")
+        return self
 
 
 def weights_fingerprint(folder: Path) -> str | None:
@@ -100,10 +134,15 @@ def require_writable(folder: Path) -> None:
         MergeError: a file or a permission is in the way.
     """
     nearest = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        what = "a folder that cannot be written" if nearest.is_dir() else "a file"
+    what = None if nearest.is_dir() else f"{nearest} is a file"
+    if what is None:
+        try:  # the bits of a permission do not tell about read-only disks, nor hold for root
+            TemporaryFile(dir=nearest).close()
+        except OSError as error:
+            what = f"{nearest} cannot be written: {error.strerror}"
+    if what is not None:
         raise MergeError(
-            f"{folder}: expected a folder for the merged model, or a name for a new one, got {what} ({nearest}). Name "
+            f"{folder}: expected a folder for the merged model, or a name for a new one, got neither ({what}). Name "
             "another folder, or repair the permission."
         )
 
@@ -139,23 +178,30 @@ def read_record(folder: Path) -> dict[str, Any]:
             "to the end: other methods leave no record, nor does a merge that did not finish."
         )
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: expected the record of a merge, got {error}. Merge again.") from error
-    found = record.get("format") if isinstance(record, dict) else type(record).__name__
-    if found != FORMAT or not record.get("tensors"):
+    found = content.get("format") if isinstance(content, dict) else type(content).__name__
+    if found != FORMAT or not content.get("tensors"):
         raise DataError(
-            f"{path}: expected format {FORMAT} and at least one tensor, got format {found!r} and "
-            f"{len(record.get('tensors') or []) if isinstance(record, dict) else 0} tensors. Merge again with this "
-            "version of fusion-plugins."
+            f"{path}: expected format {FORMAT} and at least one tensor, got format {found!r} or no tensors. Merge "
+            "again with this version of fusion-plugins."
         )
+    try:
+        record = _Record.model_validate(content).model_dump()
+    except ValidationError as error:
+        problem = error.errors(include_input=False, include_url=False)[0]
+        place = ".".join(map(str, problem["loc"]))
+        raise DataError(
+            f"{path}: expected the record of a merge, got a wrong {place}: {problem['msg']}. Merge again."
+        ) from None
     weights = weights_fingerprint(folder)
-    if weights is None or record.get("weights") != weights:
+    if weights is None or record["weights"] != weights:
         raise DataError(
             f"{path}: expected the record of the weights in {folder}, got that of others: the weights were merged, "
             "trained or copied there afterwards. Merge again, or report on the folder that the record is from."
         )
-    return record  # type: ignore[no-any-return]
+    return record
 
 
 def append_card(folder: Path) -> None:

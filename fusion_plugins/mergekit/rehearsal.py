@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from mergekit.architecture.conversion import convert_checkpoint_tensors
+from mergekit.architecture.conversion import can_convert_checkpoint_keys, convert_checkpoint_tensors
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, LoadTensor, SaveTensor
@@ -18,10 +18,14 @@ from mergekit.merge_methods.base import MergeMethod, OptionalTensorPolicy, Tenso
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 
+from fusion_plugins.errors import MergeError
+from fusion_plugins.mergekit.adapters import meta_model
 from fusion_plugins.mergekit.checkpoints import Checkpoint, first_line
+from fusion_plugins.mergekit.quantized import different_integers
 
 ONE_BASE = "give tuned models of one base; fuse other models by training"
 SAVED_ALIKE = "save all models in the same way, with all their tensors"
+RAW = "merge the files with mergekit-pytorch instead, which needs no description of the architecture"
 ALIGN = "add tokenizer: {source: base} (or union) to the configuration"
 TOKENIZERS = "give every model a tokenizer that fits it, or leave out tokenizer and tokenizer_source"
 
@@ -57,6 +61,37 @@ class Rehearsal:
         for task in tasks:
             if isinstance(task, SaveTensor) and isinstance(task.tensor_task, ExecuteMergeMethodTask):
                 yield self._problem_of(task.tensor_task, built, unaligned=tokenizer is None)
+        stored = {model.name: model.stored for model in self.models.values() if model.stored is not None}
+        yield from different_integers(stored, set().union(*self.read.values()))
+
+    def left_out(self, architecture: Any, checkpoint: Checkpoint) -> set[str]:
+        """Return the stored tensors of a model that mergekit does not merge, after :meth:`problems`.
+
+        Args:
+            architecture: mergekit's description of the models.
+            checkpoint: one of the models.
+        """
+        weights = architecture.all_weights(checkpoint.config)
+        known = {name for each in weights for name in (each.name, *(each.aliases or ()), *(each.tied_names or ()))}
+        read = next(names for model, names in self.read.items() if self.models[model] is checkpoint)
+        return {name for name in set(checkpoint.tensors) - read - known if not name.endswith("inv_freq")}
+
+    def lost_parameters(self, architecture: Any, base: Checkpoint) -> Iterator[tuple[str, str]]:
+        """Yield (problem, cure) if the merged model would lack parameters that the base has, after :meth:`problems`."""
+        left = self.left_out(architecture, base)
+        if not left:
+            return
+        try:
+            parameters = meta_model(base.config).state_dict()
+        except Exception:  # transformers does not know the model: then nobody can tell what it needs
+            return
+        lost = [name for name in parameters if can_convert_checkpoint_keys(base.config.model_type, left, name)]
+        if lost:
+            yield (
+                f"mergekit does not know {len(lost)} parameter(s) of {base.name}, such as {lost[0]}, or not all models "
+                "have them: they would be missing from the merged model",
+                f"if all models have them: {RAW}",
+            )
 
     def _problem_of(self, merge: ExecuteMergeMethodTask, tokenizer: Any, *, unaligned: bool) -> tuple[str, str] | None:
         inputs = merge.gather_tensors
@@ -65,13 +100,17 @@ class Rehearsal:
         if not isinstance(gather, GatherTensors):
             return None
         loads = [task for task in gather.arguments().values() if isinstance(task, LoadTensor)]
-        tensors = {}
+        tensors: dict[ModelReference, torch.Tensor] = {}
+        missing = []
         for load in loads:
             tensor = self._shape_of(load)
             if tensor is not None:
                 tensors[load.model] = tensor
             elif not load.optional:
-                return f"{load.model} has no tensor {load.tensor}, which the merge needs", SAVED_ALIKE
+                missing.append(load)
+        if missing:
+            text = f"{missing[0].model} has no tensor {missing[0].tensor}, which the merge needs"
+            return text, SAVED_ALIKE if tensors else RAW
         if permuted and tokenizer is not None:
             try:
                 tensors = inputs.execute(tokenizer_info=tokenizer, tensors=tensors)
@@ -146,6 +185,23 @@ class Rehearsal:
         self.read[model].add(name)
         info = self.models[model].tensors[name]
         return torch.empty(info.shape, dtype=getattr(torch, info.dtype), device="meta")
+
+
+def require_sound(tasks: Sequence[Task], rehearsal: Rehearsal, architecture: Any, base: Checkpoint) -> None:
+    """Refuse a plan that would stop later, or lose parameters.
+
+    Args:
+        tasks: the plan.
+        rehearsal: of it.
+        architecture: mergekit's description of the models.
+        base: the model whose configuration the merged model gets.
+
+    Raises:
+        MergeError: names the first problem and the cure.
+    """
+    found = [problem for problem in rehearsal.problems(tasks) if problem is not None]
+    for text, cure in found or rehearsal.lost_parameters(architecture, base):
+        raise MergeError(f"{text}: {cure}.")
 
 
 def _vocabulary_reason(error: Exception, tokenizer: Any, tensors: Mapping[ModelReference, torch.Tensor]) -> str:

@@ -7,17 +7,21 @@ neither torch nor mergekit, so that a record can be drawn on any machine.
 
 import json
 import math
-from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from fusion_plugins.mergekit.record import read_record
+from fusion_plugins.page import new_figure, plot_name, render_page, svg
 
 #: Number of tensors in a list of extremes.
 LISTED = 10
+#: Cells of a heat map that are drawn one by one.
+MOST_CELLS = 5000
+PIXELS_PER_INCH = 96
+#: How far a picture may shrink.
+READABLE = 0.8
 
 
 @dataclass(frozen=True)
@@ -81,53 +85,58 @@ def render_merge_report(folder: Path) -> str:
 
     Raises:
         DataError: there is no readable record, it has another format, or it belongs to other weights.
+        ModuleNotFoundError: jinja2 or matplotlib is not installed.
     """
-    from jinja2 import Environment, PackageLoader
-
     record = read_record(folder)
     summary = summarize_merge(record)
-    environment = Environment(loader=PackageLoader("fusion_plugins.mergekit"), autoescape=True)
-    return environment.get_template("merge.html").render(
-        name=folder.resolve().name,
-        record=record,
-        summary=summary,
-        uniform=1 / len(summary.models),
-        heat_map=_heat_map(record, summary.models),
-        outside=[entry for entry in record["tensors"] if entry["layer"] is None],
-        config=json.dumps(record["config"], indent=2),
-    )
+    values = {
+        "name": folder.resolve().name,
+        "record": record,
+        "summary": summary,
+        "uniform": 1 / len(summary.models),
+        "heat_maps": _heat_maps(record, summary.models),
+        "outside": [entry for entry in record["tensors"] if entry["layer"] is None],
+        "config": json.dumps(record["config"], indent=2, ensure_ascii=False),
+    }
+    return render_page("merge.html", values)
 
 
-def _heat_map(record: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Return one picture as a data URL (PNG): a panel per model, layers from top to bottom, their tensors across."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def _heat_maps(record: Mapping[str, Any], names: Sequence[str]) -> list[tuple[Any, int]]:
+    """Return (picture, least width in pixels) per model: layers from top to bottom, their tensors across."""
     from matplotlib.colors import TwoSlopeNorm
-    from matplotlib.figure import Figure
 
     inside = [entry for entry in record["tensors"] if entry["layer"] is not None]
     if not inside:
-        return ""
+        return []
     layers = list(dict.fromkeys(entry["layer"] for entry in inside))
     columns = list(dict.fromkeys(_within_layer(entry) for entry in inside))
-    width, height = 1.2 + 0.32 * len(columns), 1.8 + 0.17 * len(layers)
-    figure = Figure(figsize=(len(names) * width + 1, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
+    uniform = 1 / len(names)
     # White is an equal weight. The centre has to lie below vmax, also for one model, whose equal weight is 1.
-    norm = TwoSlopeNorm(vcenter=min(1 / len(names), 0.999), vmin=0, vmax=1)
-    for panel, model, name in zip(panels, record["models"], names, strict=True):
+    norm = TwoSlopeNorm(vcenter=min(uniform, 0.999), vmin=0, vmax=1)
+    pictures = []
+    for model, name in zip(record["models"], names, strict=True):
         grid = [[math.nan] * len(columns) for _ in layers]
         for entry in inside:
             grid[layers.index(entry["layer"])][columns.index(_within_layer(entry))] = entry["weights"].get(model, 0.0)
-        image = panel.imshow(grid, aspect="auto", cmap="RdBu_r", norm=norm, interpolation="nearest")
-        panel.set_title(name, fontsize=9)
-        panel.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
-        panel.set_yticks(range(len(layers)), [layer.rpartition(".")[2] for layer in layers], fontsize=6)
-    panels[0].set_ylabel("layer")
-    figure.colorbar(image, ax=list(panels), label="merge weight (white: equal weights)", shrink=0.8)
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return "data:image/png;base64," + b64encode(buffer.getvalue()).decode()
+        figure = new_figure(max(3.6, 1.2 + 0.32 * len(columns)), 3.2 + 0.2 * len(layers))
+        panel = figure.subplots()
+        # As many cells as a mixture of experts can have would make the page large: then the cells are one picture.
+        cells = panel.pcolormesh(grid, cmap="RdBu_r", norm=norm, rasterized=len(layers) * len(columns) > MOST_CELLS)
+        panel.invert_yaxis()
+        panel.set_title(plot_name(name), fontsize=10)
+        places = [index + 0.5 for index in range(max(len(columns), len(layers)))]
+        panel.set_xticks(places[: len(columns)], [plot_name(column) for column in columns], rotation=90, fontsize=9)
+        numbers = [plot_name(layer.rpartition(".")[2]) for layer in layers]
+        panel.set_yticks(places[: len(layers)], numbers, fontsize=9)
+        panel.set_ylabel("layer", fontsize=9)
+        bar = figure.colorbar(cells, ax=panel, orientation="horizontal", aspect=30)
+        bar.set_ticks(sorted({0.0, uniform, 1.0}), labels=[f"{tick:.2g}" for tick in sorted({0.0, uniform, 1.0})])
+        bar.ax.tick_params(labelsize=9)
+        bar.set_label("merge weight; white: equal", fontsize=9)
+        # On a narrower screen the picture scrolls, so that its letters stay readable.
+        least = round(READABLE * PIXELS_PER_INCH * figure.get_figwidth())
+        pictures.append((svg(figure, f"Merge weights of {name} by layer and module"), least))
+    return pictures
 
 
 def _within_layer(entry: Mapping[str, Any]) -> str:

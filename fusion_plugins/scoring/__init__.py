@@ -3,8 +3,9 @@
 Data flow: ``fusion sample`` -> responses -> ``fusion score`` -> scored responses -> pairs. Importing this package loads
 neither torch nor a verifier.
 
-Reading order: base, responses, score; then one scorer: answers, math_worker, pool, math_scorer (mathematics),
-sandbox_launcher, sandbox_runner, sandbox, code_scorer (code), or reward (reward model).
+Reading order: base, responses, score; then one scorer: numerals, quantities, answers, math_worker, pool, math_scorer
+(mathematics); names, programs, code_tests, sandbox_launcher, sandbox_runner, sandbox, code_scorer (code); or reward
+(reward model).
 """
 
 from typing import Any

@@ -1,34 +1,82 @@
-"""Find the answer in a model's response and in a gold reference; text only, nothing is evaluated."""
+r"""Find the answer in a model's response and in a gold reference; text only, nothing is evaluated.
+
+The marks of an answer, from the strongest: ``\boxed{}``; ``####`` and a value; "the answer is", in English or Chinese;
+bold. Of several the last group counts: boxes that only "and", "or" or a comma parts are one answer.
+"""
 
 import re
-from decimal import Decimal
+from dataclasses import dataclass
 
-# The minus of "10-5" is no sign and "x2" is no number, hence the look-behind. ASCII, because a Chinese character would
-# count as a letter and "付2380元" would hold no number.
-_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?(?:\s*\\?%)?", re.ASCII)
-_HASHES = re.compile(r"####[ \t]*(\S[^\n]*)")
-# In a response "#### 3. Add the numbers" is a Markdown heading; an answer is a number with at most a short unit.
-_HASHED_NUMBER = re.compile(
-    r"####[ \t]*(\\?\$?[ \t]*[-+]?[\d,]*\.?\d[\d,./]*(?<![.,/])[ \t]*%?)[^\d\n.:)]{0,16}\.?[ \t]*$", re.M
-)
-# "18 dollars" and "$18 per day" have a unit, "2 pi" and "2 sqrt 3" have none: a unit is a word of three letters or more
-# that names no function.
-_WITH_UNIT = re.compile(
-    r"(\\?\$?\s*[-+]?[\d,]*\.?\d+(?:\s*/\s*\d+)?)\s+(?!(?:sqrt|sin|cos|tan|log|exp|mod|and)\b)[a-zA-Z]{3}[a-zA-Z ]*"
-)
-# "\boxed 3" is TeX for "\boxed{3}".
-_BOXED = re.compile(r"\\f?box(?:ed)?\s*(?:\{|(?<=\s)([^\s{}$.]+))")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-# At most two digits of exponent: "1e999999999" would be written out as a gigabyte of zeros.
-_EXPONENT = re.compile(r"(?<![\w.])\d+(?:\.\d+)?[eE][-+]?\d{1,2}(?![\w.]*\w)")
-#: full-width digits, letters and signs in Chinese text -> ASCII
-_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
-_CHINESE = re.compile(r"[\u3000-\u303f\u3400-\u4dbf\u4e00-\u9fff]+")
-
+from fusion_plugins.scoring.quantities import LIST, is_list, plain_signs, read
 
 #: the end of a model's thinking; in a program it is inside quotes
-_THOUGHT = re.compile(r"""(?<!["'`])</(?:think|thinking|thought|reasoning|seed:think)>(?!["']|`(?!``))""", re.I)
-_THINKING = re.compile(r"^[ \t]*<(?:think|thinking|thought|reasoning|seed:think)>", re.I | re.M)
+_THOUGHT = re.compile(
+    r"""(?<!["'`])</(?:think|thinking|thought|reasoning|seed:think)>(?!["']|`(?!``))""", re.IGNORECASE
+)
+_THINKING = re.compile(r"^[ \t]*<(?:think|thinking|thought|reasoning|seed:think)>", re.IGNORECASE | re.MULTILINE)
+# "\boxed 3" is TeX for "\boxed{3}"; "\boxed as asked" only names the command.
+_BOXED = re.compile(r"\\f?box(?:ed)?\s*(?:\{|(?<=\s)(-?[\d.,]*\d|[A-J](?![\w'])))")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_LETTER = re.compile(
+    r"\b(?:[Oo]ption|[Cc]hoice|[Aa]nswer|[Cc]hoose|[Ss]elect|[Pp]ick)\s*:?\s*[(\[*]*([A-J])\b|[(\[]([A-J])[)\]]|[选]择?\s*[:：]?\s*([A-J])"
+    r"|(?:^|\n)\W*([A-J])(?=\W*(?:$|\n)|[).:]|\s+is\s+(?:the\s+)?(?:correct|right|best))|\b([B-J])\W*\Z"
+)
+_MAX_BETWEEN = 60
+#: what may be between two boxes of one answer: "and", a comma, the name of the second
+_BETWEEN = re.compile(
+    r"(?:[\s$,;.、，；&]|\\[()\[\],;]|\\quad|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|和|或者?|以及|[a-z](?:_\{?\w\}?)?\s*=)*"
+)
+#: the end of a response that was cut off: an operator, an unfinished sentence, an open box
+_BROKEN_OFF = re.compile(
+    r"(?:[=+/×÷({\\<>]|\d\s*[-*]|\b(?:is|are|be|answer|equals|has|have|the|an?|of|to|and|or|so)|答案[是为]|\\boxed\s*\{[^{}]*)\s*\Z",
+    re.IGNORECASE,
+)
+_DRAWING = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
+_HASHES = re.compile(r"^[ \t]*####(?!#)[ \t]*(\S[^\n]*)", re.MULTILINE)
+_GOLD_HASHES = re.compile(r"####(?!#)[ \t]*(\S[^\n]*)")
+_PHRASE = re.compile(
+    r"(?P<final>\bfinal\s+)?\b(?:ans(?:wer)?|correct\s+(?:option|choice)|option)s?\b(?:\s+(?:to|of|for)\s[^.\n:]{0,80}?)?\s*"
+    r"(?:(?:is|are|was|would\s+be|must\s+be|should\s+be|equals)\b|[:=：])\s*:?"
+    # a heading
+    r"|^[\W_]*(?:final\s+)?answer[*_:# ]*$"
+    r"|(?:最终|最后|正确)?(?:答案|选项)(?:应该|应|就)?\s*(?:是|为|选|[:：=])+|(?:^|[\s。，])答\s*[:：]|(?:故|因此|所以|应该?)选(?:择)?\s*[:：]?(?=\s*[A-J])",
+    re.IGNORECASE | re.MULTILINE,
+)
+_BOLD = re.compile(r"\*\*([^*\n]+?)\*\*|__([^_\n]+?)__")
+_SENTENCE_END = re.compile(r"\n|[。！？!?；]|\.(?=\s|$|\*\*)|;\s")
+_FORMULA = re.compile(
+    r"(?<!\\)\$\$(.+?)(?<!\\)\$\$"
+    # "$18 per day and $20" are two prices.
+    r"|(?<!\\)\$(?!\s?\d[\d,.]*\s+[A-Za-z]{2})((?:\\\$|[^$\n])+?)(?<!\\)\$(?!\d)"
+    r"|\\\((.+?)\\\)|\\\[(.+?)\\\]"
+    r"|\\begin\{(?P<kind>align|equation|gather|eqnarray|multline)\*?\}(.+?)\\end\{(?P=kind)\*?\}",
+    re.DOTALL,
+)
+_NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+# The minus of "10-5" is no sign and "x2" is no number, hence the look-behind. ASCII, because a Chinese character would
+# count as a letter and "付2380元" would hold no number.
+_VALUE_IN_TEXT = re.compile(
+    rf"(?<![\w.])(?:(?<=[\s=(:：,，是为])|^|(?<=[^\x00-\x7f])|(?<![\d)]))(?:-\((?:{_NUMBER})\)|[-+]?[$€£¥]?\s?(?:{_NUMBER}))"
+    rf"(?:\s*(?:[-+*/×÷^]|\\times|\\div|\\cdot)\s*\(?-?(?:{_NUMBER})\)?|[eE][-+]?\d{{1,3}})*(?:\s*\\?%)?",
+    re.ASCII | re.MULTILINE,
+)
+_MULTIPLIED = re.compile(
+    r"\s*-?\s*(?:(?:hundred|thousand|million|billion|trillion|dozen)s?\b|bn\b|percent\b|[十百千]?[万亿])", re.ASCII
+)
+_WORDS = ("yes", "no", "true", "false")
+
+
+@dataclass(frozen=True)
+class Found:
+    """An answer in a response.
+
+    Attributes:
+        texts: the ways to read it, the most likely first.
+        how: boxed, hashes, phrase, bold, formula or number.
+    """
+
+    texts: tuple[str, ...]
+    how: str
 
 
 def final_part(response: str) -> str:
@@ -47,70 +95,214 @@ def gold_answer(reference: str) -> str:
 
     Example:
         >>> gold_answer("9 * 2 = 18\n#### 18"), gold_answer(r"so \boxed{\frac{1}{2}}"), gold_answer("2380元")
-        ('18', '\\frac{1}{2}', '2380')
+        ('18', '\\frac{1}{2}', '2380元')
     """
-    hashed = _HASHES.findall(reference)
-    return _strip_units(hashed[-1] if hashed else _last_boxed(reference) or reference)
+    hashed = _GOLD_HASHES.findall(reference)
+    return (hashed[-1] if hashed else _last_boxes(reference)[0] or reference).strip()
 
 
-def marked_answer(response: str) -> tuple[str, str] | None:
-    r"""Return the answer that a response marks as such, and how: the last ``\boxed{}``, else the last ``#### number``.
+def find_answer(response: str, *, marked_only: bool = False, broken_off: bool = False) -> Found | None:
+    r"""Return the answer of a response; None where it has none.
+
+    Args:
+        response: of the model, in full.
+        marked_only: whether only ``\boxed{}`` and ``####`` count.
+        broken_off: whether the response was cut off, so that what it says last is no answer unless it is marked.
 
     Example:
-        >>> marked_answer(r"\boxed{3}, no, \boxed{4}"), marked_answer("#### 2. Add\n3 + 4\n#### 7 apples")
-        (('4', 'boxed'), ('7', 'hashes'))
-        >>> marked_answer("It is 7.")
+        >>> find_answer(r"\boxed{3}, no, \boxed{4}").texts, find_answer("#### 2. Add\n3 + 4\n#### 7 apples").texts
+        (('4',), ('7 apples',))
+        >>> find_answer("The answer is 90/3=30 bananas, as shown.").texts[0]
+        '90/3=30 bananas'
     """
-    boxed = _last_boxed(response)
-    if boxed is not None:
-        return _strip_units(boxed), "boxed"
-    hashed = _HASHED_NUMBER.findall(response)
-    return (_strip_units(hashed[-1]), "hashes") if hashed else None
+    text = plain_signs(_DRAWING.sub("", final_part(response)))
+    broken_off = broken_off or _BROKEN_OFF.search(text) is not None
+    boxes, place = _last_boxes(text)
+    hashed = [match for match in _HASHES.finditer(text) if _is_value(match[1])]
+    if marked_only:
+        return Found((boxes,), "boxed") if boxes else Found((hashed[-1][1].strip(),), "hashes") if hashed else None
+    phrase = _last_phrase(text, boxes, place)
+    if boxes and not (phrase and phrase[1] > place and phrase[2]):
+        return Found((boxes,), "boxed")
+    if hashed and not (phrase and phrase[1] > hashed[-1].start()):
+        # "#### 3 key points" is a heading, "#### 3 apples" an answer; where both are possible, what is said decides.
+        if not phrase or _is_bare(hashed[-1][1]):
+            return Found((hashed[-1][1].strip(),), "hashes")
+    bold = [match for match in _BOLD.finditer(text) if _is_value(match[1] or match[2])]
+    # A bold value counts where no number follows it, and against what was said before only in a line of its own.
+    if bold and not broken_off and not re.search(r"\d", text[bold[-1].end() :]):
+        if not phrase or (bold[-1].start() > phrase[1] and re.search(r"\n\W*\Z", text[: bold[-1].start()])):
+            return Found(((bold[-1][1] or bold[-1][2]).strip(),), "bold")
+    # A mere word is what a sentence says on the way, unless nothing else follows.
+    if phrase and (re.search(r"\d", phrase[0][0]) or read(phrase[0][0]).kind or not _last_value(text[phrase[1] :])):
+        return Found(phrase[0], "phrase")
+    if broken_off:
+        return None
+    whole = text.strip()
+    if read(whole).kind or is_list(whole) or re.fullmatch(r"[A-Za-z-]+\.?", whole):
+        return Found((whole,), "number")
+    return _last_value(text)
 
 
-def last_number(text: str) -> str | None:
-    """Return the last number of a text, with its sign, decimals, denominator or percent sign.
+def find_letter(response: str) -> str | None:
+    """Return the letter of a multiple choice that a response names at last, in whatever way.
 
     Example:
-        >>> last_number("一共要付2380元。"), last_number("from 10-5 to 1,234.50"), last_number("none")
-        ('2380', '1,234.50', None)
+        >>> find_letter("Option A is too small. So I choose B."), find_letter("Paris (C) is right."), find_letter("No.")
+        ('B', 'C', None)
     """
-    found = _NUMBER.findall(text.translate(_FULL_WIDTH))
-    return found[-1].strip() if found else None
+    found = list(_LETTER.finditer(final_part(response)))
+    return next(filter(None, found[-1].groups())) if found else None
 
 
-def write_out_exponents(text: str) -> str:
-    """Return a text with numbers such as 1.5e6 written in full; math-verify reads the "e" as a symbol.
-
-    Example:
-        >>> write_out_exponents("It is 1.5e6, or 2E-3. (3e, x2e5)")
-        'It is 1500000, or 0.002. (3e, x2e5)'
-    """
-    return _EXPONENT.sub(lambda match: f"{Decimal(match[0]):f}", text)
-
-
-def _strip_units(answer: str) -> str:
-    """Return an answer in ASCII forms, without outer space and final period; a number also without its unit.
-
-    Example:
-        >>> _strip_units("约２３８０元。"), _strip_units(" 18 dollars. "), _strip_units("甲")
-        ('2380', '18', '甲')
-    """
-    text = answer.translate(_FULL_WIDTH).strip().rstrip(".。").strip()
-    bare = _CHINESE.sub(" ", text).strip()
-    if not any(character.isdigit() for character in bare):
-        return text
-    with_unit = _WITH_UNIT.fullmatch(bare)
-    return with_unit[1] if with_unit else bare
-
-
-def _last_boxed(text: str) -> str | None:
-    # The last one that is closed and not empty: responses are cut off, and some mention a bare "\boxed{}".
-    for match in reversed(list(_BOXED.finditer(text))):
-        inside = match[1] or _balanced(text, match.end())
-        if inside is not None and inside.strip():
-            return inside
+def _last_phrase(text: str, boxes: str | None, boxed_at: int) -> tuple[tuple[str, ...], int, bool] | None:
+    """Return the ways to read what the last "the answer is" says, its place, and whether it is called final."""
+    for match in reversed(list(_PHRASE.finditer(text))):
+        said = text[match.end() :].lstrip(" \t:*_")
+        if said.startswith("\n"):
+            said = said.lstrip()
+        if re.match(r"(?:not|不是?)\b", said):
+            continue
+        if boxes and match.start() < boxed_at:
+            return None
+        texts = _ways_to_read(said)
+        if texts:
+            return texts, match.start(), bool(match["final"])
     return None
+
+
+def _ways_to_read(said: str) -> tuple[str, ...]:
+    """Return what a sentence that begins with an answer may say; nothing where it says none."""
+    said = said.removeprefix("**").removeprefix("__")
+    formula = _FORMULA.match(said)
+    if formula:
+        # "$x = 3$ or $x = -1$" is one answer.
+        parts, place = [_inside(formula)], formula.end()
+        while (link := LIST.match(said, place)) and (formula := _FORMULA.match(said, link.end())):
+            parts.append(_inside(formula))
+            place = formula.end()
+        behind = _MULTIPLIED.match(said, place)
+        return (", ".join(part.strip() for part in parts) + (behind[0] if behind else ""),)
+    end = _SENTENCE_END.search(said)
+    sentence = (said[: end.start()] if end else said).replace("**", "").replace("__", "").strip()
+    if read(sentence).kind or is_list(sentence):
+        return (sentence,)
+    if re.fullmatch(r"(?:yes|no|true|false|none|[\w-]+)", sentence, re.IGNORECASE) or re.search(
+        r"\\[a-z]+|[\^_{}]", sentence
+    ):
+        return (sentence,)
+    letter = re.match(r"[(\[]?([A-J])(?:[)\].:、,]|\s*$|\s+(?:because|since|as)\b|(?=[^\x00-\x7f]))", sentence)
+    if letter:
+        return (letter[1],)
+    # The longest beginning that is a value: "7 apples because 3 + 4 = 7".
+    words = sentence.split(" ")
+    for length in range(min(len(words), 8), 0, -1):
+        beginning = " ".join(words[:length]).rstrip(",;:")
+        if read(beginning).kind or is_list(beginning):
+            return (beginning,)
+    found = _last_value(sentence)
+    return found.texts if found else ()
+
+
+def _last_value(text: str) -> Found | None:
+    """Return the formula or number that a text ends with."""
+    formulas = list(_FORMULA.finditer(text))
+    numbers = [
+        match
+        for match in _VALUE_IN_TEXT.finditer(text)
+        if not any(f.start() <= match.start() < f.end() for f in formulas)
+    ]
+    if formulas and (not numbers or formulas[-1].start() > numbers[-1].start()):
+        whole = _inside(formulas[-1])
+        last = re.split(r"(?<![\\<>!])=|\\(?:approx|implies|Rightarrow|to)\b", whole)[-1].strip()
+        return Found((whole, last) if last and last != whole else (whole,), "formula")
+    if numbers:
+        match = numbers[-1]
+        multiplied = _MULTIPLIED.match(text, match.end())
+        value = match[0].strip() + (multiplied[0] if multiplied else "")
+        first = match.start()
+        for other in reversed(numbers[:-1]):
+            if not LIST.fullmatch(text[other.end() : first]):
+                break
+            first = other.start()
+        listed = () if first == match.start() else (text[first : match.start()] + value,)
+        return Found((*_around(text, match), *listed, value), "number")
+    # "twenty one thousand" begins where no word before it belongs to the number.
+    words = re.findall(r"[A-Za-z-]+|[零〇一二两三四五六七八九十百千万亿点分之]+", text)
+    for last in range(len(words), 0, -1):
+        if words[last - 1].lower() in ("a", "an", "one", "一") or read(words[last - 1]).kind != "number":
+            continue
+        first = last - 1
+        while first and words[first].isascii() and read(" ".join(words[first - 1 : last])).kind == "number":
+            first -= 1
+        return Found((" ".join(words[first:last]),), "number")
+    return None
+
+
+def _inside(formula: re.Match[str]) -> str:
+    """Return what a formula says, without its environment and punctuation."""
+    kind = formula.re.groupindex["kind"]
+    inside = next(text for place, text in enumerate(formula.groups(), 1) if text and place != kind)
+    inside = re.sub(r"\\(?:begin|end)\{(?:aligned|split|gathered)\}|&(?=\s*=)|\\\\\s*$", " ", inside)
+    return inside.strip().rstrip(".,;").strip()
+
+
+def _around(text: str, number: re.Match[str]) -> tuple[str, ...]:
+    """Return the time, date or range that a number of a text belongs to, if there is one."""
+    start = max(text.rfind("\n", 0, number.start()), text.rfind(". ", 0, number.start())) + 1
+    line = text[start:].partition("\n")[0]
+    words = [(match.start() + start, match.end() + start) for match in re.finditer(r"\S+", line)]
+    inside = next((place for place, (_, end) in enumerate(words) if end > number.start()), None)
+    if inside is None:
+        return ()
+    windows = [
+        (first, last)
+        for first in range(max(0, inside - 4), inside + 1)
+        for last in range(inside + 1, min(len(words), inside + 4) + 1)
+    ]
+    for first, last in sorted(windows, key=lambda window: window[0] - window[1]):
+        window = text[words[first][0] : words[last - 1][1]]
+        if read(window).kind in ("time", "date", "range"):
+            return (window,)
+    return ()
+
+
+def _is_value(text: str) -> bool:
+    """Return whether a text is an answer and nothing else: a quantity, a list, a formula, or one word."""
+    text = text.strip().rstrip(".")
+    if re.match(r"\d+[.)]\s", text):
+        return False
+    if read(text).kind or is_list(text) or _FORMULA.fullmatch(text) or text.lower() in _WORDS:
+        return True
+    if re.search(r"[A-Za-z]{2,}\s+[A-Za-z]{2,}", re.sub(r"\\[a-zA-Z]+(?:\{[^{}]*\})?", "", text)):
+        return False
+    # A formula without its marks: it begins with a sign, a digit, a bracket, a command or a variable.
+    return re.match(r"[-+(\[{|\\$\d.√]|[A-Za-z](?![A-Za-z])|(?:sqrt|pi|ln|log|sin|cos|tan)\b", text) is not None
+
+
+def _is_bare(text: str) -> bool:
+    """Return whether an answer has at most one word beside its number."""
+    return len(re.findall(r"[A-Za-z]{2,}", re.sub(r"\\[a-zA-Z]+", "", text))) <= 1
+
+
+def _last_boxes(text: str) -> tuple[str | None, int]:
+    """Return the answer in the last boxes that are closed and not empty, and the place of the first of them."""
+    found: list[tuple[int, int, str]] = []
+    for match in _BOXED.finditer(text):
+        inside = match[1] or _balanced(text, match.end())
+        # Of nested boxes the inner one.
+        if inside is not None and inside.strip() and not _BOXED.match(inside.strip()):
+            end = match.end() if match[1] else match.end() + len(inside) + 1
+            found.append((match.start(), end, inside.strip()))
+    if not found:
+        return None, -1
+    group = [found[-1]]
+    for box in reversed(found[:-1]):
+        between = text[box[1] : group[0][0]]
+        if len(between) > _MAX_BETWEEN or not _BETWEEN.fullmatch(between):
+            break
+        group.insert(0, box)
+    return ", ".join(dict.fromkeys(inside for _, _, inside in group)), group[0][0]
 
 
 def _balanced(text: str, start: int) -> str | None:

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fusion_plugins.errors import ConfigError, DataError
+from fusion_plugins.install import install_command
 from fusion_plugins.scoring.base import Row, Score
 from fusion_plugins.scoring.code_tests import Suite, read_tests
 from fusion_plugins.scoring.programs import extract_code
@@ -86,7 +87,7 @@ class CodeScorer:
         if suite is None:
             return Score(reason="no tests")
         if suite.format == "pytest" and not self._pytest:
-            return Score(reason="the tests are test functions, which need pytest; install it: pip install pytest")
+            return Score(reason=f"the tests are test functions, which need pytest: {install_command('score')}")
         prompt = given.get("prompt") if isinstance(given, dict) else None
         code = extract_code(row["response"], suite.needed, prompt if isinstance(prompt, str) else "")
         if not code.strip():
@@ -117,9 +118,9 @@ def _defect(suite: Suite, test: TestVerdict) -> str | None:
         return "a test does not compile"
     if test.verdict == "unchecked":
         return "the tests reached no check"
-    missing = re.search(r"ModuleNotFoundError: No module named '([\w.]+)'", test.error or "")
-    if missing and missing[1].partition(".")[0] in suite.modules:
-        return f"the tests need the package {missing[1]!r}, which the sandbox does not have; see the option packages"
+    missing = re.search(r"ModuleNotFoundError: No module named '(\w+)", test.error or "")
+    if missing:
+        return f"the package {missing[1]!r} is not in the sandbox; see the option packages"
     if "fixture '" in (test.error or "") and suite.format == "pytest":
         return f"the tests need what pytest does not have: {test.error}"
     return None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusion_plugins.errors import DataError
-from fusion_plugins.scoring.names import UNPARSABLE, bound_names, free_names, imported_modules, parse
+from fusion_plugins.scoring.names import UNPARSABLE, bound_names, free_names, parse
 
 #: what the runner calls when a check is reached; :func:`count_checks` writes the calls into the tests
 COUNTER = "_check_is_reached_"
@@ -34,14 +34,12 @@ class Suite:
         tests: what the runner runs, in order; each in a process of its own.
         setup: a program that runs before the response's, and again after it.
         needed: names that the tests expect the response to define; empty where it is a whole program.
-        modules: modules that tests and setup import.
     """
 
     format: str
     tests: tuple[Mapping[str, Any], ...]
     setup: str = ""
     needed: frozenset[str] = frozenset()
-    modules: frozenset[str] = frozenset()
 
 
 def read_tests(tests: Any) -> Suite | None:
@@ -75,7 +73,9 @@ def read_tests(tests: Any) -> Suite | None:
             found = _from_json(_first(found, _TESTS))
     if found is None or found in ("", [], {}) or (isinstance(found, str) and not found.strip()):
         return None
-    entry_point = _first(context, _ENTRY_POINTS)
+    # LiveCodeBench has the function's name beside the cases, in a JSON text.
+    metadata = _from_json(context.get("metadata"))
+    entry_point = _first({**metadata, **context} if isinstance(metadata, dict) else context, _ENTRY_POINTS)
     if entry_point is not None and not (isinstance(entry_point, str) and parse(entry_point, "eval") is not None):
         raise DataError(
             f"entry_point: expected the name of what is tested, such as f or Solution().f, got {entry_point!r}"
@@ -186,11 +186,10 @@ def _read_programs(programs: list[str], entry_point: str | None, setup: str) -> 
         {"kind": format, "source": source, **({"classes": _test_cases(parse(source))} if format == "unittest" else {})}
         for source, _ in counted
     ]
-    modules = [parse(setup), *trees]
     needed = (
         _root(entry_point) if entry_point else frozenset().union(*map(free_names, trees)) - bound_names(parse(setup))
     )
-    return Suite(format, tuple(tests), setup, needed, frozenset().union(*map(imported_modules, modules)))
+    return Suite(format, tuple(tests), setup, needed)
 
 
 def _format(tree: ast.Module | None) -> str:

@@ -46,6 +46,8 @@ def score(
         f"{report.renewed} of them again, because they had changed); {report.present} were scored before: {report.out}",
         soft_wrap=True,
     )
+    for reason in report.skipped.values():
+        console.print(f"left out {reason}", soft_wrap=True, markup=False)
 
 
 def _table(groups: "dict[tuple[str, str], GroupSummary]") -> Table:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from fusion_plugins.errors import ConfigError, ScoringError
+from fusion_plugins.install import install_command
 from fusion_plugins.scoring.base import Row, Score
 from fusion_plugins.scoring.pool import Failure, Reply, WorkerPool
 
@@ -19,8 +20,8 @@ class MathScorer:
     Args:
         timeout: seconds per response.
         workers: number of processes; one per CPU core by default.
-        marked_only: whether an answer counts only in ``\boxed{}`` or after ``####``; otherwise an expression that
-            math-verify finds, and at last the last number, count too.
+        marked_only: whether an answer counts only in ``\boxed{}`` or after ``####``; otherwise what the response calls
+            the answer, bold, and at last the last formula or number count too.
 
     Raises:
         ConfigError: the timeout is not above 0.
@@ -36,9 +37,10 @@ class MathScorer:
             installed = version("math-verify")
         except PackageNotFoundError as error:
             raise ScoringError(
-                "scorers.math: expected the package math-verify, got none; pip install 'fusion-plugins[score]'"
+                f"scorers.math: expected the package math-verify, got none; {install_command('score')}"
             ) from error
-        self.facts = {"math_verify": installed, "timeout": timeout, "marked_only": marked_only}
+        # The rules change where the same response may get another verdict than before.
+        self.facts = {"math_verify": installed, "timeout": timeout, "marked_only": marked_only, "rules": 2}
         self._marked_only = marked_only
         self._pool = WorkerPool(
             "fusion_plugins.scoring.math_worker", workers=workers or os.cpu_count() or 1, timeout=timeout
@@ -50,7 +52,12 @@ class MathScorer:
         places = [place for place, row in enumerate(rows) if row.get("reference")]
         replies = self._pool.map(
             [
-                {"reference": row["reference"], "response": row["response"], "marked_only": self._marked_only}
+                {
+                    "reference": row["reference"],
+                    "response": row["response"],
+                    "marked_only": self._marked_only,
+                    "broken_off": row.get("finish_reason") in ("length", "max_tokens"),
+                }
                 for row in (rows[place] for place in places)
             ]
         )

@@ -7,63 +7,106 @@ sympy can hang or take all memory inside one call, where neither an exception no
 import json
 import logging
 import os
+import re
 import resource
 import signal
 import sys
+from math import gcd
 from typing import Any
 
-from fusion_plugins.scoring.answers import gold_answer, last_number, marked_answer, write_out_exponents
+from fusion_plugins.scoring.answers import Found, find_answer, find_letter, gold_answer
+from fusion_plugins.scoring.quantities import as_formula, plain_signs, read, same
 
+#: an answer in words, such as "east" or "not enough"
+_WORDS = re.compile(r"[^\W\d_]+(?:[\s'-]+[^\W\d_]+)*")
 #: address space: a tower of powers ends with a MemoryError, not with a machine out of memory
 MEMORY_BYTES = 4 << 30
 
 
-def judge(reference: str, response: str, *, marked_only: bool = False) -> dict[str, Any]:
+def judge(reference: str, response: str, *, marked_only: bool = False, broken_off: bool = False) -> dict[str, Any]:
     """Return the verdict on a response: whether its answer equals the gold one.
 
     Args:
         reference: gold answer, in any of the forms of :func:`~fusion_plugins.scoring.answers.gold_answer`.
         response: of the model, in full.
         marked_only: whether an answer counts only in a box or after ``####``.
+        broken_off: whether the response was cut off.
 
     Returns:
-        ``correct`` (None where no verdict is possible), ``reason``, ``gold``, ``answer`` and ``found``: boxed, hashes,
-        expression or number.
+        ``correct`` (None where no verdict is possible), ``reason``, ``gold``, ``answer``, ``found`` (how the answer is
+        marked: boxed, hashes, phrase, bold, formula, number or letter) and ``rule`` (what compared the two: text,
+        number, choice, range, time, date or math-verify).
     """
-    gold_text, response = gold_answer(write_out_exponents(reference)), write_out_exponents(response)
-    reply: dict[str, Any] = {"correct": None, "reason": None, "gold": gold_text, "answer": None, "found": None}
-    gold = _parse(rf"\boxed{{{gold_text}}}")
-    if not _readable(gold):
+    gold = gold_answer(plain_signs(reference))
+    reply: dict[str, Any] = {
+        "correct": None, "reason": None, "gold": gold, "answer": None, "found": None, "rule": None
+    }  # fmt: skip
+    if not read(gold).kind and not _WORDS.fullmatch(gold) and not _readable(_parse(gold)):
         return reply | {"reason": "the gold answer cannot be read"}
-    answer_text, found, answer = _find(response, marked_only)
+    found = find_answer(response, marked_only=marked_only, broken_off=broken_off)
+    if read(gold).kind == "choice" and not marked_only and not (found and found.how in ("boxed", "hashes")):
+        texts = found.texts if found else ()
+        letter = None if any(read(text).kind == "choice" for text in texts) else find_letter(response)
+        found = Found((letter, *texts), found.how if found else "letter") if letter else found
     if found is None:
         return reply | {"correct": False, "reason": "the response has no answer"}
-    reply |= {"answer": answer_text, "found": found}
-    # Equal strings are equal answers, also in forms that sympy cannot compare.
-    if answer_text == gold_text or _equal(gold, answer):
-        return reply | {"correct": True}
-    if not _readable(answer):
-        return reply | {"reason": "the response's answer cannot be read"}
-    return reply | {"correct": False}
+    verdicts: list[dict[str, Any]] = []
+    for text in found.texts:
+        verdicts.append(_compare(gold, text))
+        if verdicts[-1]["correct"]:
+            break
+    if found.how == "number" and _restates(found.texts[-1], gold):
+        verdicts = [{"correct": False, "reason": "the answer is not worked out", "rule": "number"}]
+    # Of several ways to read it one that is right, else one that can be read.
+    order = [verdict["correct"] for verdict in verdicts]
+    best = next((order.index(wanted) for wanted in (True, False) if wanted in order), 0)
+    return reply | {"answer": found.texts[best][:200], "found": found.how} | verdicts[best]
 
 
-def _find(response: str, marked_only: bool) -> tuple[str | None, str | None, list[Any]]:
-    marked = marked_answer(response)
-    if marked is not None:
-        return *marked, _parse(rf"\boxed{{{marked[0]}}}")
-    if marked_only:
-        return None, None, []
-    parsed = _parse(response)
-    if parsed:
-        return str(parsed[-1])[:200], "expression", parsed
-    number = last_number(response)
-    return (None, None, []) if number is None else (number, "number", _parse(rf"\boxed{{{number}}}"))
+def _restates(answer: str, gold: str) -> bool:
+    """Return whether a number without a mark is a division that the question asks for: 290/4 where gold is 72.5."""
+    fraction = re.fullmatch(r"-?(\d+)\s*/\s*(\d+)", answer)
+    return bool(fraction and gcd(int(fraction[1]), int(fraction[2])) > 1 and not re.search(r"/|frac", gold))
+
+
+def _compare(gold: str, answer: str) -> dict[str, Any]:
+    """Return ``correct``, ``reason`` and ``rule`` for two answers."""
+    one, other = read(gold), read(answer)
+    if _plain(gold) == _plain(answer):
+        return {"correct": True, "rule": "text"}
+    if one.kind == "choice":
+        equal = same(one, other) or (
+            one.content and other.kind != "choice" and _compare(one.content, answer)["correct"]
+        )
+        return {"correct": bool(equal), "rule": "choice"}
+    if not other.worked_out:
+        return {"correct": False, "reason": "the answer is not worked out", "rule": "number"}
+    if one.kind and one.kind == other.kind:
+        equal = same(one, other)
+        # Without "a.m." 15:20 may be a ratio.
+        if equal or one.kind != "time":
+            return {"correct": equal, "rule": one.kind}
+    if other.kind == "choice" and other.content:
+        return _compare(gold, other.content)
+    if _WORDS.fullmatch(gold) and _WORDS.fullmatch(answer) and len(gold) > 1:
+        return {"correct": False, "rule": "text"}
+    golds, answers = _parse(gold), _parse(answer)
+    if _equal(golds, answers):
+        return {"correct": True, "rule": "math-verify"}
+    if not _readable(answers) and not other.kind:
+        return {"correct": None, "reason": "the response's answer cannot be read", "rule": "math-verify"}
+    return {"correct": False, "rule": "math-verify"}
+
+
+def _plain(text: str) -> str:
+    """Return a text without what does not change an answer in words: marks, spaces and capitals."""
+    return re.sub(r"\\(?:text|textbf|mathrm|mbox|left|right|[,!; ])|[\s${}*.。]|\\[()\[\]]", "", text).lower()
 
 
 def _parse(text: str) -> list[Any]:
     from math_verify import parse
 
-    return list(parse(text, parsing_timeout=None, raise_on_error=True))  # type: ignore[arg-type]
+    return list(parse(rf"\boxed{{{as_formula(text)}}}", parsing_timeout=None, raise_on_error=True))  # type: ignore[arg-type]
 
 
 def _readable(parsed: list[Any]) -> bool:

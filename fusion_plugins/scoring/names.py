@@ -16,17 +16,6 @@ def parse(source: str, mode: str = "exec") -> Any:
         return None
 
 
-def imported_modules(tree: ast.AST | None) -> frozenset[str]:
-    """Return the top-level modules that a program imports."""
-    names: set[str] = set()
-    for node in ast.walk(tree) if tree else ():
-        if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module.partition(".")[0])
-    return frozenset(names)
-
-
 def bound_names(tree: ast.AST | None) -> frozenset[str]:
     """Return all names that a program binds, in whatever scope."""
     names: set[str] = set()

@@ -21,6 +21,7 @@ from typing import Any
 
 import fusion_plugins
 from fusion_plugins.errors import ScoringError
+from fusion_plugins.install import install_command
 
 #: time to import the verifier, on a loaded machine with a cold disk
 START_SECONDS = 300.0
@@ -94,14 +95,22 @@ class _Worker:
         assert self._process is not None
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            line = json.dumps(request).encode() + b"\n"
+        except (TypeError, ValueError, RecursionError) as error:
+            return Failure(f"what is to be verified cannot be written as JSON: {error!s:.200}")
+        try:
+            self._process.stdin.write(line)
             self._process.stdin.flush()
-            reply: Reply = json.loads(self._read_line(self._timeout))
-            return reply
+            reply = json.loads(self._read_line(self._timeout))
+            if isinstance(reply, dict):
+                return reply
+            failure = "the verifier's reply is not one of ours"
         except TimeoutError:
             failure = f"no verdict within {self._timeout:g} s"
         except (EOFError, BrokenPipeError):
             failure = "the verifier's process died"
+        except (ValueError, RecursionError):
+            failure = "the verifier's reply is not JSON"
         self.end()
         return Failure(failure)
 
@@ -145,7 +154,7 @@ class _Worker:
             error = self.end()
             raise ScoringError(
                 f"expected the line 'ready' of the process {' '.join(self._command)} within {START_SECONDS:g} s, got "
-                f"{error or 'no message'}. Install what it imports: pip install 'fusion-plugins[score]'"
+                f"{error or 'no message'}. Install what it imports: {install_command('score')}"
             ) from None
 
     def _read_line(self, seconds: float) -> bytes:

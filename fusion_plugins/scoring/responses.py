@@ -8,11 +8,13 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from fusion_plugins.core.preferences.verdict import as_verdict
+from fusion_plugins.core.text.finish_reason import ending
 from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.errors import ConfigError, DataError
-from fusion_plugins.inputs import SUFFIXES, read_row_file
+from fusion_plugins.inputs import SUFFIXES, readable_rows
 from fusion_plugins.scoring.base import Row
 from fusion_plugins.store.manifest import ColumnKind, RowManifest
 from fusion_plugins.store.rows import RowStore, open_rows
@@ -30,10 +32,11 @@ FILE_COLUMNS: dict[str, ColumnKind] = {
     "tests": "json",
     "dataset": "string",
     "finish_reason": "string",
+    "correct": "bool",
 }
 EXPECTED = (
     "prompt_id, source, prompt (a text or messages; or a field messages) and response; optional are index, domain, "
-    "reference, tests, dataset and finish_reason"
+    "reference, tests, dataset, finish_reason and correct"
 )
 FOLDER_COLUMNS = ("prompt_id", "source", "index", "prompt", "response", "domain")
 #: columns that a score depends on
@@ -47,14 +50,21 @@ class ResponseFiles:
         path: the files, for messages.
         manifest: columns and key, as a folder of responses has them.
 
+        unusable: place -> why of the rows that are left out.
+
+    Args:
+        paths: the files.
+        on_unusable: ``raise`` an error at a row that lacks a field, has a wrong one, or is given twice, or ``skip`` it.
+
     Raises:
-        DataError: a file is broken, or a row lacks a field, has a wrong one, or is given twice; its line is named.
+        DataError: a file is broken, or a row cannot be used; its line is named.
     """
 
-    def __init__(self, paths: Sequence[str]) -> None:
+    def __init__(self, paths: Sequence[str], on_unusable: Literal["raise", "skip"] = "raise") -> None:
         self.path = ", ".join(paths)
         self.manifest = RowManifest(stage="responses", columns=FILE_COLUMNS, key=("prompt_id", "source", "index"))
-        self._paths = paths
+        self._paths, self._on_unusable = paths, on_unusable
+        self.unusable: dict[str, str] = {}
         # A pass of its own, so that a wrong row is found before hours of scoring and not after.
         self._count = sum(1 for _ in self)
 
@@ -65,26 +75,36 @@ class ResponseFiles:
         counts: Counter[tuple[str, str]] = Counter()
         seen: dict[Key, str] = {}
         for path in self._paths:
-            for where, found in read_row_file(path):
-                row = _checked(found, where)
-                group = row["prompt_id"], row["source"]
-                row["index"] = _index(found.get("index"), counts[group], where)
-                counts[group] += 1
-                other = seen.setdefault((*group, row["index"]), where)
-                if other != where:
-                    raise DataError(
-                        f"{where}: expected one response with index {row['index']} of prompt {group[0]!r}, source "
-                        f"{group[1]!r}, got a second one; the first is at {other}. Number the responses of a source to "
-                        "a prompt, or leave index out in all rows."
-                    )
-                yield row
+            for where, found in readable_rows(path, (*FILE_COLUMNS, "messages")):
+                try:
+                    row = _checked(found, where)
+                    group = row["prompt_id"], row["source"]
+                    row["index"] = _index(row["index"], counts[group], where)
+                    other = seen.setdefault((*group, row["index"]), where)
+                    if other != where:
+                        raise DataError(
+                            f"{where}: expected one response with index {row['index']} of prompt {group[0]!r}, source "
+                            f"{group[1]!r}, got a second one; the first is at {other}. Number the responses of a "
+                            "source to a prompt, or leave index out in all rows."
+                        )
+                except DataError as error:
+                    if self._on_unusable == "raise":
+                        raise
+                    self.unusable[where] = str(error)
+                else:
+                    counts[group] += 1
+                    yield row
 
 
 Responses = RowStore | ResponseFiles
 
 
-def open_responses(where: str | Sequence[str]) -> Responses:
+def open_responses(where: str | Sequence[str], on_unusable: Literal["raise", "skip"] = "raise") -> Responses:
     """Open a folder of responses, or one or several files of them.
+
+    Args:
+        where: the folder or the files.
+        on_unusable: what becomes of rows of files that cannot be used.
 
     Raises:
         ConfigError: the folder lacks a column.
@@ -94,7 +114,7 @@ def open_responses(where: str | Sequence[str]) -> Responses:
     paths = [where] if isinstance(where, str) else list(where)
     path = Path(paths[0])
     if len(paths) > 1 or path.is_file() or (path.suffix in SUFFIXES and not path.is_dir()):
-        return ResponseFiles(paths)
+        return ResponseFiles(paths, on_unusable)
     responses = open_rows(path)
     missing = [name for name in FOLDER_COLUMNS if name not in responses.manifest.columns]
     if missing:
@@ -140,8 +160,10 @@ def _marks(row: Row, ours: frozenset[str]) -> tuple[int, ...]:
     return tuple(hash(json.dumps(value, sort_keys=True)) for value in values)
 
 
-def _checked(found: Row, where: str) -> dict[str, Any]:
-    """Return the row of a file in the columns of a folder, but for its index."""
+def _checked(found: Row | DataError, where: str) -> dict[str, Any]:
+    """Return the row of a file in the columns of a folder; its index is as the file has it."""
+    if isinstance(found, DataError):
+        raise found
     missing = [name for name in ("prompt_id", "source", "response") if found.get(name) is None]
     given = [name for name in ("prompt", "messages") if found.get(name) is not None]
     if not given:
@@ -153,15 +175,19 @@ def _checked(found: Row, where: str) -> dict[str, Any]:
     row = {
         "prompt_id": _text("prompt_id", found, where),
         "source": _text("source", found, where),
+        "index": found.get("index"),
         "prompt": _prompt(found[given[0]], where),
         "response": _text("response", found, where),
         "domain": _text("domain", found, where) or "instruction",
         "tests": found.get("tests"),
         **{name: _text(name, found, where) for name in ("reference", "dataset", "finish_reason")},
+        "correct": _verdict(found.get("correct"), where),
     }
+    if (end := ending(row["finish_reason"])) in ("stop", "length"):
+        row["finish_reason"] = end  # other tools have other words, and later steps look for these
     try:
         json.dumps(row, ensure_ascii=False).encode()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise DataError(
             f"{where}: expected values that JSON and UTF-8 can write, got another: {error}. Correct the row."
         ) from error
@@ -177,6 +203,13 @@ def _text(name: str, found: Row, where: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise DataError(f"{where}: expected text in {name!r}, got {value!r:.60}. Write it as a string.")
     return value
+
+
+def _verdict(value: Any, where: str) -> bool | None:
+    try:
+        return as_verdict(value)
+    except DataError as error:
+        raise DataError(f"{where}, field 'correct': {error}") from error
 
 
 def _prompt(value: Any, where: str) -> str | list[dict[str, Any]]:
@@ -200,7 +233,7 @@ def _prompt(value: Any, where: str) -> str | list[dict[str, Any]]:
 def _index(value: Any, default: int, where: str) -> int:
     if value is None:
         return default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
         raise DataError(
             f"{where}: expected a number from 0 in 'index', got {value!r:.60}. Correct it, or leave index out."
         )

@@ -17,6 +17,7 @@ from fusion_plugins.config import Settings, validate
 from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.core.text.model_rows import beyond_the_model
 from fusion_plugins.errors import ConfigError, DataError, ScoringError
+from fusion_plugins.model_names import missing_folder
 from fusion_plugins.scoring.base import Row, Score
 
 #: a good and a senseless answer; any reward model that works gives them different rewards
@@ -70,9 +71,9 @@ class RewardScorer:
         self._tokenizer = _load_tokenizer(chosen)
         text_config = self._model.config.get_text_config()
         self._pad_id = text_config.pad_token_id
+        self._rows = self._model.get_input_embeddings().weight.shape[0]
         # Without a padding token the model cannot tell where a response ends that others in its batch are longer than.
         self._batch_size = chosen.batch_size if self._pad_id is not None else 1
-        self._rows = self._model.get_input_embeddings().weight.shape[0]
         self._max_length = chosen.max_length or getattr(text_config, "max_position_embeddings", None) or 1 << 30
         self.facts = {
             "model": chosen.model,
@@ -88,17 +89,15 @@ class RewardScorer:
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
         """Return one reward per row; the order and the batches of the rows change it by rounding only."""
-        encoded = [self._encode(row) for row in rows]
-        scores = {
-            place: Score(reason=f"longer than {self._max_length} tokens")
-            for place, ids in enumerate(encoded)
-            if len(ids) > self._max_length
-        }
-        for place, ids in enumerate(encoded):
-            if problem := beyond_the_model(self._tokenizer, ids, self._rows):
-                scores[place] = Score(reason=problem)
+        scores: dict[int, Score] = {}
+        encoded: dict[int, list[int]] = {}
+        for place, row in enumerate(rows):
+            try:
+                encoded[place] = self._encode(row)
+            except DataError as error:
+                scores[place] = Score(reason=str(error))
         # Near lengths in one batch need little padding.
-        fitting = sorted((place for place in range(len(rows)) if place not in scores), key=lambda p: len(encoded[p]))
+        fitting = sorted(encoded, key=lambda place: len(encoded[place]))
         for start in range(0, len(fitting), self._batch_size):
             batch = fitting[start : start + self._batch_size]
             for place, reward in zip(batch, self._forward([encoded[place] for place in batch]), strict=True):
@@ -113,20 +112,30 @@ class RewardScorer:
             torch.cuda.empty_cache()
 
     def _encode(self, row: Row) -> list[int]:
+        """Return the ids of a row.
+
+        Raises:
+            DataError: the model cannot take it; the reason is the same for all rows with that problem.
+        """
         messages = as_messages(row["prompt"])
         if self._options.template == "plain":
-            prompt = "\n\n".join(str(message["content"]) for message in messages)
-            return list(self._tokenizer(prompt, row["response"])["input_ids"])
-        messages.append({"role": "assistant", "content": row["response"]})
-        try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception as error:  # templates are programs; they raise what they like
-            raise DataError(
-                f"prompt {row.get('prompt_id')!r}: expected messages that the chat template of the reward model "
-                f"{self._options.model!r} takes, got its error: {error}. Leave the prompt out, or set `template: plain`"
-            ) from error
-        # The template has written the special tokens already.
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+            prompt = "\n\n".join(str(message.get("content") or "") for message in messages)
+            ids = list(self._tokenizer(prompt, row["response"])["input_ids"])
+        else:
+            messages.append({"role": "assistant", "content": row["response"]})
+            try:
+                text = self._tokenizer.apply_chat_template(messages, tokenize=False)
+            except Exception as error:  # templates are programs; they raise what they like
+                raise DataError(f"the chat template refuses it: {error!s:.200}") from error
+            # The template has written the special tokens already.
+            ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        if len(ids) > self._max_length:
+            raise DataError(f"longer than {self._max_length} tokens")
+        if not ids:
+            raise DataError("no token is left of prompt and response")
+        if problem := beyond_the_model(self._tokenizer, ids, self._rows):
+            raise DataError(problem)
+        return ids
 
     def _forward(self, encoded: Sequence[Sequence[int]]) -> list[float]:
         width = max(len(ids) for ids in encoded)
@@ -153,16 +162,21 @@ class RewardScorer:
         return cast(torch.Tensor, output.logits[:, label or 0])
 
     def _check_head(self) -> None:
-        rewards = [score.reward for score in self.score(PROBES)]
+        scores = self.score(PROBES)
+        rewards = [score.reward for score in scores]
         if None in rewards or rewards[0] == rewards[1]:
+            why = next((f" ({score.reason})" for score in scores if score.reason), "")
             raise ScoringError(
                 f"reward model {self._options.model!r}: expected different finite rewards for a good and a senseless "
-                f"answer, got {rewards[0]} and {rewards[1]}. Its head is broken, or dtype ({self._options.dtype}) or "
-                f"max_length ({self._max_length}) is wrong: set `dtype: float32`, or another model."
+                f"answer, got {rewards[0]} and {rewards[1]}{why}. Its head is broken, or dtype "
+                f"({self._options.dtype}), max_length ({self._max_length}) or template ({self._options.template}) is "
+                "wrong: set `dtype: float32` or `template: plain`, or take another model."
             )
 
 
 def _load_model(options: RewardOptions) -> Any:
+    if problem := missing_folder(options.model):
+        raise ScoringError(f"reward model {options.model!r} cannot be loaded: {problem}. Correct `model`.")
     try:
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             options.model,

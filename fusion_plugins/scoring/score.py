@@ -8,11 +8,11 @@ prompt, gold answer or tests have changed since are scored again.
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 from rich.console import Console
@@ -22,7 +22,7 @@ from fusion_plugins.errors import ConfigError, ScoringError
 from fusion_plugins.plugins import lookup
 from fusion_plugins.progress import meter
 from fusion_plugins.scoring.base import Row, Score, Scorer
-from fusion_plugins.scoring.responses import Responses, key_of, open_responses, outdated
+from fusion_plugins.scoring.responses import ResponseFiles, Responses, key_of, open_responses, outdated
 from fusion_plugins.store import ColumnKind, RowManifest, RowWriter, open_rows
 
 #: columns that scoring adds; ``scores`` is scorer -> {reward, correct, reason, ...}
@@ -50,6 +50,9 @@ class ScoreConfig(Settings):
     scorers: dict[str, ScorerSettings] = Field(min_length=1, description="name of a scorer -> domains and its options")
     limit: int | None = Field(None, ge=1, description="score only the first N responses")
     batch_rows: int = Field(256, ge=1, description="responses of a batch, which is scored and committed together")
+    on_unusable: Literal["raise", "skip"] = Field(
+        "raise", description="rows of files that are no responses: raise, or skip and report"
+    )
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class ScoreReport:
         present: rows that an earlier run has scored and that are still up to date.
         unscored: rows written by this run that no scorer takes.
         renewed: rows that an earlier run has scored and this one again, because the responses have changed.
+        skipped: place of a row of a file -> why it was left out (``on_unusable: skip`` only).
     """
 
     out: Path
@@ -69,6 +73,7 @@ class ScoreReport:
     present: int
     unscored: int
     renewed: int = 0
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ def score_responses(config: ScoreConfig) -> ScoreReport:
         MismatchError: ``out`` holds rows of other scorers, settings or prompts.
         ScoringError: a scorer cannot work at all (missing package, model or isolation).
     """
-    responses = open_responses(config.responses)
+    responses = open_responses(config.responses, config.on_unusable)
     if Path(config.out).resolve() == Path(responses.path).resolve():
         raise ConfigError(
             f"out: expected another folder than that of the responses, got {config.out!r} for both; name a new folder"
@@ -139,7 +144,8 @@ def score_responses(config: ScoreConfig) -> ScoreReport:
             progress.advance(len(batch))
         if next(waiting, None) is None:
             writer.finish()
-    return ScoreReport(Path(config.out), scored, present, unscored, renewed)
+    skipped = responses.unusable if isinstance(responses, ResponseFiles) else {}
+    return ScoreReport(Path(config.out), scored, present, unscored, renewed, skipped)
 
 
 def _drop_outdated(responses: Responses, writer: RowWriter, scorers: Iterable[str]) -> int:

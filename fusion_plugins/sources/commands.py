@@ -113,7 +113,11 @@ def cut(
 
     flags = {"texts": texts, "out": out, "tokenizers": tokenizer or None, "max_length": max_length}
     report = cut_texts(load_config(CutConfig, config, flags, assign))
-    _console().print(f"{report.texts} texts cut into {report.pieces}: {report.out}")
+    console = _console()
+    left_out = f", {len(report.skipped)} left out" if report.skipped else ""
+    console.print(f"{report.texts} texts cut into {report.pieces}{left_out}: {report.out}")
+    for name, reason in report.skipped.items():
+        console.print(f"left out {name}: {reason}")
 
 
 def _console() -> Console:

@@ -11,9 +11,9 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -21,7 +21,7 @@ from fusion_plugins.config import Settings
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize_content
 from fusion_plugins.errors import ConfigError, DataError
-from fusion_plugins.inputs import Text, read_texts
+from fusion_plugins.inputs import Text, Unusable, read_texts
 from fusion_plugins.sources.backends.base import SourceSettings
 from fusion_plugins.sources.loading import load_tokenizer
 from fusion_plugins.store.files import FolderLock, leftovers, new_file
@@ -43,6 +43,9 @@ class CutConfig(Settings):
     tokenizers: list[str] = Field(min_length=1, description="folders or hub names of all sources and targets")
     max_length: int = Field(ge=16, description="longest piece in tokens, begin and end tokens included")
     trust_remote_code: bool = Field(False, description="run Python code that comes with a tokenizer")
+    on_unusable: Literal["raise", "skip"] = Field(
+        "raise", description="rows that are no texts, and chats that are too long: raise, or skip and report"
+    )
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,13 @@ class CutReport:
         out: the file.
         texts: texts read.
         pieces: rows written.
+        skipped: id or place -> why it was left out (``on_unusable: skip`` only).
     """
 
     out: Path
     texts: int
     pieces: int
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 def cut_texts(config: CutConfig) -> CutReport:
@@ -68,7 +73,9 @@ def cut_texts(config: CutConfig) -> CutReport:
         DataError: a chat is too long (chats are not cut), or a piece cannot be made short enough.
         StoreError: another run writes this file, or it cannot be written.
     """
-    texts = read_texts(config.texts)
+    unusable: Unusable | None = None if config.on_unusable == "raise" else {}
+    texts = read_texts(config.texts, unusable=unusable)
+    skipped = unusable or {}
     counters = [_counter(name, config) for name in config.tokenizers]
     out = Path(config.out)
     if out.is_dir() or not out.parent.is_dir():
@@ -80,10 +87,16 @@ def cut_texts(config: CutConfig) -> CutReport:
                 left.unlink()
         with new_file(out) as file:
             for text in texts:
-                for row in _rows(text, counters, config):
-                    file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-                    pieces += 1
-    return CutReport(out, len(texts), pieces)
+                try:
+                    rows = list(_rows(text, counters, config))
+                except DataError as error:
+                    if config.on_unusable == "raise":
+                        raise
+                    skipped[text.id] = str(error)
+                    continue
+                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+                pieces += len(rows)
+    return CutReport(out, len(texts), pieces, skipped)
 
 
 def cut_text(text: str, max_length: int, counters: Sequence[Count]) -> Iterator[str]:
@@ -128,11 +141,9 @@ def _rows(text: Text, counters: Sequence[Callable[..., int]], config: CutConfig)
         if longest > config.max_length:
             raise DataError(
                 f"chat {text.id!r}: expected at most {config.max_length} tokens, got {longest}; chats are not cut. "
-                "Leave it out or raise max_length."
+                "Leave such chats out with `on_unusable: skip`, or raise max_length."
             )
-        # As JSON, because schemas of different tools are not one type of column.
-        tools = {"tools": json.dumps(text.tools, ensure_ascii=False)} if text.tools else {}
-        yield {"id": text.id, "messages": text.content, **tools}
+        yield {"id": text.id, "messages": text.content} | ({"tools": text.tools} if text.tools else {})
         return
     pieces = list(cut_text(text.content, config.max_length, counters))
     for number, piece in enumerate(pieces):

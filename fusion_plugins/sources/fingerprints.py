@@ -91,7 +91,8 @@ def revision_of(settings: SourceSettings, commit: str | None) -> str | None:
 def _facts_of(sampling: Sampling) -> dict[str, Any]:
     """Return the settings in the form that they had in the first version: responses of then can be added to."""
     facts = sampling.model_dump(mode="json") | {"top_k": max(sampling.top_k, 0)}
-    return facts if sampling.min_p else {name: value for name, value in facts.items() if name != "min_p"}
+    later = ("min_p", "chat_template_kwargs")
+    return {name: value for name, value in facts.items() if value or name not in later}
 
 
 def sampling_fingerprint(settings: SourceSettings, sampling: Sampling, tokenizer: Any) -> str:

@@ -11,9 +11,12 @@ from fusion_plugins.core.text.model_rows import beyond_the_model
 from fusion_plugins.core.text.reasoning import CHANNEL, CHANNEL_TAGS, CLOSE, OPEN, channels, with_reasoning
 from fusion_plugins.core.text.round_trip import require_text
 from fusion_plugins.errors import ConfigError, SourceError, TokenizerError
+from fusion_plugins.model_names import require_model
 from fusion_plugins.sources.backends.base import Refusal, Response, SampleRequest, Sampling, SourceSettings
 
 Content = str | list[dict[str, Any]]
+#: what transformers raises for a model that is missing, damaged, or needs code or packages that are not there
+TRANSFORMERS_ERRORS = (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError, RuntimeError)
 
 
 def load_tokenizer(settings: SourceSettings) -> Any:
@@ -31,8 +34,9 @@ def load_tokenizer(settings: SourceSettings) -> Any:
     name = settings.tokenizer or settings.model
     revision = settings.revision if name == settings.model else None
     try:
+        require_model(name)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
+    except TRANSFORMERS_ERRORS as error:
         raise SourceError(
             f"source {settings.source_name!r}: cannot load the tokenizer {name!r}: {error}. Check the name, the "
             "network and `trust_remote_code`."
@@ -44,10 +48,10 @@ def load_tokenizer(settings: SourceSettings) -> Any:
     if settings.chat_template is not None:
         try:
             tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"source {settings.source_name!r}: cannot read chat_template {settings.chat_template!r}: "
-                f"{error.strerror}. Check the path."
+                f"{getattr(error, 'strerror', None) or 'it is not text in UTF-8'}. Check the path."
             ) from error
     return tokenizer
 
@@ -75,10 +79,11 @@ def load_config(settings: SourceSettings) -> Any:
     from transformers import AutoConfig
 
     try:
+        require_model(settings.model)
         config = AutoConfig.from_pretrained(
             settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
-    except (OSError, ValueError, ImportError) as error:
+    except TRANSFORMERS_ERRORS as error:
         raise SourceError(
             f"source {settings.source_name!r}: cannot load {settings.model!r}: {error}. Check the name, the network "
             "and `trust_remote_code`."
@@ -127,7 +132,9 @@ def chat_messages(content: Content, system: str | None) -> list[dict[str, Any]]:
     return messages
 
 
-def prompt_text(tokenizer: Any, content: Content, template: str, system: str | None) -> tuple[str, bool]:
+def prompt_text(
+    tokenizer: Any, content: Content, template: str, system: str | None, options: Mapping[str, Any] | None = None
+) -> tuple[str, bool]:
     """Render a prompt for a model.
 
     Args:
@@ -135,6 +142,7 @@ def prompt_text(tokenizer: Any, content: Content, template: str, system: str | N
         content: a text (one message of the user, or the text itself with ``plain``) or messages.
         template: auto | chat | plain, see :class:`~fusion_plugins.sources.backends.base.Sampling`.
         system: system prompt for chats that have none.
+        options: arguments of the chat template.
 
     Returns:
         The text, and whether the tokenizer still has to add its special tokens.
@@ -153,7 +161,8 @@ def prompt_text(tokenizer: Any, content: Content, template: str, system: str | N
         )
     messages = chat_messages(content, system)
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), False
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **(options or {}))
+        return text, False
     except Exception as error:  # templates raise errors of any type, not only Jinja's own
         raise SourceError(
             f"the chat template of {tokenizer.name_or_path!r} refuses a prompt: {error}. Use another chat_template, or "
@@ -214,7 +223,8 @@ def prompt_ids(tokenizer: Any, content: Content, sampling: Sampling, max_length:
     Raises:
         SourceError: prompt and response together exceed ``max_length`` tokens.
     """
-    text, special = prompt_text(tokenizer, content, sampling.template, sampling.system)
+    options = sampling.template_options
+    text, special = prompt_text(tokenizer, content, sampling.template, sampling.system, options)
     ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
     # Some tokenizers put EOS after every text; a model would not continue after it.
     while special and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:

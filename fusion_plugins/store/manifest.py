@@ -24,8 +24,8 @@ from fusion_plugins.store.files import plain_file, write_atomic
 MANIFEST_NAME = "manifest.json"
 #: bytes of the largest manifest that is read; a shard takes about 200
 MANIFEST_BYTES = 1 << 26
-#: how deep values may lie in each other; free notes are the only ones that nest at all
-MANIFEST_DEPTH = 32
+#: how deep values may lie in each other; only the notes nest, three levels more for each merge of merged stores
+MANIFEST_DEPTH = 128
 #: the source tokenizer's tokens, in a store of log-probabilities
 TABLE_NAME: Literal["tokens.parquet"] = "tokens.parquet"
 _KINDS = {"logprobs": "a store of log-probabilities", "rows": "a folder of responses or scored responses"}
@@ -181,6 +181,11 @@ class ManifestBase(BaseModel):
         """Replace the manifest of a folder atomically; it is written in the current version, with a checksum."""
         fields = json.loads(self.model_dump_json()) | {"schema_version": self.VERSION}
         text = json.dumps(fields | {"checksum": _digest(fields)}, indent=1, ensure_ascii=False)
+        if len(text) > MANIFEST_BYTES:
+            raise StoreError(
+                f"{folder}: expected a manifest of at most {MANIFEST_BYTES:,} bytes, got {len(text):,}. What was "
+                f"written before is kept; write the rest into a folder of its own."
+            )
         write_atomic(folder / MANIFEST_NAME, text)
 
 
@@ -242,9 +247,9 @@ class RowManifest(ManifestBase):
 
     def problem(self) -> str | None:
         """Return what is wrong with a manifest whose fields are valid one by one, or None."""
-        missing = [name for name in self.key if name not in self.columns]
-        if missing:
-            return f"key: expected columns that are declared, got {missing[0]!r:.100}"
+        wrong = [name for name in self.key if self.columns.get(name, "json") == "json"]
+        if wrong:
+            return f"key: expected columns that are declared, of another kind than json, got {wrong[0]!r:.100}"
         return super().problem()
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 #: decoded row groups that a store keeps
 CACHED_GROUPS = 16
+#: bytes of the largest token table that is read; a token takes about ten
+TABLE_BYTES = 1 << 28
 
 
 def open_store(path: str | Path) -> "Store":
@@ -77,7 +79,7 @@ class Store:
         from fusion_plugins.core.text.token_table import TokenTable
 
         path = self.path / TABLE_NAME
-        data = self._read_table_file()
+        data = self.table_bytes()
         try:
             columns = read_table(parquet_file(pa.py_buffer(data)))
             table = TokenTable.from_columns({name: columns[name].to_pylist() for name in columns.column_names})
@@ -89,35 +91,35 @@ class Store:
                 f"{path}: expected the table of tokenizer {self.manifest.tokenizer_fingerprint}, as the manifest says, "
                 f"got {fingerprint}. One of the two files is of another store: restore it from a copy."
             )
-        # The fingerprint leaves out what a run may set (the pad token, the end of a turn); the checksum does not.
-        self._check_table_file(data)
         return table
 
     def table_bytes(self) -> bytes:
         """Return the file of the token table as it is.
 
+        Its checksum also covers what the tokenizer's fingerprint leaves out: the pad token and the end of a turn.
+
         Raises:
             StoreError: it is missing, or not the file that was written.
         """
-        data = self._read_table_file()
-        self._check_table_file(data)
-        return data
-
-    def _read_table_file(self) -> bytes:
         path = self.path / TABLE_NAME
         try:
-            return plain_file(path).read_bytes()
+            file = plain_file(path)
+            size = file.stat().st_size
+            if size > TABLE_BYTES:
+                raise StoreError(
+                    f"{path} is damaged: expected at most {TABLE_BYTES:,} bytes, got {size:,}. Restore it from a copy."
+                )
+            data = file.read_bytes()
         except OSError as error:
             raise StoreError(f"{path} cannot be read: {error}. Restore it from a copy.") from error
-
-    def _check_table_file(self, data: bytes) -> None:
         found = hashlib.sha256(data).hexdigest()
         expected = self.manifest.files.get(TABLE_NAME, found)
         if expected != found:
-            raise StoreError(
-                f"{self.path / TABLE_NAME} is damaged: expected sha256 {expected[:12]}..., got {found[:12]}.... "
-                "Restore it from a copy."
+            raise MismatchError(
+                f"{path} cannot be read as the file that was written: expected sha256 {expected[:12]}..., got "
+                f"{found[:12]}.... One of the two files is of another store, or damaged: restore it from a copy."
             )
+        return data
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, int, int]]:
@@ -126,9 +128,10 @@ class Store:
         for shard in range(len(self.manifest.shards)):
             file = self._file(shard)
             with reading(self.path, self.manifest.shards[shard]):
+                ids = iter(read_table(file, columns=self._codec.key_columns)["id"].to_pylist())
                 for group in range(file.num_row_groups):
-                    ids = read_table(file, group, self._codec.key_columns)["id"].to_pylist()
-                    places.update((id, (shard, group, row)) for row, id in enumerate(ids))
+                    n_rows = file.metadata.row_group(group).num_rows
+                    places.update((next(ids), (shard, group, row)) for row in range(n_rows))
         return places
 
     def _open_shard(self, shard: int) -> pq.ParquetFile:

@@ -101,15 +101,15 @@ class RowWriter(ShardWriter[Row, RowManifest]):
     Raises:
         MismatchError: the folder was made with other settings.
         StoreError: the folder is damaged, or another writer is at work.
-        DataError: the key names a column that is not declared.
+        DataError: the key names a column that is not declared, or is json, whose values need not be comparable.
     """
 
     def __init__(self, path: str | Path, manifest: RowManifest, *, flush_rows: int = SHARD_ROWS) -> None:
-        missing = [name for name in manifest.key if name not in manifest.columns]
-        if missing:
+        wrong = [name for name in manifest.key if manifest.columns.get(name, "json") == "json"]
+        if wrong:
             raise DataError(
-                f"{path}: expected a key of the declared columns {', '.join(manifest.columns)}, got {missing[0]!r}. "
-                f"Declare it, or take it out of the key."
+                f"{path}: expected a key of the declared columns {', '.join(manifest.columns)} that are not json, got "
+                f"{wrong[0]!r}. Declare it with another kind, or take it out of the key."
             )
         super().__init__(path, manifest, RowCodec(manifest), flush_rows)
 

@@ -12,30 +12,43 @@ IN_ORDER = {"curriculum_sampling": True, "shuffle_merged_datasets": False, "max_
 
 
 def two_processes(settings, folder, **environment):
-    """Train with two processes and return what the first of them logged."""
+    """Train with two processes and return what the first of them logged: steps, and evaluations."""
     path = write_config(settings, folder)
     launcher = ("--launcher", "torchrun", "--", "--nproc_per_node", "2", "--master_port", str(runs.free_port()))
     tests = str(runs.ROOT / "tests" / "support")
     result = runs.command("train", str(path), *launcher, cwd=folder, PYTHONPATH=tests, **environment)
     assert result.returncode == 0, result.stdout[-4000:]
-    entries = [ast.literal_eval(line) for line in re.findall(r"\{'loss'.*?\}", result.stdout)]
-    return list({float(entry["epoch"]): entry for entry in entries}.values())
+    steps, evaluations = (
+        [ast.literal_eval(line) for line in re.findall(rf"\{{'{name}'.*?\}}", result.stdout)]
+        for name in ("loss", "eval_loss")
+    )
+    return list({float(entry["epoch"]): entry for entry in steps}.values()), evaluations
 
 
 @pytest.mark.parametrize("averaged", [True, False], ids=["one token count", "token counts of their own"])
 def test_two_processes_train_as_one_with_twice_the_batch(material, run_folder, averaged):
-    """With one token count exactly; with their own (axolotl's way) each process weighs the same."""
+    """With one token count exactly; with their own (axolotl's way) each process weighs the same in `loss`.
+
+    The other figures are sums over the positions of both. An evaluation counts no row twice, though 7 rows in batches
+    of 2 do not come out even.
+    """
     plugins = [PLUGIN, "averaging_plugin.AveragingPlugin"] if averaged else [PLUGIN]
-    settings = config(material, run_folder, micro_batch_size=1, max_memory={"cpu": "8GiB"}, plugins=plugins, **IN_ORDER)
-    entries = two_processes(settings, run_folder, ACCELERATE_USE_CPU="true")
+    common = IN_ORDER | {"val_set_size": 7, "eval_batch_size": 2, "eval_steps": 2, "learning_rate": 1e-12}
+    settings = config(material, run_folder, micro_batch_size=1, max_memory={"cpu": "8GiB"}, plugins=plugins, **common)
+    entries, evaluations = two_processes(settings, run_folder, ACCELERATE_USE_CPU="true")
     losses = [float(entry["loss"]) for entry in entries]
+    single = train(config(material, run_folder, micro_batch_size=2, **common), run_folder)
+    for name in ("lm_loss", "fusion_loss", "fusion_coverage", "lm_weight"):
+        assert [float(entry[name]) for entry in entries] == pytest.approx(logged(single, name), rel=2e-3), name
+        whole = logged(single, f"eval_{name}")[-1]
+        assert float(evaluations[-1][f"eval_{name}"]) == pytest.approx(whole, rel=2e-3), name
+    assert float(evaluations[-1]["eval_loss"]) == pytest.approx(logged(single, "eval_loss")[-1], rel=2e-3)
     if averaged:
-        single = train(config(material, run_folder, micro_batch_size=2, **IN_ORDER), run_folder)
         assert losses == pytest.approx(logged(single), rel=2e-3)
         norms = [float(entry["grad_norm"]) for entry in entries]
         assert norms == pytest.approx(logged(single, "grad_norm"), rel=2e-3)
     else:
-        still = config(material, run_folder, micro_batch_size=1, learning_rate=1e-12, **(IN_ORDER | {"max_steps": 4}))
+        still = config(material, run_folder, micro_batch_size=1, **(common | {"max_steps": 4}))
         rows = logged(train(still, run_folder))
         assert losses[0] == pytest.approx((rows[0] + rows[1]) / 2, rel=2e-3)
 
@@ -45,7 +58,7 @@ def test_sharded_weights_train_as_whole_ones(material, run_folder):
     zero3 = str(runs.ROOT / "axolotl_configs" / "deepspeed" / "zero3.json")
     settings = config(material, run_folder, deepspeed=zero3, gradient_checkpointing=True, **IN_ORDER)
     settings |= {"save_strategy": "steps", "save_steps": 2}
-    entries = two_processes(settings, run_folder, DS_ACCELERATOR="cpu")
+    entries, _ = two_processes(settings, run_folder, DS_ACCELERATOR="cpu")
     assert len(list((run_folder / "model" / "checkpoint-2").glob("global_step2/zero_pp_rank_*_model_states.pt"))) == 2
     single = train(config(material, run_folder, **IN_ORDER), run_folder)
     assert [float(entry["loss"]) for entry in entries] == pytest.approx(logged(single), rel=2e-3)

@@ -4,10 +4,13 @@ import json
 
 import axolotl_runs as runs
 import pytest
-from axolotl_runs import FUSED, PLUGIN, config, forget_plugins, write_config
+from axolotl_runs import FUSED, PLUGIN, config, forget_plugins, prepare, train, write_config
 from click.testing import CliRunner
 
 from fusion_plugins.errors import ConfigError, DataError, MismatchError, PluginError
+
+BEST = "fusion_plugins.axolotl.best_of_sources"
+DPO = "fusion_plugins.multi_source_dpo"
 
 
 @pytest.fixture
@@ -108,12 +111,28 @@ def test_store_of_another_tokenizer_than_the_targets(axolotl_train, material):
     )
 
 
+TOKENS = {"input_ids": [1, 5, 6, 7], "attention_mask": [1] * 4, "labels": [1, 5, 6, 7]}
+
+
 def test_batch_without_targets(axolotl_train, run_folder):
-    """axolotl takes rows that are tokens already as they are, whatever type the data set is said to have."""
-    row = {"input_ids": [1, 5, 6, 7], "attention_mask": [1] * 4, "labels": [1, 5, 6, 7]}
-    path = runs.write_rows(run_folder / "tokens.jsonl", [row] * 4)
+    """axolotl takes rows that are tokens already as they are, whatever type the dataset is said to have."""
+    path = runs.write_rows(run_folder / "tokens.jsonl", [TOKENS] * 4)
     train = axolotl_train(datasets=[{"path": str(path), "type": FUSED}])
     refused(train, DataError, "expected a row with fused distributions")
+
+
+def test_tokens_instead_of_responses(axolotl_train, run_folder):
+    path = runs.write_rows(run_folder / "tokens.jsonl", [TOKENS] * 4)
+    train = axolotl_train(datasets=[{"path": str(path), "type": BEST}], fusion={"sources": [], "sft": {}})
+    refused(train, ConfigError, "tokens.jsonl has the columns attention_mask, input_ids, labels")
+
+
+def test_a_folder_of_responses_as_test_dataset_needs_its_split(axolotl_train, run_folder):
+    path = runs.row_folder(run_folder / "scored", runs.scored(3))
+    entry = {"path": str(path), "type": DPO}
+    block = {"sources": [], "pairs": {}}
+    train = axolotl_train(datasets=[dict(entry)], test_datasets=[dict(entry)], fusion=block, rl="dpo")
+    refused(train, ConfigError, "`split: train`")
 
 
 def test_other_data_sets_among_the_fused_ones(axolotl_train, material):
@@ -150,6 +169,84 @@ def test_settings_that_would_change_rows_behind_their_targets(axolotl_train):
     )
 
 
+REFUSED = {
+    "sequence_parallel_degree": 2,
+    "context_parallel_size": 2,
+    "streaming": True,
+    "pretraining_dataset": "data",
+    "skip_prepare_dataset": True,
+    "do_bench_eval": True,
+    "trainer_cls": "some.Trainer",
+    "batch_flattening": True,
+    "use_eaft": True,
+    "reward_model": True,
+    "process_reward_model": True,
+    "processor_type": "AutoProcessor",
+    "orpo_alpha": 0.1,
+}
+
+
+def test_settings_that_axolotl_would_ignore_or_fail_on_later_are_refused_together(axolotl_train):
+    status, error = axolotl_train(**REFUSED)
+    assert status != 0
+    assert isinstance(error, ConfigError)
+    assert [key for key in REFUSED if key not in str(error)] == []
+    assert str(error).startswith(f"{len(REFUSED)} problem(s)")
+
+
+@pytest.mark.parametrize("key", ["streaming", "skip_prepare_dataset", "pretraining_dataset", "reward_model"])
+def test_settings_that_keep_best_answers_from_being_chosen_are_refused(axolotl_train, run_folder, key):
+    path = runs.write_rows(run_folder / "scored.jsonl", runs.scored(3))
+    best = {"datasets": [{"path": str(path), "type": BEST}], "fusion": {"sources": [], "sft": {}}}
+    refused(axolotl_train(**best, **{key: REFUSED[key]}), ConfigError, f"{key} cannot be combined", "best_of_sources")
+
+
+KD = "axolotl.integrations.kd.KDPlugin"
+DIFFUSION = "axolotl.integrations.diffusion.DiffusionPlugin"
+
+
+THEIRS = """
+from axolotl.integrations.base import BasePlugin
+
+class Trainer(BasePlugin):
+    def get_trainer_cls(self, cfg):
+        return int
+
+class Collator(BasePlugin):
+    def get_collator_cls_and_kwargs(self, cfg, is_eval=False):
+        return int, {}
+"""
+
+
+@pytest.mark.parametrize("other", [KD, DIFFUSION, "their_plugins.Trainer", "their_plugins.Collator"])
+@pytest.mark.parametrize("first", [True, False], ids=["before ours", "behind ours"])
+def test_another_plugin_with_a_trainer_is_refused_by_name(axolotl_train, run_folder, monkeypatch, other, first):
+    (run_folder / "their_plugins.py").write_text(THEIRS)
+    monkeypatch.syspath_prepend(str(run_folder))
+    plugins = [other, PLUGIN] if first else [PLUGIN, other]
+    refused(axolotl_train(plugins=plugins, kd_trainer=True), ConfigError, PLUGIN, f"{other} brings a trainer")
+
+
+def test_another_plugin_without_a_trainer_is_not_refused(axolotl_train):
+    assert axolotl_train(plugins=[PLUGIN, "axolotl.integrations.spectrum.SpectrumPlugin"], max_steps=1) == (0, None)
+
+
+@pytest.mark.parametrize("rl", [None, "dpo"])
+def test_a_block_without_a_dataset_of_ours_is_refused(axolotl_train, run_folder, rl):
+    path = runs.write_rows(run_folder / "stock.jsonl", [{"text": "a"}])
+    stock = {"datasets": [{"path": str(path), "type": "chatml.intel" if rl else "completion"}], "rl": rl}
+    for block in ({"sft": {}}, {"pairs": {}}, {"split": {}}, {"sft": {}, "keep_truncated": True}):
+        refused(axolotl_train(fusion={"sources": []} | block, **stock), ConfigError, "no dataset has one of the types")
+
+
+def test_best_answers_train_beside_a_stock_dataset(axolotl_train, material, run_folder):
+    scored = runs.row_folder(run_folder / "scored", runs.scored(4))
+    data = [{"path": str(scored), "type": BEST}, {"path": str(material.chats), "type": "chat_template"}]
+    for order in (data, data[::-1]):
+        outcome = axolotl_train(datasets=order, fusion={"sources": [], "sft": {}}, max_steps=1)
+        assert outcome == (0, None)
+
+
 def test_rows_that_are_no_text(axolotl_train, run_folder):
     path = runs.write_rows(run_folder / "odd.jsonl", [{"id": "a", "body": "text"}])
     refused(axolotl_train(datasets=[{"path": str(path), "type": FUSED}]), DataError, "'text'", "id, body")
@@ -160,3 +257,62 @@ def test_a_missing_store_stops_the_real_command(material, run_folder):
     result = runs.command("train", str(write_config(settings, run_folder)), cwd=run_folder)
     assert result.returncode != 0
     assert "source 'gone': nowhere: expected a store or a folder" in result.stdout
+
+
+def run(command, settings, folder, *arguments):
+    """Run another command of axolotl in this process; returns status and error."""
+    from axolotl.cli.main import cli
+
+    forget_plugins()
+    path = str(write_config(settings, folder))
+    result = CliRunner().invoke(cli, [command, path, *arguments], input="")
+    return result.exit_code, result.exception
+
+
+PYTHON = ("--launcher", "python")
+
+
+def test_commands_that_train_nothing_need_no_stores(material, run_folder):
+    import shutil
+
+    store = shutil.copytree(material.folder / "texts-digits", run_folder / "store")
+    lora = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"]}
+    lora |= {"lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False}
+    fusion = {"sources": [{"name": "digits", "store": str(store)}]}
+    settings = config(material, run_folder, fusion=fusion, max_steps=1, val_set_size=4, **lora)
+    train(settings, run_folder)
+    shutil.rmtree(store)
+    assert run("inference", settings, run_folder, *PYTHON) == (0, None)
+    assert run("merge-lora", settings, run_folder) == (0, None)
+    assert (run_folder / "model" / "merged" / "model.safetensors").exists()
+    # The rows are prepared already, so an evaluation needs no store either, nor does another training.
+    assert run("evaluate", settings, run_folder, *PYTHON) == (0, None)
+    assert run("train", settings, run_folder, *PYTHON) == (0, None)
+    # These two get as far as axolotl itself goes here: there is no sharded checkpoint, and int8 needs more than a CPU.
+    _, error = run("merge-sharded-fsdp-weights", settings, run_folder, *PYTHON)
+    assert "pytorch_model_fsdp_0" in str(error)
+    quantized = settings | {"quantization": {"weight_dtype": "int8"}}
+    _, error = run("quantize", quantized, run_folder, "--base-model", str(run_folder / "model" / "merged"))
+    assert "torchao" in str(error)
+    # Other rows would have to be made of it.
+    for command, arguments in {"preprocess": (), "train": PYTHON, "evaluate": PYTHON}.items():
+        changed = settings | {"fusion": settings["fusion"] | {"top_k": 3}}
+        if command == "preprocess":
+            changed = settings
+        refused(run(command, changed, run_folder, *arguments), ConfigError, "source 'digits'", "no folder")
+
+
+def test_inference_of_a_preference_run_is_not_refused(material, run_folder):
+    path = runs.write_rows(run_folder / "scored.jsonl", runs.scored(3))
+    fusion = {"sources": [], "pairs": {}}
+    settings = config(material, run_folder, fusion=fusion, datasets=[{"path": str(path), "type": DPO}], rl="dpo")
+    assert run("inference", settings, run_folder, *PYTHON) == (0, None)
+    # Without the scored responses, too.
+    path.unlink()
+    assert run("inference", settings, run_folder, *PYTHON) == (0, None)
+
+
+def test_a_plugin_by_its_full_module_is_the_same_plugin(material, run_folder):
+    settings = config(material, run_folder, plugins=["fusion_plugins.axolotl.plugin.FusionPlugin"])
+    _, rows = prepare(settings, run_folder)
+    assert "fused_ids" in rows.column_names

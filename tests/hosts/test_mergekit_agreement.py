@@ -587,6 +587,44 @@ def integer_buffers_that_all_models_share(folder):
     return Case(config, {name: each for name, each in merged_of(models).items() if name != "model.position_ids"})
 
 
+@case(True)
+def masks_of_other_dtypes_that_mergekit_drops(folder):
+    dtypes = {"base": torch.uint8, "one": torch.bool, "two": torch.float32}
+    config, models = three(folder, lambda name, tensors: tensors | {"model.mask": torch.ones(4, dtype=dtypes[name])})
+    return Case(config, {name: each for name, each in merged_of(models).items() if name != "model.mask"})
+
+
+def bert(folder, positions, **settings):
+    """A model whose positions mergekit merges like weights: `positions` gives those of base, one and two."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {key: LLAMA[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads")}
+    config = transformers.BertConfig(**sizes, intermediate_size=INNER, max_position_embeddings=600)
+    transformers.BertForSequenceClassification(config).save_pretrained(folder / "base")
+    base = tiny.tensors_of(folder / "base")
+    models = {"base": base, "one": moved(base, 1), "two": moved(base, 2)}
+    written = json.loads((folder / "base" / "config.json").read_text())
+    shutil.rmtree(folder / "base")
+    for (name, tensors), numbers in zip(models.items(), positions, strict=True):
+        save(folder / name, tensors | {"bert.embeddings.position_ids": numbers}, written)
+    return config_of(folder, **settings), models
+
+
+@case(True)
+def positions_that_the_dtype_would_round(folder):
+    positions = torch.arange(600).reshape(1, -1)
+    config, models = bert(folder, [positions] * 3, dtype="bfloat16")
+    models = {name: {key: each.bfloat16() for key, each in tensors.items()} for name, tensors in models.items()}
+    return Case(config, merged_of(models) | {"bert.embeddings.position_ids": positions}, tolerance=2**-7)
+
+
+@case(False)
+def positions_that_differ(folder):
+    positions = torch.arange(600).reshape(1, -1)
+    return Case(bert(folder, [positions, positions, positions + 1])[0])
+
+
 @case(False)
 def biases_that_mergekit_drops(folder):
     def change(_, tensors):

@@ -1,16 +1,19 @@
 """`fusion merge-check`: each fault is named with its cure, and a sound configuration passes."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import merging
 import pytest
 import tiny
 import yaml
+from click import testing
 from merging import config_of
 from typer.testing import CliRunner
 
-from fusion_plugins.errors import ConfigError
+from fusion_plugins.errors import ConfigError, MergeError
 from fusion_plugins.mergekit import check as module
 from fusion_plugins.mergekit.check import check_merge
 
@@ -78,7 +81,6 @@ def test_parameters_of_mergekits_own_methods_are_checked_too(models, tmp_path):
     ("model", "message"),
     [
         ("other_shape", "model.layers.0.mlp.down_proj.weight is [32, 64] in"),
-        ("tied", "tie_word_embeddings is True in"),
         ("larger_vocabulary", "vocabularies differ: lm_head.weight is [500, 32] in"),
         ("other_ids", "tokens have another id in"),
     ],
@@ -86,6 +88,11 @@ def test_parameters_of_mergekits_own_methods_are_checked_too(models, tmp_path):
 def test_models_that_do_not_fit_are_named_with_the_cure(models, tmp_path, model, message):
     found = texts(check_of(tmp_path, config_of(models, "one", model)))
     assert any(message in text for text in found), found
+
+
+def test_an_untied_model_beside_a_tied_base_is_refused(models, tmp_path):
+    found = texts(check_of(tmp_path, config_of(models | {"base": models["tied"]}, "one", "tied")))
+    assert any("tie_word_embeddings is False in" in text for text in found), found
 
 
 def test_a_tokenizer_setting_settles_vocabularies(models, tmp_path):
@@ -131,19 +138,21 @@ def test_missing_and_damaged_models_are_named(models, tmp_path):
     found = "\n".join(texts(check_of(tmp_path, config_of(models | names, *names))))
     for name in ("empty", "absent"):
         assert f"{tmp_path / name}: expected a folder with config.json" in found
-    assert f"{tmp_path / 'cut' / 'model.safetensors'}: expected a complete safetensors file" in found
+    assert f"{tmp_path / 'cut' / 'model.safetensors'}: expected a complete file of weights" in found
     assert f"{tmp_path / 'incomplete'}: expected every shard that the index names; missing: model-00002" in found
-    assert ".safetensors. Download the model again" in found
+    assert ".safetensors -> Download the model again" in found
     assert f"{tmp_path / 'weightless'}: expected model.safetensors or pytorch_model.bin" in found
 
 
 def test_tensors_that_mergekit_drops_are_named(tmp_path):
     """Its description of Llama has no biases."""
     models = merging.make_models(tmp_path / "models", attention_bias=True)
-    warned = texts(check_of(tmp_path, config_of(models, "one", "two")), "warning")
-    assert len(warned) == 1
-    assert "does not know 8 tensor(s) of" in warned[0]
-    assert "model.layers.0.self_attn.k_proj.bias" in warned[0]
+    config = config_of(models, "one", "two")
+    (found,) = texts(check_of(tmp_path, config))
+    assert "does not know 8 parameter(s) of" in found
+    assert "model.layers.0.self_attn.q_proj.bias" in found
+    with pytest.raises(MergeError, match=r"does not know 8 parameter\(s\) of .*: they would be missing"):
+        merging.run_merge(tmp_path, config)
 
 
 def test_copies_are_noticed(models, tmp_path):
@@ -198,6 +207,141 @@ def test_the_command_ends_with_status_1_on_errors(models, tmp_path):
         result = CliRunner().invoke(app, ["merge-check", str(path)])
         assert result.exit_code == status, result.output
         assert said in result.output
+
+
+def test_each_step_is_said_before_it_starts(models, tmp_path):
+    from fusion_plugins.cli import app
+
+    path = tmp_path / "merge.yml"
+    path.write_text(yaml.safe_dump(config_of(models, "one", "two")))
+    result = CliRunner().invoke(app, ["merge-check", str(path)])
+    steps = result.stderr
+    for number, name in enumerate(("base", "one", "two"), start=1):
+        assert f"reading model {number} of 3: {models[name]} ..." in steps
+    for step in ("comparing the models ...", "planning the merge ...", "steps of the plan ..."):
+        assert step in steps
+    assert "reading" not in result.stdout
+
+
+@pytest.mark.parametrize("name", ["[/bold]", "\x1b[2J", "[link=x]", ":smile:"])
+def test_names_are_shown_as_they_are(models, tmp_path, name):
+    from fusion_plugins.cli import app
+
+    path = tmp_path / "merge.yml"
+    path.write_text(yaml.safe_dump(config_of(models | {"odd": f"/nowhere/{name}"}, "one", "odd")))
+    result = CliRunner().invoke(app, ["merge-check", str(path)])
+    assert result.exit_code == 1
+    assert "\x1b" not in result.output
+    assert f"ERROR: /nowhere/{name}".replace("\x1b", "\\x1b") in result.stdout
+
+
+def bomb(levels):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, levels)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (bomb(9).encode(), "its aliases repeat each other"),
+        (b"\xff\xfea: 1", "in UTF-8"),
+        (b"[" * 5000, "not YAML"),
+        (b"a: 2024-99-99", "not YAML"),
+        (b"!!python/object:os.system x", "not YAML"),
+        (b"a: \x01", "not YAML"),
+    ],
+)
+def test_files_that_are_no_yaml_are_one_short_sentence(tmp_path, content, said):
+    path = tmp_path / "merge.yml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=said) as raised:
+        check_merge(path)
+    assert len(str(raised.value)) < 500
+
+
+def changed(models, tmp_path, change):
+    """A copy of the sharded model after a change, in a merge with `one`."""
+    folder = tmp_path / "changed"
+    shutil.copytree(models["two"], folder)
+    change(folder)
+    return config_of(models | {"changed": folder}, "one", "changed"), folder
+
+
+def cut_shard(folder):
+    file = next(folder.glob("model-00002*"))
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def pipe(folder):
+    (folder / "model.safetensors.index.json").unlink()
+    os.mkfifo(folder / "model.safetensors")
+
+
+def shard_elsewhere(folder):
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "../two/model-00001-of-00002.safetensors")
+    file.write_text(json.dumps(index))
+
+
+DAMAGES = {
+    "truncated shard": (cut_shard, "expected a complete file of weights"),
+    "no shard": (lambda folder: next(folder.glob("model-00002*")).unlink(), "missing: model-00002"),
+    "broken index": (lambda folder: (folder / "model.safetensors.index.json").write_text("{"), "JSONDecodeError"),
+    "index without a map": (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "weight_map"),
+    "shards in another folder": (shard_elsewhere, "names of files in this folder"),
+    "pipe": (pipe, "expected a file, got something else"),
+    "broken config.json": (lambda folder: (folder / "config.json").write_text("{"), "that transformers cannot read"),
+    "config.json of nothing": (lambda folder: (folder / "config.json").write_text("[1]"), "transformers cannot read"),
+    "config.json that is no text": (lambda folder: (folder / "config.json").write_bytes(b"\xff"), "cannot read"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_models_are_one_sentence_in_the_check_and_in_mergekits_command(models, tmp_path, damage):
+    from mergekit.scripts.run_yaml import main
+
+    change, said = DAMAGES[damage]
+    config, folder = changed(models, tmp_path, change)
+    found = texts(check_of(tmp_path, config))
+    assert any(said in text and str(folder) in text for text in found), found
+    result = testing.CliRunner().invoke(main, [str(tmp_path / "merge.yml"), str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit), result.exception
+    (line,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert said in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", [b"{", b'{"version": "1.0", "model": {"type": "BPE"}}', b"\xff"])
+def test_a_broken_tokenizer_is_named(models, tmp_path, damage):
+    config, folder = changed(models, tmp_path, lambda folder: (folder / "tokenizer.json").write_bytes(damage))
+    check = check_of(tmp_path, config)
+    assert check.ok
+    assert any(f"the tokenizer of {folder} cannot be read" in text for text in texts(check, "warning"))
+    assert not check_of(tmp_path, config | {"tokenizer": {"source": str(folder)}}).ok
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(models, tmp_path):
+    from mergekit.scripts.run_yaml import main
+
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "merge.yml"
+    path.write_text(yaml.safe_dump(config_of(models, "one", "two")))
+    for out in (tmp_path / "file", tmp_path / "file" / "below", "/proc/none/out"):
+        (found,) = [text for text in texts(check_merge(path, out=Path(out))) if "expected a folder for" in text]
+        assert str(out) in found
+        result = testing.CliRunner().invoke(main, [str(path), str(out)])
+        assert result.exit_code == 1
+        assert f"Error: {out}: expected a folder for the merged model" in result.output
+
+
+def test_weights_that_are_in_the_output_folder_are_noticed(models, tmp_path):
+    path = tmp_path / "merge.yml"
+    path.write_text(yaml.safe_dump(config_of(models, "one", "two")))
+    warned = texts(check_merge(path, out=models["two"]), "warning")
+    assert any("holds weights already, such as model-00001" in text for text in warned)
 
 
 def test_a_file_that_is_no_configuration_is_refused(tmp_path):

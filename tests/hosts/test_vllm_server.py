@@ -52,6 +52,19 @@ def test_a_server_fills_the_same_store_as_transformers(model, server, tmp_path):
         assert (record.topk.ids != expected.topk.ids).mean() < 0.02
 
 
+@pytest.mark.parametrize("written", [{}, {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "temperature": 1.0}])
+def test_the_models_own_generation_config_is_not_used(model, server, tmp_path, written):
+    """The server applies it where a request says nothing (top_k 1): all answers to a prompt would be the same."""
+    prompts = source_checks.prompts(tmp_path / "prompts.jsonl", 3)
+    entry = remote(server, model) | {"name": "s", "max_tokens": 8, **written}
+    del entry["dtype"]
+    sample_prompts(SampleConfig(prompts=str(prompts), out=str(tmp_path / "rows"), n=6, sources=[entry]))
+    answers: dict[str, set[str]] = {}
+    for row in open_rows(tmp_path / "rows"):
+        answers.setdefault(row["prompt_id"], set()).add(row["response"])
+    assert all(len(found) > 1 for found in answers.values())
+
+
 def test_another_tokenizer_than_the_servers_is_refused(model, server, tmp_path):
     other = source_checks.checkpoint(tmp_path / "other")
     texts = source_checks.texts(tmp_path / "texts.jsonl")

@@ -2,38 +2,81 @@
 
 import doctest
 
+import pytest
+
 from fusion_plugins.scoring import answers
-from fusion_plugins.scoring.answers import gold_answer, last_number, marked_answer, write_out_exponents
+from fusion_plugins.scoring.answers import final_part, find_answer, gold_answer
 
 
-def test_marks_and_numbers_in_text():
-    assert marked_answer("#### 3. Add the numbers") is None
-    assert marked_answer("#### $1,200 per day") == ("$1,200", "hashes")
-    assert marked_answer("\\boxed{a{b}c} \\boxed{unclosed") == ("a{b}c", "boxed")
-    assert marked_answer("\\boxed{\\{1, 2\\}}") == ("\\{1, 2\\}", "boxed")
-    assert last_number("10-5, x2 and 3/4") == "3/4"
-    assert last_number("about 12.") == "12"
+@pytest.mark.parametrize(
+    ("response", "text", "how"),
+    [
+        (r"\boxed{a{b}c} \boxed{unclosed", "a{b}c", "boxed"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}", "boxed"),
+        (r"\boxed{5}, put it into \boxed{}. \boxed{7", "5", "boxed"),
+        (r"\fbox{2} and \boxed 3", "2, 3", "boxed"),
+        (r"So \boxed{6}. I used \boxed as asked.", "6", "boxed"),
+        (r"First \boxed{3}, but then \boxed{4}.", "4", "boxed"),
+        (r"$x=\boxed{3}$ or $x=\boxed{-1}$", "3, -1", "boxed"),
+        (r"\boxed{3} 和 \boxed{-1}", "3, -1", "boxed"),
+        (r"\boxed{5}, that is \boxed{5}", "5", "boxed"),
+        ("#### $1,200 per day", "$1,200 per day", "hashes"),
+        ("#### 3. Add the numbers\n3 + 4\n#### 7 apples", "7 apples", "hashes"),
+        ("The answer is 7.\n\n#### 3 key points", "7", "phrase"),
+        ("The answer is 5.\n#### 7", "7", "hashes"),
+        ("The answer is 90/3=30", "90/3=30", "phrase"),
+        ("**Answer:** 12 apples", "12 apples", "phrase"),
+        ("The answer is **12**.", "12", "phrase"),
+        ("The final answer to the question is: $\\frac12$.", "\\frac12", "phrase"),
+        ("The answer is $x = 3$ or $x = -1$.", "x = 3, x = -1", "phrase"),
+        ("The answer is 7 because 3 + 4 = 7.", "7", "phrase"),
+        ("The answer is that she has 7 apples.", "7", "phrase"),
+        ("答案是２３８０元", "2380元", "phrase"),
+        ("所以最终答案为：三百二十一。", "三百二十一", "phrase"),
+        ("答：一共要付2380元。", "2380元", "phrase"),
+        ("She has **12** apples.\n\n**15**", "15", "bold"),
+        ("He had **12** apples. Now 45.", "45", "number"),
+        ("一共要付2380元。", "2380", "number"),
+        ("So $2^{10}$, that is $1024$.", "1024", "formula"),
+        ("We get\n\\begin{align*}\nx &= 2 + 3 \\\\\n&= 5.\n\\end{align*}", "5", "formula"),
+        ("It takes 3 to 5 days.", "3 to 5", "number"),
+        ("She has twenty-one apples.", "twenty-one", "number"),
+    ],
+)
+def test_the_last_group_of_the_strongest_mark_is_the_answer(response, text, how):
+    found = find_answer(response)
+    assert (any(text in way for way in found.texts), found.how) == (True, how), found
 
 
-def test_the_last_box_that_is_closed_and_not_empty_counts():
-    assert marked_answer(r"\boxed{5}, put it into \boxed{}. \boxed{7") == ("5", "boxed")
-    assert marked_answer(r"\fbox{2} and \boxed 3") == ("3", "boxed")
+@pytest.mark.parametrize(
+    "response", ["I do not know.", "", "<think>\\boxed{5}", "<think>It is 5", "<thinking>\n#### 5\n"]
+)
+def test_no_answer_is_none_and_thinking_has_none(response):
+    assert find_answer(response) is None
 
 
-def test_a_number_in_chinese_text_is_found():
-    assert last_number("共有２３８０元") == "2380"
-    assert marked_answer("#### 2380元") == ("2380", "hashes")
+def test_only_boxes_and_hashes_count_when_asked_for():
+    assert find_answer("The answer is 5. **5**", marked_only=True) is None
+    assert find_answer("#### 5", marked_only=True).how == "hashes"
 
 
-def test_units_are_dropped_and_mathematics_is_kept():
-    assert gold_answer("#### 18 dollars.") == "18"
-    assert gold_answer(r"\boxed{2 pi}") == "2 pi"
-    assert gold_answer(r"\boxed{2 sqrt 3}") == "2 sqrt 3"
+def test_a_response_that_broke_off_has_only_a_marked_answer():
+    for text in ("She has 5 + 3 = 8", "It is **8**", "8"):
+        assert find_answer(text).texts
+        assert find_answer(text, broken_off=True) is None
+    assert find_answer(r"\boxed{8} To check, add", broken_off=True).texts == ("8",)
 
 
-def test_exponents_of_three_digits_stay_as_they_are():
-    assert write_out_exponents("1e99") == "1" + "0" * 99
-    assert write_out_exponents("1e999999999") == "1e999999999"
+def test_the_final_part_is_behind_the_last_thinking():
+    assert final_part("hm</think>5") == "5"
+    assert final_part("<think>a</think>b<think>c</think>d") == "d"
+    assert final_part("<think>a</think>b\n<think>c") == ""
+    assert final_part("split at '</think>' or \"<think>\"") == "split at '</think>' or \"<think>\""
+
+
+def test_gold_answers_are_taken_out_of_their_solutions():
+    assert gold_answer("9 * 2 = 18\n#### 18 dollars.") == "18 dollars."
+    assert gold_answer(r"so \boxed{2 \pi}") == r"2 \pi"
 
 
 def test_examples_in_docstrings_run():

@@ -132,6 +132,14 @@ FORMATS = {
         "```python\nclass Solution:\n    def f(self, a, b):\n        return (*a, b)\n```",
         "```python\nclass Solution:\n    def f(self, a, b):\n        return [3, 2, 1]\n```",
     ),
+    "LiveCodeBench function with metadata": (
+        {
+            "tests": [{"input": "1", "output": "2", "testtype": "functional"}],
+            "metadata": '{"func_name": "f"}',
+        },
+        METHOD,
+        WRONG_METHOD,
+    ),
     "results in mappings": (
         {"fn_name": "f", "inputs": [[2]], "outputs": [{"2": 0.5}]},
         "```python\ndef f(x):\n    return {x: 1 / x}\n```",
@@ -191,6 +199,10 @@ UNCHECKED = {
     "an entry point that is none": {"test": CHECK, "entry_point": "a b"},
     "a test that does not compile": ["assert f(1) =="],
     "a package that is not there": "import surely_not_installed\nassert f(1) == 2",
+    "the metadata of LiveCodeBench without a name": {
+        "tests": '[{"input": "1", "output": "2", "testtype": "functional"}]',
+        "metadata": "{}",
+    },
     "a package that the file needs": "import surely_not_installed\ndef test_a():\n    assert f(1) == 2",
     "a fixture that is not there": "def test_a(candidate):\n    assert candidate(1) == 2",
 }
@@ -235,6 +247,13 @@ def test_the_output_of_a_program_is_read_to_its_end(scorer):
     scores = scorer.score([{"response": f"```python\n{code}\n```", "tests": tests} for code in more])
     assert [score.correct for score in scores] == [True, False, False, False, False]
     assert scores[1].details["error"] == "expected output '1\\n2', got '1'"
+
+
+def test_a_program_whose_package_is_not_in_the_sandbox_is_not_incorrect(scorer):
+    response = "```python\nimport surely_not_installed.part as s\ndef f(x):\n    return s.next(x)\n```"
+    (score,) = scorer.score([{"response": response, "tests": "assert f(1) == 2"}])
+    assert score.correct is None
+    assert score.reason == "the package 'surely_not_installed' is not in the sandbox; see the option packages"
 
 
 def test_setup_gives_what_annotations_of_the_response_need(scorer):

@@ -15,13 +15,15 @@ ROOT = Path(__file__).parents[2]
 
 def test_a_verdict_says_what_was_compared_and_where_it_was_found():
     assert judge("so #### 18", r"First 3, then \boxed{18}.") == {
-        "correct": True, "reason": None, "gold": "18", "answer": "18", "found": "boxed"
+        "correct": True, "reason": None, "gold": "18", "answer": "18", "found": "boxed", "rule": "text"
     }  # fmt: skip
-    assert judge("18", "#### 19")["found"] == "hashes"
-    assert judge("18", "The answer is $18$.")["found"] == "expression"
-    assert judge("18", "I do not know.", marked_only=True) == {
-        "correct": False, "reason": "the response has no answer", "gold": "18", "answer": None, "found": None
+    assert judge("18", "#### 19") | {"found": "hashes", "rule": "number"} == judge("18", "#### 19")
+    assert judge("18", "The answer is $18$.")["found"] == "phrase"
+    assert judge("x + 1", "So $1 + x$.") == {
+        "correct": True, "reason": None, "gold": "x + 1", "answer": "1 + x", "found": "formula", "rule": "math-verify"
     }  # fmt: skip
+    reply = {"correct": False, "reason": "the response has no answer", "gold": "18"}
+    assert judge("18", "I do not know.") == reply | {"answer": None, "found": None, "rule": None}
 
 
 @pytest.mark.parametrize(("reference", "response"), [("\\frac{", "18"), ("18", "\\boxed{((((}")])

@@ -56,7 +56,7 @@ def test_a_worker_that_hangs_or_dies_gives_no_verdict_and_is_replaced():
 
 def test_a_worker_that_cannot_start_is_an_error_that_says_what_to_install():
     pool = WorkerPool("fusion_plugins.scoring.no_such_worker", workers=1, timeout=5)
-    with pytest.raises(ScoringError, match=r"No module named.*fusion-plugins\[score\]"):
+    with pytest.raises(ScoringError, match=r"No module named.*pip install .*\[score\]"):
         pool.map([{}])
     pool.close()
 
@@ -153,3 +153,21 @@ def test_a_stopped_driver_leaves_no_process_behind(stop, descendants, alive):
     while any(alive(child) for child in children) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(alive(child) for child in children)
+
+
+def test_a_request_or_a_reply_that_is_no_json_costs_one_request(tmp_path, monkeypatch):
+    worker = (
+        "import sys\nprint('ready', flush=True)\nfor line in sys.stdin:\n    print(line.strip()[1:-1], flush=True)\n"
+    )
+    (tmp_path / "odd_worker.py").write_text(worker)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    pool = WorkerPool("odd_worker", workers=1, timeout=5)
+    nested = []
+    for _ in range(100_000):
+        nested = [nested]
+    replies = pool.map([{"a": 1}, {"a": {1, 2}}, {"a": nested}, ["[1]"], [{"a": 1}]])
+    pool.close()
+    assert [type(reply) for reply in replies] == [Failure] * 4 + [dict]
+    assert replies[0] == "the verifier's reply is not JSON"
+    assert all("cannot be written as JSON" in reply for reply in replies[1:3])
+    assert replies[3] == "the verifier's reply is not one of ours"

@@ -257,3 +257,32 @@ def test_a_run_that_is_killed_over_corrected_rows_leaves_no_old_verdict(
     score(after, out)
     assert {row["prompt_id"]: row["correct"] for row in open_rows(out)} == {"p1": False, "p2": True}
     assert not shard.exists()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize(("true", "false"), [(True, False), (1, 0), (1.0, 0.0), ("true", "False"), ("1", "0")])
+def test_verdicts_of_other_tools_are_kept_in_whatever_form(
+    tmp_path: Path, scorers: dict[str, Equal], kind: str, true: Any, false: Any
+) -> None:
+    rows = [{**ROW, "prompt_id": f"p{place}", "correct": value} for place, value in enumerate((true, false, None))]
+    path = tmp_path / f"answers.{kind}"
+    if kind == "jsonl":
+        write_lines(path, rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    settings = {"responses": str(path), "out": str(tmp_path / "scored"), "scorers": {"long": {}}}
+    score_responses(ScoreConfig.model_validate(settings))
+    assert [row["correct"] for row in open_rows(tmp_path / "scored")] == [True, False, None]
+
+
+def test_a_verdict_that_is_none_is_an_error_that_names_its_line(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "answers.jsonl", [ROW, {**ROW, "source": "b", "correct": 0.5}])
+    with pytest.raises(DataError, match=r"answers\.jsonl.*2.*'correct': expected a verdict .* got 0\.5"):
+        open_responses(path)
+
+
+def test_the_verdict_of_a_scorer_comes_before_that_of_another_tool(tmp_path: Path, scorers: dict[str, Equal]) -> None:
+    path = write_lines(tmp_path / "answers.jsonl", [{**ROW, "correct": "false"}])
+    settings = {"responses": path, "out": str(tmp_path / "scored"), "scorers": {"equal": {}}}
+    score_responses(ScoreConfig.model_validate(settings))
+    assert [row["correct"] for row in open_rows(tmp_path / "scored")] == [True]

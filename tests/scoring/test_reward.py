@@ -13,7 +13,7 @@ from transformers import LlamaForSequenceClassification
 
 from fusion_plugins.core.preferences.candidates import Candidate
 from fusion_plugins.core.preferences.pairs import GapWindow, build_pairs
-from fusion_plugins.errors import ConfigError, DataError, MismatchError, ScoringError
+from fusion_plugins.errors import ConfigError, MismatchError, ScoringError
 from fusion_plugins.scoring import SCORERS
 from fusion_plugins.scoring.reward import RewardScorer
 from fusion_plugins.scoring.score import ScoreConfig, score_responses
@@ -238,11 +238,40 @@ def test_a_tokenizer_without_chat_template_needs_the_plain_one(tmp_path):
     assert of_chat.reward == pytest.approx(of_text.reward, abs=1e-5)
 
 
-def test_a_template_that_refuses_a_prompt_names_the_prompt(tmp_path, model):
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('no system prompts') if messages[0].role == 'system' }}",
+        "{% if messages[0].role == 'system' %}{{ messages[0].content + 1 }}{% endif %}",
+        "{% if messages[0].role == 'system' %}{{ messages[9].content.x }}{% endif %}",
+        "{% if messages[0].role == 'system' %}{{ 1 // 0 }}{% endif %}",
+    ],
+)
+def test_a_row_that_the_template_refuses_has_no_reward_and_the_others_have_theirs(model, template):
     scorer = RewardScorer(model=model)
-    scorer._tokenizer.chat_template = "{{ raise_exception('no system prompts') if messages[0].role == 'system' }}x"
-    with pytest.raises(DataError, match="prompt 'p7'.*no system prompts"):
-        scorer.score([{"prompt_id": "p7", "prompt": [{"role": "system", "content": "s"}], "response": "r"}])
+    plain = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    scorer._tokenizer.chat_template = plain
+    refused = {"prompt": [{"role": "system", "content": "s"}], "response": "r"}
+    others = [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"}]
+    expected = scorer.score(others)
+    scorer._tokenizer.chat_template = template + plain
+    first, found, last = scorer.score([others[0], refused, others[1]])
+    assert found.reward is None
+    assert found.reason.startswith("the chat template refuses it: ")
+    assert [first, last] == expected
+    scorer._tokenizer.chat_template = "{{ raise_exception('nothing at all') }}"
+    assert {score.reason for score in scorer.score(others)} == {"the chat template refuses it: nothing at all"}
+    with pytest.raises(ScoringError, match="got None and None .the chat template refuses it: nothing at all."):
+        scorer._check_head()
+
+
+def test_tokens_that_the_model_lacks_and_texts_without_tokens_cost_one_row(model):
+    scorer = RewardScorer(model=model)
+    scorer._width = 5
+    row = {"prompt": "a", "response": "b"}
+    assert "has no row in the model" in scorer.score([row])[0].reason
+    scorer._tokenizer.chat_template = "{{ '' }}"
+    assert scorer.score([row])[0].reason == "no token is left of prompt and response"
 
 
 @pytest.mark.parametrize(

@@ -195,16 +195,18 @@ def full_disk(trial: Trial, count: int) -> Line:
     files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
     largest = max(path.stat().st_size for path in files)
     trial.remove(out)
-    ours = command[0] == "fusion"
+    ours, short = command[0] == "fusion", 0
     for _ in range(count):
         out, command = trial.fresh()
         limit = int(2 ** trial.random.uniform(4, max(5, largest.bit_length() - 0.5)))
         status = trial.worker.run(command, limit=limit)
         line.faults += 1
+        short += status != 0
         if ours and (status not in (0, 1) or "Traceback" in trial.worker.said()):
             line.wrong.append(f"{limit} bytes: ended with {status}: {trial.worker.said()[-300:]}")
         problem = trial.finish(out, command)
         line.wrong += [f"{limit} bytes: {problem}"] if problem else []
+    line.note = f"{short} ran out of space"
     return line
 
 
@@ -227,6 +229,7 @@ def small_disk(trial: Trial, count: int) -> Line:
     if able.returncode or trial.job.modules[0] != "fusion_plugins.cli":
         line.note = "SKIPPED: no file system of its own" if able.returncode else "SKIPPED: takes an engine"
         return line
+    short = 0
     for _ in range(count):
         folder = trial.folder / "small"
         shutil.rmtree(folder, ignore_errors=True)
@@ -240,11 +243,13 @@ def small_disk(trial: Trial, count: int) -> Line:
         script = ["unshare", "-Urm", "bash", "-c", SMALL_DISK, "soak", str(size), sys.executable, *command]
         ran = subprocess.run(script, cwd=folder, capture_output=True, text=True, env=trial.worker.environment)
         line.faults += 1
+        short += "with 1" in ran.stdout
         if "Traceback" in ran.stderr or not ran.stdout.strip().endswith(("with 0", "with 1")):
             line.wrong.append(f"{size} bytes: {ran.stdout[-200:]} {ran.stderr[-300:]}")
         shutil.move(folder / "after", out)
         problem = trial.finish(out, command)
         line.wrong += [f"{size} bytes: {problem}"] if problem else []
+    line.note = f"{short} ran out of space"
     return line
 
 

@@ -34,6 +34,12 @@ class Material:
         return source_checks.texts(self.folder / "texts.jsonl", repeat=3)
 
     @cached_property
+    def few_texts(self) -> Path:
+        import source_checks
+
+        return source_checks.texts(self.folder / "few.jsonl")
+
+    @cached_property
     def prompts(self) -> Path:
         import source_checks
 
@@ -151,7 +157,7 @@ def sample_command(material: Material, out: Path) -> list[str]:
 
 def cut_command(material: Material, out: Path) -> list[str]:
     path = out.with_name(f"{out.name}.yml")
-    path.write_text(f"texts: {material.texts}\nout: {out}\ntokenizers: [{material.model}]\nmax_length: 24\n")
+    path.write_text(f"texts: {material.few_texts}\nout: {out}\ntokenizers: [{material.model}]\nmax_length: 24\n")
     return ["fusion", "cut", "-c", str(path)]
 
 

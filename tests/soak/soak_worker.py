@@ -11,6 +11,9 @@ import resource
 import sys
 from importlib import import_module
 
+# Libraries print what they like: answers have a channel of their own.
+ANSWERS = os.dup(1)
+os.dup2(2, 1)
 os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork
 
 
@@ -66,7 +69,7 @@ def serve() -> None:
             answer = os.fork()
             if answer == 0:
                 child(request)
-        print(answer, flush=True)  # noqa: T201
+        os.write(ANSWERS, f"{answer}\n".encode())
 
 
 if __name__ == "__main__":

@@ -100,10 +100,16 @@ def test_the_command_writes_what_capture_then_takes(tokenizers, tmp_path):
     assert json.loads(pieces.read_text().splitlines()[0])["id"] == "long#0"
 
 
-def test_a_chat_keeps_its_tools(model, tmp_path):
-    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
-    texts = tmp_path / "chats.jsonl"
-    texts.write_text(json.dumps({"id": "c", "messages": tiny.CHAT, "tools": tools}))
-    out = tmp_path / "cut.jsonl"
-    cut_texts(CutConfig(texts=str(texts), out=str(out), tokenizers=[str(model)], max_length=200))
-    assert read_texts(out) == read_texts(texts)
+def test_what_cannot_be_cut_is_left_out_where_that_is_wanted_and_tools_stay_with_their_chat(tokenizers, tmp_path):
+    tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]
+    rows = [{"id": "fits", "messages": tiny.CHAT, "tools": tools}, {"id": "short", "text": "short"}, {"id": "none"}]
+    rows += [{"id": "long", "messages": [{"role": "user", "content": LONG}, tiny.CHAT[1]]}]
+    texts = source_checks.write_rows(tmp_path / "t.jsonl", rows)
+    values = {"texts": str(texts), "out": str(tmp_path / "cut.jsonl"), "tokenizers": tokenizers[:1], "max_length": 200}
+    with pytest.raises(DataError, match=r"t\.jsonl:3: expected either a column"):
+        cut_texts(CutConfig(**values))
+    report = cut_texts(CutConfig(**values, on_unusable="skip"))
+    assert list(report.skipped) == ["none", "long"]
+    assert "chats are not cut" in report.skipped["long"]
+    assert [text.id for text in read_texts(tmp_path / "cut.jsonl")] == ["fits", "short"]
+    assert read_texts(tmp_path / "cut.jsonl")[0].tools == tools

@@ -1,6 +1,7 @@
 """Tokenizers and prompts of sources."""
 
 import copy
+from datetime import date
 
 import pytest
 import source_checks
@@ -17,6 +18,7 @@ from fusion_plugins.sources.loading import (
     chat_template_hash,
     load_config,
     load_tokenizer,
+    local_response,
     prompt_ids,
     prompt_text,
     response_text,
@@ -107,6 +109,60 @@ def test_a_response_is_cut_before_the_first_of_its_stop_strings():
     assert response_text(tokenizer, ids, ()) == ("one two three", False)
     assert response_text(tokenizer, ids, ("three", "two")) == ("one ", True)
     assert response_text(tokenizer, ids, ("four",)) == ("one two three", False)
+
+
+def special(*tokens):
+    tokenizer = copy.deepcopy(tiny.byte_level())
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
+    return tokenizer
+
+
+def answered(tokenizer, prompt, text, stop=(), ended=True):
+    ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, text)]
+    return local_response(tokenizer, ids[0], ids[1], stop, ended=ended, n_tokens=len(ids[1]) + ended)
+
+
+def test_reasoning_that_the_prompt_has_opened_is_whole_in_the_response():
+    tokenizer = tiny.byte_level()
+    assert answered(tokenizer, "<think>\n", "6 * 7\n</think>\n\n42").text == "<think>\n6 * 7\n</think>\n\n42"
+    assert answered(tokenizer, "Why <think>?\n", "Because").text == "Because"
+    cut = answered(tokenizer, "<think>", "6 * 7 is", ended=False)
+    assert (cut.text, cut.finish_reason) == ("<think>\n6 * 7 is", "length")
+
+
+def test_marks_of_reasoning_stay_also_where_they_are_special_tokens():
+    tokenizer = special("<think>", "</think>")
+    assert (
+        answered(tokenizer, "Hi<|im_end|>", "<think>hm</think>\n\nfive<|im_end|>").text == "<think>hm</think>\n\nfive"
+    )
+    assert answered(tokenizer, "Hi<think>", "hm</think>\nfive").text == "<think>\nhm</think>\nfive"
+    assert answered(tokenizer, "Hi", "five<|im_end|>").text == "five"
+
+
+def test_channels_become_reasoning_and_answer_and_calls_of_tools_are_refused():
+    tokenizer = special("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>", "<|call|>", "<|constrain|>")
+    analysis = "<|channel|>analysis<|message|>6 * 7<|end|>"
+    final = "<|start|>assistant<|channel|>final<|message|>42"
+    assert answered(tokenizer, "<|start|>assistant", analysis + final).text == "<think>\n6 * 7\n</think>\n\n42"
+    assert answered(tokenizer, "<|start|>assistant", "<|channel|>final<|message|>42 STOP", ("STOP",)).text == "42 "
+    cut = answered(tokenizer, "<|start|>assistant", "<|channel|>analysis<|message|>6 * 7 is", ended=False)
+    assert (cut.text, cut.finish_reason) == ("<think>\n6 * 7 is", "length")
+    call = "<|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>"
+    assert "call of a tool" in answered(tokenizer, "<|start|>assistant", analysis + call).reason
+
+
+def test_arguments_of_the_template_reach_it_as_json_has_them():
+    tokenizer = copy.deepcopy(tiny.byte_level())
+    tokenizer.chat_template = "{{ messages[0].content }}{{ '' if enable_thinking else '<no>' }}{{ day }}"
+    options = {"enable_thinking": False, "day": date(2026, 1, 2)}
+    ids = prompt_ids(tokenizer, "hi", Sampling(chat_template_kwargs=options), None)
+    assert tokenizer.decode(ids) == "hi<no>2026-01-02"
+    assert (
+        tokenizer.decode(prompt_ids(tokenizer, "hi", Sampling(chat_template_kwargs={"enable_thinking": True}), None))
+        == "hi"
+    )
+    with pytest.raises(ValueError, match="no effect with `template: plain`"):
+        Sampling(template="plain", chat_template_kwargs=options)
 
 
 def test_prompts_that_leave_no_room_are_told_apart_from_the_others():

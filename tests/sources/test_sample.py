@@ -7,7 +7,7 @@ import pytest
 import source_checks
 from source_checks import sample_config as config
 
-from fusion_plugins.errors import MismatchError, SourceError
+from fusion_plugins.errors import DataError, MismatchError, SourceError
 from fusion_plugins.sources import sample as sample_module
 from fusion_plugins.sources.sample import sample_prompts
 from fusion_plugins.store import open_rows
@@ -50,6 +50,17 @@ def test_a_prompt_that_is_too_long_stops_the_run_before_it_starts_or_is_left_out
     report = sample_prompts(settings.model_copy(update={"on_unusable": "skip"}))
     assert list(report.skipped) == [("llama", "long")]
     assert report.drawn == len(open_rows(tmp_path / "out")) == 12
+
+
+def test_rows_that_are_no_prompts_stop_the_run_or_are_left_out(models, prompts, tmp_path):
+    with prompts.open("a") as lines:
+        lines.write('{"id": "half", "text": "a", "reference": "\\ud83d"}\n{"id": "open", "text": \n')
+    settings = config(models, prompts, tmp_path / "out", only=["llama"], n=1)
+    with pytest.raises(DataError, match=r"prompts\.jsonl:7: expected a domain, a reference and tests"):
+        sample_prompts(settings)
+    report = sample_prompts(settings.model_copy(update={"on_unusable": "skip"}))
+    assert list(report.skipped) == [("all sources", "half"), ("all sources", f"{prompts}:8")]
+    assert report.drawn == len(open_rows(tmp_path / "out")) == 6
 
 
 def test_a_source_whose_responses_are_all_there_is_not_loaded_again(models, prompts, tmp_path, monkeypatch):

@@ -113,7 +113,7 @@ def test_a_manifest_that_no_writer_makes_is_refused(sound: Path, change: Callabl
     ("data", "problem"),
     [
         (b"[" * 200_000, "deep in each other"),
-        (b'{"provenance": ' * 40 + b"1" + b"}" * 40, "at most 32 deep"),
+        (b'{"provenance": ' * 140 + b"1" + b"}" * 140, "at most 128 deep"),
         (b'{"kind": "logprobs", "kind": "rows"}', "'kind' appears twice"),
         (b'{"temperature": NaN}', "finite number, got NaN"),
         (b'{"temperature": 1e999}', "finite number, got 1e999"),
@@ -377,7 +377,27 @@ def test_two_exports_into_one_folder_give_one_whole_export(sound: Path, tmp_path
 
 def test_a_key_that_is_no_column_is_refused_when_the_manifest_is_read(tmp_path: Path) -> None:
     store_jobs.write_rows(str(tmp_path), 3)
-    edit_manifest(tmp_path, lambda fields: fields.update(key=["other"]))
-    for use in (open_rows, lambda rows: RowWriter(rows, store_jobs.rows_manifest())):
-        with pytest.raises(StoreError, match=r"manifest.json is damaged: key: expected columns that are declared"):
-            use(tmp_path)  # type: ignore[operator]
+    for key in (["other"], ["prompt_id", "extra"]):  # a json column may hold what cannot be looked up
+        edit_manifest(tmp_path, lambda fields, key=key: fields.update(key=key))
+        for use in (open_rows, lambda rows: RowWriter(rows, store_jobs.rows_manifest())):
+            with pytest.raises(StoreError, match=r"manifest.json is damaged: key: expected columns that are declared"):
+                use(tmp_path)  # type: ignore[operator]
+
+
+def test_a_store_that_was_merged_many_times_can_be_read(tmp_path: Path) -> None:
+    """Every merge keeps the notes of its parts within its own."""
+    folder = make_store(tmp_path / "0", [1])
+    for number in range(1, 12):
+        merge([folder], tmp_path / str(number))
+        folder = tmp_path / str(number)
+    assert len(open_store(folder)) == 1
+
+
+def test_a_token_table_of_many_gigabytes_is_not_read(sound: Path) -> None:
+    with open(sound / "tokens.parquet", "r+b") as file:
+        file.truncate(1 << 40)
+    for use in (USES["verify"], USES["merge"]):
+        with suppress(StoreError):
+            assert "expected at most 268,435,456 bytes" in "".join(use(sound))
+    with pytest.raises(StoreError, match="expected at most 268,435,456 bytes"):
+        _ = open_store(sound).table

@@ -3,6 +3,7 @@
 Neither this module nor the tests that use it import vLLM at the top: they are collected in environments without it.
 """
 
+import json
 import os
 import signal
 import socket
@@ -27,9 +28,16 @@ ENGINE = {"enforce_eager": True, "gpu_memory_utilization": 0.05, "max_num_seqs":
 
 
 def checkpoint(folder: Path) -> Path:
-    """A SentencePiece source whose output matrix is 16 rows wider than its vocabulary."""
+    """A SentencePiece source whose output matrix is 16 rows wider than its vocabulary.
+
+    Its own generation config would make every response the same: no run may use it.
+    """
     tokenizer = tiny.sentencepiece_bpe()
-    return source_checks.checkpoint(folder, tokenizer=tokenizer, vocab_size=len(tokenizer) + 16, seed=1)
+    source_checks.checkpoint(folder, tokenizer=tokenizer, vocab_size=len(tokenizer) + 16, seed=1)
+    path = folder / "generation_config.json"
+    settings = {"do_sample": True, "top_k": 1, "top_p": 0.01, "repetition_penalty": 1.9, "temperature": 0.02}
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return folder
 
 
 class Server:
@@ -49,7 +57,7 @@ class Server:
     def start(self) -> None:
         flags = ["--model", str(self.model), "--served-model-name", "served", "--dtype", "float32"]
         flags += ["--host", "127.0.0.1", "--port", str(self.port), "--max-logprobs", "-1", "--enforce-eager"]
-        flags += ["--gpu-memory-utilization", str(ENGINE["gpu_memory_utilization"]), "--generation-config", "vllm"]
+        flags += ["--gpu-memory-utilization", str(ENGINE["gpu_memory_utilization"]), "--generation-config", "auto"]
         flags += ["--max-num-seqs", str(ENGINE["max_num_seqs"])]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(

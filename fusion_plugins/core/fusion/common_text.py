@@ -177,6 +177,8 @@ def _fill(ids, ends, exact, tokens, out):  # type: ignore[no-untyped-def]
         begin = ends[t - 1] if t else 0
         if ids[t] + 1 >= len(tokens.starts) or not exact[t] or (t > 0 and not exact[t - 1]):
             continue
+        if tokens.special[ids[t]]:  # an unknown character, or text that was dropped, is not spelled by a name
+            continue
         start, stop = tokens.starts[ids[t]], tokens.starts[ids[t] + 1]
         if stop - start == ends[t] - begin:
             for k in range(stop - start):
@@ -202,18 +204,39 @@ def _is_cut(text: TokenizedText, tokens: TokenBytes, stop: int) -> bool:
 
 def _common_part(id: str, m: int, left: Spelling, right: Spelling, cut: bool) -> tuple[int, int, int]:
     """Return how many bytes to skip on each side, and the length of what follows on both."""
-    shift, t_shift = _leading_space(left), _leading_space(right)
-    if left[:shift].tolist() == right[:t_shift].tolist():
-        shift = t_shift = 0
-    left, right = left[shift:], right[t_shift:]
-    size = min(len(left), len(right))
-    at = int(_first_difference(left, right))
-    if at >= 0 and _folded(left[:size], right[:size]) != _folded(right[:size], left[:size]):
-        raise AlignmentError(_message(id, m, at, left, right))
-    rest = _text(left[size:]) + _text(right[size:])
-    if rest.strip() and not cut:
-        raise AlignmentError(_message(id, m, size, left, right))
-    return shift, t_shift, size
+    shifts = _shifts(left, right)
+    for shift, t_shift in shifts:
+        own, other = left[shift:], right[t_shift:]
+        size = min(len(own), len(other))
+        if _same(own[:size], other[:size]) and (cut or _is_blank(own[size:]) and _is_blank(other[size:])):
+            return shift, t_shift, size
+    shift, t_shift = shifts[-1]
+    own, other = left[shift:], right[t_shift:]
+    at = int(_first_difference(own, other))
+    raise AlignmentError(_message(id, m, at if at >= 0 else min(len(own), len(other)), own, other))
+
+
+def _shifts(left: Spelling, right: Spelling) -> list[tuple[int, int]]:
+    """Return how many bytes each side may have to skip, so that white space that a template stripped is left out."""
+    spaces = _leading_space(left), _leading_space(right)
+    if left[: spaces[0]].tolist() == right[: spaces[1]].tolist():
+        spaces = 0, 0
+    longer = len(left) - len(right)
+    if not longer:
+        return [(0, 0), spaces]
+    # Bytes at the start that no token spells may be white space that a normaliser dropped.
+    unknown = max(longer, 0), max(-longer, 0)
+    dropped = _is_blank(left[: unknown[0]]) and _is_blank(right[: unknown[1]])
+    return [spaces, *([unknown] if dropped and spaces == (0, 0) else []), spaces]
+
+
+def _same(left: Spelling, right: Spelling) -> bool:
+    return int(_first_difference(left, right)) < 0 or _folded(left, right) == _folded(right, left)
+
+
+def _is_blank(spelling: Spelling) -> bool:
+    """Whether there is nothing but white space, as far as it is known."""
+    return not _text(spelling[spelling >= 0]).strip()
 
 
 def _leading_space(spelling: Spelling) -> int:
@@ -222,9 +245,10 @@ def _leading_space(spelling: Spelling) -> int:
 
 
 def _folded(spelling: Spelling, other: Spelling) -> str:
+    """Return the letters that are known on both sides, in one form; normalisers change and drop the rest."""
     known = np.where((spelling >= 0) & (other >= 0), spelling, ord("?"))
-    text = "".join(" " if character.isspace() else character for character in _text(known))
-    return unicodedata.normalize("NFKC", text).casefold()
+    text = unicodedata.normalize("NFKC", _text(known)).casefold()
+    return "".join(letter for letter in text if unicodedata.category(letter)[0] not in "ZC")
 
 
 def _text(spelling: Spelling) -> str:

@@ -172,23 +172,28 @@ def _change(text: str, pieces: Sequence[str], comparisons: Sequence[Comparison])
             if name == _WHITE_SPACE:
                 expected, found[0] = expected.strip(), found[0].lstrip()
                 found[-1] = found[-1].rstrip()
-            if _is_made_of(expected, found):
-                return [change for change in (PREFIX_SPACE if prefix else "", name) if change]
+            gaps = _gaps(expected, found, least=0 if name == _WHITE_SPACE else 1)
+            if gaps is None:
+                continue
+            # Other white space may have no token; a space without one is the mark of a wrong class.
+            if _SPACE in gaps and not re.search(r"[^\S ]", text):
+                continue
+            return [change for change in (PREFIX_SPACE if prefix else "", name) if change]
     return None
 
 
-def _is_made_of(text: str, pieces: Sequence[str]) -> bool:
-    """Whether the text is the pieces in turn with something between them that is not just a space."""
+def _gaps(text: str, pieces: Sequence[str], *, least: int) -> list[str] | None:
+    """Return the ``least`` or more characters between the pieces, None if these do not occur in the text in turn."""
     first, *rest = pieces
     if not rest:
-        return text == first
+        return [] if text == first else None
     *middle, last = rest
-    if not text.startswith(first) or not text.endswith(last):
-        return False
-    position, stop = len(first), len(text) - len(last)
+    gaps, position, stop = [], len(first), len(text) - len(last)
     for piece in middle:
-        found = text.find(piece, position + 1, stop)
-        if found < 0 or text[position:found] == _SPACE:
-            return False
+        found = text.find(piece, position + least, stop)
+        if found < 0:
+            return None
+        gaps.append(text[position:found])
         position = found + len(piece)
-    return position < stop and text[position:stop] != _SPACE
+    fits = text.startswith(first) and text.endswith(last) and position + least <= stop
+    return [*gaps, text[position:stop]] if fits else None

@@ -134,10 +134,11 @@ class _Found:
             self._end(at - 1, position)
 
     def _end(self, at: int, position: int) -> None:
-        """Let a token end next to changed or dropped text; the end is not exact before a combining mark."""
+        """Let a token end next to changed or dropped text; the end is not exact inside a cluster of characters."""
         following = self.raw[position : position + 4].decode(errors="ignore")[:1]
         self.ends[at] = position
-        self.exact[at] = not (following and unicodedata.combining(following))
+        # A normaliser may change a character together with the marks and joiners behind it.
+        self.exact[at] = not (following and (unicodedata.category(following)[0] == "M" or following == "\u200d"))
 
     def _spelled(self, first: int, last: int) -> bytes:
         tokens = self.table.tokens

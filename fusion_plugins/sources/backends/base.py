@@ -8,9 +8,9 @@ place, so that finished results can be kept when a later one fails.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from fusion_plugins.config import Settings
 from fusion_plugins.core.fusion.types import TopK
@@ -81,6 +81,21 @@ class Sampling(Settings):
     template: Literal["auto", "chat", "plain"] = Field(
         "auto", description="chat: the source's chat template; plain: the text itself; auto: chat where there is one"
     )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of the chat template, such as enable_thinking or a date"
+    )
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """``chat_template_kwargs`` as JSON has them, so that a date is the same text for every backend."""
+        options: dict[str, Any] = self.model_dump(mode="json", include={"chat_template_kwargs"})["chat_template_kwargs"]
+        return options
+
+    @model_validator(mode="after")
+    def _check_template(self) -> Self:
+        if self.template == "plain" and self.chat_template_kwargs:
+            raise ValueError("chat_template_kwargs has no effect with `template: plain`; remove one of the two")
+        return self
 
 
 @dataclass(frozen=True)
@@ -103,7 +118,7 @@ class Response:
     """One response.
 
     Attributes:
-        text: without the prompt, special tokens and stop strings. Reasoning, if there is any, comes first, as
+        text: without the prompt, special tokens and stop strings. Reasoning, if there is any, is at its start, as
             ``<think>...</think>``, whatever the backend.
         finish_reason: stop | length.
         n_tokens: tokens generated; 0 where the server does not tell.

@@ -171,6 +171,8 @@ class ServerSource:
             path, body["prompt"] = "/completions", plain_text(request.content)
         else:
             path, body["messages"] = "/chat/completions", chat_messages(request.content, sampling.system)
+            if sampling.chat_template_kwargs:
+                body["chat_template_kwargs"] = sampling.template_options
         most = MOST_BYTES + sampling.max_tokens * TOKEN_BYTES
         return self._pool.post(path, body, parse_response, most_bytes=most)
 

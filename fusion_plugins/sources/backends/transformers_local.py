@@ -98,10 +98,11 @@ class TransformersSource:
         rows = self._model.get_input_embeddings().weight.shape[0]
         prompts, refused = split_prompts(self.tokenizer, requests, self.max_length, rows)
         yield from refused.items()
-        by_sampling: dict[Sampling, list[int]] = {}
+        by_sampling: dict[str, list[int]] = {}
         for index in prompts:
-            by_sampling.setdefault(requests[index].sampling, []).append(index)
-        for sampling, indices in by_sampling.items():
+            by_sampling.setdefault(requests[index].sampling.model_dump_json(), []).append(index)
+        for indices in by_sampling.values():
+            sampling = requests[indices[0]].sampling
             indices.sort(key=lambda index: (len(prompts[index]), index))
             for start in range(0, len(indices), self._options.batch_prompts):
                 group = indices[start : start + self._options.batch_prompts]

@@ -4,7 +4,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusion_plugins.core.merging import deltas
-from fusion_plugins.core.merging.deltas import MEASURES, chunks, combine, compute_dtype, delta_sums, require_finite
+from fusion_plugins.core.merging.deltas import (
+    MEASURES,
+    chunks,
+    combine,
+    compute_dtype,
+    delta_sums,
+    require_finite,
+    require_weights,
+)
+from fusion_plugins.core.merging.sce import sce_merge
+from fusion_plugins.core.merging.varm import varm_merge
 from fusion_plugins.errors import MergeError
 
 
@@ -139,3 +149,18 @@ def test_differences_that_overflow_are_refused():
         MergeError, match="tensor 'w': expected differences .* whose measure is finite, got an overflow"
     ):
         require_finite(delta_sums(base, [tuned]), "w", {"base": base, "one": tuned})
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int32])
+def test_codes_are_refused_unless_they_are_the_same_everywhere(dtype):
+    base, (one, two) = (torch.arange(6).to(dtype), [torch.arange(6).to(dtype) for _ in range(2)])
+    require_weights("w", {"base": base, "one": one, "two": two})
+    two = torch.ones(6).to(dtype)
+    with pytest.raises(MergeError, match=r"tensor 'w' of model 'base': expected weights .* quantized checkpoint"):
+        require_weights("w", {"base": base, "one": one, "two": two})
+    with pytest.raises(MergeError, match=r"tensor 'w' of model 'two'"):
+        require_weights("w", {"base": torch.zeros(6), "one": torch.zeros(6), "two": two})
+    with pytest.raises(MergeError, match="expected weights"):
+        varm_merge({"w": base}, [{"w": one}, {"w": two}])
+    with pytest.raises(MergeError, match="expected weights"):
+        sce_merge(base, [one, two])

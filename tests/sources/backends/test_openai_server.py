@@ -1,5 +1,6 @@
 """Servers as sources: requests, answers that fail on the way, and a second independent server."""
 
+import json
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ import threading
 import time
 import traceback
 import urllib.request
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,17 @@ def test_a_setting_in_two_places_or_without_effect_is_refused(prompts, tmp_path)
 def tiny_tokenizer(folder):
     tiny.byte_level().save_pretrained(folder / "tokenizer")
     return folder / "tokenizer"
+
+
+def test_arguments_of_the_chat_template_are_sent_with_chats(prompts, tmp_path):
+    options = {"chat_template_kwargs": {"enable_thinking": False, "day": date(2026, 1, 2)}}
+    with running() as server:
+        sample_prompts(config(prompts, tmp_path / "out", server, n=1, source=options))
+        with pytest.raises(MismatchError, match="sampling fingerprint"):
+            sample_prompts(config(prompts, tmp_path / "out", server, n=1))
+    assert {json.dumps(request["chat_template_kwargs"]) for request in server.requests} == {
+        '{"enable_thinking": false, "day": "2026-01-02"}'
+    }
 
 
 def test_answers_that_end_for_good_cost_one_request_each(prompts, tmp_path):

@@ -35,7 +35,9 @@ def test_temperature_zero_is_the_models_own_greedy_answer(model):
         assert response.n_prompt_tokens == ids.shape[1]
 
 
-@pytest.mark.parametrize("limits", [{}, {"top_k": 5}, {"top_p": 0.3}, {"temperature": 0.5}])
+@pytest.mark.parametrize(
+    "limits", [{}, {"top_k": 5}, {"top_k": -1}, {"top_p": 0.3}, {"min_p": 0.4}, {"temperature": 0.5}]
+)
 def test_draws_follow_the_models_distribution(model, limits):
     tokenizer = tiny.byte_level()
     text = "The quick brown"
@@ -47,7 +49,7 @@ def test_draws_follow_the_models_distribution(model, limits):
     probs = probs ** (1 / sampling.temperature)
     order = np.argsort(-probs)
     probs = probs / probs.sum()
-    kept = len(probs) if not sampling.top_k else sampling.top_k
+    kept = sampling.top_k if sampling.top_k > 0 else int((probs >= sampling.min_p * probs.max()).sum())
     if sampling.top_p < 1:
         kept = int((np.cumsum(probs[order]) < sampling.top_p).sum()) + 1
     allowed = order[:kept]

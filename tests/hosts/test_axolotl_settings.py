@@ -1,0 +1,204 @@
+"""Every documented value of every key of the block arrives behind axolotl's own loading, or is refused."""
+
+import sys
+from types import NoneType
+from typing import Literal, get_args, get_origin
+
+import pytest
+import yaml
+from axolotl_runs import config, forget_plugins, write_config
+
+from fusion_plugins.axolotl.args import BlockSettings, FusionBlock, fusion_block
+from fusion_plugins.axolotl.overrides import apply_overrides
+from fusion_plugins.errors import ConfigError
+from fusion_plugins.plugins import get_registry
+
+#: values of the keys whose type does not list them; a key that is neither here nor of a listed type fails the test
+OPEN = {
+    "sources.name": ["a", "ä b"],
+    "sources.store": ["stores/a"],
+    "rule": list(get_registry("fusion_rules")),
+    "rule_options": [{}, {"x": None, "y": [1, None], "z": False}],
+    "loss": list(get_registry("losses")),
+    "lm_loss_weight": [0, 1, 0.25],
+    "temperature": [0.5, 2],
+    "top_k": [1, 100, None, "none"],
+    "alignment.method": list(get_registry("aligners")),
+    "projection.max_distance": [0, 3, None, "none"],
+    "projection.min_mass": [0, 1, 0.5],
+    "pairs.rule": list(get_registry("pair_rules")),
+    "pairs.options": [{}, {"x": None}],
+    "pairs.min_gap": [0.0, None, 0.02, "none"],
+    "pairs.max_gap": [None, 0.2, "none", 0.9],
+    "pairs.gap_exempt": [[], ["code", "maths"]],
+    "pairs.per_prompt": [1, 4],
+    "sft.rule": ["reward", "verdict"],
+    "split.sft_share": [0, 1, 0.3],
+    "split.verified_dpo_share": [0, 1, 0.3],
+    "split.sft_only": [[], ["chinese", "other"]],
+    "split.seed": [0, 7],
+}
+
+
+def keys(model=FusionBlock, prefix=()):
+    """Path of every key, with its documented values."""
+    for name, field in model.model_fields.items():
+        path, kinds = (*prefix, name), [field.annotation, *get_args(field.annotation)]
+        group = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BlockSettings)), None)
+        if group is not None:
+            yield from keys(group, path)
+        elif ".".join(path) in OPEN:
+            yield path, OPEN[".".join(path)]
+        elif get_origin(field.annotation) is Literal:
+            yield path, list(get_args(field.annotation))
+        elif field.annotation is bool:
+            yield path, [True, False]
+        else:
+            pytest.fail(f"no values are known for {'.'.join(path)}: {field.annotation}")
+
+
+def block_of(values):
+    block = {"sources": [{}]}
+    for path, value in values.items():
+        group = block["sources"][0] if path[0] == "sources" else block
+        for key in path[1 if path[0] == "sources" else 0 : -1]:
+            group = group.setdefault(key, {})
+        group[path[-1]] = value
+    return block
+
+
+def read(block, path):
+    value = block.sources[0] if path[0] == "sources" else getattr(block, path[0])
+    for key in path[1:]:
+        value = getattr(value, key)
+    return value
+
+
+def loaded(material, folder, block):
+    """The block as a run sees it."""
+    from axolotl.cli.config import load_cfg
+
+    forget_plugins()
+    settings = config(material, folder) | {"fusion": block}
+    return fusion_block(load_cfg(str(write_config(settings, folder))))
+
+
+def test_every_documented_value_of_every_key_arrives(material, run_folder):
+    known = dict(keys())
+    assert {(".".join(path)) for path in known} >= set(OPEN)
+    for number in range(max(map(len, known.values()))):
+        given = {path: values[min(number, len(values) - 1)] for path, values in known.items()}
+        block = loaded(material, run_folder, block_of(given))
+        for path, value in given.items():
+            assert read(block, path) == (None if value == "none" else value), ".".join(path)
+
+
+def test_a_null_arrives_or_is_refused(material, run_folder):
+    """axolotl drops nulls when it writes its configuration, and a default would take their place."""
+    paths = [*dict(keys()), ("pairs",), ("sft",), ("split",), ("alignment",), ("projection",)]
+    base = {("sources", "name"): "a", ("sources", "store"): "b"}
+    taken, messages = [], {}
+    for path in paths:
+        try:
+            block = loaded(material, run_folder, block_of(base | {path: None}))
+        except ConfigError as error:
+            messages[path[-1]] = str(error)
+        else:
+            taken.append(".".join(path))
+            assert read(block, path) is None
+    nullable = ["top_k", "projection.max_distance", "pairs.min_gap", "pairs.max_gap", "pairs", "sft", "split"]
+    assert sorted(taken) == sorted(nullable)
+    assert len(messages) > 20
+    assert all(f"{key}: " in message for key, message in messages.items())
+
+
+def test_a_key_that_takes_null_has_a_word_for_it():
+    for model in BlockSettings.__subclasses__():
+        for name, field in model.model_fields.items():
+            kinds = set(get_args(field.annotation))
+            if NoneType in kinds and kinds & {int, float}:
+                assert "none for" in field.description, f"{model.__name__}.{name}"
+
+
+@pytest.mark.parametrize("value", [True, "nothing", [], {}])
+def test_a_word_or_a_truth_value_is_no_number(value):
+    for block in ({"lm_loss_weight": value}, {"top_k": value}, {"pairs": {"min_gap": value}}):
+        with pytest.raises(ConfigError, match="1 wrong setting"):
+            fusion_block({"fusion": {"sources": [{"name": "a", "store": "b"}]} | block})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "value"),
+    [
+        (["--fusion.lm_loss_weight", "0.2"], "lm_loss_weight", 0.2),
+        (["--fusion.lm-loss-weight=0.2", "--learning-rate", "1"], "lm_loss_weight", 0.2),
+        (["run.yml", "--fusion.keep_truncated", "--launcher", "python"], "keep_truncated", True),
+        (["--fusion.keep_truncated"], "keep_truncated", True),
+        (["--fusion.pairs.min_gap", "none"], "pairs", {"min_gap": "none"}),
+        (["--fusion.pairs.min-gap", "-1", "--fusion.pairs.max_gap=null"], "pairs", {"min_gap": -1, "max_gap": None}),
+        (["--fusion.rule_options={temperature: 2}"], "rule_options", {"temperature": 2}),
+    ],
+)
+def test_options_of_the_command_line_reach_the_block(arguments, key, value):
+    cfg = {"fusion": {"sources": []}}
+    apply_overrides(cfg, arguments)
+    assert cfg["fusion"][key] == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--fusion-lm-loss-weight", "0.2"], "--fusion-lm-loss-weight: axolotl ignores"),
+        (["--fusoin.lm_loss_weight=0.2"], "--fusoin.lm_loss_weight=0.2: axolotl ignores"),
+        (["--fusion_lm_loss_weight=0.2"], "--fusion.KEY VALUE"),
+        (["--no-fusion.keep_truncated"], "axolotl ignores"),
+        (["--lm_loss_weight", "0.2"], "axolotl ignores"),
+        (["--fusion", "x"], "axolotl ignores"),
+        (["--fusion.sources.0.store", "x"], "expected a group of settings in fusion.sources"),
+        (["--fusion.rule_options", "{"], "expected a YAML value"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(arguments, message):
+    with pytest.raises(ConfigError) as error:
+        apply_overrides({"fusion": {"sources": []}}, arguments)
+    assert message in str(error.value)
+
+
+def test_keys_of_a_sweep_reach_the_block_and_keys_beside_it_are_refused():
+    cfg = {"fusion": {"sources": [], "lm_loss_weight": 0.9}, "fusion.lm_loss_weight": 0.3, "fusion.sft.rule": "verdict"}
+    apply_overrides(cfg, [])
+    assert cfg == {"fusion": {"sources": [], "lm_loss_weight": 0.3, "sft": {"rule": "verdict"}}}
+    with pytest.raises(ConfigError, match="lm_loss_weight: axolotl ignores this key beside the block"):
+        apply_overrides({"fusion": {}, "lm_loss_weight": 0.3}, [])
+    apply_overrides({"fusion": {}, "adapter": "lora"}, ["--adapter", "lora", "--trl.beta", "1"])
+    shared = ["a list that the block takes over with a YAML anchor"]
+    apply_overrides({"fusion": {"sources": shared}, "sources": shared}, [])
+
+
+def test_the_command_line_is_obeyed_and_its_misspelt_keys_are_named(material, run_folder, monkeypatch):
+    from axolotl.cli.config import load_cfg
+
+    path = str(write_config(config(material, run_folder), run_folder))
+    monkeypatch.setattr(sys, "argv", ["train", path, "--fusion.lm_loss_weight", "0.2", "--fusion.top_k=none"])
+    forget_plugins()
+    block = fusion_block(load_cfg(path))
+    assert (block.lm_loss_weight, block.top_k) == (0.2, None)
+    forget_plugins()
+    monkeypatch.setattr(sys, "argv", ["axolotl", path, "--fusion.lm_los_weight", "0.2"])
+    with pytest.raises(ConfigError, match="lm_los_weight: unknown key"):
+        load_cfg(path)
+    forget_plugins()
+    monkeypatch.setattr(sys, "argv", ["axolotl"])
+    # What axolotl's own launchers hand over.
+    assert fusion_block(load_cfg(path, fusion__lm_loss_weight="0.3")).lm_loss_weight == 0.3
+    forget_plugins()
+    assert fusion_block(load_cfg(path, **{"fusion.lm_loss_weight": 0.4})).lm_loss_weight == 0.4
+
+
+def test_what_yaml_reads_as_text_is_still_a_number(material, run_folder):
+    text = yaml.safe_dump(config(material, run_folder)).replace("lm_loss_weight: 0.5", "lm_loss_weight: 5e-1")
+    (run_folder / "text.yml").write_text(text)
+    from axolotl.cli.config import load_cfg
+
+    forget_plugins()
+    assert fusion_block(load_cfg(str(run_folder / "text.yml"))).lm_loss_weight == 0.5
