@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fusion_plugins.escape import for_terminal
+from fusion_plugins.terminal import console
+
 SECONDS_BETWEEN_LINES = 30.0
 #: results that arrive within this time of the first ones were worked on together with them, and with the start
 SETTLING_SECONDS = 1.0
@@ -25,7 +28,7 @@ class Meter:
         tokens: tokens done in this run; 0 where none are counted.
     """
 
-    def __init__(self, label: str, total: int, done: int, unit: str, bar: Progress | None, console: Console) -> None:
+    def __init__(self, label: str, total: int, done: int, unit: str, bar: Progress | None, messages: Console) -> None:
         self.tokens = 0
         self._started = self._last_line = time.monotonic()
         self._label, self._total, self._count, self._at_start = label, total, done, done
@@ -35,7 +38,7 @@ class Meter:
         self._settled = self._last = self._mark = (self._started, done)
         self._first_result: float | None = None
         self._burst = self._started
-        self._bar, self._console = bar, console
+        self._bar, self._messages = bar, messages
         self._task = bar.add_task(label, total=total, completed=done, amount=self._amount, speed="") if bar else None
 
     @property
@@ -75,7 +78,7 @@ class Meter:
         elif now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
             left = duration(max(self._total - self._count, 0) / max(self.rate, 1e-9))
-            self._console.print(f"{self._label}: {self._amount}, {self._speed}, about {left} left")
+            self._messages.print(f"{self._label}: {self._amount}, {self._speed}, about {left} left")
 
     @property
     def _amount(self) -> str:
@@ -99,9 +102,9 @@ def meter(label: str, total: int, done: int = 0, *, unit: str = "items") -> Iter
         done: items that an earlier run has done.
         unit: what the items are, as a plural (texts, responses); ``bytes`` are shown as kB, MB or GB.
     """
-    console = Console(stderr=True, markup=False)  # a label may hold a name with brackets
-    if not console.is_terminal:
-        yield Meter(label, total, done, unit, None, console)
+    messages, label = console(stderr=True), for_terminal(label)  # a label may hold the name of a model
+    if not messages.is_terminal:
+        yield Meter(label, total, done, unit, None, messages)
         return
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -111,8 +114,8 @@ def meter(label: str, total: int, done: int = 0, *, unit: str = "items") -> Iter
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bar:
-        yield Meter(label, total, done, unit, bar, console)
+    with Progress(*columns, console=messages) as bar:
+        yield Meter(label, total, done, unit, bar, messages)
 
 
 def duration(seconds: float) -> str:

@@ -8,6 +8,7 @@ this package loads neither torch nor axolotl.
 from typing import Any
 
 from fusion_plugins.errors import PluginError
+from fusion_plugins.install import install_command
 
 __all__ = ["FusionPlugin"]
 
@@ -20,7 +21,7 @@ def __getattr__(name: str) -> Any:
     except ImportError as error:
         # axolotl prints an ImportError and goes on without the plugin: a plain fine-tune that ends with status 0.
         raise PluginError(
-            f"fusion_plugins.axolotl.FusionPlugin cannot be imported: {error}. "
-            "Install the extra: pip install 'fusion-plugins[axolotl]'."
+            f"fusion_plugins.axolotl.FusionPlugin cannot be imported: {error}. Install the extra: "
+            f"{install_command('axolotl')}"
         ) from error
     return FusionPlugin

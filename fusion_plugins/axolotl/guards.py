@@ -14,6 +14,7 @@ from fusion_plugins.axolotl.args import FusionBlock, SourceArgs, fusion_block
 from fusion_plugins.axolotl.dataset_keys import problems_of
 from fusion_plugins.axolotl.prepared import remembered_store
 from fusion_plugins.errors import ConfigError, FusionError, PluginError
+from fusion_plugins.install import install_command
 from fusion_plugins.plugins import get_registry
 from fusion_plugins.store import open_store
 
@@ -118,7 +119,7 @@ def require_plugin(cfg: Any, type_name: str) -> FusionBlock:
     if not any(_is_ours(plugin) for name, plugin in PluginManager.get_instance().plugins.items() if name in configured):
         raise PluginError(
             f"`plugins:` names {PLUGIN}, but axolotl could not load it; its error is further up in the log. A dataset "
-            f"of type {type_name} needs it. Repair that error, usually with pip install 'fusion-plugins[axolotl]'."
+            f"of type {type_name} needs it. Repair that error, usually with {install_command('axolotl')}."
         )
     block = fusion_block(cfg)
     check_ready(cfg, block)

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from fusion_plugins.core.fusion.accounting import FusionReport, ProjectionReport
+from fusion_plugins.terminal import console, say
 
 
 def read_counters(counters: Iterable[str]) -> FusionReport:
@@ -38,12 +38,11 @@ def show_report(
         counts = (source.unaligned, source.left_out, source.low_mass, source.fallback)
         unused = (n / max(1, source.positions) for n in counts)
         table.add_row(name, *(f"{value:.1%}" for value in (source.coverage, source.mass_kept, chosen, *unused)))
-    console = Console()
-    console.print(table)
+    console().print(table)
     for row in unusable:
-        console.print(f"left out {row['row']}: {row['reason']}", markup=False)
+        say(f"left out {row['row']}: {row['reason']}")
     if too_long:
-        console.print(
+        say(
             f"{too_long} of {report.texts} texts are longer than sequence_len ({sequence_len} tokens): axolotl drops "
             "them, or stops (excess_length_strategy). Split long texts before `fusion capture` to use them."
         )

@@ -74,9 +74,11 @@ def _run(hook, module):
     except Exception as error:
         import warnings
 
+        from fusion_plugins.install import install_command
+
         warnings.warn(
             f"fusion_plugins could not extend {module.__name__}: {type(error).__name__}: {error}. mergekit works as "
-            "without fusion_plugins. Expected mergekit >=0.1.5,<0.2: pip install 'fusion-plugins[mergekit]'.",
+            f"without fusion_plugins. Expected mergekit >=0.1.5,<0.2: {install_command('mergekit')}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -3,11 +3,11 @@
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fusion_plugins.command_options import Assignments, ConfigFile, Limit, Out
 from fusion_plugins.config import load_config
+from fusion_plugins.terminal import console
 
 if TYPE_CHECKING:
     from fusion_plugins.scoring.score import GroupSummary
@@ -36,18 +36,14 @@ def score(
         flags["scorers"] = {name: {} for name in scorer}
     settings = load_config(ScoreConfig, config, flags, assign)
     report = score_responses(settings)
-    console = Console()
-    if not console.is_terminal:
-        # In a pipe rich takes 80 columns, which cuts the table.
-        console = Console(width=140)
-    console.print(_table(summarize(open_rows(report.out))))
-    console.print(
+    messages = console()
+    messages.print(_table(summarize(open_rows(report.out))))
+    messages.print(
         f"{report.scored} responses scored ({report.unscored} of them in a domain that no scorer takes, "
         f"{report.renewed} of them again, because they had changed); {report.present} were scored before: {report.out}",
-        soft_wrap=True,
     )
     for reason in report.skipped.values():
-        console.print(f"left out {reason}", soft_wrap=True, markup=False)
+        messages.print(f"left out {reason}")
 
 
 def _table(groups: "dict[tuple[str, str], GroupSummary]") -> Table:

@@ -15,7 +15,6 @@ from statistics import fmean, median
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
-from rich.console import Console
 
 from fusion_plugins.config import Settings
 from fusion_plugins.errors import ConfigError, ScoringError
@@ -24,6 +23,7 @@ from fusion_plugins.progress import meter
 from fusion_plugins.scoring.base import Row, Score, Scorer
 from fusion_plugins.scoring.responses import ResponseFiles, Responses, key_of, open_responses, outdated
 from fusion_plugins.store import ColumnKind, RowManifest, RowWriter, open_rows
+from fusion_plugins.terminal import say
 
 #: columns that scoring adds; ``scores`` is scorer -> {reward, correct, reason, ...}
 ADDED_COLUMNS: dict[str, ColumnKind] = {"reward": "float64", "correct": "bool", "scores": "json"}
@@ -156,10 +156,11 @@ def _drop_outdated(responses: Responses, writer: RowWriter, scorers: Iterable[st
     if changed:
         columns = Counter(name for names in changed.values() for name in names)
         key = next(iter(changed))
-        Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(
+        say(
             f"{len(changed)} rows of {writer.path} are scored again, because the responses have changed: "
             f"{', '.join(f'{name} in {count}' for name, count in columns.items())}. The first: "
-            + ", ".join(f"{name} {value!r}" for name, value in zip(responses.manifest.key, key, strict=True))
+            + ", ".join(f"{name} {value!r}" for name, value in zip(responses.manifest.key, key, strict=True)),
+            stderr=True,
         )
         writer.drop(changed)
     return len(changed)

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from fusion_plugins.command_options import Assignments, ConfigFile, DryRun, Limit, Out
 from fusion_plugins.config import load_config
 from fusion_plugins.progress import duration
+from fusion_plugins.terminal import console
 
 # The modules that do the work load numpy and pyarrow. Each command imports its own, so that `fusion --help` is fast.
 
@@ -42,20 +42,20 @@ def capture(
         "limit": limit,
     }
     settings = load_config(CaptureConfig, config, flags, assign)
-    console = _console()
+    messages = console(stderr=True)
     if dry_run:
         estimate = estimate_capture(settings)
-        console.print(f"{estimate['texts']:,} texts, {_described(estimate)}")
+        messages.print(f"{estimate['texts']:,} texts, {_described(estimate)}")
         return
     report = capture_texts(settings)
-    console.print(
+    messages.print(
         f"{report.captured} texts captured ({_speed(report.tokens, report.seconds)}), {report.present} were there, "
         f"{len(report.skipped)} left out: {report.out}"
     )
     if report.text_changes:
-        console.print(f"the tokenizer changes texts, which is known: {'; '.join(report.text_changes)}")
+        messages.print(f"the tokenizer changes texts, which is known: {'; '.join(report.text_changes)}")
     for text_id, reason in report.skipped.items():
-        console.print(f"left out {text_id}: {reason}")
+        messages.print(f"left out {text_id}: {reason}")
 
 
 def sample(
@@ -77,22 +77,22 @@ def sample(
 
     flags = {"prompts": prompts, "out": out, "only": only or None, "limit": limit}
     settings = load_config(SampleConfig, config, flags, assign)
-    console = _console()
+    messages = console(stderr=True)
     if dry_run:
         for name, estimate in estimate_samples(settings).items():
-            console.print(f"{name}: {estimate['responses']:,} responses, {_described(estimate)}")
+            messages.print(f"{name}: {estimate['responses']:,} responses, {_described(estimate)}")
         return
     report = sample_prompts(settings)
-    console.print(
+    messages.print(
         f"{report.drawn} responses drawn ({_speed(report.tokens, report.seconds)}), {report.present} were there, "
         f"{len(report.skipped)} prompts left out: {report.out}"
     )
     if report.repaired:
-        console.print(
+        messages.print(
             f"{report.repaired} responses were repaired: half characters became U+FFFD, impossible counts of tokens 0"
         )
     for (source, prompt), reason in report.skipped.items():
-        console.print(f"left out {prompt} of {source}: {reason}")
+        messages.print(f"left out {prompt} of {source}: {reason}")
 
 
 def cut(
@@ -113,16 +113,11 @@ def cut(
 
     flags = {"texts": texts, "out": out, "tokenizers": tokenizer or None, "max_length": max_length}
     report = cut_texts(load_config(CutConfig, config, flags, assign))
-    console = _console()
+    messages = console(stderr=True)
     left_out = f", {len(report.skipped)} left out" if report.skipped else ""
-    console.print(f"{report.texts} texts cut into {report.pieces}{left_out}: {report.out}")
+    messages.print(f"{report.texts} texts cut into {report.pieces}{left_out}: {report.out}")
     for name, reason in report.skipped.items():
-        console.print(f"left out {name}: {reason}")
-
-
-def _console() -> Console:
-    # Ids and prompts may hold what rich takes for markup: `[/INST]` would be an error.
-    return Console(stderr=True, soft_wrap=True, markup=False)
+        messages.print(f"left out {name}: {reason}")
 
 
 def _described(estimate: Mapping[str, float]) -> str:
