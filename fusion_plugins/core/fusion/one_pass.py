@@ -114,14 +114,16 @@ class _WeightedLosses(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for start in range(0, inputs.shape[0], rows):
                 part = slice(start, start + rows)
-                logits = torch.nn.functional.linear(inputs[part], products, offsets)
+                logits = torch.nn.functional.linear(inputs[part], products, offsets).to(sums)
                 ids = torch.cat([fused.ids[part], labels[part].unsqueeze(-1)], -1)
-                terms, slopes, normaliser = _terms(logits, ids, fused[part], loss, weights, any(wanted), sums)
+                logprobs, mass = _logprobs_at(logits, ids)
+                terms, slopes = _terms(logprobs, fused[part], loss, weights, any(wanted))
                 lm += terms[0]
                 fusion += terms[1]
                 if any(wanted):
-                    slope = _slope(logits, ids, slopes, normaliser).to(dtype)
-                    _add_products(gradients, slope, inputs, products, part)
+                    # dL/dz: the exponentials over their sum are the probabilities.
+                    slope = logits.mul_(slopes.sum(-1, keepdim=True).neg_().div_(mass)).scatter_add_(-1, ids, slopes)
+                    _add_products(gradients, slope.to(dtype), inputs, products, part)
         ctx.save_for_backward(*(gradient for gradient in gradients if gradient is not None))
         ctx.wanted = wanted
         ctx.dtypes = (states.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -139,34 +141,32 @@ class _WeightedLosses(torch.autograd.Function):
         return (*scaled, None, None, None, None, None, None)
 
 
+def _logprobs_at(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities (n, K + 1) at some ids, and the sums (n, 1) of the exponentials.
+
+    The exponentials replace the logits.
+
+    In place, and with one exponential per logit: that is most of the time beside the products.
+    """
+    highest = logits.amax(-1, keepdim=True)
+    at = logits.gather(-1, ids) - highest
+    mass = logits.sub_(highest).exp_().sum(-1, keepdim=True)
+    return at - mass.log(), mass
+
+
 def _terms(
-    logits: Tensor,
-    ids: Tensor,
-    fused: FusedEntries,
-    loss: Divergence,
-    weights: tuple[float, float],
-    with_slopes: bool,
-    dtype: torch.dtype,
-) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-    """Return the two sums of a chunk, the slopes dL/dl (n, K + 1) and the log-normalisers (n, 1)."""
-    normaliser = torch.logsumexp(logits.to(dtype), -1, keepdim=True)
-    logprobs = logits.gather(-1, ids).to(dtype) - normaliser
+    logprobs: Tensor, fused: FusedEntries, loss: Divergence, weights: tuple[float, float], with_slopes: bool
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Return the two sums of a chunk, and the slopes dL/dl (n, K + 1)."""
     with torch.enable_grad():
-        leaf = logprobs.detach().requires_grad_(with_slopes)
+        leaf = logprobs.requires_grad_(with_slopes)
         entries = leaf[:, :-1].masked_fill(~fused.mask, 0.0)
-        fusion = loss(entries, fused.logprobs.to(dtype), fused.mask).sum()
+        fusion = loss(entries, fused.logprobs.to(leaf.dtype), fused.mask).sum()
         lm = -leaf[:, -1].sum()
         slopes = leaf
         if with_slopes:
             (slopes,) = torch.autograd.grad(weights[0] * lm + weights[1] * fusion, leaf)
-    return (lm.detach(), fusion.detach()), slopes.detach(), normaliser
-
-
-def _slope(logits: Tensor, ids: Tensor, slopes: Tensor, normaliser: Tensor) -> Tensor:
-    """Return dL/dz (n, V), made in the place of the logits where their dtype allows it."""
-    probabilities = logits if logits.dtype == normaliser.dtype else logits.to(normaliser.dtype)
-    out = probabilities.sub_(normaliser).exp_().mul_(-slopes.sum(-1, keepdim=True))
-    return out.scatter_add_(-1, ids, slopes)
+    return (lm.detach(), fusion.detach()), slopes.detach()
 
 
 def _add_products(
