@@ -1,12 +1,17 @@
-"""Time and memory of the fusion loss, as ratios to the plain dense form (what the published trainer does).
+"""Time and memory of the fusion loss, beside a dense target (the published trainer) and beside the cheapest losses.
 
-    python benchmarks/bench_loss.py [--tokens 1024] [--vocabulary 32000] [--hidden 512] [--entries 10]
+    python benchmarks/bench_loss.py [--tokens 2048] [--vocabulary 32000] [--hidden 512] [--entries 64]
 
 Each form runs in a process of its own, forward and backward from hidden states through the output layer:
 
-* ``dense``: a dense (B, T, V) target, softmax over all logits, product, sum.
-* ``sparse``: ``fusion_loss`` over all logits.
-* ``chunked``: ``chunked_fusion_loss``.
+* ``products``: the three products with the output layer's weight alone, by chunks: the lower bound.
+* ``plain``: cross-entropy of the labels over all logits, no fusion.
+* ``fused CE``: torch's ``linear_cross_entropy`` by chunks, no fusion.
+* ``dense``: a dense (B, T, V) target, softmax over all logits, product, sum, and the labels.
+* ``chunked``: ``token_losses``: both losses, the output layer runs again in the backward pass.
+* ``one pass``: ``weighted_losses``, what training uses for linear output layers; ``one pass jsd`` with another loss.
+
+Times are processor seconds, the median of several steps.
 
 Memory is the most that tensors hold at once above what they held before the step (a GPU: the allocator's peak).
 """
@@ -22,47 +27,88 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusion_plugins.core.fusion.losses import chunked_fusion_loss, fusion_loss
+from fusion_plugins.core.fusion.losses import token_losses
+from fusion_plugins.core.fusion.one_pass import weighted_losses
 
-FORMS = ("dense", "sparse", "chunked")
-REPEATS = 3
+FORMS = ("products", "plain", "fused CE", "dense", "chunked", "one pass", "one pass jsd")
+REPEATS = 5
+LM_WEIGHT = 0.5
 
 
-def dense_loss(logits, ids, logprobs):
-    """Cross-entropy against a target that is dense over the vocabulary."""
+def products(states, head, chunk):
+    """The three matrix products that every loss of a linear output layer needs."""
+    with torch.no_grad():
+        of_weight = torch.zeros_like(head.weight)
+        for start in range(0, states.shape[1], chunk):
+            part = states[0, start : start + chunk]
+            logits = part @ head.weight.t()
+            logits @ head.weight
+            of_weight.addmm_(logits.t(), part)
+
+
+def dense_loss(logits, labels, ids, logprobs):
+    """Both losses with a target that is dense over the vocabulary."""
     target = torch.zeros_like(logits).scatter(-1, ids, logprobs.exp())
-    return -(target * logits.log_softmax(-1)).sum(-1).mean()
+    own = logits.log_softmax(-1)
+    lm = torch.nn.functional.nll_loss(own[0, :-1], labels[0, 1:])
+    return LM_WEIGHT * lm + (1 - LM_WEIGHT) * -(target * own).sum(-1).mean()
 
 
-def run(form, tokens, vocabulary, hidden, entries, chunk, out):
-    """Measure one form; write seconds per step, bytes and the loss as JSON to ``out``."""
+def make_step(form, options):
+    """Return the function that runs one step, and the device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    head = torch.nn.Linear(hidden, vocabulary, bias=False, device=device)
-    states = torch.randn(1, tokens, hidden, device=device, requires_grad=True)
-    ids = torch.randint(0, vocabulary, (1, tokens, entries), device=device)
-    logprobs = torch.randn(1, tokens, entries, device=device).log_softmax(-1)
-    mask, rows = torch.ones_like(ids, dtype=torch.bool), torch.ones(1, tokens, dtype=torch.bool, device=device)
+    head = torch.nn.Linear(options.hidden, options.vocabulary, bias=False, device=device)
+    states = torch.randn(1, options.tokens, options.hidden, device=device, requires_grad=True)
+    ids = torch.rand(1, options.tokens, options.vocabulary, device=device).topk(options.entries, -1).indices
+    logprobs = torch.randn(ids.shape, device=device).log_softmax(-1)
+    labels = torch.randint(0, options.vocabulary, (1, options.tokens), device=device)
+    chunk = options.chunk
+    by_chunks = torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=chunk)
 
     def loss():
+        if form == "plain":
+            return torch.nn.functional.cross_entropy(head(states)[0, :-1], labels[0, 1:])
+        if form == "fused CE":
+            following = labels[0, 1:]
+            return torch.nn.functional.linear_cross_entropy(states[0, :-1], head.weight, following, options=by_chunks)
         if form == "dense":
-            return dense_loss(head(states), ids, logprobs)
-        if form == "sparse":
-            return fusion_loss(head(states), ids, logprobs, mask, rows)
-        return chunked_fusion_loss(states, head, ids, logprobs, mask, rows, chunk_size=chunk)
+            return dense_loss(head(states), labels, ids, logprobs)
+        if form == "chunked":
+            found = token_losses(states, head, labels, (ids, logprobs), chunk_size=chunk)
+            return (LM_WEIGHT * found.lm + (1 - LM_WEIGHT) * found.fusion) / options.tokens
+        kind = "jsd" if form.endswith("jsd") else "ce"
+        fused = (ids, logprobs)
+        found = weighted_losses(
+            states, head.weight, None, labels, fused, lm_weight=LM_WEIGHT, kind=kind, chunk_size=chunk
+        )
+        return found.total / options.tokens
 
-    head.weight.grad = torch.zeros_like(head.weight)
-    held = peak_bytes(lambda: loss().backward(), device)
-    seconds = []
-    for _ in range(REPEATS + 1):
-        start = time.perf_counter()
+    def step():
+        if form == "products":
+            return products(states, head, chunk)
         value = loss()
         value.backward()
+        return value.item()
+
+    head.weight.grad = torch.zeros_like(head.weight)
+    return step, device
+
+
+def run(form, options, out):
+    """Measure one form; write seconds per step, bytes and the loss as JSON to ``out``."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    step, device = make_step(form, options)
+    held = peak_bytes(step, device)
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.process_time()
+        value = step()
         if device == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    result = {"seconds": min(seconds[1:]), "bytes": held, "loss": value.item()}
-    Path(out).write_text(json.dumps(result))
+        seconds.append(time.process_time() - start)
+    Path(out).write_text(json.dumps({"seconds": sorted(seconds)[REPEATS // 2], "bytes": held, "loss": value}))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -110,28 +156,29 @@ def peak_bytes(step, device):
 def main():
     """Measure all forms and print one line for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--entries", type=int, default=10)
+    parser.add_argument("--entries", type=int, default=64)
     parser.add_argument("--chunk", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes")
     options = parser.parse_args()
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, GPU: {torch.cuda.is_available()}; {vars(options)}")
     results = {}
     for form in FORMS:
-        out = f"/tmp/bench_loss_{os.getpid()}_{form}.json"
-        arguments = (form, options.tokens, options.vocabulary, options.hidden, options.entries, options.chunk, out)
-        process = multiprocessing.get_context("spawn").Process(target=run, args=arguments)
+        out = f"/tmp/bench_loss_{os.getpid()}.json"
+        process = multiprocessing.get_context("spawn").Process(target=run, args=(form, options, out))
         process.start()
         process.join()
         results[form] = json.loads(Path(out).read_text())
         Path(out).unlink()
-    dense = results["dense"]
-    print("form      ms/step   of dense              MiB   of dense   loss")
+    print("form           ms/step   of products   of fused CE   of dense       MiB   of plain   loss")
     for form, found in results.items():
+        ratios = [found["seconds"] / results[other]["seconds"] for other in ("products", "fused CE", "dense")]
+        value = "" if found["loss"] is None else f"{found['loss']:.6f}"
         print(
-            f"{form:8}{found['seconds'] * 1e3:10.1f}{found['seconds'] / dense['seconds']:10.2f}x"
-            f"{found['bytes'] / 2**20:17.0f}{found['bytes'] / dense['bytes']:10.2f}x   {found['loss']:.6f}"
+            f"{form:13}{found['seconds'] * 1e3:9.0f}{ratios[0]:13.2f}x{ratios[1]:13.2f}x{ratios[2]:10.2f}x"
+            f"{found['bytes'] / 2**20:10.0f}{found['bytes'] / results['plain']['bytes']:10.2f}x   {value}"
         )
 
 

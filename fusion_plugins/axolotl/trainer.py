@@ -18,12 +18,14 @@ import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.logging import get_logger
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from fusion_plugins.axolotl.args import FusionBlock, fusion_block
 from fusion_plugins.axolotl.collator import FUSED_IDS, FUSED_LOGPROBS, take_fused
 from fusion_plugins.axolotl.figures import Figures, perplexity
 from fusion_plugins.core.fusion.losses import Divergence, token_losses
+from fusion_plugins.core.fusion.one_pass import weighted_losses
 from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.plugins import lookup
 
@@ -106,7 +108,7 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
             self._losses_in_head = self._head_is_last(model, inputs)
         self._batch = _Batch(inputs["labels"], fused)
         try:
-            with self._replaced_head(model, self._losses_of_head):
+            with self._replaced_head(model, partial(self._losses_of_head, self._head(model))):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
             self._batch = None
@@ -175,12 +177,12 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
         """``(w * sum LM + (1 - w) * sum fusion) / tokens + router loss``, with the tokens of the whole global batch."""
         assert self._batch is not None
         positions, fused_positions = self._batch.counts
+        weight, router = self.lm_weight, self._router_loss(outputs)
         if self._in_head:
-            lm, fusion = outputs["logits"].flatten()[:2]
+            loss, lm, fusion = outputs["logits"].flatten()[:3]
         else:
             found = token_losses(outputs["logits"], None, labels, self._batch.fused, **self._options)
-            lm, fusion = found.lm, found.fusion
-        weight, router = self.lm_weight, self._router_loss(outputs)
+            loss, lm, fusion = weight * found.lm + (1 - weight) * found.fusion, found.lm, found.fusion
         figures = self._training_figures if self.model.training else self._evaluation_figures
         if figures is not None:
             figures.add(
@@ -192,7 +194,7 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
                 router=router,
             )
         tokens = positions.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
-        return (weight * lm + (1 - weight) * fusion) / tokens + router / self._batches_of_a_step(num_items_in_batch)
+        return loss / tokens + router / self._batches_of_a_step(num_items_in_batch)
 
     def _router_loss(self, outputs: Any) -> Tensor | float:
         """The weighted loss that balances the experts of a mixture; 0 for other models.
@@ -228,10 +230,17 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
     def _in_head(self) -> bool:
         return bool(self._losses_in_head) and not self._logits_wanted
 
-    def _losses_of_head(self, head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    def _losses_of_head(self, layer: Any, head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """Return the weighted loss and its two terms (1, 1, 3): what the output layer gives in place of logits."""
         assert self._batch is not None
-        found = token_losses(hidden, head, self._batch.labels, self._batch.fused, **self._options)
-        return torch.stack([found.lm, found.fusion]).view(1, 1, -1)
+        labels, fused, weight = self._batch.labels, self._batch.fused, self.lm_weight
+        # Any other layer (LoRA on the head, a quantised one, one that is split between devices) computes more than one
+        # product, so its own forward runs, and once more in the backward pass.
+        if type(layer) is torch.nn.Linear and not isinstance(layer.weight, DTensor):
+            once = weighted_losses(hidden, layer.weight, layer.bias, labels, fused, lm_weight=weight, **self._options)
+            return torch.stack([once.total, once.lm, once.fusion]).view(1, 1, -1)
+        found = token_losses(hidden, head, labels, fused, **self._options)
+        return torch.stack([weight * found.lm + (1 - weight) * found.fusion, found.lm, found.fusion]).view(1, 1, -1)
 
     def _head_is_last(self, model: Any, inputs: dict[str, Any]) -> bool:
         """Whether the model returns the output of its output layer unchanged. One forward pass, without gradients."""

@@ -201,8 +201,8 @@ def chunked_fusion_loss(
     if isinstance(head, Tensor):
         head = partial(torch.nn.functional.linear, weight=head)
     kept = loss_mask.bool()
-    fused = _Fused.of(fused_ids[kept], fused_logprobs[kept], fused_mask[kept], temperature)
-    _, values = _in_chunks(hidden[kept], head, None, fused, _divergence(kind), chunk_size)
+    fused = FusedEntries.of(fused_ids[kept], fused_logprobs[kept], fused_mask[kept], temperature)
+    _, values = _in_chunks(hidden[kept], head, None, fused, divergence(kind), chunk_size)
     if reduction == "none":
         return values.new_zeros(kept.shape).masked_scatter(kept, values)
     total = values.sum()
@@ -239,19 +239,27 @@ def token_losses(
         ConfigError: as in :func:`fusion_loss`.
         DataError: as in :func:`fusion_loss`.
     """
+    kept, following, entries = kept_positions(hidden, labels, fused, temperature)
+    if head is None:
+        head, chunk_size = _identity, max(1, kept.numel())
+    lm, fusion = _in_chunks(hidden[kept], head, following, entries, divergence(kind), chunk_size)
+    return TokenLosses(lm.sum(), fusion.sum(), kept.sum(), entries.mask.any(-1).sum())
+
+
+def kept_positions(
+    hidden: Tensor, labels: Tensor, fused: tuple[Tensor, Tensor], temperature: float
+) -> "tuple[Tensor, Tensor, FusedEntries]":
+    """Return which positions have a label (B, T), the labels (N,) of those, and their fused distributions."""
     ids, logprobs = fused
     following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     kept = following != -100
     _check_shapes(hidden, ids, logprobs, ids, kept)
-    entries = _Fused.of(ids[kept], logprobs[kept], ids[kept] >= 0, temperature)
-    if head is None:
-        head, chunk_size = _identity, max(1, kept.numel())
-    lm, fusion = _in_chunks(hidden[kept], head, following[kept], entries, _divergence(kind), chunk_size)
-    return TokenLosses(lm.sum(), fusion.sum(), kept.sum(), entries.mask.any(-1).sum())
+    entries = FusedEntries.of(ids[kept], logprobs[kept], ids[kept] >= 0, temperature)
+    return kept, following[kept], entries
 
 
 @dataclass(frozen=True)
-class _Fused:
+class FusedEntries:
     """Fused distributions with ids and log-probabilities of 0 where the mask is False, all (N, K).
 
     Then a masked entry is a valid index and adds 0 to a sum, in the value and in the gradient.
@@ -262,7 +270,8 @@ class _Fused:
     mask: Tensor
 
     @classmethod
-    def of(cls, ids: Tensor, logprobs: Tensor, mask: Tensor, temperature: float) -> "_Fused":
+    def of(cls, ids: Tensor, logprobs: Tensor, mask: Tensor, temperature: float) -> "FusedEntries":
+        """Return the entries that hold a probability, softened by the temperature, which must be above 0."""
         if not temperature > 0:
             raise ConfigError(f"temperature: expected a number above 0, got {temperature}")
         logprobs = logprobs if logprobs.dtype == torch.float64 else logprobs.float()
@@ -272,8 +281,8 @@ class _Fused:
             logprobs = _tempered(logprobs, mask, temperature)
         return cls(ids.long().masked_fill(~mask, 0), logprobs, mask)
 
-    def __getitem__(self, part: slice) -> "_Fused":
-        return _Fused(self.ids[part], self.logprobs[part], self.mask[part])
+    def __getitem__(self, part: slice) -> "FusedEntries":
+        return FusedEntries(self.ids[part], self.logprobs[part], self.mask[part])
 
 
 def _tempered(logprobs: Tensor, mask: Tensor, temperature: float) -> Tensor:
@@ -288,7 +297,7 @@ def _in_chunks(
     states: Tensor,
     head: Callable[[Tensor], Tensor],
     labels: Tensor | None,
-    fused: _Fused,
+    fused: FusedEntries,
     loss: Divergence,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
@@ -311,7 +320,7 @@ def _in_chunks(
 
 
 def _position_terms(
-    states: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor | None, fused: _Fused, loss: Divergence
+    states: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor | None, fused: FusedEntries, loss: Divergence
 ) -> tuple[Tensor, Tensor]:
     width = fused.ids.shape[-1]
     ids = fused.ids if labels is None else torch.cat([fused.ids, labels.unsqueeze(-1)], -1)  # (n, K or K + 1)
@@ -361,7 +370,8 @@ def _identity(states: Tensor) -> Tensor:
     return states
 
 
-def _divergence(kind: str | Divergence, known: Mapping[str, Divergence] = LOSSES) -> Divergence:
+def divergence(kind: str | Divergence, known: Mapping[str, Divergence] = LOSSES) -> Divergence:
+    """Return the divergence of a name, or the function itself; raises ConfigError for an unknown name."""
     if callable(kind):
         return kind
     if kind not in known:
