@@ -185,7 +185,7 @@ def test_doctor_judges_pairs_as_their_vocabularies_are():
     }
     report = examine(made["llama2"], [made["mistral_v1"], made["smollm2"], made["llama2"]])
     near, far, own = report.sources
-    assert own.diagnosis.projection.coverage == pytest.approx(1, abs=0.01)
-    assert near.diagnosis.projection.coverage > far.diagnosis.projection.coverage > 0.4
+    assert own.diagnosis.projection.coverage >= near.diagnosis.projection.coverage
+    assert near.diagnosis.projection.coverage > far.diagnosis.projection.coverage > 0.3
     assert near.verdict in ("good", "fair")
     assert [source.diagnosis.name for source in report.sources] == ["mistral_v1", "smollm2", "llama2"]
