@@ -15,7 +15,7 @@ from typing import Any
 
 __all__ = ["HOSTS", "Absent", "hide_hosts"]
 
-HOSTS = frozenset({"axolotl", "datasets", "mergekit", "openai", "ray", "tenacity", "torch", "transformers", "vllm"})
+HOSTS = frozenset({"axolotl", "datasets", "httpx", "mergekit", "ray", "tenacity", "torch", "transformers", "vllm"})
 
 
 @dataclass(frozen=True)
