@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import real_assets
 from transformers.utils.chat_template_utils import render_jinja_template
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +33,13 @@ def test_the_table_of_the_documents_is_what_the_script_finds(matrix):
         "plain": 25, "system": 24, "reasoning": 25, "reasoning, 2 turns": 25, "reasoning key": 25, "tool call": 15,
         "parallel calls": 12, "tool result": 15,
     }  # fmt: skip
+
+
+@pytest.mark.real
+def test_the_table_of_real_tokenizers_is_what_the_script_finds():
+    real_assets.require()
+    templates = chat_matrix.named_templates(real_assets.folder(name) for name in sorted(real_assets.WITH_OWN_TEMPLATE))
+    assert chat_matrix.table(chat_matrix.matrix(templates)) in (ROOT / "docs" / "chats.md").read_text()
 
 
 def test_what_is_refused_is_one_sentence_with_a_cure(matrix):

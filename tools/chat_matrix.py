@@ -6,8 +6,9 @@
 Prints the table of docs/chats.md and the reasons of what is refused.
 """
 
+import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -119,17 +120,27 @@ def table(found: Mapping[str, Mapping[str, RenderedChat | str]]) -> str:
     return "\n".join(lines)
 
 
-def _named(places: Sequence[str]) -> dict[str, str]:
-    files = [Path(place, "chat_template.jinja") if Path(place).is_dir() else Path(place) for place in places]
-    return {
-        (file.parent.name if file.name == "chat_template.jinja" else file.stem): file.read_text(encoding="utf-8")
-        for file in files
-    }
+def named_templates(places: Iterable[str | Path]) -> dict[str, str]:
+    """Return name -> text of templates in files, or in folders of models and tokenizers."""
+    paths = [Path(place) for place in places]
+    return {path.stem if path.is_file() else path.name: _template(path) for path in paths}
+
+
+def _template(path: Path) -> str:
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    if (file := path / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8")
+    config = path / "tokenizer_config.json"
+    template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+    if not isinstance(template, str):
+        raise SystemExit(f"{path}: expected chat_template.jinja, or a template in tokenizer_config.json, got neither")
+    return template
 
 
 def main() -> None:
     """Print the table, then the reasons."""
-    found = matrix(_named(sys.argv[1:]) if sys.argv[1:] else trl_templates())
+    found = matrix(named_templates(sys.argv[1:]) if sys.argv[1:] else trl_templates())
     print(table(found), end="\n\n")
     for name, row in found.items():
         for kind, result in row.items():
