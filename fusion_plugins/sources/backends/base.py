@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, Protocol, Self, TypeVar
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from fusion_plugins.config import Settings
 from fusion_plugins.core.fusion.types import TopK
@@ -61,9 +61,11 @@ class SourceSettings(Settings):
 class Sampling(Settings):
     """How to sample from one source."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
-    temperature: float = Field(1.0, ge=0, description="0 takes the most probable token")
+    temperature: float = Field(
+        1.0, ge=0, description="0 takes the most probable token; between 0 and 0.01 is refused, as vLLM would take 0.01"
+    )
     top_p: float = Field(
         1.0,
         gt=0,
@@ -90,6 +92,13 @@ class Sampling(Settings):
         """``chat_template_kwargs`` as JSON has them, so that a date is the same text for every backend."""
         options: dict[str, Any] = self.model_dump(mode="json", include={"chat_template_kwargs"})["chat_template_kwargs"]
         return options
+
+    @field_validator("temperature")
+    @classmethod
+    def _refuse_what_vllm_changes(cls, value: float) -> float:
+        if 0 < value < 0.01:
+            raise ValueError("expected 0, or at least 0.01: vLLM takes 0.01 in place of less")
+        return value
 
     @model_validator(mode="after")
     def _check_template(self) -> Self:

@@ -22,6 +22,13 @@ def test_sampling_settings_can_be_compared_and_not_changed():
         Sampling(topk=5)
 
 
+@pytest.mark.parametrize("value", [1e-6, 0.005, float("inf"), float("nan"), -1])
+def test_temperatures_that_an_engine_would_change_are_refused(value):
+    with pytest.raises(ValidationError):
+        Sampling(temperature=value)
+    assert [Sampling(temperature=kept).temperature for kept in (0, 0.01, 2)] == [0, 0.01, 2]
+
+
 def test_the_least_limit_is_that_of_the_known_ones():
     assert least(None, 5, 3) == 3
     assert least(None) is None
