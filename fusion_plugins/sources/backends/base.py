@@ -87,6 +87,10 @@ class Sampling(Settings):
         default_factory=dict, description="arguments of the chat template, such as enable_thinking or a date"
     )
 
+    def __hash__(self) -> int:
+        # pydantic's own would ask the mapping for one.
+        return hash(self.model_dump_json())
+
     @property
     def template_options(self) -> dict[str, Any]:
         """``chat_template_kwargs`` as JSON has them, so that a date is the same text for every backend."""
