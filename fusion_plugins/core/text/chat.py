@@ -26,6 +26,7 @@ Render = Callable[[Messages, bool], str]
 Shape = Callable[[dict[str, Any]], dict[str, Any]]
 #: longest time of one rendering; real ones take milliseconds
 RENDER_SECONDS = 5.0
+_EMPTY_BLOCK = re.compile(r"\s*<think>\s*</think>\n*")
 
 
 class _EndlessError(DataError):
@@ -297,7 +298,8 @@ class _Marks:
         if inside:
             result["content"] = _within_tags(str(text_of(message)), kinds, names)
         elif {"content", "result"} & {*kinds}:
-            result["content"] = names.get("content") or names["result"]
+            block = "" if "reasoning" in kinds or "result" in kinds else _empty_block(text_of(message) or "")
+            result["content"] = block + (names.get("content") or names["result"])
         if message.get("tool_calls"):
             result["tool_calls"] = [
                 {**call, "function": {**call["function"], "name": self._mark(next(numbers))}}
@@ -334,8 +336,16 @@ def _texts(message: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     reasoning, content = split_reasoning(message)
     if reasoning:
         yield "reasoning", reasoning
+    elif content:
+        content = content[len(_empty_block(content)) :]
     if content or not (reasoning or calls):
         yield "content", content or ""
+
+
+def _empty_block(content: str) -> str:
+    """Return the reasoning block without reasoning at the start of a content: what models write that do not think."""
+    found = _EMPTY_BLOCK.match(content)
+    return found[0] if found else ""
 
 
 def _within_tags(content: str, kinds: Mapping[str, str], names: Mapping[str, str]) -> str:
@@ -474,6 +484,9 @@ def _prompt_length(render: Render, marks: _Marks, chat: Messages, index: int, ga
         gap: the text between the last mark before the turn and its first one.
     """
     before = marks.marked(chat)[:index]
+    opening = None if before else _opening_length(render, marks, gap)
+    if opening is not None:
+        return opening
     try:
         prompt = marks.split(render(before, True))[-1][1]
         common = _common(prompt, gap)
@@ -496,16 +509,43 @@ def _prompt_length(render: Render, marks: _Marks, chat: Messages, index: int, ga
     return place + len(prompt) - header if place >= 0 else len(gap)
 
 
+def _opening_length(render: Render, marks: _Marks, gap: str) -> int | None:
+    """Return how much of the text before the first mark is prompt, for a turn that begins the chat; None if unknown.
+
+    Templates render no messages in ways of their own or not at all, so the prompt is taken from behind a question.
+    """
+    question = _question(marks)
+    try:
+        prompt, without = (marks.split(render(question, add))[-1][1] for add in (True, False))
+    except DataError:
+        return None
+    header = prompt[_common(prompt, without) :]
+    # Where only a part agrees, the prompt ends in what this turn does not begin with: an opened reasoning block.
+    for length in range(len(header), 0, -1):
+        if length == len(header) or header[length - 1] in ">]}" or header[length - 1].isspace():
+            place = gap.rfind(header[:length])
+            if place >= 0:
+                return place + length
+    return None
+
+
+def _question(marks: _Marks) -> Messages:
+    return [{"role": "user", "content": marks.spare}]
+
+
 def _tail_length(render: Render, marks: _Marks, layout: _Layout, chat: Messages, index: int, place: int) -> int:
     """Return how much of the text after a turn's last mark belongs to the turn, in characters."""
     after = layout.pieces[place][1]
     if index == len(chat) - 1:
         return len(after)
-    try:
-        alone = marks.split(render(marks.marked(chat)[: index + 1], False))[-1][1]
-    except DataError:  # the template does not take the turn as the last one
-        return 0
-    return _agreed(alone, after)
+    until = marks.marked(chat)[: index + 1]
+    # Some templates take no chat without a question.
+    for messages in (until, [*_question(marks), *until]):
+        try:
+            return _agreed(marks.split(render(messages, False))[-1][1], after)
+        except DataError:
+            continue
+    return 0  # the template does not take the turn as the last one
 
 
 def _common(left: str, right: str) -> int:
