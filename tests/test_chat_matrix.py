@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import axolotl
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -151,3 +152,19 @@ def test_an_empty_block_of_reasoning_is_syntax(block):
     assert generated("llama3", [QUESTION, answer(f"{block}Five.")]) == [f"{block.lstrip()}Five.<|eot_id|>"]
     call = {**CHATS["tool call"][0][1], "content": block}
     assert "get_weather" in generated("qwen3", [QUESTION, call], chat_matrix.TOOLS)[0]
+
+
+@pytest.mark.parametrize("name", ["mistral_v2v3", "mistral_v3_tekken"])
+def test_a_template_that_writes_the_tools_before_the_last_question(name):
+    """An earlier question, rendered as the last one, has the tools before it, so that the beginnings differ."""
+    file = Path(axolotl.__file__).parent / "utils" / "chat_templates" / "templates" / f"{name}.jinja"
+    messages, tools = CHATS["tool result"]
+    chat = generated_spans(
+        chat_matrix.renderer(file.read_text(encoding="utf-8"), tools),
+        [*messages, {"role": "user", "content": "And in Rome?"}, answer("I do not know.")],
+    )
+    raw = chat.text.encode()
+    call, *answers = [raw[turn.start : turn.stop].decode().strip() for turn in chat.turns]
+    assert call.startswith("[TOOL_CALLS]")
+    assert call.endswith("</s>")
+    assert answers == ["Rather cool.</s>", "I do not know.</s>"]

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -446,7 +446,10 @@ def _turn(render: Render, marks: _Marks, layout: _Layout, chat: Messages, index:
     start, stop = layout.starts[places[0]], layout.stop(places[-1])
     if role == "assistant":
         gap = layout.pieces[places[0] - 1][1]
-        start -= len(gap) - _prompt_length(render, marks, chat, index, gap)
+        length = _prompt_length(render, marks, chat, index, gap)
+        if _holds_question(chat, index, gap[length:]):
+            length = _length_behind_question(render, marks, chat, index, gap)
+        start -= len(gap) - length
         stop += _tail_length(render, marks, layout, chat, index, places[-1])
     parts, position = [], start
     for number in numbers:
@@ -517,16 +520,43 @@ def _opening_length(render: Render, marks: _Marks, gap: str) -> int | None:
     question = _question(marks)
     try:
         prompt, without = (marks.split(render(question, add))[-1][1] for add in (True, False))
+        header = prompt[_common(prompt, without) :]
+        # Where only a part agrees, the prompt ends in what this turn does not begin with: an opened reasoning block.
+        for length in range(len(header), 0, -1):
+            if length == len(header) or header[length - 1] in ">]}" or header[length - 1].isspace():
+                place = gap.rfind(header[:length]) if header[:length].strip() else -1
+                if place >= 0:
+                    return place + length
+        # The template ignores add_generation_prompt, or writes another prompt at the start of a chat.
+        plain = marks.split(render([{"role": "assistant", "content": marks.spare}], False))[-2][1]
     except DataError:
         return None
-    header = prompt[_common(prompt, without) :]
-    # Where only a part agrees, the prompt ends in what this turn does not begin with: an opened reasoning block.
-    for length in range(len(header), 0, -1):
-        if length == len(header) or header[length - 1] in ">]}" or header[length - 1].isspace():
-            place = gap.rfind(header[:length])
-            if place >= 0:
-                return place + length
-    return None
+    return _agreed(plain, gap) if plain.strip() else None
+
+
+def _holds_question(chat: Messages, index: int, generated: str) -> bool:
+    """Whether what seems generated holds the message before the turn: the template writes the chat's end differently.
+
+    Some templates write the tools before the last question, wherever that is.
+    """
+    asked = (text_of(chat[index - 1]) or "").strip() if index else ""
+    return bool(asked) and chat[index - 1].get("role") != "assistant" and asked in generated
+
+
+def _length_behind_question(render: Render, marks: _Marks, chat: Messages, index: int, gap: str) -> int:
+    """Return what :func:`_prompt_length` does, by what the template writes behind the message before the turn."""
+    marked = marks.marked(chat)
+    marked[index - 1] = {**marked[index - 1], "content": marks.spare}
+    first, spare = marks.of_turn(index)[0], len(marks.parts)
+    try:
+        pieces = marks.split(render(marked, False))
+        behind = next((text for (mark, text), (after, _) in pairwise(pieces) if mark == spare and after == first), None)
+        mark, prompt = marks.split(render(marked[:index], True))[-1]
+    except DataError:
+        return len(gap)
+    if behind is None or mark != spare or not gap.endswith(behind):
+        return len(gap)
+    return len(gap) - len(behind) + _agreed(prompt, behind)
 
 
 def _question(marks: _Marks) -> Messages:
