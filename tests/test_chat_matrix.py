@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import axolotl
 import pytest
 import real_assets
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -12,6 +13,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import chat_matrix  # noqa: E402
 from chat_matrix import CHATS  # noqa: E402
+
+from fusion_plugins.core.text.chat import generated_spans  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +111,68 @@ def test_turns_agree_with_the_marks_for_training_in_trl_s_templates():
                 assert marked.removesuffix("</s>").removesuffix(own) in prompt[-40:]
                 compared += 1
     assert compared > 150
+
+
+def generated(name, messages, tools=None):
+    chat = generated_spans(chat_matrix.renderer(chat_matrix.trl_templates()[name], tools), messages)
+    raw = chat.text.encode()
+    return [raw[turn.start : turn.stop].decode() for turn in chat.turns]
+
+
+def answer(content, **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+QUESTION = {"role": "user", "content": "What is 2 + 3?"}
+
+
+@pytest.mark.parametrize(("name", "first"), [
+    ("llama3", "Hello.<|eot_id|>"),
+    ("qwen2_5_vl", "Hello.<|im_end|>\n"),
+    ("qwen3_6", "Hello.<|im_end|>\n"),
+    ("gptoss", "<|channel|>final<|message|>Hello."),
+    ("nemotron_3_nano", "</think>Hello.<|im_end|>\n"),
+    ("llava_next", " Hello.</s> "),
+])  # fmt: skip
+def test_a_chat_that_begins_with_an_answer(name, first):
+    """Templates render no messages as BOS, a system message, an error or nothing; none of it is generated."""
+    found = generated(name, [answer("Hello."), QUESTION, answer("Five.")])
+    assert found[0] == first
+    assert "Five." in found[1]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_vl"])
+def test_a_chat_that_begins_with_a_call_or_with_reasoning(name):
+    messages = [CHATS["tool call"][0][1], *CHATS["tool result"][0][2:]]
+    assert generated(name, messages, chat_matrix.TOOLS)[0].startswith('<tool_call>\n{"name": "get_weather"')
+    reasoned = [answer("<think>\nhm\n</think>\n\nHello."), QUESTION, answer("Five.")]
+    assert generated(name, reasoned)[0] in ("<think>\nhm\n</think>\n\nHello.<|im_end|>\n", "Hello.<|im_end|>\n")
+
+
+@pytest.mark.parametrize("block", ["<think>\n\n</think>\n\n", "<think></think>\n", "\n<think>\n</think>"])
+def test_an_empty_block_of_reasoning_is_syntax(block):
+    """What models write that can reason and do not; a template may write it in its own way, or leave it out."""
+    for name in chat_matrix.trl_templates():
+        first, last = generated(name, [QUESTION, answer(f"{block}Five."), QUESTION, answer(f"{block}Ten.")])
+        assert "Five." in first
+        assert "Ten." in last
+    assert generated("qwen3", [QUESTION, answer(f"{block}Five.")]) == ["<think>\n\n</think>\n\nFive.<|im_end|>\n"]
+    assert generated("llama3", [QUESTION, answer(f"{block}Five.")]) == [f"{block.lstrip()}Five.<|eot_id|>"]
+    call = {**CHATS["tool call"][0][1], "content": block}
+    assert "get_weather" in generated("qwen3", [QUESTION, call], chat_matrix.TOOLS)[0]
+
+
+@pytest.mark.parametrize("name", ["mistral_v2v3", "mistral_v3_tekken"])
+def test_a_template_that_writes_the_tools_before_the_last_question(name):
+    """An earlier question, rendered as the last one, has the tools before it, so that the beginnings differ."""
+    file = Path(axolotl.__file__).parent / "utils" / "chat_templates" / "templates" / f"{name}.jinja"
+    messages, tools = CHATS["tool result"]
+    chat = generated_spans(
+        chat_matrix.renderer(file.read_text(encoding="utf-8"), tools),
+        [*messages, {"role": "user", "content": "And in Rome?"}, answer("I do not know.")],
+    )
+    raw = chat.text.encode()
+    call, *answers = [raw[turn.start : turn.stop].decode().strip() for turn in chat.turns]
+    assert call.startswith("[TOOL_CALLS]")
+    assert call.endswith("</s>")
+    assert answers == ["Rather cool.</s>", "I do not know.</s>"]

@@ -16,6 +16,16 @@ from fusion_plugins.core.preferences.pairs import GapWindow
 from fusion_plugins.core.preferences.split import SplitRule
 from fusion_plugins.errors import ConfigError
 
+#: keys of the block that say how distributions are fused
+FOR_SOURCES = frozenset(
+    {
+        *("on_missing_text", "alignment", "projection", "rule", "rule_options", "metric", "top_k", "loss"),
+        *("lm_loss_weight", "lm_loss_schedule", "temperature"),
+    }
+)
+#: keys of the block that say which scored responses are used
+FOR_RESPONSES = frozenset({"pairs", "sft", "split", "keep_truncated"})
+
 
 class BlockSettings(Settings):
     """A group of settings of the block.

@@ -1,10 +1,12 @@
-"""axolotl's keys of a dataset entry, for datasets of type ``fused``: obeyed with axolotl's meaning, or refused by name.
+"""axolotl's keys of a dataset entry, for our types: obeyed with axolotl's meaning, or refused by name.
 
-Every key of axolotl's schema is in one of the three lists; a test compares them with the installed axolotl, so that a
-key of a later version cannot be ignored silently.
+For datasets of type ``fused`` every key of axolotl's schema is in one of the three lists; a test compares them with the
+installed axolotl, so that a key of a later version cannot be ignored silently. The other two types read the columns of
+`fusion score` and know only the keys that say where the rows are.
 """
 
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from fusion_plugins.core.text.messages import REASONING_KEYS
@@ -36,7 +38,9 @@ REFUSED: Mapping[str, str] = {
     "logprobs_field": "the distributions are those of fusion.sources; capture them with `fusion capture`",
     "temperature": "use fusion.temperature",
 }
-#: the same for settings of the whole run that change rows
+#: what axolotl knows for preference pairs of its own
+OF_OTHER_TYPES = frozenset({"field_chosen", "field_rejected"})
+#: the same as OBEYED for settings of the whole run that change rows
 GLOBAL_OBEYED = frozenset(
     {"train_on_inputs", "eot_tokens", "chat_template", "chat_template_jinja", "chat_template_kwargs"}
 )
@@ -47,19 +51,52 @@ GLOBAL_BY_AXOLOTL = frozenset(
         *("sample_packing_bin_size", "sample_packing_group_size", "sample_packing_sequentially"),
     }
 )
+_DIVIDES = "the responses to one prompt must be chosen from together; leave shards out"
+#: for scored responses: key -> why it cannot be obeyed and what to do
+_REFUSED_FOR_SCORED: Mapping[str, str] = {
+    **dict.fromkeys(("shards", "shards_idx", "preprocess_shards"), _DIVIDES),
+    **dict.fromkeys(("chat_template", "chat_template_jinja"), "set it for the whole run, outside `datasets:`"),
+}
+_COLUMNS = "the rows have the columns of `fusion score`, and answers alone are trained on; remove it"
+_KNOWN = BY_AXOLOTL | OBEYED | {*REFUSED, *OF_OTHER_TYPES}
 _ENDS = ("all", "turn", "last", "none")
 
 
 def problems_of(entry: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with an entry of type ``fused``, one sentence for each key."""
-    for key, value in entry.items():
-        if value is None or value is False:
-            continue
-        if key in REFUSED and not str(value).startswith("fusion:"):  # the stamp of a prepared dataset
-            yield f"datasets: {key} cannot be used with this type: {REFUSED[key]}"
+    for key in _given(entry):
+        if key in REFUSED or key in OF_OTHER_TYPES:
+            why = REFUSED.get(key, "it is for preference pairs; remove it")
+            yield f"datasets: {key} cannot be used with this type: {why}"
+    yield from _unknown(entry)
     for key in ("train_on_eos", "train_on_eot"):
         if entry.get(key) is not None and str(entry[key]) not in _ENDS:
             yield f"datasets: {key}: expected one of {', '.join(_ENDS)}, got {entry[key]!r}"
     thinking = entry.get("template_thinking_key")
     if thinking is not None and thinking not in REASONING_KEYS:
         yield f"datasets: template_thinking_key: expected one of {', '.join(REASONING_KEYS)}, got {thinking!r}"
+
+
+def problems_of_scored(entry: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with an entry of type ``best_of_sources`` or ``multi_source_dpo``, one sentence per key."""
+    for key in _given(entry):
+        if key in _REFUSED_FOR_SCORED or (key in _KNOWN - BY_AXOLOTL):
+            why = _REFUSED_FOR_SCORED.get(key, _COLUMNS)
+            yield f"datasets: {key} cannot be used with `type: {entry.get('type')}`: {why}"
+    yield from _unknown(entry)
+
+
+def _given(entry: Mapping[str, Any]) -> Iterator[str]:
+    """The keys that say something, without the stamp of a prepared dataset."""
+    for key, value in entry.items():
+        if value is not None and value is not False and not str(value).startswith("fusion:"):
+            yield str(key)
+
+
+def _unknown(entry: Mapping[str, Any]) -> Iterator[str]:
+    """Keys that axolotl drops without a word."""
+    for key in map(str, entry):
+        if key not in _KNOWN:
+            near = get_close_matches(key, sorted(BY_AXOLOTL | OBEYED), 1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            yield f"datasets: {key}: axolotl has no such key of a dataset and would drop it{meant}"

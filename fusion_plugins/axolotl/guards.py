@@ -3,6 +3,7 @@
 Runs before anything is loaded. All problems of one configuration are reported together.
 """
 
+import inspect
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,8 +11,15 @@ from typing import Any, NoReturn
 
 from axolotl.utils.logging import get_logger
 
-from fusion_plugins.axolotl.args import FusionBlock, SourceArgs, fusion_block
-from fusion_plugins.axolotl.dataset_keys import problems_of
+from fusion_plugins.axolotl.args import (
+    FOR_RESPONSES,
+    FOR_SOURCES,
+    BlockSettings,
+    FusionBlock,
+    SourceArgs,
+    fusion_block,
+)
+from fusion_plugins.axolotl.dataset_keys import problems_of, problems_of_scored
 from fusion_plugins.axolotl.prepared import remembered_store
 from fusion_plugins.errors import ConfigError, FusionError, PluginError
 from fusion_plugins.install import install_command
@@ -45,6 +53,8 @@ _REFUSED = {
     "reward_model": _OTHER_LOSS,
     "process_reward_model": _OTHER_LOSS,
 }
+#: the same for the best responses
+_REFUSED_WITH_BEST = _REFUSED | {"train_on_inputs": "the answers alone are trained on; remove it"}
 #: the same for datasets of type fused
 _REFUSED_WITH_SOURCES = _REFUSED | {
     "use_eaft": "it replaces the loss; remove it",
@@ -55,6 +65,7 @@ _REFUSED_WITH_SOURCES = _REFUSED | {
     "processor_type": "fused rows are text; remove it",
     "orpo_alpha": "it replaces the loss; remove it",
 }
+_GAPS = {"min_gap", "max_gap", "gap_unit", "gap_exempt"}
 #: columns by which axolotl knows rows that are tokens already
 _TOKENIZED = {"input_ids", "attention_mask", "labels"}
 #: two names of one setting: how many processes share one sequence
@@ -71,10 +82,17 @@ def check_config(cfg: Any) -> FusionBlock:
         ConfigError: naming every problem.
     """
     block = fusion_block(cfg)
-    parts = (_datasets(cfg, block), _entries(cfg), _rows(cfg), _settings(cfg, block), _other_trainers(cfg, block))
+    parts = (
+        _idle(block),
+        _datasets(cfg, block),
+        _entries(cfg),
+        _rows(cfg),
+        _settings(cfg, block),
+        _other_trainers(cfg, block),
+    )
     problems = [problem for part in parts for problem in part]
     if problems:
-        _refuse([*_unknown_names(block), *problems])
+        _refuse([*_unknown_names(block), *_unknown_options(block), *problems])
     return block
 
 
@@ -90,7 +108,7 @@ def check_ready(cfg: Any, block: FusionBlock, *, rows_wanted: bool = True) -> No
         ConfigError: naming every problem.
     """
     stores = [source for source in block.sources if rows_wanted or not remembered_store(cfg, source.store)]
-    problems = [*_unknown_names(block), *_stores(stores), *_other_trainers(cfg, block)]
+    problems = [*_unknown_names(block), *_unknown_options(block), *_stores(stores), *_other_trainers(cfg, block)]
     if problems:
         _refuse(problems)
 
@@ -148,6 +166,59 @@ def _unknown_names(block: FusionBlock) -> Iterator[str]:
             yield f"fusion.{key}: expected one of {', '.join(sorted(known))}, got {name!r}"
 
 
+def _idle(block: FusionBlock) -> Iterator[str]:
+    """Settings of the block that would do nothing.
+
+    A value that is the default does no harm, and axolotl writes all of them into the configurations that it saves.
+    """
+    given = _changed(block)
+    if not block.sources and (idle := sorted(FOR_SOURCES & given)):
+        yield (
+            f"{_keys(idle)}: for fused distributions alone, and fusion.sources names no source; remove what would do "
+            "nothing, or add sources"
+        )
+    if block.sources and (idle := sorted(FOR_RESPONSES & given)):
+        yield f"{_keys(idle)}: for scored responses alone, which a run with fusion.sources does not read; remove it"
+    if "tie_order" in _changed(block.alignment) and block.alignment.method != "dtw":
+        yield f"fusion.alignment.tie_order: for dtw alone, and the method is {block.alignment.method}; remove it"
+    if block.projection.max_distance is not None and block.projection.vocabulary_map == "exact":
+        yield "fusion.projection.max_distance: the vocabulary_map exact maps equal tokens only; remove it"
+    if block.pairs is not None and block.pairs.rule == "verdict" and (idle := sorted(_GAPS & _changed(block.pairs))):
+        yield f"{_keys(idle, 'fusion.pairs')}: pairs of the rule verdict have no reward gap; remove it"
+
+
+def _changed(settings: BlockSettings) -> set[str]:
+    """Return the keys whose value is not the default."""
+    return {
+        name
+        for name, field in type(settings).model_fields.items()
+        if getattr(settings, name) != field.get_default(call_default_factory=True)
+    }
+
+
+def _keys(names: Sequence[str], group: str = "fusion") -> str:
+    return ", ".join(f"{group}.{name}" for name in names)
+
+
+def _unknown_options(block: FusionBlock) -> Iterator[str]:
+    """Options that a rule does not take; where the rule is unknown, that is said elsewhere."""
+    given = {"rule_options": ("fusion_rules", block.rule, block.rule_options)}
+    if block.pairs is not None:
+        given["pairs.options"] = ("pair_rules", block.pairs.rule, block.pairs.options)
+    for key, (kind, name, options) in given.items():
+        rule = get_registry(kind).get(name) if options else None
+        if rule is None:
+            continue
+        known = inspect.signature(rule).parameters.values()
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
+            continue
+        takes = [parameter.name for parameter in known if parameter.kind is parameter.KEYWORD_ONLY]
+        taken = {parameter.name for parameter in known}
+        for option in options:
+            if option not in taken:
+                yield f"fusion.{key}: {name} takes {', '.join(takes) or 'no options'}, got {option!r}"
+
+
 def _stores(sources: Sequence[SourceArgs]) -> Iterator[str]:
     for source in sources:
         try:
@@ -188,8 +259,8 @@ def _datasets(cfg: Any, block: FusionBlock) -> Iterator[str]:
 def _entries(cfg: Any) -> Iterator[str]:
     for key in ("datasets", "test_datasets"):
         for entry in cfg.get(key) or []:
-            if entry.get("type") == FUSED:
-                yield from problems_of(entry)
+            if entry.get("type") in TYPES:
+                yield from (problems_of if entry.get("type") == FUSED else problems_of_scored)(entry)
 
 
 def _rows(cfg: Any) -> Iterator[str]:
@@ -225,7 +296,9 @@ def _is_tokenized(file: Path) -> bool:
 def _settings(cfg: Any, block: FusionBlock) -> Iterator[str]:
     if not block.sources and cfg.get("rl"):
         return
-    refused, what = (_REFUSED_WITH_SOURCES, "fusion.sources") if block.sources else (_REFUSED, f"`type: {BEST}`")
+    refused, what = (
+        (_REFUSED_WITH_SOURCES, "fusion.sources") if block.sources else (_REFUSED_WITH_BEST, f"`type: {BEST}`")
+    )
     for key, why in refused.items():
         if cfg.get(key):
             yield f"{key} cannot be combined with {what}: {why}"

@@ -42,6 +42,8 @@ def _options(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
         if not equals:
             value = arguments[index + 1] if index + 1 < len(arguments) else "--"
         name = name.replace("-", "_")
+        if not value.strip():
+            raise ConfigError(f"--{name}: expected a value, got none; the null of a key is the word none.")
         try:
             yield name, True if not equals and value.startswith("--") else yaml.safe_load(value)
         except yaml.YAMLError as error:
@@ -67,7 +69,8 @@ def _misplaced_keys(cfg: Mapping[str, Any]) -> Iterator[str]:
     for key, value in cfg.items():
         # The same value in both places is a YAML anchor.
         taken = isinstance(block, Mapping) and key in block and block[key] == value
-        if key in FusionBlock.model_fields and not taken and key not in _keys_of_axolotl():
+        group = str(key).partition(".")[0]
+        if group in FusionBlock.model_fields and not taken and group not in _keys_of_axolotl():
             yield f"{key}: axolotl ignores this key beside the block; write it under `{BLOCK}:`"
 
 
@@ -78,7 +81,7 @@ def _misspelt_options(arguments: Sequence[str]) -> Iterator[str]:
         if not argument.startswith("--") or (group == BLOCK and dot):
             continue
         meant = group.startswith((BLOCK, f"no_{BLOCK}")) or bool(dot and get_close_matches(group, [BLOCK]))
-        if (meant or name in FusionBlock.model_fields) and not {name, group} & _keys_of_axolotl():
+        if (meant or group in FusionBlock.model_fields) and not {name, group} & _keys_of_axolotl():
             yield (
                 f"{argument}: axolotl ignores this option; a setting of the block is given as --{BLOCK}.KEY VALUE, for "
                 f"example --{BLOCK}.lm_loss_weight 0.5"

@@ -6,8 +6,9 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 import yaml
-from axolotl_runs import config, forget_plugins, write_config
+from axolotl_runs import FUSED, config, forget_plugins, write_config
 
+from fusion_plugins.axolotl import guards
 from fusion_plugins.axolotl.args import BlockSettings, FusionBlock, fusion_block
 from fusion_plugins.axolotl.overrides import apply_overrides
 from fusion_plugins.errors import ConfigError
@@ -83,7 +84,8 @@ def loaded(material, folder, block):
     return fusion_block(load_cfg(str(write_config(settings, folder))))
 
 
-def test_every_documented_value_of_every_key_arrives(material, run_folder):
+def test_every_documented_value_of_every_key_arrives(material, run_folder, monkeypatch):
+    monkeypatch.setattr(guards, "_idle", lambda block: [])  # keys together that no run uses together
     known = dict(keys())
     assert {(".".join(path)) for path in known} >= set(OPEN)
     for number in range(max(map(len, known.values()))):
@@ -93,8 +95,9 @@ def test_every_documented_value_of_every_key_arrives(material, run_folder):
             assert read(block, path) == (None if value == "none" else value), ".".join(path)
 
 
-def test_a_null_arrives_or_is_refused(material, run_folder):
+def test_a_null_arrives_or_is_refused(material, run_folder, monkeypatch):
     """axolotl drops nulls when it writes its configuration, and a default would take their place."""
+    monkeypatch.setattr(guards, "_idle", lambda block: [])  # keys together that no run uses together
     paths = [*dict(keys()), ("pairs",), ("sft",), ("split",), ("alignment",), ("projection",)]
     base = {("sources", "name"): "a", ("sources", "store"): "b"}
     taken, messages = [], {}
@@ -202,3 +205,90 @@ def test_what_yaml_reads_as_text_is_still_a_number(material, run_folder):
 
     forget_plugins()
     assert fusion_block(load_cfg(str(run_folder / "text.yml"))).lm_loss_weight == 0.5
+
+
+BEST, DPO = "fusion_plugins.axolotl.best_of_sources", "fusion_plugins.multi_source_dpo"
+SOURCES = {"sources": [{"name": "a", "store": "b"}]}
+
+
+def problems(block, entry, **settings):
+    """What the plugin says about a raw configuration."""
+    cfg = {"fusion": block, "datasets": [{"path": "x", **entry}], **settings}
+    try:
+        guards.check_config(cfg)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("block", "named"), [
+    ({"sft": {}, "lm_loss_weight": 0.5}, "fusion.lm_loss_weight: for fused distributions alone"),
+    ({"sft": {}, "projection": {"chain": False}, "loss": "kl"}, "fusion.loss, fusion.projection: for fused"),
+    ({"sft": {}, "on_missing_text": "skip"}, "fusion.on_missing_text"),
+    (SOURCES | {"pairs": {}, "keep_truncated": True}, "fusion.keep_truncated, fusion.pairs: for scored responses"),
+    (SOURCES | {"alignment": {"tie_order": "fusechat"}}, "fusion.alignment.tie_order: for dtw alone"),
+    (SOURCES | {"projection": {"vocabulary_map": "exact", "max_distance": 3}}, "fusion.projection.max_distance"),
+    ({"sft": {}, "pairs": {"rule": "verdict", "max_gap": "none"}}, "fusion.pairs.max_gap: pairs of the rule verdict"),
+])  # fmt: skip
+def test_a_setting_that_would_do_nothing_is_refused(block, named):
+    kind = FUSED if block.get("sources") else BEST
+    assert named in problems(block, {"type": kind})
+
+
+def test_settings_that_do_something_or_are_the_defaults_are_not_refused():
+    """axolotl writes every default into the configurations that it saves."""
+    whole = FusionBlock(sft={}, pairs={"rule": "verdict"}, split={}).model_dump()
+    assert problems(whole, {"type": BEST}) == ""
+    assert problems(whole, {"type": DPO}, rl="dpo") == ""
+    fused = SOURCES | {"alignment": {"method": "dtw", "tie_order": "fusechat"}, "projection": {"max_distance": 3}}
+    assert problems(FusionBlock(**fused).model_dump(), {"type": FUSED}) == ""
+
+
+@pytest.mark.parametrize(("block", "named"), [
+    (SOURCES | {"rule_options": {"missing": "mask", "temperature": 2}}, "rule_options: min_ce takes missing, got 't"),
+    ({"sft": {}, "pairs": {"options": {"min_gap": 1}}}, "fusion.pairs.options: same_source takes no options"),
+])  # fmt: skip
+def test_an_option_that_the_rule_does_not_take_is_refused(block, named):
+    with pytest.raises(ConfigError, match=named):
+        guards.check_ready({}, fusion_block({"fusion": block}), rows_wanted=False)
+
+
+@pytest.mark.parametrize("key", ["pairs.min_gap", "projection.chain", "split.seed"])
+def test_a_group_of_the_block_without_its_name_is_refused(key):
+    with pytest.raises(ConfigError, match=f"--{key}"):
+        apply_overrides({"fusion": {}}, [f"--{key}", "1"])
+    with pytest.raises(ConfigError, match=f"{key}: axolotl ignores this key"):
+        apply_overrides({"fusion": {}, key: 1}, [])
+
+
+@pytest.mark.parametrize("arguments", [["--fusion.top_k="], ["--fusion.top_k", ""], ["--fusion.pairs.min-gap= "]])
+def test_an_option_without_a_value_is_no_null(arguments):
+    with pytest.raises(ConfigError, match="expected a value, got none"):
+        apply_overrides({"fusion": {"top_k": 4}}, arguments)
+
+
+@pytest.mark.parametrize("key", ["filed_messages", "train_on_inputs", "reward_model"])
+@pytest.mark.parametrize("kind", [FUSED, BEST, DPO])
+def test_an_unknown_key_of_a_dataset_is_refused(kind, key):
+    block, settings = (SOURCES, {}) if kind == FUSED else ({"sft": {}, "pairs": {}}, {"rl": kind == DPO and "dpo"})
+    found = problems(block, {"type": kind, key: None}, **settings)
+    assert f"datasets: {key}: axolotl has no such key" in found
+    assert ("did you mean field_messages?" in found) == (key == "filed_messages")
+
+
+@pytest.mark.parametrize("kind", [BEST, DPO])
+def test_keys_of_chats_are_refused_for_scored_responses(kind):
+    settings = {"rl": "dpo"} if kind == DPO else {}
+    keys = {
+        "field_messages": "chat", "roles_to_train": ["user"], "train_on_eos": "none", "drop_system_message": True,
+        "chat_template": "chatml", "preprocess_shards": 2, "message_field_training": "train", "temperature": 2,
+    }  # fmt: skip
+    found = problems({"sft": {}, "pairs": {}}, {"type": kind, **keys}, **settings)
+    assert [key for key in keys if f"datasets: {key} cannot be used with `type: {kind}`" not in found] == []
+    loading = {"split": "train", "name": "a", "data_files": ["a"], "ds_type": "json", "revision": "b", "shards": None}
+    assert problems({"sft": {}, "pairs": {}}, {"type": kind, **loading}, **settings) == ""
+
+
+def test_training_on_prompts_is_refused_for_the_best_answers():
+    assert "train_on_inputs cannot" in problems({"sft": {}}, {"type": BEST}, train_on_inputs=True)
+    assert problems({"sft": {}}, {"type": BEST}, train_on_inputs=False) == ""

@@ -136,6 +136,8 @@ def config(material: Material, out: Path, **changes: Any) -> dict[str, Any]:
     """A run on the CPU: fused texts, three steps. ``None`` removes a key; ``fusion`` is laid over the default."""
     fusion = {"sources": material.sources(), "lm_loss_weight": 0.5, "top_k": 6}
     block = changes.pop("fusion", {})
+    if block and block.get("sources") == []:
+        fusion = {}  # these are settings of sources
     settings: dict[str, Any] = {
         "base_model": str(material.target),
         "plugins": [PLUGIN],

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ Render = Callable[[Messages, bool], str]
 Shape = Callable[[dict[str, Any]], dict[str, Any]]
 #: longest time of one rendering; real ones take milliseconds
 RENDER_SECONDS = 5.0
+_EMPTY_BLOCK = re.compile(r"\s*<think>\s*</think>\n*")
 
 
 class _EndlessError(DataError):
@@ -297,7 +298,8 @@ class _Marks:
         if inside:
             result["content"] = _within_tags(str(text_of(message)), kinds, names)
         elif {"content", "result"} & {*kinds}:
-            result["content"] = names.get("content") or names["result"]
+            block = "" if "reasoning" in kinds or "result" in kinds else _empty_block(text_of(message) or "")
+            result["content"] = block + (names.get("content") or names["result"])
         if message.get("tool_calls"):
             result["tool_calls"] = [
                 {**call, "function": {**call["function"], "name": self._mark(next(numbers))}}
@@ -334,8 +336,16 @@ def _texts(message: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     reasoning, content = split_reasoning(message)
     if reasoning:
         yield "reasoning", reasoning
+    elif content:
+        content = content[len(_empty_block(content)) :]
     if content or not (reasoning or calls):
         yield "content", content or ""
+
+
+def _empty_block(content: str) -> str:
+    """Return the reasoning block without reasoning at the start of a content: what models write that do not think."""
+    found = _EMPTY_BLOCK.match(content)
+    return found[0] if found else ""
 
 
 def _within_tags(content: str, kinds: Mapping[str, str], names: Mapping[str, str]) -> str:
@@ -436,7 +446,10 @@ def _turn(render: Render, marks: _Marks, layout: _Layout, chat: Messages, index:
     start, stop = layout.starts[places[0]], layout.stop(places[-1])
     if role == "assistant":
         gap = layout.pieces[places[0] - 1][1]
-        start -= len(gap) - _prompt_length(render, marks, chat, index, gap)
+        length = _prompt_length(render, marks, chat, index, gap)
+        if _holds_question(chat, index, gap[length:]):
+            length = _length_behind_question(render, marks, chat, index, gap)
+        start -= len(gap) - length
         stop += _tail_length(render, marks, layout, chat, index, places[-1])
     parts, position = [], start
     for number in numbers:
@@ -474,6 +487,9 @@ def _prompt_length(render: Render, marks: _Marks, chat: Messages, index: int, ga
         gap: the text between the last mark before the turn and its first one.
     """
     before = marks.marked(chat)[:index]
+    opening = None if before else _opening_length(render, marks, gap)
+    if opening is not None:
+        return opening
     try:
         prompt = marks.split(render(before, True))[-1][1]
         common = _common(prompt, gap)
@@ -496,16 +512,70 @@ def _prompt_length(render: Render, marks: _Marks, chat: Messages, index: int, ga
     return place + len(prompt) - header if place >= 0 else len(gap)
 
 
+def _opening_length(render: Render, marks: _Marks, gap: str) -> int | None:
+    """Return how much of the text before the first mark is prompt, for a turn that begins the chat; None if unknown.
+
+    Templates render no messages in ways of their own or not at all, so the prompt is taken from behind a question.
+    """
+    question = _question(marks)
+    try:
+        prompt, without = (marks.split(render(question, add))[-1][1] for add in (True, False))
+        header = prompt[_common(prompt, without) :]
+        # Where only a part agrees, the prompt ends in what this turn does not begin with: an opened reasoning block.
+        for length in range(len(header), 0, -1):
+            if length == len(header) or header[length - 1] in ">]}" or header[length - 1].isspace():
+                place = gap.rfind(header[:length]) if header[:length].strip() else -1
+                if place >= 0:
+                    return place + length
+        # The template ignores add_generation_prompt, or writes another prompt at the start of a chat.
+        plain = marks.split(render([{"role": "assistant", "content": marks.spare}], False))[-2][1]
+    except DataError:
+        return None
+    return _agreed(plain, gap) if plain.strip() else None
+
+
+def _holds_question(chat: Messages, index: int, generated: str) -> bool:
+    """Whether what seems generated holds the message before the turn: the template writes the chat's end differently.
+
+    Some templates write the tools before the last question, wherever that is.
+    """
+    asked = (text_of(chat[index - 1]) or "").strip() if index else ""
+    return bool(asked) and chat[index - 1].get("role") != "assistant" and asked in generated
+
+
+def _length_behind_question(render: Render, marks: _Marks, chat: Messages, index: int, gap: str) -> int:
+    """Return what :func:`_prompt_length` does, by what the template writes behind the message before the turn."""
+    marked = marks.marked(chat)
+    marked[index - 1] = {**marked[index - 1], "content": marks.spare}
+    first, spare = marks.of_turn(index)[0], len(marks.parts)
+    try:
+        pieces = marks.split(render(marked, False))
+        behind = next((text for (mark, text), (after, _) in pairwise(pieces) if mark == spare and after == first), None)
+        mark, prompt = marks.split(render(marked[:index], True))[-1]
+    except DataError:
+        return len(gap)
+    if behind is None or mark != spare or not gap.endswith(behind):
+        return len(gap)
+    return len(gap) - len(behind) + _agreed(prompt, behind)
+
+
+def _question(marks: _Marks) -> Messages:
+    return [{"role": "user", "content": marks.spare}]
+
+
 def _tail_length(render: Render, marks: _Marks, layout: _Layout, chat: Messages, index: int, place: int) -> int:
     """Return how much of the text after a turn's last mark belongs to the turn, in characters."""
     after = layout.pieces[place][1]
     if index == len(chat) - 1:
         return len(after)
-    try:
-        alone = marks.split(render(marks.marked(chat)[: index + 1], False))[-1][1]
-    except DataError:  # the template does not take the turn as the last one
-        return 0
-    return _agreed(alone, after)
+    until = marks.marked(chat)[: index + 1]
+    # Some templates take no chat without a question.
+    for messages in (until, [*_question(marks), *until]):
+        try:
+            return _agreed(marks.split(render(messages, False))[-1][1], after)
+        except DataError:
+            continue
+    return 0  # the template does not take the turn as the last one
 
 
 def _common(left: str, right: str) -> int:
