@@ -1,6 +1,5 @@
 """Sides, samples and reports, on real stores and on tokenizers alone."""
 
-import json
 import math
 import shutil
 
@@ -13,6 +12,7 @@ from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.doctor.diagnosis import figures
 from fusion_plugins.doctor.examine import Side, examine, open_side, open_target
 from fusion_plugins.errors import ConfigError, MismatchError
+from fusion_plugins.sources.capture import CaptureConfig, capture_texts
 
 
 def test_every_supervised_position_is_in_one_class(work):
@@ -116,12 +116,12 @@ def test_the_map_is_made_with_the_tokenizer_of_the_captured_model_or_the_report_
 
 
 def _without_model(work):
-    """A copy of the target's store whose model's folder does not exist."""
-    folder = work / "moved"
-    shutil.copytree(work / "stores" / "target", folder, dirs_exist_ok=True)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"model": "gone/target"}))
-    return str(folder)
+    """A store like the target's, whose model's folder no longer exists."""
+    model = shutil.copytree(work / "models" / "target", work / "gone" / "target")
+    settings = {"model": str(model), "texts": str(work / "texts.jsonl"), "top_k": 32}
+    capture_texts(CaptureConfig(**settings, out=str(work / "moved")))
+    shutil.rmtree(work / "gone")
+    return str(work / "moved")
 
 
 def test_the_tokenizer_of_another_model_is_refused(work):

@@ -137,6 +137,7 @@ def test_every_kind_of_run_keeps_the_hash_for_training_and_test_datasets(materia
     both = {key: [{"path": str(path), "type": kind}] for key in ("datasets", "test_datasets")}
     fusion = {"sources": [], "pairs": {}, "sft": {}}
     settings = config(material, run_folder, fusion=fusion, rl=rl, **both) | {"val_set_size": 0}
+    settings |= {"simpo_gamma": 0.5} if rl == "simpo" else {}
     before = hashes(settings, run_folder, "datasets", "test_datasets")
     assert before[0] != before[1], "rows for training and rows for evaluation are prepared apart"
     append(path, "\n")
