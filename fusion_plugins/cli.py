@@ -8,9 +8,8 @@ import errno
 import os
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 from rich.table import Table
 
@@ -28,6 +27,9 @@ from fusion_plugins.terminal import console, say
 
 #: set it to see where an unexpected error comes from
 TRACEBACK_VARIABLE = "FUSION_TRACEBACK"
+
+# Typer raises what click has, or, since it needs click no longer, what its own copy of click has.
+_exceptions: Any = sys.modules[typer.BadParameter.__module__]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -90,14 +92,14 @@ def main(arguments: list[str] | None = None) -> None:
 def _status(arguments: list[str] | None) -> int:
     try:
         return app(arguments, standalone_mode=False) or 0
-    except click.exceptions.NoArgsIsHelpError as error:
+    except _exceptions.NoArgsIsHelpError as error:
         typer.echo(error.format_message(), err=True)
-    except click.UsageError as error:
+    except _exceptions.UsageError as error:
         command = error.ctx.command_path if error.ctx else "fusion"
         say(f"UsageError: {error.format_message()} `{command} --help` lists what it takes.", stderr=True)
-    except click.ClickException as error:
+    except _exceptions.ClickException as error:
         say(f"UsageError: {error.format_message()}", stderr=True)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return 130
     except FusionError as error:
         say(f"{type(error).__name__}: {error}", stderr=True)

@@ -143,9 +143,9 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"{' '.join(str(error.problem or error.context).split())}{place}") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    # What looks like a date but is none, for one.
-    except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise ValueError(" ".join(str(error).split())) from None
+    # What looks like a date but is none, for one; PyYAML fails on a value of another type than its tag in many ways.
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__} {' '.join(str(error).split())}") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def _read(
 ) -> Iterator[Item]:
     """Yield what ``make`` makes of place, row and text of every row; refuse an id that appears twice."""
     seen: dict[str, str] = {}
-    for file in _files([path] if isinstance(path, str | Path) else path):
+    for file in row_files(path):
         for where, row in readable_rows(file, COLUMNS):
             if limit is not None and len(seen) >= limit:
                 return
@@ -198,9 +198,15 @@ def _name(row: Row | DataError, where: str, seen: Mapping[str, str]) -> str:
     return where if name in seen else name
 
 
-def _files(paths: Sequence[str | Path]) -> list[Path]:
+def row_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Return the files that :func:`read_texts` reads, in order.
+
+    Raises:
+        DataError: one of them is missing or of another kind, or a folder holds none.
+    """
     files: list[Path] = []
-    for path in map(Path, paths):
+    for part in [path] if isinstance(path, str | Path) else path:
+        path = Path(part)
         found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
         if not found or not all(file.is_file() and file.suffix in SUFFIXES for file in found):
             raise DataError(

@@ -10,9 +10,11 @@ from urllib.request import url2pathname
 EXTRA_OF = {
     "accelerate": "axolotl",
     "axolotl": "axolotl",
+    "click": "mergekit",
     "datasets": "axolotl",
     "deepspeed": "axolotl",
     "httpx": "server",
+    "huggingface_hub": "transformers",
     "jinja2": "report",
     "latex2sympy2_extended": "score",
     "markupsafe": "report",

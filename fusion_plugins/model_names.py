@@ -1,4 +1,4 @@
-"""What the name of a model means, before a library asks the hub for it."""
+"""What the name of a model means, before a library asks the hub for it, and why a model cannot be loaded."""
 
 import re
 from pathlib import Path
@@ -35,3 +35,16 @@ def require_model(name: str) -> None:
     """
     if problem := missing_folder(name):
         raise FileNotFoundError(problem)
+
+
+def reason_of(error: BaseException) -> str:
+    r"""Return in one line why a library could not load a model, for a message.
+
+    The files of a model come from outside, and libraries fail on damaged ones with errors of any type.
+
+    Example:
+        >>> reason_of(TypeError("wrong size:\n  'x'.")), reason_of(KeyError())
+        ("wrong size: 'x'", 'KeyError')
+    """
+    text = " ".join(str(error).split()).rstrip(".")[:500]
+    return text if text and not isinstance(error, KeyError) else f"{type(error).__name__} {text}".rstrip()

@@ -147,7 +147,11 @@ def test_a_file_that_is_no_yaml_is_one_line_with_the_place(tmp_path, text, said)
     assert len(str(caught.value)) < 1000
 
 
-@pytest.mark.parametrize("text", ["[", "2024-13-45", "\udcff", "*a", "{a: 1, a: 2}", "!!python/name:os.system"])
+@pytest.mark.parametrize(
+    "text",
+    ["[", "2024-13-45", "\udcff", "*a", "{a: 1, a: 2}", "!!python/name:os.system"]
+    + ["!!timestamp soon", "!!bool perhaps", "!!int ''", "!!float x"],
+)
 def test_a_value_that_is_no_yaml_is_one_line(text):
     with pytest.raises(ConfigError, match="^--set name: expected a YAML value") as caught:
         load_config(Example, None, {}, [f"name={text}"])

@@ -1,6 +1,9 @@
 """What messages say about packages that are missing."""
 
+import ast
 import json
+import re
+import sys
 import tomllib
 from importlib.metadata import Distribution
 from pathlib import Path
@@ -44,3 +47,18 @@ def test_every_extra_exists_and_every_missing_package_names_one():
     message = install.missing_package(ModuleNotFoundError(name="math_verify.parser"), "the scorer math")
     assert message.startswith("the scorer math needs the package math_verify, which is not installed: pip install ")
     assert install.missing_package(ModuleNotFoundError(name="fusion_plugins.x"), "x") is None
+
+
+def test_every_import_is_of_a_package_that_is_declared():
+    """Not of one that happens to come with another: typer, for one, once brought click, and no longer does."""
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    base = {re.split(r"[<>=\[]", name)[0] for name in dependencies} - {"pyyaml"} | {"yaml", "pydantic_core"}
+    imported = {}
+    for file in (ROOT / "fusion_plugins").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0]: file.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported[str(node.module).partition(".")[0]] = file.name
+    known = {*sys.stdlib_module_names, "fusion_plugins", *base, *install.EXTRA_OF}
+    assert {name: file for name, file in imported.items() if name not in known} == {}

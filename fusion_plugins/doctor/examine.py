@@ -25,7 +25,7 @@ from fusion_plugins.doctor.advice import advice, verdict
 from fusion_plugins.doctor.diagnosis import Diagnosis, diagnose, figures
 from fusion_plugins.errors import ConfigError, FusionError, MismatchError
 from fusion_plugins.map_cache import cached_map
-from fusion_plugins.model_names import missing_folder
+from fusion_plugins.model_names import missing_folder, reason_of
 from fusion_plugins.progress import meter
 from fusion_plugins.store import Store, open_store
 
@@ -294,8 +294,11 @@ def _load_tokenizer(path: str) -> tuple[Any, TokenTable]:
         raise ConfigError(f"expected a store or a tokenizer, got {path}: {problem}. Correct the path.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"expected a store or a tokenizer, got {path}, which is neither: {error}") from error
+        tokenizer("a")
+    except Exception as error:
+        raise ConfigError(
+            f"expected a store or a tokenizer, got {path}, which is neither: {reason_of(error)}"
+        ) from error
     return tokenizer, TokenTable.from_tokenizer(tokenizer)
 
 

@@ -15,6 +15,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.registry import registered_methods
 from mergekit.options import MergeOptions
+from pydantic import ValidationError
 
 from fusion_plugins.core.merging.deltas import DEQUANTIZE
 from fusion_plugins.errors import ConfigError, MergeError
@@ -80,7 +81,7 @@ def _documents(path: Path) -> list[dict[str, Any]]:
         raise ConfigError(f"{path}: expected a merge configuration in UTF-8, got {error}. Save it as UTF-8.") from error
     try:
         documents = [document for document in yaml.safe_load_all(text) if document]
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except Exception as error:  # PyYAML fails on a value of another type than its tag in many ways
         raise ConfigError(
             f"{path}: expected a merge configuration, got a file that is not YAML: {short(error)}"
         ) from error
@@ -132,6 +133,11 @@ def _parse(raw: dict[str, Any], check: MergeCheck) -> MergeConfiguration | None:
         check.error(problem, "correct or remove it; mergekit ignores it silently")
     try:
         config = MergeConfiguration.model_validate(raw)
+    except ValidationError as error:  # without the values, among which a key may be
+        problems = error.errors(include_input=False, include_url=False)
+        text = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'the file'}: {one['msg']}" for one in problems)
+        check.error(f"mergekit cannot read the configuration: {text[:300]}", "correct what the message names")
+        return None
     except Exception as error:
         check.error(f"mergekit cannot read the configuration: {short(error)}", "correct what the message names")
         return None

@@ -173,7 +173,8 @@ def read_index(index: ShardedTensorIndex) -> Stored:
         MergeError: a file is missing or damaged, or lacks a tensor that the index places there.
     """
     folder = Path(index.base_path)
-    outside = [shard.filename for shard in index.shards if Path(shard.filename).name != shard.filename]
+    names: list[Any] = [shard.filename for shard in index.shards]  # as they stand in the file, numbers for instance
+    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
     if outside:
         raise MergeError(
             f"{folder}: expected an index with names of files in this folder, got {outside[0]!r}. Download the model "
@@ -223,7 +224,8 @@ class IndexedLoader(LazyTensorLoader):
             if file != self._open:
                 self.flush()
                 self._open = file
-            return super().get_tensor(key, *arguments, **options)
+            tensor = super().get_tensor(key, *arguments, **options)
+        return None if tensor is None else tensor.detach()  # a state dict may hold parameters, which want gradients
 
 
 def read_tensor(stored: Stored, name: str) -> torch.Tensor:
@@ -294,14 +296,19 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
 def _read_pickle(file: Path) -> dict[str, TensorInfo]:
     try:
         state = torch.load(file, map_location="meta", weights_only=True, mmap=is_zipfile(file))
-        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-            raise TypeError("not a plain mapping of names to tensors")
+        if not isinstance(state, dict) or not all(map(_is_named_tensor, state.items())):
+            raise TypeError("no plain mapping of names to dense tensors")
     except Exception as error:
         raise MergeError(
             f"{file}: expected a state dict of tensors, got a file that mergekit cannot read ({first_line(error)}). "
             "Download the model again, or save its state dict as safetensors."
         ) from error
     return {name: TensorInfo(tuple(each.shape), str(each.dtype).removeprefix("torch.")) for name, each in state.items()}
+
+
+def _is_named_tensor(item: tuple[Any, Any]) -> bool:
+    name, value = item
+    return isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
 
 
 def _damaged(file: Path, error: Exception) -> MergeError:

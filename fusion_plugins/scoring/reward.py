@@ -17,7 +17,7 @@ from fusion_plugins.config import Settings, validate
 from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.core.text.model_rows import beyond_the_model
 from fusion_plugins.errors import ConfigError, DataError, ScoringError
-from fusion_plugins.model_names import missing_folder
+from fusion_plugins.model_names import missing_folder, reason_of
 from fusion_plugins.scoring.base import Row, Score
 
 #: a good and a senseless answer; any reward model that works gives them different rewards
@@ -185,9 +185,9 @@ def _load_model(options: RewardOptions) -> Any:
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:
         raise ScoringError(
-            f"reward model {options.model!r} cannot be loaded: {error}. Expected a folder or hub name of a "
+            f"reward model {options.model!r} cannot be loaded: {reason_of(error)}. Expected a folder or hub name of a "
             "sequence-classification model: check the name, the network and `trust_remote_code`."
         ) from error
     # transformers only warns where a weight is missing, and fills it with random numbers.
@@ -207,10 +207,10 @@ def _load_tokenizer(options: RewardOptions) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:
         raise ScoringError(
-            f"the tokenizer of reward model {options.model!r} cannot be loaded: {error}. Check the name, the network "
-            "and `trust_remote_code`."
+            f"the tokenizer of reward model {options.model!r} cannot be loaded: {reason_of(error)}. Check the name, "
+            "the network and `trust_remote_code`."
         ) from error
     if options.template == "chat" and not tokenizer.chat_template:
         raise ConfigError(

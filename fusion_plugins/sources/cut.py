@@ -21,7 +21,7 @@ from fusion_plugins.config import Settings
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize_content
 from fusion_plugins.errors import ConfigError, DataError
-from fusion_plugins.inputs import Text, Unusable, read_texts
+from fusion_plugins.inputs import Text, Unusable, read_texts, row_files
 from fusion_plugins.sources.backends.base import SourceSettings
 from fusion_plugins.sources.loading import load_tokenizer
 from fusion_plugins.store.files import FolderLock, leftovers, new_file
@@ -69,7 +69,7 @@ def cut_texts(config: CutConfig) -> CutReport:
     """Cut a set of texts. A text that fits keeps its id; the pieces of ``x`` are ``x#0``, ``x#1``, ...
 
     Raises:
-        ConfigError: ``out`` cannot be a file.
+        ConfigError: ``out`` cannot be a file, or is one of the texts.
         DataError: a chat is too long (chats are not cut), or a piece cannot be made short enough.
         StoreError: another run writes this file, or it cannot be written.
     """
@@ -80,6 +80,8 @@ def cut_texts(config: CutConfig) -> CutReport:
     out = Path(config.out)
     if out.is_dir() or not out.parent.is_dir():
         raise ConfigError(f"out: expected a file in a folder that exists, got {config.out!r}. Name another or make it.")
+    if out.exists() and any(out.samefile(file) for file in row_files(config.texts)):
+        raise ConfigError(f"out: expected another file than the texts, got {config.out!r}. Name a new one.")
     pieces = 0
     with closing(FolderLock(out.parent, out.name)):
         for left in leftovers(out):  # of a run that was killed
@@ -91,7 +93,7 @@ def cut_texts(config: CutConfig) -> CutReport:
                     rows = list(_rows(text, counters, config))
                 except DataError as error:
                     if config.on_unusable == "raise":
-                        raise
+                        raise DataError(f"{text.where}: {error}") from error
                     skipped[text.id] = str(error)
                     continue
                 file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())

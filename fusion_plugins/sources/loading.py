@@ -11,12 +11,10 @@ from fusion_plugins.core.text.model_rows import beyond_the_model
 from fusion_plugins.core.text.reasoning import CHANNEL, CHANNEL_TAGS, CLOSE, OPEN, channels, with_reasoning
 from fusion_plugins.core.text.round_trip import require_text
 from fusion_plugins.errors import ConfigError, SourceError, TokenizerError
-from fusion_plugins.model_names import require_model
+from fusion_plugins.model_names import reason_of, require_model
 from fusion_plugins.sources.backends.base import Refusal, Response, SampleRequest, Sampling, SourceSettings
 
 Content = str | list[dict[str, Any]]
-#: what transformers raises for a model that is missing, damaged, or needs code or packages that are not there
-TRANSFORMERS_ERRORS = (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError, RuntimeError)
 
 
 def load_tokenizer(settings: SourceSettings) -> Any:
@@ -36,10 +34,11 @@ def load_tokenizer(settings: SourceSettings) -> Any:
     try:
         require_model(name)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=settings.trust_remote_code)
-    except TRANSFORMERS_ERRORS as error:
+        tokenizer("a")
+    except Exception as error:
         raise SourceError(
-            f"source {settings.source_name!r}: cannot load the tokenizer {name!r}: {error}. Check the name, the "
-            "network and `trust_remote_code`."
+            f"source {settings.source_name!r}: cannot load the tokenizer {name!r}: {reason_of(error)}. Check the "
+            "name, the network and `trust_remote_code`."
         ) from error
     try:
         require_text(tokenizer)
@@ -83,10 +82,10 @@ def load_config(settings: SourceSettings) -> Any:
         config = AutoConfig.from_pretrained(
             settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
-    except TRANSFORMERS_ERRORS as error:
+    except Exception as error:
         raise SourceError(
-            f"source {settings.source_name!r}: cannot load {settings.model!r}: {error}. Check the name, the network "
-            "and `trust_remote_code`."
+            f"source {settings.source_name!r}: cannot load {settings.model!r}: {reason_of(error)}. Check the name, "
+            "the network and `trust_remote_code`."
         ) from error
     text_config = config.get_text_config()
     text_config._commit_hash = getattr(config, "_commit_hash", None)

@@ -8,9 +8,11 @@ from pathlib import Path
 import merging
 import pytest
 import tiny
+import torch
 import yaml
 from click import testing
 from merging import config_of
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from fusion_plugins.errors import ConfigError, MergeError
@@ -250,6 +252,8 @@ def bomb(levels):
         (b"a: 2024-99-99", "not YAML"),
         (b"!!python/object:os.system x", "not YAML"),
         (b"a: \x01", "not YAML"),
+        (b"a: !!timestamp soon", "not YAML"),
+        (b"a: !!bool perhaps", "not YAML"),
     ],
 )
 def test_files_that_are_no_yaml_are_one_short_sentence(tmp_path, content, said):
@@ -258,6 +262,12 @@ def test_files_that_are_no_yaml_are_one_short_sentence(tmp_path, content, said):
     with pytest.raises(ConfigError, match=said) as raised:
         check_merge(path)
     assert len(str(raised.value)) < 500
+
+
+def test_values_of_a_wrong_configuration_are_not_repeated(tmp_path):
+    said = "\n".join(texts(check_of(tmp_path, {"merge_method": "varm", "models": {"key": "sk-of-a-friend"}})))
+    assert "models: Input should be a valid list" in said
+    assert "sk-" not in said
 
 
 def changed(models, tmp_path, change):
@@ -285,12 +295,36 @@ def shard_elsewhere(folder):
     file.write_text(json.dumps(index))
 
 
+def shards_without_names(folder):
+    file = folder / "model.safetensors.index.json"
+    file.write_text(json.dumps({"weight_map": {"lm_head.weight": 5}}))
+
+
+def pickled(change):
+    """Damage of a checkpoint of one pickled file: ``change`` gets its state dict."""
+
+    def damage(folder):
+        state = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        for file in folder.glob("model*.safetensors*"):
+            file.unlink()
+        change(state)
+        torch.save(state, folder / "pytorch_model.bin")
+
+    return damage
+
+
 DAMAGES = {
     "truncated shard": (cut_shard, "expected a complete file of weights"),
     "no shard": (lambda folder: next(folder.glob("model-00002*")).unlink(), "missing: model-00002"),
     "broken index": (lambda folder: (folder / "model.safetensors.index.json").write_text("{"), "JSONDecodeError"),
     "index without a map": (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "weight_map"),
     "shards in another folder": (shard_elsewhere, "names of files in this folder"),
+    "shards that are numbers": (shards_without_names, "names of files in this folder"),
+    "names that are numbers": (pickled(lambda state: state.update({5: torch.ones(1)})), "no plain mapping of names"),
+    "sparse tensors": (
+        pickled(lambda state: state.update({"lm_head.weight": state["lm_head.weight"].to_sparse()})),
+        "no plain mapping of names to dense tensors",
+    ),
     "pipe": (pipe, "expected a file, got something else"),
     "broken config.json": (lambda folder: (folder / "config.json").write_text("{"), "that transformers cannot read"),
     "config.json of nothing": (lambda folder: (folder / "config.json").write_text("[1]"), "transformers cannot read"),

@@ -1,6 +1,7 @@
 """`varm` inside stock mergekit: every granularity, and whatever mergekit does between the file and the method."""
 
 import json
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -270,6 +271,16 @@ def test_pickled_checkpoints_are_read(models, tmp_path):
     for flags in ([], ["--lazy-unpickle"]):
         config = config_of(pickled, "one", "two", dtype="float32", parameters={"granularity": "module"})
         assert_same(merge(tmp_path, config, *flags), expected_of(models, "one", "two", granularity="module"))
+
+
+def test_parameters_in_a_pickled_checkpoint_are_merged_like_tensors(models, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(models["one"], folder)
+    state = tiny.tensors_of(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({name: torch.nn.Parameter(tensor) for name, tensor in state.items()}, folder / "pytorch_model.bin")
+    merged = merge(tmp_path, config_of(models | {"one": folder}, "one", "two", dtype="float32"))
+    assert_same(merged, expected_of(models, "one", "two"))
 
 
 def test_without_dtype_the_result_has_the_widest_dtype_of_the_inputs(models, tmp_path):

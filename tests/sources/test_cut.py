@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from fusion_plugins.cli import app
-from fusion_plugins.errors import DataError
+from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.inputs import read_texts
 from fusion_plugins.sources.cut import CutConfig, cut_text, cut_texts
 
@@ -81,9 +81,20 @@ def test_nothing_is_lost_whatever_the_text(text, most):
 
 def test_a_chat_that_is_too_long_is_refused_by_name(tokenizers, tmp_path):
     texts = source_checks.write_rows(tmp_path / "t.jsonl", [{"id": "c", "messages": tiny.CHAT}])
-    with pytest.raises(DataError, match=r"chat 'c': expected at most 20 tokens, got \d+; chats are not cut"):
+    with pytest.raises(
+        DataError, match=r"t\.jsonl:1: chat 'c': expected at most 20 tokens, got \d+; chats are not cut"
+    ):
         cut_texts(CutConfig(texts=str(texts), out=str(tmp_path / "o.jsonl"), tokenizers=tokenizers, max_length=20))
     assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_the_texts_are_not_replaced_by_their_pieces(tokenizers, tmp_path):
+    texts = source_checks.write_rows(tmp_path / "t.jsonl", [{"id": "long", "text": LONG, "more": "of it"}])
+    before = texts.read_bytes()
+    for read in (str(texts), str(tmp_path)):
+        with pytest.raises(ConfigError, match="expected another file than the texts"):
+            cut_texts(CutConfig(texts=read, out=str(texts), tokenizers=tokenizers, max_length=20))
+    assert texts.read_bytes() == before
 
 
 def test_the_command_writes_what_capture_then_takes(tokenizers, tmp_path):

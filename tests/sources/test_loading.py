@@ -1,6 +1,8 @@
 """Tokenizers and prompts of sources."""
 
 import copy
+import json
+import shutil
 from datetime import date
 
 import pytest
@@ -9,9 +11,10 @@ import tiny
 import transformers
 from tokenizers import normalizers
 
+from fusion_plugins.doctor.examine import open_side
 from fusion_plugins.errors import ConfigError, SourceError, TokenizerError
 from fusion_plugins.sources.backends.base import SampleRequest, Sampling, SourceSettings
-from fusion_plugins.sources.capture import capture_texts
+from fusion_plugins.sources.capture import CaptureConfig, capture_texts
 from fusion_plugins.sources.loading import (
     capture_tokenizer,
     chat_messages,
@@ -50,6 +53,40 @@ def test_what_cannot_be_loaded_is_named_with_its_source(tmp_path, model):
         load_tokenizer(SourceSettings(model=str(model), chat_template=str(tmp_path / "nothing.jinja")))
     with pytest.raises(ConfigError, match="source 'm': capture through a server needs `tokenizer`"):
         capture_tokenizer(SourceSettings(model="org/m", backend="openai"))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("tokenizer.json", lambda values: values["model"]["vocab"].update(zzz=-1)),
+        ("tokenizer_config.json", lambda values: values.update(model_max_length="long")),
+        ("tokenizer_config.json", lambda values: values.update(tokenizer_class=["a"])),
+        ("config.json", lambda values: values.update(vocab_size="many")),
+        ("config.json", lambda values: values.update(num_attention_heads=0)),
+        ("config.json", lambda values: values.update(rope_parameters={"rope_type": "none", "rope_theta": 1.0})),
+        ("config.json", lambda values: values.update(intermediate_size=7)),
+    ],
+)
+def test_a_damaged_model_is_one_line_whatever_transformers_raises(model, tmp_path, file, damage):
+    folder = tmp_path / "damaged"
+    shutil.copytree(model, folder)
+    values = json.loads((folder / file).read_text())
+    damage(values)
+    (folder / file).write_text(json.dumps(values))
+    texts = source_checks.write_rows(tmp_path / "t.jsonl", [{"id": "a", "text": "the fox"}])
+    with pytest.raises(SourceError, match="source 'damaged': cannot load") as refusal:
+        capture_texts(CaptureConfig(model=str(folder), texts=str(texts), out=str(tmp_path / "out")))
+    assert "\n" not in str(refusal.value)
+    if file.startswith("tokenizer"):
+        with pytest.raises(ConfigError, match="which is neither"):
+            open_side(str(folder), {"a": "the fox"})
+
+
+def test_a_device_that_does_not_exist_is_one_line(model, tmp_path):
+    texts = source_checks.write_rows(tmp_path / "t.jsonl", [{"id": "a", "text": "the fox"}])
+    options = {"options": {"device": "gpu"}, "texts": str(texts), "out": str(tmp_path / "out")}
+    with pytest.raises(SourceError, match="cannot load .* device string: gpu"):
+        capture_texts(CaptureConfig(model=str(model), **options))
 
 
 def test_a_template_file_replaces_the_template_and_changes_its_hash(tmp_path, model):

@@ -371,6 +371,6 @@ def _logits_width(settings: SourceSettings) -> int | None:
 
     try:
         config = AutoConfig.from_pretrained(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError):
+    except Exception:  # none there, or one that transformers cannot read
         return None
     return getattr(config.get_text_config(), "vocab_size", None)

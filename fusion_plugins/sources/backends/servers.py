@@ -3,6 +3,7 @@
 tenacity retries and :mod:`fusion_plugins.sources.backends.http` speaks HTTP; this module only decides.
 """
 
+import html
 import json
 import threading
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import quote, quote_plus
 
 import tenacity
 
@@ -72,8 +74,12 @@ class Server:
 
 
 def without_key(message: str, key: str) -> str:
-    """Return the message with ``***`` for the key, however it is written there (raw, ``repr``, JSON)."""
-    for spelling in {key, repr(key)[1:-1], json.dumps(key)[1:-1]} - {""}:
+    """Return the message with ``***`` for the key, however it is written there (raw, ``repr``, JSON, URL, HTML)."""
+    texts = {key, repr(key)[1:-1], json.dumps(key)[1:-1], html.escape(key), html.escape(key, quote=False)}
+    # Some write / as \/ in JSON; in a URL it may stay as it is.
+    texts |= {text.replace("/", "\\/") for text in texts} | {quote(key), quote(key, safe=""), quote_plus(key)}
+    # The longest first: a short one may be a part of it.
+    for spelling in sorted(texts - {""}, key=len, reverse=True):
         message = message.replace(spelling, "***")
     return message
 
@@ -140,7 +146,8 @@ class ServerPool:
         attempts = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Trouble),
             stop=lambda state: self._stopped.is_set() or self._out_of_patience(started, state),
-            wait=_wait,
+            # Whatever a server asks for, a request does not sleep longer than it would be tried.
+            wait=lambda state: min(_wait(state), self._patience),
             sleep=tenacity.sleep_using_event(self._stopped),
             reraise=True,
         )

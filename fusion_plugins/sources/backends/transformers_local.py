@@ -23,6 +23,7 @@ from fusion_plugins.config import Settings, validate
 from fusion_plugins.core.fusion.types import TopK
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import SourceError
+from fusion_plugins.model_names import reason_of
 from fusion_plugins.sources.backends.base import (
     Batches,
     Place,
@@ -244,13 +245,13 @@ def _load_model(settings: SourceSettings, options: TransformersOptions) -> Any:
             trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,
             **extra,
-        )
-    except (OSError, ValueError, ImportError) as error:
+        ).to(device)
+    except Exception as error:
         raise SourceError(
-            f"source {settings.source_name!r}: cannot load {settings.model!r} (weights must be safetensors): {error}. "
-            "Check the name, the network and `trust_remote_code`."
+            f"source {settings.source_name!r}: cannot load {settings.model!r} (weights must be safetensors): "
+            f"{reason_of(error)}. Check the name, the network and `trust_remote_code`."
         ) from error
-    return model.to(device).eval()
+    return model.eval()
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> list[int]:

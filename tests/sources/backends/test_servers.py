@@ -31,6 +31,13 @@ def test_a_key_is_removed_before_a_message_is_cut_and_however_it_is_written(prom
     assert without_key(f"{key} {key!r} {json.dumps(key)}", key).count("***") == 3
 
 
+@pytest.mark.parametrize(
+    "written", ["sk-a\\/b+c&<d>=", "sk-a%2Fb%2Bc%26%3Cd%3E%3D", "sk-a/b%2Bc%26%3Cd%3E%3D", "sk-a/b+c&amp;&lt;d&gt;="]
+)
+def test_a_key_is_removed_where_a_server_escapes_it(written):
+    assert without_key(f"no such key: {written}!", "sk-a/b+c&<d>=") == "no such key: ***!"
+
+
 def test_a_dead_server_is_left_alone_and_the_others_take_its_work(prompts, tmp_path):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -103,3 +110,12 @@ def test_a_server_is_obeyed_for_a_while_when_it_says_how_long_to_wait():
     for value in ("-3", "Wed, 21 Oct 2026 07:28:00 GMT"):
         assert servers._retry_after({"retry-after": value}) == 0.0
     assert servers._retry_after({}) == 0.0
+
+
+def test_a_wait_that_a_server_asks_for_ends_with_the_patience(prompts, tmp_path):
+    started = time.monotonic()
+    with running(lambda number, body: "anything") as server:
+        server.raw = b"HTTP/1.1 503 Busy\r\nretry-after: 9999\r\ncontent-length: 0\r\n\r\n"
+        with pytest.raises(SourceError, match="within 1 s"):
+            sample_prompts(config(prompts, tmp_path / "out", server, patience=1.0))
+    assert time.monotonic() - started < 30
