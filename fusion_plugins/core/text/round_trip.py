@@ -114,8 +114,9 @@ def require_text(tokenizer: Any, spell: Spell | None = None) -> tuple[str, ...]:
     """Return the known changes of a tokenizer; see :func:`text_changes`.
 
     Raises:
-        TokenizerError: it loses text.
+        TokenizerError: it loses text, or cuts the same text at random.
     """
+    _refuse_random_tokens(tokenizer)
     found = text_changes(tokenizer, spell)
     if not found.lost:
         return found.known
@@ -127,6 +128,18 @@ def require_text(tokenizer: Any, spell: Spell | None = None) -> tuple[str, ...]:
         f"expected a tokenizer that keeps the text; {type(tokenizer).__name__}{f' of {name!r}' if name else ''} loses "
         f"or changes {', '.join(kinds[:5])}{more}: {text!r} becomes {read!r}. {_cure(tokenizer, text, read)}"
     )
+
+
+def _refuse_random_tokens(tokenizer: Any) -> None:
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    dropout = getattr(model, "dropout", None)
+    sampling = (getattr(tokenizer, "sp_model_kwargs", None) or {}).get("enable_sampling")
+    if dropout or sampling:
+        where = f"dropout {dropout:g} in the model of its tokenizer.json" if dropout else "enable_sampling"
+        raise TokenizerError(
+            f"expected a tokenizer that cuts the same text into the same tokens every time; "
+            f"{type(tokenizer).__name__} cuts it at random ({where}). Take that out: it is for training alone."
+        )
 
 
 def _cure(tokenizer: Any, text: str, read: str) -> str:

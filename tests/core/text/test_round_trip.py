@@ -149,3 +149,13 @@ def test_a_slow_tokenizer_is_judged_by_what_it_decodes():
 
     with pytest.raises(TokenizerError, match="Deaf of 'org/slow' loses or changes tabs, indentation"):
         require_text(Deaf())
+
+
+def test_a_tokenizer_that_cuts_at_random_is_refused():
+    """BPE dropout gives other tokens every time, and a store would hold one of them."""
+    tokenizer = tiny.byte_level()
+    tokenizer.backend_tokenizer.model.dropout = 0.1
+    with pytest.raises(TokenizerError, match=r"cuts it at random \(dropout 0.1 in the model"):
+        require_text(tokenizer)
+    tokenizer.backend_tokenizer.model.dropout = 0.0
+    assert require_text(tokenizer) == ()
