@@ -11,14 +11,21 @@ from fusion_plugins.scoring.quantities import LIST, is_list, plain_signs, read
 
 #: the end of a model's thinking; in a program it is inside quotes
 _THOUGHT = re.compile(
-    r"""(?<!["'`])</(?:think|thinking|thought|reasoning|seed:think)>(?!["']|`(?!``))""", re.IGNORECASE
+    r"""(?<!["'`])(?:</(?:think|thinking|thoughts?|reasoning|seed:think)>|\[/THINK\]|◁/think▷"""
+    r"""|<\|(?:END_THINKING|end_of_thought|channel\|>final<\|message)\|>)(?!["']|`(?!``))""",
+    re.IGNORECASE,
 )
-_THINKING = re.compile(r"^[ \t]*<(?:think|thinking|thought|reasoning|seed:think)>", re.IGNORECASE | re.MULTILINE)
+_THINKING = re.compile(
+    r"^[ \t]*(?:<(?:think|thinking|thoughts?|reasoning|seed:think)>|\[THINK\]|◁think▷"
+    r"|<\|(?:START_THINKING|begin_of_thought|channel\|>analysis<\|message)\|>)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
 # "\boxed 3" is TeX for "\boxed{3}"; "\boxed as asked" only names the command.
 _BOXED = re.compile(r"\\f?box(?:ed)?\s*(?:\{|(?<=\s)(-?[\d.,]*\d|[A-J](?![\w'])))")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _LETTER = re.compile(
-    r"\b(?:[Oo]ption|[Cc]hoice|[Aa]nswer|[Cc]hoose|[Ss]elect|[Pp]ick)\s*:?\s*[(\[*]*([A-J])\b|[(\[]([A-J])[)\]]|[选]择?\s*[:：]?\s*([A-J])"
+    r"\b(?:[Oo]ption|[Cc]hoice|[Aa]nswer|[Cc]hoose|[Ss]elect|[Pp]ick)\s*:?\s*[(\[*]*([A-J])\b|[(\[]([A-J])[)\]]|选(?:择|项)?\s*[:：]?\s*([A-J])"
     r"|(?:^|\n)\W*([A-J])(?=\W*(?:$|\n)|[).:]|\s+is\s+(?:the\s+)?(?:correct|right|best))|\b([B-J])\W*\Z"
 )
 _MAX_BETWEEN = 60
@@ -31,11 +38,18 @@ _BROKEN_OFF = re.compile(
     r"(?:[=+/×÷({\\<>]|\d\s*[-*]|\b(?:is|are|be|answer|equals|has|have|the|an?|of|to|and|or|so)|答案[是为]|\\boxed\s*\{[^{}]*)\s*\Z",
     re.IGNORECASE,
 )
+#: "The answer is not 5."
+_DENIED = re.compile(
+    r"(\b(?:answer|result|it)\s+(?:is\s+not|isn['’]t)\s+)-?\d[\d,.]*(?=[.,;!]?(?:\s|$))", re.IGNORECASE
+)
+#: marks of a chat template, such as <|end_of_solution|>
+_TOKEN = re.compile(r"<\|\w+\|>")
 _DRAWING = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
 _HASHES = re.compile(r"^[ \t]*####(?!#)[ \t]*(\S[^\n]*)", re.MULTILINE)
 _GOLD_HASHES = re.compile(r"####(?!#)[ \t]*(\S[^\n]*)")
 _PHRASE = re.compile(
-    r"(?P<final>\bfinal\s+)?\b(?:ans(?:wer)?|correct\s+(?:option|choice)|option)s?\b(?:\s+(?:to|of|for)\s[^.\n:]{0,80}?)?\s*"
+    r"(?P<final>\bfinal\s+)?\b(?:ans(?:wer)?|(?<=final )(?:result|value)|correct\s+(?:option|choice)|option)s?\b"
+    r"(?:\s+(?:to|of|for)\s[^.\n:]{0,80}?)?\s*"
     r"(?:(?:is|are|was|would\s+be|must\s+be|should\s+be|equals)\b|[:=：])\s*:?"
     # a heading
     r"|^[\W_]*(?:final\s+)?answer[*_:# ]*$"
@@ -61,7 +75,8 @@ _VALUE_IN_TEXT = re.compile(
     re.ASCII | re.MULTILINE,
 )
 _MULTIPLIED = re.compile(
-    r"\s*-?\s*(?:(?:hundred|thousand|million|billion|trillion|dozen)s?\b|bn\b|percent\b|[十百千]?[万亿])", re.ASCII
+    r"\s*-?\s*(?:(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore)s?\b|bn\b|percent\b|[十百千]?[万亿])",
+    re.ASCII,
 )
 _WORDS = ("yes", "no", "true", "false")
 
@@ -115,7 +130,7 @@ def find_answer(response: str, *, marked_only: bool = False, broken_off: bool = 
         >>> find_answer("The answer is 90/3=30 bananas, as shown.").texts[0]
         '90/3=30 bananas'
     """
-    text = plain_signs(_DRAWING.sub("", final_part(response)))
+    text = _said(response)
     broken_off = broken_off or _BROKEN_OFF.search(text) is not None
     boxes, place = _last_boxes(text)
     hashed = [match for match in _HASHES.finditer(text) if _is_value(match[1])]
@@ -127,21 +142,32 @@ def find_answer(response: str, *, marked_only: bool = False, broken_off: bool = 
     if hashed and not (phrase and phrase[1] > hashed[-1].start()):
         # "#### 3 key points" is a heading, "#### 3 apples" an answer; where both are possible, what is said decides.
         if not phrase or _is_bare(hashed[-1][1]):
-            return Found((hashed[-1][1].strip(),), "hashes")
+            return Found((hashed[-1][1].strip().rstrip("!"),), "hashes")
     bold = [match for match in _BOLD.finditer(text) if _is_value(match[1] or match[2])]
     # A bold value counts where no number follows it, and against what was said before only in a line of its own.
     if bold and not broken_off and not re.search(r"\d", text[bold[-1].end() :]):
         if not phrase or (bold[-1].start() > phrase[1] and re.search(r"\n\W*\Z", text[: bold[-1].start()])):
-            return Found(((bold[-1][1] or bold[-1][2]).strip(),), "bold")
+            return Found(((bold[-1][1] or bold[-1][2]).strip().rstrip("!"),), "bold")
     # A mere word is what a sentence says on the way, unless nothing else follows.
     if phrase and (re.search(r"\d", phrase[0][0]) or read(phrase[0][0]).kind or not _last_value(text[phrase[1] :])):
         return Found(phrase[0], "phrase")
     if broken_off:
         return None
-    whole = text.strip()
-    if read(whole).kind or is_list(whole) or re.fullmatch(r"[A-Za-z-]+\.?", whole):
+    whole = text.strip().rstrip("!")
+    # "2√3" is one value.
+    root = re.fullmatch(r"-?\d*\\sqrt\{[^{}]*\}\.?", whole)
+    if root or read(whole).kind or is_list(whole) or re.fullmatch(r"[A-Za-z-]+\.?", whole):
         return Found((whole,), "number")
     return _last_value(text)
+
+
+def _said(response: str) -> str:
+    """Return what a response says, without drawings, marks of templates, and answers that it denies."""
+    text = plain_signs(_TOKEN.sub(" ", _DRAWING.sub("", final_part(response))))
+    tagged = _ANSWER_TAG.findall(text)
+    if tagged and "\\box" not in text and re.search(r"\w", tagged[-1]):
+        return f"The final answer is: {tagged[-1].strip()}"
+    return _DENIED.sub(r"\1", text)
 
 
 def find_letter(response: str) -> str | None:
@@ -194,6 +220,9 @@ def _ways_to_read(said: str) -> tuple[str, ...]:
     letter = re.match(r"[(\[]?([A-J])(?:[)\].:、,]|\s*$|\s+(?:because|since|as)\b|(?=[^\x00-\x7f]))", sentence)
     if letter:
         return (letter[1],)
+    word = re.match(r"(yes|no|true|false)\b(?:,|\s+(?:because|since|as)\b)", sentence, re.IGNORECASE)
+    if word:
+        return (word[1],)
     # The longest beginning that is a value: "7 apples because 3 + 4 = 7".
     words = sentence.split(" ")
     for length in range(min(len(words), 8), 0, -1):

@@ -62,7 +62,7 @@ class CodeScorer:
             "packages": list(packages),
             "python": platform.python_version(),
             # Changes where the same response and tests may get another verdict than before.
-            "rules": 2,
+            "rules": 3,
         }
         self._pytest = _pytest_folders()
         self._sandbox = Sandbox(chosen, packages, modules=self._pytest)
@@ -79,17 +79,15 @@ class CodeScorer:
         self._sandbox.close()
 
     def _score_one(self, row: Row) -> Score:
-        given = row.get("tests")
         try:
-            suite = read_tests(given)
+            suite = read_tests(row.get("tests"))
         except DataError as error:
             return Score(reason=f"the tests cannot be read: {error}")
         if suite is None:
             return Score(reason="no tests")
         if suite.format == "pytest" and not self._pytest:
             return Score(reason=f"the tests are test functions, which need pytest: {install_command('score')}")
-        prompt = given.get("prompt") if isinstance(given, dict) else None
-        code = extract_code(row["response"], suite.needed, prompt if isinstance(prompt, str) else "")
+        code = extract_code(row["response"], suite.needed, suite.prompt)
         if not code.strip():
             return Score(correct=False, reason="the response has no code", details={"format": suite.format})
         return _as_score(suite, self._sandbox.run(code, suite.tests, suite.setup))
@@ -121,7 +119,7 @@ def _defect(suite: Suite, test: TestVerdict) -> str | None:
     missing = re.search(r"ModuleNotFoundError: No module named '(\w+)", test.error or "")
     if missing:
         return f"the package {missing[1]!r} is not in the sandbox; see the option packages"
-    if "fixture '" in (test.error or "") and suite.format == "pytest":
+    if re.search(r"fixture '|async def functions are not natively", test.error or "") and suite.format == "pytest":
         return f"the tests need what pytest does not have: {test.error}"
     return None
 

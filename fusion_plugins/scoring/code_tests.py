@@ -7,7 +7,7 @@ what that kind needs. A format that is not recognised is an error, never a test 
 import ast
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fusion_plugins.errors import DataError
@@ -20,7 +20,7 @@ EXPECTED = (
     "with 'test' or 'tests' and perhaps 'setup' and 'entry_point'"
 )
 _TESTS = ("tests", "test", "test_list")
-_SETUPS = ("testimported_modules", "test_setup_code", "setup")
+_SETUPS = ("test_imports", "test_setup_code", "setup")
 _ENTRY_POINTS = ("entry_point", "fn_name", "func_name")
 _MISSING = object()
 
@@ -34,12 +34,14 @@ class Suite:
         tests: what the runner runs, in order; each in a process of its own.
         setup: a program that runs before the response's, and again after it.
         needed: names that the tests expect the response to define; empty where it is a whole program.
+        prompt: the beginning of a program that the response may continue; empty without one.
     """
 
     format: str
     tests: tuple[Mapping[str, Any], ...]
     setup: str = ""
     needed: frozenset[str] = frozenset()
+    prompt: str = ""
 
 
 def read_tests(tests: Any) -> Suite | None:
@@ -65,7 +67,18 @@ def read_tests(tests: Any) -> Suite | None:
         ('stdio', 1)
     """
     tests = _from_json(tests)
+    if isinstance(tests, dict) and {"input", "output"} <= tests.keys():
+        # One case, or lists of them as in CodeContests.
+        several = isinstance(tests["input"], list) and isinstance(tests["output"], list)
+        tests = {**tests, "inputs": tests["input"], "outputs": tests["output"]} if several else [tests]
     context = dict(tests) if isinstance(tests, dict) else {}
+    suite = _read_mapping(tests, context)
+    prompt = context.get("prompt")
+    return replace(suite, prompt=prompt) if suite and isinstance(prompt, str) else suite
+
+
+def _read_mapping(tests: Any, context: dict[str, Any]) -> Suite | None:
+    """Return the tests of :func:`read_tests`; ``context`` is what stands beside them."""
     found = _from_json(_first(context, ("input_output", *_TESTS))) if context and "inputs" not in context else tests
     if isinstance(found, dict):
         context |= found
@@ -74,8 +87,10 @@ def read_tests(tests: Any) -> Suite | None:
     if found is None or found in ("", [], {}) or (isinstance(found, str) and not found.strip()):
         return None
     # LiveCodeBench has the function's name beside the cases, in a JSON text.
-    metadata = _from_json(context.get("metadata"))
-    entry_point = _first({**metadata, **context} if isinstance(metadata, dict) else context, _ENTRY_POINTS)
+    entry_point = _entry_point(context)
+    if entry_point is None and isinstance(found, list):
+        # SYNTHETIC-1 and DeepCoder have it in each case.
+        entry_point = next(filter(None, (_entry_point(case) for case in found if isinstance(case, dict))), None)
     if entry_point is not None and not (isinstance(entry_point, str) and parse(entry_point, "eval") is not None):
         raise DataError(
             f"entry_point: expected the name of what is tested, such as f or Solution().f, got {entry_point!r}"
@@ -93,6 +108,11 @@ def read_tests(tests: Any) -> Suite | None:
     if not (isinstance(programs, list) and all(isinstance(program, str) for program in programs)):
         raise DataError(f"expected {EXPECTED}, got {_kind_of(tests)}")
     return _read_programs([program for program in programs if program.strip()], entry_point, setup)
+
+
+def _entry_point(context: Mapping[str, Any]) -> Any:
+    metadata = _from_json(context.get("metadata"))
+    return _first({**metadata, **context} if isinstance(metadata, dict) else context, _ENTRY_POINTS)
 
 
 def count_checks(source: str) -> tuple[str, int]:
@@ -119,10 +139,13 @@ def count_checks(source: str) -> tuple[str, int]:
 class _Counting(ast.NodeTransformer):
     def __init__(self) -> None:
         self.checks = 0
+        self._swallowed: set[ast.AST] = set()
 
     def visit(self, node: ast.AST) -> Any:
+        if isinstance(node, ast.Try) and _swallows(node):
+            self._swallowed |= {inner for statement in node.body for inner in ast.walk(statement)}
         visited = self.generic_visit(node)
-        if not isinstance(node, ast.stmt) or not _is_check(node):
+        if not isinstance(node, ast.stmt) or node in self._swallowed or not _is_check(node):
             return visited
         self.checks += 1
         return [ast.Expr(ast.Call(ast.Name(COUNTER, ast.Load()), [], [])), visited]
@@ -130,18 +153,46 @@ class _Counting(ast.NodeTransformer):
 
 def _is_check(node: ast.stmt) -> bool:
     match node:
-        case ast.Assert(test=ast.Constant()):
-            return False
-        case ast.Assert():
-            return True
+        case ast.Assert(test=test):
+            # ``assert (f(1) == 2, "why")`` holds always.
+            return not isinstance(test, ast.Tuple) and _says_something(test)
         case ast.Expr(value=ast.Call() | ast.Await(value=ast.Call())):
             call = node.value.value if isinstance(node.value, ast.Await) else node.value
-            return _asserts(call)
+            assert isinstance(call, ast.Call)
+            arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
+            # ``self.assertTrue(True)`` checks nothing; ``self.fail("why")`` does.
+            return _asserts(call) and (not arguments or _is_fail(call) or any(map(_says_something, arguments)))
         case ast.With(items=items) | ast.AsyncWith(items=items):
             return any(_asserts(item.context_expr) for item in items)
         case ast.If() | ast.Match() | ast.Try():
             return _can_raise(node)
     return False
+
+
+def _says_something(test: ast.expr) -> bool:
+    """Return whether a value depends on a name: ``True`` and ``1 == 1`` do not."""
+    return any(isinstance(node, ast.Name) for node in ast.walk(test))
+
+
+def _is_fail(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and "fail" in (getattr(node.func, "attr", ""), getattr(node.func, "id", ""))
+
+
+def _swallows(node: ast.Try) -> bool:
+    """Return whether a failing assert in the body of ``try`` ends in one of its handlers, which does not raise."""
+    for handler in node.handlers:
+        caught = {"AssertionError"} if handler.type is None else {getattr(n, "id", "") for n in ast.walk(handler.type)}
+        if caught & {"AssertionError", "Exception", "BaseException"}:
+            # What the handler keeps may be checked behind the statement.
+            return all(map(_says_nothing_more, handler.body))
+    return False
+
+
+def _says_nothing_more(node: ast.stmt) -> bool:
+    if isinstance(node, ast.Pass | ast.Continue):
+        return True
+    called = node.value.func if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) else None
+    return isinstance(called, ast.Name) and called.id == "print"
 
 
 def _asserts(node: ast.AST) -> bool:
@@ -156,6 +207,8 @@ def _can_raise(node: ast.AST) -> bool:
     """Return whether the branches of a statement raise, or assert what is never true, outside of functions in them."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Raise) or (isinstance(child, ast.Assert) and isinstance(child.test, ast.Constant)):
+            return True
+        if _is_fail(child):
             return True
         inside = not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda)
         if inside and _can_raise(child):
@@ -194,7 +247,8 @@ def _read_programs(programs: list[str], entry_point: str | None, setup: str) -> 
 
 def _format(tree: ast.Module | None) -> str:
     for node in tree.body if tree else ():
-        if isinstance(node, ast.FunctionDef) and node.name == "check":
+        # A helper check(x, y) is another thing.
+        if isinstance(node, ast.FunctionDef) and node.name == "check" and _takes_one(node.args):
             return "check"
         if isinstance(node, ast.ClassDef) and any("TestCase" in ast.unparse(base) for base in node.bases):
             return "unittest"
@@ -213,6 +267,15 @@ def _format(tree: ast.Module | None) -> str:
     return "asserts"
 
 
+def _takes_one(arguments: ast.arguments) -> bool:
+    names = [*arguments.posonlyargs, *arguments.args]
+    return (
+        bool(names)
+        and len(names) - len(arguments.defaults) <= 1
+        and not any(default is None for default in arguments.kw_defaults)
+    )
+
+
 def _call_check(program: str, tree: ast.Module | None, entry_point: str | None) -> str:
     """Return a program that calls its ``check`` with the entry point."""
     calls = [
@@ -220,7 +283,12 @@ def _call_check(program: str, tree: ast.Module | None, entry_point: str | None) 
         for node in (tree.body if tree else ())
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
     ]
-    if any(isinstance(called, ast.Name) and called.id == "check" for called in calls):
+    # MultiPL-E calls it in a function that it calls at the end.
+    inside = any(
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "check"
+        for node in (ast.walk(tree) if tree and entry_point is None else ())
+    )
+    if inside or any(isinstance(called, ast.Name) and called.id == "check" for called in calls):
         return program
     if entry_point is None:
         raise DataError(
@@ -233,9 +301,8 @@ def _resolved(entry_point: str) -> str:
     """Return an expression for the entry point, which is a function or a method of the class ``Solution``."""
     if not entry_point.isidentifier() or entry_point == "Solution":
         return entry_point
-    return (
-        f"(Solution().{entry_point} if {entry_point!r} not in globals() and 'Solution' in globals() else {entry_point})"
-    )
+    # The method first: a star import may bring another function of that name, such as heapq's merge.
+    return f"(Solution().{entry_point} if hasattr(globals().get('Solution'), {entry_point!r}) else {entry_point})"
 
 
 def _read_cases(inputs: Any, outputs: Any, entry_point: str | None, setup: str) -> Suite | None:
@@ -258,7 +325,12 @@ def _read_cases(inputs: Any, outputs: Any, entry_point: str | None, setup: str) 
             "kind": "calls",
             "function": _resolved(entry_point),
             "arguments": _arguments(given),
-            "results": [result := _literal(expected), *(result if wrapped else ())],
+            # A text beside a list of arguments may be the result itself, such as the digits "21".
+            "results": [
+                *([expected] if isinstance(given, list) and isinstance(expected, str) else []),
+                result := _literal(expected),
+                *(result if wrapped else ()),
+            ],
         }
         for given, expected in zip(inputs, outputs, strict=True)
     ]
@@ -314,7 +386,7 @@ def _kind_of(value: Any) -> str:
 
 
 def _first(context: Mapping[str, Any], names: Sequence[str]) -> Any:
-    return next((context[name] for name in names if context.get(name) is not None), None)
+    return next((context[name] for name in names if context.get(name) not in (None, "")), None)
 
 
 def _counted(program: str) -> tuple[str, int]:

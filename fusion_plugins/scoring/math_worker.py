@@ -15,7 +15,7 @@ from math import gcd
 from typing import Any
 
 from fusion_plugins.scoring.answers import Found, find_answer, find_letter, gold_answer
-from fusion_plugins.scoring.quantities import as_formula, plain_signs, read, same
+from fusion_plugins.scoring.quantities import LIST, as_formula, plain_signs, read, same
 
 #: an answer in words, such as "east" or "not enough"
 _WORDS = re.compile(r"[^\W\d_]+(?:[\s'-]+[^\W\d_]+)*")
@@ -71,6 +71,19 @@ def _restates(answer: str, gold: str) -> bool:
 
 def _compare(gold: str, answer: str) -> dict[str, Any]:
     """Return ``correct``, ``reason`` and ``rule`` for two answers."""
+    ours, theirs = _assignments(gold), _assignments(answer)
+    return _compare_one(gold, answer) if not (ours and theirs) else _compare_all(ours, theirs)
+
+
+def _compare_all(gold: dict[str, str], answer: dict[str, str]) -> dict[str, Any]:
+    """Compare by name; math-verify compares the values alone, but x=3, y=4 is not x=4, y=3."""
+    if gold.keys() != answer.keys():
+        return {"correct": False, "rule": "math-verify"}
+    verdicts = [_compare_one(gold[name], answer[name]) for name in gold]
+    return next((verdict for verdict in verdicts if not verdict["correct"]), verdicts[0])
+
+
+def _compare_one(gold: str, answer: str) -> dict[str, Any]:
     one, other = read(gold), read(answer)
     if _plain(gold) == _plain(answer):
         return {"correct": True, "rule": "text"}
@@ -98,9 +111,22 @@ def _compare(gold: str, answer: str) -> dict[str, Any]:
     return {"correct": False, "rule": "math-verify"}
 
 
+def _assignments(text: str) -> dict[str, str]:
+    """Return name -> value of "x = 3, y = 4"; empty for anything else, also for several values of one name."""
+    parts = [re.fullmatch(r"\s*([A-Za-z])\s*=([^=]+)", part) for part in LIST.split(re.sub(r"[$]|\\text", "", text))]
+    found = {part[1]: part[2] for part in parts if part}
+    return found if len(found) == len(parts) > 1 else {}
+
+
 def _plain(text: str) -> str:
-    """Return a text without what does not change an answer in words: marks, spaces and capitals."""
-    return re.sub(r"\\(?:text|textbf|mathrm|mbox|left|right|[,!; ])|[\s${}*.。]|\\[()\[\]]", "", text).lower()
+    """Return a text without what does not change an answer in words: marks, spaces and capitals.
+
+    In a formula they mean something: 12.5 is not 125, and 3 1/2 is not 31/2.
+    """
+    words = re.sub(r"\\(?:text|textbf|mathrm|mbox|left|right|[,!; ])|[\s${}*.。]|\\[()\[\]]", "", text).lower()
+    if not re.search(r"[\d\\^_/]", words):
+        return words
+    return " ".join(text.split()).rstrip(".。").lower() if re.search(r"[A-Za-z]{2}", words) else text.strip()
 
 
 def _parse(text: str) -> list[Any]:

@@ -41,4 +41,16 @@ def free_names(tree: ast.AST | None) -> frozenset[str]:
         if isinstance(node, ast.ImportFrom) and node.module == "solution"
         for alias in node.names
     }
+    modules = {
+        alias.asname or alias.name
+        for node in (ast.walk(tree) if tree else ())
+        if isinstance(node, ast.Import)
+        for alias in node.names
+        if alias.name == "solution"
+    }
+    given |= {
+        node.attr
+        for node in (ast.walk(tree) if tree and modules else ())
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules
+    }
     return frozenset((read - bound_names(tree) - vars(builtins).keys()) | given - {"*"})

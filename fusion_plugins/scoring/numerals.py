@@ -15,6 +15,7 @@ _WORDS = {word: value for value, word in enumerate(_ONES.split())} | {
 }
 _MULTIPLIERS = {
     "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12, "score": 20,
+    "lakh": 10**5, "crore": 10**7, "lakhs": 10**5, "crores": 10**7,
     "dozens": 12, "hundreds": 100, "thousands": 1000, "millions": 10**6, "billions": 10**9, "trillions": 10**12,
 }  # fmt: skip
 _PARTS = {
@@ -46,6 +47,9 @@ def leading_number(text: str) -> tuple[Fraction, str] | None:
         >>> leading_number("3 dozen eggs"), leading_number("1.5e3 m"), leading_number("2x")
         ((Fraction(36, 1), 'eggs'), (Fraction(1500, 1), ' m'), (Fraction(2, 1), 'x'))
     """
+    signed = re.match(r"(?:minus|negative)\s+(?=[\d.$€£¥])|负\s*(?=\d)", text, re.IGNORECASE)
+    if signed and (behind := leading_number(text[signed.end() :])):
+        return -behind[0], behind[1]
     found = _VALUE.match(text)
     if found is None:
         return _chinese_number(text) or _english_number(text)

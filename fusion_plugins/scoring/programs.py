@@ -23,7 +23,24 @@ from fusion_plugins.scoring.names import bound_names, free_names, parse
 
 _FENCE = re.compile(r"(?P<before>.*?)(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)")
 _LANGUAGE = re.compile(r"[{.]*([A-Za-z][\w+#-]*)")
-_PYTHON = {"", "python", "python3", "python2", "py", "py3", "ipython", "ipython3", "pycon", "sage"}
+_PYTHON = {
+    "",
+    "python",
+    "python3",
+    "python2",
+    "py",
+    "py3",
+    "ipython",
+    "ipython3",
+    "pycon",
+    "sage",
+    "cpython",
+    "jupyter",
+    "code",
+}
+_NO_LANGUAGE = {"text", "txt", "plain", "plaintext"}
+#: the end of a turn that was not cut off
+_TURN_END = re.compile(r"(?:<\|\w+\|>|</s>)\s*\Z")
 #: marks that some models are trained to put around code instead of fences
 _TAGS = re.compile(r"\[/?(?:PYTHON|CODE|BEGIN|DONE)\]|^[ \t]*</?(?:answer|solution|code|python|output)>", re.M)
 _STARTS_BODY = re.compile(r"(?:from\s+\S+\s+import\b|import\s+\w|(?:async\s+)?def\s+\w|class\s+\w|@\w)")
@@ -73,7 +90,7 @@ def extract_code(response: str, needed: Collection[str] = frozenset(), prompt: s
         >>> extract_code("Sure:\n```python\ndef f(): return 1\n```\nUsage:\n```python\nprint(f(), 'more')\n```", {"f"})
         'def f(): return 1\n'
     """
-    text = final_part(response).replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "")
+    text = _TURN_END.sub("", final_part(response)).replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "")
     found, has_fences = _fenced_blocks(text)
     blocks = [block for block in (found if has_fences else _bare_blocks(text)) if block.code.strip()]
     if not blocks:
@@ -84,7 +101,27 @@ def extract_code(response: str, needed: Collection[str] = frozenset(), prompt: s
         continued = _Block(f"{prompt.rstrip()}\n{body}", labelled=True)
         if continued.tree is not None and any(continued.defines(name) for name in needed):
             return continued.code
-    return _link(answer, blocks, needed)
+    code = _link(answer, blocks, needed)
+    return _behind_prompt(code, prompt, needed) if prompt and needed else code
+
+
+def _behind_prompt(code: str, prompt: str, needed: Collection[str]) -> str:
+    """Return a program behind what the prompt imports and defines and the program does not."""
+    tree, given = parse(code), parse(prompt)
+    if tree is None or given is None:
+        return code
+    own = {*needed}.union(*(_bound_at_top(node) for node in tree.body if isinstance(node, _BINDING)))
+    return _join(
+        [
+            node
+            for node in given.body
+            if isinstance(node, _BINDING)
+            and not _bound_at_top(node) & own
+            and not (isinstance(node, ast.FunctionDef) and _is_empty(node.body))
+        ],
+        tree,
+        code,
+    )
 
 
 def _fenced_blocks(text: str) -> tuple[list[_Block], bool]:
@@ -143,7 +180,8 @@ def _body(lines: list[str], start: int, fence: str, *, python: bool) -> tuple[li
 
 def _language(info: str) -> str:
     match = _LANGUAGE.match(info.strip())
-    return match[1].lower() if match else ""
+    language = match[1].lower() if match else ""
+    return "" if language in _NO_LANGUAGE else language
 
 
 def _ends_in_string(code: str) -> bool:
@@ -259,15 +297,19 @@ def _link(answer: _Block, blocks: list[_Block], needed: Collection[str]) -> str:
         if place := next(places, None):
             linked[place[:2]] = place[2]
             missing += free_names(place[2])
-    if not linked:
-        return answer.code
-    lines = answer.code.split("\n")
+    return _join([linked[place] for place in sorted(linked)], answer.tree, answer.code)
+
+
+def _join(before: list[ast.stmt], tree: ast.Module, code: str) -> str:
+    """Return a program behind other statements."""
+    if not before:
+        return code
+    lines = code.split("\n")
     # They must be the first statements of a program.
-    future = [node for node in answer.tree.body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
+    future = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
     for node in future:
         lines[node.lineno - 1 : node.end_lineno] = [""] * ((node.end_lineno or node.lineno) - node.lineno + 1)
-    statements = [*future, *(linked[place] for place in sorted(linked))]
-    return "\n".join([*map(ast.unparse, statements), *lines])
+    return "\n".join([*map(ast.unparse, [*future, *before]), *lines])
 
 
 def _definition(block: _Block, place: int, name: str) -> tuple[int, int, ast.stmt] | None:

@@ -77,7 +77,7 @@ _LATEX = (
 _SIGNS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
     ord(sign): plain
     for signs, plain in {
-        "−﹣‐‑": "-",
+        "−﹣‐‑‒": "-",
         "–—": "–",
         "\u00a0\u2009\u202f\u3000": " ",
         "﹪": "%",
@@ -266,10 +266,14 @@ def _bare(text: str) -> str:
     formula = _FORMULA.fullmatch(text)
     if formula:
         text = next(filter(None, formula.groups()))
+    text = re.sub(rf"^\$\s*({NUMBER})\s*\$(?=\s+[A-Za-z])", r"\1", text)  # "$3$ dozen"
     for pattern, plain in _LATEX:
         text = pattern.sub(plain, text)
     text = re.sub(r"(?<=[a-z])\s*\^\s*\{?([23])\}?", r"^\1", text)
-    text = " ".join(text.split()).rstrip(" .。,，;!！").lstrip(" ,，;")
+    # "8!" is a factorial.
+    text = (
+        re.sub(r"(?<![\d)}])[!！]+$", "", " ".join(text.split()).rstrip(" .。,，;")).rstrip(" .。,，;").lstrip(" ,，;")
+    )
     while (shorter := _APPROXIMATELY.sub("", text)) != text:
         text = shorter
     text = re.sub(r"^-\s*\(([\d.,/ ]+)\)$", r"-\1", text)

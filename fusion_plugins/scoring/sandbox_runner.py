@@ -52,6 +52,9 @@ def run_test(job: dict[str, Any], test: Any) -> tuple[str, str | None]:
         reached[0] += 1
 
     setattr(builtins, job["counter"], count)
+    # Python's module "site" gives programs these two; it is not loaded here.
+    for name in ("exit", "quit"):
+        setattr(builtins, name, sys.exit)
     try:
         prepare(job["setup"], module)
         exec(code, module.__dict__)
@@ -94,6 +97,8 @@ def run_test_cases(check: types.CodeType, classes: list[str], module: types.Modu
     """Run the test cases that a program defines with unittest; return the last line of the first failure."""
     import unittest
 
+    # The program may run its tests by itself at the end; here they run below.
+    unittest.main = lambda *args, **kwargs: None  # type: ignore[assignment, misc]
     exec(check, module.__dict__)
     found = [module.__dict__[name] for name in classes]
     cases = [case for case in found if isinstance(case, type) and issubclass(case, unittest.TestCase)]
@@ -149,18 +154,16 @@ def same_value(found: Any, expected: Any) -> bool:
         return same_length and all(map(same_value, found, expected))
     if isinstance(expected, dict):
         # JSON turns the keys of a mapping into text.
-        texts = {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
+        texts = {str(key): value for key, value in found.items()} if isinstance(found, dict) else None
         return (
-            isinstance(found, dict)
-            and found.keys() == expected.keys()
-            or (
-                texts.keys() == {str(key) for key in expected}
-                and all(same_value(texts[str(key)], value) for key, value in expected.items())
-            )
+            texts is not None
+            and texts.keys() == {str(key) for key in expected}
+            and all(same_value(texts[str(key)], value) for key, value in expected.items())
         )
     if isinstance(expected, float) and isinstance(found, int | float):
         return math.isclose(found, expected, rel_tol=1e-6, abs_tol=1e-6)
-    return bool(found == expected)
+    # A class of the response may call itself equal to everything.
+    return not isinstance(type(found).__eq__, types.FunctionType) and bool(found == expected)
 
 
 def same_output(found: str, expected: str) -> bool:

@@ -46,6 +46,21 @@ KODCODE = (
     "def test_error():\n    with pytest.raises(TypeError):\n        f('a')\n"
 )
 
+MERGE = "```python\nfrom heapq import *\nclass Solution:\n    def merge(self, x):\n        return sorted(x)\n```"
+WRONG_MERGE = MERGE.replace("sorted(x)", "x")
+WITH_HELPER = 'import math\n\ndef g(x):\n    return x\n\ndef f(x: "int") -> "int":\n    """Add one."""\n'
+MULTIPLE = "def check(candidate):\n    assert candidate(1) == 2\n\ndef test_check():\n    check(f)\n\ntest_check()\n"
+SELF_RUNNING = (
+    "import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n        self.assertEqual(f(1), 2)\n"
+    "unittest.main()"
+)
+NO_ERROR = (
+    "import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n        try:\n            f('a')\n"
+    "        except TypeError:\n            pass\n        else:\n            self.fail('no error')"
+)
+EXITS = "```python\na, b = map(int, input().split())\nif a == 1:\n    print(3)\n    exit()\nprint(a + b)\nquit(0)\n```"
+REVERSED = "```python\ndef f(x):\n    return x[::-1]\n```"
+
 FORMATS = {
     # plain asserts
     "one assert": ("assert f(1) == 2", RIGHT, WRONG),
@@ -73,6 +88,11 @@ FORMATS = {
         RIGHT,
         WRONG,
     ),
+    "MBPP, imports of the tests": (
+        {"test_imports": ["import math"], "test_list": ["assert math.isclose(f(1), 2.0)"]},
+        RIGHT,
+        WRONG,
+    ),
     # HumanEval
     "HumanEval": ({"test": CHECK, "entry_point": "f"}, RIGHT, WRONG),
     "HumanEval that calls check": ({"test": CHECK + "check(f)\n", "entry_point": "f"}, RIGHT, WRONG),
@@ -83,7 +103,28 @@ FORMATS = {
         "```python\ndef f(x):\n    return 9 if x == 7 else x + 1\n```",
     ),
     "HumanEval as JSON text": (json.dumps({"test": CHECK, "entry_point": "f"}), RIGHT, WRONG),
+    "HumanEval with a helper in the prompt": (
+        {"prompt": WITH_HELPER, "test": "def check(c):\n    assert g(c(1)) == 2", "entry_point": "f"},
+        RIGHT,
+        WRONG,
+    ),
+    "HumanEval as JSON text, continued": (
+        json.dumps({"prompt": WITH_HELPER, "test": CHECK, "entry_point": "f"}),
+        "    return x + 1\n",
+        "    return x + 2\n",
+    ),
+    "MultiPL-E": (MULTIPLE, RIGHT, WRONG),
+    "MultiPL-E with an entry point": ({"test": MULTIPLE, "entry_point": "f"}, RIGHT, WRONG),
     # LeetCode
+    "LeetCode, a method that is named as another function": (
+        {
+            "test": "def check(c):\n    assert c([2, 1]) == [1, 2]",
+            "entry_point": "merge",
+            "setup": "from heapq import *",
+        },
+        MERGE,
+        WRONG_MERGE,
+    ),
     "LeetCode": ({"test": CHECK, "entry_point": "Solution().f", "setup": "from typing import *"}, METHOD, WRONG_METHOD),
     "LeetCode by the method's name": ({"test": CHECK, "entry_point": "f"}, METHOD, WRONG_METHOD),
     "asserts on a class": ("s = Solution()\nassert s.f(1) == 2", METHOD, WRONG_METHOD),
@@ -96,7 +137,19 @@ FORMATS = {
         RIGHT,
         WRONG,
     ),
+    "test cases that run by themselves": (SELF_RUNNING, RIGHT, WRONG),
+    "test cases that want an error": (NO_ERROR, RIGHT, "```python\ndef f(x):\n    return x\n```"),
     # KodCode
+    "a helper that is named check": (
+        {"test": "def check(x, y):\n    assert f(x) == y\n\ndef test_a():\n    check(1, 2)", "entry_point": "f"},
+        RIGHT,
+        WRONG,
+    ),
+    "the module of the solution": (
+        "import solution as s\ndef test_a():\n    assert s.f(1) == 2",
+        f"{WRONG}\nCorrected:\n{RIGHT}\nUsage:\n```python\nprint('a longer block than the others', 1)\n```",
+        WRONG,
+    ),
     "test functions": ("def test_a():\n    assert f(1) == 2", RIGHT, WRONG),
     "KodCode": (KODCODE, RIGHT, WRONG),
     "a class of tests": ("class TestF:\n    def test_a(self):\n        assert f(1) == 2", RIGHT, WRONG),
@@ -123,7 +176,36 @@ FORMATS = {
         "```python\nimport sys, os\nprint(3, flush=True)\nos._exit(0)\n```",
     ),
     "numbers with a point": ({"inputs": ["1 3"], "outputs": ["0.33333333"]}, SUM.replace("+", "/"), SUM),
+    "programs that exit": ({"inputs": ["1 2", "3 3"], "outputs": ["3", "6"]}, EXITS, EXITS.replace("+", "-")),
+    "lists of inputs as CodeContests names them": ({"input": ["1 2"], "output": ["3"]}, SUM, DIFFERENCE),
+    "one case": ({"input": "1 2", "output": "3"}, SUM, DIFFERENCE),
     # APPS, TACO, LiveCodeBench: functions
+    "a text of digits": (
+        {"fn_name": "f", "inputs": [["12"]], "outputs": ["21"]},
+        REVERSED,
+        REVERSED.replace("-1", "1"),
+    ),
+    "DeepCoder": (
+        [{"input": "1", "output": "2", "testtype": "functional", "metadata": {"func_name": "f"}}],
+        METHOD,
+        WRONG_METHOD,
+    ),
+    "SYNTHETIC-1": ([{"type": "function_call", "fn_name": "f", "input": [1], "output": [2]}], RIGHT, WRONG),
+    "SYNTHETIC-1, standard input": (
+        [{"type": "stdin_stdout", "fn_name": None, "input": "1 2\n", "output": "3\n"}],
+        SUM,
+        DIFFERENCE,
+    ),
+    "results in mappings with text as keys": (
+        {"fn_name": "f", "inputs": [["a"]], "outputs": [{"a": {"b": 1}}]},
+        "```python\ndef f(x):\n    return {x: {'b': 1}}\n```",
+        "```python\ndef f(x):\n    return {x: {'b': 2}}\n```",
+    ),
+    "a result that calls itself equal": (
+        {"fn_name": "f", "inputs": [[1]], "outputs": [2]},
+        RIGHT,
+        "```python\nclass A:\n    def __eq__(self, other):\n        return True\ndef f(x):\n    return A()\n```",
+    ),
     "APPS function": ({"fn_name": "f", "inputs": [[1], [2]], "outputs": [[2], [3]]}, RIGHT, WRONG),
     "APPS method": ({"fn_name": "f", "inputs": [[1]], "outputs": [2]}, METHOD, WRONG_METHOD),
     "APPS as JSON text": ('{"fn_name": "f", "inputs": [[1]], "outputs": [2]}', METHOD, WRONG_METHOD),
@@ -180,6 +262,14 @@ UNCHECKED = {
     ),
     "a test file without a test": "class TestF:\n    def helper(self):\n        assert f(1) == 2",
     "asserts about nothing": "assert True",
+    "asserts about numbers": "f(1)\nassert 1 == 1",
+    "an assert of two values": "assert (f(1) == 2, 'why')",
+    "test cases about nothing": (
+        "import unittest\nclass T(unittest.TestCase):\n"
+        "    def test_a(self):\n        f(1)\n        self.assertTrue(True)"
+    ),
+    "asserts whose failure is printed": "try:\n    assert f(1) == 2\nexcept AssertionError:\n    print('failed')",
+    "a coroutine for pytest": "async def test_a():\n    assert await f(1) == 2",
     "asserts that are not reached": "if f(1) == 7:\n    assert f(2) == 3",
     "a call": ["f(1)"],
     "a print": "print(f(1) == 2)",

@@ -39,6 +39,8 @@ SHAPES = {
     "braces": fenced(GOOD, "{.python .numberLines}"),
     "a file name": fenced(GOOD, "python:main.py"),
     "a space before the language": fenced(GOOD, " python"),
+    "text": fenced(GOOD, "text"),
+    "code": fenced(GOOD, "code"),
     "tildes": fenced(GOOD, fence="~~~"),
     "four backticks around three": fenced(MARKED_UP, fence="````"),
     "text before the fence": f"Here is the code: {fenced(GOOD)}",
@@ -100,6 +102,7 @@ SHAPES = {
     "bare code with text around": f"Here is my solution:\n\n{GOOD}\n\nThis runs in constant time.",
     "bare code with a note that reads as Python": f"Solution:\n{GOOD}\n\nComplexity: O(1)\nDone",
     "bare code in two parts": f"First this:\n\nTWO = 2\n\nThen this:\n\n{GOOD.replace('2', 'TWO')}\n\nThat is it.",
+    "bare code and the end of its turn": f"{GOOD}<|im_end|>",
     "tags": f"[PYTHON]\n{GOOD}\n[/PYTHON]",
     "tags of an answer": f"<answer>\n{GOOD}\n</answer>",
     "fence in tags": f"<answer>```python\n{GOOD}\n```</answer>",
@@ -163,7 +166,11 @@ def test_a_response_may_continue_the_program_of_its_prompt():
         namespace = {}
         exec(extract_code(body, {"f"}, prompt), namespace)
         assert namespace["f"](4) == 8
-    assert extract_code(GOOD, {"f"}, prompt) == GOOD
+    # What the prompt imports is there for a response that does not import it.
+    assert extract_code(GOOD, {"f"}, prompt) == f"from typing import List\n{GOOD}"
+    future = extract_code(FROM_THE_FUTURE, {"f"}, prompt)
+    assert future.startswith("from __future__ import annotations\nfrom typing import List\n")
+    assert extract_code(f"from os import List\n{GOOD}", {"f"}, prompt) == f"from os import List\n{GOOD}"
 
 
 @pytest.mark.parametrize(

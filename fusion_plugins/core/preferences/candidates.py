@@ -50,7 +50,7 @@ class Evidence:
         right: its right responses to this prompt.
         judged: its responses to this prompt that have a verdict.
         accuracy: share of its judged responses to all prompts that are right, in [0, 1]; 0 where none is judged.
-        always_solved: whether some source has verdicts on this prompt and all of them are right.
+        always_solved: whether some source has at least two verdicts on this prompt and all of them are right.
     """
 
     repeats: int = 1
@@ -60,9 +60,13 @@ class Evidence:
     always_solved: bool = False
 
     @property
-    def share(self) -> float:
-        """Share of the source's judged responses to this prompt that are right; 0 where none is judged."""
-        return _share(self.right, self.judged)
+    def chance(self) -> float:
+        """How likely the source's next response to this prompt is right, in (0, 1), by Laplace's rule of succession.
+
+        ``(right + 1) / (judged + 2)``: 1 of 1 may be luck and comes behind 8 of 10. For sources with equally many
+        verdicts the order is that of the shares.
+        """
+        return (self.right + 1) / (self.judged + 2)
 
 
 @dataclass(frozen=True)
@@ -237,11 +241,11 @@ def answer_of(candidate: Candidate) -> str:
 def steadiest_first(candidate: Candidate) -> tuple[float, int, float, int, bytes]:
     """Return the sort key for: the source that is right most often on this prompt first.
 
-    In this order: the share of its judged responses to this prompt that are right, the number of them (4 of 4 before
-    1 of 1), its accuracy over all prompts, how often it gave this very response, the order of ties.
+    In this order: its chance of being right on this prompt (4 of 4 before 8 of 10 before 1 of 1), the number of right
+    responses, its accuracy over all prompts, how often it gave this very response, the order of ties.
     """
     found = candidate.evidence
-    return -found.share, -found.right, -found.accuracy, -found.repeats, tie_order(candidate)
+    return -found.chance, -found.right, -found.accuracy, -found.repeats, tie_order(candidate)
 
 
 def _is_verdict(value: Any) -> bool:
@@ -277,7 +281,7 @@ def _with_evidence(group: Sequence[Candidate], accuracy: Mapping[str, float]) ->
         right[candidate.source] += count * (candidate.correct is True)
         judged[candidate.source] += count * (candidate.correct is not None)
         repeats[candidate.source, answer_of(candidate)] += count
-    solved = any(0 < total == right[source] for source, total in judged.items())
+    solved = any(2 <= total == right[source] for source, total in judged.items())
 
     def evidence(candidate: Candidate) -> Evidence:
         source = candidate.source

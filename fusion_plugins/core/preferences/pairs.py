@@ -11,9 +11,9 @@ Rules that hold everywhere in this module:
 * Before any rule runs, empty responses, responses whose reward is not finite and repetitions of one response by one
   source are left out. All of it is counted.
 * Where **verdicts alone** decide (the rules ``verdict``), repeated right answers are evidence. The source comes first
-  that is right most often on this prompt: in the share of its judged responses, then in their number (4 of 4 before
-  1 of 1), then in its accuracy over all prompts. All responses count, also those that are left out. Of that source's
-  right answers the one that it gave most often is taken.
+  that is right most often on this prompt: by ``(right + 1) / (judged + 2)`` of its judged responses (4 of 4 before 8 of
+  10 before 1 of 1), then by the number of right ones, then by its accuracy over all prompts. All responses count, also
+  those that are left out. Of that source's right answers the one that it gave most often is taken.
 * **Ties** (equal rewards, equal evidence) are broken by a hash of prompt, source, index and response: a fixed
   order that favours no source and does not depend on the input order, the process or the machine.
 

@@ -5,6 +5,7 @@ no verdict and ``"false"`` a true one.
 """
 
 import math
+from decimal import Decimal
 from numbers import Real
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from fusion_plugins.errors import DataError
 
-_WORDS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+_WORDS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False, "": None}
 
 
 def as_verdict(value: Any) -> bool | None:
@@ -20,7 +21,7 @@ def as_verdict(value: Any) -> bool | None:
 
     Args:
         value: True or False; 1 or 0; 1.0 or 0.0; the words "true" and "false" in any case, "1" or "0"; numpy's scalars
-            of these. None and NaN are no verdict.
+            of these, or a Decimal of a database. None, NaN, pandas' NA and an empty text are no verdict.
 
     Raises:
         DataError: anything else; a share of passed tests such as 0.5 is a score, no verdict. The caller names the row.
@@ -29,9 +30,10 @@ def as_verdict(value: Any) -> bool | None:
         >>> [as_verdict(value) for value in (True, 0, 1.0, "False", float("nan"))]
         [True, False, True, False, None]
     """
-    if value is None or (isinstance(value, Real) and math.isnan(value)):
+    numeric = isinstance(value, Real | Decimal)
+    if value is None or type(value).__name__ in ("NAType", "NaTType") or (numeric and math.isnan(value)):
         return None
-    if isinstance(value, bool | np.bool_) or (isinstance(value, Real) and value in (0, 1)):
+    if isinstance(value, bool | np.bool_) or (numeric and value in (0, 1)):
         return bool(value)
     if isinstance(value, str) and value.strip().lower() in _WORDS:
         return _WORDS[value.strip().lower()]

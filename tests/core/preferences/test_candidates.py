@@ -157,7 +157,7 @@ def test_truncated_responses_are_left_out_but_their_verdicts_count():
     groups = clean([*rows, one("a", 2, correct=True)], keep_truncated=False)
     assert [key(candidate) for candidate in groups.by_prompt["p"]] == [("a", 2)]
     assert groups.dropped == {"truncated": 2}
-    assert groups.by_prompt["p"][0].evidence.share == pytest.approx(2 / 3)
+    assert groups.by_prompt["p"][0].evidence.chance == pytest.approx(3 / 5)
     assert len(clean(rows).by_prompt["p"]) == 2
 
 
@@ -165,3 +165,16 @@ def test_cleaning_twice_counts_the_same():
     once = clean([one("a", index, correct=True, response="five") for index in range(4)])
     again = clean(once.by_prompt["p"])
     assert again.by_prompt["p"][0].evidence == once.by_prompt["p"][0].evidence
+
+
+@pytest.mark.parametrize(("steady", "lucky"), [((8, 10), (1, 1)), ((4, 5), (1, 1)), ((3, 4), (1, 1)), ((4, 4), (2, 2))])
+def test_a_single_right_answer_is_little_evidence_also_where_sources_answer_unequally_often(steady, lucky):
+    candidates = []
+    for source, (right, total) in (("steady", steady), ("lucky", lucky)):
+        for index in range(total):
+            correct = index < right
+            text = f"{source} says {5 if correct else index}"
+            candidates.append(Candidate("p", source, index, "?", text, correct=correct, domain="math"))
+    assert best_of(candidates, "verdict")["p"].source == "steady"
+    solved = any(candidate.evidence.always_solved for candidate in clean(candidates).by_prompt["p"])
+    assert solved is (steady == (4, 4))
