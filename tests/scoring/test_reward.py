@@ -267,7 +267,7 @@ def test_a_row_that_the_template_refuses_has_no_reward_and_the_others_have_their
 
 def test_tokens_that_the_model_lacks_and_texts_without_tokens_cost_one_row(model):
     scorer = RewardScorer(model=model)
-    scorer._width = 5
+    scorer._rows = 5
     row = {"prompt": "a", "response": "b"}
     assert "has no row in the model" in scorer.score([row])[0].reason
     scorer._tokenizer.chat_template = "{{ '' }}"
