@@ -75,7 +75,7 @@ _VALUE_IN_TEXT = re.compile(
     re.ASCII | re.MULTILINE,
 )
 _MULTIPLIED = re.compile(
-    r"\s*-?\s*(?:(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore)s?\b|bn\b|percent\b|[十百千]?[万亿])",
+    r"\s*-?\s*(?:(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore)s?\b|bn\b|percent\b|[十百千]?[万亿]|(?<=\d)[MB](?![A-Za-z]))",
     re.ASCII,
 )
 _WORDS = ("yes", "no", "true", "false")

@@ -11,6 +11,8 @@ from fusion_plugins.scoring.quantities import read, same
 SAME = [
     # numbers in words, with multipliers
     ("5 million", "5,000,000"),
+    ("5M", "5 million"),
+    ("2.5B", "2,500,000,000"),
     ("3 dozen", "36"),
     ("a dozen", "12"),
     ("twenty-one", "21"),
@@ -98,6 +100,8 @@ SAME = [
 ]
 OTHER = [
     ("5 million", "5"),
+    ("5M", "5"),
+    ("3B", "3"),
     ("3 dozen", "3"),
     ("3万", "3"),
     ("1e-7", "2e-7"),
