@@ -1,6 +1,7 @@
 """The settings of a command: a YAML file, flags that override it, and one pydantic model that knows every key."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -122,9 +123,9 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, which in a mapping lets the second of two equal keys win without a word."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        for key in keys:
-            if keys.count(key) > 1:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<")
+        for key, times in keys.items():
+            if times > 1:
                 raise yaml.MarkedYAMLError(problem=f"the key {key!r} is there twice", problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 

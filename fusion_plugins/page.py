@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-from fusion_plugins.escape import for_plot, for_terminal
+from fusion_plugins.escape import for_html, for_plot, for_terminal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,7 +68,7 @@ def svg(figure: "Figure", label: str) -> Any:
         label: what the picture shows, for people who do not see it.
     """
     import matplotlib
-    from markupsafe import Markup, escape
+    from markupsafe import Markup
 
     buffer = StringIO()
     # The salt keeps the names of parts the same from run to run, and apart from those of another picture in the page.
@@ -85,7 +85,7 @@ def svg(figure: "Figure", label: str) -> Any:
     # Inside a page neither the namespaces nor the description of the file mean anything.
     element = re.sub(r'xmlns(?::xlink)?="[^"]*" ?|<metadata>.*?</metadata>', "", element, flags=re.DOTALL)
     width = f"width: 100%; max-width: {figure.get_figwidth() * 96:.0f}px"
-    return Markup(f'<svg role="img" aria-label="{escape(for_terminal(label))}" style="{width}" {element}')
+    return Markup(f'<svg role="img" aria-label="{for_html(label)}" style="{width}" {element}')
 
 
 def plot_name(name: object, limit: int = 40) -> str:
