@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-import yaml
-
 from fusion_plugins.axolotl.args import FusionBlock
+from fusion_plugins.config import parse_yaml
 from fusion_plugins.errors import ConfigError
 
 BLOCK = "fusion"
@@ -45,9 +44,9 @@ def _options(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
         if not value.strip():
             raise ConfigError(f"--{name}: expected a value, got none; the null of a key is the word none.")
         try:
-            yield name, True if not equals and value.startswith("--") else yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--{name}: expected a YAML value, got {value!r}: {error}. Quote it.") from error
+            yield name, True if not equals and value.startswith("--") else parse_yaml(value)
+        except ValueError as error:
+            raise ConfigError(f"--{name}: expected a YAML value, got {value!r}: {error}. Quote it.") from None
 
 
 def _put(cfg: Any, path: Sequence[str], value: Any) -> None:
