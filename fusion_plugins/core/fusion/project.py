@@ -188,7 +188,7 @@ class Projector:
             leftover = np.where(used, 0.0, 1.0)
         else:
             leftover = np.clip(1.0 - kept, 0.0, 1.0)
-        return SparseDistributions(ids, logprobs, leftover.astype(np.float32))
+        return SparseDistributions(ids, logprobs, leftover.astype(np.float32), kept.astype(np.float32))
 
 
 def project_distributions(
