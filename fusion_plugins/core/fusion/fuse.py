@@ -142,7 +142,7 @@ def avg_ce(
     )
     leftover = (weights * np.stack([d.leftover for d in distributions])).sum(axis=0)
     leftover = np.where(total > 0, leftover, 1.0).astype(np.float32)
-    kept = (weights * _kept(distributions)).sum(axis=0).astype(np.float32)
+    kept = (weights * kept_mass(distributions)).sum(axis=0).astype(np.float32)
     alone = (weights > 0).sum(axis=0) == 1
     source = np.where(alone, weights.argmax(axis=0), -1).astype(np.int16)
     return SparseDistributions(out_ids.reshape(*lead, -1), out_logprobs.reshape(*lead, -1), leftover, kept, source)
@@ -241,12 +241,12 @@ def _select(distributions: Sequence[SparseDistributions], choice: npt.NDArray[np
         ids[chosen], logprobs[chosen] = source.ids[chosen], source.logprobs[chosen]
         leftover[chosen] = source.leftover[chosen]
     present = (ids >= 0).any(axis=-1)
-    kept = np.take_along_axis(_kept(distributions), choice[None], axis=0)[0]
+    kept = np.take_along_axis(kept_mass(distributions), choice[None], axis=0)[0]
     return SparseDistributions(ids, logprobs, leftover, kept, np.where(present, choice, -1).astype(np.int16))
 
 
-def _kept(distributions: Sequence[SparseDistributions]) -> FloatArray:
-    """(S, ..., T) float32 probability that the entries hold of what their source said."""
+def kept_mass(distributions: Sequence[SparseDistributions]) -> FloatArray:
+    """Return (S, ..., T) float32: the true probability of each source that its entries hold."""
     return np.stack([_own_kept(d) for d in distributions])
 
 

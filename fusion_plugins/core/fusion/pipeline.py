@@ -14,7 +14,16 @@ from fusion_plugins.core.arrays import BoolArray, IntArray
 from fusion_plugins.core.fusion.accounting import FusionReport
 from fusion_plugins.core.fusion.align import TextAligner, align_by_tokens, align_dtw, align_texts
 from fusion_plugins.core.fusion.common_text import common_text, comparable, intersection, within
-from fusion_plugins.core.fusion.fuse import FusionRule, avg_ce, fuse, min_ce, min_ce_choice, token_min_ce, truncate
+from fusion_plugins.core.fusion.fuse import (
+    FusionRule,
+    avg_ce,
+    fuse,
+    kept_mass,
+    min_ce,
+    min_ce_choice,
+    token_min_ce,
+    truncate,
+)
 from fusion_plugins.core.fusion.project import Projector
 from fusion_plugins.core.fusion.record import build_record, supervised_positions
 from fusion_plugins.core.fusion.types import FusedTexts, Record, SparseDistributions, TopK, VocabularyMap
@@ -200,7 +209,7 @@ def _described(fused: SparseDistributions, distributions: Sequence[SparseDistrib
     kept, source = fused.kept, fused.source
     if kept is None:
         taking_part = np.stack([d.present for d in distributions])
-        mean = np.stack([d.kept for d in distributions]).sum(axis=0) / np.maximum(taking_part.sum(axis=0), 1)
+        mean = kept_mass(distributions).sum(axis=0) / np.maximum(taking_part.sum(axis=0), 1)
         kept = mean.astype(np.float32)
     if source is None:
         source = np.full(len(present), 0 if len(distributions) == 1 else -1, np.int16)
@@ -234,7 +243,7 @@ def _with_labels(fused: SparseDistributions, positions: BoolArray, target: Token
     ids, logprobs, leftover = fused.ids.copy(), fused.logprobs.copy(), fused.leftover.copy()
     ids[positions, 0] = np.append(target.input_ids[1:], -1)[positions]
     logprobs[positions, 0], leftover[positions] = 0.0, 0.0
-    return SparseDistributions(ids, logprobs, leftover)
+    return replace(fused, ids=ids, logprobs=logprobs, leftover=leftover)
 
 
 def warm_up() -> None:
