@@ -33,6 +33,12 @@ def per_token(rule: FusionRule) -> FusionRule:
     return rule
 
 
+def _by_position(rule: FusionRule) -> FusionRule:
+    """Mark a rule that treats every position alone, so that many texts can be given to it one after the other."""
+    rule.by_position = True  # type: ignore[attr-defined]
+    return rule
+
+
 def fuse(
     distributions: Sequence[SparseDistributions],
     cross_entropies: CrossEntropies,
@@ -67,6 +73,7 @@ def fuse(
     return rule([_padded(d, width) for d in distributions], cross_entropies, **options)
 
 
+@_by_position
 def min_ce(
     distributions: Sequence[SparseDistributions], cross_entropies: CrossEntropies, *, missing: str = "mask"
 ) -> SparseDistributions:
@@ -92,6 +99,7 @@ def min_ce(
     return _select(distributions, min_ce_choice(costs))
 
 
+@_by_position
 @per_token
 def token_min_ce(distributions: Sequence[SparseDistributions], cross_entropies: CrossEntropies) -> SparseDistributions:
     """Take each position from the source with the lowest cross-entropy there, among those that have a distribution.
@@ -111,6 +119,7 @@ def token_min_ce(distributions: Sequence[SparseDistributions], cross_entropies: 
     return min_ce(distributions, cross_entropies, missing="next_best")
 
 
+@_by_position
 def avg_ce(
     distributions: Sequence[SparseDistributions],
     cross_entropies: CrossEntropies,

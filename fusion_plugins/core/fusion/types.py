@@ -77,6 +77,14 @@ class SparseDistributions:
     kept: FloatArray | None = None
     source: npt.NDArray[np.int16] | None = None
 
+    def at(self, positions: slice) -> "SparseDistributions":
+        """Return some of the positions of one text."""
+        kept = None if self.kept is None else self.kept[positions]
+        source = None if self.source is None else self.source[positions]
+        return SparseDistributions(
+            self.ids[positions], self.logprobs[positions], self.leftover[positions], kept, source
+        )
+
     @property
     def mask(self) -> BoolArray:
         """(T, K) bool, True where an entry holds a probability."""
@@ -146,3 +154,9 @@ class VocabularyMap:
     distances: IntArray
     method: str
     shares: Shares | None = None
+
+    @property
+    def exact(self) -> BoolArray:
+        """(W,) bool, True where source and target have the same token."""
+        found: BoolArray = (self.distances == 0) & (self.target_ids >= 0)
+        return found
