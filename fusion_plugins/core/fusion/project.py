@@ -51,11 +51,10 @@ from fusion_plugins.core.fusion.types import Record, Shares, SparseDistributions
 from fusion_plugins.core.text.token_bytes import TokenBytes
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.types import TokenizedText
-from fusion_plugins.errors import AlignmentError, ConfigError
+from fusion_plugins.errors import AlignmentError, ConfigError, MismatchError
 
 #: methods of vocabulary maps that have asked the target's tokenizer for the first token of every source token
 _ASKED_THE_TOKENIZER = ("first_token", "one_to_many")
-_NO_SHARES = Shares(np.zeros(1, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,15 @@ class Projector:
             target: the target's V tokens.
             vocabulary: source id -> target id.
             options: how to project.
+
+        Raises:
+            MismatchError: the map is of another vocabulary.
         """
+        if len(vocabulary.target_ids) != source.vocab_size:
+            raise MismatchError(
+                f"expected a vocabulary map of the source's {source.vocab_size} tokens, got one of "
+                f"{len(vocabulary.target_ids)}. Make the map from these two token tables."
+            )
         return cls(source.packed, target.packed, vocabulary, _tables(source, target, vocabulary), options)
 
     def __call__(self, record: Record, alignment: Alignment, target: TokenizedText) -> Projection:
@@ -225,10 +232,14 @@ def longest_beginnings(source: TokenTable, target: TokenTable) -> IntArray:
 def _tables(source: TokenTable, target: TokenTable, vocabulary: VocabularyMap) -> Tables:
     asked = vocabulary.method in _ASKED_THE_TOKENIZER
     begins = np.full(source.vocab_size, -1, np.int32) if asked else longest_beginnings(source, target)
-    shares = vocabulary.shares or _NO_SHARES
+    # An id beyond the target's tokens, as in a padded output layer, is none.
+    known = np.where(vocabulary.target_ids < target.vocab_size, vocabulary.target_ids, -1)
+    shares = vocabulary.shares or Shares(
+        np.zeros(source.vocab_size + 1, np.int32), np.empty(0, np.int32), np.empty(0, np.float32)
+    )
     starts = as_array(shares.starts, np.int32)
     return Tables(
-        mapped=np.stack([vocabulary.target_ids, np.where(vocabulary.exact, IS_EXACT, begins)], axis=1).astype(np.int32),
+        mapped=np.stack([known, np.where(vocabulary.exact, IS_EXACT, begins)], axis=1).astype(np.int32),
         share_starts=starts,
         share_ids=as_array(shares.target_ids, np.int32),
         share_weights=as_array(shares.weights, np.float32),

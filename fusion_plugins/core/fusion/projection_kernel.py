@@ -8,8 +8,8 @@
 3. :func:`_project` goes once through the entries of each position, sums their masses per target token, sorts the sums
    and writes their logarithms.
 
-A loop over entries calls no function that takes an array: numba counts a reference, atomically, for each array that it
-passes, and that costs more than an entry.
+The functions that are called for each entry use each of their arrays on one path, from beginning to end. For an array
+that one branch uses last and another does not, numba counts references, atomically, which costs more than an entry.
 """
 
 from typing import NamedTuple
@@ -44,7 +44,7 @@ class Tables(NamedTuple):
 
     mapped (W, 2): the target token of each source token, -1 for none; then IS_EXACT where both are the same, else the
     longest target token at its beginning, -1 for none. Source token ``z`` is divided among ``share_ids[e]`` by
-    ``share_weights[e]``, ``share_starts[z] <= e < share_starts[z + 1]``; all three are empty for a one-to-one map.
+    ``share_weights[e]``, ``share_starts[z] <= e < share_starts[z + 1]``; a one-to-one map has none.
     ``s_bytes[s_starts[z] : s_starts[z + 1]]`` are a source token's bytes, ``s_special`` (W,) and ``s_closing`` (W,)
     say whether it is a special token, and one that ends a turn or a text; ``t_`` the same of the target. ``most`` is
     the largest number of target tokens that one source token gives mass to.
@@ -84,7 +84,7 @@ def project_texts(matched, source, entries, target, tables, chain, renormalize, 
         L is K + 1; for a one-to-many map K + 1 times the number of shares that a source token has at most, and 1 for
         the label.
     """
-    n, many = len(target.ids), len(tables.share_starts) > 1
+    n, many = len(target.ids), len(tables.share_ids) > 0
     width = (entries.ids.shape[1] + 1) * tables.most + many
     ids, logprobs = np.full((n, width), -1, np.int32), np.full((n, width), -np.inf, np.float32)
     leftover, kept = np.ones(n, np.float32), np.zeros(n, np.float32)
@@ -93,7 +93,11 @@ def project_texts(matched, source, entries, target, tables, chain, renormalize, 
     n_slots = 4
     while n_slots < 2 * width:  # a power of two, at most half full, so that probing ends soon
         n_slots *= 2
-    scratch = np.empty(width, np.int32), np.empty(width), np.empty(n_slots, np.int32)
+    n_given = entries.ids.shape[1] + 2
+    scratch = (
+        np.empty(n_given, np.int32), np.empty(n_given), np.empty(width, np.int32), np.empty(width),
+        np.empty(n_slots, np.int32), np.empty(len(MASSES)),
+    )  # fmt: skip
     for b in range(len(target.starts) - 1):
         own = slice(source.starts[b], source.starts[b + 1])
         other = slice(target.starts[b], target.starts[b + 1])
@@ -149,244 +153,292 @@ def _overlaps(matched, source, said, target, tables, chain):  # type: ignore[no-
     topk_ids, topk_logprobs, following = said
     t_ids, t_ends, t_place, t_left = target
     mapped, s_bytes, s_starts, s_special = tables.mapped, tables.s_bytes, tables.s_starts, tables.s_special
-    s_closing, t_closing = tables.s_closing, tables.t_closing
     t_bytes, t_starts, t_special = tables.t_bytes, tables.t_starts, tables.t_special
     n_source, n_target = len(s_special), len(t_special)
     kinds, masses = np.zeros(len(t_ids), np.int8), np.full(len(t_ids), np.nan)
     for t in range(len(t_ids) - 1):
-        u = np.int64(matched[t])
+        u, label = np.int64(matched[t]), np.int64(t_ids[t + 1])
         if u < 0:
             continue
         if u + 1 >= len(s_ids):
             kinds[t] = SOURCE_ENDS
             continue
-        first, label = np.int64(s_ids[u + 1]), np.int64(t_ids[t + 1])
+        first = np.int64(s_ids[u + 1])
         ordinary = first < n_source and not s_special[first] and label < n_target and not t_special[label]
         if not ordinary or t_left[t] == 0:
-            # The token that ends a turn in one model may be the one that ends a text in another.
-            known = first < len(mapped) and label < n_target
-            closing = known and t_left[t] == 0 and s_closing[first] and t_closing[label]
-            kinds[t] = SPECIAL if closing or (known and mapped[first, 0] == label) else OTHER_SPECIAL
+            kinds[t] = _kind_of_special(mapped, tables.s_closing, tables.t_closing, first, label, t_left[t] == 0)
             continue
-        if s_place[u] != t_place[t]:
-            kinds[t] = UNCHECKED
-            continue
-        begin, width = s_ends[u], t_ends[t + 1] - t_ends[t]
-        if width > t_left[t]:
-            kinds[t] = REACHES_OUT
-            continue
+        width = t_ends[t + 1] - t_ends[t]
         # Bytes of a token that are not in the text (a dummy prefix) must be the same on both sides.
         added = t_starts[label + 1] - t_starts[label] - width
-        if width <= 0 or added != s_starts[first + 1] - s_starts[first] - (s_ends[u + 1] - begin):
+        s_added = s_starts[first + 1] - s_starts[first] - (s_ends[u + 1] - s_ends[u])
+        if s_place[u] != t_place[t]:
+            kinds[t] = UNCHECKED
+        elif width > t_left[t]:
+            kinds[t] = REACHES_OUT
+        elif width <= 0 or added != s_added:
             kinds[t] = OTHER_BYTES
-            continue
-        # Go on to the source token in which the label ends.
-        v, logp = u + 1, 0.0
-        while v < len(s_ids) and s_ends[v] < begin + width:
-            logp += following[v - 1]
-            v += 1
-            if v < len(s_ids) and (s_ids[v] >= n_source or s_special[s_ids[v]]):
-                break
-        if v == len(s_ids):
-            kinds[t] = SOURCE_ENDS
-            continue
-        if s_ids[v] >= n_source or s_special[s_ids[v]]:
-            kinds[t] = OTHER_SPECIAL
-            continue
-        if s_ends[v] == begin + width:
-            kinds[t] = ONE_TO_ONE if v == u + 1 else ONE_TO_MANY
         else:
-            kinds[t] = MANY_TO_ONE if v == u + 1 else CROSSING
-        if not chain or np.isnan(following[u]) or np.isnan(logp):
-            continue
-        if kinds[t] != CROSSING:
-            masses[t] = np.exp(logp + following[v - 1])
-            continue
-        # What is left of the label after the source tokens inside it may begin any token at the last position.
-        rest = t_starts[label] + s_ends[v - 1] - begin + added
-        length, total, seen = t_starts[label + 1] - rest, 0.0, False
-        for k in range(topk_ids.shape[1]):
-            z = topk_ids[v - 1, k]
-            if z < 0 or z >= n_source or s_special[z]:
-                continue
-            seen |= z == s_ids[v]
-            same = 0
-            if 0 < length <= s_starts[z + 1] - s_starts[z]:
-                while same < length and s_bytes[s_starts[z] + same] == t_bytes[rest + same]:
-                    same += 1
-            if 0 < length == same:
-                total += np.exp(np.float64(topk_logprobs[v - 1, k]))
-        if not seen:
-            total += np.exp(np.float64(following[v - 1]))
-        masses[t] = np.exp(logp) * total
+            kinds[t], v, logp = _walk(s_ids, s_ends, s_special, following, u, s_ends[u] + width)
+            if kinds[t] <= CROSSING and chain and not np.isnan(following[u] + logp):
+                if kinds[t] != CROSSING:
+                    masses[t] = np.exp(logp + following[v - 1])
+                    continue
+                # What is left of the label after the source tokens inside it may begin any token at the last position.
+                rest = t_starts[label] + s_ends[v - 1] - s_ends[u] + added
+                masses[t] = np.exp(logp) * _begin_with(
+                    topk_ids[v - 1], topk_logprobs[v - 1], s_ids[v], following[v - 1], s_bytes, s_starts, s_special,
+                    t_bytes[rest : t_starts[label + 1]],
+                )  # fmt: skip
     return kinds, masses
 
 
 @compiled
-def _project(positions, s_ids, said, t_ids, tables, options, scratch, out):  # type: ignore[no-untyped-def]
-    """Write the distributions of one text."""
+def _kind_of_special(mapped, s_closing, t_closing, first, label, at_end):  # type: ignore[no-untyped-def]
+    """Whether two special tokens are the same by the map, or both end what ends here.
+
+    The token that ends a turn in one model may be the one that ends a text in another.
+    """
+    kind = OTHER_SPECIAL
+    if first < len(mapped) and label < len(t_closing):
+        if mapped[first, 0] == label or (at_end and s_closing[first] and t_closing[label]):
+            kind = SPECIAL
+    return kind
+
+
+@compiled
+def _walk(s_ids, s_ends, s_special, following, u, goal):  # type: ignore[no-untyped-def]
+    """Go on from a position to the token in which the bytes before ``goal`` end.
+
+    Returns:
+        The kind, that token, and the log-probability of the tokens before it.
+    """
+    v, logp, ordinary = u + 1, 0.0, True
+    while ordinary and v < len(s_ids) and s_ends[v] < goal:
+        logp += following[v - 1]
+        v += 1
+        ordinary = v == len(s_ids) or (s_ids[v] < len(s_special) and not s_special[s_ids[v]])
+    if v == len(s_ids):
+        kind = SOURCE_ENDS
+    elif not ordinary:
+        kind = OTHER_SPECIAL
+    elif s_ends[v] == goal:
+        kind = ONE_TO_ONE if v == u + 1 else ONE_TO_MANY
+    else:
+        kind = MANY_TO_ONE if v == u + 1 else CROSSING
+    return kind, v, logp
+
+
+@compiled
+def _begin_with(ids, logprobs, next_id, next_logprob, s_bytes, s_starts, s_special, rest):  # type: ignore[no-untyped-def]
+    """Probability of the entries of one position, and of the text's next token, that begin with some bytes."""
+    total, seen = 0.0, False
+    for k in range(len(ids)):
+        z = ids[k]
+        if z < 0 or z >= len(s_special) or s_special[z]:
+            continue
+        seen |= z == next_id
+        same = 0
+        if len(rest) <= s_starts[z + 1] - s_starts[z]:
+            while same < len(rest) and s_bytes[s_starts[z] + same] == rest[same]:
+                same += 1
+        if 0 < len(rest) == same:
+            total += np.exp(np.float64(logprobs[k]))
+    return total if seen else total + np.exp(np.float64(next_logprob))
+
+
+@compiled
+def _project(positions, s_ids, said, t_ids, tables, options, scratch, out):  # type: ignore[no-untyped-def] # noqa: C901
+    """Write the distributions of one text: the one pass, with every case in its place."""
     matched, kinds, chain_masses = positions
     topk_ids, topk_logprobs, following = said
     mapped, s_bytes, s_starts, s_special = tables.mapped, tables.s_bytes, tables.s_starts, tables.s_special
     share_starts, share_ids, share_weights = tables.share_starts, tables.share_ids, tables.share_weights
-    t_bytes, t_starts = tables.t_bytes, tables.t_starts
+    t_bytes, t_starts, n_source, many = tables.t_bytes, tables.t_starts, len(mapped), len(share_ids) > 0
     chain, renormalize, min_mass = options
-    # Target tokens that have mass, and their masses, in order of arrival. `slots` finds a token among them by open
-    # addressing, -1 for none: unlike an array over the vocabulary it stays in the first-level cache and is cleared in no
-    # time.
-    held_ids, held, slots = scratch
+    given_ids, given, held_ids, held, slots, sums = scratch
     out_ids, out_logprobs, out_leftover, out_kept, out_gold, counts, masses = out
-    n_entries, n_target, last_slot = topk_ids.shape[1], len(tables.t_special), len(slots) - 1
     for t in range(len(t_ids) - 1):
-        u, kind = np.int64(matched[t]), kinds[t]
+        u, label, kind, chained = np.int64(matched[t]), t_ids[t + 1], kinds[t], chain_masses[t]
         if u < 0:
             continue
         if kind > UNCHECKED:
             counts[kind] += 1
             continue
-        first, label = s_ids[u + 1], t_ids[t + 1]
-        size, inside, seen = 0, 0.0, False
-        gold_mass, exact_mass, edited_mass, unmapped_mass, prefix_mass = 0.0, 0.0, 0.0, 0.0, 0.0
-        n_exact, n_edited, n_unmapped = 0, 0, 0
-        slots[:] = -1
-        # 1. The label gets what the chain says; its first token is done with.
-        first_mass, by_bytes = np.exp(np.float64(following[u])), not np.isnan(chain_masses[t])
-        if by_bytes:
-            gold_mass, inside, seen = chain_masses[t], first_mass, True
-            if gold_mass > 0.0:
-                slots[_hash(label) & last_slot], held_ids[0], held[0], size = 0, label, gold_mass, 1
-        # Part of the mass of a prefix of the label is in the chain product.
-        splits, label_length = (
-            by_bytes and (kind == ONE_TO_MANY or kind == CROSSING),
-            t_starts[label + 1] - t_starts[label],
+        first, by_bytes = s_ids[u + 1], not np.isnan(chained)
+        splits = by_bytes and (kind == ONE_TO_MANY or kind == CROSSING)
+        # 1. What the source says.
+        n_given, outside = _gather(
+            given_ids, given, topk_ids, topk_logprobs, u, first, following[u], chain, by_bytes, chained
         )
-        # 2. The entries.
-        for k in range(-1, n_entries + 1):
-            # 2a. A source token and its mass, and whether it is a prefix of the label.
-            if k < 0:
-                # Before the first: what the chain leaves of its first token.
-                if not by_bytes:
-                    continue
-                z, mass, prefix = first, max(first_mass - gold_mass, 0.0), True
-            else:
-                if k < n_entries:
-                    z, p = topk_ids[u, k], topk_logprobs[u, k]
-                    if z < 0 or (by_bytes and z == first):
-                        continue
-                else:
-                    # After the last: a next token that the top k missed. Its probability is stored all the same.
-                    z, p = first, following[u]
-                    if seen or not chain or np.isnan(p):
-                        continue
-                mass, prefix = np.exp(np.float64(p)), False
-                inside += mass
-                seen |= z == first
-                if splits and z < len(s_special) and not s_special[z]:
-                    start, length = s_starts[z], s_starts[z + 1] - s_starts[z]
-                    if 0 < length < label_length:
-                        same = 0
-                        while same < length and s_bytes[start + same] == t_bytes[t_starts[label] + same]:
-                            same += 1
-                        prefix = same == length
-            # 2b. Where it goes: to one target token (-1 for none), or to those among which the map divides it.
-            to, begins, weight = np.int32(-1), np.int32(-1), 0.0
-            if z < len(mapped):
-                to, begins = mapped[z, 0], mapped[z, 1]
-            to_label = False
-            if prefix:
-                to = np.int32(-1)
-            elif kind == SPECIAL and z == first:
-                # The same special token on both sides, whatever its names.
-                to, begins, to_label = label, np.int32(IS_EXACT), True
-            elif by_bytes and begins == label:
-                # No token of the target, which would begin it with the label.
-                to, to_label = label, True
-            entry, stop = 0, 1
-            if not to_label and z + 1 < len(share_starts):
-                entry, stop = share_starts[z], share_starts[z + 1]
-                for e in range(entry, stop):
-                    if not (prefix and share_ids[e] == label):
-                        weight += share_weights[e]
-                if weight == 0.0:
-                    entry, stop = 0, 1
-            # 2c. Add its mass there.
-            for e in range(entry, stop):
-                token, part = to, mass
-                if weight > 0.0:
-                    token, part = share_ids[e], mass * share_weights[e] / weight
-                    if prefix and token == label:
-                        continue
-                if part <= 0.0 or not 0 <= token < n_target:
-                    continue
-                slot = _hash(token) & last_slot
-                while slots[slot] >= 0 and held_ids[slots[slot]] != token:
-                    slot = (slot + 1) & last_slot
-                if slots[slot] >= 0:
-                    held[slots[slot]] += part
-                else:
-                    slots[slot], held_ids[size], held[size] = size, token, part
-                    size += 1
-            # 2d. Account for it.
-            if prefix and weight == 0.0:
-                prefix_mass += mass
-            elif prefix:
-                edited_mass += mass
-                n_edited += k >= 0
-            elif begins == IS_EXACT:
-                exact_mass += mass
-                n_exact += 1
-            elif to_label:
-                gold_mass += mass
-            elif to >= 0:
-                edited_mass += mass
-                n_edited += 1
-            else:
-                unmapped_mass += mass
-                n_unmapped += 1
-        counts[EXACT] += n_exact
-        counts[EDITED] += n_edited
-        counts[UNMAPPED] += n_unmapped
-        # 3. Is it enough?
-        outside, total = max(1.0 - inside, 0.0), 0.0
-        for k in range(size):
-            total += held[k]
+        # 2. What that is for the target.
+        slots[:] = -1
+        sums[:] = 0.0
+        size = 0
+        if by_bytes:
+            sums[GOLD_MASS] = chained
+            if chained > 0.0:
+                size = _add(held_ids, held, slots, size, label, chained)
+        for n in range(n_given):
+            z, mass = given_ids[n], given[n]
+            rest = by_bytes and z == first
+            prefix = rest or (
+                splits and z < n_source and _is_strict_prefix(s_bytes, s_starts, s_special, z, t_bytes, t_starts, label)
+            )
+            to, begins = (mapped[z, 0], mapped[z, 1]) if z < n_source else (np.int32(-1), np.int32(-1))
+            to, share, divided = _destination(to, begins, label, prefix, kind == SPECIAL and z == first, by_bytes)
+            left_out, weight = label if prefix else np.int32(-1), 0.0
+            if many and divided and z < n_source:
+                weight = _weight(share_starts, share_ids, share_weights, z, left_out)
+            if weight > 0.0:
+                for e in range(share_starts[z], share_starts[z + 1]):
+                    if share_ids[e] != left_out:
+                        part = mass * share_weights[e] / weight
+                        if part > 0.0:
+                            size = _add(held_ids, held, slots, size, share_ids[e], part)
+                if prefix:
+                    share = EDITED_MASS
+            elif to >= 0 and mass > 0.0:
+                size = _add(held_ids, held, slots, size, to, mass)
+            sums[share] += mass
+            if EXACT_MASS <= share <= UNMAPPED_MASS and not rest:
+                counts[EXACT + share - EXACT_MASS] += 1
+        # 3. Whether that is enough.
+        total = 0.0
+        for n in range(size):
+            total += held[n]
         if not (total > 0.0 and total >= min_mass * (1.0 - outside)):
             counts[LOW_MASS] += 1
             continue
         counts[kind] += 1
-        masses[GOLD_MASS] += gold_mass
-        masses[EXACT_MASS] += exact_mass
-        masses[EDITED_MASS] += edited_mass
-        masses[UNMAPPED_MASS] += unmapped_mass
-        masses[PREFIX_MASS] += prefix_mass
-        masses[OUTSIDE_MASS] += outside
-        # 4. Sort by descending mass, equal masses by id. Insertion sort: the entries of a source are sorted, so what is
-        # made of them nearly is. Many shares are not: for them the step begins wide (Shell's sort).
-        step = 1
-        while size > _NEARLY_SORTED and 9 * step < size:
-            step = 3 * step + 1
-        while step > 0:
-            for n in range(step, size):
-                token, part, k = held_ids[n], held[n], n
-                while k >= step and (held[k - step] < part or (held[k - step] == part and held_ids[k - step] > token)):
-                    held_ids[k], held[k] = held_ids[k - step], held[k - step]
-                    k -= step
-                held_ids[k], held[k] = token, part
-            step //= 3
-        # 5. Write.
-        log_total = np.float32(np.log(total)) if renormalize else np.float32(0.0)
-        for k in range(size):
-            logp = np.float32(np.log(held[k]))
-            if held_ids[k] == label:
-                out_gold[t] = logp
-            out_ids[t, k], out_logprobs[t, k] = held_ids[k], logp - log_total
+        sums[OUTSIDE_MASS] = outside
+        masses += sums
+        # 4. Write it.
+        _sort(held_ids, held, size)
+        out_gold[t] = _write(out_ids, out_logprobs, t, held_ids, held, size, label, total if renormalize else 1.0)
         out_kept[t], out_leftover[t] = total, 0.0 if renormalize else max(1.0 - total, 0.0)
 
 
 @compiled
-def _hash(token):  # type: ignore[no-untyped-def]
-    """Fibonacci hashing: neighbouring ids, which are common in a top k, are spread over the slots."""
-    return (np.int64(token) * 2654435769) >> 7
+def _gather(ids, masses, topk_ids, topk_logprobs, u, first, first_logprob, chain, by_bytes, chained):  # type: ignore[no-untyped-def]
+    """Collect the source tokens that have mass at a position: their number, and the mass that none of them has.
+
+    Where the text decides, the next token of the text comes first, with the mass that the chain leaves of it.
+    """
+    first_mass, seen = np.exp(np.float64(first_logprob)), by_bytes
+    n, inside = (1, first_mass) if by_bytes else (0, 0.0)
+    ids[0], masses[0] = first, max(first_mass - chained, 0.0)
+    for k in range(topk_ids.shape[1]):
+        z = topk_ids[u, k]
+        if z >= 0 and not (by_bytes and z == first):
+            seen |= z == first
+            ids[n], masses[n] = z, np.exp(np.float64(topk_logprobs[u, k]))
+            inside += masses[n]
+            n += 1
+    # A next token that the top k missed: its probability is stored all the same.
+    missed = chain and not seen and not np.isnan(first_mass)
+    ids[n], masses[n] = first, first_mass if missed else 0.0
+    return n + missed, max(1.0 - (inside + masses[n]), 0.0)
+
+
+@compiled
+def _is_strict_prefix(s_bytes, s_starts, s_special, z, t_bytes, t_starts, label):  # type: ignore[no-untyped-def]
+    """Whether a source token spells the beginning, but not all, of the label."""
+    start, length = s_starts[z], s_starts[z + 1] - s_starts[z]
+    goal, same = t_starts[label], 0
+    room = t_starts[label + 1] - goal
+    while same < length and length < room and s_bytes[start + same] == t_bytes[goal + same]:
+        same += 1
+    return 0 < length == same and not s_special[z]
+
+
+@compiled
+def _destination(to, begins, label, prefix, same_special, by_bytes):  # type: ignore[no-untyped-def]
+    """Where the mass of a source token goes.
+
+    Args:
+        to: its target token in the map, -1 for none.
+        begins: the longest target token at its beginning; IS_EXACT where it is a token of the target.
+        label: the target's next token.
+        prefix: whether it spells the beginning of the label, and the chain has its part.
+        same_special: whether it is the label, by its role.
+        by_bytes: whether the text decides.
+
+    Returns:
+        One target token, -1 for none; the sum that the mass counts to; and whether a one-to-many map divides it.
+    """
+    if prefix:
+        # The rest belongs to other continuations: at most a one-to-many map knows them.
+        return np.int32(-1), PREFIX_MASS, True
+    if same_special:
+        return label, EXACT_MASS, False
+    if begins == IS_EXACT:
+        return to, EXACT_MASS, True
+    if by_bytes and begins == label:
+        # No token of the target, which would begin it with the label.
+        return label, GOLD_MASS, False
+    return to, EDITED_MASS if to >= 0 else UNMAPPED_MASS, True
+
+
+@compiled
+def _weight(share_starts, share_ids, share_weights, z, left_out):  # type: ignore[no-untyped-def]
+    """Sum of the weights of a source token's shares other than ``left_out``."""
+    weight = 0.0
+    for e in range(share_starts[z], share_starts[z + 1]):
+        if share_ids[e] != left_out:
+            weight += share_weights[e]
+    return weight
+
+
+@compiled
+def _add(held_ids, held, slots, size, token, mass):  # type: ignore[no-untyped-def]
+    """Add mass to a target token; return how many tokens have any.
+
+    ``held_ids`` and ``held`` have the tokens and their masses in order of arrival. ``slots`` finds a token among them
+    by open addressing, -1 for none: unlike an array over the vocabulary it stays in the first-level cache, and it is
+    cleared in no time.
+    """
+    last = len(slots) - 1
+    # Fibonacci hashing: neighbouring ids, which are common in a top k, are spread over the slots.
+    slot = ((np.int64(token) * 2654435769) >> 7) & last
+    while slots[slot] >= 0 and held_ids[slots[slot]] != token:
+        slot = (slot + 1) & last
+    is_new = slots[slot] < 0
+    at = size if is_new else np.int64(slots[slot])
+    slots[slot], held_ids[at], held[at] = at, token, mass + (0.0 if is_new else held[at])
+    return size + is_new
+
+
+@compiled
+def _sort(ids, mass, size):  # type: ignore[no-untyped-def]
+    """Sort by descending mass, equal masses by id.
+
+    Insertion sort: the entries of a source are sorted, so what is made of them nearly is. Many shares are not: for them
+    the distance between neighbours begins wide (Shell's sort).
+    """
+    step = 1
+    while size > _NEARLY_SORTED and 9 * step < size:
+        step = 3 * step + 1
+    while step > 0:
+        for n in range(step, size):
+            token, own, k = ids[n], mass[n], n
+            while k >= step and (mass[k - step] < own or (mass[k - step] == own and ids[k - step] > token)):
+                ids[k], mass[k] = ids[k - step], mass[k - step]
+                k -= step
+            ids[k], mass[k] = token, own
+        step //= 3
+
+
+@compiled
+def _write(out_ids, out_logprobs, t, ids, mass, size, label, total):  # type: ignore[no-untyped-def]
+    """Write the logarithms of the masses, divided by their total; return that of the label's mass."""
+    log_total, label_logprob = np.float32(np.log(total)), np.float32(-np.inf)
+    for n in range(size):
+        logprob = np.float32(np.log(mass[n]))
+        out_ids[t, n], out_logprobs[t, n] = ids[n], logprob - log_total
+        if ids[n] == label:
+            label_logprob = logprob
+    return label_logprob
 
 
 @compiled
