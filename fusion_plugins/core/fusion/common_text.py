@@ -223,16 +223,17 @@ def _spell(text: TokenizedText, tokens: TokenBytes) -> Spelling:
 
 @compiled
 def _fill(ids, ends, exact, tokens, out):  # type: ignore[no-untyped-def]
+    flat, starts, special = tokens.flat, tokens.starts, tokens.special
     for t in range(len(ids)):
         begin = ends[t - 1] if t else 0
-        if ids[t] + 1 >= len(tokens.starts) or not exact[t] or (t > 0 and not exact[t - 1]):
+        if ids[t] >= len(special) or not exact[t] or (t > 0 and not exact[t - 1]):
             continue
-        if tokens.special[ids[t]]:  # an unknown character, or text that was dropped, is not spelled by a name
+        if special[ids[t]]:  # an unknown character, or text that was dropped, is not spelled by a name
             continue
-        start, stop = tokens.starts[ids[t]], tokens.starts[ids[t] + 1]
+        start, stop = starts[ids[t]], starts[ids[t] + 1]
         if stop - start == ends[t] - begin:
             for k in range(stop - start):
-                out[begin + k] = tokens.flat[start + k]
+                out[begin + k] = flat[start + k]
     return out
 
 
