@@ -18,7 +18,7 @@ import numpy as np
 
 from fusion_plugins.core.arrays import IntArray, as_array
 from fusion_plugins.core.fusion.dtw import dtw_path, path_ranges
-from fusion_plugins.core.fusion.flat import Texts, joined
+from fusion_plugins.core.fusion.flat import Texts
 from fusion_plugins.core.jit import compiled
 from fusion_plugins.core.text.surfaces import common_bytes
 from fusion_plugins.core.text.token_bytes import TokenBytes, bytes_of_tokens
@@ -157,7 +157,7 @@ def align_texts(source: TokenizedText, target: TokenizedText, *, strict: bool = 
 
 def align_many(
     align: TextAligner, source: Texts, target: Texts, pair: Callable[[int], tuple[TokenizedText, TokenizedText]]
-) -> IntArray:
+) -> tuple[IntArray, dict[int, AlignmentError]]:
     """Align B pairs of texts.
 
     Args:
@@ -167,14 +167,38 @@ def align_many(
         pair: returns both sides of one text.
 
     Returns:
-        (N,) int32 source position, counted from the start of its text, of each position of the target; -1 for none.
+        (N,) int32 source position, counted from the start of its text, of each position of the target, -1 for none; and
+        number of a text that the aligner refuses -> why. None of its positions is aligned.
     """
     plain, strict = align, False
     if isinstance(align, partial) and not align.args and set(align.keywords) == {"strict"}:
         plain, strict = align.func, align.keywords["strict"]
     if plain is align_texts:
-        return _match_texts(source, target, bool(strict))  # type: ignore[no-any-return]
-    return joined([align(*pair(b)).source_positions for b in range(len(target.starts) - 1)], np.int32)
+        return _match_texts(source, target, bool(strict)), {}
+    matched, errors = np.full(len(target.ids), -1, np.int32), {}
+    for b in range(len(target.starts) - 1):
+        try:
+            own, other = pair(b)
+            matched[target.starts[b] : target.starts[b + 1]] = checked_positions(align(own, other), own, other)
+        except AlignmentError as error:
+            errors[b] = error
+    return matched, errors
+
+
+def checked_positions(alignment: Alignment, source: TokenizedText, target: TokenizedText) -> IntArray:
+    """Return the (T,) source positions of an alignment.
+
+    Raises:
+        AlignmentError: the alignment is not one of these two texts.
+    """
+    matched = as_array(alignment.source_positions, np.int32)
+    n_target, n_source = len(target.input_ids), len(source.input_ids)
+    if len(matched) != n_target or matched.max(initial=-1) >= n_source:
+        raise AlignmentError(
+            f"expected an alignment of {n_source} source and {n_target} target tokens; got one of {len(matched)} "
+            f"target tokens that names source position {matched.max(initial=-1)}. Align these two texts."
+        )
+    return matched
 
 
 def align_by_tokens(aligner: TokenAligner, source_bytes: TokenBytes, target_bytes: TokenBytes) -> TextAligner:

@@ -37,6 +37,7 @@ from fusion_plugins.errors import AlignmentError, ConfigError, MismatchError
 
 #: name -> cross-entropy of a record: nats per byte, comparable across tokenizers, or per source token, as published
 METRICS: dict[str, Callable[[Record], float]] = {"byte": attrgetter("ce_per_byte"), "token": attrgetter("ce_per_token")}
+_NO_RANGES = np.empty((0, 2), np.int32)
 
 
 @dataclass(frozen=True)
@@ -122,13 +123,15 @@ def fuse_texts(
         on_unusable: what happens to a text that a source has not read as the target does. ``raise``, or ``skip``: its
             positions stay empty, and ``unusable`` has the error.
 
+    A few thousand tokens per call are fastest: then the calls cost nothing, and the arrays stay in the cache.
+
     Returns:
         (N, width) fused distributions of all positions, empty where nothing can be taught (the last position of a text
         always), and the counters of the texts that were used.
 
     Raises:
         MismatchError: the records are not one per source and text, or not of one text.
-        AlignmentError: source and target did not read the same text.
+        AlignmentError: source and target did not read the same text, or the aligner refuses it.
         ConfigError: an unknown value of ``on_unusable``.
     """
     if on_unusable not in ("raise", "skip"):
@@ -138,15 +141,23 @@ def fuse_texts(
         return _nothing(plan.width), FusionReport()
     wanted = Texts.of(targets)
     sides, unusable = _common_sides(plan, wanted, targets, records)
-    if unusable and on_unusable == "raise":
-        raise unusable[min(unusable)]
-    if trained is not None or unusable:
-        ranges = list(trained or [None] * len(targets))
-        for b in unusable:
-            ranges[b] = np.empty((0, 2), np.int32)
+    if trained is not None:
+        wanted = narrowed(wanted, wanted, trained)[1]
+        sides = [side.narrowed(trained) for side in sides]
+    matched = [_align(source, side, unusable) for source, side in zip(plan.sources, sides, strict=True)]
+    if unusable:
+        if on_unusable == "raise":
+            raise unusable[min(unusable)]
+        # A text without spans has no supervised position, and nothing of it is counted.
+        ranges = [_NO_RANGES if b in unusable else None for b in range(len(targets))]
         wanted = narrowed(wanted, wanted, ranges)[1]
         sides = [side.narrowed(ranges) for side in sides]
-    projections = [side.project(source) for source, side in zip(plan.sources, sides, strict=True)]
+        left_out = np.repeat([b in unusable for b in range(len(targets))], np.diff(wanted.starts))
+        matched = [np.where(left_out, np.int32(-1), positions) for positions in matched]
+    projections = [
+        source.projector.project(side.source, Entries.of(side.records), positions, side.target)
+        for source, side, positions in zip(plan.sources, sides, matched, strict=True)
+    ]
     costs = _cross_entropies(plan, sides)
     fused = _fused(plan, projections, costs, wanted)
     supervised = supervised_texts(wanted)
@@ -205,10 +216,6 @@ class _Side:
         record, target = self.pair(b)
         return record.text, target
 
-    def project(self, source: FusionSource) -> Projection:
-        matched = align_many(source.align, self.source, self.target, self.texts)
-        return source.projector.project(self.source, Entries.of(self.records), matched, self.target)
-
     def read_all(self) -> BoolArray:
         """(B,) bool, whether all that the source's cross-entropy is about is in the common part."""
         whole = np.array([int((r.text.spans[:, 1] - r.text.spans[:, 0]).sum()) for r in self.records])
@@ -233,9 +240,20 @@ def _common_sides(
         whole = Texts.of([record.text for record in own])
         common, target, errors = common_texts(whole, wanted, own, targets, tokens)
         sides.append(_Side(own, targets, common, target))
-        for b, error in errors.items():
-            unusable.setdefault(b, AlignmentError(f"source {source.name!r}: {error}"))
+        _name(unusable, source, errors)
     return sides, unusable
+
+
+def _align(source: FusionSource, side: _Side, unusable: dict[int, AlignmentError]) -> IntArray:
+    matched, errors = align_many(source.align, side.source, side.target, side.texts)
+    _name(unusable, source, errors)
+    return matched
+
+
+def _name(unusable: dict[int, AlignmentError], source: FusionSource, errors: Mapping[int, AlignmentError]) -> None:
+    """Add what is wrong with some texts of a source; the first source that says it counts."""
+    for b, error in errors.items():
+        unusable.setdefault(b, AlignmentError(f"source {source.name!r}: {error}"))
 
 
 def _cross_entropies(plan: FusionPlan, sides: Sequence[_Side]) -> npt.NDArray[np.float64]:

@@ -37,7 +37,7 @@ import numpy as np
 
 from fusion_plugins.core.arrays import FloatArray, IntArray, as_array
 from fusion_plugins.core.fusion.accounting import ProjectionReport
-from fusion_plugins.core.fusion.align import Alignment
+from fusion_plugins.core.fusion.align import Alignment, checked_positions
 from fusion_plugins.core.fusion.flat import Entries, Texts
 from fusion_plugins.core.fusion.projection_kernel import (
     COUNTS,
@@ -51,7 +51,7 @@ from fusion_plugins.core.fusion.types import Record, Shares, SparseDistributions
 from fusion_plugins.core.text.token_bytes import TokenBytes
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.types import TokenizedText
-from fusion_plugins.errors import AlignmentError, ConfigError, MismatchError
+from fusion_plugins.errors import ConfigError, MismatchError
 
 #: methods of vocabulary maps that have asked the target's tokenizer for the first token of every source token
 _ASKED_THE_TOKENIZER = ("first_token", "one_to_many")
@@ -152,13 +152,7 @@ class Projector:
         Raises:
             AlignmentError: the alignment is not one of these two texts.
         """
-        matched = as_array(alignment.source_positions, np.int32)
-        n_target, n_source = len(target.input_ids), len(record.text.input_ids)
-        if len(matched) != n_target or matched.max(initial=-1) >= n_source:
-            raise AlignmentError(
-                f"expected an alignment of {n_source} source and {n_target} target tokens; got one of {len(matched)} "
-                f"target tokens that names source position {matched.max(initial=-1)}. Align these two texts."
-            )
+        matched = checked_positions(alignment, record.text, target)
         return self.project(Texts.of([record.text]), Entries.of([record]), matched, Texts.of([target]))
 
     def project(self, source: Texts, entries: Entries, matched: IntArray, target: Texts) -> Projection:

@@ -520,6 +520,32 @@ def test_a_text_that_was_not_read_alike_is_named_and_left_out(rule, align, monke
         fuse_texts(plan, targets, records, on_unusable="drop")
 
 
+@pytest.mark.parametrize("wrong", [lambda n: n + 1, lambda n: n - 1])
+def test_an_aligner_that_refuses_a_text_or_errs_about_it_leaves_that_text_out(wrong):
+    """Positions outside the source's text would be read from another text."""
+
+    def short_only(source, target):
+        if len(target.ends) > 40:
+            raise AlignmentError("too long")
+        found = align_texts(source, target)
+        if len(target.ends) < 25:
+            return dataclasses.replace(found, source_positions=np.full(wrong(len(target.ends)), 0, np.int32))
+        return found
+
+    targets, records = several_texts()
+    sizes = [len(target.ends) for target in targets]
+    out = [b for b, size in enumerate(sizes) if size > 40 or size < 25]
+    assert 1 < len(out) < len(sizes)
+    plan = plan_of("byte_level", "sentencepiece_bpe", "digit_splitting", align=lambda projector: short_only)
+    fused, total = fuse_texts(plan, targets, records, on_unusable="skip")
+    assert sorted(fused.unusable) == out
+    assert total.texts == len(sizes) - len(out)
+    present = np.add.reduceat(fused.ids[:, 0] >= 0, fused.offsets[:-1])
+    assert [b for b in range(len(sizes)) if not present[b]] == out
+    with pytest.raises(AlignmentError, match=r"source 'sentencepiece_bpe-0': (too long|expected an alignment of)"):
+        fuse_texts(plan, targets, records)
+
+
 def test_no_texts_give_no_positions():
     fused, total = fuse_texts(plan_of("byte_level", "digit_splitting", width=7), [], [[]])
     assert fused.ids.shape == (0, 7)
