@@ -35,6 +35,15 @@ class LogitChange:
         """Whether the logits are the output layer's."""
         return self == LogitChange(width=self.width)
 
+    def described(self) -> str:
+        """Return it in words."""
+        parts = [
+            "" if self.cap is None else f"the model caps its logits at {self.cap:g}",
+            "" if self.scale == 1 else f"the model scales its logits by {self.scale:g}",
+            "" if self.width is None else f"the model has the first {self.width} tokens of the layer",
+        ]
+        return "; ".join(part for part in parts if part) or "the model returns the output of the layer"
+
     def __call__(self, raw: Tensor) -> Tensor:
         """Return the model's logits (..., width) for those of its output layer (..., V)."""
         raw = raw[..., : self.width]
