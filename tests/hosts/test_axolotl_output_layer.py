@@ -1,6 +1,7 @@
 """Losses inside the output layers of real models, against the same losses of the logits that the model returns."""
 
 import copy
+import multiprocessing
 import traceback
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import transformers
 from axolotl.core.training_args import AxolotlTrainingArguments
 from axolotl.utils.dict import DictDefault
+from axolotl_runs import free_port
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -365,3 +367,47 @@ def test_no_step_waits_for_the_device(name, tmp_path, monkeypatch):
     monkeypatch.setattr(FusionTrainer, "lm_weight", property(lambda _: batch["labels"].double().mean().item()))
     with Asking(), pytest.raises(AssertionError, match="asks the device: aten._local_scalar_dense"):
         trainer.compute_loss(trainer.model, dict(batch))
+
+
+def sharded_steps(rank, name, folder, port, results):
+    """One of two processes that hold half of every weight; both get the same batch."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    model = adapted(model_of(name), target_modules=["lm_head"]) if name == "Granite" else model_of(name)
+    base = model.get_base_model() if name == "Granite" else model
+    for layer in base.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy())
+    fully_shard(model, mesh=mesh)
+    trainer = trainer_of(model_of("Llama"), folder, loss_chunk=4)
+    trainer.model = model
+    for _ in range(2):  # what is gathered is freed, and gathered again
+        loss, gradients, _ = step(trainer, batch_of())
+    whole = {key: gradient.full_tensor() for key, gradient in gradients.items()}
+    if rank == 0:
+        torch.save((loss, whole, trainer._losses_in_head), results)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Gemma2", "Granite"])
+def test_weights_that_two_processes_share_are_trained_as_whole_ones(name, tmp_path):
+    """FSDP2, on the CPU."""
+    context = multiprocessing.get_context("fork")
+    port, results = free_port(), tmp_path / "results"
+    processes = [context.Process(target=sharded_steps, args=(rank, name, tmp_path, port, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    loss, gradients, in_head = torch.load(results)
+    model = adapted(model_of(name), target_modules=["lm_head"]) if name == "Granite" else model_of(name)
+    expected, _ = by_hand(model, batch_of())
+    expected.backward()
+    assert in_head
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(gradients[key], parameter.grad, rtol=2e-4, atol=2e-6)
