@@ -286,7 +286,7 @@ def _chunk(
     # The exponentials over their sum are the probabilities.
     slope = shifted.mul_(slopes.sum(-1, keepdim=True).neg_().div_(mass)).scatter_add_(-1, ids, slopes)
     if bent is not None:
-        slope.mul_(bent.square_().neg_().add_(1))
+        slope.sub_(bent.square_().mul_(slope))  # the derivative of tanh is 1 - tanh ** 2
     return chunk, slope
 
 

@@ -285,14 +285,14 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("change", "dtype", "kernels", "wide"),
     [
-        (LogitChange(), torch.float32, 56, 10),
-        (LogitChange(), torch.bfloat16, 60, 11),
-        (LogitChange(scale=0.5, cap=9.0), torch.bfloat16, 70, 19),
+        (LogitChange(), torch.float32, 53, 9),
+        (LogitChange(), torch.bfloat16, 56, 10),
+        (LogitChange(scale=0.5, cap=9.0), torch.bfloat16, 63, 17),
     ],
     ids=["float32", "bfloat16", "capped"],
 )
 def test_a_chunk_starts_few_kernels(change, dtype, kernels, wide):
-    """The numbers stand in docs/how-it-works.md. Those of the width of the vocabulary take the time."""
+    """The numbers stand in docs/how-it-works.md. The wide ones work on all logits of the chunk."""
     counts = []
     for chunks in (1, 5):
         hidden, weight, _, labels, fused = case(torch.float32, b=1, t=41, h=8, v=101, k=5)
@@ -306,7 +306,7 @@ def test_a_chunk_starts_few_kernels(change, dtype, kernels, wide):
     per_chunk = [(five - one) / 4 for one, five in zip(*counts, strict=True)]
     assert per_chunk[0] <= kernels
     assert per_chunk[1] <= wide
-    assert counts[0][0] - per_chunk[0] <= 70, "beside the chunks"
+    assert counts[0][0] - per_chunk[0] <= 46, "beside the chunks"
 
 
 @pytest.mark.parametrize(
