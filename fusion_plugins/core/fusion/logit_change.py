@@ -35,6 +35,11 @@ class LogitChange:
         """Whether the logits are the output layer's."""
         return self == LogitChange(width=self.width)
 
+    @property
+    def factor(self) -> float:
+        """What the logits are multiplied with before anything else."""
+        return self.scale if self.cap is None else self.scale / self.cap
+
     def described(self) -> str:
         """Return it in words."""
         parts = [
@@ -48,7 +53,7 @@ class LogitChange:
         """Return the model's logits (..., width) for those of its output layer (..., V)."""
         raw = raw[..., : self.width]
         if self.cap is not None:
-            return self.cap * torch.tanh(raw * (self.scale / self.cap))
+            return self.cap * torch.tanh(raw * self.factor)
         return raw if self.scale == 1 else self.scale * raw
 
 

@@ -204,7 +204,7 @@ class _OnePass(torch.autograd.Function):
             for start in range(0, rows.shape[0], settings.rows):
                 part = slice(start, start + settings.rows)
                 inputs = [_taken(one, terms.positions, part).to(dtype) for one in states]
-                raw = _logits(inputs, products, offsets)
+                raw = _logits(inputs, products, offsets, settings.change.factor)
                 chunk, slope = _chunk(raw, terms, part, settings.change, sums, any(wanted))
                 found.append(chunk)
                 if slope is not None:
@@ -247,12 +247,22 @@ def _taken(states: Tensor, positions: Positions, part: slice) -> Tensor:
     return taken if positions.dropped is None else taken.masked_fill_(positions.dropped[part].unsqueeze(-1), 0)
 
 
-def _logits(inputs: Sequence[Tensor], products: Sequence[Tensor | None], offsets: Tensor | None) -> Tensor:
+def _logits(
+    inputs: Sequence[Tensor], products: Sequence[Tensor | None], offsets: Tensor | None, factor: float
+) -> Tensor:
+    """Return ``factor * logits`` (n, V); the products take the factor with them."""
     first = products[0]
-    raw = inputs[0] if first is None else torch.nn.functional.linear(inputs[0], first, offsets)
+    if first is None:
+        raw = inputs[0] if factor == 1 else inputs[0].mul_(factor)
+    elif factor == 1:
+        raw = torch.nn.functional.linear(inputs[0], first, offsets)
+    elif offsets is None:
+        raw = torch.addmm(inputs[0].new_zeros(1), inputs[0], first.t(), beta=0, alpha=factor)
+    else:
+        raw = torch.addmm(offsets * factor, inputs[0], first.t(), alpha=factor)
     for states, product in zip(inputs[1:], products[1:], strict=True):
         if product is not None:
-            raw.addmm_(states, product.t())
+            raw.addmm_(states, product.t(), alpha=factor)
     return raw
 
 
@@ -286,23 +296,20 @@ def _chunk(
     # The exponentials over their sum are the probabilities.
     slope = shifted.mul_(slopes.sum(-1, keepdim=True).neg_().div_(mass)).scatter_add_(-1, ids, slopes)
     if bent is not None:
-        slope.sub_(bent.square_().mul_(slope))  # the derivative of tanh is 1 - tanh ** 2
+        slope.addcmul_(slope, bent.square_(), value=-1)  # the derivative of tanh is 1 - tanh ** 2
     return chunk, slope
 
 
 def _below_highest(raw: Tensor, change: LogitChange, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Return the model's logits less the highest of their position, and the tanh in them, of which the slope is made.
 
-    In place as far as ``raw`` has the dtype.
+    In place as far as ``raw``, which has the factor of the change in it, has the dtype.
     """
-    bent = None
     if change.cap is not None:
-        bent = raw.to(dtype).mul_(change.scale / change.cap).tanh_()
-        raw = bent * change.cap
-    elif change.scale != 1:
-        raw = raw.to(dtype).mul_(change.scale)
+        bent = raw.to(dtype).tanh_()
+        return (bent - bent.amax(-1, keepdim=True)).mul_(change.cap), bent
     highest = raw.amax(-1, keepdim=True)
-    return (raw.sub_(highest) if raw.dtype == dtype else raw - highest.to(dtype)), bent
+    return (raw.sub_(highest) if raw.dtype == dtype else raw - highest.to(dtype)), None
 
 
 def _terms(
