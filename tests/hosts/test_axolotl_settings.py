@@ -110,7 +110,16 @@ def test_a_null_arrives_or_is_refused(material, run_folder, monkeypatch):
         else:
             taken.append(".".join(path))
             assert read(block, path) is None
-    nullable = ["top_k", "projection.max_distance", "pairs.min_gap", "pairs.max_gap", "pairs", "sft", "split"]
+    nullable = [
+        "top_k",
+        "loss_chunk",
+        "projection.max_distance",
+        "pairs.min_gap",
+        "pairs.max_gap",
+        "pairs",
+        "sft",
+        "split",
+    ]
     assert sorted(taken) == sorted(nullable)
     assert len(messages) > 20
     assert all(f"{key}: " in message for key, message in messages.items())
