@@ -15,6 +15,8 @@ from fusion_plugins.errors import DataError
 
 FUSED_IDS = "fused_ids"
 FUSED_LOGPROBS = "fused_logprobs"
+#: how many positions of a batch have a label: a number, not a tensor, so that no GPU has to be asked for it
+POSITIONS = "supervised_positions"
 CURE = (
     "Every dataset of the run must have `type: fusion_plugins.axolotl.fused` (a run with other datasets among them "
     "would train on those without fusion)."
@@ -47,6 +49,7 @@ class FusionCollator:
         # only three digits of a log-probability.
         logprobs = _pad([values for _, values in fused], shape, -np.inf, left)
         batch[FUSED_LOGPROBS] = logprobs.view(torch.int32)
+        batch[POSITIONS] = int((batch["labels"][:, 1:] != -100).sum())
         return batch
 
 
@@ -62,6 +65,11 @@ def take_fused(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     if FUSED_IDS not in inputs or FUSED_LOGPROBS not in inputs:
         raise DataError(f"expected a batch with fused distributions, got one with {sorted(inputs)}. {CURE}")
     return inputs.pop(FUSED_IDS), inputs.pop(FUSED_LOGPROBS).view(torch.float32)
+
+
+def take_positions(inputs: dict[str, Any]) -> int | None:
+    """Remove from a batch how many of its positions have a label, and return it; None where it does not say."""
+    return inputs.pop(POSITIONS, None)
 
 
 def _fused_of(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
