@@ -1,13 +1,15 @@
 """Batches with fused distributions: axolotl's own collator for its columns, and (B, T, K) tensors for ours.
 
 A row of the prepared dataset holds its fused distributions flattened, T*K numbers each, because Arrow turns nested
-lists into Python objects one by one. K is the same in all rows.
+lists into Python objects one by one. K is the same in all rows. Or it holds only which text it is (see
+:mod:`~fusion_plugins.axolotl.text_rows`), and the distributions are made here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,6 +17,16 @@ from fusion_plugins.errors import DataError
 
 FUSED_IDS = "fused_ids"
 FUSED_LOGPROBS = "fused_logprobs"
+FUSED_TEXT = "fused_text"
+#: all columns of ours that a prepared dataset may have
+COLUMNS = (FUSED_IDS, FUSED_LOGPROBS, FUSED_TEXT)
+#: Ids of a vocabulary of at most as many tokens are kept in two bytes; this one stands for -1.
+EMPTY_SMALL = 0xFFFF
+#: A log-probability has 11 significant bits, as in the stores.
+LOGPROB_TYPE = "float16"
+Array = npt.NDArray[Any]
+Row = Mapping[str, Any]
+Fuse = Callable[[Row, Any], tuple[Array, Array]]
 CURE = (
     "Every dataset of the run must have `type: fusion_plugins.axolotl.fused` (a run with other datasets among them "
     "would train on those without fusion)."
@@ -27,17 +39,22 @@ class FusionCollator:
     Args:
         tokenizer: the target's.
         inner: axolotl's collator class for this run, which gets ``tokenizer`` and ``settings``.
+        fuser: called with the tokenizer; returns what fuses a row and its column :data:`FUSED_TEXT`. None for rows that
+            hold distributions.
         settings: what axolotl passes to a collator (padding, pad_to_multiple_of, return_tensors).
     """
 
-    def __init__(self, tokenizer: Any, *, inner: type, **settings: Any) -> None:
+    def __init__(
+        self, tokenizer: Any, *, inner: type, fuser: Callable[[Any], Fuse] | None = None, **settings: Any
+    ) -> None:
         self.tokenizer = tokenizer
         self._inner = inner(tokenizer, **settings)
+        self._fuse = fuser and fuser(tokenizer)
 
     def __call__(self, features: Sequence[Any], return_tensors: str | None = None) -> Any:
         """Collate rows, or (with sample packing) lists of rows that share one sequence."""
         groups = [feature if isinstance(feature, list) else [feature] for feature in features]
-        fused = [_fused_of(group) for group in groups]
+        fused = [self._fused_of(group) for group in groups]
         stripped = [_without(feature) for feature in features]
         batch = self._inner(stripped, return_tensors=return_tensors)
         shape = batch["input_ids"].shape
@@ -48,6 +65,17 @@ class FusionCollator:
         logprobs = _pad([values for _, values in fused], shape, -np.inf, left)
         batch[FUSED_LOGPROBS] = logprobs.view(torch.int32)
         return batch
+
+    def _fused_of(self, rows: Sequence[Row]) -> tuple[Array, Array]:
+        """Ids and log-probabilities (T, K) of the rows of one sequence, one after the other."""
+        parts = [self._made(row) if self._fuse else _stored(row) for row in rows]
+        return np.concatenate([ids for ids, _ in parts]), np.concatenate([logprobs for _, logprobs in parts])
+
+    def _made(self, row: Row) -> tuple[Array, Array]:
+        assert self._fuse is not None
+        if row.get(FUSED_TEXT) is None:
+            raise DataError(f"expected a row that refers to its text, got the columns {sorted(row)}. {CURE}")
+        return self._fuse(row, row[FUSED_TEXT])
 
 
 def take_fused(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -64,17 +92,23 @@ def take_fused(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return inputs.pop(FUSED_IDS), inputs.pop(FUSED_LOGPROBS).view(torch.float32)
 
 
-def _fused_of(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and log-probabilities (T, K) of the rows of one sequence, one after the other."""
-    if any(row.get(FUSED_IDS) is None or row.get(FUSED_LOGPROBS) is None for row in rows):
-        raise DataError(f"expected a row with fused distributions, got the columns {sorted(rows[0])}. {CURE}")
-    ids = [_shaped(row, FUSED_IDS, np.int32) for row in rows]
-    logprobs = [_shaped(row, FUSED_LOGPROBS, np.float32) for row in rows]
-    return np.concatenate(ids), np.concatenate(logprobs)
+def flat_columns(ids: Array, logprobs: Array) -> dict[str, Array]:
+    """Return the columns of a row with (T, K) distributions; -1 becomes the largest number of a type without a sign."""
+    return {FUSED_IDS: ids.ravel(), FUSED_LOGPROBS: logprobs.ravel()}
 
 
-def _shaped(row: dict[str, Any], name: str, dtype: type) -> np.ndarray:
-    values: np.ndarray = np.asarray(row[name], dtype=dtype)
+def _stored(row: Row) -> tuple[Array, Array]:
+    """Ids and log-probabilities (T, K) that a row holds."""
+    if row.get(FUSED_IDS) is None or row.get(FUSED_LOGPROBS) is None:
+        raise DataError(f"expected a row with fused distributions, got the columns {sorted(row)}. {CURE}")
+    ids, logprobs = _shaped(row, FUSED_IDS, np.int32), _shaped(row, FUSED_LOGPROBS, np.float32)
+    # Whatever the type of the column makes of -1: an entry without a probability is empty.
+    ids[np.isneginf(logprobs)] = -1
+    return ids, logprobs
+
+
+def _shaped(row: Row, name: str, dtype: type) -> Array:
+    values: Array = np.array(row[name], dtype=dtype)
     length = len(row["input_ids"])
     if values.size == 0 or values.size % length:
         raise DataError(
@@ -88,10 +122,10 @@ def _shaped(row: dict[str, Any], name: str, dtype: type) -> np.ndarray:
 def _without(feature: Any) -> Any:
     if isinstance(feature, list):
         return [_without(row) for row in feature]
-    return {name: value for name, value in feature.items() if name not in (FUSED_IDS, FUSED_LOGPROBS)}
+    return {name: value for name, value in feature.items() if name not in COLUMNS}
 
 
-def _pad(rows: Sequence[np.ndarray], shape: tuple[int, int], fill: float, left: bool) -> Tensor:
+def _pad(rows: Sequence[Array], shape: tuple[int, int], fill: float, left: bool) -> Tensor:
     """(B, T, K) from B arrays (t, K) with t <= T."""
     width = rows[0].shape[1]
     padded = np.full((*shape, width), fill, dtype=rows[0].dtype)

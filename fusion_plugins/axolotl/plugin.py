@@ -1,6 +1,7 @@
 """The plugin that axolotl loads: checks the configuration, and hands over schema, trainer and collator."""
 
 import sys
+from functools import partial
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
@@ -72,9 +73,13 @@ class FusionPlugin(BasePlugin):
             return None
         from fusion_plugins.axolotl.collator import FusionCollator
 
-        return FusionCollator, {
-            "inner": _stock_collator(cfg, packed=cfg.eval_sample_packing if is_eval else cfg.sample_packing)
-        }
+        block, packed = fusion_block(cfg), cfg.eval_sample_packing if is_eval else cfg.sample_packing
+        settings: dict[str, Any] = {"inner": _stock_collator(cfg, packed=packed)}
+        if block.prepared == "stores":
+            from fusion_plugins.axolotl.text_rows import text_fuser
+
+            settings["fuser"] = partial(text_fuser, block=block)
+        return FusionCollator, settings
 
 
 def _stock_collator(cfg: Any, *, packed: bool) -> type:

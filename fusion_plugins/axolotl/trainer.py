@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from fusion_plugins.axolotl.args import FusionBlock, fusion_block
-from fusion_plugins.axolotl.collator import FUSED_IDS, FUSED_LOGPROBS, take_fused
+from fusion_plugins.axolotl.collator import COLUMNS, take_fused
 from fusion_plugins.axolotl.figures import Figures, perplexity
 from fusion_plugins.core.fusion.losses import Divergence, token_losses
 from fusion_plugins.core.fusion.one_pass import weighted_losses
@@ -85,9 +85,13 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        for name in (FUSED_IDS, FUSED_LOGPROBS):
+        for name in COLUMNS:
             if self._signature_columns and name not in self._signature_columns:
                 self._signature_columns = [*self._signature_columns, name]
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        # Rows as arrays: to make Python lists of fused distributions takes longer than everything else with them.
+        return super()._get_dataloader(dataset.with_format("numpy"), *args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
