@@ -20,8 +20,6 @@ FUSED_LOGPROBS = "fused_logprobs"
 FUSED_TEXT = "fused_text"
 #: all columns of ours that a prepared dataset may have
 COLUMNS = (FUSED_IDS, FUSED_LOGPROBS, FUSED_TEXT)
-#: Ids of a vocabulary of at most as many tokens are kept in two bytes; this one stands for -1.
-EMPTY_SMALL = 0xFFFF
 #: A log-probability has 11 significant bits, as in the stores.
 LOGPROB_TYPE = "float16"
 Array = npt.NDArray[Any]
@@ -66,6 +64,10 @@ class FusionCollator:
         batch[FUSED_LOGPROBS] = logprobs.view(torch.int32)
         return batch
 
+    def width(self, row: Row) -> int:
+        """Return K, of which a row is an example."""
+        return self._fused_of([row])[0].shape[1]
+
     def _fused_of(self, rows: Sequence[Row]) -> tuple[Array, Array]:
         """Ids and log-probabilities (T, K) of the rows of one sequence, one after the other."""
         parts = [self._made(row) if self._fuse else _stored(row) for row in rows]
@@ -92,17 +94,12 @@ def take_fused(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return inputs.pop(FUSED_IDS), inputs.pop(FUSED_LOGPROBS).view(torch.float32)
 
 
-def flat_columns(ids: Array, logprobs: Array) -> dict[str, Array]:
-    """Return the columns of a row with (T, K) distributions; -1 becomes the largest number of a type without a sign."""
-    return {FUSED_IDS: ids.ravel(), FUSED_LOGPROBS: logprobs.ravel()}
-
-
 def _stored(row: Row) -> tuple[Array, Array]:
     """Ids and log-probabilities (T, K) that a row holds."""
     if row.get(FUSED_IDS) is None or row.get(FUSED_LOGPROBS) is None:
         raise DataError(f"expected a row with fused distributions, got the columns {sorted(row)}. {CURE}")
     ids, logprobs = _shaped(row, FUSED_IDS, np.int32), _shaped(row, FUSED_LOGPROBS, np.float32)
-    # Whatever the type of the column makes of -1: an entry without a probability is empty.
+    # A probability that is too small for the type of the column is none.
     ids[np.isneginf(logprobs)] = -1
     return ids, logprobs
 

@@ -23,14 +23,7 @@ from datasets import Dataset, Features, List, Value
 
 from fusion_plugins.axolotl.args import FusionBlock
 from fusion_plugins.axolotl.chat_rows import Content, RowReader
-from fusion_plugins.axolotl.collator import (
-    EMPTY_SMALL,
-    FUSED_IDS,
-    FUSED_LOGPROBS,
-    FUSED_TEXT,
-    LOGPROB_TYPE,
-    flat_columns,
-)
+from fusion_plugins.axolotl.collator import FUSED_IDS, FUSED_LOGPROBS, FUSED_TEXT, LOGPROB_TYPE
 from fusion_plugins.axolotl.counting import Row, count_alignments, rows_of
 from fusion_plugins.axolotl.fingerprint import store_content
 from fusion_plugins.axolotl.guards import FUSED, require_plugin
@@ -257,7 +250,7 @@ class _Prepare:
     def __init__(self, reader: _Reader, fuser: TextFuser, strict: bool, by_reference: bool, step: int) -> None:
         self._reader, self._fuser, self._strict = reader, fuser, strict
         self._by_reference, self._step = by_reference, step
-        ids = "uint16" if reader.target.table.vocab_size <= EMPTY_SMALL else "int32"
+        ids = "int16" if reader.target.table.vocab_size <= np.iinfo(np.int16).max else "int32"
         own = {FUSED_TEXT: "uint8"} if by_reference else {FUSED_IDS: ids, FUSED_LOGPROBS: LOGPROB_TYPE}
         self._types = _TOKENS | {name: Value(kind) for name, kind in own.items()}
 
@@ -298,5 +291,6 @@ class _Prepare:
             self._fuser.compare(id, text)
             return columns | {FUSED_TEXT: pack_text(id, text)}, FusionReport()
         ids, logprobs, report = self._fuser.fuse(id, text)
-        own = {FUSED_TEXT: pack_text(id, text)} if self._by_reference else flat_columns(ids, logprobs)
-        return columns | own, report
+        if self._by_reference:
+            return columns | {FUSED_TEXT: pack_text(id, text)}, report
+        return columns | {FUSED_IDS: ids.ravel(), FUSED_LOGPROBS: logprobs.ravel()}, report

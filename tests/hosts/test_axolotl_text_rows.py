@@ -3,16 +3,22 @@
 import json
 import pickle
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
+import tiny
+from axolotl.utils.collators import DataCollatorForSeq2Seq
 from axolotl_runs import FUSED, config, logged, prepare, train, write_rows
 
-from fusion_plugins.axolotl import fused
+from fusion_plugins.axolotl import fused, plugin
+from fusion_plugins.axolotl.args import FusionBlock
+from fusion_plugins.axolotl.collator import FusionCollator
+from fusion_plugins.axolotl.guards import check_ready
 from fusion_plugins.axolotl.target_tokenizer import EncodedText
-from fusion_plugins.axolotl.text_rows import pack_text, unpack_text
+from fusion_plugins.axolotl.text_rows import pack_text, text_fuser, unpack_text
 from fusion_plugins.core.text.types import TokenizedText
-from fusion_plugins.errors import ConfigError, FusionError, MismatchError
+from fusion_plugins.errors import ConfigError, FusionError, MismatchError, StoreError
 
 IN_ORDER = {"curriculum_sampling": True, "shuffle_merged_datasets": False}
 TERMS = ("loss", "lm_loss", "fusion_loss", "fusion_coverage", "grad_norm")
@@ -47,7 +53,8 @@ def test_fusing_in_the_loader_trains_bit_for_bit_as_fusing_before(material, run_
     assert report == json.loads((run_folder / "rows" / "model" / "fusion_report.json").read_text())
 
 
-def test_so_it_does_with_packing_several_datasets_and_workers(material, run_folder, exact_rows):
+def test_so_it_does_with_packing_several_datasets_and_workers(material, run_folder, exact_rows, monkeypatch, caplog):
+    monkeypatch.setattr(plugin, "WAITING_BYTES", 1 << 18)
     lines = material.texts.read_text().splitlines(keepends=True)
     parts = [run_folder / "a.jsonl", run_folder / "b.jsonl"]
     for path, own in zip(parts, (lines[:10], lines[10:20]), strict=True):
@@ -63,12 +70,15 @@ def test_so_it_does_with_packing_several_datasets_and_workers(material, run_fold
         "eval_steps": 2,
         "val_set_size": 0,
         "dataloader_num_workers": 2,
-        "dataloader_prefetch_factor": 2,
+        "dataloader_prefetch_factor": 64,
         "fusion": {"rule": "token_min_ce"},
     }
     rows, stores = both(material, run_folder, **settings)
     assert terms(rows) == terms(stores)
     assert terms(rows, "eval_fusion_loss") == terms(stores, "eval_fusion_loss")
+    # 256 positions of 32 + 8 * 6 bytes, for each of two workers.
+    assert [trainer.args.dataloader_prefetch_factor for trainer in (rows, stores)] == [6, 6]
+    assert "dataloader_prefetch_factor is 6 in place of 64: a batch takes 0.0 MB, and 2 worker(s)" in caplog.text
 
 
 def test_compact_rows_train_to_within_a_thousandth(material, run_folder):
@@ -76,28 +86,25 @@ def test_compact_rows_train_to_within_a_thousandth(material, run_folder):
     for got, exact in zip(terms(rows), terms(stores), strict=True):
         assert got == pytest.approx(exact, rel=1e-3)
     features = prepare(config(material, run_folder / "again"), run_folder / "again")[1].features
-    assert [features[name].feature.dtype for name in ("fused_ids", "fused_logprobs")] == ["uint16", "float16"]
+    assert [features[name].feature.dtype for name in ("fused_ids", "fused_logprobs")] == ["int16", "float16"]
 
 
 def test_another_rule_needs_no_new_preparation_and_other_stores_do(material, run_folder):
     settings = config(material, run_folder, fusion={"prepared": "stores"}, max_steps=1, **IN_ORDER)
-    prepare(settings, run_folder)
-    folders = {path.name for path in (run_folder / "prepared").iterdir() if path.is_dir()}
-    changes = [
-        {"rule": "avg_ce"},
-        {"top_k": 3},
-        {"projection": {"vocabulary_map": "exact", "chain": False}},
-        {"alignment": {"method": "offsets_strict"}},
-        {"metric": "token"},
-    ]
-    losses = set()
-    for change in changes:
-        losses.update(logged(train(settings | {"fusion": settings["fusion"] | change}, run_folder), "fusion_loss"))
-        assert {path.name for path in (run_folder / "prepared").iterdir() if path.is_dir()} == folders
-    assert len(losses) >= 4
+    first = logged(train(settings, run_folder), "fusion_loss")
+    folders = prepared_in(run_folder)
+    other = {"rule": "avg_ce", "top_k": 3, "metric": "token", "alignment": {"method": "offsets_strict"}}
+    other |= {"projection": {"vocabulary_map": "exact", "chain": False}}
+    second = logged(train(settings | {"fusion": settings["fusion"] | other}, run_folder), "fusion_loss")
+    assert first != second
+    assert prepared_in(run_folder) == folders
     one = settings["fusion"] | {"sources": material.sources("texts", "digits")}
     prepare(settings | {"fusion": one}, run_folder)
-    assert {path.name for path in (run_folder / "prepared").iterdir() if path.is_dir()} > folders
+    assert prepared_in(run_folder) > folders
+
+
+def prepared_in(folder):
+    return {path.name for path in (folder / "prepared").iterdir() if path.is_dir()}
 
 
 def test_stores_are_needed_while_training_and_must_be_the_same(material, run_folder):
@@ -106,13 +113,10 @@ def test_stores_are_needed_while_training_and_must_be_the_same(material, run_fol
     settings = config(material, run_folder, fusion=block, max_steps=1, **IN_ORDER)
     _, rows = prepare(settings, run_folder)
     shutil.rmtree(run_folder / "store")
-    with pytest.raises(ConfigError, match=r"source 'digits': .*/store: expected a store .* got no folder"):
+    with pytest.raises(StoreError, match="/store: expected a store .* got no folder"):
         train(settings, run_folder)
-    import tiny
-
-    from fusion_plugins.axolotl.args import FusionBlock
-    from fusion_plugins.axolotl.text_rows import text_fuser
-
+    with pytest.raises(ConfigError, match="source 'digits': .*/store: expected a store .* got no folder"):
+        check_ready(settings, FusionBlock(**settings["fusion"]), rows_wanted=False)
     shutil.copytree(material.folder / "chats-digits", run_folder / "store")
     fuse = text_fuser(tiny.sentencepiece_bpe(), FusionBlock(**block))
     with pytest.raises(MismatchError, match="text 't[0-9]+': .* prepare the dataset again"):
@@ -180,13 +184,10 @@ def test_a_row_takes_few_bytes(material, run_folder):
 
 
 def test_the_collator_can_be_sent_to_a_spawned_worker(material, run_folder):
-    from functools import partial
 
     import tiny
-    from axolotl.utils.collators import DataCollatorForSeq2Seq
 
     from fusion_plugins.axolotl.args import FusionBlock
-    from fusion_plugins.axolotl.collator import FusionCollator
     from fusion_plugins.axolotl.text_rows import text_fuser
 
     block = {"prepared": "stores", "sources": material.sources()}
