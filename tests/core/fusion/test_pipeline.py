@@ -435,7 +435,7 @@ def test_a_new_process_finds_the_kernels_compiled():
     code = (
         "from fusion_plugins.core.fusion import dtw_kernels, pipeline, projection_kernel\n"
         "pipeline.warm_up()\n"
-        "for kernel in (dtw_kernels.warp, projection_kernel.project_positions):\n"
+        "for kernel in (dtw_kernels.warp, projection_kernel.project_texts):\n"
         "    assert sum(kernel.stats.cache_hits.values()) and not kernel.stats.cache_misses, kernel.stats\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
