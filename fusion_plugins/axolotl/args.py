@@ -20,7 +20,7 @@ from fusion_plugins.errors import ConfigError
 FOR_SOURCES = frozenset(
     {
         *("on_missing_text", "prepared", "alignment", "projection", "rule", "rule_options", "metric", "top_k", "loss"),
-        *("lm_loss_weight", "lm_loss_schedule", "temperature"),
+        *("lm_loss_weight", "lm_loss_schedule", "temperature", "loss_chunk"),
     }
 )
 #: keys of the block that say which scored responses are used
@@ -226,6 +226,12 @@ class FusionBlock(BlockSettings):
     )
     temperature: float = Field(
         default=1.0, gt=0, description="softens the fused distributions, not the trained model's"
+    )
+    loss_chunk: int | None = Field(
+        default=None,
+        ge=1,
+        description="positions whose logits are held at once; none for as many as 2**28 logits allow, in multiples of "
+        "128. Fewer take less memory and more time",
     )
     pairs: PairArgs | None = Field(
         default=None, description="rules of preference pairs; those of FuseChat-3.0 if absent"

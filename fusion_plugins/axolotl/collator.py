@@ -22,6 +22,8 @@ FUSED_TEXT = "fused_text"
 COLUMNS = (FUSED_IDS, FUSED_LOGPROBS, FUSED_TEXT)
 #: A log-probability has 11 significant bits, as in the stores.
 LOGPROB_TYPE = "float16"
+#: how many positions of a batch have a label: a number, not a tensor, so that no GPU has to be asked for it
+POSITIONS = "supervised_positions"
 Array = npt.NDArray[Any]
 Row = Mapping[str, Any]
 Fuse = Callable[[Row, Any], tuple[Array, Array]]
@@ -62,6 +64,7 @@ class FusionCollator:
         # only three digits of a log-probability.
         logprobs = _pad([values for _, values in fused], shape, -np.inf, left)
         batch[FUSED_LOGPROBS] = logprobs.view(torch.int32)
+        batch[POSITIONS] = int((batch["labels"][:, 1:] != -100).sum())
         return batch
 
     def width(self, row: Row) -> int:
@@ -92,6 +95,11 @@ def take_fused(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     if FUSED_IDS not in inputs or FUSED_LOGPROBS not in inputs:
         raise DataError(f"expected a batch with fused distributions, got one with {sorted(inputs)}. {CURE}")
     return inputs.pop(FUSED_IDS), inputs.pop(FUSED_LOGPROBS).view(torch.float32)
+
+
+def take_positions(inputs: dict[str, Any]) -> int | None:
+    """Remove from a batch how many of its positions have a label, and return it; None where it does not say."""
+    return inputs.pop(POSITIONS, None)
 
 
 def _stored(row: Row) -> tuple[Array, Array]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 #: what a batch gives: sums over its positions, their counts, and two values of the batch as a whole
-SUMS = ("lm", "fusion", "positions", "fused_positions")
+SUMS = ("lm", "fusion", "positions", "fused_positions", "agreed", "entropy")
 VALUES = ("weight", "router")
 
 
@@ -34,8 +34,7 @@ class Figures:
         dtype = _dtype(positions.device)
         given |= {"positions": positions}
         sums, values = (
-            torch.stack([torch.as_tensor(given[name], device=positions.device, dtype=dtype).detach() for name in names])
-            for names in (SUMS, VALUES)
+            torch.stack([_on(positions.device, given[name], dtype) for name in names]) for names in (SUMS, VALUES)
         )
         weight, (lm, fusion) = values[0], sums[:2]
         # The weight of the language-model loss may change within the batches of one figure.
@@ -52,8 +51,9 @@ class Figures:
 
         Returns:
             ``loss``, ``lm_loss``, ``lm_weight`` and ``fusion_coverage`` (shares of all supervised positions; nats),
-            ``ppl`` (exp of ``lm_loss``), ``fusion_loss`` (nats per position with a fused distribution) and
-            ``router_loss`` (where the model has one). What no position has is left out.
+            ``ppl`` (exp of ``lm_loss``), ``fusion_loss`` and ``fused_entropy`` (nats per position with a fused
+            distribution), ``top1_agreement`` (share of these positions at which the model's most probable token is that
+            of the fused distribution) and ``router_loss`` (where the model has one). What no position has is left out.
         """
         names = (*SUMS, *VALUES, "loss")
         sums = torch.zeros(len(names), device=device, dtype=_dtype(device)) if self._sums is None else self._sums
@@ -71,6 +71,8 @@ class Figures:
         }
         if fused:
             figures["fusion_loss"] = total["fusion"] / fused
+            figures["fused_entropy"] = total["entropy"] / fused
+            figures["top1_agreement"] = total["agreed"] / fused
         if total["router"]:
             figures["router_loss"] = total["router"] / positions
         return figures
@@ -82,6 +84,13 @@ def perplexity(lm_loss: float) -> float:
         return math.exp(lm_loss)
     except OverflowError:
         return math.inf
+
+
+def _on(device: torch.device, value: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """Return a value (), without waiting for the device: a number becomes a filled tensor there, not a copy."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, dtype)
+    return torch.full((), value, device=device, dtype=dtype)
 
 
 def _dtype(device: torch.device) -> torch.dtype:

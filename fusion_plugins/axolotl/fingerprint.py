@@ -23,7 +23,7 @@ from fusion_plugins.plugins import get_registry
 from fusion_plugins.store import open_store
 
 #: settings of the block that change the training but not the prepared rows
-_NOT_IN_ROWS = {"loss", "lm_loss_weight", "lm_loss_schedule", "temperature"}
+_NOT_IN_ROWS = {"loss", "lm_loss_weight", "lm_loss_schedule", "loss_chunk", "temperature"}
 #: settings that change only distributions, so not the rows that `prepared: stores` makes
 _NOT_IN_REFERENCES = {"rule", "rule_options", "metric", "top_k", "projection", "alignment"}
 #: Keys of the dataset entry for the stamp. Each kind of run keeps one of them (rl: dpo the second, others the first).

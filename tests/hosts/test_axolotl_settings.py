@@ -23,6 +23,7 @@ OPEN = {
     "loss": list(get_registry("losses")),
     "lm_loss_weight": [0, 1, 0.25],
     "temperature": [0.5, 2],
+    "loss_chunk": [1, 256, None, "none"],
     "top_k": [1, 100, None, "none"],
     "alignment.method": list(get_registry("aligners")),
     "projection.max_distance": [0, 3, None, "none"],
