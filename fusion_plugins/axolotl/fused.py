@@ -23,7 +23,16 @@ from datasets import Dataset, Features, List, Value
 
 from fusion_plugins.axolotl.args import FusionBlock
 from fusion_plugins.axolotl.chat_rows import Content, RowReader
-from fusion_plugins.axolotl.collator import FUSED_IDS, FUSED_LOGPROBS, FUSED_TEXT, LOGPROB_TYPE
+from fusion_plugins.axolotl.collator import (
+    COLUMNS,
+    FUSED_IDS,
+    FUSED_KEPT,
+    FUSED_LOGPROBS,
+    FUSED_SOURCE,
+    FUSED_TEXT,
+    LOGPROB_TYPE,
+    Fused,
+)
 from fusion_plugins.axolotl.counting import Row, count_alignments, rows_of
 from fusion_plugins.axolotl.fingerprint import store_content
 from fusion_plugins.axolotl.guards import FUSED, require_plugin
@@ -35,7 +44,6 @@ from fusion_plugins.axolotl.row_ids import with_written_ids
 from fusion_plugins.axolotl.supervision import Supervision
 from fusion_plugins.axolotl.target_tokenizer import IGNORED, EncodedText, TargetTokenizer
 from fusion_plugins.axolotl.text_rows import TextFuser, pack_text
-from fusion_plugins.core.fusion.accounting import FusionReport
 from fusion_plugins.core.fusion.pipeline import warm_up
 from fusion_plugins.core.text.round_trip import text_changes
 from fusion_plugins.core.text.types import TokenizedText
@@ -251,7 +259,9 @@ class _Prepare:
         self._reader, self._fuser, self._strict = reader, fuser, strict
         self._by_reference, self._step = by_reference, step
         ids = "int16" if reader.target.table.vocab_size <= np.iinfo(np.int16).max else "int32"
-        own = {FUSED_TEXT: "uint8"} if by_reference else {FUSED_IDS: ids, FUSED_LOGPROBS: LOGPROB_TYPE}
+        own = {FUSED_TEXT: "uint8"}
+        if not by_reference:
+            own = {FUSED_IDS: ids, FUSED_LOGPROBS: LOGPROB_TYPE, FUSED_KEPT: "float16", FUSED_SOURCE: "int16"}
         self._types = _TOKENS | {name: Value(kind) for name, kind in own.items()}
 
     @property
@@ -262,35 +272,49 @@ class _Prepare:
 
     def __call__(self, batch: Mapping[str, list[Any]], places: Sequence[int]) -> dict[str, list[Any]]:
         rows = rows_of(batch)
-        columns: dict[str, list[Any]] = {name: [] for name in self.features}
-        total = FusionReport()
-        for place, row in zip(places, rows, strict=True):
+        texts: dict[int, EncodedText] = {}
+        reasons: dict[int, str] = {}
+        for number, row in enumerate(rows):
             try:
-                made, report = self._row(row, place % self._step == 0)
-                reason = ""
-            except (DataError, AlignmentError) as error:
-                if self._strict and isinstance(error, AlignmentError):
-                    raise MismatchError(f"{row[NAME]}: {error}") from error
-                made, report, reason = dict.fromkeys(self._types, ()), FusionReport(), str(error)
-            total = total + report
-            for name, kind in self._types.items():
-                columns[name].append(np.asarray(made[name]).astype(kind.dtype))
-            columns[REASON].append(reason)
+                texts[number] = self._reader.encoded(row)
+            except DataError as error:
+                reasons[number] = str(error)
+        counted = [number for number in texts if places[number] % self._step == 0]
+        ids = [str(row[ID]) for row in rows]
+        fused, unusable, report = self._fuser.fuse(
+            [ids[number] for number in counted], [texts[number] for number in counted], on_unusable="skip"
+        )
+        errors = {counted[place]: error for place, error in unusable.items()}
+        for number in texts.keys() - set(counted):
+            try:
+                self._fuser.compare(ids[number], texts[number])
+            except AlignmentError as error:
+                errors[number] = error
+        if errors and self._strict:
+            first = min(errors)
+            raise MismatchError(f"{rows[first][NAME]}: {errors[first]}") from errors[first]
+        reasons |= {number: str(error) for number, error in errors.items()}
+        distributions = dict(zip(counted, fused, strict=True))
+        made = [
+            dict.fromkeys(self._types, ())
+            if number in reasons
+            else self._columns(ids[number], texts[number], distributions.get(number))
+            for number in range(len(rows))
+        ]
+        columns: dict[str, list[Any]] = {
+            name: [np.asarray(row[name]).astype(kind.dtype).ravel() for row in made]
+            for name, kind in self._types.items()
+        }
+        columns[REASON] = [reasons.get(number, "") for number in range(len(rows))]
         # One report per batch, on its first row: a string per row would be larger than the distributions.
-        columns[COUNTERS] = [json.dumps(asdict(total)), *[""] * (len(rows) - 1)]
+        columns[COUNTERS] = [json.dumps(asdict(report)), *[""] * (len(rows) - 1)]
         return columns
 
-    def _row(self, row: Row, counted: bool) -> tuple[dict[str, Any], FusionReport]:
-        text, id = self._reader.encoded(row), row[ID]
-        columns = {
+    def _columns(self, id: str, text: EncodedText, fused: Fused | None) -> dict[str, Any]:
+        own: Any = {FUSED_TEXT: pack_text(id, text)} if self._by_reference else zip(COLUMNS, fused or (), strict=False)
+        return {
             "input_ids": text.tokens.input_ids,
             "attention_mask": np.ones(len(text.labels), np.int8),
             "labels": text.labels,
+            **dict(own),
         }
-        if not counted:
-            self._fuser.compare(id, text)
-            return columns | {FUSED_TEXT: pack_text(id, text)}, FusionReport()
-        ids, logprobs, report = self._fuser.fuse(id, text)
-        if self._by_reference:
-            return columns | {FUSED_TEXT: pack_text(id, text)}, report
-        return columns | {FUSED_IDS: ids.ravel(), FUSED_LOGPROBS: logprobs.ravel()}, report

@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fusion_plugins.axolotl.args import FusionBlock
+from fusion_plugins.axolotl.collator import Fused
 from fusion_plugins.axolotl.plan import make_plan
 from fusion_plugins.axolotl.target_tokenizer import IGNORED, EncodedText, TargetTokenizer
-from fusion_plugins.core.arrays import FloatArray, IntArray
 from fusion_plugins.core.fusion.accounting import FusionReport
 from fusion_plugins.core.fusion.common_text import common_text
 from fusion_plugins.core.fusion.counts import AlignmentCounts
-from fusion_plugins.core.fusion.pipeline import FusionPlan, fuse_text, warm_up
+from fusion_plugins.core.fusion.pipeline import FusionPlan, fuse_texts, warm_up
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, MismatchError
 from fusion_plugins.store import Store, open_store
@@ -85,16 +85,38 @@ class TextFuser:
     plan: FusionPlan
     stores: Sequence[Store]
 
-    def fuse(self, id: str, text: EncodedText) -> tuple[IntArray, FloatArray, FusionReport]:
-        """Return (T, K) ids and log-probabilities of a text, empty where nothing is trained on, and the counters.
+    def fuse(
+        self, ids: Sequence[str], texts: Sequence[EncodedText], *, on_unusable: str = "raise"
+    ) -> tuple[list[Fused], dict[int, AlignmentError], FusionReport]:
+        """Fuse texts.
+
+        Args:
+            ids: of the texts, in the stores.
+            texts: as the target reads them.
+            on_unusable: ``raise``, or ``skip`` a text that a store was captured from another version of.
+
+        Returns:
+            The distributions, empty where nothing is trained on; number of a skipped text -> why; and the counters.
 
         Raises:
             AlignmentError: a store was captured from another text.
         """
-        fused, report = fuse_text(self.plan, text.tokens, [store[id] for store in self.stores], text.trained)
+        records = [[store[id] for id in ids] for store in self.stores]
+        found, report = fuse_texts(
+            self.plan,
+            [text.tokens for text in texts],
+            records,
+            [text.trained for text in texts],
+            on_unusable=on_unusable,
+        )
         # A label that is not trained on (a masked end of turn) has no distribution either.
-        ids = np.where(np.append(text.labels[1:] != IGNORED, False)[:, None], fused.ids, -1)
-        return ids, np.where(ids >= 0, fused.logprobs, -np.inf).astype(np.float32), report
+        trained = [np.append(text.labels[1:] != IGNORED, False)[: len(text.labels)] for text in texts]
+        empty = ~np.concatenate([np.empty(0, np.bool_), *trained])
+        found.ids[empty], found.logprobs[empty] = -1, -np.inf
+        stops = found.offsets[1:-1]
+        columns = (found.ids, found.logprobs, found.kept.astype(np.float16), found.source)
+        parts = zip(*(np.split(column, stops) for column in columns), strict=True)
+        return [Fused(*part) for part in parts][: len(texts)], dict(found.unusable), report
 
     def compare(self, id: str, text: EncodedText) -> None:
         """Compare a text with what the stores were captured from.
@@ -108,20 +130,19 @@ class TextFuser:
             except AlignmentError as error:
                 raise AlignmentError(f"source {source.name!r}: {error}") from error
 
-    def __call__(self, row: Mapping[str, Any], packed: npt.ArrayLike) -> tuple[IntArray, FloatArray]:
-        """Return (T, K) ids and log-probabilities of a prepared row.
+    def __call__(self, rows: Sequence[Mapping[str, Any]], packed: Sequence[npt.ArrayLike]) -> list[Fused]:
+        """Return the distributions of prepared rows.
 
         Raises:
-            MismatchError: a store has changed since the row was prepared.
+            MismatchError: a store has changed since the rows were prepared.
         """
-        id, text = unpack_text(packed, row["input_ids"], row["labels"])
+        named = [unpack_text(data, row["input_ids"], row["labels"]) for row, data in zip(rows, packed, strict=True)]
         try:
-            ids, logprobs, _ = self.fuse(id, text)
+            return self.fuse([id for id, _ in named], [text for _, text in named])[0]
         except (AlignmentError, KeyError) as error:
             raise MismatchError(
-                f"text {id!r}: {error}. The row was prepared from other stores than these: prepare the dataset again."
+                f"{error}. The rows were prepared from other stores than these: prepare the dataset again."
             ) from error
-        return ids, logprobs
 
 
 def text_fuser(tokenizer: Any, block: FusionBlock) -> TextFuser:

@@ -121,8 +121,9 @@ class PackedRecord:
         gold, tail = read.numbers(tokens, np.dtype("<u2")), read.numbers(tokens, np.dtype("<f2"))
         ends = np.cumsum(widths, dtype=np.int64)
         _check(inputs, widths, ends, pairs, ids, patterns, tail)
-        if (gold == IN_TOP_K).any():
-            gold = np.where(gold == IN_TOP_K, next_in_top_k(inputs, ids, patterns.T)[1], gold)
+        inside = np.flatnonzero(gold[:-1] == IN_TOP_K)
+        ranks = (ids[inside] == inputs[inside + 1, None]).argmax(axis=1)
+        gold[inside] = patterns[ranks, inside]
         text = TokenizedText(inputs, ends.astype(np.int32), pairs.astype(np.int32), exact)
         topk = TopK(ids, LOGPROBS.take(patterns.T), LOGPROBS.take(gold))
         tails = tail.astype(np.float32)
@@ -145,7 +146,7 @@ class _Reader:
     def numbers(self, count: int, dtype: "np.dtype[np.generic]") -> Array:
         """Return (count,) numbers whose bytes are apart."""
         planes = self.bytes(count * dtype.itemsize).reshape(dtype.itemsize, count)
-        return np.ascontiguousarray(planes.T).view(dtype).ravel()
+        return planes.T.copy().view(dtype).ravel()
 
     def ranks(self, count: int, top_k: int) -> Array:
         """Return (K, count) uint16 numbers whose bytes are apart, rank by rank."""

@@ -49,8 +49,25 @@ def test_fusing_in_the_loader_trains_bit_for_bit_as_fusing_before(material, run_
     assert terms(rows) == terms(stores)
     evaluated = ("eval_loss", "eval_fusion_loss", "eval_fusion_coverage")
     assert terms(rows, *evaluated) == terms(stores, *evaluated)
+    origins = ("kept_mass", "share_digits", "share_target")
+    assert terms(rows, *origins) == terms(stores, *origins)
+    assert [values[-1] for values in terms(rows, *(f"eval_{name}" for name in origins))] == pytest.approx(
+        origins_of(rows.eval_dataset), rel=1e-6
+    )
     report = json.loads((run_folder / "stores" / "model" / "fusion_report.json").read_text())
     assert report == json.loads((run_folder / "rows" / "model" / "fusion_report.json").read_text())
+
+
+def origins_of(rows):
+    """Kept mass and share of either source over the fused positions of prepared rows, one after the other."""
+    kept, taught = 0.0, [0, 0, 0]
+    for row in rows:
+        width = len(row["fused_ids"]) // len(row["labels"])
+        for position, label in enumerate(row["labels"][1:]):
+            if label != -100 and row["fused_ids"][position * width] >= 0:
+                kept += float(row["fused_kept"][position])
+                taught[row["fused_source"][position]] += 1
+    return [kept / sum(taught), *(number / sum(taught) for number in taught[:2])]
 
 
 def test_so_it_does_with_packing_several_datasets_and_workers(material, run_folder, exact_rows, monkeypatch, caplog):
@@ -119,8 +136,8 @@ def test_stores_are_needed_while_training_and_must_be_the_same(material, run_fol
         check_ready(settings, FusionBlock(**settings["fusion"]), rows_wanted=False)
     shutil.copytree(material.folder / "chats-digits", run_folder / "store")
     fuse = text_fuser(tiny.sentencepiece_bpe(), FusionBlock(**block))
-    with pytest.raises(MismatchError, match="text 't[0-9]+': .* prepare the dataset again"):
-        fuse(rows[0], rows[0]["fused_text"])
+    with pytest.raises(MismatchError, match="holds no record 't[0-9]+'.* prepare the dataset again"):
+        fuse([rows[0]], [rows[0]["fused_text"]])
 
 
 @pytest.mark.parametrize("vocabulary_map", ["statistics", "one_to_many"])
