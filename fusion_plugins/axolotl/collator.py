@@ -117,9 +117,14 @@ def take_fused(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return inputs.pop(FUSED_IDS), inputs.pop(FUSED_LOGPROBS).view(torch.float32)
 
 
-def take_origin(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Remove from a batch where its distributions come from: (B, T) kept mass float16, and number of the source."""
-    return inputs.pop(FUSED_KEPT).view(torch.float16), inputs.pop(FUSED_SOURCE)
+def take_origin(inputs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Remove from a batch where its distributions come from, and return it; None where it does not say.
+
+    Returns:
+        (B, T) float16 kept mass, and (B, T) int16 number of the source.
+    """
+    kept, source = inputs.pop(FUSED_KEPT, None), inputs.pop(FUSED_SOURCE, None)
+    return None if kept is None or source is None else (kept.view(torch.float16), source)
 
 
 def take_positions(inputs: dict[str, Any]) -> int | None:

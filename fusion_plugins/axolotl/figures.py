@@ -80,7 +80,7 @@ class Figures:
             figures["fusion_loss"] = total["fusion"] / fused
             figures["fused_entropy"] = total["entropy"] / fused
             figures["top1_agreement"] = total["agreed"] / fused
-            figures |= {name: total[name] / fused for name in self._of_fused}
+            figures |= {name: total[name] / fused for name in self._of_fused if not math.isnan(total[name])}
         if total["router"]:
             figures["router_loss"] = total["router"] / positions
         return figures

@@ -103,9 +103,10 @@ def limit_prefetch(trainer: Any, positions: int) -> None:
     """
     args = trainer.args
     workers, given = args.dataloader_num_workers, args.dataloader_prefetch_factor
-    if not workers or not given:
+    rows = trainer.train_dataset or trainer.eval_dataset
+    if not (workers and given and rows):
         return
-    size = positions * (_PLAIN_BYTES + 8 * trainer.data_collator.width(trainer.train_dataset[0]))
+    size = positions * (_PLAIN_BYTES + 8 * trainer.data_collator.width(rows[0]))
     most = max(2, WAITING_BYTES // (workers * size))
     if given > most:
         args.dataloader_prefetch_factor = most

@@ -39,13 +39,13 @@ class _Batch:
     """Labels (B, T) and fused ids and log-probabilities (B, T, K) of the running forward pass.
 
     Attributes:
-        origin: (B, T) kept mass and number of the source of each position.
+        origin: (B, T) kept mass and number of the source of each position; None where that is unknown.
         at_most: positions that have a label, or more: a number of the host, which no GPU has to be waited for.
     """
 
     labels: Tensor
     fused: tuple[Tensor, Tensor]
-    origin: tuple[Tensor, Tensor]
+    origin: tuple[Tensor, Tensor] | None
     at_most: int
 
     @cached_property
@@ -63,6 +63,8 @@ class _Batch:
 
     def of_fused(self, sources: int) -> Tensor:
         """(1 + S,) sums over the positions with a fused distribution: kept mass, and 1 where a source teaches."""
+        if self.origin is None:
+            return torch.full((1 + sources,), torch.nan, device=self.labels.device)
         kept, source = (values[:, :-1] for values in self.origin)
         fused = (self.labels[:, 1:] != -100) & (self.fused[0][:, :-1] >= 0).any(-1)
         numbers = torch.arange(sources, device=source.device)

@@ -217,4 +217,4 @@ def test_the_collator_can_be_sent_to_a_spawned_worker(material, run_folder):
     one, other = collator(arrays), pickle.loads(pickle.dumps(collator))(lists)
     assert one.keys() == other.keys()
     for name in one:
-        np.testing.assert_array_equal(one[name].numpy(), other[name].numpy())
+        np.testing.assert_array_equal(np.asarray(one[name]), np.asarray(other[name]))
