@@ -205,8 +205,8 @@ class Manifest(ManifestBase):
         "texts_fingerprint",
         "template_hash",
     )
-    VERSION = CHECKED = 3
-    LAYOUT = 2
+    VERSION = 4
+    CHECKED = LAYOUT = 3
 
     kind: Literal["logprobs"] = "logprobs"
     model: str = Field(description="name or path of the source model")
