@@ -115,8 +115,8 @@ class RowWriter(ShardWriter[Row, RowManifest]):
 
     @property
     def done_keys(self) -> set[Key]:
-        """Keys of the rows that are on the disk."""
-        return self.done
+        """Keys of the rows that are on the disk, read anew; :meth:`holds` asks for one without that."""
+        return set(self.keys())
 
     def write(self, item: Mapping[str, Any], /) -> None:
         """Take one row; declared columns that it lacks are None.

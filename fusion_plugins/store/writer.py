@@ -52,8 +52,8 @@ class StoreWriter(ShardWriter[Record, Manifest]):
 
     @property
     def done_ids(self) -> set[str]:
-        """Ids of the records that are on the disk."""
-        return self.done
+        """Ids of the records that are on the disk, read anew; :meth:`holds` asks for one without that."""
+        return set(self.keys())
 
     def write(self, item: Record, /) -> None:
         """Take one record; a shard is written when enough are buffered.

@@ -138,14 +138,14 @@ def test_an_interrupted_merge_keeps_its_records_and_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parts = [make_store(tmp_path / "a", range(3)), make_store(tmp_path / "b", range(3, 6))]
-    copy = maintain._copy_items
+    take = maintain._take_shard
 
     def press_ctrl_c(folder: Path, *rest: Any) -> None:
         if folder == parts[1]:
             signal.raise_signal(signal.SIGINT)
-        copy(folder, *rest)
+        take(folder, *rest)
 
-    monkeypatch.setattr(maintain, "_copy_items", press_ctrl_c)
+    monkeypatch.setattr(maintain, "_take_shard", press_ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         merge(parts, tmp_path / "all")
     assert "3 records are safe in" in capsys.readouterr().err
