@@ -17,13 +17,11 @@ import os
 from array import array
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, islice
-from operator import itemgetter
+from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -301,10 +299,13 @@ class _Index:
         twice: set[str] = set()
 
         def once() -> Iterator[tuple[str, str]]:
-            for id, pairs in groupby(heapq.merge(self._sorted_named(), self._sorted_unnamed()), itemgetter(0)):
-                yield next(pairs)
-                if next(pairs, None):
+            before = None
+            for id, digest in heapq.merge(self._sorted_named(), self._sorted_unnamed()):
+                if id == before:
                     twice.add(id)
+                else:
+                    yield id, digest
+                before = id
 
         return sorted_fingerprint(once()), frozenset(twice)
 

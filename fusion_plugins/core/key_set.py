@@ -1,11 +1,9 @@
 """A set of keys for folders and texts by the million: a few bytes a key, whatever the keys are."""
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from hashlib import blake2b
 from struct import unpack
-
-Key = str | tuple[str | int | float | bool | None, ...]
 
 #: places at the start; their number doubles when three quarters are taken
 FIRST_PLACES = 1 << 10
@@ -14,7 +12,8 @@ FIRST_PLACES = 1 << 10
 class KeySet:
     """Keys that were added, each with a number: 32 to 64 bytes a key, where a Python set of tuples takes 300.
 
-    128 bits of a hash stand for a key. Two of 10^9 keys are taken for one another with a probability of 10^-20.
+    Keys are strings, or tuples of strings and numbers. 128 bits of a hash stand for a key: two of 10^9 keys are taken for
+    one another with a probability of 10^-20.
 
     Args:
         keys: what to add at the start, with the number 0.
@@ -26,7 +25,7 @@ class KeySet:
         (True, True, False, 2, 7, None)
     """
 
-    def __init__(self, keys: Iterable[Key] = ()) -> None:
+    def __init__(self, keys: Iterable[Hashable] = ()) -> None:
         self._take(FIRST_PLACES)
         self._count = 0
         for key in keys:
@@ -41,17 +40,17 @@ class KeySet:
     def __len__(self) -> int:
         return self._count
 
-    def __contains__(self, key: Key) -> bool:
+    def __contains__(self, key: Hashable) -> bool:
         first, second = _hash(key)
         return bool(self._first[self._place(first, second)])
 
-    def number(self, key: Key) -> int | None:
+    def number(self, key: Hashable) -> int | None:
         """Return the number of a key, None where it was not added."""
         first, second = _hash(key)
         place = self._place(first, second)
         return self._numbers[place] if self._first[place] else None
 
-    def add(self, key: Key, number: int = 0) -> None:
+    def add(self, key: Hashable, number: int = 0) -> None:
         """Add a key; one that is there gets the new number."""
         first, second = _hash(key)
         place = self._place(first, second)
@@ -79,7 +78,7 @@ class KeySet:
                 self._first[place], self._second[place], self._numbers[place] = first, second, number
 
 
-def _hash(key: Key) -> tuple[int, int]:
+def _hash(key: Hashable) -> tuple[int, int]:
     # A name may hold half a surrogate pair. The form of a key is part of what is hashed: "1" is not 1.
     first, second = unpack("<QQ", blake2b(repr(key).encode("utf-8", "surrogatepass"), digest_size=16).digest())
     return first | 1, second

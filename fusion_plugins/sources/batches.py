@@ -9,6 +9,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
 
+from fusion_plugins.sources.background import ahead
+
 Item = TypeVar("Item")
 Content = TypeVar("Content")
 Result = TypeVar("Result")
@@ -57,7 +59,7 @@ def missing_batches(
 
 
 class LazyBatches(Generic[Item, Content]):
-    """Batches in the form that a source takes, each made when the source asks for it, so that few are in memory.
+    """Batches in the form that a source takes, each made while it works on the one before, so that few are in memory.
 
     Args:
         count: number of the batches.
@@ -81,6 +83,9 @@ class LazyBatches(Generic[Item, Content]):
         return self._count
 
     def __iter__(self) -> Iterator[list[Content]]:
+        return ahead(self._made())
+
+    def _made(self) -> Iterator[list[Content]]:
         for number, batch in enumerate(self._batches):
             self.under_way[number] = batch
             yield self._make(number, batch)

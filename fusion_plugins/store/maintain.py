@@ -1,7 +1,6 @@
 """Verify, merge and compact folders that exist: stores and folders of rows alike."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -62,20 +61,23 @@ def verify(folder: str | Path, *, drop_damaged: bool = False) -> Verdict:
             _ = Store(folder).table
         except FusionError as error:
             problems.append(str(error))
-    seen: Counter[Hashable] = Counter()
+    seen = KeySet()
+    twice: dict[Hashable, None] = {}  # in their order
     for shard in manifest.shards:
         try:
-            seen.update(_checked_keys(folder, shard, _codec_of(manifest)))
+            for key in _checked_keys(folder, shard, _codec_of(manifest)):
+                if key in seen:
+                    twice[key] = None
+                seen.add(key)
         except MismatchError as error:  # the shard is sound, and no other file has what it holds
             problems.append(str(error))
         except StoreError as error:
             problems.append(str(error))
             damaged.append(shard)
-    twice = [key for key, count in seen.items() if count > 1]
     if twice:
         problems.append(
             f"{folder}: expected every key once, got {len(twice)} that appear more often, the first of them "
-            f"{twice[0]!r}. Make the folder again."
+            f"{next(iter(twice))!r}. Make the folder again."
         )
     if not (drop_damaged and damaged):
         return Verdict(manifest, problems, damaged)
@@ -86,7 +88,7 @@ def _codec_of(manifest: AnyManifest) -> Codec[Any]:
     return RecordCodec(manifest) if isinstance(manifest, Manifest) else RowCodec(manifest)
 
 
-def _checked_keys(folder: Path, shard: ShardInfo, codec: Codec[Any]) -> list[Hashable]:
+def _checked_keys(folder: Path, shard: ShardInfo, codec: Codec[Any]) -> list[Any]:
     items = read_items(folder, shard, codec)
     tokens = sum(codec.tokens(item) for item in items)
     if (len(items), tokens) != (shard.rows, shard.tokens):
@@ -166,9 +168,7 @@ def merge(parts: Sequence[str | Path], out: str | Path) -> AnyManifest:
         return writer.manifest
 
 
-def _take_shard(
-    folder: Path, manifest: AnyManifest, shard: ShardInfo, writer: ShardWriter[Any, AnyManifest]
-) -> None:
+def _take_shard(folder: Path, manifest: AnyManifest, shard: ShardInfo, writer: ShardWriter[Any, AnyManifest]) -> None:
     codec = _codec_of(manifest)
     # The keys are a small part of a shard: a merge that is continued passes over what is done without decoding it.
     keys = read_keys(folder, shard, codec)
