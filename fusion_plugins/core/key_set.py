@@ -12,8 +12,8 @@ FIRST_PLACES = 1 << 10
 class KeySet:
     """Keys that were added, each with a number: 32 to 64 bytes a key, where a Python set of tuples takes 300.
 
-    Keys are strings, or tuples of strings and numbers. 128 bits of a hash stand for a key: two of 10^9 keys are taken for
-    one another with a probability of 10^-20.
+    Keys are strings, or tuples of strings and numbers. 128 bits of a hash stand for a key: two of 10^9 keys are taken
+    for one another with a probability of 10^-20.
 
     Args:
         keys: what to add at the start, with the number 0.

@@ -121,7 +121,7 @@ def capture_texts(config: CaptureConfig) -> CaptureReport:
 
         refused = frozenset(skipped)
         with StoreWriter(out, opened.manifest, opened.table) as store:
-            present, progress = _capture_missing(config, opened, store, usable, skipped)
+            present, progress = _Job(config, opened, store, usable, skipped).run()
             captured = store.manifest.rows - present
             if config.limit is None:
                 store.finish()
@@ -244,7 +244,7 @@ def _probe(
         part = next(plan_batches(waiting, _n_bytes, budget))
         skipped |= _unusable(config, opened, part, KeySet())
         usable = [text for text in part if text.id not in skipped]
-        _, progress = _capture_missing(config, opened, store, partial(iter, usable), skipped, "probe")
+        _, progress = _Job(config, opened, store, partial(iter, usable), skipped, "probe").run()
         waiting = waiting[len(part) :]
         if progress.tokens:
             captured = sum(text.n_bytes for text in usable if text.id not in skipped)
@@ -359,83 +359,90 @@ def _problems(
         yield problem and f"source {config.source_name!r}: {problem}."
 
 
-def _capture_missing(
-    config: CaptureConfig,
-    opened: _Opened,
-    store: StoreWriter,
-    texts: Callable[[], Iterator[Text]],
-    skipped: dict[str, str],
-    label: str = "capture",
-) -> tuple[int, Meter]:
-    """Capture what the store does not have yet, batch by batch; add texts that the source refuses to ``skipped``.
+@dataclass
+class _Job:
+    """What one source is to say about a set of texts.
 
-    Args:
-        config: settings.
-        opened: the source.
-        store: where the records go.
+    Attributes:
         texts: starts to yield all texts that can be captured, the same each time.
-        skipped: id -> why it was left out.
+        skipped: takes the texts that the source refuses, id -> why.
         label: for the progress bar.
-
-    Returns:
-        How many records were there, and what was done.
     """
 
-    def is_done(text: Text) -> bool:
-        return store.holds(text.id)
+    config: CaptureConfig
+    opened: _Opened
+    store: StoreWriter
+    texts: Callable[[], Iterator[Text]]
+    skipped: dict[str, str]
+    label: str = "capture"
 
-    def missing(texts: Iterable[Text]) -> Iterator[list[Text]]:
-        return missing_batches(texts, _n_bytes, config.batch_bytes, is_done, whole=opened.source.whole_batches)
+    def run(self) -> tuple[int, Meter]:
+        """Capture what the store does not have yet; return how many records were there, and what was done."""
+        present, ready, total, count = self._count()
+        # The tokens of the batches that the source has taken, until their results arrive.
+        waiting: dict[Place, TokenizedText] = {}
 
-    present = total = ready = 0
+        def tokenize(number: int, batch: Sequence[Text]) -> list[TokenizedText]:
+            tokenized = self.opened.tokenize(batch)
+            waiting.update({(number, index): tokens for index, tokens in enumerate(tokenized)})
+            return tokenized
 
-    def counted() -> Iterator[Text]:
-        nonlocal present, total, ready
-        for text in texts():
-            total += text.n_bytes
-            if is_done(text):
-                present, ready = present + 1, ready + text.n_bytes
-            yield text
+        batches = LazyBatches(count, self._missing(self.texts()), tokenize)
 
-    count = sum(1 for _ in missing(counted()))
-    # The tokens of the batches that the source has taken, until their results arrive.
-    waiting: dict[Place, TokenizedText] = {}
+        def answers() -> Iterator[tuple[Place, Answer]]:
+            for (number, index), topk in self._asked(batches):
+                writing.check()
+                text, tokens = batches.under_way[number][index], waiting.pop((number, index))
+                if isinstance(topk, Refusal):
+                    self._refuse(text, topk.reason)
+                    yield (number, index), None
+                else:
+                    progress.advance(text.n_bytes, len(tokens.input_ids))
+                    yield (number, index), (tokens, topk)
 
-    def tokenize_batch(number: int, batch: Sequence[Text]) -> list[TokenizedText]:
-        tokenized = opened.tokenize(batch)
-        waiting.update({(number, index): tokens for index, tokens in enumerate(tokenized)})
-        return tokenized
+        def commit(batch: Sequence[Text], answers: Mapping[int, Answer]) -> None:
+            writing.submit(partial(self._write, batch, answers))
 
-    batches = LazyBatches(count, missing(texts()), tokenize_batch)
+        title = f"{self.label} {self.config.source_name}"
+        with meter(title, total, ready, unit="bytes") as progress, Background() as writing:
+            commit_batches(batches.under_way, answers(), commit)
+        return present, progress
 
-    def answers() -> Iterator[tuple[Place, Answer]]:
-        for place, topk in opened.source.capture(batches, store.manifest.top_k) if count else ():
-            writing.check()
-            number, index = place
-            text, tokens = batches.under_way[number][index], waiting.pop(place)
-            if not isinstance(topk, Refusal):
-                progress.advance(text.n_bytes, len(tokens.input_ids))
-                yield place, (tokens, topk)
-            elif config.on_unusable == "raise":
-                raise SourceError(
-                    f"{text.where}: text {text.id!r}: {topk.reason}. Leave such texts out with `on_unusable: skip`, or "
-                    "change them."
-                )
-            else:
-                skipped[text.id] = topk.reason
-                yield place, None
+    def _is_done(self, text: Text) -> bool:
+        return self.store.holds(text.id)
 
-    def commit(batch: Sequence[Text], answers: Mapping[int, Answer]) -> None:
-        writing.submit(partial(_write, store, batch, answers))
+    def _missing(self, texts: Iterable[Text]) -> Iterator[list[Text]]:
+        whole = self.opened.source.whole_batches
+        return missing_batches(texts, _n_bytes, self.config.batch_bytes, self._is_done, whole=whole)
 
-    with meter(f"{label} {config.source_name}", total, ready, unit="bytes") as progress, Background() as writing:
-        commit_batches(batches.under_way, answers(), commit)
-    return present, progress
+    def _count(self) -> tuple[int, int, int, int]:
+        """Return texts and bytes that are there, bytes of all texts, and the number of batches to be done."""
+        present = ready = total = 0
 
+        def counted() -> Iterator[Text]:
+            nonlocal present, ready, total
+            for text in self.texts():
+                n_bytes, there = text.n_bytes, self._is_done(text)
+                present, ready, total = present + there, ready + there * n_bytes, total + n_bytes
+                yield text
 
-def _write(store: StoreWriter, batch: Sequence[Text], answers: Mapping[int, Answer]) -> None:
-    for index, answer in answers.items():
-        id = batch[index].id
-        if answer is not None and not store.holds(id):  # a batch that is done again has some of them already
-            store.write(build_record(id, *answer))
-    store.flush()
+        count = sum(1 for _ in self._missing(counted()))
+        return present, ready, total, count
+
+    def _asked(self, batches: LazyBatches[Text, TokenizedText]) -> Iterator[tuple[Place, TopK | Refusal]]:
+        return self.opened.source.capture(batches, self.store.manifest.top_k) if len(batches) else iter(())
+
+    def _refuse(self, text: Text, reason: str) -> None:
+        if self.config.on_unusable == "raise":
+            raise SourceError(
+                f"{text.where}: text {text.id!r}: {reason}. Leave such texts out with `on_unusable: skip`, or change "
+                "them."
+            )
+        self.skipped[text.id] = reason
+
+    def _write(self, batch: Sequence[Text], answers: Mapping[int, Answer]) -> None:
+        for index, answer in answers.items():
+            text = batch[index]
+            if answer is not None and not self._is_done(text):  # a batch that is done again has some of them already
+                self.store.write(build_record(text.id, *answer))
+        self.store.flush()

@@ -152,6 +152,6 @@ def applied(entries: Collection[Entry], shards: Sequence[ShardInfo]) -> list[Sha
 
 def _damaged(path: Path, problem: str) -> StoreError:
     return StoreError(
-        f"{path} is damaged: {problem}. Restore it from a copy; or delete it: the next run recovers the shards that only "
-        "it lists."
+        f"{path} is damaged: {problem}. Restore it from a copy; or delete it: the next run recovers the shards that "
+        "only it lists."
     )

@@ -1,6 +1,7 @@
 """The manifest: what a folder holds, how it was made, and which shards belong to it.
 
-Replacing it, or adding a line to the journal beside it, is what commits a shard. A step that uses a folder first calls :meth:`ManifestBase.require`, which names every setting that differs, with both values.
+Replacing it, or adding a line to the journal beside it, is what commits a shard. A step that uses a folder first calls
+:meth:`ManifestBase.require`, which names every setting that differs, with both values.
 
 A folder may come from a stranger, so a manifest is read as untrusted input: every name in it has one strict form, every
 number has bounds, and a checksum over all fields shows an edit.

@@ -1,8 +1,8 @@
 """The generic writer of stores and row folders: the lock, the buffer, and commits through the manifest.
 
 **Order on disk.** First the shard, then the manifest or the line of its journal that lists it, then the deletion of
-shards that it replaces; each is on the disk before the next begins. So a writer that stops anywhere leaves a manifest whose shards are all there, and
-perhaps a shard that no manifest lists; the next writer recovers its items.
+shards that it replaces; each is on the disk before the next begins. So a writer that stops anywhere leaves a manifest
+whose shards are all there, and perhaps a shard that no manifest lists; the next writer recovers its items.
 """
 
 import hashlib
@@ -392,8 +392,8 @@ class ShardWriter(Generic[T, M]):
         self.close()
         if kind is KeyboardInterrupt:
             _say(
-                f"Stopped. {self.manifest.rows} {self.manifest.NOUN} are safe in {self.path}; run the same command again "
-                f"to resume."
+                f"Stopped. {self.manifest.rows} {self.manifest.NOUN} are safe in {self.path}; run the same command "
+                f"again to resume."
             )
 
 
