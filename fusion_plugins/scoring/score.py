@@ -129,9 +129,9 @@ def score_responses(config: ScoreConfig) -> ScoreReport:
         running = [_start(name, settings, stack) for name, settings in config.scorers.items()]
         writer = stack.enter_context(RowWriter(config.out, _manifest(responses, running)))
         renewed = _drop_outdated(responses, writer, config.scorers)
-        present = len(writer.done_keys)
+        present = writer.manifest.rows
         scored = unscored = 0
-        waiting = (row for row in responses if key_of(row, responses.manifest) not in writer.done_keys)
+        waiting = (row for row in responses if not writer.holds(key_of(row, responses.manifest)))
         due = islice(waiting, None if config.limit is None else max(0, config.limit - present))
         progress = stack.enter_context(meter("score", config.limit or len(responses), present, unit="responses"))
         while batch := list(islice(due, config.batch_rows)):
@@ -150,7 +150,7 @@ def score_responses(config: ScoreConfig) -> ScoreReport:
 
 def _drop_outdated(responses: Responses, writer: RowWriter, scorers: Iterable[str]) -> int:
     """Remove scored rows whose responses have changed since, with a message; return their number."""
-    if not writer.done_keys:
+    if not writer.manifest.rows:
         return 0
     changed = outdated(responses, open_rows(writer.path), scorers)
     if changed:
