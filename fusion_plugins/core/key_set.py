@@ -34,8 +34,8 @@ class KeySet:
     def _take(self, places: int) -> None:
         # An open table of three columns: 0 in the first says that a place is free.
         self._mask = places - 1
-        self._first, self._second = array("Q", bytes(8 * places)), array("Q", bytes(8 * places))
-        self._numbers = array("q", bytes(8 * places))
+        self._first, self._second = array("Q", [0]) * places, array("Q", [0]) * places
+        self._numbers = array("q", [0]) * places
 
     def __len__(self) -> int:
         return self._count

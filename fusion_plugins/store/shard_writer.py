@@ -90,9 +90,10 @@ class ShardWriter(Generic[T, M]):
         self._buffered: set[Any] = set()
         self._tokens = 0
         self._failed = False
-        #: checksum of the state on the disk, and entries of the journal since the manifest was written; None: write it
+        #: checksum of the state on the disk, None where the manifest has to be written first; entries of the journal
+        #: since it was written, and shards that it lists
         self._state: str | None = None
-        self._entries = 0
+        self._entries = self._saved = 0
         self._reading = threading.Lock()
         make_folder(self.path)
         self._lock = FolderLock(self.path)
@@ -353,7 +354,7 @@ class ShardWriter(Generic[T, M]):
         updated = self.manifest.model_copy(update={"shards": entry.applied(self.manifest.shards)})
         if updated.complete and updated.rows != self.manifest.rows:
             updated.complete = False  # until finish() says so: what is being added may be stopped half way
-        many = self._entries >= max(MANY_ENTRIES, len(updated.shards))
+        many = self._entries >= max(MANY_ENTRIES, self._saved)
         if self._state is None or many or updated.complete != self.manifest.complete:
             self._save(updated)
             return
@@ -362,7 +363,7 @@ class ShardWriter(Generic[T, M]):
 
     def _save(self, manifest: M) -> None:
         self._state = manifest.save(self.path)
-        self._entries, self.manifest = 0, manifest
+        self._entries, self._saved, self.manifest = 0, len(manifest.shards), manifest
 
     def finish(self) -> None:
         """Commit, join small shards, and mark the folder complete."""
