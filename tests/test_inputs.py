@@ -1,11 +1,13 @@
 """Texts, prompts and rows of JSONL and Parquet files."""
 
 import json
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fusion_plugins import inputs
 from fusion_plugins.core.text.content_id import content_id, texts_fingerprint
 from fusion_plugins.errors import DataError
 from fusion_plugins.inputs import (
@@ -345,3 +347,22 @@ def test_files_that_change_while_a_run_reads_them_are_an_error(tmp_path, change)
         write(path, [{"id": "a", "text": "1"}, {"id": "b", "text": "2" if change == "longer" else "3"}, {"text": "c"}])
     with pytest.raises(DataError, match=r"x\.jsonl: expected (the file as it was|a \.jsonl)"):
         list(texts)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_set_takes_less_than_a_hundred_bytes_per_text(tmp_path, named, monkeypatch):
+    monkeypatch.setattr(inputs, "SORTED_AT_ONCE", 500)
+
+    def peak(count):
+        rows = [{"text": f"{number}" * 50} | ({"id": f"text-{number}"} if named else {}) for number in range(count)]
+        path = write(tmp_path / f"{count}.jsonl", rows)
+        del rows
+        tracemalloc.start()
+        try:
+            open_texts(path)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few, many = 2000, 6000  # more than what is sorted at a time
+    assert (peak(many) - peak(few)) / (many - few) < 100
