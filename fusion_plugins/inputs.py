@@ -36,6 +36,8 @@ SUFFIXES = (".jsonl", ".parquet")
 COLUMNS = ("id", "text", "messages", "tools", "domain", "reference", "tests")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
+#: rows after which a set of texts is looked at, whether its files have changed
+ROWS_BETWEEN_LOOKS = 4096
 #: ids that are Python strings at a time while a set is sorted
 SORTED_AT_ONCE = 1 << 14
 
@@ -116,8 +118,8 @@ class InputSet(Generic[Item]):
         pair: Callable[[Item], tuple[Text, str]],
         unusable: Unusable | None = None,
     ) -> None:
-        self._files, self._make, self._pair = row_files(path), make, pair
-        self._stamps = [_stamp(file) for file in self._files]
+        self._path, self._make, self._pair = path, make, pair
+        self._stamps = {file: _stamp(file) for file in row_files(path)}
         # A dict of all ids and their places would be larger than all the rest. Only ids that turn out to appear twice,
         # or that rows which cannot be used have, are looked for by place, in a second pass.
         self._watched: frozenset[str] = frozenset()
@@ -149,12 +151,19 @@ class InputSet(Generic[Item]):
         return _items(self._open(), unusable, self._make, self._watched)
 
     def _open(self) -> Iterator[tuple[str, Row | DataError]]:
-        for file, stamp in zip(self._files, self._stamps, strict=True):
-            yield from readable_rows(file, COLUMNS)
+        for number, row in enumerate(_rows(self._path)):
+            if number % ROWS_BETWEEN_LOOKS == 0:
+                self._require_unchanged()
+            yield row
+        self._require_unchanged()
+
+    def _require_unchanged(self) -> None:
+        for file, stamp in self._stamps.items():
             if _stamp(file) != stamp:
                 raise DataError(
                     f"{file}: expected the file as it was when this run began, got another one. Leave the texts alone "
-                    "while a run reads them, and run the same command again."
+                    "while a run reads them. Put the file back and run the same command again, or start with the new "
+                    "texts in a new folder."
                 )
 
 

@@ -5,6 +5,7 @@ settings. A response in a domain that no scorer takes is copied without a score,
 prompt, gold answer or tests have changed since are scored again.
 """
 
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -168,24 +169,39 @@ def _drop_outdated(responses: Responses, writer: RowWriter, scorers: Iterable[st
 
 def summarize(rows: Iterable[Row]) -> dict[tuple[str, str], GroupSummary]:
     """Return (domain, source) -> accuracy, rewards and lengths; reads the rows once and keeps only numbers."""
-    groups: dict[tuple[str, str], list[tuple[bool | None, float | None, int, str | None]]] = defaultdict(list)
+    groups: dict[tuple[str, str], _Group] = defaultdict(_Group)
     for row in rows:
-        groups[row["domain"], row["source"]].append((row["correct"], row["reward"], len(row["response"]), _reason(row)))
-    return {key: _summary(found) for key, found in sorted(groups.items())}
+        groups[row["domain"], row["source"]].add(row)
+    return {key: group.summary() for key, group in sorted(groups.items())}
 
 
-def _summary(found: Sequence[tuple[bool | None, float | None, int, str | None]]) -> GroupSummary:
-    rewards = [reward for _, reward, _, _ in found if reward is not None]
-    lengths = [length for _, _, length, _ in found]
-    return GroupSummary(
-        responses=len(found),
-        correct=sum(correct is True for correct, _, _, _ in found),
-        judged=sum(correct is not None for correct, _, _, _ in found),
-        reasons=dict(Counter(reason for _, _, _, reason in found if reason is not None).most_common()),
-        reward=fmean(rewards) if rewards else None,
-        mean_length=fmean(lengths),
-        median_length=median(lengths),
-    )
+@dataclass
+class _Group:
+    """Numbers of the rows of one group, 16 bytes a row."""
+
+    verdicts: Counter[bool | None] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    rewards: "array[float]" = field(default_factory=lambda: array("d"))
+    lengths: "array[int]" = field(default_factory=lambda: array("q"))
+
+    def add(self, row: Row) -> None:
+        self.verdicts[row["correct"]] += 1
+        self.lengths.append(len(row["response"]))
+        if row["reward"] is not None:
+            self.rewards.append(row["reward"])
+        if (reason := _reason(row)) is not None:
+            self.reasons[reason] += 1
+
+    def summary(self) -> GroupSummary:
+        return GroupSummary(
+            responses=len(self.lengths),
+            correct=self.verdicts[True],
+            judged=self.verdicts[True] + self.verdicts[False],
+            reasons=dict(self.reasons.most_common()),
+            reward=fmean(self.rewards) if self.rewards else None,
+            mean_length=fmean(self.lengths),
+            median_length=median(self.lengths),
+        )
 
 
 def _reason(row: Row) -> str | None:

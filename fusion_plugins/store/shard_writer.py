@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from itertools import chain, count, takewhile
 from pathlib import Path
@@ -50,6 +50,37 @@ MANY_SMALL = 64
 MANY_ENTRIES = 64
 
 
+class DoneKeys(Set[Any]):
+    """The keys of the items that are in a folder: ``in`` looks one up, iteration reads the shards one after the other.
+
+    Args:
+        known: whether a key is one of them.
+        listed: starts to yield them.
+        count: how many there are.
+    """
+
+    def __init__(
+        self, known: Callable[[Any], bool], listed: Callable[[], Iterator[Any]], count: Callable[[], int]
+    ) -> None:
+        self._known, self._listed, self._count = known, listed, count
+
+    def __contains__(self, key: object) -> bool:
+        return self._known(key)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._listed()
+
+    def __len__(self) -> int:
+        return self._count()
+
+    def __repr__(self) -> str:
+        return repr(set(self))
+
+    @classmethod
+    def _from_iterable(cls, keys: Iterable[Any]) -> Any:
+        return set(keys)
+
+
 class ShardWriter(Generic[T, M]):
     """Adds items to a folder: buffers them, writes them as shards, and commits each shard through the manifest.
 
@@ -69,6 +100,7 @@ class ShardWriter(Generic[T, M]):
     Attributes:
         path: the folder.
         manifest: the manifest as it is on the disk.
+        done: keys of the items that are on the disk.
 
     Raises:
         MismatchError: the folder was made with other settings; all of them are named.
@@ -190,6 +222,15 @@ class ShardWriter(Generic[T, M]):
         """Return whether an item with that key was written, now or before."""
         with self._reading:  # a set that grows moves its keys
             return key in self._buffered or key in self._keys
+
+    @property
+    def done(self) -> DoneKeys:
+        """Keys of the items that are on the disk."""
+        return DoneKeys(self._is_done, self.keys, lambda: len(self._keys))
+
+    def _is_done(self, key: Hashable) -> bool:
+        with self._reading:
+            return key in self._keys
 
     def keys(self) -> Iterator[Any]:
         """Yield the key of every item that is on the disk; reads one shard at a time."""
