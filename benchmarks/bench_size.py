@@ -24,7 +24,7 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / "support"), str(Path(_
 BUDGET = 100  # bytes per item
 LEAST_COUNT = 1_000_000  # from which on the budget is held against the measurement
 MOST_GROWTH = 2.0  # of the time of a commit, from few shards to many
-SHARDS = (100, 4_000)
+SHARDS = (100, 2_000)
 
 
 def make_inputs(folder: Path, count: int) -> None:
