@@ -5,6 +5,7 @@ settings. A response in a domain that no scorer takes is copied without a score,
 prompt, gold answer or tests have changed since are scored again.
 """
 
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -129,9 +130,9 @@ def score_responses(config: ScoreConfig) -> ScoreReport:
         running = [_start(name, settings, stack) for name, settings in config.scorers.items()]
         writer = stack.enter_context(RowWriter(config.out, _manifest(responses, running)))
         renewed = _drop_outdated(responses, writer, config.scorers)
-        present = len(writer.done_keys)
+        present = writer.manifest.rows
         scored = unscored = 0
-        waiting = (row for row in responses if key_of(row, responses.manifest) not in writer.done_keys)
+        waiting = (row for row in responses if not writer.holds(key_of(row, responses.manifest)))
         due = islice(waiting, None if config.limit is None else max(0, config.limit - present))
         progress = stack.enter_context(meter("score", config.limit or len(responses), present, unit="responses"))
         while batch := list(islice(due, config.batch_rows)):
@@ -150,7 +151,7 @@ def score_responses(config: ScoreConfig) -> ScoreReport:
 
 def _drop_outdated(responses: Responses, writer: RowWriter, scorers: Iterable[str]) -> int:
     """Remove scored rows whose responses have changed since, with a message; return their number."""
-    if not writer.done_keys:
+    if not writer.manifest.rows:
         return 0
     changed = outdated(responses, open_rows(writer.path), scorers)
     if changed:
@@ -168,24 +169,39 @@ def _drop_outdated(responses: Responses, writer: RowWriter, scorers: Iterable[st
 
 def summarize(rows: Iterable[Row]) -> dict[tuple[str, str], GroupSummary]:
     """Return (domain, source) -> accuracy, rewards and lengths; reads the rows once and keeps only numbers."""
-    groups: dict[tuple[str, str], list[tuple[bool | None, float | None, int, str | None]]] = defaultdict(list)
+    groups: dict[tuple[str, str], _Group] = defaultdict(_Group)
     for row in rows:
-        groups[row["domain"], row["source"]].append((row["correct"], row["reward"], len(row["response"]), _reason(row)))
-    return {key: _summary(found) for key, found in sorted(groups.items())}
+        groups[row["domain"], row["source"]].add(row)
+    return {key: group.summary() for key, group in sorted(groups.items())}
 
 
-def _summary(found: Sequence[tuple[bool | None, float | None, int, str | None]]) -> GroupSummary:
-    rewards = [reward for _, reward, _, _ in found if reward is not None]
-    lengths = [length for _, _, length, _ in found]
-    return GroupSummary(
-        responses=len(found),
-        correct=sum(correct is True for correct, _, _, _ in found),
-        judged=sum(correct is not None for correct, _, _, _ in found),
-        reasons=dict(Counter(reason for _, _, _, reason in found if reason is not None).most_common()),
-        reward=fmean(rewards) if rewards else None,
-        mean_length=fmean(lengths),
-        median_length=median(lengths),
-    )
+@dataclass
+class _Group:
+    """Numbers of the rows of one group, 16 bytes a row."""
+
+    verdicts: Counter[bool | None] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    rewards: "array[float]" = field(default_factory=lambda: array("d"))
+    lengths: "array[int]" = field(default_factory=lambda: array("q"))
+
+    def add(self, row: Row) -> None:
+        self.verdicts[row["correct"]] += 1
+        self.lengths.append(len(row["response"]))
+        if row["reward"] is not None:
+            self.rewards.append(row["reward"])
+        if (reason := _reason(row)) is not None:
+            self.reasons[reason] += 1
+
+    def summary(self) -> GroupSummary:
+        return GroupSummary(
+            responses=len(self.lengths),
+            correct=self.verdicts[True],
+            judged=self.verdicts[True] + self.verdicts[False],
+            reasons=dict(self.reasons.most_common()),
+            reward=fmean(self.rewards) if self.rewards else None,
+            mean_length=fmean(self.lengths),
+            median_length=median(self.lengths),
+        )
 
 
 def _reason(row: Row) -> str | None:
