@@ -22,6 +22,7 @@ from fusion_plugins.scoring.base import Row, Score
 from fusion_plugins.scoring.code_tests import Suite, read_tests
 from fusion_plugins.scoring.programs import extract_code
 from fusion_plugins.scoring.sandbox import Limits, Outcome, Sandbox, TestVerdict
+from fusion_plugins.scoring.trust import apart
 
 #: what pytest consists of
 _PYTEST = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py")
@@ -62,7 +63,7 @@ class CodeScorer:
             "packages": list(packages),
             "python": platform.python_version(),
             # Changes where the same response and tests may get another verdict than before.
-            "rules": 3,
+            "rules": 4,
         }
         self._pytest = _pytest_folders()
         self._sandbox = Sandbox(chosen, packages, modules=self._pytest)
@@ -90,13 +91,15 @@ class CodeScorer:
         code = extract_code(row["response"], suite.needed, suite.prompt)
         if not code.strip():
             return Score(correct=False, reason="the response has no code", details={"format": suite.format})
-        return _as_score(suite, self._sandbox.run(code, suite.tests, suite.setup))
+        return _as_score(suite, self._sandbox.run(code, apart(suite), suite.setup))
 
 
 def _as_score(suite: Suite, outcome: Outcome) -> Score:
     if outcome.failure is not None:
         return Score(reason=outcome.failure, details={"format": suite.format})
     details: dict[str, Any] = {"format": suite.format, "tests": [test.verdict for test in outcome.tests]}
+    # A program can deceive checks that run beside it; it cannot reach those that run outside.
+    details["trust"] = "inside" if any(test.trust == "inside" for test in outcome.tests) else "outside"
     if outcome.static is not None:
         return Score(correct=False, reason="does not compile", details={**details, "error": outcome.static})
     failed = [test for test in outcome.tests if test.verdict != "passed"]

@@ -4,28 +4,45 @@
 :class:`~fusion_plugins.errors.ScoringError` if one is missing: there is no weaker mode.
 :mod:`~fusion_plugins.scoring.sandbox_launcher` describes the layers. They need no root, but user namespaces (Linux 5.14
 or newer).
+
+A test runs in one of two ways. *Outside*: its checks run in a process that the program cannot reach, and get values
+from it. *Inside*: in the program's own interpreter, which a program that is written to do so can deceive. Who makes the
+tests decides (:mod:`~fusion_plugins.scoring.trust`); a test that hands an object to the program, which is no value, is
+moved inside.
 """
 
+import contextlib
 import json
 import os
+import secrets
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import Empty, LifoQueue
 from typing import Any
 
 from fusion_plugins.errors import ConfigError, ScoringError
 from fusion_plugins.scoring.code_tests import COUNTER
+from fusion_plugins.scoring.sandbox_checks import same_output
+from fusion_plugins.scoring.sandbox_usage import usage
 
 HERE = Path(__file__).parent
 LAUNCHER = HERE / "sandbox_launcher.py"
-RUNNER = HERE / "sandbox_runner.py"
-#: exit status of the launcher when an isolation layer cannot be set up
-LAUNCHER_FAILED = 70
 #: seconds to set up the isolation layers and start the interpreter, on a loaded machine
 GRACE_SECONDS = 60.0
+#: between two looks at what a program uses
+LOOK_SECONDS = 0.05
 SYSTEM_PATHS = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libx32", "/etc/ld.so.cache")
+#: exit status of checks whose program has ended
+PROGRAM_ENDED = 3
+#: kept by the driver and not by the kernel
+_DRIVER_LIMITS = ("wall_seconds", "total_seconds")
 #: closes every message about a missing isolation layer
 NEEDED = (
     "Model-written code is not run without isolation. Needed: Linux 5.14 or newer on x86-64 or ARM64, with user "
@@ -39,13 +56,13 @@ class Limits:
     """Limits of one program.
 
     Attributes:
-        cpu_seconds: processor time per test; does not depend on how busy the machine is.
+        cpu_seconds: processor time per test, of all its processes; does not depend on how busy the machine is.
         wall_seconds: time per test, which ends programs that sleep.
         total_seconds: time for all tests of one program.
-        memory: bytes of address space per process.
-        disk: bytes in /tmp, which is gone afterwards.
+        memory: bytes per test: of address space of one process, and in use by all of them.
+        disk: bytes in /tmp, which each test has for itself and which is gone afterwards.
         file_size: bytes per file.
-        processes: processes and threads at one time, including the three that the sandbox needs.
+        processes: processes and threads at one time, including the four that the sandbox needs.
         open_files: file descriptors per process.
 
     Raises:
@@ -77,6 +94,7 @@ class TestVerdict:
             unchecked (it ended well, but reached no check).
         error: the exception, or how the process ended; None when passed.
         seconds: wall time.
+        trust: outside | inside: where its checks ran.
     """
 
     # pytest must not take the name for a test class.
@@ -85,6 +103,7 @@ class TestVerdict:
     verdict: str
     error: str | None
     seconds: float
+    trust: str = "inside"
 
 
 @dataclass(frozen=True)
@@ -103,7 +122,7 @@ class Outcome:
 
 
 class Sandbox:
-    """Runs programs against tests, each in a fresh sandbox.
+    """Runs programs against tests, each in processes of its own.
 
     Args:
         limits: of each program.
@@ -117,19 +136,19 @@ class Sandbox:
 
     def __init__(self, limits: Limits | None = None, packages: Sequence[str] = (), modules: Sequence[str] = ()) -> None:
         self.limits = limits or Limits()
-        # The interpreter that a virtual environment links to, because only its own folder is visible inside.
-        self._python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
         visible = [*SYSTEM_PATHS, sys.base_prefix, *packages, *modules]
         self._spec: dict[str, Any] = {
-            "runner": RUNNER.read_text(),
             "visible": _outermost(path for path in visible if os.path.lexists(path)),
             "path": [
                 *map(os.path.abspath, packages),
                 *dict.fromkeys(map(os.path.dirname, map(os.path.abspath, modules))),
             ],
-            "limits": {name: value for name, value in asdict(self.limits).items() if not name.endswith("_seconds")},
+            "limits": {name: value for name, value in asdict(self.limits).items() if name not in _DRIVER_LIMITS},
         }
-        self._running: set[subprocess.Popen[bytes]] = set()
+        # The last that was used is taken first: few programs at one time start few processes.
+        self._idle: LifoQueue[_Worker] = LifoQueue()
+        self._all: set[_Worker] = set()
+        self._lock = threading.Lock()
         self._closed = False
         self._try_layers()
 
@@ -145,61 +164,61 @@ class Sandbox:
         Raises:
             ScoringError: the isolation layers can no longer be set up.
         """
-        job = {
-            "code": code,
-            "setup": setup,
-            "tests": list(tests),
-            "counter": COUNTER,
-            "cpu_seconds": self.limits.cpu_seconds,
-            "wall_seconds": self.limits.wall_seconds,
-            "total_seconds": self.limits.total_seconds,
-        }
+        deadline = time.monotonic() + self.limits.total_seconds
+        verdicts: list[TestVerdict] = []
         try:
-            request = json.dumps(job).encode()
-            status, output, errors = self._start(request, self.limits.total_seconds + GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            return Outcome(failure="the sandbox gave no verdict in time")
-        if status == LAUNCHER_FAILED:
-            raise ScoringError(f"the sandbox cannot be built: {errors}. {NEEDED}")
-        try:
-            found: dict[str, Any] = json.loads(output)
-            return Outcome(found["static"], tuple(TestVerdict(**test) for test in found["tests"]))
-        except (ValueError, KeyError, TypeError):
-            return Outcome(failure=f"the sandbox ended with status {status}: {errors[-200:]}")
+            for test in tests or [{"kind": "program", "source": ""}]:
+                test = {"kind": "program", "source": test} if isinstance(test, str) else test
+                if time.monotonic() >= deadline:
+                    verdicts.append(TestVerdict("not_run", "the total time was over", 0.0))
+                    continue
+                verdict = self._run_test(code, test, setup, deadline)
+                if verdict.verdict == "static":
+                    return Outcome(static=verdict.error)
+                verdicts.append(verdict)
+        except (_Failed, OSError) as error:
+            return Outcome(failure=str(error))
+        return Outcome(tests=tuple(verdicts[: len(tests)]))
 
     def close(self) -> None:
         """Kill the programs that still run."""
-        self._closed = True
-        for process in list(self._running):
-            process.kill()
+        with self._lock:
+            self._closed = True
+            for worker in self._all:
+                worker.kill()
 
-    def _start(self, request: bytes, seconds: float) -> tuple[int, str, str]:
-        spec = json.dumps(self._spec)
-        command = [self._python, "-I", "-S", "-B", str(LAUNCHER), spec]
-        # No environment, which holds keys and tokens; no open files; a session of its own, so that Ctrl-C reaches only
-        # the driver, which then kills the program.
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={},
-            cwd="/",
-            start_new_session=True,
-        )
-        self._running.add(process)
-        # `close` may have run in another thread since the process was started.
-        if self._closed:
-            process.kill()
+    def _run_test(self, code: str, test: Mapping[str, Any], setup: str, deadline: float) -> TestVerdict:
+        started = time.monotonic()
+        until = min(started + self.limits.wall_seconds, deadline)
+        with self._worker() as worker:
+            mode = "stdio" if test["kind"] == "stdio" else "outside" if test.get("outside") else "inside"
+            verdict, error = _run_in(worker, mode, code, test, setup, self.limits, until)
+            if verdict == "inside":
+                mode = "inside"
+                verdict, error = _run_in(worker, mode, code, test, setup, self.limits, until)
+        trust = "inside" if mode == "inside" else "outside"
+        return TestVerdict(verdict, error, round(time.monotonic() - started, 3), trust)
+
+    @contextlib.contextmanager
+    def _worker(self) -> "Iterator[_Worker]":
+        """Give a process that is warm, or a new one; one that fails is not used again."""
         try:
-            output, errors = process.communicate(request, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+            worker = self._idle.get_nowait()
+        except Empty:
+            worker = _Worker(self._spec)
+            with self._lock:
+                self._all.add(worker)
+                if self._closed:
+                    worker.kill()
+        try:
+            worker.wait_until_ready()
+            yield worker
+        except BaseException:
+            with self._lock:
+                self._all.discard(worker)
+            worker.kill()
             raise
-        finally:
-            self._running.discard(process)
-        return process.returncode, output.decode(errors="replace"), errors.decode(errors="replace").strip()
+        self._idle.put(worker)
 
     def _try_layers(self) -> None:
         if sys.platform != "linux":
@@ -217,6 +236,187 @@ class Sandbox:
         ]
         if broken:
             raise ScoringError(f"the sandbox does not isolate; broken isolation layers: {'; '.join(broken)}. {NEEDED}")
+
+
+class _Failed(Exception):
+    """The sandbox itself has no result for a test."""
+
+
+class _Worker:
+    """A process that holds a warm sandbox and runs one test at a time."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # The interpreter that a virtual environment links to, because only its own folder is visible inside.
+        python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+        # An environment of its own, because this one holds keys and tokens; no open files; a session of its own, so
+        # that Ctrl-C reaches only the driver, which then kills the program.
+        with theirs:
+            self._process = subprocess.Popen(
+                [python, "-I", "-S", "-B", str(LAUNCHER), json.dumps(spec)],
+                stdin=theirs,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env={"PATH": "/nowhere", "HOME": "/tmp", "LANG": "C.UTF-8"},
+                cwd="/",
+                start_new_session=True,
+            )
+        self._ready = False
+
+    def wait_until_ready(self) -> None:
+        """Wait until programs can run.
+
+        Raises:
+            ScoringError: an isolation layer is missing.
+        """
+        if not self._ready and self._receive(GRACE_SECONDS) != b"ready":
+            self.kill()
+            raise ScoringError(f"the sandbox cannot be built: {self._last_words()}. {NEEDED}")
+        self._ready = True
+
+    def ask(self, mode: str, files: Sequence[int], limits: Limits, deadline: float) -> tuple[dict[str, Any], str | None]:
+        """Run a test in files; return how its processes ended and which limit of all of them together was reached.
+
+        Raises:
+            _Failed: the process that holds the sandbox has ended, or does not answer.
+        """
+        try:
+            socket.send_fds(self._control, [mode.encode()], list(files))
+            reply, reached = None, None
+            while not reply and reached is None:
+                reply = self._receive(min(LOOK_SECONDS, max(0.0, deadline - time.monotonic())))
+                reached = None if reply else self._reached(limits, deadline)
+            if not reply:
+                self._control.send(b"end")
+                reply = self._receive(GRACE_SECONDS)
+        except OSError:
+            reply = b""
+        if not reply:
+            self.kill()
+            raise _Failed(
+                "the sandbox gave no verdict in time"
+                if reply is None
+                else f"the sandbox ended with status {self._process.wait()}: {self._last_words()[-200:]}"
+            )
+        found: dict[str, Any] = json.loads(reply)
+        if "broken" in found:
+            raise ScoringError(f"the sandbox cannot be built: {found['broken']}. {NEEDED}")
+        return found, reached
+
+    def kill(self) -> None:
+        """Kill the process and all that runs inside."""
+        self._process.kill()
+
+    def _reached(self, limits: Limits, deadline: float) -> str | None:
+        if time.monotonic() >= deadline:
+            return "time"
+        memory, cpu_seconds = usage(self._process.pid)
+        if memory > limits.memory:
+            return "memory"
+        return "time" if cpu_seconds > limits.cpu_seconds else None
+
+    def _receive(self, seconds: float) -> bytes | None:
+        """Return the next message; None when the time is over, nothing when the process has ended."""
+        self._control.settimeout(max(seconds, 1e-6))
+        try:
+            return self._control.recv(1 << 16)
+        except TimeoutError:
+            return None
+        except OSError:
+            return b""
+
+    def _last_words(self) -> str:
+        _, errors = self._process.communicate()
+        self._control.close()
+        return errors.decode(errors="replace").strip()
+
+
+def _run_in(
+    worker: _Worker, mode: str, code: str, test: Mapping[str, Any], setup: str, limits: Limits, deadline: float
+) -> tuple[str, str | None]:
+    """Run a test in one of the modes of the runner; return verdict and error."""
+    word = secrets.token_hex(16)
+    outside = test.get("outside") or {}
+    known = {"counter": COUNTER, "test": {**test, "outside": None}}
+    program: dict[str, Any] = {"code": code, "setup": setup}
+    if mode == "inside":
+        program |= known | {"word": word}
+    elif mode == "stdio":
+        program |= {"counter": COUNTER, "word": word, "test": {"kind": "stdio"}}
+    with contextlib.ExitStack() as stack:
+
+        def file(content: str = "") -> int:
+            # In memory, and without a name: a full disk is no concern, and nothing is left behind.
+            made = os.memfd_create("sandbox")
+            stack.callback(os.close, made)
+            os.write(made, content.encode(errors="surrogatepass"))
+            os.lseek(made, 0, os.SEEK_SET)
+            return made
+
+        files = [file(json.dumps(program)), file()]
+        if mode == "outside":
+            setup = outside.get("setup", setup)
+            files += [file(json.dumps(known | {"names": outside["names"], "setup": setup})), file()]
+        elif mode == "stdio":
+            files += [file(test["stdin"]), file()]
+        ended, reached = worker.ask(mode, files, limits, deadline)
+        results = [_read(made) for made in files]
+    if reached == "memory":
+        return "crashed", f"used more than {limits.memory >> 20} MiB of memory in all its processes"
+    said = _said(results[1])
+    if said.get("static"):
+        return "static", str(said["static"])[:200]
+    if mode == "outside":
+        return _verdict_of_checks(ended, reached, _said(results[3]), limits)
+    status, cpu_seconds = ended["program"]
+    if said.get("word") == word:
+        verdict, error = str(said.get("verdict")), said.get("error")
+    else:
+        verdict, error = _without_verdict(status, reached, cpu_seconds, limits)
+    if mode == "inside":
+        return verdict, error
+    # What a whole program has written decides, also where it ends itself.
+    if said.get("word") != word and verdict == "failed" and status == 0:
+        verdict, error = "passed", None
+    output = results[3].decode(errors="replace")
+    if verdict == "passed" and not same_output(output, test["stdout"]):
+        return "failed", f"expected output {test['stdout'].strip()!r:.80}, got {output.strip()!r:.80}"
+    return verdict, error
+
+
+def _verdict_of_checks(
+    ended: Mapping[str, Any], reached: str | None, said: Mapping[str, Any], limits: Limits
+) -> tuple[str, str | None]:
+    """Return verdict and error of checks that ran outside of the program."""
+    status, cpu_seconds = ended["checks"]
+    if "verdict" not in said:
+        return _without_verdict(status, reached, cpu_seconds, limits)
+    if status == PROGRAM_ENDED:
+        return _without_verdict(ended["program"][0], reached, ended["program"][1], limits)
+    return said["verdict"], said["error"]
+
+
+def _without_verdict(status: int, reached: str | None, cpu_seconds: float, limits: Limits) -> tuple[str, str]:
+    """Return verdict and error of a process that wrote no verdict."""
+    if reached == "time" or status == -signal.SIGXCPU or cpu_seconds >= limits.cpu_seconds:
+        return "timeout", "the time limit was reached"
+    if status < 0:
+        return "crashed", f"ended by signal {-status}"
+    return "failed", "ended without reaching the end of the test"
+
+
+def _read(file: int) -> bytes:
+    size = os.fstat(file).st_size
+    return os.pread(file, size, 0)
+
+
+def _said(result: bytes) -> dict[str, Any]:
+    """Return what a process has written as its result; nothing where it is none."""
+    try:
+        found = json.loads(result)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _outermost(paths: Iterable[str]) -> list[str]:
