@@ -7,13 +7,15 @@ sandbox that cannot isolate is an error.
 """
 
 import importlib.util
+import json
 import os
 import platform
 import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import lru_cache
 from typing import Any
 
 from fusion_plugins.errors import ConfigError, DataError
@@ -81,8 +83,8 @@ class CodeScorer:
 
     def _score_one(self, row: Row) -> Score:
         try:
-            suite = read_tests(row.get("tests"))
-        except DataError as error:
+            suite = _suite(json.dumps(row.get("tests")))
+        except (DataError, TypeError, ValueError) as error:
             return Score(reason=f"the tests cannot be read: {error}")
         if suite is None:
             return Score(reason="no tests")
@@ -91,7 +93,14 @@ class CodeScorer:
         code = extract_code(row["response"], suite.needed, suite.prompt)
         if not code.strip():
             return Score(correct=False, reason="the response has no code", details={"format": suite.format})
-        return _as_score(suite, self._sandbox.run(code, apart(suite), suite.setup))
+        return _as_score(suite, self._sandbox.run(code, suite.tests, suite.setup))
+
+
+@lru_cache(256)
+def _suite(tests: str) -> Suite | None:
+    """Return the tests of a prompt, which all its responses share."""
+    suite = read_tests(json.loads(tests))
+    return suite and replace(suite, tests=apart(suite))
 
 
 def _as_score(suite: Suite, outcome: Outcome) -> Score:

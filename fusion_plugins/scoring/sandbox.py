@@ -274,7 +274,9 @@ class _Worker:
             raise ScoringError(f"the sandbox cannot be built: {self._last_words()}. {NEEDED}")
         self._ready = True
 
-    def ask(self, mode: str, files: Sequence[int], limits: Limits, deadline: float) -> tuple[dict[str, Any], str | None]:
+    def ask(
+        self, mode: str, files: Sequence[int], limits: Limits, deadline: float
+    ) -> tuple[dict[str, Any], str | None]:
         """Run a test in files; return how its processes ended and which limit of all of them together was reached.
 
         Raises:
@@ -283,10 +285,10 @@ class _Worker:
         try:
             socket.send_fds(self._control, [mode.encode()], list(files))
             reply, reached = None, None
-            while not reply and reached is None:
+            while reply is None and reached is None:
                 reply = self._receive(min(LOOK_SECONDS, max(0.0, deadline - time.monotonic())))
-                reached = None if reply else self._reached(limits, deadline)
-            if not reply:
+                reached = self._reached(limits, deadline) if reply is None else None
+            if reply is None:
                 self._control.send(b"end")
                 reply = self._receive(GRACE_SECONDS)
         except OSError:

@@ -30,6 +30,9 @@ FAILED = 70
 INSIDE = 1000
 NOBODY = 65534
 NEW_ROOT = "/tmp"
+#: where visible paths below /tmp are kept
+BESIDE = "/beside"
+_BELOW_TMP: list[str] = []
 
 NAMESPACES = {
     "user": 0x10000000,
@@ -108,10 +111,21 @@ def mount(source: str | None, target: str, kind: str | None, flags: int, options
     call(f"mount {kind or source or 'private'} on {target}", "mount", *encoded, ctypes.c_ulong(flags), options.encode())
 
 
-def mount_tmp(place: str, disk_bytes: int) -> None:
-    """Mount an empty and writable file system that is small in bytes and in files."""
+def mount_tmp(disk_bytes: int) -> None:
+    """Mount an empty and writable /tmp that is small in bytes and in files."""
     options = f"size={disk_bytes},nr_inodes=4k,mode=700"
-    mount("tmpfs", place, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
+    mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
+    for path in _BELOW_TMP:
+        _make_place(path, is_folder=os.path.isdir(BESIDE + path))
+        mount(BESIDE + path, path, None, MS_BIND | MS_REC)
+
+
+def _make_place(place: str, *, is_folder: bool) -> None:
+    if is_folder:
+        os.makedirs(place, exist_ok=True)
+    else:
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        open(place, "w").close()
 
 
 def set_attributes(path: str, attributes: int, flags: int = AT_RECURSIVE) -> None:
@@ -193,16 +207,13 @@ def build_root(visible: list[str]) -> None:
     become_inside_user()
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", NEW_ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,nr_inodes=4k,mode=755")
-    # Before the visible paths, one of which may lie below /tmp.
     os.mkdir(NEW_ROOT + "/tmp")
-    mount_tmp(NEW_ROOT + "/tmp", 4096)
     for path, descriptor in opened + devices:
-        place = NEW_ROOT + path
-        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
-            os.makedirs(place, exist_ok=True)
-        else:
-            os.makedirs(os.path.dirname(place), exist_ok=True)
-            open(place, "w").close()
+        # What lies below /tmp is put there in each room, whose own /tmp would hide it.
+        below = path.startswith("/tmp/")
+        _BELOW_TMP.extend([path] * below)
+        place = NEW_ROOT + BESIDE * below + path
+        _make_place(place, is_folder=os.path.isdir(f"/proc/self/fd/{descriptor}"))
         # Through the open file and not the path, which the new user may not be able to follow.
         mount(f"/proc/self/fd/{descriptor}", place, None, MS_BIND | MS_REC)
         os.close(descriptor)
@@ -215,7 +226,6 @@ def build_root(visible: list[str]) -> None:
     call("change the root", "pivot_root", b".", b".")
     call("leave the old root", "umount2", b".", MNT_DETACH)
     set_attributes("/", ATTR_RDONLY, flags=0)
-    os.chdir("/tmp")
 
 
 @functools.cache
@@ -288,7 +298,11 @@ def load_modules() -> types.ModuleType:
     package.__path__ = []
     inner = types.ModuleType("fusion_plugins.scoring")
     inner.__path__ = [str(Path(__file__).parent)]
-    sys.modules |= {"fusion_plugins": package, inner.__name__: inner, f"{inner.__name__}.{Path(__file__).stem}": sys.modules[__name__]}
+    sys.modules |= {
+        "fusion_plugins": package,
+        inner.__name__: inner,
+        f"{inner.__name__}.{Path(__file__).stem}": sys.modules[__name__],
+    }
     runner = importlib.import_module(f"{inner.__name__}.sandbox_runner")
     inner.__path__ = []
     return runner

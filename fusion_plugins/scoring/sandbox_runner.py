@@ -63,7 +63,9 @@ def run_program(job_file: int, result_file: int, requests: int = -1, replies: in
         result.flush()
         return
     if requests < 0:
-        verdict, reason = run_test(job["test"], job["setup"], job["counter"], lambda module: exec(code, module.__dict__))
+        verdict, reason = run_test(
+            job["test"], job["setup"], job["counter"], lambda module: exec(code, module.__dict__)
+        )
         json.dump({"word": job["word"], "verdict": verdict, "error": reason}, result)
         result.flush()
         return
@@ -169,7 +171,7 @@ class Rooms:
 def build_room(limits: dict[str, int]) -> None:
     """Close the present process in; what it gives up it cannot get back."""
     call("create namespaces of mounts and IPC", "unshare", NAMESPACES["mount"] | NAMESPACES["IPC"])
-    mount_tmp("/tmp", limits["disk"])
+    mount_tmp(limits["disk"])
     os.chdir("/tmp")
     set_limits(limits)
     drop_capabilities()
@@ -250,4 +252,3 @@ def main(control_file: int, limits: dict[str, int]) -> None:
         except OSError as error:
             reply = {"broken": str(error)}
         control.send(json.dumps(reply).encode())
-

@@ -75,7 +75,8 @@ def _outside(test: Mapping[str, Any], suite: Suite) -> dict[str, Any] | None:
     if any(_needs_inside(part, names) for part in (behind, tree)):
         return None
     imports = [
-        f"from {_WELL_KNOWN[name]} import {name}" if name in _WELL_KNOWN else f"import {name}" for name in sorted(helpers)
+        f"from {_WELL_KNOWN[name]} import {name}" if name in _WELL_KNOWN else f"import {name}"
+        for name in sorted(helpers)
     ]
     return {"names": sorted(names), "setup": "\n".join([*imports, *map(ast.unparse, given), suite.setup])}
 
@@ -108,9 +109,7 @@ def _bound_by(node: ast.stmt) -> frozenset[str]:
 
 
 def _called(tree: ast.AST) -> set[str]:
-    return {
-        node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    }
+    return {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
 
 
 def _needs_inside(tree: ast.Module, names: frozenset[str]) -> bool:

@@ -26,9 +26,13 @@ def test_nothing_of_a_program_survives_its_sandbox(tmp_path, short_limits):
     folder.mkdir()
     program = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(1000)\n"
     inside = Sandbox(Limits(**short_limits), packages=[str(folder)])
-    assert not _processes_with(folder)
+    before = _processes_with(folder)
     assert inside.run(program, ["pass"]).tests[0].verdict == "passed"
-    time.sleep(0.2)
+    assert _processes_with(folder) == before
+    inside.close()
+    deadline = time.monotonic() + 20
+    while _processes_with(folder) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert not _processes_with(folder)
 
 
