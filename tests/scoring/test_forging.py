@@ -3,6 +3,7 @@
 import pytest
 
 from fusion_plugins.scoring.code_scorer import CodeScorer
+from fusion_plugins.scoring.code_tests import read_tests
 
 WRONG = "def f(x):\n    return x\n"
 #: finds what a test expects, where its text can be read; made so that it does not find itself
@@ -206,6 +207,18 @@ def test_no_wrong_program_passes_a_check_from_outside(scorer, form):
     scores = dict(zip(FORGED, scorer.score(rows), strict=True))
     assert {way: score for way, score in scores.items() if score.correct is not False} == {}
     assert {score.details["trust"] for score in scores.values()} == {"outside"}
+
+
+def test_these_ways_work_where_the_checks_run_beside_the_program(sandbox):
+    """So that the test above shows what it seems to show."""
+    forged = set()
+    for form in ("assert", "check", "unittest"):
+        suite = read_tests(TESTS[form])
+        for way, code in FORGED.items():
+            outcome = sandbox.run(code, suite.tests, suite.setup)
+            if outcome.tests and all(test.verdict == "passed" for test in outcome.tests):
+                forged.add(way)
+    assert len(forged) >= 8, forged
 
 
 def test_there_are_enough_ways():
