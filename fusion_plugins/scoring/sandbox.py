@@ -254,7 +254,7 @@ class _Worker:
         with theirs:
             self._process = subprocess.Popen(
                 [python, "-I", "-S", "-B", str(LAUNCHER), json.dumps(spec)],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 env={"PATH": "/nowhere", "HOME": "/tmp", "LANG": "C.UTF-8"},
@@ -293,13 +293,13 @@ class _Worker:
                 reply = self._receive(GRACE_SECONDS)
         except OSError:
             reply = b""
+        if reply is None:
+            raise _Failed("the sandbox gave no verdict in time")
         if not reply:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=1)
             self.kill()
-            raise _Failed(
-                "the sandbox gave no verdict in time"
-                if reply is None
-                else f"the sandbox ended with status {self._process.wait()}: {self._last_words()[-200:]}"
-            )
+            raise _Failed(f"the sandbox ended with status {self._process.wait()}: {self._last_words()[-200:]}")
         found: dict[str, Any] = json.loads(reply)
         if "broken" in found:
             raise ScoringError(f"the sandbox cannot be built: {found['broken']}. {NEEDED}")

@@ -31,7 +31,12 @@ def _descendants(processes: list[int]) -> list[int]:
 
 
 def _children(process: int) -> list[int]:
-    return [int(child) for task in Path(f"/proc/{process}/task").glob("*/children") for child in _read(task).split()]
+    tasks = Path(f"/proc/{process}/task")
+    try:
+        names = os.listdir(tasks)
+    except OSError:
+        return []
+    return [int(child) for name in names for child in _read(tasks / name / "children").split()]
 
 
 def _memory(process: int) -> int:

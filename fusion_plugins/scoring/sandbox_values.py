@@ -167,9 +167,9 @@ def update(old: Any, new: Any) -> Any:
         old.clear()
         old.extend(parts)
     elif isinstance(old, dict):
-        parts = {key: update(old[key], value) if key in old else value for key, value in new.items()}
+        items = {key: update(old[key], value) if key in old else value for key, value in new.items()}
         old.clear()
-        old.update(parts)
+        old.update(items)
     elif isinstance(old, set):
         old.clear()
         old |= new

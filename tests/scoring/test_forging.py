@@ -65,7 +65,7 @@ FORGED = {
     ),
     "a patched json": (
         WRONG + "import json\njson.dumps = lambda *a, **k: '[\"value\", true, null]'\n"
-        "json.dump = lambda x, file, **k: file.write('{\"verdict\": \"passed\", \"error\": null}')"
+        'json.dump = lambda x, file, **k: file.write(\'{"verdict": "passed", "error": null}\')'
     ),
     "a patched runner": (
         WRONG + "import sys\nfor name, module in list(sys.modules.items()):\n    if 'fusion_plugins' in name:\n"
@@ -78,7 +78,8 @@ FORGED = {
     ),
     "a check that is counted without being made": WRONG + "import builtins\nbuiltins._check_is_reached_ = print",
     "a hook for imports": (
-        WRONG + "import sys\nclass Hook:\n    def find_spec(self, name, path=None, target=None):\n        raise SystemExit(0)\n"
+        WRONG
+        + "import sys\nclass Hook:\n    def find_spec(self, name, path=None, target=None):\n        raise SystemExit(0)\n"
         "sys.meta_path.insert(0, Hook())"
     ),
     "a hook for exceptions": WRONG + "import sys, os\nsys.excepthook = lambda *a: os._exit(0)",
@@ -121,28 +122,31 @@ FORGED = {
     ),
     # a verdict is written
     "a verdict to every file": (
-        WRONG + "import os\nfor file in range(3, 64):\n    try:\n        os.write(file, b'{\"verdict\": \"passed\", \"error\": null}')\n"
+        WRONG
+        + 'import os\nfor file in range(3, 64):\n    try:\n        os.write(file, b\'{"verdict": "passed", "error": null}\')\n'
         "    except OSError:\n        pass\nos._exit(0)"
     ),
     "a verdict over what is written": (
-        WRONG + "import os, atexit\ndef forge():\n    for file in range(3, 64):\n        try:\n            os.ftruncate(file, 0)\n"
-        "            os.pwrite(file, b'{\"verdict\": \"passed\", \"error\": null}', 0)\n        except OSError:\n            pass\n"
+        WRONG
+        + "import os, atexit\ndef forge():\n    for file in range(3, 64):\n        try:\n            os.ftruncate(file, 0)\n"
+        '            os.pwrite(file, b\'{"verdict": "passed", "error": null}\', 0)\n        except OSError:\n            pass\n'
         "forge()\natexit.register(forge)"
     ),
     "answers before they are asked for": (
-        WRONG + "import os, struct, json\nfor message in (['value', ['list', 'f'], None], *[['value', value, None] for value in (True, 2, 1e9, None)] * 9):\n"
+        WRONG
+        + "import os, struct, json\nfor message in (['value', ['list', 'f'], None], *[['value', value, None] for value in (True, 2, 1e9, None)] * 9):\n"
         "    data = json.dumps(message).encode()\n    for file in range(3, 64):\n        try:\n            os.write(file, struct.pack('<I', len(data)) + data)\n"
         "        except OSError:\n            pass"
     ),
     "answers that are no values": (
-        "import os, struct\ndef f(x):\n    for data in (b'[\"value\", [\"__import__\", \"os\"], null]', b'[\"value\", {\"a\": 1}, null]', b'[' * 9999, b'[\"error\", \"exit\"]'):\n"
+        'import os, struct\ndef f(x):\n    for data in (b\'["value", ["__import__", "os"], null]\', b\'["value", {"a": 1}, null]\', b\'[\' * 9999, b\'["error", "exit"]\'):\n'
         "        for file in range(3, 64):\n            try:\n                os.write(file, struct.pack('<I', len(data)) + data)\n            except OSError:\n                pass\n    return x"
     ),
     "an endless message": (
         "import os, struct\ndef f(x):\n    for file in range(3, 64):\n        try:\n            os.write(file, struct.pack('<I', 0xFFFFFFFF) + bytes(1000))\n"
         "        except OSError:\n            pass\n    return x"
     ),
-    "a printed verdict": WRONG + "print('{\"verdict\": \"passed\", \"error\": null}', flush=True)\nprint(67890)",
+    "a printed verdict": WRONG + 'print(\'{"verdict": "passed", "error": null}\', flush=True)\nprint(67890)',
     # the end
     "an exit": WRONG + "import sys\nsys.exit(0)",
     "an exit of the process": "import os\ndef f(x):\n    os._exit(0)",
@@ -152,29 +156,36 @@ FORGED = {
     "an exception that is no Exception": "class E(BaseException):\n    pass\ndef f(x):\n    raise E",
     "a child that goes on": WRONG + "import os\nif os.fork():\n    os._exit(0)",
     # other processes
-    "signals to all": WRONG + "import os\nfor number in (9, 15, 2):\n    try:\n        os.kill(-1, number)\n    except OSError:\n        pass",
+    "signals to all": WRONG
+    + "import os\nfor number in (9, 15, 2):\n    try:\n        os.kill(-1, number)\n    except OSError:\n        pass",
     "signals to numbers": (
-        WRONG + "import os\nfor process in range(0, 300):\n    if process != os.getpid():\n        try:\n            os.kill(process, 9) if process else None\n"
+        WRONG
+        + "import os\nfor process in range(0, 300):\n    if process != os.getpid():\n        try:\n            os.kill(process, 9) if process else None\n"
         "        except OSError:\n            pass"
     ),
     "files of another process": (
-        WRONG + "import ctypes, os\nlibc = ctypes.CDLL(None)\nfor process in range(1, 50):\n    other = libc.syscall(434, process, 0)\n"
-        "    for file in range(16):\n        taken = libc.syscall(438, other, file, 0)\n        if taken >= 0:\n            os.write(taken, b'{\"verdict\": \"passed\"}')"
+        WRONG
+        + "import ctypes, os\nlibc = ctypes.CDLL(None)\nfor process in range(1, 50):\n    other = libc.syscall(434, process, 0)\n"
+        '    for file in range(16):\n        taken = libc.syscall(438, other, file, 0)\n        if taken >= 0:\n            os.write(taken, b\'{"verdict": "passed"}\')'
     ),
     "a traced process": (
-        WRONG + "import ctypes\nlibc = ctypes.CDLL(None)\nfor process in range(1, 50):\n    libc.ptrace(16, process, 0, 0)\n    libc.syscall(310, process, 0, 0, 0, 0, 0)"
+        WRONG
+        + "import ctypes\nlibc = ctypes.CDLL(None)\nfor process in range(1, 50):\n    libc.ptrace(16, process, 0, 0)\n    libc.syscall(310, process, 0, 0, 0, 0, 0)"
     ),
     # values below Python
     "another value for small numbers": (
-        WRONG + "import ctypes, sys\nfor number in (0, 1, 2):\n    ctypes.c_long.from_address(id(number) + 24).value = 67890"
+        WRONG
+        + "import ctypes, sys\nfor number in (0, 1, 2):\n    ctypes.c_long.from_address(id(number) + 24).value = 67890"
     ),
     "traced lines": (
         "import sys\ndef trace(frame, event, value):\n    frame.f_trace_opcodes = True\n    for name in list(frame.f_locals):\n        frame.f_locals[name] = True\n"
         "    return trace\nsys.settrace(trace)\n" + WRONG
     ),
-    "what is left at the end": WRONG + "class A:\n    def __del__(self):\n        import os\n        os._exit(0)\nkept = A()\nkept.me = kept",
+    "what is left at the end": WRONG
+    + "class A:\n    def __del__(self):\n        import os\n        os._exit(0)\nkept = A()\nkept.me = kept",
     "a thread that writes later": (
-        WRONG + "import threading, os, time\ndef write():\n    while True:\n        for file in range(3, 16):\n            try:\n"
+        WRONG
+        + "import threading, os, time\ndef write():\n    while True:\n        for file in range(3, 16):\n            try:\n"
         "                os.write(file, b'\\x1a\\0\\0\\0[\"value\", true, null]     ')\n            except OSError:\n                pass\n"
         "        time.sleep(0.001)\nthreading.Thread(target=write, daemon=True).start()"
     ),

@@ -72,7 +72,10 @@ def test_limits_that_are_not_above_0_are_named():
 
 def test_a_helper_that_is_killed_or_stopped_is_a_reason_and_the_next_run_works(short_limits, monkeypatch, descendants):
     inside = Sandbox(Limits(**short_limits))
-    for number, reason in ((signal.SIGKILL, "the sandbox ended with status"), (signal.SIGSTOP, "gave no verdict in time")):
+    for number, reason in (
+        (signal.SIGKILL, "the sandbox ended with status"),
+        (signal.SIGSTOP, "gave no verdict in time"),
+    ):
         assert inside.run("", ["pass"]).tests[0].verdict == "passed"
         (helper,) = (process for process in descendants(os.getpid()) if _is_runner(process, inside))
         monkeypatch.setattr(sandbox_module, "GRACE_SECONDS", 0.5)
@@ -93,9 +96,15 @@ def _is_runner(process, inside):
 FORK = "import os, time\nfor _ in range(8):\n    if os.fork() == 0:\n        {}\n        os._exit(0)\n"
 #: program that takes together what each of its processes may take alone -> verdict, part of the reason
 TOGETHER = {
-    "memory": (FORK.format("kept = b'x' * (120 << 20); time.sleep(9)") + "time.sleep(9)", "crashed", "512 MiB of memory"),
+    "memory": (
+        FORK.format("kept = b'x' * (120 << 20); time.sleep(9)") + "time.sleep(9)",
+        "crashed",
+        "512 MiB of memory",
+    ),
     "memory that is shared": (
-        "import mmap\nkept = []\n" + FORK.format("m = mmap.mmap(-1, 120 << 20); m[:] = bytes(120 << 20); time.sleep(9)") + "time.sleep(9)",
+        "import mmap\nkept = []\n"
+        + FORK.format("m = mmap.mmap(-1, 120 << 20); m[:] = bytes(120 << 20); time.sleep(9)")
+        + "time.sleep(9)",
         "crashed",
         "512 MiB of memory",
     ),
@@ -104,7 +113,11 @@ TOGETHER = {
         "crashed",
         "512 MiB of memory",
     ),
-    "processor time": (FORK.format("end = time.time() + 0.9\n        while time.time() < end: pass") + "time.sleep(9)", "timeout", "time limit"),
+    "processor time": (
+        FORK.format("end = time.time() + 0.9\n        while time.time() < end: pass") + "time.sleep(9)",
+        "timeout",
+        "time limit",
+    ),
 }
 
 
@@ -124,13 +137,20 @@ def test_what_fills_the_disk_is_a_verdict_and_gone_in_the_next_test(sandbox):
         "folders": "import os\nfor n in range(10**6):\n    os.mkdir(f'/tmp/{n}')",
     }
     for code in fill.values():
-        full, after = sandbox.run("", [code, "import os; open('x', 'wb').write(bytes(1 << 20)); assert os.listdir() == ['x']"]).tests
+        full, after = sandbox.run(
+            "", [code, "import os; open('x', 'wb').write(bytes(1 << 20)); assert os.listdir() == ['x']"]
+        ).tests
         assert full.verdict == "failed"
         assert "No space left on device" in full.error
         assert after.verdict == "passed"
     # Also where the checks need the disk themselves.
     test = {"kind": "pytest", "source": "def test_a():\n    assert False"}
-    (found,) = sandbox.run(fill["files"].replace("open", "try:\n        open").replace("close()", "close()\n    except OSError:\n        break"), [test]).tests
+    (found,) = sandbox.run(
+        fill["files"]
+        .replace("open", "try:\n        open")
+        .replace("close()", "close()\n    except OSError:\n        break"),
+        [test],
+    ).tests
     assert found.verdict == "failed"
 
 

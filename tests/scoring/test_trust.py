@@ -58,11 +58,20 @@ OUTSIDE = {
     "a range": ("assert list(f(range(3))) == [0, 1, 2]", "def f(x):\n    return x"),
     "views": ("assert f({1: 2}) == ({1}, [2])", "def f(x):\n    return x.keys(), list(x.values())"),
     "a generator": ("assert list(f(3)) == [0, 1, 2]", "def f(x):\n    yield from range(x)"),
-    "an endless generator": ("g = f()\nassert [next(g), next(g)] == [1, 2]", "import itertools\ndef f():\n    return itertools.count(1)"),
+    "an endless generator": (
+        "g = f()\nassert [next(g), next(g)] == [1, 2]",
+        "import itertools\ndef f():\n    return itertools.count(1)",
+    ),
     "a map": ("assert sum(f([1, 2])) == 5", "def f(x):\n    return map(lambda y: y + 1, x)"),
-    "an iterator that is handed back": ("assert list(f(g(3))) == [0, 2, 4]", "def g(x):\n    yield from range(x)\ndef f(x):\n    return [2 * y for y in x]"),
+    "an iterator that is handed back": (
+        "assert list(f(g(3))) == [0, 2, 4]",
+        "def g(x):\n    yield from range(x)\ndef f(x):\n    return [2 * y for y in x]",
+    ),
     "a function that is returned": ("assert f(1)(2) == 3", "def f(x):\n    return lambda y: x + y"),
-    "a function among values": ("f_one, name = f(1)\nassert f_one(2) == 3 and name == 'one'", "def f(x):\n    return (lambda y: x + y), 'one'"),
+    "a function among values": (
+        "f_one, name = f(1)\nassert f_one(2) == 3 and name == 'one'",
+        "def f(x):\n    return (lambda y: x + y), 'one'",
+    ),
     "changed arguments": ("x = [3, 1]\nf(x)\nassert x == [1, 3]", "def f(x):\n    x.sort()"),
     "changed arguments inside others": (
         "row = [1]\ntable = {'row': row, 'gone': 1}\nassert f(table) is None\nassert row == [1, 2] and table == {'row': row}",
@@ -88,9 +97,15 @@ OUTSIDE = {
         "def f(x):\n    return x.decode()",
     ),
     "several functions": ("assert f(g(1)) == 3", "def g(x):\n    return x + 1\ndef f(x):\n    return x + 1"),
-    "functions as values": ("for h in (f, g):\n    assert h(1) == 2\nassert list(map(f, [1])) == [2]", NEXT + "\ng = f"),
+    "functions as values": (
+        "for h in (f, g):\n    assert h(1) == 2\nassert list(map(f, [1])) == [2]",
+        NEXT + "\ng = f",
+    ),
     "a name that is built in": ("assert sum(10, 15) == 25", "def sum(x, y):\n    return x + y"),
-    "a built-in name that is shadowed": ("assert abs(f(1)) == 1", "def abs(x):\n    return 7\ndef f(x):\n    return -x"),
+    "a built-in name that is shadowed": (
+        "assert abs(f(1)) == 1",
+        "def abs(x):\n    return 7\ndef f(x):\n    return -x",
+    ),
     "objects that only the program looks into": ("assert f(build([1, 2, 3])) == 6", LINKED),
     "attributes": ("n = build([1, 2])\nassert n.next.value == 2 and n.next.next is None", LINKED),
     "methods": ("s = Stack()\ns.push(1)\ns.push(2)\nassert s.pop() == 2 and s.items == [1]", STACK),
@@ -108,7 +123,13 @@ OUTSIDE = {
         },
         "def f(x):\n    return x + x",
     ),
-    "a setup": ({"setup": "from typing import *\nONE = 1\ndef same(a: List, b):\n    assert a == b", "tests": ["same(f(ONE), 2)"]}, NEXT),
+    "a setup": (
+        {
+            "setup": "from typing import *\nONE = 1\ndef same(a: List, b):\n    assert a == b",
+            "tests": ["same(f(ONE), 2)"],
+        },
+        NEXT,
+    ),
     "parametrized tests": (
         "import pytest\nfrom solution import f\n@pytest.mark.parametrize('x, y', [(1, 2), (2, 3)])\ndef test_a(x, y):\n    assert f(x) == pytest.approx(y)",
         NEXT,
@@ -121,7 +142,10 @@ INSIDE = {
     "objects that are compared": ("assert Stack([1]).push(2) == Stack([1, 2])", STACK),
     "classes": ("s = Stack()\nassert isinstance(s, Stack) and s.items == []", STACK),
     "a class of its own": ("class Two(Stack):\n    pass\nassert Two([1]).pop() == 1", STACK),
-    "an error of the program": ("try:\n    f(1)\nexcept Odd:\n    pass\nelse:\n    assert False\nassert f(2) == 2", OWN_ERROR),
+    "an error of the program": (
+        "try:\n    f(1)\nexcept Odd:\n    pass\nelse:\n    assert False\nassert f(2) == 2",
+        OWN_ERROR,
+    ),
     "an error of the program by name": (
         "import pytest\ndef test_a():\n    with pytest.raises(Odd):\n        f(1)",
         OWN_ERROR,
@@ -139,14 +163,20 @@ INSIDE = {
         "import io, contextlib\nout = io.StringIO()\nwith contextlib.redirect_stdout(out):\n    f()\nassert out.getvalue() == 'x\\n'",
         "def f():\n    print('x')",
     ),
-    "a fixture for what is printed": ("def test_a(capsys):\n    f()\n    assert capsys.readouterr().out == 'x\\n'", "def f():\n    print('x')"),
+    "a fixture for what is printed": (
+        "def test_a(capsys):\n    f()\n    assert capsys.readouterr().out == 'x\\n'",
+        "def f():\n    print('x')",
+    ),
     "a patched module": (
         "from unittest import TestCase, mock\nclass T(TestCase):\n    @mock.patch('time.sleep')\n    def test_a(self, sleep):\n"
         "        f()\n        self.assertEqual(sleep.call_count, 1)",
         "import time\ndef f():\n    time.sleep(100)",
     ),
     "a file": ("open('a', 'w').write('x')\nassert f('a') == 'x'", "def f(path):\n    return open(path).read()"),
-    "a seed": ("import random\nrandom.seed(1)\na = f()\nrandom.seed(1)\nassert f() == a", "import random\ndef f():\n    return random.random()"),
+    "a seed": (
+        "import random\nrandom.seed(1)\na = f()\nrandom.seed(1)\nassert f() == a",
+        "import random\ndef f():\n    return random.random()",
+    ),
     "identity": ("x = []\nassert f(x) is x", "def f(x):\n    return x"),
     "a documentation string": ("assert f.__doc__ == 'Doc.'", "def f():\n    'Doc.'"),
     "a value of the program": ("assert LIMIT == 3", "LIMIT = 3"),
@@ -177,7 +207,11 @@ def test_right_programs_pass_where_their_tests_can_run(scorer, cases, where):
 
 def test_what_the_program_returns_never_moves_a_test_inside(scorer):
     """Objects where the test wants a value, also when it hands them back, are wrong and not an excuse."""
-    programs = ["def f(x):\n    return object()", "def f(x):\n    return iter([x])", "def f(x):\n    x = [x]\n    x.append(x)\n    return x"]
+    programs = [
+        "def f(x):\n    return object()",
+        "def f(x):\n    return iter([x])",
+        "def f(x):\n    x = [x]\n    x.append(x)\n    return x",
+    ]
     tests = ["assert f(f(1)) == 3", "assert [f(1)] == [2] and f([f(2)]) == 1"]
     rows = [{"response": f"```python\n{code}\n```", "tests": test} for code in programs for test in tests]
     assert {(score.correct, score.details["trust"]) for score in scorer.score(rows)} == {(False, "outside")}
@@ -185,7 +219,21 @@ def test_what_the_program_returns_never_moves_a_test_inside(scorer):
 
 @pytest.mark.parametrize(
     "value",
-    [None, True, -5, 10**400, 1.5, float("-inf"), "a\ud800", b"\0", [1, [2]], (1,), {1: {2}}, {(1, 2): []}, range(1, 9, 2)],
+    [
+        None,
+        True,
+        -5,
+        10**400,
+        1.5,
+        float("-inf"),
+        "a\ud800",
+        b"\0",
+        [1, [2]],
+        (1,),
+        {1: {2}},
+        {(1, 2): []},
+        range(1, 9, 2),
+    ],
 )
 def test_values_come_back_as_they_were(value):
     back = decode(json.loads(json.dumps(encode(value))))
@@ -193,7 +241,9 @@ def test_values_come_back_as_they_were(value):
     assert type(back) is type(value)
 
 
-@pytest.mark.parametrize("coded", [{"a": 1}, ["eval", "1"], ["object", 1], [], ["dict", 1], [[]], ["set", ["list"]], ["range", 1, 2, "x"]])
+@pytest.mark.parametrize(
+    "coded", [{"a": 1}, ["eval", "1"], ["object", 1], [], ["dict", 1], [[]], ["set", ["list"]], ["range", 1, 2, "x"]]
+)
 def test_what_is_no_value_is_refused(coded):
     with pytest.raises((ValueError, KeyError, TypeError)):
         decode(coded)
