@@ -1,7 +1,4 @@
-"""Measure in how many shapes of answers the right program is found; prints the table of docs/responses.md.
-
-    python tools/extraction_table.py
-"""
+"""Measure in how many shapes of answers the right program is found; prints the table of docs/responses.md."""
 
 import contextlib
 import io
@@ -17,7 +14,7 @@ from fusion_plugins.scoring.programs import extract_code
 
 
 def doubles(response: str) -> bool:
-    """Return whether the program in a response defines f, which doubles its argument; the shapes are ours and run here."""
+    """Return whether the program in a response defines f, which doubles its argument; the shapes are ours."""
     names: dict[str, Any] = {"__name__": "solution"}
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -47,7 +44,7 @@ def main() -> None:
     total = right = 0
     for group, shapes in {**GROUPS, "whole programs": WHOLE_PROGRAMS}.items():
         found = {shape: (adds if shapes is WHOLE_PROGRAMS else doubles)(text) for shape, text in shapes.items()}
-        names = ", ".join(shape if is_right else f"**{shape}**" for shape, is_right in found.items())
+        names = "; ".join(shape if is_right else f"**{shape}**" for shape, is_right in found.items())
         total, right = total + len(found), right + sum(found.values())
         print(f"| {group} | {sum(found.values())} of {len(found)} | {names} |")
     print(f"| all | {right} of {total} | |")
