@@ -430,7 +430,11 @@ def _unpacked(text: str) -> str | None:
     if others or len(texts) != 1 or unpack.unconsumed_tail:
         raise DataError(
             "packed tests: expected a pickle of one text, of which nothing else is read, got "
-            + (f"the steps {', '.join(sorted(others))}" if others else f"more than {_MAX_UNPACKED >> 20} MiB or {len(texts)} texts")
+            + (
+                f"the steps {', '.join(sorted(others))}"
+                if others
+                else f"more than {_MAX_UNPACKED >> 20} MiB or {len(texts)} texts"
+            )
         )
     return str(texts[0])
 

@@ -136,7 +136,9 @@ def _without_quote_marks(text: str) -> str:
     has_fences = "```" in text or "~~~" in text
     while True:
         shorter = _QUOTED.sub(
-            lambda found: _QUOTE_MARK.sub("", found[0]) if _QUOTED_FENCE.search(found[0]) or not has_fences else found[0],
+            lambda found: (
+                _QUOTE_MARK.sub("", found[0]) if _QUOTED_FENCE.search(found[0]) or not has_fences else found[0]
+            ),
             text,
         )
         if shorter == text:

@@ -50,7 +50,6 @@ KODCODE = (
 )
 
 
-
 def packed(text, protocol=4):
     return base64.b64encode(zlib.compress(pickle.dumps(text, protocol))).decode()
 

@@ -13,6 +13,7 @@ from program_shapes import FROM_THE_FUTURE, GOOD, SHAPES, WHOLE_PROGRAMS, fenced
 from fusion_plugins.scoring import programs
 from fusion_plugins.scoring.programs import extract_code
 
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_program_of_every_shape_is_found(shape):
     code = extract_code(SHAPES[shape], {"f"})
@@ -24,7 +25,9 @@ def test_the_program_of_every_shape_is_found(shape):
 
 def test_the_table_of_the_documentation_is_the_one_that_the_script_makes():
     root = Path(__file__).parents[2]
-    run = subprocess.run([sys.executable, "tools/extraction_table.py"], cwd=root, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "tools/extraction_table.py"], cwd=root, capture_output=True, text=True, check=True
+    )
     assert run.stdout in (root / "docs" / "responses.md").read_text()
     rows = [line.split(" | ") for line in run.stdout.splitlines()[2:]]
     assert all(right.split(" of ")[0] == right.split(" of ")[1] for _, right, *_ in rows)
