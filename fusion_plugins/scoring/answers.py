@@ -257,8 +257,8 @@ def _last_value(text: str) -> Found | None:
         listed = () if first == match.start() else (text[first : match.start()] + value,)
         around = _around(text, match)
         # A term of a ratio, or an end of an interval, is no answer by itself.
-        whole = bool(around) and read(around[0]).kind in ("ratio", "interval")
-        return Found(around if whole else (*around, *listed, value), "number")
+        is_part = bool(around) and read(around[0]).kind in ("ratio", "interval")
+        return Found(around if is_part else (*around, *listed, value), "number")
     # "twenty one thousand" begins where no word before it belongs to the number.
     words = re.findall(r"[A-Za-z-]+|[零〇一二两三四五六七八九十百千万亿点分之]+", text)
     for last in range(len(words), 0, -1):

@@ -76,6 +76,10 @@ class CodeScorer:
         """Return one verdict per row; ``tests`` of a row are those of :func:`~.code_tests.read_tests`."""
         return list(self._threads.map(self._score_one, rows))
 
+    def processes(self) -> list[int]:
+        """Return the warm processes of the sandbox, for those who measure it."""
+        return self._sandbox.processes()
+
     def close(self) -> None:
         """End the programs that still run."""
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -95,15 +95,7 @@ def read_tests(tests: Any) -> Suite | None:
 
 def _read_mapping(tests: Any, context: dict[str, Any]) -> Suite | None:
     """Return the tests of :func:`read_tests`; ``context`` is what stands beside them."""
-    found = tests
-    if context and "inputs" not in context:
-        # Where both are given, the program is the benchmark's own test (LeetCodeDataset).
-        names = (*_TESTS, "input_output") if context.get("test") else ("input_output", *_TESTS)
-        found = _from_json(_first(context, names)) or _all_cases(context)
-    if isinstance(found, dict):
-        context |= found
-        if "inputs" not in context:
-            found = _from_json(_first(found, _TESTS))
+    found = _find_tests(tests, context)
     if found is None or found in ("", [], {}) or (isinstance(found, str) and not found.strip()):
         return None
     # LiveCodeBench has the function's name beside the cases, in a JSON text.
@@ -128,6 +120,20 @@ def _read_mapping(tests: Any, context: dict[str, Any]) -> Suite | None:
     if not (isinstance(programs, list) and all(isinstance(program, str) for program in programs)):
         raise DataError(f"expected {EXPECTED}, got {_kind_of(tests)}")
     return _read_programs([program for program in programs if program.strip()], entry_point, setup)
+
+
+def _find_tests(tests: Any, context: dict[str, Any]) -> Any:
+    """Return the tests themselves, out of the mappings in which they are; ``context`` gets what stands beside them."""
+    found = tests
+    if context and "inputs" not in context:
+        # Where both are given, the program is the benchmark's own test (LeetCodeDataset).
+        names = (*_TESTS, "input_output") if context.get("test") else ("input_output", *_TESTS)
+        found = _from_json(_first(context, names)) or _all_cases(context)
+    if isinstance(found, dict):
+        context |= found
+        if "inputs" not in context:
+            found = _from_json(_first(found, _TESTS))
+    return found
 
 
 def _all_cases(context: Mapping[str, Any]) -> list[Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from fusion_plugins.scoring.answers import Found, find_answer, find_letter, gold_answer
 from fusion_plugins.scoring.intervals import as_interval
-from fusion_plugins.scoring.quantities import LIST, as_formula, plain_signs, read, same
+from fusion_plugins.scoring.quantities import LIST, Quantity, as_formula, plain_signs, read, same
 
 #: an answer in words, such as "east" or "not enough"
 _WORDS = re.compile(r"[^\W\d_]+(?:[\s'-]+[^\W\d_]+)*")
@@ -97,6 +97,11 @@ def _compare_one(gold: str, answer: str) -> dict[str, Any]:
         return {"correct": both[0] == both[1] or _equal(_parse(both[0]), _parse(both[1])), "rule": "interval"}
     if "ratio" in (one.kind, other.kind) and {one.kind, other.kind} <= {"ratio", "number", "range"}:
         return {"correct": same(one, other), "rule": "ratio"}
+    return _compare_values(gold, answer, one, other)
+
+
+def _compare_values(gold: str, answer: str, one: Quantity, other: Quantity) -> dict[str, Any]:
+    """Compare two answers that are not the same text: quantities of one kind as such, and all else by math-verify."""
     if not other.worked_out:
         return {"correct": False, "reason": "the answer is not worked out", "rule": "number"}
     if one.kind and one.kind == other.kind:

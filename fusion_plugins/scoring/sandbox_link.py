@@ -13,7 +13,7 @@ from typing import Any
 
 from fusion_plugins.scoring.sandbox_values import NotAValue, TooLarge, decode, encode, read, update, write
 
-#: what may be asked of an object beside calls and attributes; each gives a value, which the checks compare by themselves
+#: what may be asked of an object beside calls and attributes; each gives a value, which the checks compare themselves
 _OPERATIONS: dict[str, Callable[..., Any]] = {
     "len": len,
     "item": operator.getitem,
@@ -94,6 +94,7 @@ class Remote:
         self._number = number
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """Call the object in the program."""
         return self._link.ask(self._number, "call", arguments, keywords)
 
     def __getattr__(self, name: str) -> Any:

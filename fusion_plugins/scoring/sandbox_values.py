@@ -14,7 +14,7 @@ import json
 import struct
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 #: bytes of one message
 MAX_BYTES = 16 << 20
 MAX_DEPTH = 100
-_SCALARS = (str, int, float)
+_SCALARS: tuple[Any, ...] = (str, int, float)
 _SEQUENCES: dict[Any, str] = {list: "list", tuple: "tuple", set: "set", frozenset: "frozenset", deque: "deque"}
 _MAPPINGS: dict[Any, str] = {OrderedDict: "OrderedDict", Counter: "Counter", defaultdict: "defaultdict", dict: "dict"}
 _VIEWS: dict[Any, str] = {type({}.keys()): "keys", type({}.values()): "values", type({}.items()): "items"}
@@ -53,46 +53,58 @@ def encode(value: Any, hold: Callable[[Any], int] | None = None, depth: int = 0)
     if depth > MAX_DEPTH:
         raise TooLarge(f"a value is nested more than {MAX_DEPTH} deep")
     kind = type(value)
-    if value is None or kind is bool or kind is float or kind is str:
+    if value is None or kind in (bool, float, str):
         return value
     if kind not in _KNOWN:
         # A named tuple is a tuple, an IntEnum a number.
         kind = next((known for known in _KNOWN if issubclass(kind, known)), kind)
+    if kind in _SCALARS:
+        return _scalar(kind, value)
+    if (plain := _plain_parts(kind, value)) is not None:
+        return plain
+    if (parts := _parts(kind, value)) is not None:
+        return [parts[0], *(encode(part, hold, depth + 1) for part in parts[1])]
+    if kind.__module__ == "numpy" and hasattr(value, "tolist") and value.dtype.kind in "biuf":
+        plain = encode(value.tolist(), hold, depth + 1)
+        return ["ndarray", value.dtype.str, plain] if kind.__name__ == "ndarray" else plain
+    if hold is None:
+        raise NotAValue(f"an object of the type {kind.__name__} is no value")
+    return ["iterator" if hasattr(kind, "__next__") else "object", hold(value)]
 
-    def inner(items: Any) -> list[Any]:
-        return [encode(item, hold, depth + 1) for item in items]
 
+def _scalar(kind: Any, value: Any) -> Any:
     if kind is int:
         plain = int.__index__(value)
         return plain if -(1 << 63) < plain < 1 << 63 else ["int", hex(plain)]
-    if kind is str or kind is float:
-        return kind.__str__(value) if kind is str else float.__float__(value)
-    if kind in _SEQUENCES:
-        return [_SEQUENCES[kind], *inner(kind.__iter__(value))]
-    if kind in _MAPPINGS:
-        return [_MAPPINGS[kind], *inner(part for item in dict.items(value) for part in item)]
+    return str.__str__(value) if kind is str else float.__float__(value)
+
+
+def _plain_parts(kind: Any, value: Any) -> list[Any] | None:
+    """Return tag and parts of what holds no values; None for anything else."""
     if kind is bytes or kind is bytearray:
         return [kind.__name__, bytes(value).decode("latin-1")]
     if kind is complex:
         return ["complex", value.real, value.imag]
-    if kind is range:
-        return ["range", *inner((value.start, value.stop, value.step))]
-    if kind in _VIEWS:
-        return [_VIEWS[kind], *inner(value)]
     if kind is Decimal:
         return ["Decimal", str(value)]
-    if kind is Fraction:
-        return ["Fraction", *inner((value.numerator, value.denominator))]
     if kind in _DATES.values() and getattr(value, "tzinfo", None) is None:
         return [kind.__name__, *_date_parts(value)]
-    if kind.__module__ == "numpy" and hasattr(value, "tolist"):
-        if kind.__name__ != "ndarray":
-            return encode(value.tolist(), hold, MAX_DEPTH)
-        if value.dtype.kind in "biuf":
-            return ["ndarray", value.dtype.str, encode(value.tolist(), hold, depth + 1)]
-    if hold is None:
-        raise NotAValue(f"an object of the type {kind.__name__} is no value")
-    return ["iterator" if hasattr(kind, "__next__") else "object", hold(value)]
+    return None
+
+
+def _parts(kind: Any, value: Any) -> tuple[str, Iterable[Any]] | None:
+    """Return tag and values of what holds values; None for anything else."""
+    if kind in _SEQUENCES:
+        return _SEQUENCES[kind], kind.__iter__(value)
+    if kind in _MAPPINGS:
+        return _MAPPINGS[kind], (part for item in dict.items(value) for part in item)
+    if kind in _VIEWS:
+        return _VIEWS[kind], value
+    if kind is range:
+        return "range", (value.start, value.stop, value.step)
+    if kind is Fraction:
+        return "Fraction", (value.numerator, value.denominator)
+    return None
 
 
 def _date_parts(value: Any) -> list[int]:
@@ -130,16 +142,12 @@ def decode(coded: Any, take: Callable[[str, int], Any] | None = None) -> Any:
     return defaultdict(None, mapping) if tag == "defaultdict" else _FROM_MAPPING[tag](mapping)
 
 
-def _complex(real: float, imaginary: float) -> complex:
-    return complex(real, imaginary)
-
-
 #: tag -> function of parts that hold no values
 _BUILT: dict[str, Callable[..., Any]] = {
     "int": lambda text: int(text, 16),
     "bytes": lambda text: text.encode("latin-1"),
     "bytearray": lambda text: bytearray(text.encode("latin-1")),
-    "complex": _complex,
+    "complex": complex,
     "Decimal": Decimal,
     **_DATES,
 }

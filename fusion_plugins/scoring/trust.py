@@ -45,9 +45,9 @@ _APPLY = frozenset("map filter sorted min max reduce callable hasattr partial su
 
 
 def apart(suite: Suite) -> tuple[Mapping[str, Any], ...]:
-    """Return the tests of a suite; those that can run outside have ``outside`` with the ``names`` and ``setup`` they need.
+    """Return the tests of a suite; those that can run outside have ``outside`` with what they need.
 
-    ``names`` are those that the test takes from the program.
+    That is ``names``, which the test takes from the program, and ``setup``, what runs before it.
     """
     return tuple({**test, "outside": _outside(test, suite)} for test in suite.tests)
 
@@ -116,41 +116,57 @@ def _needs_inside(tree: ast.Module, names: frozenset[str]) -> bool:
     """Return whether a program does what only works beside the tested program, of which it uses the names."""
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     own = bound_names(tree)
-    for node in ast.walk(tree):
-        match node:
-            case ast.Import(names=aliases):
-                if any(alias.name.partition(".")[0] not in _PURE or "mock" in alias.name for alias in aliases):
-                    return True
-            case ast.ImportFrom(module=module, names=aliases):
-                wanted = {alias.name for alias in aliases}
-                if (module or "").partition(".")[0] not in _PURE or "mock" in (module or "") or wanted & _SHARED:
-                    return True
-                if module == "solution" and "*" in wanted:
-                    return True
-            case ast.Attribute(attr=name, ctx=context):
-                root = _root(node)
-                if name.startswith("__") or name in _SHARED:
-                    return True
-                # A changed attribute of a module or of the program.
-                if not isinstance(context, ast.Load) and root not in ("self", "cls"):
-                    return True
-            case ast.Name(id=name) if name in _SHARED and name not in names:
-                return True
-            case ast.arg(arg=name) if name in _SHARED:
-                return True
-            case ast.Compare(ops=ops, comparators=others, left=left):
-                same = any(isinstance(op, ast.Is | ast.IsNot) for op in ops)
-                if same and not any(isinstance(side, ast.Constant) for side in (left, *others)):
-                    return True
-            case ast.ExceptHandler(type=ast.expr() as kind) if not _is_builtin_error(kind):
-                return True
-            case ast.Call(func=func, args=[first, *_]) if _name(func) in _RAISES and not _is_builtin_error(first):
-                return True
-            case ast.Call(func=func) if _name(func) == "assertIs" or _name(func) == "assertIsNot":
-                if not any(isinstance(argument, ast.Constant) for argument in node.args):
-                    return True
-        if isinstance(node, ast.Name) and node.id in names and not _is_used_plainly(node, parents, own, tree):
-            return True
+    return any(
+        _shares_a_module(node)
+        or _shares_a_name(node, names)
+        or _tells_objects_apart(node)
+        or (isinstance(node, ast.Name) and node.id in names and not _is_used_plainly(node, parents, own, tree))
+        for node in ast.walk(tree)
+    )
+
+
+def _shares_a_module(node: ast.AST) -> bool:
+    """Return whether an import is of a module that test and program have to share."""
+    match node:
+        case ast.Import(names=aliases):
+            return any(alias.name.partition(".")[0] not in _PURE or "mock" in alias.name for alias in aliases)
+        case ast.ImportFrom(module=module, names=aliases):
+            wanted = {alias.name for alias in aliases}
+            return (
+                (module or "").partition(".")[0] not in _PURE
+                or bool(wanted & (_SHARED | {"mock"}))
+                or "mock" in (module or "")
+                or (module == "solution" and "*" in wanted)
+            )
+    return False
+
+
+def _shares_a_name(node: ast.AST, names: frozenset[str]) -> bool:
+    """Return whether a name or attribute shows what two processes do not share."""
+    match node:
+        case ast.Attribute(attr=name, ctx=context):
+            # A changed attribute of a module or of the program.
+            changed = not isinstance(context, ast.Load) and _root(node) not in ("self", "cls")
+            return name.startswith("__") or name in _SHARED or changed
+        case ast.Name(id=name):
+            return name in _SHARED and name not in names
+        case ast.arg(arg=name):
+            return name in _SHARED
+    return False
+
+
+def _tells_objects_apart(node: ast.AST) -> bool:
+    """Return whether a comparison is by identity, or an exception is caught by a class that is not built in."""
+    match node:
+        case ast.Compare(ops=ops, comparators=others, left=left):
+            same = any(isinstance(op, ast.Is | ast.IsNot) for op in ops)
+            return same and not any(isinstance(side, ast.Constant) for side in (left, *others))
+        case ast.ExceptHandler(type=ast.expr() as kind):
+            return not _is_builtin_error(kind)
+        case ast.Call(func=func, args=[first, *_] as arguments):
+            if _name(func) in ("assertIs", "assertIsNot"):
+                return not any(isinstance(argument, ast.Constant) for argument in arguments)
+            return _name(func) in _RAISES and not _is_builtin_error(first)
     return False
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import fusion_plugins.scoring.sandbox as sandbox_module
-import fusion_plugins.scoring.sandbox_usage as usage_module
+import fusion_plugins.scoring.sandbox_limits as limits_module
+import fusion_plugins.scoring.sandbox_worker as worker_module
 from fusion_plugins.errors import ConfigError, ScoringError
 from fusion_plugins.scoring.sandbox import Limits, Sandbox
 
@@ -78,7 +79,7 @@ def test_a_helper_that_is_killed_or_stopped_is_a_reason_and_the_next_run_works(s
     ):
         assert inside.run("", ["pass"]).tests[0].verdict == "passed"
         (helper,) = (process for process in descendants(os.getpid()) if _is_runner(process, inside))
-        monkeypatch.setattr(sandbox_module, "GRACE_SECONDS", 0.5)
+        monkeypatch.setattr(worker_module, "GRACE_SECONDS", 0.5)
         os.kill(helper, number)
         outcome = inside.run("", ["pass"])
         monkeypatch.undo()
@@ -90,7 +91,7 @@ def test_a_helper_that_is_killed_or_stopped_is_a_reason_and_the_next_run_works(s
 
 def _is_runner(process, inside):
     (worker,) = inside._all
-    return process in usage_module._children(worker._process.pid)
+    return process in limits_module.children(worker.process.pid)
 
 
 FORK = "import os, time\nfor _ in range(8):\n    if os.fork() == 0:\n        {}\n        os._exit(0)\n"

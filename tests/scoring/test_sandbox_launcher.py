@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fusion_plugins.scoring.sandbox import LAUNCHER, Limits, Sandbox
+from fusion_plugins.scoring.sandbox import Limits, Sandbox
+from fusion_plugins.scoring.sandbox_worker import LAUNCHER
 
 
 @pytest.fixture
