@@ -34,8 +34,9 @@ FORGED = {
         "    def __len__(self):\n        return 5\ndef f(x):\n    return A()"
     ),
     "an object that subtracts to nothing": (
-        "class A:\n    def __sub__(self, x):\n        return 0\n    __rsub__ = __eq__ = __lt__ = __sub__\n"
-        "    def __abs__(self):\n        return 0\n    def __float__(self):\n        return 0.0\ndef f(x):\n    return A()"
+        "class A:\n    def __sub__(self, x):\n        return 0\n"
+        "    __rsub__ = __eq__ = __lt__ = __sub__\n    def __abs__(self):\n        return 0\n"
+        "    def __float__(self):\n        return 0.0\ndef f(x):\n    return A()"
     ),
     "an object that lies about its class": (
         "class A:\n    __class__ = int\n    def __eq__(self, x):\n        return True\n    def __index__(self):\n"
@@ -79,8 +80,10 @@ FORGED = {
     "a check that is counted without being made": WRONG + "import builtins\nbuiltins._check_is_reached_ = print",
     "a hook for imports": (
         WRONG
-        + "import sys\nclass Hook:\n    def find_spec(self, name, path=None, target=None):\n        raise SystemExit(0)\n"
-        "sys.meta_path.insert(0, Hook())"
+        + (
+            "import sys\nclass Hook:\n    def find_spec(self, name, path=None, target=None):\n"
+            "        raise SystemExit(0)\nsys.meta_path.insert(0, Hook())"
+        )
     ),
     "a hook for exceptions": WRONG + "import sys, os\nsys.excepthook = lambda *a: os._exit(0)",
     # the test is read
@@ -92,8 +95,9 @@ FORGED = {
     ),
     "a search of all objects": SEARCH
     + (
-        "import gc\ndef f(x):\n    for thing in gc.get_objects():\n        try:\n            found = search(repr(thing))\n"
-        "        except Exception:\n            continue\n        if found:\n            return found\n    return x"
+        "import gc\ndef f(x):\n    for thing in gc.get_objects():\n        try:\n"
+        "            found = search(repr(thing))\n        except Exception:\n            continue\n"
+        "        if found:\n            return found\n    return x"
     ),
     "the constants of code": (
         "import gc\ndef f(x):\n    for thing in gc.get_objects():\n        code = getattr(thing, '__code__', None)\n"
@@ -102,48 +106,68 @@ FORGED = {
     ),
     "the open files": SEARCH
     + (
-        "import os\ndef f(x):\n    for file in range(64):\n        try:\n            found = search(os.pread(file, 10**6, 0))\n"
-        "        except OSError:\n            continue\n        if found:\n            return found\n    return x"
+        "import os\ndef f(x):\n    for file in range(64):\n        try:\n"
+        "            found = search(os.pread(file, 10**6, 0))\n        except OSError:\n"
+        "            continue\n        if found:\n            return found\n    return x"
     ),
     "the memory": SEARCH
     + (
-        "import ctypes\ndef f(x):\n    start = id(object()) & ~0xFFFFF\n    return search(ctypes.string_at(start, 1 << 20)) or x"
+        "import ctypes\ndef f(x):\n    start = id(object()) & ~0xFFFFF\n"
+        "    return search(ctypes.string_at(start, 1 << 20)) or x"
     ),
     "files of processes": SEARCH
     + (
-        "import glob\ndef f(x):\n    for path in (p for d in ('/proc/*/fd/*', '/proc/*/cmdline', '/tmp/**', '/dev/*') for p in glob.glob(d)):\n"
-        "        try:\n            found = search(open(path, 'rb').read(10**6))\n        except OSError:\n            continue\n"
-        "        if found:\n            return found\n    return x"
+        "import glob\ndef f(x):\n"
+        "    for path in (p for d in ('/proc/*/fd/*', '/proc/*/cmdline', '/tmp/**', "
+        "'/dev/*') for p in glob.glob(d)):\n        try:\n"
+        "            found = search(open(path, 'rb').read(10**6))\n        except OSError:\n"
+        "            continue\n        if found:\n            return found\n    return x"
     ),
     "the lines of the test": SEARCH
     + (
-        "import inspect, linecache\ndef f(x):\n    for frame in inspect.stack():\n        found = search(str(frame)) or search(str(linecache.cache))\n"
-        "        if found:\n            return found\n    return x"
+        "import inspect, linecache\ndef f(x):\n    for frame in inspect.stack():\n"
+        "        found = search(str(frame)) or search(str(linecache.cache))\n        if found:\n"
+        "            return found\n    return x"
     ),
     # a verdict is written
     "a verdict to every file": (
         WRONG
-        + 'import os\nfor file in range(3, 64):\n    try:\n        os.write(file, b\'{"verdict": "passed", "error": null}\')\n'
-        "    except OSError:\n        pass\nos._exit(0)"
+        + (
+            "import os\nfor file in range(3, 64):\n    try:\n"
+            '        os.write(file, b\'{"verdict": "passed", "error": null}\')\n    except OSError:\n'
+            "        pass\nos._exit(0)"
+        )
     ),
     "a verdict over what is written": (
         WRONG
-        + "import os, atexit\ndef forge():\n    for file in range(3, 64):\n        try:\n            os.ftruncate(file, 0)\n"
-        '            os.pwrite(file, b\'{"verdict": "passed", "error": null}\', 0)\n        except OSError:\n            pass\n'
-        "forge()\natexit.register(forge)"
+        + (
+            "import os, atexit\ndef forge():\n    for file in range(3, 64):\n        try:\n"
+            "            os.ftruncate(file, 0)\n"
+            '            os.pwrite(file, b\'{"verdict": "passed", "error": null}\', 0)\n'
+            "        except OSError:\n            pass\nforge()\natexit.register(forge)"
+        )
     ),
     "answers before they are asked for": (
         WRONG
-        + "import os, struct, json\nfor message in (['value', ['list', 'f'], None], *[['value', value, None] for value in (True, 2, 1e9, None)] * 9):\n"
-        "    data = json.dumps(message).encode()\n    for file in range(3, 64):\n        try:\n            os.write(file, struct.pack('<I', len(data)) + data)\n"
-        "        except OSError:\n            pass"
+        + (
+            "import os, struct, json\n"
+            "for message in (['value', ['list', 'f'], None], *[['value', value, None] for "
+            "value in (True, 2, 1e9, None)] * 9):\n    data = json.dumps(message).encode()\n"
+            "    for file in range(3, 64):\n        try:\n"
+            "            os.write(file, struct.pack('<I', len(data)) + data)\n        except OSError:\n"
+            "            pass"
+        )
     ),
     "answers that are no values": (
-        'import os, struct\ndef f(x):\n    for data in (b\'["value", ["__import__", "os"], null]\', b\'["value", {"a": 1}, null]\', b\'[\' * 9999, b\'["error", "exit"]\'):\n'
-        "        for file in range(3, 64):\n            try:\n                os.write(file, struct.pack('<I', len(data)) + data)\n            except OSError:\n                pass\n    return x"
+        "import os, struct\ndef f(x):\n"
+        '    for data in (b\'["value", ["__import__", "os"], null]\', b\'["value", {"a": '
+        "1}, null]', b'[' * 9999, b'[\"error\", \"exit\"]'):\n        for file in range(3, 64):\n"
+        "            try:\n                os.write(file, struct.pack('<I', len(data)) + data)\n"
+        "            except OSError:\n                pass\n    return x"
     ),
     "an endless message": (
-        "import os, struct\ndef f(x):\n    for file in range(3, 64):\n        try:\n            os.write(file, struct.pack('<I', 0xFFFFFFFF) + bytes(1000))\n"
+        "import os, struct\ndef f(x):\n    for file in range(3, 64):\n        try:\n"
+        "            os.write(file, struct.pack('<I', 0xFFFFFFFF) + bytes(1000))\n"
         "        except OSError:\n            pass\n    return x"
     ),
     "a printed verdict": WRONG + 'print(\'{"verdict": "passed", "error": null}\', flush=True)\nprint(67890)',
@@ -160,17 +184,27 @@ FORGED = {
     + "import os\nfor number in (9, 15, 2):\n    try:\n        os.kill(-1, number)\n    except OSError:\n        pass",
     "signals to numbers": (
         WRONG
-        + "import os\nfor process in range(0, 300):\n    if process != os.getpid():\n        try:\n            os.kill(process, 9) if process else None\n"
-        "        except OSError:\n            pass"
+        + (
+            "import os\nfor process in range(0, 300):\n    if process != os.getpid():\n        try:\n"
+            "            os.kill(process, 9) if process else None\n        except OSError:\n"
+            "            pass"
+        )
     ),
     "files of another process": (
         WRONG
-        + "import ctypes, os\nlibc = ctypes.CDLL(None)\nfor process in range(1, 50):\n    other = libc.syscall(434, process, 0)\n"
-        '    for file in range(16):\n        taken = libc.syscall(438, other, file, 0)\n        if taken >= 0:\n            os.write(taken, b\'{"verdict": "passed"}\')'
+        + (
+            "import ctypes, os\nlibc = ctypes.CDLL(None)\nfor process in range(1, 50):\n"
+            "    other = libc.syscall(434, process, 0)\n    for file in range(16):\n"
+            "        taken = libc.syscall(438, other, file, 0)\n        if taken >= 0:\n"
+            '            os.write(taken, b\'{"verdict": "passed"}\')'
+        )
     ),
     "a traced process": (
         WRONG
-        + "import ctypes\nlibc = ctypes.CDLL(None)\nfor process in range(1, 50):\n    libc.ptrace(16, process, 0, 0)\n    libc.syscall(310, process, 0, 0, 0, 0, 0)"
+        + (
+            "import ctypes\nlibc = ctypes.CDLL(None)\nfor process in range(1, 50):\n"
+            "    libc.ptrace(16, process, 0, 0)\n    libc.syscall(310, process, 0, 0, 0, 0, 0)"
+        )
     ),
     # values below Python
     "another value for small numbers": (
@@ -178,16 +212,21 @@ FORGED = {
         + "import ctypes, sys\nfor number in (0, 1, 2):\n    ctypes.c_long.from_address(id(number) + 24).value = 67890"
     ),
     "traced lines": (
-        "import sys\ndef trace(frame, event, value):\n    frame.f_trace_opcodes = True\n    for name in list(frame.f_locals):\n        frame.f_locals[name] = True\n"
+        "import sys\ndef trace(frame, event, value):\n    frame.f_trace_opcodes = True\n"
+        "    for name in list(frame.f_locals):\n        frame.f_locals[name] = True\n"
         "    return trace\nsys.settrace(trace)\n" + WRONG
     ),
     "what is left at the end": WRONG
     + "class A:\n    def __del__(self):\n        import os\n        os._exit(0)\nkept = A()\nkept.me = kept",
     "a thread that writes later": (
         WRONG
-        + "import threading, os, time\ndef write():\n    while True:\n        for file in range(3, 16):\n            try:\n"
-        "                os.write(file, b'\\x1a\\0\\0\\0[\"value\", true, null]     ')\n            except OSError:\n                pass\n"
-        "        time.sleep(0.001)\nthreading.Thread(target=write, daemon=True).start()"
+        + (
+            "import threading, os, time\ndef write():\n    while True:\n"
+            "        for file in range(3, 16):\n            try:\n"
+            "                os.write(file, b'\\x1a\\0\\0\\0[\"value\", true, null]     ')\n"
+            "            except OSError:\n                pass\n        time.sleep(0.001)\n"
+            "threading.Thread(target=write, daemon=True).start()"
+        )
     ),
 }
 

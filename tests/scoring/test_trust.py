@@ -74,18 +74,22 @@ OUTSIDE = {
     ),
     "changed arguments": ("x = [3, 1]\nf(x)\nassert x == [1, 3]", "def f(x):\n    x.sort()"),
     "changed arguments inside others": (
-        "row = [1]\ntable = {'row': row, 'gone': 1}\nassert f(table) is None\nassert row == [1, 2] and table == {'row': row}",
+        "row = [1]\ntable = {'row': row, 'gone': 1}\nassert f(table) is None\n"
+        "assert row == [1, 2] and table == {'row': row}",
         "def f(x):\n    x['row'].append(2)\n    del x['gone']",
     ),
     "changed keyword": ("x = {1}\nf(x=x)\nassert x == {1, 2}", "def f(*, x):\n    x.add(2)"),
     "unchanged arguments": ("x = [3, 1]\nassert f(x) == [1, 3]\nassert x == [3, 1]", "def f(x):\n    return sorted(x)"),
     "an error": (
-        "import pytest\ndef test_a():\n    with pytest.raises(ValueError, match='odd'):\n        f(1)\n    assert f(2) == 2",
+        "import pytest\ndef test_a():\n    with pytest.raises(ValueError, match='odd'):\n"
+        "        f(1)\n    assert f(2) == 2",
         OWN_ERROR,
     ),
     "errors of unittest": (
-        "import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n        self.assertRaises(ValueError, f, 1)\n"
-        "        with self.assertRaises((TypeError, KeyError)) as caught:\n            f('a')\n        self.assertEqual(f(2), 2)",
+        "import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n"
+        "        self.assertRaises(ValueError, f, 1)\n"
+        "        with self.assertRaises((TypeError, KeyError)) as caught:\n            f('a')\n"
+        "        self.assertEqual(f(2), 2)",
         "def f(x):\n    if x == 1:\n        raise ValueError('no')\n    return x + 0",
     ),
     "the text of an error": (
@@ -131,7 +135,8 @@ OUTSIDE = {
         NEXT,
     ),
     "parametrized tests": (
-        "import pytest\nfrom solution import f\n@pytest.mark.parametrize('x, y', [(1, 2), (2, 3)])\ndef test_a(x, y):\n    assert f(x) == pytest.approx(y)",
+        "import pytest\nfrom solution import f\n@pytest.mark.parametrize('x, y', [(1, 2), (2, 3)])\n"
+        "def test_a(x, y):\n    assert f(x) == pytest.approx(y)",
         NEXT,
     ),
     "arguments and results": ({"fn_name": "f", "inputs": [[1]], "outputs": [2]}, NEXT),
@@ -151,7 +156,8 @@ INSIDE = {
         OWN_ERROR,
     ),
     "an error of a module": (
-        "import json\ntry:\n    f('{')\nexcept json.JSONDecodeError:\n    pass\nelse:\n    assert False\nassert f('1') == 1",
+        "import json\ntry:\n    f('{')\nexcept json.JSONDecodeError:\n    pass\nelse:\n"
+        "    assert False\nassert f('1') == 1",
         "import json\ndef f(x):\n    return json.loads(x)",
     ),
     "a function that is handed in": ("assert f(lambda x: x + 1, 1) == 2", "def f(g, x):\n    return g(x)"),
@@ -160,7 +166,8 @@ INSIDE = {
         "def f(node: Node):\n    return node.x + 1",
     ),
     "what is printed": (
-        "import io, contextlib\nout = io.StringIO()\nwith contextlib.redirect_stdout(out):\n    f()\nassert out.getvalue() == 'x\\n'",
+        "import io, contextlib\nout = io.StringIO()\nwith contextlib.redirect_stdout(out):\n    f()\n"
+        "assert out.getvalue() == 'x\\n'",
         "def f():\n    print('x')",
     ),
     "a fixture for what is printed": (
@@ -168,8 +175,8 @@ INSIDE = {
         "def f():\n    print('x')",
     ),
     "a patched module": (
-        "from unittest import TestCase, mock\nclass T(TestCase):\n    @mock.patch('time.sleep')\n    def test_a(self, sleep):\n"
-        "        f()\n        self.assertEqual(sleep.call_count, 1)",
+        "from unittest import TestCase, mock\nclass T(TestCase):\n    @mock.patch('time.sleep')\n"
+        "    def test_a(self, sleep):\n        f()\n        self.assertEqual(sleep.call_count, 1)",
         "import time\ndef f():\n    time.sleep(100)",
     ),
     "a file": ("open('a', 'w').write('x')\nassert f('a') == 'x'", "def f(path):\n    return open(path).read()"),
