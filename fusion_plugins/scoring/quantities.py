@@ -87,7 +87,7 @@ _SIGNS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
     for sign in signs
 }
 _FRACTIONS = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅛": "1/8"}
-_FORMULA = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
+_FORMULA = re.compile(r"\$\$?((?:\\\$|[^$])+)\$\$?|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
 _APPROXIMATELY = re.compile(
     r"^(?:about|approximately|approx\.?|roughly|around|exactly|only|just|a total of|\\approx|\\sim|[≈~=:]"
     r"|约|大约|共|一共|是|为)\s*",

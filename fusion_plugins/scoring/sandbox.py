@@ -236,6 +236,7 @@ LAYERS = {
         "(home == '/' or not os.path.exists(home) or set(os.listdir(home)) <= shown)"
     ),
     "empty environment": "assert set(os.environ) <= {'PATH', 'HOME', 'LANG', 'PYTHONHASHSEED', 'LC_CTYPE'}",
+    "no capabilities": "assert refused(lambda: os.chroot('/tmp')) and refused(lambda: os.setgroups([]))",
     "no new namespaces": "assert libc.unshare(0x10000000) == -1",
     "memory limit": "import resource; assert resource.getrlimit(resource.RLIMIT_AS)[1] != resource.RLIM_INFINITY",
     "process limit": "import resource; assert resource.getrlimit(resource.RLIMIT_NPROC)[1] != resource.RLIM_INFINITY",

@@ -131,6 +131,27 @@ def test_all_processes_of_a_test_share_its_limits(sandbox, what):
     assert time.monotonic() - started < 20
 
 
+def test_a_test_finds_nothing_of_the_one_before(sandbox):
+    spoil = (
+        "import builtins, sys, os, random, json, unittest\nbuiltins.len = json.loads = None\n"
+        "sys.modules['re'] = None\nunittest.TestCase.assertEqual = None\n"
+        "open('/tmp/left', 'w').write('x')\nos.environ['LEFT'] = 'x'\nos.chdir('/')\n"
+        "secret = 'the ' + 'expected ' + 'value'\nos.umask(0o777)\nsys.path.insert(0, '/tmp')"
+    )
+    clean = (
+        "import ctypes, gc, os, re, json, sys, unittest\n"
+        "assert len(json.loads('[1]')) == 1 and unittest.TestCase.assertEqual\n"
+        "assert os.listdir('/tmp') == [] and 'LEFT' not in os.environ and os.getcwd() == "
+        "'/tmp' and '/tmp' not in sys.path\nwanted = 'the ' + 'expected ' + 'value'\n"
+        "assert sum(wanted in repr(thing) for thing in gc.get_objects() if type(thing) "
+        "in (str, bytes, dict)) <= 1"
+    )
+    for _ in range(2):
+        assert [test.verdict for test in sandbox.run("", [spoil, clean]).tests] == ["passed", "passed"]
+    draws = {sandbox.run("import random", [f"assert random.random() * {n} < 0.5"]).tests[0].verdict for n in [1] * 12}
+    assert draws == {"passed", "failed"}
+
+
 def test_what_fills_the_disk_is_a_verdict_and_gone_in_the_next_test(sandbox):
     fill = {
         "bytes": "for n in range(99):\n    open(f'/tmp/{n}', 'wb').write(bytes(1 << 20))",
