@@ -99,7 +99,11 @@ class Sandbox:
         self._all: set[Worker] = set()
         self._lock = threading.Lock()
         self._closed = False
-        self._try_layers()
+        try:
+            self._try_layers()
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, code: str, tests: Sequence[str | Mapping[str, Any]], setup: str = "") -> Outcome:
         """Run ``code`` with each test.
@@ -140,6 +144,10 @@ class Sandbox:
             self._closed = True
             for worker in self._all:
                 worker.kill()
+        # Those that a thread still waits for are ended there.
+        with contextlib.suppress(Empty):
+            while True:
+                self._idle.get_nowait().end()
 
     def _run_test(self, code: str, test: Mapping[str, Any], setup: str, deadline: float) -> TestVerdict:
         started = time.monotonic()
@@ -167,10 +175,12 @@ class Sandbox:
         try:
             worker.wait_until_ready()
             yield worker
-        except BaseException:
+        except BaseException as error:
             with self._lock:
                 self._all.discard(worker)
-            worker.kill()
+            worker.end()
+            if self._closed:
+                raise Failed("the sandbox is closed") from error
             raise
         self._idle.put(worker)
 

@@ -59,6 +59,12 @@ def usage(process: int) -> tuple[int, float]:
     return memory, seconds
 
 
+def can_be_watched(process: int) -> bool:
+    """Return whether this kernel tells what :func:`usage` reads."""
+    below = children(process)
+    return bool(below) and all(map(_memory, below))
+
+
 def _descendants(processes: list[int]) -> list[int]:
     found: list[int] = []
     for process in processes:

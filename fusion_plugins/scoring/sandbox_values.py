@@ -12,7 +12,6 @@ stands for it.
 import datetime
 import json
 import struct
-import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
 from decimal import Decimal
@@ -223,8 +222,3 @@ def read(file: Any) -> Any:
         return json.loads(data)
     except RecursionError:
         raise ValueError("a message is nested too deeply") from None
-
-
-# Numbers of any length: the limit on their digits guards servers, and this process has limits of its own.
-if hasattr(sys, "set_int_max_str_digits"):
-    sys.set_int_max_str_digits(0)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_plugins.errors import ScoringError
-from fusion_plugins.scoring.sandbox_limits import Limits, usage
+from fusion_plugins.scoring.sandbox_limits import Limits, can_be_watched, usage
 
 LAUNCHER = Path(__file__).parent / "sandbox_launcher.py"
 #: seconds to set up the isolation layers and start the interpreter, on a loaded machine
@@ -51,6 +51,7 @@ class Worker:
                 start_new_session=True,
             )
         self._ready = False
+        self._last_words: str | None = None
 
     def wait_until_ready(self) -> None:
         """Wait until programs can run.
@@ -58,9 +59,15 @@ class Worker:
         Raises:
             ScoringError: an isolation layer is missing.
         """
-        if not self._ready and self._receive(GRACE_SECONDS) != b"ready":
-            self.kill()
-            raise ScoringError(f"the sandbox cannot be built: {self._last_words()}. {NEEDED}")
+        if self._ready:
+            return
+        if self._receive(GRACE_SECONDS) != b"ready":
+            raise ScoringError(f"the sandbox cannot be built: {self.end()}. {NEEDED}")
+        if not can_be_watched(self.process.pid):
+            raise ScoringError(
+                "the sandbox cannot be built: /proc does not tell the children of a process and their memory, so that "
+                "limits of all of them together would not hold; it has to be mounted without hidepid"
+            )
         self._ready = True
 
     def ask(
@@ -87,16 +94,25 @@ class Worker:
         if not reply:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=1)
-            self.kill()
-            raise Failed(f"the sandbox ended with status {self.process.wait()}: {self._last_words()[-200:]}")
+            last_words = self.end()
+            raise Failed(f"the sandbox ended with status {self.process.returncode}: {last_words[-200:]}")
         found: dict[str, Any] = json.loads(reply)
         if "broken" in found:
             raise ScoringError(f"the sandbox cannot be built: {found['broken']}. {NEEDED}")
         return found, reached
 
     def kill(self) -> None:
-        """Kill the process and all that runs inside."""
+        """Kill the process and all that runs inside; another thread may be waiting for it."""
         self.process.kill()
+
+    def end(self) -> str:
+        """Kill the process and close what is open to it; return what it wrote to stderr."""
+        if self._last_words is None:
+            self.process.kill()
+            _, errors = self.process.communicate()
+            self._control.close()
+            self._last_words = errors.decode(errors="replace").strip()
+        return self._last_words
 
     def _reached(self, limits: Limits, deadline: float) -> str | None:
         if time.monotonic() >= deadline:
@@ -115,8 +131,3 @@ class Worker:
             return None
         except OSError:
             return b""
-
-    def _last_words(self) -> str:
-        _, errors = self.process.communicate()
-        self._control.close()
-        return errors.decode(errors="replace").strip()
