@@ -109,7 +109,8 @@ TOGETHER = {
         "512 MiB of memory",
     ),
     "memory of a child's children": (
-        FORK.format("os.fork() or os.setsid(); kept = b'x' * (60 << 20); time.sleep(9)") + "time.sleep(9)",
+        FORK.replace("8", "5").format("os.fork() or os.setsid(); kept = b'x' * (75 << 20); time.sleep(9)")
+        + "time.sleep(9)",
         "crashed",
         "512 MiB of memory",
     ),
