@@ -5,6 +5,7 @@ settings. A response in a domain that no scorer takes is copied without a score,
 prompt, gold answer or tests have changed since are scored again.
 """
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from fusion_plugins.config import Settings
-from fusion_plugins.errors import ConfigError, ScoringError
+from fusion_plugins.errors import ConfigError, MismatchError, ScoringError, StoreError
 from fusion_plugins.plugins import lookup
 from fusion_plugins.progress import meter
 from fusion_plugins.scoring.base import Row, Score, Scorer
@@ -27,6 +28,10 @@ from fusion_plugins.terminal import say
 
 #: columns that scoring adds; ``scores`` is scorer -> {reward, correct, reason, ...}
 ADDED_COLUMNS: dict[str, ColumnKind] = {"reward": "float64", "correct": "bool", "scores": "json"}
+#: fact of a scorer that is compared up to rounding: rewards of known answers
+PROBES = "probe_rewards"
+#: largest difference between two runs with one model, as a share of the range of those rewards
+PROBE_TOLERANCE = 0.01
 
 
 class ScorerSettings(Settings):
@@ -127,7 +132,7 @@ def score_responses(config: ScoreConfig) -> ScoreReport:
         )
     with ExitStack() as stack:
         running = [_start(name, settings, stack) for name, settings in config.scorers.items()]
-        writer = stack.enter_context(RowWriter(config.out, _manifest(responses, running)))
+        writer = stack.enter_context(RowWriter(config.out, _manifest(Path(config.out), responses, running)))
         renewed = _drop_outdated(responses, writer, config.scorers)
         present = len(writer.done_keys)
         scored = unscored = 0
@@ -209,11 +214,15 @@ def _start(name: str, settings: ScorerSettings, stack: ExitStack) -> _Running:
     return _Running(name, scorer, frozenset(settings.domains) if settings.domains is not None else scorer.domains)
 
 
-def _manifest(responses: Responses, running: Sequence[_Running]) -> RowManifest:
+def _manifest(out: Path, responses: Responses, running: Sequence[_Running]) -> RowManifest:
     made_by = {
         one.name: {"domains": None if one.domains is None else sorted(one.domains), **one.scorer.facts}
         for one in running
     }
+    former = _former_scorers(out)
+    for name, facts in made_by.items():
+        made_by[name] = _settled(facts, former.get(name, {}))
+        _check_former(out, name, made_by[name], former.get(name))
     # A scored folder may be scored by further scorers: the facts of earlier ones stay.
     before = responses.manifest.facts
     return RowManifest(
@@ -223,6 +232,54 @@ def _manifest(responses: Responses, running: Sequence[_Running]) -> RowManifest:
         facts={**before, "scorers": {**before.get("scorers", {}), **made_by}},
         provenance={"responses": str(responses.path)},
     )
+
+
+def _former_scorers(out: Path) -> Mapping[str, Any]:
+    """Return the facts of the scorers that ``out`` was made with; none where it holds no rows yet."""
+    try:
+        former = RowManifest.load(out).facts.get("scorers", {})
+    except StoreError:
+        return {}  # nothing there, or nothing that can be continued: the writer says what is wrong
+    return former if isinstance(former, dict) else {}
+
+
+def _settled(facts: dict[str, Any], former: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts, with the earlier run's rewards of known answers where this run's differ by rounding only.
+
+    The files of a served model are not here, so its rewards of a few texts are its fingerprint. They change in the last
+    digits with the size of a server's batches; a model that was trained changes them more.
+    """
+    now, before = facts.get(PROBES), former.get(PROBES)
+    if not isinstance(now, list) or not isinstance(before, list) or len(now) != len(before):
+        return facts
+    given = [reward for reward in before if reward is not None]
+    tolerance = PROBE_TOLERANCE * (max(given) - min(given)) if given else 0.0
+    same = all(
+        (old is None) == (new is None) and (old is None or abs(old - new) <= tolerance)
+        for old, new in zip(before, now, strict=True)
+    )
+    return facts | {PROBES: before} if same else facts
+
+
+def _check_former(out: Path, name: str, facts: Mapping[str, Any], former: Mapping[str, Any] | None) -> None:
+    """Refuse to add to rows of the same scorer with other settings or another model; name what differs.
+
+    Raises:
+        MismatchError: a fact differs.
+    """
+    if former is None:
+        return
+    wrong = [
+        f"{key}: the folder has {former.get(key)!r:.200}, this run {facts.get(key)!r:.200}"
+        for key in sorted({*former, *facts})
+        if json.dumps(former.get(key), sort_keys=True, default=list)
+        != json.dumps(facts.get(key), sort_keys=True, default=list)
+    ]
+    if wrong:
+        raise MismatchError(
+            f"{out} was scored by {name!r} with other settings or another model: {'; '.join(wrong)}. Scores of the two "
+            "cannot be compared: restore what the folder was made with, or score all responses into a new folder `out`."
+        )
 
 
 def _score_batch(batch: Sequence[Row], running: Sequence[_Running]) -> list[dict[str, Score]]:
