@@ -48,6 +48,13 @@ READERS: tuple[tuple[str | None, str, str, tuple[str, ...]], ...] = (
     ("code", "Scorer `code`: limits", "scorers.code", ("fusion_plugins.scoring.sandbox:Limits",)),
     ("reward", "Scorer `reward`", "scorers.reward", ("fusion_plugins.scoring.reward:RewardOptions",)),
     (
+        "reward",
+        "Scorer `reward`: backend `server`",
+        "scorers.reward.options",
+        ("fusion_plugins.scoring.reward_backends.server:RewardServerOptions",),
+    ),
+    ("judge", "Scorer `judge`", "scorers.judge", ("fusion_plugins.scoring.judge:JudgeOptions",)),
+    (
         None,
         "mergekit: `merge_method: varm`",
         "parameters",
@@ -64,6 +71,7 @@ READERS: tuple[tuple[str | None, str, str, tuple[str, ...]], ...] = (
 NAMED = {
     ("SftArgs", "rule"): "fusion_plugins.core.preferences.pairs:BEST_RULES",
     ("SampledSource", "preset"): "fusion_plugins.sources.presets:PRESETS",
+    ("RewardOptions", "preset"): "fusion_plugins.scoring.reward_presets:REWARD_PRESETS",
 }
 #: A description that says this means that other packages can add names.
 REGISTERED = re.compile(r"registered (fusion rule|aligner|loss|pair rule)")

@@ -116,6 +116,8 @@ class RewardScorer:
                 "max_length": self._max_length,
                 **self._model.facts,
             }
+            if chosen.backend == "server":
+                del self.facts["dtype"]  # the server's own
             self._check_head()
             if chosen.self_check != "skip":
                 self._check_order()
@@ -155,7 +157,7 @@ class RewardScorer:
         if self._options.template == "plain":
             prompt = "\n\n".join(str(message.get("content") or "") for message in messages)
             texts: tuple[str, ...] | None = (prompt, row["response"])
-            ids = list(self._tokenizer(*texts)["input_ids"])
+            ids = list(self._tokenizer(prompt, row["response"])["input_ids"])
         else:
             messages.append({"role": "assistant", "content": row["response"]})
             try:

@@ -7,10 +7,9 @@ prompt, gold answer or tests have changed since are scored again.
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Literal
@@ -134,12 +133,13 @@ def score_responses(config: ScoreConfig) -> ScoreReport:
         running = [_start(name, settings, stack) for name, settings in config.scorers.items()]
         writer = stack.enter_context(RowWriter(config.out, _manifest(Path(config.out), responses, running)))
         renewed = _drop_outdated(responses, writer, config.scorers)
+        whole = any(getattr(one.scorer, "by_prompt", False) for one in running)
+        groups, again = _unfinished_prompts(responses, writer) if whole else (_missing(responses, writer), 0)
+        renewed += again
         present = len(writer.done_keys)
         scored = unscored = 0
-        waiting = (row for row in responses if key_of(row, responses.manifest) not in writer.done_keys)
-        due = islice(waiting, None if config.limit is None else max(0, config.limit - present))
         progress = stack.enter_context(meter("score", config.limit or len(responses), present, unit="responses"))
-        while batch := list(islice(due, config.batch_rows)):
+        while batch := _next_batch(groups, config, present + scored):
             for row, results in zip(batch, _score_batch(batch, running), strict=True):
                 writer.write(_merge(row, results))
                 unscored += not results
@@ -147,10 +147,40 @@ def score_responses(config: ScoreConfig) -> ScoreReport:
             writer.flush()
             scored += len(batch)
             progress.advance(len(batch))
-        if next(waiting, None) is None:
+        if next(groups, None) is None:
             writer.finish()
     skipped = responses.unusable if isinstance(responses, ResponseFiles) else {}
     return ScoreReport(Path(config.out), scored, present, unscored, renewed, skipped)
+
+
+def _missing(responses: Responses, writer: RowWriter) -> Iterator[list[dict[str, Any]]]:
+    """Yield each response that is not scored yet, as a group of its own."""
+    return ([row] for row in responses if key_of(row, responses.manifest) not in writer.done_keys)
+
+
+def _unfinished_prompts(responses: Responses, writer: RowWriter) -> tuple[Iterator[list[dict[str, Any]]], int]:
+    """Return the responses to each prompt that is not scored as a whole, and how many rows are scored again for it.
+
+    What was scored of such a prompt was compared with less than there is now.
+    """
+    prompts: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in responses:
+        prompts[row["prompt_id"]].append(row)
+    keys = {prompt: {key_of(row, responses.manifest) for row in rows} for prompt, rows in prompts.items()}
+    unfinished = {prompt for prompt, found in keys.items() if not found <= writer.done_keys}
+    partly = set().union(*(keys[prompt] & writer.done_keys for prompt in unfinished))
+    if partly:
+        writer.drop(partly)
+    return (rows for prompt, rows in prompts.items() if prompt in unfinished), len(partly)
+
+
+def _next_batch(groups: Iterator[list[dict[str, Any]]], config: ScoreConfig, done: int) -> list[dict[str, Any]]:
+    """Return the responses of the next batch; groups stay whole, also where that is more than was asked for."""
+    batch: list[dict[str, Any]] = []
+    most = config.batch_rows if config.limit is None else min(config.batch_rows, config.limit - done)
+    while len(batch) < most and (group := next(groups, None)):
+        batch += group
+    return batch
 
 
 def _drop_outdated(responses: Responses, writer: RowWriter, scorers: Iterable[str]) -> int:

@@ -58,11 +58,11 @@ class RayRewardModel:
         self._started = not ray.is_initialized()
         if self._started:
             connect(options.address)
-        actor = ray.remote(_Actor).options(
+        actor: Any = ray.remote(_Actor).options(  # type: ignore[attr-defined]  # what ray adds to a class
             num_cpus=options.num_cpus, num_gpus=options.num_gpus or None, max_restarts=2, max_task_retries=2
         )
         inner = asdict(replace(settings, options=options.options))
-        self._actors = [actor.remote(options.backend, inner) for _ in range(options.actors)]
+        self._actors: list[Any] = [actor.remote(options.backend, inner) for _ in range(options.actors)]
         self._pool = ActorPool(self._actors)
         described = [self._checked(actor.describe.remote()) for actor in self._actors]
         facts, self.max_length, self.embedding_rows = described[0]
