@@ -18,8 +18,9 @@ from fusion_plugins.doctor.commands import doctor
 from fusion_plugins.errors import FusionError
 from fusion_plugins.install import missing_package
 from fusion_plugins.keys import keys
-from fusion_plugins.mergekit.commands import merge_check, report
+from fusion_plugins.mergekit.commands import merge_check
 from fusion_plugins.recipes import recipes
+from fusion_plugins.report import report
 from fusion_plugins.scoring.commands import score
 from fusion_plugins.sources.commands import capture, cut, sample
 from fusion_plugins.store.commands import compact, export, info, merge, verify

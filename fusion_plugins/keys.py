@@ -32,7 +32,7 @@ READERS: tuple[tuple[str | None, str, str, tuple[str, ...]], ...] = (
     ("sample", "fusion sample", "", ("fusion_plugins.sources.sample:SampleConfig",)),
     ("cut", "fusion cut", "", ("fusion_plugins.sources.cut:CutConfig",)),
     ("doctor", "fusion doctor", "", ("fusion_plugins.doctor.examine:DoctorConfig",)),
-    ("report", "fusion report", "", ("fusion_plugins.mergekit.commands:ReportConfig",)),
+    ("report", "fusion report", "", ("fusion_plugins.report:ReportConfig",)),
     (
         "transformers",
         "Backend `transformers`",
