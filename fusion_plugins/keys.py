@@ -30,6 +30,7 @@ READERS: tuple[tuple[str | None, str, str, tuple[str, ...]], ...] = (
     ("axolotl", "axolotl", "fusion", ("fusion_plugins.axolotl.args:FusionBlock",)),
     ("capture", "fusion capture", "", ("fusion_plugins.sources.capture:CaptureConfig",)),
     ("sample", "fusion sample", "", ("fusion_plugins.sources.sample:SampleConfig",)),
+    ("clean", "fusion clean", "", ("fusion_plugins.scoring.clean:CleanConfig",)),
     ("cut", "fusion cut", "", ("fusion_plugins.sources.cut:CutConfig",)),
     ("doctor", "fusion doctor", "", ("fusion_plugins.doctor.examine:DoctorConfig",)),
     ("report", "fusion report", "", ("fusion_plugins.report:ReportConfig",)),

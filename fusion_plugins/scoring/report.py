@@ -202,10 +202,9 @@ def _digest(text: str) -> str:
 
 
 def _shown(row: Row) -> SampledVerdict:
-    scorer, result = next(
-        ((name, result) for name, result in (row["scores"] or {}).items() if result.get("correct") is not None),
-        ("another tool", {}),
-    )
+    scores: Mapping[str, Mapping[str, Any]] = row["scores"] or {}
+    scorer = next((name for name, result in scores.items() if result.get("correct") is not None), "another tool")
+    result = scores.get(scorer, {})
     details = {label: _text(result.get(name)) for name, label in _DETAILS.items() if result.get(name) is not None}
     if "gold" not in details and row.get("reference") is not None:
         details["gold"] = _text(row["reference"])

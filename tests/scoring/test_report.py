@@ -153,7 +153,9 @@ def test_a_folder_without_rewards_or_without_verdicts_has_a_page(tmp_path):
     page = render_scored_report(write(tmp_path / "verdicts", bare))
     assert "<svg" not in page
     assert "Reward-gap window" not in page
-    page = render_scored_report(write(tmp_path / "rewards", [row | {"correct": None, "domain": "chat"} for row in rows]))
+    page = render_scored_report(
+        write(tmp_path / "rewards", [row | {"correct": None, "domain": "chat"} for row in rows])
+    )
     assert "Verdicts to look through" not in page
     assert page.count("<svg") == 2
     assert render_scored_report(write(tmp_path / "empty", []))
