@@ -120,6 +120,13 @@ def test_reasoning_and_tool_calls_are_in_the_form_of_the_template():
     assert target.tokenizer.decode(row["prompt_ids"]) == answer.prompt
 
 
+@pytest.mark.parametrize("thought", ["42", "true", '"quoted"', "[1, 2]", '{"a": 1}', "null", "hm"])
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_of_a_table_is_a_text_whatever_it_looks_like(name, thought):
+    row = {"prompt_id": "p", "source": "s", "prompt": "?", "response": "five", name: thought}
+    assert conversation(as_candidate(row, 0))["reply"] == {"content": "five", "reasoning_content": thought}
+
+
 def test_calls_of_a_table_reach_the_template_as_json_or_as_arrow_writes_them():
     calls = [{"function": {"name": "add", "arguments": '{"a": 2}'}, "id": None}]
     for given in (calls, '[{"function": {"name": "add", "arguments": "{\\"a\\": 2}"}}]'):
