@@ -19,6 +19,7 @@ from fusion_plugins.axolotl.preference_rows import (
 )
 from fusion_plugins.axolotl.target_tokenizer import Answer, TargetTokenizer
 from fusion_plugins.core import Candidate
+from fusion_plugins.core.preferences.candidates import as_candidate
 from fusion_plugins.core.text.token_table import Role
 from fusion_plugins.errors import DataError
 
