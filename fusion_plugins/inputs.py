@@ -213,6 +213,17 @@ def read_prompts(
     return list(islice(_items(_rows(path), unusable, _prompt), limit))
 
 
+def prompt_rows(path: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, Row, Prompt | DataError]]:
+    """Yield place, all columns and the prompt of every row, or why it is none; two rows may have the same id."""
+    for file in row_files(path):
+        for where, row in readable_rows(file):
+            columns = {} if isinstance(row, DataError) else row
+            try:
+                yield where, columns, _prompt(where, columns, _checked(row, where, {}))
+            except DataError as error:
+                yield where, columns, error
+
+
 def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
     """Return the sha256 (hex) of a set of prompts, with the domains, references and tests that responses are scored by.
 

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from fusion_plugins.core.key_set import KeySet
 from fusion_plugins.core.preferences.verdict import as_verdict
 from fusion_plugins.core.text.finish_reason import ending
-from fusion_plugins.core.text.messages import as_messages
+from fusion_plugins.core.text.messages import REASONING_KEYS, as_messages
+from fusion_plugins.core.text.reasoning import with_reasoning
 from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.inputs import SUFFIXES, readable_rows
 from fusion_plugins.scoring.base import Row
@@ -36,7 +37,7 @@ FILE_COLUMNS: dict[str, ColumnKind] = {
 }
 EXPECTED = (
     "prompt_id, source, prompt (a text or messages; or a field messages) and response; optional are index, domain, "
-    "reference, tests, dataset, finish_reason and correct"
+    "reference, tests, dataset, finish_reason, correct and reasoning_content (or reasoning, or thinking)"
 )
 FOLDER_COLUMNS = ("prompt_id", "source", "index", "prompt", "response", "domain")
 #: bits of a place that hold the number of the row; the others hold that of the file
@@ -77,7 +78,7 @@ class ResponseFiles:
         # Millions of rows: a compact set has the number of responses of each group, and the place of each response.
         counts, seen = KeySet(), KeySet()
         for number, path in enumerate(self._paths):
-            for where, found in readable_rows(path, (*FILE_COLUMNS, "messages")):
+            for where, found in readable_rows(path, (*FILE_COLUMNS, "messages", *REASONING_KEYS)):
                 try:
                     row = _checked(found, where)
                     group = row["prompt_id"], row["source"]
@@ -177,7 +178,10 @@ def _checked(found: Row | DataError, where: str) -> dict[str, Any]:
     """Return the row of a file in the columns of a folder; its index is as the file has it."""
     if isinstance(found, DataError):
         raise found
+    reasoning = _reasoning(found)
     missing = [name for name in ("prompt_id", "source", "response") if found.get(name) is None]
+    if reasoning and "response" in missing:
+        missing.remove("response")  # the thinking was too long for an answer
     given = [name for name in ("prompt", "messages") if found.get(name) is not None]
     if not given:
         missing.append("prompt or messages")
@@ -190,7 +194,7 @@ def _checked(found: Row | DataError, where: str) -> dict[str, Any]:
         "source": _text("source", found, where),
         "index": found.get("index"),
         "prompt": _prompt(found[given[0]], where),
-        "response": _text("response", found, where),
+        "response": _response(found, reasoning, where),
         "domain": _text("domain", found, where) or "instruction",
         "tests": found.get("tests"),
         **{name: _text(name, found, where) for name in ("reference", "dataset", "finish_reason")},
@@ -216,6 +220,19 @@ def _text(name: str, found: Row, where: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise DataError(f"{where}: expected text in {name!r}, got {value!r:.60}. Write it as a string.")
     return value
+
+
+def _reasoning(found: Row) -> str:
+    """Return the reasoning that is given beside a response; a column of such a name may hold something else."""
+    named = map(found.get, REASONING_KEYS)
+    return next((text for text in named if isinstance(text, str) and text.strip()), "")
+
+
+def _response(found: Row, reasoning: str, where: str) -> str:
+    """Return the response in the form of `fusion sample`: reasoning, if there is any, at its start."""
+    text = _text("response", found, where)
+    cut = ending(found.get("finish_reason")) == "length"
+    return with_reasoning(reasoning, text or (None if cut else ""))
 
 
 def _verdict(value: Any, where: str) -> bool | None:
