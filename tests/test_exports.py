@@ -45,7 +45,10 @@ HEAVY = (
     "rich",
 )
 #: modules that run as programs or belong to a package that only another environment has
-NOT_IMPORTED_HERE = {"fusion_plugins.sources.backends.vllm_engine"}
+NOT_IMPORTED_HERE = {
+    "fusion_plugins.sources.backends.vllm_engine",
+    "fusion_plugins.scoring.reward_backends.vllm_engine",
+}
 
 # Import each module with an empty slate and say what came with it; torch and numpy may be there already, hosts not.
 WALK = """
