@@ -82,9 +82,7 @@ GROUPS = {
         "output of the program": f"{fenced(GOOD)}\nOutput:\n{fenced('2' * 100, '')}",
         "tests of its own": f"{fenced(GOOD)}\n{fenced('def test_f(): assert f(1) == 2 # and a long remark', 'python')}",
         "a shell block": f"{fenced('pip install numpy', 'bash')}\n{fenced(GOOD)}\n{fenced('python f.py', 'bash')}",
-        ("another language"): f"{fenced(GOOD)}\nIn JavaScript:\n{
-            fenced('function f(x) { return x * 3; }', ('javascript'))
-        }",
+        "another language": f"{fenced(GOOD)}\nIn JavaScript:\n{fenced('function f(x) { return 3 * x }', 'javascript')}",
         "pseudocode": f"{fenced('def f(x): give back x twice', '')}\n{fenced(GOOD)}",
         "pseudocode behind": f"{fenced(GOOD)}\n{fenced('def f(x): give back x twice', '')}",
         "signature restated": f"{fenced(GOOD)}\nThe signature stays:\n{fenced(STUB)}",
@@ -117,9 +115,7 @@ GROUPS = {
         "a docstring with examples": fenced('def f(x):\n    """\n    >>> f(2)\n    4\n    """\n    return x * 2'),
         "a notebook": fenced("!pip install numpy\n%matplotlib inline\n" + GOOD),
         "bare interpreter session": ">>> def f(x):\n...     return x * 2\n...\n>>> f(2)\n4",
-        ("interpreter session in a text"): (
-            "Try it:\n\n>>> def f(x):\n...     return x * 2\n...\n>>> f(2)\n4\n\nIt doubles."
-        ),
+        "interpreter session in a text": "Try it:\n\n>>> def f(x):\n...     return x * 2\n...\n>>> f(2)\n4\n\nDone.",
         "notebook session": fenced(SESSION),
         "notebook session, bare": SESSION,
         "notebook session that corrects itself": fenced(f"In [1]: f = None\n{SESSION.replace('1]', '2]')}", "ipython"),
