@@ -23,7 +23,8 @@ from fusion_plugins.install import install_command
 from fusion_plugins.scoring.base import Row, Score
 from fusion_plugins.scoring.code_tests import Suite, read_tests
 from fusion_plugins.scoring.programs import extract_code
-from fusion_plugins.scoring.sandbox import Limits, Outcome, Sandbox, TestVerdict
+from fusion_plugins.scoring.sandbox import Outcome, Sandbox, TestVerdict
+from fusion_plugins.scoring.sandbox_limits import Limits
 from fusion_plugins.scoring.trust import apart
 
 #: what pytest consists of

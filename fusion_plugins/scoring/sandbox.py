@@ -27,8 +27,6 @@ from fusion_plugins.scoring.sandbox_limits import Limits, children
 from fusion_plugins.scoring.sandbox_modes import run_in
 from fusion_plugins.scoring.sandbox_worker import NEEDED, Failed, Worker
 
-__all__ = ["Limits", "Outcome", "Sandbox", "TestVerdict"]
-
 SYSTEM_PATHS = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libx32", "/etc/ld.so.cache")
 #: kept by the driver and not by the kernel
 _DRIVER_LIMITS = ("wall_seconds", "total_seconds")
