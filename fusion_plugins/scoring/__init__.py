@@ -3,9 +3,11 @@
 Data flow: ``fusion sample`` -> responses -> ``fusion score`` -> scored responses -> pairs. Importing this package loads
 neither torch nor a verifier.
 
-Reading order: base, responses, score; then one scorer: numerals, quantities, answers, math_worker, pool, math_scorer
-(mathematics); names, programs, code_tests, sandbox_launcher, sandbox_runner, sandbox, code_scorer (code);
-known_answers, reward_presets, reward_backends, reward (reward model); or judge (a language model).
+Reading order: base, responses, score; then one scorer: numerals, intervals, quantities, answers, math_worker, pool,
+math_scorer (mathematics); names, programs, code_tests, trust (what a program is, and how it is tested),
+sandbox_launcher, sandbox_runner, sandbox_checks, sandbox_values, sandbox_link (inside of the sandbox), sandbox_limits,
+sandbox_worker, sandbox_modes, sandbox, code_scorer (code); known_answers, reward_presets, reward_backends, reward
+(reward model); or judge (a language model).
 """
 
 from typing import Any

@@ -6,6 +6,7 @@ prompt, gold answer or tests have changed since are scored again.
 """
 
 import json
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -136,7 +137,7 @@ def score_responses(config: ScoreConfig) -> ScoreReport:
         whole = any(getattr(one.scorer, "by_prompt", False) for one in running)
         groups, again = _unfinished_prompts(responses, writer) if whole else (_missing(responses, writer), 0)
         renewed += again
-        present = len(writer.done_keys)
+        present = writer.manifest.rows
         scored = unscored = 0
         progress = stack.enter_context(meter("score", config.limit or len(responses), present, unit="responses"))
         while batch := _next_batch(groups, config, present + scored):
@@ -155,7 +156,7 @@ def score_responses(config: ScoreConfig) -> ScoreReport:
 
 def _missing(responses: Responses, writer: RowWriter) -> Iterator[list[dict[str, Any]]]:
     """Yield each response that is not scored yet, as a group of its own."""
-    return ([row] for row in responses if key_of(row, responses.manifest) not in writer.done_keys)
+    return ([row] for row in responses if not writer.holds(key_of(row, responses.manifest)))
 
 
 def _unfinished_prompts(responses: Responses, writer: RowWriter) -> tuple[Iterator[list[dict[str, Any]]], int]:
@@ -167,8 +168,8 @@ def _unfinished_prompts(responses: Responses, writer: RowWriter) -> tuple[Iterat
     for row in responses:
         prompts[row["prompt_id"]].append(row)
     keys = {prompt: {key_of(row, responses.manifest) for row in rows} for prompt, rows in prompts.items()}
-    unfinished = {prompt for prompt, found in keys.items() if not found <= writer.done_keys}
-    partly = set().union(*(keys[prompt] & writer.done_keys for prompt in unfinished))
+    unfinished = {prompt for prompt, found in keys.items() if not all(map(writer.holds, found))}
+    partly = {key for prompt in unfinished for key in keys[prompt] if writer.holds(key)}
     if partly:
         writer.drop(partly)
     return (rows for prompt, rows in prompts.items() if prompt in unfinished), len(partly)
@@ -185,7 +186,7 @@ def _next_batch(groups: Iterator[list[dict[str, Any]]], config: ScoreConfig, don
 
 def _drop_outdated(responses: Responses, writer: RowWriter, scorers: Iterable[str]) -> int:
     """Remove scored rows whose responses have changed since, with a message; return their number."""
-    if not writer.done_keys:
+    if not writer.manifest.rows:
         return 0
     changed = outdated(responses, open_rows(writer.path), scorers)
     if changed:
@@ -203,24 +204,39 @@ def _drop_outdated(responses: Responses, writer: RowWriter, scorers: Iterable[st
 
 def summarize(rows: Iterable[Row]) -> dict[tuple[str, str], GroupSummary]:
     """Return (domain, source) -> accuracy, rewards and lengths; reads the rows once and keeps only numbers."""
-    groups: dict[tuple[str, str], list[tuple[bool | None, float | None, int, str | None]]] = defaultdict(list)
+    groups: dict[tuple[str, str], _Group] = defaultdict(_Group)
     for row in rows:
-        groups[row["domain"], row["source"]].append((row["correct"], row["reward"], len(row["response"]), _reason(row)))
-    return {key: _summary(found) for key, found in sorted(groups.items())}
+        groups[row["domain"], row["source"]].add(row)
+    return {key: group.summary() for key, group in sorted(groups.items())}
 
 
-def _summary(found: Sequence[tuple[bool | None, float | None, int, str | None]]) -> GroupSummary:
-    rewards = [reward for _, reward, _, _ in found if reward is not None]
-    lengths = [length for _, _, length, _ in found]
-    return GroupSummary(
-        responses=len(found),
-        correct=sum(correct is True for correct, _, _, _ in found),
-        judged=sum(correct is not None for correct, _, _, _ in found),
-        reasons=dict(Counter(reason for _, _, _, reason in found if reason is not None).most_common()),
-        reward=fmean(rewards) if rewards else None,
-        mean_length=fmean(lengths),
-        median_length=median(lengths),
-    )
+@dataclass
+class _Group:
+    """Numbers of the rows of one group, 16 bytes a row."""
+
+    verdicts: Counter[bool | None] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    rewards: "array[float]" = field(default_factory=lambda: array("d"))
+    lengths: "array[int]" = field(default_factory=lambda: array("q"))
+
+    def add(self, row: Row) -> None:
+        self.verdicts[row["correct"]] += 1
+        self.lengths.append(len(row["response"]))
+        if row["reward"] is not None:
+            self.rewards.append(row["reward"])
+        if (reason := _reason(row)) is not None:
+            self.reasons[reason] += 1
+
+    def summary(self) -> GroupSummary:
+        return GroupSummary(
+            responses=len(self.lengths),
+            correct=self.verdicts[True],
+            judged=self.verdicts[True] + self.verdicts[False],
+            reasons=dict(self.reasons.most_common()),
+            reward=fmean(self.rewards) if self.rewards else None,
+            mean_length=fmean(self.lengths),
+            median_length=median(self.lengths),
+        )
 
 
 def _reason(row: Row) -> str | None:
