@@ -29,7 +29,7 @@ from fusion_plugins.core.preferences.pairs import (
 from fusion_plugins.core.preferences.split import Split, split_prompts
 from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.plugins import lookup
-from fusion_plugins.terminal import console
+from fusion_plugins.terminal import console, say
 
 Columns = Mapping[str, Sequence[Any]]
 Report = dict[str, Any]
@@ -138,7 +138,9 @@ def _pairs(groups: CandidateGroups, block: FusionBlock) -> tuple[list[Pair], Sel
     propose = partial(lookup("pair_rules", settings.rule), **settings.options)
     pairs, found = pairs_per_prompt(groups, propose, settings.window(), settings.per_prompt)
     if found.limits is not None:  # the window has decided about pairs
-        check_gap_window(settings.window(), [one for group in groups.by_prompt.values() for one in group])
+        doubt = check_gap_window(settings.window(), [one for group in groups.by_prompt.values() for one in group])
+        if doubt is not None:
+            say(f"warning: {doubt}", stderr=True)
     return pairs, found
 
 

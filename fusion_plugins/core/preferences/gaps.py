@@ -73,32 +73,35 @@ def reward_scales(candidates: Iterable[Candidate]) -> set[str]:
     return {scale for candidate in candidates if candidate.reward is not None for scale in _scales(candidate.extra)}
 
 
-def check_gap_window(window: GapWindow, candidates: Sequence[Candidate]) -> None:
+def check_gap_window(window: GapWindow, candidates: Sequence[Candidate]) -> str | None:
     """Refuse the published window for rewards of another model than ArmoRM.
 
-    Which model gave the rewards is read from ``scores``. For rewards of which nobody says where they are from, their
-    size decides.
+    Which model gave the rewards is read from ``scores``. Where nobody says it, large rewards are a reason to doubt.
+
+    Returns:
+        What to tell the user where rewards of unknown origin are too large to be ArmoRM's; None otherwise.
 
     Raises:
-        ConfigError: the window is the published one, and the rewards are not ArmoRM's.
+        ConfigError: the window is the published one, and the rewards are of another model.
     """
     published = GapWindow()
     if (window.unit, window.minimum, window.maximum) != ("reward", published.minimum, published.maximum):
-        return
-    others = sorted(scale for scale in reward_scales(candidates) if PUBLISHED_SCALE not in scale.lower())
+        return None
+    scales = reward_scales(candidates)
+    others = sorted(scale for scale in scales if PUBLISHED_SCALE not in scale.lower())
     rewards = [float(candidate.reward) for candidate in candidates if candidate.reward is not None]
-    known = bool(reward_scales(candidates))
-    largest = max(map(abs, rewards), default=0.0)
-    if not others and (known or largest <= LARGEST_PUBLISHED):
-        return
-    got = f"those of {', '.join(others)}" if others else f"rewards from {min(rewards):.4g} to {max(rewards):.4g}"
     low, high = PROPOSED_QUANTILES
-    raise ConfigError(
+    why = (
         f"fusion.pairs: the limits {published.minimum} and {published.maximum} of the reward gap belong to the scale "
-        f"of ArmoRM; expected its rewards, got {got}. Set min_gap and max_gap for this reward model: `fusion report` "
-        f"of the scored folder shows the gaps that occur and proposes limits. Limits that suit any scale are "
+        "of ArmoRM; expected its rewards, got {got}. Set min_gap and max_gap for this reward model: `fusion report` "
+        "of the scored folder shows the gaps that occur and proposes limits. Limits that suit any scale are "
         f"`min_gap: {low}`, `max_gap: {high}`, `gap_unit: quantile`."
     )
+    if others:
+        raise ConfigError(why.replace("{got}", f"those of {', '.join(others)}"))
+    if scales or max(map(abs, rewards), default=0.0) <= LARGEST_PUBLISHED:
+        return None
+    return why.replace("{got}", f"rewards from {min(rewards):.4g} to {max(rewards):.4g}")
 
 
 def _scales(extra: Mapping[str, Any]) -> Iterable[str]:
