@@ -19,7 +19,7 @@ from fusion_plugins.errors import ConfigError
 #: keys of the block that say how distributions are fused
 FOR_SOURCES = frozenset(
     {
-        *("on_missing_text", "alignment", "projection", "rule", "rule_options", "metric", "top_k", "loss"),
+        *("on_missing_text", "prepared", "alignment", "projection", "rule", "rule_options", "metric", "top_k", "loss"),
         *("lm_loss_weight", "lm_loss_schedule", "temperature", "loss_chunk"),
     }
 )
@@ -194,6 +194,12 @@ class FusionBlock(BlockSettings):
         default="raise",
         description="a row that cannot be used, for example because the chat template refuses it: stop with an error "
         "that names it, or leave it out; the report names what was left out",
+    )
+    prepared: Literal["rows", "stores"] = Field(
+        default="rows",
+        description="what a prepared dataset holds. rows: the fused distributions; stores: only which text of the "
+        "stores a row is. The loader then fuses while the model trains, and another rule, map or top_k needs no new "
+        "preparation",
     )
     alignment: AlignmentArgs = Field(
         default_factory=AlignmentArgs, description="which source position belongs to which target position"

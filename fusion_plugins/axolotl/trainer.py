@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from fusion_plugins.axolotl.args import FusionBlock, fusion_block
-from fusion_plugins.axolotl.collator import FUSED_IDS, FUSED_LOGPROBS, take_fused, take_positions
+from fusion_plugins.axolotl.collator import COLUMNS, take_fused, take_origin, take_positions
 from fusion_plugins.axolotl.figures import Figures, perplexity
 from fusion_plugins.axolotl.output_layer import Probe, carried, innermost, linear_factors, received, replaced
 from fusion_plugins.core.fusion.divergences import Divergence
@@ -39,11 +39,13 @@ class _Batch:
     """Labels (B, T) and fused ids and log-probabilities (B, T, K) of the running forward pass.
 
     Attributes:
+        origin: (B, T) kept mass and number of the source of each position; None where that is unknown.
         at_most: positions that have a label, or more: a number of the host, which no GPU has to be waited for.
     """
 
     labels: Tensor
     fused: tuple[Tensor, Tensor]
+    origin: tuple[Tensor, Tensor] | None
     at_most: int
 
     @cached_property
@@ -58,6 +60,16 @@ class _Batch:
         own = logprobs.masked_fill(~entries, 0.0)
         entropy = -(own.exp() * own).sum()
         return positions.sum(), entries.any(-1).sum(), entropy
+
+    def of_fused(self, sources: int) -> Tensor:
+        """(1 + S,) sums over the positions with a fused distribution: kept mass, and 1 where a source teaches."""
+        if self.origin is None:
+            return torch.full((1 + sources,), torch.nan, device=self.labels.device)
+        kept, source = (values[:, :-1] for values in self.origin)
+        fused = (self.labels[:, 1:] != -100) & (self.fused[0][:, :-1] >= 0).any(-1)
+        numbers = torch.arange(sources, device=source.device)
+        taught = (source.unsqueeze(-1) == numbers) & fused.unsqueeze(-1)
+        return torch.cat([(kept.float() * fused).sum().view(1), taught.sum((0, 1)).float()])
 
 
 class _OwnPerplexity(Trainer):
@@ -100,9 +112,13 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        for name in (FUSED_IDS, FUSED_LOGPROBS):
+        for name in COLUMNS:
             if self._signature_columns and name not in self._signature_columns:
                 self._signature_columns = [*self._signature_columns, name]
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        # Rows as arrays: to make Python lists of fused distributions takes longer than everything else with them.
+        return super()._get_dataloader(dataset.with_format("numpy"), *args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -113,7 +129,7 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
             DataError: the batch has no fused distributions.
         """
         inputs = dict(inputs)
-        fused, at_most = take_fused(inputs), take_positions(inputs)
+        fused, origin, at_most = take_fused(inputs), take_origin(inputs), take_positions(inputs)
         if "labels" not in inputs:
             raise DataError(
                 f"expected a batch with labels, got one with {sorted(inputs)}. Use datasets of `type: "
@@ -122,7 +138,7 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
         if self._losses_in_head is None:
             self._losses_in_head = self._head_is_last(model, inputs)
         labels = inputs["labels"]
-        self._batch = _Batch(labels, fused, labels.numel() if at_most is None else at_most)
+        self._batch = _Batch(labels, fused, origin, labels.numel() if at_most is None else at_most)
         try:
             with replaced(self._head(model), self._losses_of_head) if self._in_head else nullcontext():
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -143,7 +159,7 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> Any:
         """Evaluate, with the loss and its terms over all positions instead of the mean of the batches' means."""
-        self._evaluation_figures = Figures()
+        self._evaluation_figures = self._new_figures()
         try:
             output = super().evaluation_loop(
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
@@ -163,8 +179,11 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # auto_find_batch_size begins anew with a smaller batch.
-        self._training_figures = Figures()
+        self._training_figures = self._new_figures()
         return super()._inner_training_loop(*args, **kwargs)
+
+    def _new_figures(self) -> Figures:
+        return Figures(("kept_mass", *(f"share_{source.name}" for source in self._fusion.sources)))
 
     def _figures(self, figures: Figures) -> dict[str, float]:
         return figures.take(partial(self.accelerator.reduce, reduction="sum"), self.args.device)
@@ -205,6 +224,7 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
                 fusion=found.fusion,
                 agreed=found.agreed,
                 entropy=entropy,
+                of_fused=self._batch.of_fused(len(self._fusion.sources)),
                 positions=positions,
                 fused_positions=fused_positions,
                 weight=weight,
