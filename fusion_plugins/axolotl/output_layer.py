@@ -25,8 +25,11 @@ NEAR_ZERO = 2.0**-40
 
 def innermost(layer: Any) -> Any:
     """Return the layer whose forward pass makes the logits: the trained copy where PEFT wraps the layer."""
-    while isinstance(layer, ModulesToSaveWrapper) and not layer.disable_adapters and layer.active_adapters:
-        layer = layer.modules_to_save[layer.active_adapters[0]]
+    while isinstance(layer, ModulesToSaveWrapper):
+        active = [name for name in layer.active_adapters if not layer.disable_adapters]
+        if not active or active[0] not in layer.modules_to_save:
+            break
+        layer = layer.modules_to_save[active[0]]
     return layer
 
 
@@ -99,7 +102,8 @@ def linear_factors(
         alone = _plain(layer)
         return (alone, []) if alone else None
     base = layer.base_layer
-    adapters = [] if layer.disable_adapters or layer.merged else _adapters(layer)
+    # Merged weights need no adapter; switched off, PEFT would first take the adapter out of them.
+    adapters = ([] if not layer.disable_adapters else None) if layer.merged else _adapters(layer)
     # An adapter's layers gather sharded weights in forward passes of their own, which would not run.
     if type(layer) is not LoraLinear or adapters is None or "forward" in vars(base) or hasattr(base.weight, "ds_id"):
         return None
@@ -115,7 +119,7 @@ def _plain(layer: Any) -> tuple[Tensor, Tensor | None] | None:
 
 def _adapters(layer: Any) -> list[str] | None:
     """Names of the active adapters, None where one of them is more than a product of low rank."""
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    names = [name for name in layer.active_adapters if name in layer.lora_A and not layer.disable_adapters]
     if layer.fan_in_fan_out or _hooks(layer.base_layer):
         return None
     for name in names:
