@@ -59,9 +59,12 @@ def conversation(candidate: Candidate) -> Row:
 
     The columns ``tool_calls`` and ``reasoning_content`` belong to the answer, ``tools`` to the prompt.
     """
-    parts = {
-        key: _loaded(candidate.extra[key]) for key in ("tool_calls", "reasoning_content") if candidate.extra.get(key)
-    }
+    parts = {}
+    if candidate.extra.get("tool_calls"):
+        parts["tool_calls"] = _loaded(candidate.extra["tool_calls"])
+    if candidate.extra.get("reasoning_content"):
+        # A text as it stands: "42" is the JSON of a number, but here it is what the model thought.
+        parts["reasoning_content"] = candidate.extra["reasoning_content"]
     reply = {"content": candidate.response, **parts} if parts else candidate.response
     return {"prompt": candidate.prompt, "reply": reply, "tools": _loaded(candidate.extra.get("tools"))}
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from fusion_plugins.axolotl.args import FusionBlock, PairArgs, SftArgs
 from fusion_plugins.axolotl.preference_rows import Row, Unusable, leave_out
 from fusion_plugins.core.preferences.candidates import Candidate, CandidateGroups, Pair, as_candidate, clean, is_prompt
+from fusion_plugins.core.preferences.gaps import check_gap_window
 from fusion_plugins.core.preferences.pairs import (
     BEST_RULES,
     SelectionReport,
@@ -135,7 +136,10 @@ def show_report(report: Report, title: str) -> None:
 def _pairs(groups: CandidateGroups, block: FusionBlock) -> tuple[list[Pair], SelectionReport]:
     settings = block.pairs or PairArgs()
     propose = partial(lookup("pair_rules", settings.rule), **settings.options)
-    return pairs_per_prompt(groups, propose, settings.window(), settings.per_prompt)
+    pairs, found = pairs_per_prompt(groups, propose, settings.window(), settings.per_prompt)
+    if found.limits is not None:  # the window has decided about pairs
+        check_gap_window(settings.window(), [one for group in groups.by_prompt.values() for one in group])
+    return pairs, found
 
 
 def _best(groups: CandidateGroups, block: FusionBlock) -> tuple[dict[str, Candidate | None], SelectionReport]:
