@@ -241,8 +241,8 @@ def test_the_walk_ends_in_the_token_that_holds_the_byte():
     logprobs, special = np.array([-1, -2, -4, -8, np.nan], np.float32), np.array([False, True])
     walk = [_walk(ids, ends, special, logprobs, 0, goal) for goal in (2, 3, 4, 5)]
     assert walk[0] == (kernel.ONE_TO_ONE, 1, 0.0)
-    assert walk[1] == (kernel.CROSSING, 2, -2.0)
-    assert walk[2] == (kernel.ONE_TO_MANY, 2, -2.0)
+    assert walk[1] == (kernel.CROSSING, 2, -1.0)
+    assert walk[2] == (kernel.ONE_TO_MANY, 2, -1.0)
     assert walk[3][0] == kernel.OTHER_SPECIAL
     assert _walk(ids[:2], ends[:2], special, logprobs[:2], 0, 3)[0] == kernel.SOURCE_ENDS
     assert _walk(ids, ends, special, logprobs, 1, 3)[0] == kernel.MANY_TO_ONE
