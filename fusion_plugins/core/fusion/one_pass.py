@@ -163,15 +163,21 @@ def one_pass(
             positions are already summed up in it.
     """
     change = change or LogitChange()
-    tensors: list[Tensor | None] = []
-    for states, weight in factors:
-        flat = states.flatten(0, 1)
-        tensors += [flat[:, : change.width], None] if weight is None else [flat, weight[: change.width]]
-    vocabulary = tensors[0].shape[1] if tensors[1] is None else tensors[1].shape[0]  # type: ignore[union-attr]
+    if change.width is not None:
+        factors = [_first_tokens(pair, change.width) for pair in factors]
+        bias = None if bias is None else bias[: change.width]
+    states, weight = factors[0]
+    vocabulary = states.shape[-1] if weight is None else weight.shape[0]
     settings = _Settings(
         terms, change, chunk_size or chunk_rows(vocabulary), by_position, differentiable=torch.is_grad_enabled()
     )
-    return Sums(*_OnePass.apply(settings, None if bias is None else bias[: change.width], *tensors))
+    tensors = [one for states, weight in factors for one in (states.flatten(0, 1), weight)]
+    return Sums(*_OnePass.apply(settings, bias, *tensors))
+
+
+def _first_tokens(pair: Factors, width: int) -> Factors:
+    states, weight = pair
+    return Factors(states[..., :width], None) if weight is None else Factors(states, weight[:width])
 
 
 @dataclass(frozen=True)
