@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from fusion_plugins.core.text.content_id import content_id, texts_fingerprint
 from fusion_plugins.core.text.messages import REASONING_KEYS, as_messages, as_tools
 from fusion_plugins.errors import DataError
+from fusion_plugins.response_texts import ANSWER_COLUMNS, answers_as_texts, is_response_folder, response_rows
 
 #: ends of the names of files that can be read
 SUFFIXES = (".jsonl", ".parquet")
@@ -84,7 +85,8 @@ def read_texts(
     """Read the texts of one file, a folder of files, or several of them, in order.
 
     Args:
-        path: ``.jsonl`` or ``.parquet`` files, or folders of such files (read in the order of their names).
+        path: ``.jsonl`` or ``.parquet`` files, or folders of such files (read in the order of their names), or folders
+            of responses, whose texts are the chats of prompt and response.
         limit: stop after this many texts.
         unusable: takes the rows that cannot be used; without it, the first of them is an error.
 
@@ -159,20 +161,29 @@ def _read(
 ) -> Iterator[Item]:
     """Yield what ``make`` makes of place, row and text of every row; refuse an id that appears twice."""
     seen: dict[str, str] = {}
-    for file in row_files(path):
-        for where, row in readable_rows(file, COLUMNS):
-            if limit is not None and len(seen) >= limit:
-                return
-            try:
-                text = _checked(row, where, seen)
-                item = make(where, row if isinstance(row, dict) else {}, text)
-            except DataError as error:
-                if unusable is None:
-                    raise
-                unusable[_name(row, where, seen)] = str(error)
-            else:
-                seen[text.id] = where
-                yield item
+    for where, row in answers_as_texts(_rows(path)):
+        if limit is not None and len(seen) >= limit:
+            return
+        try:
+            text = _checked(row, where, seen)
+            item = make(where, row if isinstance(row, dict) else {}, text)
+        except DataError as error:
+            if unusable is None:
+                raise
+            unusable[_name(row, where, seen)] = str(error)
+        else:
+            seen[text.id] = where
+            yield item
+
+
+def _rows(path: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, Row | DataError]]:
+    """Yield place and content of every row of files, folders of files and folders of responses."""
+    for part in [path] if isinstance(path, str | Path) else path:
+        if is_response_folder(part):
+            yield from response_rows(part)
+        else:
+            for file in row_files(part):
+                yield from readable_rows(file, (*COLUMNS, *ANSWER_COLUMNS))
 
 
 def _checked(row: Row | DataError, where: str, seen: Mapping[str, str]) -> Text:

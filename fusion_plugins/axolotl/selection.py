@@ -7,7 +7,7 @@ score`, or JSONL or Parquet files.
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -16,11 +16,21 @@ from rich.table import Table
 
 from fusion_plugins.axolotl.args import FusionBlock, PairArgs, SftArgs
 from fusion_plugins.axolotl.preference_rows import Row, Unusable, leave_out
-from fusion_plugins.core.preferences.candidates import Candidate, CandidateGroups, Pair, as_candidate, clean, is_prompt
+from fusion_plugins.core.preferences.candidates import (
+    Candidate,
+    CandidateGroups,
+    Pair,
+    as_candidate,
+    clean,
+    is_own,
+    is_prompt,
+)
 from fusion_plugins.core.preferences.pairs import (
     BEST_RULES,
+    BestRule,
     SelectionReport,
     best_per_prompt,
+    best_per_source,
     length_statistics,
     pairs_per_prompt,
     resolve_rule,
@@ -33,6 +43,8 @@ from fusion_plugins.terminal import console
 Columns = Mapping[str, Sequence[Any]]
 Report = dict[str, Any]
 
+#: the pair rule of the target's own answers
+OWN_RULE = "own_answers"
 _NEED_REWARDS = {"reward", "same_source", "across_sources"}
 _FOR_VERDICTS = (
     "For responses with verdicts and no rewards set `rule: verdict` under both fusion.sft and fusion.pairs, in the "
@@ -48,11 +60,13 @@ def choose_pairs(columns: Columns, block: FusionBlock) -> tuple[list[Pair], Repo
     """
     groups, unusable = _groups(columns, block)
     _check_rules(groups, block, best=block.split is not None, pairs=True)
+    _check_own(groups, block)
     pairs, found = _pairs(groups, block)
     split = None
     if block.split is not None:
         # The runs of both stages must divide alike, so each looks at the best answers and the pairs of all prompts.
-        split = split_prompts(_best(groups, block)[0], pairs, block.split.rule())
+        best = _best(groups, block)[0]
+        split = split_prompts(best, _pairs_for_split(groups, block, best, pairs), block.split.rule())
         dpo = set(split.dpo)
         pairs = [pair for pair in pairs if pair.chosen.prompt_id in dpo]
     report = _report(found, unusable, split) | {
@@ -71,8 +85,28 @@ def choose_pairs(columns: Columns, block: FusionBlock) -> tuple[list[Pair], Repo
     return pairs, report
 
 
+def choose_triples(columns: Columns, block: FusionBlock) -> tuple[list[tuple[Pair, Candidate]], Report]:
+    """Return the target's own pairs, each with the best answer of the sources (WRPO), and the report.
+
+    Raises:
+        DataError: as :func:`choose_pairs`; or no source answers a prompt that has a pair.
+    """
+    pairs, report = choose_pairs(columns, block)
+    best, _ = _best(_groups(columns, block)[0], block)
+    triples = [(pair, answer) for pair in pairs if (answer := best[pair.chosen.prompt_id]) is not None]
+    report |= {"triples": len(triples), "pairs_without_best_answer": len(pairs) - len(triples)}
+    if not triples:
+        raise DataError(
+            f"expected a best answer of the sources to the prompts of the target's own pairs, got none: "
+            f"{json.dumps(report)}. Give the responses of the sources and of the target together. {_FOR_VERDICTS}"
+        )
+    return triples, report
+
+
 def choose_best(columns: Columns, block: FusionBlock) -> tuple[list[Candidate], Report]:
-    """Return the best response to each prompt of a table of scored responses, and the report.
+    """Return the responses of a table that SFT learns from, and the report.
+
+    One per prompt, or one of each source (``fusion.sft.per_prompt: all``).
 
     Raises:
         DataError: a row is wrong, or not one response is left; the message says why.
@@ -80,15 +114,19 @@ def choose_best(columns: Columns, block: FusionBlock) -> tuple[list[Candidate], 
     groups, unusable = _groups(columns, block)
     _check_rules(groups, block, best=True, pairs=block.split is not None)
     best, found = _best(groups, block)
-    chosen = [candidate for candidate in best.values() if candidate is not None]
+    wanted = {prompt_id for prompt_id, candidate in best.items() if candidate is not None}
     split = None
     if block.split is not None:
         pairs, paired = _pairs(groups, block)
         # Which prompts have a pair, and so which train this stage, the gap window decides.
         found = replace(found, limits=paired.limits)
-        split = split_prompts(best, pairs, block.split.rule())
-        sft = set(split.sft)
-        chosen = [candidate for candidate in chosen if candidate.prompt_id in sft]
+        split = split_prompts(best, _pairs_for_split(groups, block, best, pairs), block.split.rule())
+        wanted &= set(split.sft)
+    if (block.sft or SftArgs()).per_prompt == "all":
+        answers = _each_best(groups, block)
+        chosen = [candidate for prompt_id in best if prompt_id in wanted for candidate in answers[prompt_id]]
+    else:
+        chosen = [candidate for prompt_id, candidate in best.items() if candidate is not None and prompt_id in wanted]
     by_source = Counter(sorted(candidate.source for candidate in chosen))
     report = _report(found, unusable, split) | {"answers": len(chosen), "by_source": dict(by_source)}
     if not chosen:
@@ -134,12 +172,80 @@ def show_report(report: Report, title: str) -> None:
 
 def _pairs(groups: CandidateGroups, block: FusionBlock) -> tuple[list[Pair], SelectionReport]:
     settings = block.pairs or PairArgs()
-    propose = partial(lookup("pair_rules", settings.rule), **settings.options)
-    return pairs_per_prompt(groups, propose, settings.window(), settings.per_prompt)
+    options = settings.options
+    if settings.rule == OWN_RULE:
+        options = {"own_source": settings.own_source, **options}
+    else:
+        groups = _of_sources(groups, block)
+    propose = partial(lookup("pair_rules", settings.rule), **options)
+    return pairs_per_prompt(groups, propose, settings.window(), settings.most, settings.min_accuracy)
+
+
+def _pairs_for_split(
+    groups: CandidateGroups, block: FusionBlock, best: Mapping[str, Candidate | None], pairs: list[Pair]
+) -> list[Pair]:
+    """Return the pairs by which the prompts are divided.
+
+    The target's own answers are sampled from the model of the first stage, so that stage cannot know which prompts will
+    have a pair of them: there, each prompt with a best answer of the sources counts as one that has.
+    """
+    if (block.pairs or PairArgs()).rule != OWN_RULE:
+        return pairs
+    return [Pair(candidate, candidate, 0.0) for candidate in best.values() if candidate is not None]
 
 
 def _best(groups: CandidateGroups, block: FusionBlock) -> tuple[dict[str, Candidate | None], SelectionReport]:
-    return best_per_prompt(groups, resolve_rule((block.sft or SftArgs()).rule, BEST_RULES, "fusion.sft.rule"))
+    best, found = best_per_prompt(_for_best(groups, block), _best_rule(block))
+    if (block.sft or SftArgs()).only_verified:
+        why = {"no_usable_response": "none_verified"}
+        found = replace(found, dropped_prompts={why.get(key, key): n for key, n in found.dropped_prompts.items()})
+    return best, found
+
+
+def _each_best(groups: CandidateGroups, block: FusionBlock) -> dict[str, list[Candidate]]:
+    """Return prompt id -> the best candidate of each source."""
+    choose = _best_rule(block)
+    return {
+        prompt_id: best_per_source(group, choose) for prompt_id, group in _for_best(groups, block).by_prompt.items()
+    }
+
+
+def _best_rule(block: FusionBlock) -> BestRule:
+    return resolve_rule((block.sft or SftArgs()).rule, BEST_RULES, "fusion.sft.rule")
+
+
+def _for_best(groups: CandidateGroups, block: FusionBlock) -> CandidateGroups:
+    """Return the candidates that can be a best answer."""
+    groups = _of_sources(groups, block)
+    if not (block.sft or SftArgs()).only_verified:
+        return groups
+    return _filtered(groups, lambda candidate: candidate.correct is True)
+
+
+def _of_sources(groups: CandidateGroups, block: FusionBlock) -> CandidateGroups:
+    """Return the candidates that are not the target's own."""
+    own = (block.pairs or PairArgs()).own_source
+    return _filtered(groups, lambda candidate: not is_own(candidate, own))
+
+
+def _filtered(groups: CandidateGroups, keep: Callable[[Candidate], bool]) -> CandidateGroups:
+    kept = {prompt_id: [each for each in group if keep(each)] for prompt_id, group in groups.by_prompt.items()}
+    return CandidateGroups(kept, groups.dropped)
+
+
+def _check_own(groups: CandidateGroups, block: FusionBlock) -> None:
+    """Refuse the rule of own answers where there are none: every prompt would be left out as one without a pair."""
+    settings = block.pairs or PairArgs()
+    if settings.rule != OWN_RULE:
+        return
+    sources = {candidate.source for group in groups.by_prompt.values() for candidate in group}
+    if not any(is_own(each, settings.own_source) for group in groups.by_prompt.values() for each in group):
+        raise DataError(
+            f"fusion.pairs.rule {OWN_RULE}: expected responses of the source {settings.own_source!r}, got those of "
+            f"{', '.join(sorted(sources)) or 'none'}. Sample the model of the first stage under that name (`fusion "
+            "sample`), score its responses, and give them together with those of the sources (`data_files` of the "
+            "dataset takes several)."
+        )
 
 
 def _groups(columns: Columns, block: FusionBlock) -> tuple[CandidateGroups, list[Row]]:
