@@ -173,6 +173,17 @@ class PairArgs(BlockSettings):
     weight_temperature: float = Field(
         default=1.0, gt=0, description="temperature of that softmax, in units of the reward"
     )
+    texts: str | None = Field(
+        default=None,
+        description="file that gets both answers of every pair, for `fusion capture --texts` (.jsonl); none for no file",
+    )
+
+    @field_validator("texts")
+    @classmethod
+    def _check_texts(cls, value: str | None) -> str | None:
+        if value is not None and not value.endswith(".jsonl"):
+            raise ValueError(f"expected the name of a .jsonl file, got {value!r}")
+        return value
 
     @field_validator("per_prompt")
     @classmethod

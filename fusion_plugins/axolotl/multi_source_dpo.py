@@ -8,11 +8,14 @@ texts are for axolotl's filter of long rows and for people. Some losses need mor
 (WRPO), what the sources say about both answers (InfiFPO), a weight (FusePO).
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from axolotl.utils.distributed import is_main_process
 from datasets import Dataset, Features, Value
 
 from fusion_plugins.axolotl.args import FusionBlock, SourceArgs
@@ -36,9 +39,10 @@ from fusion_plugins.axolotl.prepared import keep_report
 from fusion_plugins.axolotl.reference import make_reference
 from fusion_plugins.axolotl.selection import choose_pairs, choose_triples, show_report
 from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
-from fusion_plugins.core.preferences.candidates import Candidate
+from fusion_plugins.core.preferences.candidates import Candidate, Pair, chat_of
 from fusion_plugins.core.preferences.weights import reward_weights, with_mean_one
 from fusion_plugins.errors import DataError
+from fusion_plugins.store.files import write_atomic
 
 Columns = Mapping[str, Sequence[Any]]
 
@@ -103,6 +107,8 @@ def _items(
         pairs, third = [pair for pair, _ in triples], [answer for _, answer in triples]
     else:
         pairs, report = choose_pairs(rows, block)
+    if block.pairs is not None and block.pairs.texts is not None and is_main_process():
+        write_texts(Path(block.pairs.texts), pairs)
     further: list[Row] = [{"source": conversation(answer)} for answer in third] or [{} for _ in pairs]
     if block.reference is not None:
         found = make_reference(pairs, block.reference, target, str(cfg.base_model), block.on_missing_text)
@@ -117,6 +123,17 @@ def _items(
         for pair, more in zip(pairs, further, strict=True)
     ]
     return items, report
+
+
+def write_texts(path: Path, pairs: Sequence[Pair]) -> None:
+    """Write both answers of every pair as chats, each once, one JSON object per line."""
+    lines = {}
+    for pair in pairs:
+        for answer in (pair.chosen, pair.rejected):
+            messages, tools = chat_of(answer)
+            lines[json.dumps({"messages": messages, "tools": tools})] = None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def _reference_sources(block: FusionBlock) -> list[SourceArgs]:
