@@ -305,7 +305,9 @@ def test_responses_have_the_same_ids_in_every_form(tmp_path, form):
         response("p", "a", "one", tool_calls=None, reasoning_content=None, tools=None),
         response("q", "a", "", tool_calls=[{"function": {"name": "f", "arguments": {"a": 1}}}]),
         response("r", "a", "five", reasoning_content="hm", prompt=[{"role": "user", "content": "2 + 3?"}]),
-        response("s", "a", "5", tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}]),
+        response(
+            "s", "a", "5", tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+        ),
     ]
     if form == "folder":
         columns = dict.fromkeys(("prompt_id", "source", "response", "reasoning_content"), "string") | {"index": "int64"}

@@ -197,6 +197,18 @@ class PairArgs(BlockSettings):
         """Most pairs per prompt; None for no limit."""
         return None if self.per_prompt == "all" else int(self.per_prompt)
 
+    def problems(self) -> Iterator[str]:
+        """Yield what does not belong together."""
+        try:
+            self.window()
+        except ConfigError as error:
+            yield str(error)
+        if self.rule == "own_answers" and self.own_source is None:
+            yield (
+                "the rule own_answers needs own_source, the name under which the target's own samples are among the "
+                "responses"
+            )
+
     def window(self) -> GapWindow:
         """Return the limits in core's form; raises ConfigError for limits that contradict each other."""
         return GapWindow(self.min_gap, self.max_gap, self.gap_unit, frozenset(self.gap_exempt))
@@ -284,6 +296,11 @@ class SplitArgs(BlockSettings):
     )
     sft_only: list[str] = Field(default_factory=lambda: ["chinese"], description="domains that never go to DPO")
     seed: int = Field(default=0, description="another seed gives another, equally fixed, division")
+    pairs: PairArgs | None = Field(
+        default=None,
+        description="rules of the pairs by which the first stage divided the prompts, where this run trains on other "
+        "pairs; the run's own if absent",
+    )
 
     def rule(self) -> SplitRule:
         """Return the rule in core's form."""
@@ -367,16 +384,10 @@ class FusionBlock(BlockSettings):
         yield from _problems_of_names(self.sources)
         if self.reference is not None:
             yield from (f"reference: {problem}" for problem in self.reference.problems())
-        if self.pairs is not None:
-            try:
-                self.pairs.window()
-            except ConfigError as error:
-                yield f"pairs: {error}"
-            if self.pairs.rule == "own_answers" and self.pairs.own_source is None:
-                yield (
-                    "pairs: the rule own_answers needs own_source, the name under which the target's own samples are "
-                    "among the responses"
-                )
+        divided_by = self.split.pairs if self.split is not None else None
+        for key, pairs in (("pairs", self.pairs), ("split.pairs", divided_by)):
+            if pairs is not None:
+                yield from (f"{key}: {problem}" for problem in pairs.problems())
         if not self.sources and self.pairs is None and self.sft is None and self.split is None:
             yield "nothing to do: give sources (type fusion_plugins.axolotl.fused), sft or pairs"
 

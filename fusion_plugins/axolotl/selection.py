@@ -66,7 +66,7 @@ def choose_pairs(columns: Columns, block: FusionBlock) -> tuple[list[Pair], Repo
     if block.split is not None:
         # The runs of both stages must divide alike, so each looks at the best answers and the pairs of all prompts.
         best = _best(scored, block)[0]
-        split = split_prompts(best, _pairs_for_split(block, best, pairs), block.split.rule())
+        split = split_prompts(best, _pairs_for_split(scored, block, best, pairs), block.split.rule())
         dpo = set(split.dpo)
         pairs = [pair for pair in pairs if pair.chosen.prompt_id in dpo]
     report = _report(found, scored.unusable, split) | {
@@ -120,7 +120,7 @@ def choose_best(columns: Columns, block: FusionBlock) -> tuple[list[Candidate], 
         pairs, paired = _pairs(scored, block)
         # Which prompts have a pair, and so which train this stage, the gap window decides.
         found = replace(found, limits=paired.limits)
-        split = split_prompts(best, _pairs_for_split(block, best, pairs), block.split.rule())
+        split = split_prompts(best, _pairs_for_split(scored, block, best, pairs), block.split.rule())
         wanted &= set(split.sft)
     if (block.sft or SftArgs()).per_prompt == "all":
         answers = _each_best(scored, block)
@@ -192,13 +192,18 @@ def _pairs(scored: _Scored, block: FusionBlock) -> tuple[list[Pair], SelectionRe
     return pairs_per_prompt(groups, propose, settings.window(), settings.most, settings.min_accuracy)
 
 
-def _pairs_for_split(block: FusionBlock, best: Mapping[str, Candidate | None], pairs: list[Pair]) -> list[Pair]:
+def _pairs_for_split(
+    scored: _Scored, block: FusionBlock, best: Mapping[str, Candidate | None], pairs: list[Pair]
+) -> list[Pair]:
     """Return the pairs by which the prompts are divided.
 
     The target's own answers are sampled from the model of the first stage, so that stage cannot know which prompts will
     have a pair of them: there, each prompt with a best answer of the sources counts as one that has.
     """
-    if (block.pairs or PairArgs()).rule != OWN_RULE:
+    divided_by = block.split.pairs if block.split is not None else None
+    if divided_by is not None:
+        pairs = _pairs(scored, block.model_copy(update={"pairs": divided_by}))[0]
+    if (divided_by or block.pairs or PairArgs()).rule != OWN_RULE:
         return pairs
     return [Pair(candidate, candidate, 0.0) for candidate in best.values() if candidate is not None]
 

@@ -1,5 +1,7 @@
 """The log-probability of a whole answer, over the tokens that supervised training takes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -37,4 +39,7 @@ def test_the_answer_has_the_tokens_that_training_learns(name, before, text):
 
 def test_a_chat_without_an_answer_has_none():
     target = TargetTokenizer.of(tiny.byte_level(), {})
-    assert answer_logprob(record_of(target, [QUESTION]), target.table) == (0.0, 0)
+    record = record_of(target, [QUESTION, {"role": "assistant", "content": "Five."}])
+    for spans in ([], [[3, 3]]):
+        text = replace(record.text, spans=np.array(spans, np.int32).reshape(-1, 2))
+        assert answer_logprob(replace(record, text=text), target.table) == (0.0, 0)

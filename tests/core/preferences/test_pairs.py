@@ -273,7 +273,7 @@ def test_wrong_gap_windows_are_refused(settings, message):
 
 
 def test_unknown_rules_are_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match="across_sources, same_source, verdict"):
+    with pytest.raises(ConfigError, match="across_sources, own_answers, same_source, verdict"):
         build_pairs([], "same")
     with pytest.raises(ConfigError, match="reward, verdict"):
         best_of([], "same")
