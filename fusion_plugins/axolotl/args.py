@@ -175,7 +175,7 @@ class PairArgs(BlockSettings):
     )
     texts: str | None = Field(
         default=None,
-        description="file that gets both answers of every pair, for `fusion capture --texts` (.jsonl); none for no file",
+        description=".jsonl file that gets both answers of every pair, for `fusion capture --texts`; none for no file",
     )
 
     @field_validator("texts")

@@ -127,7 +127,7 @@ def _items(
 
 def write_texts(path: Path, pairs: Sequence[Pair]) -> None:
     """Write both answers of every pair as chats, each once, one JSON object per line."""
-    lines = {}
+    lines: dict[str, None] = {}
     for pair in pairs:
         for answer in (pair.chosen, pair.rejected):
             messages, tools = chat_of(answer)

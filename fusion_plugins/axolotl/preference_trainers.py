@@ -28,6 +28,7 @@ from fusion_plugins.core.preferences.losses import PAIR_LOSSES, wrpo, wrpo_alpha
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 #: TRL's columns of a reference that was computed before
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+_NUMBERS = (*REFERENCE_COLUMNS, "weight")
 
 
 class TokenizedDPOTrainer(AxolotlDPOTrainer):
@@ -243,16 +244,17 @@ class _Collator:
         # Of the chosen answers, which are there once per group, the first copy stays.
         kept = torch.tensor([*range(size), *range(groups * size, 2 * groups * size)])
         batch |= {name: torch.tensor([row[name] for row in rows]) for name in self._numbers}
-        return {
-            name: value[:size].float().view(torch.int32) if value.is_floating_point() else value[kept]
-            for name, value in batch.items()
-        }
+        for name, value in batch.items():
+            if name in _NUMBERS:
+                batch[name] = value[:size].float().view(torch.int32)
+            elif further:
+                batch[name] = value[kept]
+        return batch
 
 
 def _as_floats(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return a batch with the numbers of :class:`_Collator` as such."""
-    numbers = (*REFERENCE_COLUMNS, "weight")
-    return {name: value.view(torch.float32) if name in numbers else value for name, value in inputs.items()}
+    return {name: value.view(torch.float32) if name in _NUMBERS else value for name, value in inputs.items()}
 
 
 def _answer_logprobs(logits: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -243,11 +243,11 @@ def _check_own(scored: _Scored, block: FusionBlock) -> None:
     """Refuse the rule of own answers where there are none: every prompt would be left out as one without a pair."""
     settings = block.pairs or PairArgs()
     if settings.rule == OWN_RULE and not scored.own.by_prompt:
-        sources = sorted({each.source for group in scored.sources.by_prompt.values() for each in group})
+        sources = ", ".join(sorted({each.source for group in scored.sources.by_prompt.values() for each in group}))
         raise DataError(
             f"fusion.pairs.rule {OWN_RULE}: expected responses of the source {settings.own_source!r}, got those of "
-            f"{', '.join(sources) or 'none'}. Sample the model of the first stage under that name (`fusion sample` with the same "
-            "prompts and the same folder adds a source to it), score the folder again, and give all responses together."
+            f"{sources or 'none'}. Sample the model of the first stage under that name (`fusion sample` with "
+            "the same prompts and the same folder adds a source to it), and score the folder again."
         )
 
 

@@ -70,6 +70,19 @@ def counts(rows: list[Row], sft_share: float = 0.4) -> dict[str, Any]:
                 continue
             if prompt_id not in pairs or pairs[prompt_id][0]["reward"] < chosen["reward"]:
                 pairs[prompt_id] = chosen, rejected
+    sft, dpo = _divided(prompts, best, pairs, sft_share)
+    return {
+        "best": Counter(row["source"] for row in best.values()),
+        "pairs": Counter(chosen["source"] for chosen, _ in pairs.values()),
+        "dropped": dropped,
+        "sft": sft,
+        "dpo": dpo,
+    }
+
+
+def _divided(
+    prompts: dict[str, list[Row]], best: dict[str, Row], pairs: dict[str, tuple[Row, Row]], sft_share: float
+) -> tuple[int, int]:
     divided: Counter[tuple[bool, str]] = Counter()
     sft = dpo = 0
     for prompt_id in prompts:
@@ -83,13 +96,7 @@ def counts(rows: list[Row], sft_share: float = 0.4) -> dict[str, Any]:
         # The share as a fraction of tenths: 0.4 in binary is not 4 / 10.
         own = 0 if verified else number * round(sft_share * 10) // 10
         sft, dpo = sft + own, dpo + number - own
-    return {
-        "best": Counter(row["source"] for row in best.values()),
-        "pairs": Counter(chosen["source"] for chosen, _ in pairs.values()),
-        "dropped": dropped,
-        "sft": sft,
-        "dpo": dpo,
-    }
+    return sft, dpo
 
 
 def _usable(group: list[Row], dropped: Counter[str]) -> list[Row]:
