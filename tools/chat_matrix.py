@@ -13,7 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fusion_plugins.core.text.chat import Render, RenderedChat, generated_spans
+from fusion_plugins.core.text.chat import generated_spans
+from fusion_plugins.core.text.rendering import Render
+from fusion_plugins.core.text.turns import RenderedChat
 from fusion_plugins.errors import DataError
 
 Chat = tuple[list[dict[str, Any]], list[dict[str, Any]] | None]

@@ -9,10 +9,12 @@ import numpy as np
 from fusion_plugins.axolotl.supervision import DEFAULT, Supervision
 from fusion_plugins.core.arrays import IntArray
 from fusion_plugins.core.fusion.record import supervised_bytes
-from fusion_plugins.core.text.chat import Render, RenderedChat, generated_spans
+from fusion_plugins.core.text.chat import generated_spans
 from fusion_plugins.core.text.messages import as_messages
+from fusion_plugins.core.text.rendering import Render
 from fusion_plugins.core.text.token_table import Role, TokenTable
 from fusion_plugins.core.text.tokenize import TURN_ENDS, chat_renderer, generated_stop, tokenize, tokenize_chat
+from fusion_plugins.core.text.turns import RenderedChat
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import DataError
 

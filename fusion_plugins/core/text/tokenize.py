@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from fusion_plugins.core.arrays import BoolArray, IntArray
-from fusion_plugins.core.text.chat import Messages, Render, RenderedChat, Turn, generated_spans, tiles
+from fusion_plugins.core.text.chat import generated_spans
+from fusion_plugins.core.text.rendering import Messages, Render
 from fusion_plugins.core.text.token_ends import token_ends
 from fusion_plugins.core.text.token_table import Role, TokenTable
+from fusion_plugins.core.text.turns import RenderedChat, Turn, tiles
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import DataError, TokenizerError
 

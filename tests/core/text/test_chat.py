@@ -7,7 +7,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion_plugins.core.text import chat as chat_module
+from fusion_plugins.core.text import rendering
 from fusion_plugins.core.text.chat import generated_spans
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import chat_renderer, tokenize_chat
@@ -278,7 +278,7 @@ def test_broken_calls_are_refused(calls):
 
 
 def test_a_template_that_does_not_end_is_stopped(monkeypatch):
-    monkeypatch.setattr(chat_module, "RENDER_SECONDS", 0.3)
+    monkeypatch.setattr(rendering, "RENDER_SECONDS", 0.3)
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(DataError, match="it takes longer than 0.3 seconds. Use another chat template"):
         generated_spans(templated(endless), tiny.CHAT)
