@@ -4,10 +4,12 @@ import json
 import math
 
 import pytest
+import tiny
 import torch
 from axolotl_runs import capture, config, logged, prepare, row_folder, scored, train
 from torch.nn.functional import logsigmoid
 
+from fusion_plugins.axolotl.weighted_sft import WeightedCollator, weighted_loss
 from fusion_plugins.errors import ConfigError, DataError, MismatchError
 
 BEST = "fusion_plugins.axolotl.best_of_sources"
@@ -256,8 +258,7 @@ def test_fusepo_weighs_one_pair_of_every_source(material, run_folder):
     assert logged(trainer, "rewards/margins")[-1] > 0
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_fusesft_weighs_the_best_answer_of_every_source(material, run_folder, packed):
+def test_fusesft_weighs_the_best_answer_of_every_source(material, run_folder):
     rows = [row | {"reward": row["reward"] + {"near": 0, "also": 1, "far": 2}[row["source"]]} for row in scored(4)]
     path = row_folder(run_folder / "scored", rows)
     settings = config(
@@ -265,10 +266,7 @@ def test_fusesft_weighs_the_best_answer_of_every_source(material, run_folder, pa
         run_folder,
         datasets=[{"path": str(path), "type": BEST}],
         fusion={"sources": [], "sft": {"per_prompt": "all", "weight_temperature": 0.5}},
-        sample_packing=packed,
-        sample_packing_sequentially=packed,
-        pad_to_sequence_len=packed,
-        gradient_accumulation_steps=1 if packed else 3,
+        gradient_accumulation_steps=3,
         learning_rate=1e-12,
         max_steps=1,
         **{key: value for key, value in STEADY.items() if key != "learning_rate"},
@@ -283,35 +281,59 @@ def test_fusesft_weighs_the_best_answer_of_every_source(material, run_folder, pa
     for row in rows:
         answer = tokenizer.decode([label for label in row["labels"] if label != -100])
         assert row["weight"] == pytest.approx(3 * share[answer.split()[0]])
-    # The loss of the step is the formula over the rows that it saw.
+    # The loss of a batch is the formula over its rows.
     seen = next(iter(trainer.get_train_dataloader()))
     loss, tokens = 0.0, 0
     weights = seen["token_weights"].view(torch.float32)
-    for ids, labels, weight, positions in zip(
-        seen["input_ids"], seen["labels"], weights, seen.get("position_ids", [None] * len(weights)), strict=True
-    ):
-        starts = [
-            0,
-            *(place for place in range(1, len(ids)) if positions is not None and positions[place] == 0),
-            len(ids),
-        ]
-        for start, stop in zip(starts, starts[1:], strict=False):
-            part = slice(start, stop)
-            with torch.no_grad():
-                found = trainer.model.eval()(input_ids=ids[None, part]).logits[0].double().log_softmax(-1)
-            for place in range(1, stop - start):
-                label = int(labels[part][place])
-                if label != -100:
-                    loss -= float(weight[part][place]) * float(found[place - 1, label])
-                    tokens += 1
     with torch.no_grad():
+        for ids, labels, weight in zip(seen["input_ids"], seen["labels"], weights, strict=True):
+            found = trainer.model.eval()(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+            for place in range(1, len(ids)):
+                if labels[place] != -100:
+                    loss -= float(weight[place]) * float(found[place - 1, labels[place]])
+                    tokens += 1
         got = float(trainer.compute_loss(trainer.model, dict(seen), num_items_in_batch=torch.tensor(tokens)))
     assert got == pytest.approx(loss / tokens, abs=1e-5)
-    assert {round(float(weight), 3) for weight in weights.unique()} - {1.0} <= {
-        round(3 * each, 3) for each in share.values()
-    }
     report = json.loads((run_folder / "model" / "fusion_sft.json").read_text())
     assert report["by_source"] == {"also": 4, "far": 4, "near": 4}
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_rows_keep_their_weights_when_they_are_padded_or_packed(side):
+    from axolotl.utils.collators import DataCollatorForSeq2Seq, V2BatchSamplerDataCollatorForSeq2Seq
+
+    tokenizer = tiny.sentencepiece_bpe()
+    tokenizer.padding_side, tokenizer.pad_token = side, "<unk>"
+    rows = [
+        {"input_ids": [5] * size, "attention_mask": [1] * size, "labels": [5] * size, "position_ids": [*range(size)]}
+        | ({} if weight is None else {"weight": weight})
+        for size, weight in ((2, 0.5), (3, 1.75), (1, None))
+    ]
+    padded = WeightedCollator(tokenizer, inner=DataCollatorForSeq2Seq)(rows)
+    weights = padded["token_weights"].view(torch.float32)
+    own = padded["labels"] != -100
+    assert [row[mask].tolist() for row, mask in zip(weights, own, strict=True)] == [[0.5] * 2, [1.75] * 3, [1.0]]
+    packed = WeightedCollator(tokenizer, inner=V2BatchSamplerDataCollatorForSeq2Seq)([rows[:2], rows[2:]])
+    weights, own = packed["token_weights"].view(torch.float32), packed["labels"] != -100
+    assert [row[mask].tolist() for row, mask in zip(weights, own, strict=True)] == [[0.5] * 2 + [1.75] * 3, [1.0]]
+    assert "weight" not in packed
+
+
+def test_the_weighted_loss_is_its_formula_and_its_gradient():
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, 5, generator=draw, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([[-100, 3, 1, -100], [2, -100, 0, 4]])
+    weights = torch.rand(2, 4, generator=draw, dtype=torch.float64)
+    logprobs = logits.log_softmax(-1)
+    terms = [
+        -float(weights[b, t]) * float(logprobs[b, t - 1, labels[b, t]])
+        for b in range(2)
+        for t in range(1, 4)
+        if labels[b, t] != -100
+    ]
+    assert float(weighted_loss(logits, labels, weights)) == pytest.approx(sum(terms) / 4, abs=1e-9)
+    assert float(weighted_loss(logits, labels, weights, 10)) == pytest.approx(sum(terms) / 10, abs=1e-9)
+    assert torch.autograd.gradcheck(lambda given: weighted_loss(given, labels, weights), (logits,))
 
 
 def test_what_does_not_belong_together_is_refused(material, run_folder):
