@@ -1,6 +1,7 @@
 """Runs of two processes, started by the real `axolotl` command."""
 
 import ast
+import os
 import re
 
 import axolotl_runs as runs
@@ -15,8 +16,8 @@ def two_processes(settings, folder, **environment):
     """Train with two processes and return what the first of them logged: steps, and evaluations."""
     path = write_config(settings, folder)
     launcher = ("--launcher", "torchrun", "--", "--nproc_per_node", "2", "--master_port", str(runs.free_port()))
-    tests = str(runs.ROOT / "tests" / "support")
-    result = runs.command("train", str(path), *launcher, cwd=folder, PYTHONPATH=tests, **environment)
+    places = os.pathsep.join([str(runs.ROOT), str(runs.ROOT / "tests" / "support")])
+    result = runs.command("train", str(path), *launcher, cwd=folder, PYTHONPATH=places, **environment)
     assert result.returncode == 0, result.stdout[-4000:]
     steps, evaluations = (
         [ast.literal_eval(line) for line in re.findall(rf"\{{'{name}'.*?\}}", result.stdout)]
