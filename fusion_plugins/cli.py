@@ -18,9 +18,10 @@ from fusion_plugins.doctor.commands import doctor
 from fusion_plugins.errors import FusionError
 from fusion_plugins.install import missing_package
 from fusion_plugins.keys import keys
-from fusion_plugins.mergekit.commands import merge_check, report
+from fusion_plugins.mergekit.commands import merge_check
 from fusion_plugins.recipes import recipes
-from fusion_plugins.scoring.commands import score
+from fusion_plugins.report import report
+from fusion_plugins.scoring.commands import clean, score
 from fusion_plugins.sources.commands import capture, cut, sample
 from fusion_plugins.store.commands import compact, export, info, merge, verify
 from fusion_plugins.terminal import console, say
@@ -73,7 +74,7 @@ def plugins() -> None:
     console().print(table)
 
 
-for _command in (cut, capture, sample, score, doctor, report, merge_check, recipes, keys):
+for _command in (clean, cut, capture, sample, score, doctor, report, merge_check, recipes, keys):
     app.command()(_command)
 for _store_command in (info, verify, merge, compact, export):
     store_app.command()(_store_command)

@@ -2,22 +2,31 @@
 
 First step of the data flow. A row has ``text``, or ``messages`` and perhaps ``tools``, and usually an ``id``; without
 one, the sha256 of the content is the id. Prompts may also have ``domain``, ``reference`` (gold answer) and ``tests``
-(code). Other columns are not read, so nothing in them can be in the way. All texts are held in memory: their ids and
-contents together decide whether a run may resume, before any model is loaded.
+(code). Other columns are not read, so nothing in them can be in the way.
+
+A set of texts is read twice or more: once to check every row and to make the fingerprint, which decides whether a run
+may resume before any model is loaded, and again by whoever works on the texts (:class:`InputSet`). So a set of any size
+takes little memory.
 """
 
 import hashlib
+import heapq
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from array import array
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fusion_plugins.core.text.content_id import content_id, texts_fingerprint
+from fusion_plugins.core.text.content_id import content_id, sorted_fingerprint, texts_fingerprint
 from fusion_plugins.core.text.messages import REASONING_KEYS, as_messages, as_tools
 from fusion_plugins.errors import DataError
 from fusion_plugins.response_texts import ANSWER_COLUMNS, answers_as_texts, is_response_folder, response_rows
@@ -27,6 +36,11 @@ SUFFIXES = (".jsonl", ".parquet")
 #: columns of texts and prompts
 COLUMNS = ("id", "text", "messages", "tools", "domain", "reference", "tests")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+#: rows after which a set of texts is looked at, whether its files have changed
+ROWS_BETWEEN_LOOKS = 4096
+#: ids that are Python strings at a time while a set is sorted
+SORTED_AT_ONCE = 1 << 14
 
 _WEIGHED = ("content", "tool_calls", *REASONING_KEYS)
 
@@ -79,6 +93,99 @@ class Prompt:
     tests: Any = None
 
 
+class InputSet(Generic[Item]):
+    """Texts or prompts of files, read anew by every iteration, so that few of them are in memory.
+
+    Attributes:
+        fingerprint: sha256 (hex) of all ids and contents, whatever their order; for prompts also of what their
+            responses are scored by.
+        n_bytes: bytes of all texts, see :attr:`Text.n_bytes`.
+        has_chats: whether one of them is a chat.
+
+    Args:
+        path: as for :func:`read_texts`.
+        make: turns place, row and text of a row into an item.
+        pair: item -> its text, and the sha256 (hex) that stands for it in the fingerprint.
+        unusable: takes the rows that cannot be used; without it, the first of them is an error.
+
+    Raises:
+        DataError: as for :func:`read_texts`; while iterating: a file has changed since.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | Sequence[str | Path],
+        make: Callable[[str, Row, Text], Item],
+        pair: Callable[[Item], tuple[Text, str]],
+        unusable: Unusable | None = None,
+    ) -> None:
+        self._path, self._make, self._pair = path, make, pair
+        self._stamps = {file: _stamp(file) for file in row_files(path)}
+        # A dict of all ids and their places would be larger than all the rest. Only ids that turn out to appear twice,
+        # or that rows which cannot be used have, are looked for by place, in a second pass.
+        self._watched: frozenset[str] = frozenset()
+        self._watched = self._check(unusable) | frozenset(unusable or ())
+        if self._watched:
+            if unusable is not None:
+                unusable.clear()
+            self._check(unusable)
+
+    def _check(self, unusable: Unusable | None) -> frozenset[str]:
+        """Read all rows, and return the ids that appear twice."""
+        index, self._count, self.n_bytes, self.has_chats = _Index(), 0, 0, False
+        for item in self._read(unusable):
+            text, digest = self._pair(item)
+            index.add(text.id, digest)
+            self._count += 1
+            self.n_bytes += text.n_bytes
+            self.has_chats |= not isinstance(text.content, str)
+        self.fingerprint, twice = index.close()
+        return twice
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Item]:
+        return self._read({})
+
+    def _read(self, unusable: Unusable | None) -> Iterator[Item]:
+        return _items(self._open(), unusable, self._make, self._watched)
+
+    def _open(self) -> Iterator[tuple[str, Row | DataError]]:
+        for number, row in enumerate(_rows(self._path)):
+            if number % ROWS_BETWEEN_LOOKS == 0:
+                self._require_unchanged()
+            yield row
+        self._require_unchanged()
+
+    def _require_unchanged(self) -> None:
+        for file, stamp in self._stamps.items():
+            if _stamp(file) != stamp:
+                raise DataError(
+                    f"{file}: expected the file as it was when this run began, got another one. Leave the texts alone "
+                    "while a run reads them. Put the file back and run the same command again, or start with the new "
+                    "texts in a new folder."
+                )
+
+
+def open_texts(path: str | Path | Sequence[str | Path], *, unusable: Unusable | None = None) -> InputSet[Text]:
+    """Check texts as :func:`read_texts` does, and return them as a set that is read anew by every iteration.
+
+    Raises:
+        DataError: as for :func:`read_texts`.
+    """
+    return InputSet(path, lambda where, row, text: text, lambda text: (text, text.content_id), unusable)
+
+
+def open_prompts(path: str | Path | Sequence[str | Path], *, unusable: Unusable | None = None) -> InputSet[Prompt]:
+    """Check prompts as :func:`read_prompts` does, and return them as a set that is read anew by every iteration.
+
+    Raises:
+        DataError: as for :func:`read_prompts`.
+    """
+    return InputSet(path, _prompt, lambda prompt: (prompt.text, _prompt_digest(prompt)), unusable)
+
+
 def read_texts(
     path: str | Path | Sequence[str | Path], limit: int | None = None, *, unusable: Unusable | None = None
 ) -> list[Text]:
@@ -93,7 +200,7 @@ def read_texts(
     Raises:
         DataError: a file is missing or broken; or a row has no content, or the id of another row.
     """
-    return list(_read(path, limit, unusable, lambda where, row, text: text))
+    return list(islice(_items(_rows(path), unusable, lambda where, row, text: text), limit))
 
 
 def read_prompts(
@@ -105,7 +212,18 @@ def read_prompts(
         DataError: as :func:`read_texts`; or a chat that ends with a message of the assistant, or tests that JSON cannot
             write.
     """
-    return list(_read(path, limit, unusable, _prompt))
+    return list(islice(_items(_rows(path), unusable, _prompt), limit))
+
+
+def prompt_rows(path: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, Row, Prompt | DataError]]:
+    """Yield place, all columns and the prompt of every row, or why it is none; two rows may have the same id."""
+    for file in row_files(path):
+        for where, row in readable_rows(file):
+            columns = {} if isinstance(row, DataError) else row
+            try:
+                yield where, columns, _prompt(where, columns, _checked(row, where, {}))
+            except DataError as error:
+                yield where, columns, error
 
 
 def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
@@ -113,12 +231,12 @@ def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
 
     The order of the prompts does not matter.
     """
-    pairs = []
-    for prompt in prompts:
-        parts = [prompt.text.content_id, prompt.domain, prompt.reference, prompt.tests]
-        digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-        pairs.append((prompt.text.id, digest))
-    return texts_fingerprint(pairs)
+    return texts_fingerprint((prompt.text.id, _prompt_digest(prompt)) for prompt in prompts)
+
+
+def _prompt_digest(prompt: Prompt) -> str:
+    parts = [prompt.text.content_id, prompt.domain, prompt.reference, prompt.tests]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def read_row_file(path: str | Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, Row]]:
@@ -153,17 +271,32 @@ def readable_rows(path: str | Path, columns: Sequence[str] | None = None) -> Ite
         raise DataError(f"{path} cannot be read: {error}. Repair the permission or the disk.") from error
 
 
-def _read(
-    path: str | Path | Sequence[str | Path],
-    limit: int | None,
+def _rows(path: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, Row | DataError]]:
+    """Yield place and content of every row of files, folders of files and folders of responses."""
+    yield from answers_as_texts(_plain_rows(path))
+
+
+def _plain_rows(path: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, Row | DataError]]:
+    for part in [path] if isinstance(path, str | Path) else path:
+        if is_response_folder(part):
+            yield from response_rows(part)
+        else:
+            for file in row_files(part):
+                yield from readable_rows(file, (*COLUMNS, *ANSWER_COLUMNS))
+
+
+def _items(
+    rows: Iterable[tuple[str, Row | DataError]],
     unusable: Unusable | None,
     make: Callable[[str, Row, Text], Item],
+    watched: Container[str] | None = None,
 ) -> Iterator[Item]:
-    """Yield what ``make`` makes of place, row and text of every row; refuse an id that appears twice."""
+    """Yield what ``make`` makes of place, row and text of every row; refuse an id that appears twice.
+
+    With ``watched``, only those ids are looked for; the places of all others need not be remembered.
+    """
     seen: dict[str, str] = {}
-    for where, row in answers_as_texts(_rows(path)):
-        if limit is not None and len(seen) >= limit:
-            return
+    for where, row in rows:
         try:
             text = _checked(row, where, seen)
             item = make(where, row if isinstance(row, dict) else {}, text)
@@ -172,18 +305,66 @@ def _read(
                 raise
             unusable[_name(row, where, seen)] = str(error)
         else:
-            seen[text.id] = where
+            if watched is None or text.id in watched:
+                seen[text.id] = where
             yield item
 
 
-def _rows(path: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, Row | DataError]]:
-    """Yield place and content of every row of files, folders of files and folders of responses."""
-    for part in [path] if isinstance(path, str | Path) else path:
-        if is_response_folder(part):
-            yield from response_rows(part)
+class _Index:
+    """Ids and digests of many texts, in 48 bytes each and the bytes of the id; an id that is the digest takes none."""
+
+    def __init__(self) -> None:
+        self._names, self._stops, self._named = bytearray(), array("q", [0]), bytearray()
+        self._unnamed = bytearray()
+
+    def add(self, id: str, digest: str) -> None:
+        if id == digest:
+            self._unnamed += bytes.fromhex(digest)
         else:
-            for file in row_files(part):
-                yield from readable_rows(file, (*COLUMNS, *ANSWER_COLUMNS))
+            self._names += id.encode()
+            self._stops.append(len(self._names))
+            self._named += bytes.fromhex(digest)
+
+    def close(self) -> tuple[str, frozenset[str]]:
+        """Return the fingerprint, where each id counts once, and the ids that appear twice."""
+        twice: set[str] = set()
+
+        def once() -> Iterator[tuple[str, str]]:
+            before = None
+            for id, digest in heapq.merge(self._sorted_named(), self._sorted_unnamed()):
+                if id == before:
+                    twice.add(id)
+                else:
+                    yield id, digest
+                before = id
+
+        return sorted_fingerprint(once()), frozenset(twice)
+
+    def _sorted_named(self) -> Iterator[tuple[str, str]]:
+        names = pa.LargeStringArray.from_buffers(
+            len(self._stops) - 1, pa.py_buffer(self._stops), pa.py_buffer(self._names)
+        )
+        digests = np.frombuffer(self._named, np.uint8).reshape(-1, 32)
+        order = pc.sort_indices(names)  # by the bytes of UTF-8, which is the order of Python's strings
+        for start in range(0, len(order), SORTED_AT_ONCE):
+            part = order.slice(start, SORTED_AT_ONCE)
+            for id, place in zip(names.take(part).to_pylist(), part.to_pylist(), strict=True):
+                yield id, digests[place].tobytes().hex()
+
+    def _sorted_unnamed(self) -> Iterator[tuple[str, str]]:
+        digests = np.frombuffer(self._unnamed, np.uint8).reshape(-1, 32)
+        words = digests.view(">u8")
+        for place in np.lexsort(words.T[::-1]):
+            digest = digests[place].tobytes().hex()
+            yield digest, digest
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    try:
+        found = os.stat(file)
+    except OSError:  # whoever opens it says what is wrong
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _checked(row: Row | DataError, where: str, seen: Mapping[str, str]) -> Text:

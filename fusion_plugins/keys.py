@@ -30,9 +30,10 @@ READERS: tuple[tuple[str | None, str, str, tuple[str, ...]], ...] = (
     ("axolotl", "axolotl", "fusion", ("fusion_plugins.axolotl.args:FusionBlock",)),
     ("capture", "fusion capture", "", ("fusion_plugins.sources.capture:CaptureConfig",)),
     ("sample", "fusion sample", "", ("fusion_plugins.sources.sample:SampleConfig",)),
+    ("clean", "fusion clean", "", ("fusion_plugins.scoring.clean:CleanConfig",)),
     ("cut", "fusion cut", "", ("fusion_plugins.sources.cut:CutConfig",)),
     ("doctor", "fusion doctor", "", ("fusion_plugins.doctor.examine:DoctorConfig",)),
-    ("report", "fusion report", "", ("fusion_plugins.mergekit.commands:ReportConfig",)),
+    ("report", "fusion report", "", ("fusion_plugins.report:ReportConfig",)),
     (
         "transformers",
         "Backend `transformers`",
@@ -47,6 +48,13 @@ READERS: tuple[tuple[str | None, str, str, tuple[str, ...]], ...] = (
     ("code", "Scorer `code`", "scorers.code", ("fusion_plugins.scoring.code_scorer:CodeScorer",)),
     ("code", "Scorer `code`: limits", "scorers.code", ("fusion_plugins.scoring.sandbox:Limits",)),
     ("reward", "Scorer `reward`", "scorers.reward", ("fusion_plugins.scoring.reward:RewardOptions",)),
+    (
+        "reward",
+        "Scorer `reward`: backend `server`",
+        "scorers.reward.options",
+        ("fusion_plugins.scoring.reward_backends.server:RewardServerOptions",),
+    ),
+    ("judge", "Scorer `judge`", "scorers.judge", ("fusion_plugins.scoring.judge:JudgeOptions",)),
     (
         None,
         "mergekit: `merge_method: varm`",
@@ -64,6 +72,7 @@ READERS: tuple[tuple[str | None, str, str, tuple[str, ...]], ...] = (
 NAMED = {
     ("SftArgs", "rule"): "fusion_plugins.core.preferences.pairs:BEST_RULES",
     ("SampledSource", "preset"): "fusion_plugins.sources.presets:PRESETS",
+    ("RewardOptions", "preset"): "fusion_plugins.scoring.reward_presets:REWARD_PRESETS",
 }
 #: A description that says this means that other packages can add names.
 REGISTERED = re.compile(r"registered (fusion rule|aligner|loss|pair rule)")

@@ -14,7 +14,19 @@ import fusion_plugins
 from fusion_plugins.cli import app, main
 from fusion_plugins.errors import StoreError
 
-COMMANDS = ["capture", "cut", "doctor", "keys", "merge-check", "plugins", "recipes", "report", "sample", "score"]
+COMMANDS = [
+    "capture",
+    "clean",
+    "cut",
+    "doctor",
+    "keys",
+    "merge-check",
+    "plugins",
+    "recipes",
+    "report",
+    "sample",
+    "score",
+]
 STORE_COMMANDS = ["compact", "export", "info", "merge", "verify"]
 
 

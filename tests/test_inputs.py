@@ -1,15 +1,24 @@
 """Texts, prompts and rows of JSONL and Parquet files."""
 
 import json
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fusion_plugins import inputs
 from fusion_plugins.core.preferences.candidates import answer_id, as_candidate
 from fusion_plugins.core.text.content_id import content_id, texts_fingerprint
 from fusion_plugins.errors import DataError
-from fusion_plugins.inputs import prompts_fingerprint, read_prompts, read_row_file, read_texts
+from fusion_plugins.inputs import (
+    open_prompts,
+    open_texts,
+    prompts_fingerprint,
+    read_prompts,
+    read_row_file,
+    read_texts,
+)
 from fusion_plugins.store import RowManifest, RowWriter
 
 ROWS = [{"id": "a", "text": "eins"}, {"id": "b", "text": "zwei\n"}]
@@ -341,3 +350,91 @@ def test_a_response_that_cannot_be_used_is_an_error_or_left_out(tmp_path):
 def test_texts_keep_other_columns_that_are_called_like_those_of_a_response(tmp_path):
     rows = [{"text": "eins", "prompt": "p", "response": "r"}, {"messages": CHAT, "response": "r"}]
     assert [text.content for text in read_texts(write(tmp_path / "a.jsonl", rows))] == ["eins", CHAT]
+
+
+def sets_of(path):
+    """A set of texts by both readers: what they make of it, and what they leave out."""
+    found = []
+    for read in (open_texts, lambda path, unusable: read_texts(path, unusable=unusable)):
+        unusable = {}
+        texts = read(path, unusable=unusable)
+        found.append((list(texts), unusable))
+    return found
+
+
+MIXED = [
+    [{"id": "b", "text": "1"}, {"text": "2"}, {"id": "ä", "text": "3"}, {"id": "a", "messages": CHAT}, {"text": "x"}],
+    [{"id": "b", "text": "1"}, {"id": "b", "text": "2"}, {"text": "3"}, {"text": "3"}, {"id": "c", "text": "4"}],
+    [
+        {"id": "b"},
+        {"id": "b", "text": "1"},
+        {"id": "b", "text": ""},
+        {"id": "c", "text": "4"},
+        {"id": "c", "text": "4"},
+    ],
+    [{"text": "2"}, {"id": content_id("2"), "text": "other"}, {"id": content_id("3"), "text": "9"}, {"text": "3"}],
+    [{"id": f"t{number % 700}", "text": f"{number}"} for number in range(1000)],
+    [],
+]
+
+
+@pytest.mark.parametrize("rows", MIXED)
+def test_a_set_that_is_read_anew_holds_what_a_list_holds_and_names_the_same_rows(tmp_path, rows):
+    path = write(tmp_path / "x.jsonl", rows)
+    (texts, left_out), (listed, also_left_out) = sets_of(path)
+    assert texts == listed
+    assert left_out == also_left_out
+    found = open_texts(path, unusable={})
+    assert found.fingerprint == texts_fingerprint((text.id, text.content_id) for text in listed)
+    assert (len(found), found.n_bytes) == (len(listed), sum(text.n_bytes for text in listed))
+    assert found.has_chats == any(not isinstance(text.content, str) for text in listed)
+    assert list(found) == list(found)
+
+
+@pytest.mark.parametrize("rows", MIXED[1:4])
+def test_the_first_row_that_cannot_be_used_is_an_error_of_a_set_too(tmp_path, rows):
+    path = write(tmp_path / "x.jsonl", rows)
+    with pytest.raises(DataError, match=r"x\.jsonl:\d: expected") as refusal:
+        open_texts(path)
+    if all("text" in row and row["text"] for row in rows):
+        with pytest.raises(DataError) as other:
+            read_texts(path)
+        assert str(refusal.value) == str(other.value)
+
+
+def test_prompts_that_are_read_anew_have_the_fingerprint_of_a_list(tmp_path):
+    rows = [{"id": "1", "text": "2+2", "domain": "math", "reference": 4}, {"text": "hello"}, {"id": "0", "text": "x"}]
+    path = write(tmp_path / "p.jsonl", rows)
+    assert open_prompts(path).fingerprint == prompts_fingerprint(read_prompts(path))
+    assert list(open_prompts(path)) == read_prompts(path)
+
+
+@pytest.mark.parametrize("change", ["longer", "other", "gone"])
+def test_files_that_change_while_a_run_reads_them_are_an_error(tmp_path, change):
+    path = write(tmp_path / "x.jsonl", [{"id": "a", "text": "1"}, {"id": "b", "text": "2"}])
+    texts = open_texts(path)
+    if change == "gone":
+        path.unlink()
+    else:
+        write(path, [{"id": "a", "text": "1"}, {"id": "b", "text": "2" if change == "longer" else "3"}, {"text": "c"}])
+    with pytest.raises(DataError, match=r"x\.jsonl: expected (the file as it was|a \.jsonl)"):
+        list(texts)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_set_takes_less_than_a_hundred_bytes_per_text(tmp_path, named, monkeypatch):
+    monkeypatch.setattr(inputs, "SORTED_AT_ONCE", 500)
+
+    def peak(count):
+        rows = [{"text": f"{number}" * 50} | ({"id": f"text-{number}"} if named else {}) for number in range(count)]
+        path = write(tmp_path / f"{count}.jsonl", rows)
+        del rows
+        tracemalloc.start()
+        try:
+            open_texts(path)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few, many = 2000, 6000  # more than what is sorted at a time
+    assert (peak(many) - peak(few)) / (many - few) < 100

@@ -19,8 +19,8 @@ from fusion_plugins.errors import ConfigError
 #: keys of the block that say how distributions are fused
 FOR_SOURCES = frozenset(
     {
-        *("on_missing_text", "alignment", "projection", "rule", "rule_options", "metric", "top_k", "loss"),
-        *("lm_loss_weight", "lm_loss_schedule", "temperature"),
+        *("on_missing_text", "prepared", "alignment", "projection", "rule", "rule_options", "metric", "top_k", "loss"),
+        *("lm_loss_weight", "lm_loss_schedule", "temperature", "loss_chunk"),
     }
 )
 #: keys of the block that say which scored responses are used
@@ -323,6 +323,12 @@ class FusionBlock(BlockSettings):
         description="a row that cannot be used, for example because the chat template refuses it: stop with an error "
         "that names it, or leave it out; the report names what was left out",
     )
+    prepared: Literal["rows", "stores"] = Field(
+        default="rows",
+        description="what a prepared dataset holds. rows: the fused distributions; stores: only which text of the "
+        "stores a row is. The loader then fuses while the model trains, and another rule, map or top_k needs no new "
+        "preparation",
+    )
     alignment: AlignmentArgs = Field(
         default_factory=AlignmentArgs, description="which source position belongs to which target position"
     )
@@ -348,6 +354,12 @@ class FusionBlock(BlockSettings):
     )
     temperature: float = Field(
         default=1.0, gt=0, description="softens the fused distributions, not the trained model's"
+    )
+    loss_chunk: int | None = Field(
+        default=None,
+        ge=1,
+        description="positions whose logits are held at once; none for as many as 2**28 logits allow, in multiples of "
+        "128. Fewer take less memory and more time",
     )
     pairs: PairArgs | None = Field(
         default=None, description="rules of preference pairs; those of FuseChat-3.0 if absent"

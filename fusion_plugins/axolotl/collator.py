@@ -1,13 +1,16 @@
 """Batches with fused distributions: axolotl's own collator for its columns, and (B, T, K) tensors for ours.
 
 A row of the prepared dataset holds its fused distributions flattened, T*K numbers each, because Arrow turns nested
-lists into Python objects one by one. K is the same in all rows.
+lists into Python objects one by one. K is the same in all rows. Or it holds only which text it is (see
+:mod:`~fusion_plugins.axolotl.text_rows`), and the distributions are made here.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,10 +18,38 @@ from fusion_plugins.errors import DataError
 
 FUSED_IDS = "fused_ids"
 FUSED_LOGPROBS = "fused_logprobs"
+FUSED_KEPT = "fused_kept"
+FUSED_SOURCE = "fused_source"
+FUSED_TEXT = "fused_text"
+#: all columns of ours that a prepared dataset may have
+COLUMNS = (FUSED_IDS, FUSED_LOGPROBS, FUSED_KEPT, FUSED_SOURCE, FUSED_TEXT)
+#: A log-probability has 11 significant bits, as in the stores.
+LOGPROB_TYPE = "float16"
+#: how many positions of a batch have a label: a number, not a tensor, so that no GPU has to be asked for it
+POSITIONS = "supervised_positions"
+Array = npt.NDArray[Any]
+Row = Mapping[str, Any]
+Fuse = Callable[[Sequence[Row], Sequence[Any]], Sequence["Fused"]]
 CURE = (
     "Every dataset of the run must have `type: fusion_plugins.axolotl.fused` (a run with other datasets among them "
     "would train on those without fusion)."
 )
+
+
+class Fused(NamedTuple):
+    """The fused distributions of one row.
+
+    Attributes:
+        ids: (T, K) int32, -1 for an empty entry.
+        logprobs: (T, K) float32, -inf for an empty entry.
+        kept: (T,) float16 true probability that the entries hold.
+        source: (T,) int16 number of the source that teaches the position; -1 for several, and for none.
+    """
+
+    ids: Array
+    logprobs: Array
+    kept: Array
+    source: Array
 
 
 class FusionCollator:
@@ -27,27 +58,49 @@ class FusionCollator:
     Args:
         tokenizer: the target's.
         inner: axolotl's collator class for this run, which gets ``tokenizer`` and ``settings``.
+        fuser: called with the tokenizer; returns what fuses rows by their columns :data:`FUSED_TEXT`. None for rows
+            that hold distributions.
         settings: what axolotl passes to a collator (padding, pad_to_multiple_of, return_tensors).
     """
 
-    def __init__(self, tokenizer: Any, *, inner: type, **settings: Any) -> None:
+    def __init__(
+        self, tokenizer: Any, *, inner: type, fuser: Callable[[Any], Fuse] | None = None, **settings: Any
+    ) -> None:
         self.tokenizer = tokenizer
         self._inner = inner(tokenizer, **settings)
+        self._fuse = fuser and fuser(tokenizer)
 
     def __call__(self, features: Sequence[Any], return_tensors: str | None = None) -> Any:
         """Collate rows, or (with sample packing) lists of rows that share one sequence."""
         groups = [feature if isinstance(feature, list) else [feature] for feature in features]
-        fused = [_fused_of(group) for group in groups]
+        fused = self._fused([row for group in groups for row in group])
         stripped = [_without(feature) for feature in features]
         batch = self._inner(stripped, return_tensors=return_tensors)
         shape = batch["input_ids"].shape
         left = self.tokenizer.padding_side == "left"
-        batch[FUSED_IDS] = _pad([ids for ids, _ in fused], shape, -1, left)
+        of_groups = iter(fused)
+        sequences = [Fused(*map(np.concatenate, zip(*islice(of_groups, len(group)), strict=True))) for group in groups]
+        ids, logprobs, kept, source = (
+            _pad(list(rows), shape, fill, left)
+            for rows, fill in zip(zip(*sequences, strict=True), (-1, -np.inf, 0, -1), strict=True)
+        )
         # As integers with the same bits: DeepSpeed casts floating-point inputs to the model's dtype, and bfloat16 keeps
         # only three digits of a log-probability.
-        logprobs = _pad([values for _, values in fused], shape, -np.inf, left)
-        batch[FUSED_LOGPROBS] = logprobs.view(torch.int32)
+        batch |= {FUSED_IDS: ids, FUSED_LOGPROBS: logprobs.view(torch.int32)}
+        batch |= {FUSED_KEPT: kept.view(torch.int16), FUSED_SOURCE: source}
+        batch[POSITIONS] = int((batch["labels"][:, 1:] != -100).sum())
         return batch
+
+    def width(self, row: Row) -> int:
+        """Return K, of which a row is an example."""
+        return int(self._fused([row])[0].ids.shape[1])
+
+    def _fused(self, rows: Sequence[Row]) -> Sequence[Fused]:
+        if self._fuse is None:
+            return [_stored(row) for row in rows]
+        if any(row.get(FUSED_TEXT) is None for row in rows):
+            raise DataError(f"expected rows that refer to their texts, got the columns {sorted(rows[0])}. {CURE}")
+        return self._fuse(rows, [row[FUSED_TEXT] for row in rows])
 
 
 def take_fused(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -64,17 +117,34 @@ def take_fused(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return inputs.pop(FUSED_IDS), inputs.pop(FUSED_LOGPROBS).view(torch.float32)
 
 
-def _fused_of(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and log-probabilities (T, K) of the rows of one sequence, one after the other."""
-    if any(row.get(FUSED_IDS) is None or row.get(FUSED_LOGPROBS) is None for row in rows):
-        raise DataError(f"expected a row with fused distributions, got the columns {sorted(rows[0])}. {CURE}")
-    ids = [_shaped(row, FUSED_IDS, np.int32) for row in rows]
-    logprobs = [_shaped(row, FUSED_LOGPROBS, np.float32) for row in rows]
-    return np.concatenate(ids), np.concatenate(logprobs)
+def take_origin(inputs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Remove from a batch where its distributions come from, and return it; None where it does not say.
+
+    Returns:
+        (B, T) float16 kept mass, and (B, T) int16 number of the source.
+    """
+    kept, source = inputs.pop(FUSED_KEPT, None), inputs.pop(FUSED_SOURCE, None)
+    return None if kept is None or source is None else (kept.view(torch.float16), source)
 
 
-def _shaped(row: dict[str, Any], name: str, dtype: type) -> np.ndarray:
-    values: np.ndarray = np.asarray(row[name], dtype=dtype)
+def take_positions(inputs: dict[str, Any]) -> int | None:
+    """Remove from a batch how many of its positions have a label, and return it; None where it does not say."""
+    return inputs.pop(POSITIONS, None)
+
+
+def _stored(row: Row) -> Fused:
+    """Return the distributions that a row holds."""
+    if any(row.get(name) is None for name in COLUMNS[:-1]):
+        raise DataError(f"expected a row with fused distributions, got the columns {sorted(row)}. {CURE}")
+    ids, logprobs = _shaped(row, FUSED_IDS, np.int32), _shaped(row, FUSED_LOGPROBS, np.float32)
+    # A probability that is too small for the type of the column is none.
+    ids[np.isneginf(logprobs)] = -1
+    kept, source = np.asarray(row[FUSED_KEPT], np.float16), np.asarray(row[FUSED_SOURCE], np.int16)
+    return Fused(ids, logprobs, kept, source)
+
+
+def _shaped(row: Row, name: str, dtype: type) -> Array:
+    values: Array = np.array(row[name], dtype=dtype)
     length = len(row["input_ids"])
     if values.size == 0 or values.size % length:
         raise DataError(
@@ -88,13 +158,12 @@ def _shaped(row: dict[str, Any], name: str, dtype: type) -> np.ndarray:
 def _without(feature: Any) -> Any:
     if isinstance(feature, list):
         return [_without(row) for row in feature]
-    return {name: value for name, value in feature.items() if name not in (FUSED_IDS, FUSED_LOGPROBS)}
+    return {name: value for name, value in feature.items() if name not in COLUMNS}
 
 
-def _pad(rows: Sequence[np.ndarray], shape: tuple[int, int], fill: float, left: bool) -> Tensor:
-    """(B, T, K) from B arrays (t, K) with t <= T."""
-    width = rows[0].shape[1]
-    padded = np.full((*shape, width), fill, dtype=rows[0].dtype)
+def _pad(rows: Sequence[Array], shape: tuple[int, int], fill: float, left: bool) -> Tensor:
+    """(B, T, K) from B arrays (t, K) with t <= T, or (B, T) from (t,)."""
+    padded = np.full((*shape, *rows[0].shape[1:]), fill, dtype=rows[0].dtype)
     for index, row in enumerate(rows):
         place = slice(shape[1] - len(row), None) if left else slice(0, len(row))
         padded[index, place] = row

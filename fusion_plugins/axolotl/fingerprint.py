@@ -23,7 +23,9 @@ from fusion_plugins.plugins import get_registry
 from fusion_plugins.store import open_store
 
 #: settings of the block that change the training but not the prepared rows
-_NOT_IN_ROWS = {"loss", "lm_loss_weight", "lm_loss_schedule", "temperature", "wrpo"}
+_NOT_IN_ROWS = {"loss", "lm_loss_weight", "lm_loss_schedule", "loss_chunk", "temperature", "wrpo"}
+#: settings that change only distributions, so not the rows that `prepared: stores` makes
+_NOT_IN_REFERENCES = {"rule", "rule_options", "metric", "top_k", "projection", "alignment"}
 #: Keys of the dataset entry for the stamp. Each kind of run keeps one of them (rl: dpo the second, others the first).
 _STAMPED = ("input_format", "field_rejected")
 #: axolotl's own settings that change rows: their tokens, their order, or which of them are kept
@@ -72,12 +74,13 @@ def content_hash(cfg: Any, block: FusionBlock, entry: Any, *, place: str = "") -
     """
     own = {key: value for key, value in entry.items() if key not in _STAMPED}
     settings = {key: cfg[key] for key in cfg if key in _ROW_KEYS or str(key).startswith(_ROW_PREFIXES)}
+    unused = _NOT_IN_ROWS | {"sources"} | (_NOT_IN_REFERENCES if block.prepared == "stores" else set())
     parts = {
         "versions": [fusion_plugins.__version__, *map(version, _PACKAGES)],
         "place": place,
         "entry": own,
         "settings": settings,
-        "block": block.model_dump(mode="json", exclude=_NOT_IN_ROWS | {"sources", "reference"}),
+        "block": block.model_dump(mode="json", exclude=unused | {"reference"}),
         "sources": [_source(cfg, source) for source in block.sources],
     }
     if block.reference is not None:
@@ -85,8 +88,9 @@ def content_hash(cfg: Any, block: FusionBlock, entry: Any, *, place: str = "") -
             "sources": [_source(cfg, source) for source in block.reference.sources]
         }
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    code = [] if block.prepared == "stores" else _registered_code(block)
     named = [value for value in [*settings.values(), *own.values()] if isinstance(value, str)]
-    for file in [*_data_files(own), *_tokenizer_files(cfg), *_registered_code(block), *_existing(named)]:
+    for file in [*_data_files(own), *_tokenizer_files(cfg), *code, *_existing(named)]:
         digest.update(file.name.encode())
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())

@@ -4,24 +4,35 @@ axolotl imports this module by the name of the type and calls :func:`load`. A ro
 perhaps ``tools`` (rendered with the target's own chat template), and usually ``id``. Stores are joined by id, and every
 text is compared with what the store was captured from. A row that cannot be used (the template refuses it, it is of
 another text, nothing in it is supervised) is an error that names it, or is left out and counted. A prepared row has
-``input_ids``, ``attention_mask``, ``labels`` and the two flat columns of :mod:`fusion_plugins.axolotl.collator`.
+``input_ids``, ``attention_mask``, ``labels`` and either the two flat columns of :mod:`fusion_plugins.axolotl.collator`
+or the one of :mod:`fusion_plugins.axolotl.text_rows`.
 """
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from axolotl.prompt_tokenizers import DatasetWrappingStrategy
 from axolotl.utils.logging import get_logger
 from datasets import Dataset, Features, List, Value
 
 from fusion_plugins.axolotl.args import FusionBlock
 from fusion_plugins.axolotl.chat_rows import Content, RowReader
-from fusion_plugins.axolotl.collator import FUSED_IDS, FUSED_LOGPROBS
+from fusion_plugins.axolotl.collator import (
+    COLUMNS,
+    FUSED_IDS,
+    FUSED_KEPT,
+    FUSED_LOGPROBS,
+    FUSED_SOURCE,
+    FUSED_TEXT,
+    LOGPROB_TYPE,
+    Fused,
+)
 from fusion_plugins.axolotl.counting import Row, count_alignments, rows_of
 from fusion_plugins.axolotl.fingerprint import store_content
 from fusion_plugins.axolotl.guards import FUSED, require_plugin
@@ -32,8 +43,8 @@ from fusion_plugins.axolotl.report import read_counters, report_content, show_re
 from fusion_plugins.axolotl.row_ids import with_written_ids
 from fusion_plugins.axolotl.supervision import Supervision
 from fusion_plugins.axolotl.target_tokenizer import IGNORED, EncodedText, TargetTokenizer
-from fusion_plugins.core.fusion.accounting import FusionReport
-from fusion_plugins.core.fusion.pipeline import FusionPlan, fuse_text, warm_up
+from fusion_plugins.axolotl.text_rows import TextFuser, pack_text
+from fusion_plugins.core.fusion.pipeline import warm_up
 from fusion_plugins.core.text.round_trip import text_changes
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, DataError, MismatchError, TokenizerError
@@ -41,25 +52,9 @@ from fusion_plugins.store import Store, open_store
 
 LOG = get_logger(__name__)
 COUNTERS, REASON, NAME, ID = "fusion_counters", "fusion_reason", "fusion_name", "fusion_id"
-FEATURES = Features(
-    {
-        "input_ids": List(Value("int32")),
-        "attention_mask": List(Value("int8")),
-        "labels": List(Value("int32")),
-        FUSED_IDS: List(Value("int32")),
-        FUSED_LOGPROBS: List(Value("float32")),
-        COUNTERS: Value("string"),
-        REASON: Value("string"),
-    }
-)
-#: stands for a row that is left out
-_EMPTY = {
-    "input_ids": np.empty(0, np.int32),
-    "attention_mask": np.empty(0, np.int8),
-    "labels": np.empty(0, np.int32),
-    FUSED_IDS: np.empty(0, np.int32),
-    FUSED_LOGPROBS: np.empty(0, np.float32),
-}
+_TOKENS = {"input_ids": Value("int32"), "attention_mask": Value("int8"), "labels": Value("int32")}
+#: with `prepared: stores`, texts that are fused for the report
+REPORTED = 1000
 #: rows per call; bounds the memory of a worker
 BATCH = 32
 
@@ -110,28 +105,33 @@ class FusedStrategy(DatasetWrappingStrategy):
             process_count=process_count,
             strict=self._block.on_unusable == "raise",
         )
-        plan = make_plan(self._block, stores, target, count)
+        fuser = TextFuser(make_plan(self._block, stores, target, count), stores)
+        by_reference = self._block.prepared == "stores"
+        # Where the rows are fused anew while training, a part of them is enough for the report.
+        step = -(-len(dataset) // REPORTED) if by_reference else 1
+        make = _Prepare(self._reader, fuser, self._block.on_unusable == "raise", by_reference, step)
         rows = dataset.map(
-            _Fuse(self._reader, plan, stores, self._block.on_unusable == "raise"),
+            make,
+            with_indices=True,
             batched=True,
             batch_size=BATCH,
             num_proc=process_count,
             remove_columns=dataset.column_names,
-            features=FEATURES,
+            features=make.features,
             keep_in_memory=bool(keep_in_memory),
             # axolotl keeps the prepared dataset; a second cache could be stale.
             load_from_cache_file=False,
             desc="Fusing sources",
         )
-        report = read_counters(rows[COUNTERS])
-        reasons = rows[REASON]
-        names = dataset[NAME]
+        report, reasons, names = read_counters(rows[COUNTERS][:]), rows[REASON][:], dataset[NAME][:]
         unusable += [Unusable(name, reason) for name, reason in zip(names, reasons, strict=True) if reason]
         left_out = leave_out(unusable, total, self._block.on_unusable)
         if left_out:
             LOG.warning(f"fusion: left out {len(left_out)} of {total} rows of {self._path} that cannot be used")
             rows = rows.select([place for place, reason in enumerate(reasons) if not reason])
-        too_long = sum(len(ids) > self._sequence_len for ids in rows["input_ids"])
+        too_long = _longer_than(rows, self._sequence_len)
+        if step > 1:
+            LOG.info(f"fusion: the report counts {report.texts} of {len(rows)} texts; all are fused while training")
         show_report(report, too_long, self._sequence_len, left_out)
         contents = {source.store: store_content(self._cfg, source.store) for source in self._block.sources}
         keep_report(self._cfg, self._entry, "fusion_report.json", report_content(report, too_long, left_out), contents)
@@ -238,41 +238,83 @@ class _Reader:
             return None
 
 
-class _Fuse:
-    """What runs in each worker: a batch of rows in, columns out."""
+def _longer_than(rows: Any, length: int) -> int:
+    """Return how many rows have more tokens; without making Python objects of the tokens."""
+    parts = rows.select_columns("input_ids").with_format("arrow").iter(BATCH)
+    return sum(int((pc.list_value_length(part["input_ids"]).to_numpy() > length).sum()) for part in parts)
 
-    def __init__(self, reader: _Reader, plan: FusionPlan, stores: list[Store], strict: bool) -> None:
-        self._reader, self._plan, self._stores, self._strict = reader, plan, stores, strict
 
-    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+class _Prepare:
+    """What runs in each worker: a batch of rows in, columns out.
+
+    Args:
+        reader: reads rows.
+        fuser: fuses texts.
+        strict: a text that differs from that of a store is an error.
+        by_reference: rows get the reference to their text in place of its fused distributions.
+        step: every how many-th text is fused, and counted in the report; the others are only compared.
+    """
+
+    def __init__(self, reader: _Reader, fuser: TextFuser, strict: bool, by_reference: bool, step: int) -> None:
+        self._reader, self._fuser, self._strict = reader, fuser, strict
+        self._by_reference, self._step = by_reference, step
+        ids = "int16" if reader.target.table.vocab_size <= np.iinfo(np.int16).max else "int32"
+        own = {FUSED_TEXT: "uint8"}
+        if not by_reference:
+            own = {FUSED_IDS: ids, FUSED_LOGPROBS: LOGPROB_TYPE, FUSED_KEPT: "float16", FUSED_SOURCE: "int16"}
+        self._types = _TOKENS | {name: Value(kind) for name, kind in own.items()}
+
+    @property
+    def features(self) -> Features:
+        """The columns that a call returns."""
+        lists = {name: List(kind) for name, kind in self._types.items()}
+        return Features({**lists, COUNTERS: Value("string"), REASON: Value("string")})
+
+    def __call__(self, batch: Mapping[str, list[Any]], places: Sequence[int]) -> dict[str, list[Any]]:
         rows = rows_of(batch)
-        columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
-        total = FusionReport()
-        for row in rows:
+        texts: dict[int, EncodedText] = {}
+        reasons: dict[int, str] = {}
+        for number, row in enumerate(rows):
             try:
-                fused, report = self._row(row)
-                reason = ""
-            except (DataError, AlignmentError) as error:
-                if self._strict and isinstance(error, AlignmentError):
-                    raise MismatchError(f"{row[NAME]}: {error}") from error
-                fused, report, reason = _EMPTY, FusionReport(), str(error)
-            total = total + report
-            for name, value in (fused | {REASON: reason}).items():
-                columns[name].append(value)
+                texts[number] = self._reader.encoded(row)
+            except DataError as error:
+                reasons[number] = str(error)
+        counted = [number for number in texts if places[number] % self._step == 0]
+        ids = [str(row[ID]) for row in rows]
+        fused, unusable, report = self._fuser.fuse(
+            [ids[number] for number in counted], [texts[number] for number in counted], on_unusable="skip"
+        )
+        errors = {counted[place]: error for place, error in unusable.items()}
+        for number in texts.keys() - set(counted):
+            try:
+                self._fuser.compare(ids[number], texts[number])
+            except AlignmentError as error:
+                errors[number] = error
+        if errors and self._strict:
+            first = min(errors)
+            raise MismatchError(f"{rows[first][NAME]}: {errors[first]}") from errors[first]
+        reasons |= {number: str(error) for number, error in errors.items()}
+        distributions = dict(zip(counted, fused, strict=True))
+        made = [
+            dict.fromkeys(self._types, ())
+            if number in reasons
+            else self._columns(ids[number], texts[number], distributions.get(number))
+            for number in range(len(rows))
+        ]
+        columns: dict[str, list[Any]] = {
+            name: [np.asarray(row[name]).astype(kind.dtype).ravel() for row in made]
+            for name, kind in self._types.items()
+        }
+        columns[REASON] = [reasons.get(number, "") for number in range(len(rows))]
         # One report per batch, on its first row: a string per row would be larger than the distributions.
-        columns[COUNTERS] = [json.dumps(asdict(total)), *[""] * (len(rows) - 1)]
+        columns[COUNTERS] = [json.dumps(asdict(report)), *[""] * (len(rows) - 1)]
         return columns
 
-    def _row(self, row: Row) -> tuple[dict[str, Any], FusionReport]:
-        text = self._reader.encoded(row)
-        records = [store[row[ID]] for store in self._stores]
-        fused, report = fuse_text(self._plan, text.tokens, records, text.trained)
-        # A label that is not trained on (a masked end of turn) has no distribution either.
-        ids = np.where(np.append(text.labels[1:] != IGNORED, False)[:, None], fused.ids, -1)
+    def _columns(self, id: str, text: EncodedText, fused: Fused | None) -> dict[str, Any]:
+        own: Any = {FUSED_TEXT: pack_text(id, text)} if self._by_reference else zip(COLUMNS, fused or (), strict=False)
         return {
             "input_ids": text.tokens.input_ids,
             "attention_mask": np.ones(len(text.labels), np.int8),
             "labels": text.labels,
-            FUSED_IDS: ids.ravel(),
-            FUSED_LOGPROBS: np.where(ids >= 0, fused.logprobs, -np.inf).astype(np.float32).ravel(),
-        }, report
+            **dict(own),
+        }

@@ -22,6 +22,7 @@ from fusion_plugins.axolotl.args import (
 from fusion_plugins.axolotl.dataset_keys import problems_of, problems_of_scored
 from fusion_plugins.axolotl.losses import OWN_TRAINERS, PAIR_TRAINERS, problems_of_losses
 from fusion_plugins.axolotl.prepared import remembered_store
+from fusion_plugins.core.fusion.vocabulary_map import COUNTED
 from fusion_plugins.errors import ConfigError, FusionError, PluginError
 from fusion_plugins.install import install_command
 from fusion_plugins.plugins import get_registry
@@ -106,11 +107,13 @@ def check_ready(cfg: Any, block: FusionBlock, *, rows_wanted: bool = True) -> No
     Args:
         cfg: the configuration.
         block: its ``fusion:`` block.
-        rows_wanted: rows must be prepared. If not, a store may be gone from which rows were prepared before.
+        rows_wanted: rows must be prepared. If not, a store may be gone from which rows were prepared before, unless
+            they are fused while training.
 
     Raises:
         ConfigError: naming every problem.
     """
+    rows_wanted = rows_wanted or block.prepared == "stores"
     sources = [*block.sources, *(block.reference.sources if block.reference else [])]
     stores = [source for source in sources if rows_wanted or not remembered_store(cfg, source.store)]
     problems = [*_unknown_names(block), *_unknown_options(block), *_stores(stores), *_other_trainers(cfg, block)]
@@ -187,6 +190,11 @@ def _idle(block: FusionBlock) -> Iterator[str]:
         yield f"{_keys(idle)}: for scored responses alone, which a run with fusion.sources does not read; remove it"
     if "tie_order" in _changed(block.alignment) and block.alignment.method != "dtw":
         yield f"fusion.alignment.tie_order: for dtw alone, and the method is {block.alignment.method}; remove it"
+    if block.prepared == "stores" and block.projection.vocabulary_map in COUNTED:
+        yield (
+            f"fusion.prepared: stores cannot be combined with vocabulary_map: {block.projection.vocabulary_map}, which "
+            "goes by counts over a whole dataset; use prepared: rows"
+        )
     if block.projection.max_distance is not None and block.projection.vocabulary_map == "exact":
         yield "fusion.projection.max_distance: the vocabulary_map exact maps equal tokens only; remove it"
     if block.pairs is not None and block.pairs.rule == "verdict" and (idle := sorted(_GAPS & _changed(block.pairs))):

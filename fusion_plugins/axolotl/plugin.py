@@ -1,10 +1,11 @@
 """The plugin that axolotl loads: checks the configuration, and hands over schema, trainer and collator."""
 
 import sys
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
+from axolotl.utils.logging import get_logger
 
 from fusion_plugins.axolotl.args import WRPOArgs, fusion_block
 from fusion_plugins.axolotl.fingerprint import stamp_datasets
@@ -13,6 +14,12 @@ from fusion_plugins.axolotl.losses import INFIFPO, PAIR_TRAINERS, WRPO
 from fusion_plugins.axolotl.overrides import apply_overrides
 from fusion_plugins.axolotl.prepared import remove_leftovers, write_reports
 from fusion_plugins.errors import PluginError
+
+LOG = get_logger(__name__)
+#: bytes of the batches that wait for one process
+WAITING_BYTES = 1 << 30
+#: bytes per position of axolotl's own columns
+_PLAIN_BYTES = 4 * 8
 
 
 class FusionPlugin(BasePlugin):
@@ -53,6 +60,8 @@ class FusionPlugin(BasePlugin):
         write_reports(cfg)
         if cfg.trainer_cls == WRPO:
             trainer.settings = fusion_block(cfg).wrpo or WRPOArgs()
+        if _is_fused(cfg):
+            limit_prefetch(trainer, positions=cfg.micro_batch_size * cfg.sequence_len)
         if _has_pairs(cfg) and type(trainer).__name__ != str(cfg.trainer_cls).rpartition(".")[2]:
             raise PluginError(
                 f"a dataset of type {DPO} needs the trainer {cfg.trainer_cls}, but another plugin brought "
@@ -87,9 +96,38 @@ class FusionPlugin(BasePlugin):
         from fusion_plugins.axolotl.collator import FusionCollator
         from fusion_plugins.axolotl.weighted_sft import WeightedCollator
 
-        return FusionCollator if _is_fused(cfg) else WeightedCollator, {
-            "inner": _stock_collator(cfg, packed=cfg.eval_sample_packing if is_eval else cfg.sample_packing)
-        }
+        block, packed = fusion_block(cfg), cfg.eval_sample_packing if is_eval else cfg.sample_packing
+        settings: dict[str, Any] = {"inner": _stock_collator(cfg, packed=packed)}
+        if block.prepared == "stores":
+            from fusion_plugins.axolotl.text_rows import text_fuser
+
+            settings["fuser"] = partial(text_fuser, block=block)
+        return FusionCollator if _is_fused(cfg) else WeightedCollator, settings
+
+
+def limit_prefetch(trainer: Any, positions: int) -> None:
+    """Let fewer batches wait where they would take more memory than :data:`WAITING_BYTES`.
+
+    axolotl's default is 256 batches per worker, which are small without distributions. Two per worker are enough to
+    keep it busy.
+
+    Args:
+        trainer: its arguments are changed.
+        positions: of a batch, at most.
+    """
+    args = trainer.args
+    workers, given = args.dataloader_num_workers, args.dataloader_prefetch_factor
+    rows = trainer.train_dataset or trainer.eval_dataset
+    if not (workers and given and rows):
+        return
+    size = positions * (_PLAIN_BYTES + 8 * trainer.data_collator.width(rows[0]))
+    most = max(2, WAITING_BYTES // (workers * size))
+    if given > most:
+        args.dataloader_prefetch_factor = most
+        LOG.info(
+            f"fusion: dataloader_prefetch_factor is {most} in place of {given}: a batch takes {size / 1e6:.1f} MB, and "
+            f"{workers} worker(s) of each process would keep {workers * given} of them in shared memory"
+        )
 
 
 def load_no_reference_model() -> None:

@@ -25,6 +25,7 @@ from fusion_plugins.core.preferences.candidates import (
     is_own,
     is_prompt,
 )
+from fusion_plugins.core.preferences.gaps import check_gap_window
 from fusion_plugins.core.preferences.pairs import (
     BEST_RULES,
     BestRule,
@@ -189,7 +190,10 @@ def _pairs(scored: _Scored, block: FusionBlock) -> tuple[list[Pair], SelectionRe
     options = {"own_source": settings.own_source, **settings.options} if own else settings.options
     groups = scored.own if own else scored.sources
     propose = partial(lookup("pair_rules", settings.rule), **options)
-    return pairs_per_prompt(groups, propose, settings.window(), settings.most, settings.min_accuracy)
+    pairs, found = pairs_per_prompt(groups, propose, settings.window(), settings.most, settings.min_accuracy)
+    if found.limits is not None:  # the window has decided about pairs
+        check_gap_window(settings.window(), [one for group in groups.by_prompt.values() for one in group])
+    return pairs, found
 
 
 def _pairs_for_split(

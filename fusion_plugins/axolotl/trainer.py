@@ -1,14 +1,14 @@
-"""axolotl's trainer with one more loss term: ``w * LM + (1 - w) * fusion``, both summed over tokens and divided once.
+"""The trainer: language-model loss and fusion loss over the tokens of the whole global batch.
 
-The fused distributions stay sparse, and the logits of a whole batch are never held: while the model runs, its output
+Fused distributions stay sparse, and the logits of a whole batch are never held: while the model runs, its output
 layer computes both losses chunk by chunk inside its own forward, where sharded weights are present (ZeRO-3, FSDP), and
-returns their sums instead of the logits. Some models change the logits after the output layer (soft-capping, scaling).
-A probe finds these before the first step; their losses are computed from the full logits.
+returns their sums instead of the logits. A probe finds out before the first step what the model does to the output of
+the layer: soft-capping and scaling go into the losses; after any other change they are computed from the full logits.
 """
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -18,35 +18,58 @@ import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.logging import get_logger
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from fusion_plugins.axolotl.args import FusionBlock, fusion_block
-from fusion_plugins.axolotl.collator import FUSED_IDS, FUSED_LOGPROBS, take_fused
+from fusion_plugins.axolotl.collator import COLUMNS, take_fused, take_origin, take_positions
 from fusion_plugins.axolotl.figures import Figures, perplexity
-from fusion_plugins.core.fusion.losses import Divergence, token_losses
-from fusion_plugins.core.fusion.one_pass import weighted_losses
+from fusion_plugins.axolotl.output_layer import Probe, carried, innermost, linear_factors, received, replaced
+from fusion_plugins.core.fusion.divergences import Divergence
+from fusion_plugins.core.fusion.logit_change import LogitChange
+from fusion_plugins.core.fusion.losses import token_losses
+from fusion_plugins.core.fusion.one_pass import Sums, chunk_rows, weighted_losses
 from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.plugins import lookup
 
 LOG = get_logger(__name__)
-#: What the output layer returns in the probe: values that bfloat16 cannot represent, so that a later cast is noticed
-#: too.
-PROBE = (1234.5678, -0.3141592, 77.0077)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Labels (B, T) and fused ids and log-probabilities (B, T, K) of the running forward pass."""
+    """Labels (B, T) and fused ids and log-probabilities (B, T, K) of the running forward pass.
+
+    Attributes:
+        origin: (B, T) kept mass and number of the source of each position; None where that is unknown.
+        at_most: positions that have a label, or more: a number of the host, which no GPU has to be waited for.
+    """
 
     labels: Tensor
     fused: tuple[Tensor, Tensor]
+    origin: tuple[Tensor, Tensor] | None
+    at_most: int
 
     @cached_property
-    def counts(self) -> tuple[Tensor, Tensor]:
-        """() positions with a label, and () those of them with a fused distribution."""
+    def counts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """() positions with a label, () those of them with a fused distribution, and () the sum of its entropy, nats.
+
+        The entropy is that of the stored entries.
+        """
         positions = self.labels[:, 1:] != -100
-        return positions.sum(), (positions & (self.fused[0][:, :-1] >= 0).any(-1)).sum()
+        ids, logprobs = (values[:, :-1] for values in self.fused)
+        entries = (ids >= 0) & torch.isfinite(logprobs) & positions.unsqueeze(-1)
+        own = logprobs.masked_fill(~entries, 0.0)
+        entropy = -(own.exp() * own).sum()
+        return positions.sum(), entries.any(-1).sum(), entropy
+
+    def of_fused(self, sources: int) -> Tensor:
+        """(1 + S,) sums over the positions with a fused distribution: kept mass, and 1 where a source teaches."""
+        if self.origin is None:
+            return torch.full((1 + sources,), torch.nan, device=self.labels.device)
+        kept, source = (values[:, :-1] for values in self.origin)
+        fused = (self.labels[:, 1:] != -100) & (self.fused[0][:, :-1] >= 0).any(-1)
+        numbers = torch.arange(sources, device=source.device)
+        taught = (source.unsqueeze(-1) == numbers) & fused.unsqueeze(-1)
+        return torch.cat([(kept.float() * fused).sum().view(1), taught.sum((0, 1)).float()])
 
 
 class _OwnPerplexity(Trainer):
@@ -69,6 +92,10 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
         self.compute_loss_func = self._weighted_loss
         self._batch: _Batch | None = None
         self._losses_in_head: bool | None = None
+        #: what the model does to the output of its output layer, and the width of that
+        self._change = LogitChange()
+        self._vocabulary = 0
+        self._said: set[str] = set()
         self._logits_wanted = False
         self._training_figures = Figures()
         #: None outside of an evaluation: callbacks evaluate single batches, which belong to no figures
@@ -85,9 +112,13 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        for name in (FUSED_IDS, FUSED_LOGPROBS):
+        for name in COLUMNS:
             if self._signature_columns and name not in self._signature_columns:
                 self._signature_columns = [*self._signature_columns, name]
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        # Rows as arrays: to make Python lists of fused distributions takes longer than everything else with them.
+        return super()._get_dataloader(dataset.with_format("numpy"), *args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -98,7 +129,7 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
             DataError: the batch has no fused distributions.
         """
         inputs = dict(inputs)
-        fused = take_fused(inputs)
+        fused, origin, at_most = take_fused(inputs), take_origin(inputs), take_positions(inputs)
         if "labels" not in inputs:
             raise DataError(
                 f"expected a batch with labels, got one with {sorted(inputs)}. Use datasets of `type: "
@@ -106,9 +137,10 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
             )
         if self._losses_in_head is None:
             self._losses_in_head = self._head_is_last(model, inputs)
-        self._batch = _Batch(inputs["labels"], fused)
+        labels = inputs["labels"]
+        self._batch = _Batch(labels, fused, origin, labels.numel() if at_most is None else at_most)
         try:
-            with self._replaced_head(model, partial(self._losses_of_head, self._head(model))):
+            with replaced(self._head(model), self._losses_of_head) if self._in_head else nullcontext():
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
             self._batch = None
@@ -127,7 +159,7 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> Any:
         """Evaluate, with the loss and its terms over all positions instead of the mean of the batches' means."""
-        self._evaluation_figures = Figures()
+        self._evaluation_figures = self._new_figures()
         try:
             output = super().evaluation_loop(
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
@@ -147,8 +179,11 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # auto_find_batch_size begins anew with a smaller batch.
-        self._training_figures = Figures()
+        self._training_figures = self._new_figures()
         return super()._inner_training_loop(*args, **kwargs)
+
+    def _new_figures(self) -> Figures:
+        return Figures(("kept_mass", *(f"share_{source.name}" for source in self._fusion.sources)))
 
     def _figures(self, figures: Figures) -> dict[str, float]:
         return figures.take(partial(self.accelerator.reduce, reduction="sum"), self.args.device)
@@ -176,25 +211,27 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
     def _weighted_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         """``(w * sum LM + (1 - w) * sum fusion) / tokens + router loss``, with the tokens of the whole global batch."""
         assert self._batch is not None
-        positions, fused_positions = self._batch.counts
+        positions, fused_positions, entropy = self._batch.counts
         weight, router = self.lm_weight, self._router_loss(outputs)
         if self._in_head:
-            loss, lm, fusion = outputs["logits"].flatten()[:3]
+            found = Sums(*received(outputs["logits"], self._change))
         else:
-            found = token_losses(outputs["logits"], None, labels, self._batch.fused, **self._options)
-            loss, lm, fusion = weight * found.lm + (1 - weight) * found.fusion, found.lm, found.fusion
+            found = self._one_pass(outputs["logits"], None, None)
         figures = self._training_figures if self.model.training else self._evaluation_figures
         if figures is not None:
             figures.add(
-                lm=lm,
-                fusion=fusion,
+                lm=found.lm,
+                fusion=found.fusion,
+                agreed=found.agreed,
+                entropy=entropy,
+                of_fused=self._batch.of_fused(len(self._fusion.sources)),
                 positions=positions,
                 fused_positions=fused_positions,
                 weight=weight,
                 router=router,
             )
         tokens = positions.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
-        return loss / tokens + router / self._batches_of_a_step(num_items_in_batch)
+        return found.total / tokens + router / self._batches_of_a_step(num_items_in_batch)
 
     def _router_loss(self, outputs: Any) -> Tensor | float:
         """The weighted loss that balances the experts of a mixture; 0 for other models.
@@ -230,68 +267,124 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
     def _in_head(self) -> bool:
         return bool(self._losses_in_head) and not self._logits_wanted
 
-    def _losses_of_head(self, layer: Any, head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        """Return the weighted loss and its two terms (1, 1, 3): what the output layer gives in place of logits."""
+    def _one_pass(self, states: Tensor, weight: Tensor | None, bias: Tensor | None, **more: Any) -> Sums:
         assert self._batch is not None
-        labels, fused, weight = self._batch.labels, self._batch.fused, self.lm_weight
-        # Any other layer (LoRA on the head, a quantised one, one that is split between devices) computes more than one
-        # product, so its own forward runs, and once more in the backward pass.
-        if type(layer) is torch.nn.Linear and not isinstance(layer.weight, DTensor):
-            once = weighted_losses(hidden, layer.weight, layer.bias, labels, fused, lm_weight=weight, **self._options)
-            return torch.stack([once.total, once.lm, once.fusion]).view(1, 1, -1)
-        found = token_losses(hidden, head, labels, fused, **self._options)
-        return torch.stack([weight * found.lm + (1 - weight) * found.fusion, found.lm, found.fusion]).view(1, 1, -1)
+        return weighted_losses(
+            states,
+            weight,
+            bias,
+            self._batch.labels,
+            self._batch.fused,
+            lm_weight=self.lm_weight,
+            chunk_size=self._fusion.loss_chunk,
+            at_most=self._batch.at_most,
+            **self._options,
+            **more,
+        )
+
+    @cached_property
+    def _losses_of_head(self) -> Callable[[Tensor], Tensor]:
+        """The forward pass of the output layer that returns sums (1, 1, 4) of the running batch instead of logits."""
+        layer = self._head(self.model)
+        own = "forward" in vars(layer)  # something else is in its place already: it must run
+        forward = layer.forward
+
+        def losses(hidden: Tensor) -> Tensor:
+            factors = None if own else linear_factors(layer, hidden)
+            if factors is None:
+                self._say_once(
+                    f"the output layer is a {type(layer).__name__} with more than a product in it: it runs once more "
+                    "in the backward pass"
+                )
+                return carried(self._losses_of_any_head(forward, hidden), self._change)
+            (weight, bias), low_rank = factors
+            return carried(self._one_pass(hidden, weight, bias, low_rank=low_rank, change=self._change), self._change)
+
+        # A compiled model leaves its graph for this one call: the loss makes its gradients itself.
+        return torch.compiler.disable(losses)
+
+    def _losses_of_any_head(self, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Sums:
+        """The layer's own forward pass by chunks, and once more in the backward pass."""
+        assert self._batch is not None
+        found = token_losses(
+            hidden,
+            lambda states: self._change(forward(states)),
+            self._batch.labels,
+            self._batch.fused,
+            chunk_size=self._fusion.loss_chunk or chunk_rows(self._vocabulary),
+            at_most=self._batch.at_most,
+            **self._options,
+        )
+        weight = self.lm_weight
+        return Sums(weight * found.lm + (1 - weight) * found.fusion, found.lm, found.fusion, found.agreed)
 
     def _head_is_last(self, model: Any, inputs: dict[str, Any]) -> bool:
-        """Whether the model returns the output of its output layer unchanged. One forward pass, without gradients."""
-        if self.args.torch_compile or self._head(model) is None:
+        """Whether the losses can be computed in the output layer. One forward pass, without gradients.
+
+        They can where the model returns the output of the layer as it is, or capped, scaled or cut.
+        """
+        layer = self._head(model)
+        if layer is None:
+            self._say_once("losses are computed from the logits: the model names no output layer")
             return False
-
-        def probe(head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-            # The layer runs once all the same: sharded layers expect the same number of calls on every rank.
-            first = head(hidden[:1, :1]).float().flatten()[:1]
-            return torch.cat([first * 0, first.new_tensor(PROBE)]).view(1, 1, -1)
-
+        probe = Probe(layer.forward)
         try:
-            # A resumed run probes too, at another step: the probe must not take random numbers (dropout, NEFTune) from
-            # the training.
+            change = probe.change(self._probed_logits(model, inputs, probe))
+        except (RuntimeError, IndexError, ValueError, TypeError, KeyError) as error:
+            self._say_once(f"losses are computed from the logits, which {type(model).__name__} needs ({error})")
+            return False
+        if change is None:
+            self._say_once("losses are computed from the logits: the model changes them in a way of its own")
+            return False
+        self._change, self._vocabulary = change, probe.vocabulary
+        self._say_once(f"losses are computed inside the output layer; {change.described()}")
+        return True
+
+    def _probed_logits(self, model: Any, inputs: dict[str, Any], probe: Probe) -> Tensor:
+        """Return the logits that the model makes of the probe's numbers. A batch is prepared as for the training."""
+        found = []
+
+        def keep(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
+            found.append(outputs["logits"])
+            return outputs["logits"].new_zeros(())
+
+        # A resumed run probes too, at another step: the probe must not take random numbers (dropout, NEFTune) from the
+        # training, and the batch is counted once.
+        own, tokens = self.compute_loss_func, dict(getattr(self.state, "tokens", {}))
+        self.compute_loss_func = keep
+        behind = self._head_owner(model).register_forward_hook(_without_gradients)
+        try:
             with (
                 torch.no_grad(),
+                torch.compiler.set_stance("force_eager"),
                 _same_random_numbers(self.args.device),
-                self._replaced_head(model, probe, always=True),
+                replaced(self._head(model), probe),
             ):
-                logits = model(**{name: value for name, value in inputs.items() if name != "labels"})["logits"]
-        except (RuntimeError, IndexError, ValueError, TypeError, KeyError) as error:
-            LOG.info(f"fusion: {type(model).__name__} needs its logits ({error})")
-            return False
-        unchanged = logits.numel() == 1 + len(PROBE) and torch.equal(
-            logits.flatten()[1:].double(), torch.tensor(PROBE, dtype=torch.float32, device=logits.device).double()
-        )
-        LOG.info(f"fusion: losses are computed {'inside the output layer' if unchanged else 'from the logits'}")
-        return unchanged
+                super().compute_loss(model, dict(inputs))
+        finally:
+            self.compute_loss_func = own
+            behind.remove()
+            if tokens:
+                self.state.tokens = tokens
+            elif hasattr(self.state, "tokens"):
+                del self.state.tokens
+        return found[0]
+
+    def _say_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            LOG.info(f"fusion: {message}")
+
+    def _head_owner(self, model: Any) -> Any:
+        return self.accelerator.unwrap_model(model)
 
     def _head(self, model: Any) -> Any:
-        return self.accelerator.unwrap_model(model).get_output_embeddings()
+        return innermost(self._head_owner(model).get_output_embeddings())
 
-    @contextmanager
-    def _replaced_head(
-        self, model: Any, replacement: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor], *, always: bool = False
-    ) -> Iterator[None]:
-        """Within the context, the output layer returns ``replacement(its forward, its input)``."""
-        if not (always or self._in_head):
-            yield
-            return
-        head = self._head(model)
-        own = vars(head).get("forward")
-        forward = head.forward
-        head.forward = lambda hidden: replacement(forward, hidden)
-        try:
-            yield
-        finally:
-            if own is None:
-                del head.forward
-            else:
-                head.forward = own
+
+def _without_gradients(*_: Any) -> None:
+    """Ends, as a hook behind the model, what the probe began in its output layer."""
+    torch.set_grad_enabled(False)
 
 
 @contextmanager

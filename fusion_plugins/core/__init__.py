@@ -5,7 +5,8 @@ because some need torch and some compile kernels.
 
 Reading order: :mod:`~fusion_plugins.core.text` (``types``, ``token_table``, ``tokenize``), then
 :mod:`~fusion_plugins.core.fusion` (``types``, ``align``, ``vocabulary_map``, ``project``, ``fuse``, ``pipeline``,
-``losses``), then one of :mod:`~fusion_plugins.core.merging` and :mod:`~fusion_plugins.core.preferences`.
+``divergences``, ``one_pass``, ``losses``), then one of :mod:`~fusion_plugins.core.merging` and
+:mod:`~fusion_plugins.core.preferences`.
 """
 
 from typing import TYPE_CHECKING

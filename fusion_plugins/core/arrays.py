@@ -12,4 +12,6 @@ BoolArray = npt.NDArray[np.bool_]
 
 def as_array(array: npt.ArrayLike, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Return the array contiguous, writable and of one dtype, so that a kernel is compiled for one signature only."""
+    if type(array) is np.ndarray and array.dtype == dtype and array.flags.carray:
+        return array
     return np.require(array, dtype, ["C", "W"])

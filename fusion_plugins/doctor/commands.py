@@ -47,7 +47,7 @@ def doctor(
     from fusion_plugins.core.fusion.project import ProjectionOptions
     from fusion_plugins.doctor.examine import DoctorConfig, examine, open_side, open_target
     from fusion_plugins.doctor.page import picture_png, render_doctor_page, show
-    from fusion_plugins.inputs import read_texts
+    from fusion_plugins.inputs import open_texts
     from fusion_plugins.store.files import make_folder, write_atomic
 
     flags = {
@@ -64,7 +64,7 @@ def doctor(
     target_path, source_paths = settings.sides()
     if settings.target is None:
         say(f"target: {target_path}", stderr=True)
-    contents = None if settings.texts is None else {text.id: text.content for text in read_texts(settings.texts)}
+    contents = None if settings.texts is None else open_texts(settings.texts)
     report = examine(
         open_target(target_path, contents, settings.tokenizer),
         [open_side(path, contents) for path in source_paths],

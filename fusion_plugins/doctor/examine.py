@@ -5,7 +5,7 @@ vocabulary), on texts that are given separately.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from fusion_plugins.config import Settings
 from fusion_plugins.core.fusion.project import ProjectionOptions
 from fusion_plugins.core.fusion.record import build_record
 from fusion_plugins.core.fusion.types import Record, TopK
+from fusion_plugins.core.key_set import KeySet
 from fusion_plugins.core.text.round_trip import PREFIX_SPACE, text_changes
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize_content
@@ -24,11 +25,16 @@ from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.doctor.advice import advice, verdict
 from fusion_plugins.doctor.diagnosis import Diagnosis, diagnose, figures
 from fusion_plugins.errors import ConfigError, FusionError, MismatchError
+from fusion_plugins.inputs import InputSet, Text
 from fusion_plugins.map_cache import cached_map
 from fusion_plugins.model_names import missing_folder, reason_of
 from fusion_plugins.progress import meter
 from fusion_plugins.store import Store, open_store
+from fusion_plugins.store.schema import RecordCodec
+from fusion_plugins.store.shards import read_keys
 
+#: id -> text or messages, or files of them
+Texts = Mapping[str, Any] | InputSet[Text]
 #: the training step whose memory is reported; ENTRIES is what `fusion capture` keeps by default
 BATCH, TOKENS, ENTRIES = 1, 2048, 64
 #: bytes on disk per token that `fusion capture` can be expected to write at its default top_k of 64
@@ -80,9 +86,7 @@ class Side:
         tokenizer: the Hugging Face tokenizer; None where only a store is at hand.
     """
 
-    def __init__(
-        self, name: str, table: TokenTable, store: Store | None, tokenizer: Any, texts: dict[str, Any]
-    ) -> None:
+    def __init__(self, name: str, table: TokenTable, store: Store | None, tokenizer: Any, texts: Texts) -> None:
         self.name, self.table, self.store, self.tokenizer, self._texts = name, table, store, tokenizer, texts
 
     @property
@@ -90,14 +94,24 @@ class Side:
         """Bytes on disk per stored token; the expected number where there is no store."""
         return self.store.manifest.bytes / max(self.store.manifest.tokens, 1) if self.store else EXPECTED_BYTES
 
-    def ids(self) -> list[str]:
-        """Return the ids of all texts."""
-        return self.store.ids() if self.store else list(self._texts)
+    def ids(self) -> Iterator[str]:
+        """Yield the ids of all texts."""
+        if self.store is not None:
+            folder, codec = self.store.path, RecordCodec(self.store.manifest)
+            return (id for shard in self.store.manifest.shards for id in read_keys(folder, shard, codec))
+        return iter(self._texts) if isinstance(self._texts, Mapping) else (text.id for text in self._texts)
+
+    def choose(self, ids: Collection[str]) -> None:
+        """Read the contents of some texts, the only ones of which records are asked for, where files hold them."""
+        if not isinstance(self._texts, Mapping):
+            chosen = frozenset(ids)
+            self._texts = {text.id: text.content for text in self._texts if text.id in chosen}
 
     def record(self, id: str) -> Record:
         """Return the stored record; without a store, that of a source that is certain of every next token."""
         if self.store:
             return self.store[id]
+        assert isinstance(self._texts, Mapping)  # see `choose`
         text, _ = tokenize_content(self.tokenizer, self.table, self._texts[id])
         return _certain_record(id, text)
 
@@ -167,8 +181,8 @@ class DoctorReport:
         return json.dumps(clean(fields), indent=1, ensure_ascii=False)
 
 
-def open_side(path: str, texts: dict[str, Any] | None) -> Side:
-    """Open a store, or load a tokenizer that will tokenize ``texts`` (id -> text or messages).
+def open_side(path: str, texts: Texts | None) -> Side:
+    """Open a store, or load a tokenizer that will tokenize ``texts``.
 
     Raises:
         ConfigError: the path is not a store and there are no texts, or it is not a tokenizer either.
@@ -187,7 +201,7 @@ def open_side(path: str, texts: dict[str, Any] | None) -> Side:
     return Side(name, table, None, tokenizer, texts)
 
 
-def open_target(path: str, texts: dict[str, Any] | None, tokenizer: str | None = None) -> Side:
+def open_target(path: str, texts: Texts | None, tokenizer: str | None = None) -> Side:
     """Open the target's side, with a tokenizer for the ``first_token`` maps if one can be found.
 
     Args:
@@ -228,6 +242,8 @@ def examine(
         MismatchError: the sides have no text in common.
     """
     ids = _sample(target, sources, limit)
+    for side in (target, *sources):
+        side.choose(ids)
     verdicts = []
     with meter("examine", len(ids) * len(sources), unit="records") as progress:
         for source in sources:
@@ -275,16 +291,21 @@ def _text_changes(sides: Sequence[Side]) -> list[str]:
 
 
 def _sample(target: Side, sources: Sequence[Side], limit: int) -> list[str]:
-    shared = set(target.ids()).intersection(*(side.ids() for side in sources))
-    common = [id for id in target.ids() if id in shared]
-    if not common:
+    held = [KeySet(side.ids()) for side in sources]
+
+    def common() -> Iterator[str]:
+        return (id for id in target.ids() if all(id in ids for ids in held))
+
+    count = sum(1 for _ in common())
+    if not count:
         names = ", ".join(side.name for side in (target, *sources))
         raise MismatchError(
             f"expected texts that all of {names} have; they have none in common. Capture every store from the same "
             "texts, because records are joined by id."
         )
-    size = min(limit, len(common))
-    return [common[index * len(common) // size] for index in range(size)]
+    size = min(limit, count)
+    places = {index * count // size for index in range(size)}
+    return [id for place, id in enumerate(common()) if place in places]
 
 
 def _load_tokenizer(path: str) -> tuple[Any, TokenTable]:

@@ -1,25 +1,13 @@
-"""The commands ``fusion merge-check`` and ``fusion report``."""
+"""The command ``fusion merge-check``."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import Field
 
-from fusion_plugins.command_options import Assignments, ConfigFile
-from fusion_plugins.config import Settings, load_config
 from fusion_plugins.errors import ConfigError
 from fusion_plugins.install import missing_package
-from fusion_plugins.mergekit.record import PAGE_NAME
-from fusion_plugins.mergekit.report import render_merge_report
 from fusion_plugins.terminal import say
-
-
-class ReportConfig(Settings):
-    """Keys of the YAML file of ``fusion report``."""
-
-    folder: Path = Field(description="folder of a merged model")
-    out: Path | None = Field(None, description="HTML file to write; default: fusion_report.html in the folder")
 
 
 def merge_check(
@@ -47,32 +35,6 @@ def merge_check(
     if not result.ok:
         raise typer.Exit(1)
     say("no problems found" if not result.findings else "no errors found")
-
-
-def report(
-    folder: Annotated[
-        Path | None, typer.Argument(help="Folder of a model that was merged with varm or fusechat_sce.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="HTML file to write.", show_default="fusion_report.html in the folder")
-    ] = None,
-    config: ConfigFile = None,
-    assign: Assignments = None,
-) -> None:
-    """Write one self-contained HTML page about a merged model.
-
-    For example: `fusion report merged`.
-    """
-    from fusion_plugins.store.files import write_atomic
-
-    settings = load_config(ReportConfig, config, {"folder": folder, "out": out}, assign)
-    try:
-        page = render_merge_report(settings.folder)
-    except ModuleNotFoundError as error:
-        raise _missing(error, "fusion report") from error
-    file = settings.out or settings.folder / PAGE_NAME
-    write_atomic(file, page)
-    say(str(file))
 
 
 def _missing(error: ModuleNotFoundError, command: str) -> Exception:

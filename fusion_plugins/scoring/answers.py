@@ -75,7 +75,7 @@ _VALUE_IN_TEXT = re.compile(
     re.ASCII | re.MULTILINE,
 )
 _MULTIPLIED = re.compile(
-    r"\s*-?\s*(?:(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore)s?\b|bn\b|percent\b|[十百千]?[万亿]|(?<=\d)[MB](?![A-Za-z]))",
+    r"\s*-?\s*(?:(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore)s?\b|bn\b|percent\b|[十百千]?[万亿]|(?<=\d)[kKMB](?![A-Za-z]))",
     re.ASCII,
 )
 _WORDS = ("yes", "no", "true", "false")
@@ -255,7 +255,10 @@ def _last_value(text: str) -> Found | None:
                 break
             first = other.start()
         listed = () if first == match.start() else (text[first : match.start()] + value,)
-        return Found((*_around(text, match), *listed, value), "number")
+        around = _around(text, match)
+        # A term of a ratio, or an end of an interval, is no answer by itself.
+        is_part = bool(around) and read(around[0]).kind in ("ratio", "interval")
+        return Found(around if is_part else (*around, *listed, value), "number")
     # "twenty one thousand" begins where no word before it belongs to the number.
     words = re.findall(r"[A-Za-z-]+|[零〇一二两三四五六七八九十百千万亿点分之]+", text)
     for last in range(len(words), 0, -1):
@@ -291,7 +294,8 @@ def _around(text: str, number: re.Match[str]) -> tuple[str, ...]:
     ]
     for first, last in sorted(windows, key=lambda window: window[0] - window[1]):
         window = text[words[first][0] : words[last - 1][1]]
-        if read(window).kind in ("time", "date", "range"):
+        window = window.rstrip(",;")
+        if read(window).kind in ("time", "date", "range", "ratio", "interval"):
             return (window,)
     return ()
 

@@ -33,13 +33,19 @@ class Scorer(Protocol):
         domains: domains it scores unless the settings name others; None for all.
         facts: what its scores depend on (versions, model, limits). They go into the manifest; a run with other facts
             may not add to the same folder.
+
+    A scorer that compares the answers to a prompt with each other has an attribute ``by_prompt`` that is true: then the
+    rows of a prompt that it takes are scored together, again where one of them is new or has changed.
     """
 
     domains: frozenset[str] | None
     facts: dict[str, Any]
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
-        """Return one score per row, in order. A score depends on its row alone, not on the rest of the batch."""
+        """Return one score per row, in order. A score depends on its row alone, not on the rest of the batch.
+
+        With ``by_prompt`` it depends on the rows of its prompt, all of which are in the batch.
+        """
         ...
 
     def close(self) -> None:

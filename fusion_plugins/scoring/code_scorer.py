@@ -7,13 +7,15 @@ sandbox that cannot isolate is an error.
 """
 
 import importlib.util
+import json
 import os
 import platform
 import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import lru_cache
 from typing import Any
 
 from fusion_plugins.errors import ConfigError, DataError
@@ -22,6 +24,7 @@ from fusion_plugins.scoring.base import Row, Score
 from fusion_plugins.scoring.code_tests import Suite, read_tests
 from fusion_plugins.scoring.programs import extract_code
 from fusion_plugins.scoring.sandbox import Limits, Outcome, Sandbox, TestVerdict
+from fusion_plugins.scoring.trust import apart
 
 #: what pytest consists of
 _PYTEST = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py")
@@ -62,7 +65,7 @@ class CodeScorer:
             "packages": list(packages),
             "python": platform.python_version(),
             # Changes where the same response and tests may get another verdict than before.
-            "rules": 3,
+            "rules": 4,
         }
         self._pytest = _pytest_folders()
         self._sandbox = Sandbox(chosen, packages, modules=self._pytest)
@@ -73,6 +76,10 @@ class CodeScorer:
         """Return one verdict per row; ``tests`` of a row are those of :func:`~.code_tests.read_tests`."""
         return list(self._threads.map(self._score_one, rows))
 
+    def processes(self) -> list[int]:
+        """Return the warm processes of the sandbox, for those who measure it."""
+        return self._sandbox.processes()
+
     def close(self) -> None:
         """End the programs that still run."""
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -80,8 +87,8 @@ class CodeScorer:
 
     def _score_one(self, row: Row) -> Score:
         try:
-            suite = read_tests(row.get("tests"))
-        except DataError as error:
+            suite = _suite(json.dumps(row.get("tests")))
+        except (DataError, TypeError, ValueError) as error:
             return Score(reason=f"the tests cannot be read: {error}")
         if suite is None:
             return Score(reason="no tests")
@@ -93,10 +100,19 @@ class CodeScorer:
         return _as_score(suite, self._sandbox.run(code, suite.tests, suite.setup))
 
 
+@lru_cache(256)
+def _suite(tests: str) -> Suite | None:
+    """Return the tests of a prompt, which all its responses share."""
+    suite = read_tests(json.loads(tests))
+    return suite and replace(suite, tests=apart(suite))
+
+
 def _as_score(suite: Suite, outcome: Outcome) -> Score:
     if outcome.failure is not None:
         return Score(reason=outcome.failure, details={"format": suite.format})
     details: dict[str, Any] = {"format": suite.format, "tests": [test.verdict for test in outcome.tests]}
+    # A program can deceive checks that run beside it; it cannot reach those that run outside.
+    details["trust"] = "inside" if any(test.trust == "inside" for test in outcome.tests) else "outside"
     if outcome.static is not None:
         return Score(correct=False, reason="does not compile", details={**details, "error": outcome.static})
     failed = [test for test in outcome.tests if test.verdict != "passed"]

@@ -5,7 +5,13 @@ what that kind needs. A format that is not recognised is an error, never a test 
 """
 
 import ast
+import base64
+import binascii
+import contextlib
 import json
+import pickletools
+import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +26,14 @@ EXPECTED = (
     "with 'test' or 'tests' and perhaps 'setup' and 'entry_point'"
 )
 _TESTS = ("tests", "test", "test_list")
+#: cases in several lists: LiveCodeBench, CodeContests
+_CASES = ("public_test_cases", "private_test_cases", "public_tests", "private_tests", "generated_tests")
+#: characters of packed tests, once unpacked
+_MAX_UNPACKED = 256 << 20
+#: what a pickle of one text consists of
+_ONE_TEXT = frozenset(
+    "PROTO FRAME SHORT_BINUNICODE BINUNICODE BINUNICODE8 UNICODE MEMOIZE PUT BINPUT LONG_BINPUT STOP".split()
+)
 _SETUPS = ("test_imports", "test_setup_code", "setup")
 _ENTRY_POINTS = ("entry_point", "fn_name", "func_name")
 _MISSING = object()
@@ -56,7 +70,9 @@ def read_tests(tests: Any) -> Suite | None:
             * a mapping with ``test``, ``tests`` or ``test_list`` (either of those), ``setup`` and ``entry_point``;
             * a mapping with ``inputs`` and ``outputs``: texts for stdin and stdout, or with ``fn_name`` arguments and
               results (APPS, TACO); or a list of mappings with ``input`` and ``output`` (LiveCodeBench);
-            * a mapping that holds the latter under ``input_output``; or the JSON text of any of these.
+            * a mapping that holds the latter under ``input_output``, or parts of them under ``public_test_cases`` and
+              ``private_test_cases`` (LiveCodeBench, also packed) or ``public_tests`` and so on (CodeContests);
+            * the JSON text of any of these.
 
     Raises:
         DataError: anything else.
@@ -79,11 +95,7 @@ def read_tests(tests: Any) -> Suite | None:
 
 def _read_mapping(tests: Any, context: dict[str, Any]) -> Suite | None:
     """Return the tests of :func:`read_tests`; ``context`` is what stands beside them."""
-    found = _from_json(_first(context, ("input_output", *_TESTS))) if context and "inputs" not in context else tests
-    if isinstance(found, dict):
-        context |= found
-        if "inputs" not in context:
-            found = _from_json(_first(found, _TESTS))
+    found = _find_tests(tests, context)
     if found is None or found in ("", [], {}) or (isinstance(found, str) and not found.strip()):
         return None
     # LiveCodeBench has the function's name beside the cases, in a JSON text.
@@ -108,6 +120,36 @@ def _read_mapping(tests: Any, context: dict[str, Any]) -> Suite | None:
     if not (isinstance(programs, list) and all(isinstance(program, str) for program in programs)):
         raise DataError(f"expected {EXPECTED}, got {_kind_of(tests)}")
     return _read_programs([program for program in programs if program.strip()], entry_point, setup)
+
+
+def _find_tests(tests: Any, context: dict[str, Any]) -> Any:
+    """Return the tests themselves, out of the mappings in which they are; ``context`` gets what stands beside them."""
+    found = tests
+    if context and "inputs" not in context:
+        # Where both are given, the program is the benchmark's own test (LeetCodeDataset).
+        names = (*_TESTS, "input_output") if context.get("test") else ("input_output", *_TESTS)
+        found = _from_json(_first(context, names)) or _all_cases(context)
+    if isinstance(found, dict):
+        context |= found
+        if "inputs" not in context:
+            found = _from_json(_first(found, _TESTS))
+    return found
+
+
+def _all_cases(context: Mapping[str, Any]) -> list[Any]:
+    """Return the cases that stand under several names."""
+    found: list[Any] = []
+    for name in _CASES:
+        part = _from_json(context.get(name))
+        if isinstance(part, dict):
+            inputs, outputs = part.get("input"), part.get("output")
+            if not (isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs)):
+                raise DataError(f"{name}: expected as many texts in 'input' as in 'output'")
+            part = [{"input": one, "output": other} for one, other in zip(inputs, outputs, strict=True)]
+        if part is not None and not isinstance(part, list):
+            raise DataError(f"{name}: expected a list of cases, got {_kind_of(part)}")
+        found += part or []
+    return found
 
 
 def _entry_point(context: Mapping[str, Any]) -> Any:
@@ -340,6 +382,11 @@ def _read_cases(inputs: Any, outputs: Any, entry_point: str | None, setup: str) 
 def _arguments(given: Any) -> list[Any]:
     if isinstance(given, list):
         return given
+    if isinstance(given, str) and re.match(r"[A-Za-z_]\w*\s*=[^=]", given):  # "nums = [3, 3], target = 6"
+        call = parse(f"f({given})", "eval")
+        if call is not None and not call.body.args:
+            with contextlib.suppress(ValueError):
+                return [ast.literal_eval(keyword.value) for keyword in call.body.keywords]
     if isinstance(given, str):  # one argument per line
         return [_literal(line) for line in given.split("\n") if line.strip()]
     raise DataError(
@@ -367,8 +414,41 @@ def _lines(name: str, value: Any) -> str:
     return value
 
 
+def _unpacked(text: str) -> str | None:
+    """Return the text that LiveCodeBench has packed with pickle, zlib and base64; None where a text is not packed.
+
+    Nothing is unpickled, because that can run code: the text is read from a pickle that holds one text and no more.
+
+    Raises:
+        DataError: it holds something else.
+    """
+    if len(text) < 16 or not re.fullmatch(r"e[A-Za-z0-9+/\s]+=*\s*", text):
+        return None
+    try:
+        packed = base64.b64decode(text)
+        unpack = zlib.decompressobj()
+        data = unpack.decompress(packed, _MAX_UNPACKED)
+        steps = [(step.name, argument) for step, argument, _ in pickletools.genops(data)]
+    except (ValueError, zlib.error, binascii.Error):
+        return None
+    texts = [argument for _, argument in steps if isinstance(argument, str)]
+    others = {name for name, _ in steps} - _ONE_TEXT
+    if others or len(texts) != 1 or unpack.unconsumed_tail:
+        raise DataError(
+            "packed tests: expected a pickle of one text, of which nothing else is read, got "
+            + (
+                f"the steps {', '.join(sorted(others))}"
+                if others
+                else f"more than {_MAX_UNPACKED >> 20} MiB or {len(texts)} texts"
+            )
+        )
+    return str(texts[0])
+
+
 def _from_json(value: Any) -> Any:
     """Return what a JSON text of a list or mapping holds; anything else as it is."""
+    if isinstance(value, str) and (unpacked := _unpacked(value)) is not None:
+        return _from_json(unpacked)
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{", '"'):
         try:
             return _from_json(json.loads(value))

@@ -1,4 +1,4 @@
-"""The command ``fusion score``."""
+"""The commands ``fusion score`` and ``fusion clean``."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,6 +44,37 @@ def score(
     )
     for reason in report.skipped.values():
         messages.print(f"left out {reason}")
+
+
+def clean(
+    config: ConfigFile = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option(help="File or folder of prompts (repeatable): .jsonl or .parquet.")
+    ] = None,
+    responses: Annotated[
+        str | None, typer.Option(help="Instead of prompts: folder of responses, or a .jsonl or .parquet file.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="Folder for what is kept and for clean_report.json.")] = None,
+    assign: Assignments = None,
+) -> None:
+    """Remove duplicates and, where asked for, texts of evaluations, other languages, lengths and refusals.
+
+    For example: `fusion clean --config examples/fusechat3/clean.yml`. `fusion keys clean` lists the keys of the file.
+    """
+    from fusion_plugins.scoring.clean import REPORT_NAME, CleanConfig
+    from fusion_plugins.scoring.clean import clean as run
+
+    settings = load_config(CleanConfig, config, {"prompts": prompts, "responses": responses, "out": out}, assign)
+    report = run(settings)
+    table = Table("removed", "rows", "share", "for example", "because")
+    for reason, (count, first) in report.counts().items():
+        table.add_row(reason, f"{count:,}", f"{count / report.read:.1%}", first.id, f"{first.because:.120}")
+    messages = console()
+    if report.removed:
+        messages.print(table)
+    for note in report.notes:
+        messages.print(note)
+    messages.print(f"{report.kept:,} of {report.read:,} rows kept: {report.out} (all that were removed: {REPORT_NAME})")
 
 
 def _table(groups: "dict[tuple[str, str], GroupSummary]") -> Table:

@@ -15,7 +15,8 @@ from math import gcd
 from typing import Any
 
 from fusion_plugins.scoring.answers import Found, find_answer, find_letter, gold_answer
-from fusion_plugins.scoring.quantities import LIST, as_formula, plain_signs, read, same
+from fusion_plugins.scoring.intervals import as_interval
+from fusion_plugins.scoring.quantities import LIST, Quantity, as_formula, plain_signs, read, same
 
 #: an answer in words, such as "east" or "not enough"
 _WORDS = re.compile(r"[^\W\d_]+(?:[\s'-]+[^\W\d_]+)*")
@@ -35,7 +36,7 @@ def judge(reference: str, response: str, *, marked_only: bool = False, broken_of
     Returns:
         ``correct`` (None where no verdict is possible), ``reason``, ``gold``, ``answer``, ``found`` (how the answer is
         marked: boxed, hashes, phrase, bold, formula, number or letter) and ``rule`` (what compared the two: text,
-        number, choice, range, time, date or math-verify).
+        number, choice, range, time, date, ratio, interval or math-verify).
     """
     gold = gold_answer(plain_signs(reference))
     reply: dict[str, Any] = {
@@ -92,6 +93,15 @@ def _compare_one(gold: str, answer: str) -> dict[str, Any]:
             one.content and other.kind != "choice" and _compare(one.content, answer)["correct"]
         )
         return {"correct": bool(equal), "rule": "choice"}
+    if "interval" in (one.kind, other.kind) and (both := _as_intervals(gold, answer)):
+        return {"correct": both[0] == both[1] or _equal(_parse(both[0]), _parse(both[1])), "rule": "interval"}
+    if "ratio" in (one.kind, other.kind) and {one.kind, other.kind} <= {"ratio", "number", "range"}:
+        return {"correct": same(one, other), "rule": "ratio"}
+    return _compare_values(gold, answer, one, other)
+
+
+def _compare_values(gold: str, answer: str, one: Quantity, other: Quantity) -> dict[str, Any]:
+    """Compare two answers that are not the same text: quantities of one kind as such, and all else by math-verify."""
     if not other.worked_out:
         return {"correct": False, "reason": "the answer is not worked out", "rule": "number"}
     if one.kind and one.kind == other.kind:
@@ -109,6 +119,14 @@ def _compare_one(gold: str, answer: str) -> dict[str, Any]:
     if not _readable(answers) and not other.kind:
         return {"correct": None, "reason": "the response's answer cannot be read", "rule": "math-verify"}
     return {"correct": False, "rule": "math-verify"}
+
+
+def _as_intervals(gold: str, answer: str) -> tuple[str, str] | None:
+    """Return two answers as intervals; None where one of them is none, or they are of different variables."""
+    ours, theirs = as_interval(gold), as_interval(answer)
+    if ours is None or theirs is None or (ours[1] and theirs[1] and ours[1] != theirs[1]):
+        return None
+    return ours[0], theirs[0]
 
 
 def _assignments(text: str) -> dict[str, str]:

@@ -63,8 +63,8 @@ def leading_number(text: str) -> tuple[Fraction, str] | None:
     while multiplier := _MULTIPLIER.match(rest):
         value *= _MULTIPLIERS.get(multiplier[1], 10**9 if multiplier[1] == "bn" else 1000)
         rest = rest[multiplier.end() :]
-    # "$5 m" are millions, "5 m" metres; "5M" without a space is an amount, too.
-    suffix = re.match(r"\s*([kKmMbB])(?:n)?(?![A-Za-z])" if found["currency"] else r"([MB])(?:n)?(?![A-Za-z])", rest)
+    # "$5 m" are millions, "5 m" metres; "5M" and "5k" without a space are amounts, too.
+    suffix = re.match(r"\s*([kKmMbB])(?:n)?(?![A-Za-z])" if found["currency"] else r"([kKMB])(?:n)?(?![A-Za-z])", rest)
     if suffix:
         value *= {"k": 10**3, "m": 10**6, "b": 10**9}[suffix[1].lower()]
         rest = rest[suffix.end() :]

@@ -11,15 +11,17 @@ A response without fences is a program as a whole, or holds one between its para
 import ast
 import doctest
 import io
+import json
 import re
 import textwrap
 import tokenize
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from fusion_plugins.scoring.answers import final_part
-from fusion_plugins.scoring.names import bound_names, free_names, parse
+from fusion_plugins.scoring.names import UNPARSABLE, bound_names, free_names, parse
 
 _FENCE = re.compile(r"(?P<before>.*?)(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)")
 _LANGUAGE = re.compile(r"[{.]*([A-Za-z][\w+#-]*)")
@@ -48,6 +50,15 @@ _STARTS_CODE = re.compile(rf"{_STARTS_BODY.pattern}|[A-Za-z_]\w*\s*=[^=]")
 _READS_INPUT = re.compile(r"\binput\s*\(|\bstdin\b|\bopen\(0|\bos\.read\(0")
 #: commands of a notebook
 _MAGIC = re.compile(r"^[ \t]*[%!].*\n?", re.M)
+#: prompts of IPython: "In [1]: x = 1", "   ...:     more", "Out[1]: 2"
+_IN = re.compile(r"[ \t]*In ?\[[\d ]*\]:[ ]?(.*)")
+_MORE = re.compile(r"[ \t]*\.{3,}:[ ]?(.*)")
+_OUT = re.compile(r"[ \t]*Out ?\[\d+\]:")
+#: lines of a block quote; the prompt of the interpreter is none
+_QUOTE_MARK = re.compile(r"^[ ]{0,3}>(?!>>)[ ]?", re.M)
+_QUOTED = re.compile(r"(?:^[ ]{0,3}>(?!>>).*(?:\n|\Z))+", re.M)
+_QUOTED_FENCE = re.compile(r"^[ ]{0,3}>(?:[ ]{0,3}>)*[^`\n]*(?:```|~~~)", re.M)
+_JSON_OPENING = re.compile(r"(?:^|[\s`:=>])[{\[](?=\s*[\"{\[])")
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _BINDING = (*_DEFINITIONS, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.Try)
 
@@ -91,8 +102,8 @@ def extract_code(response: str, needed: Collection[str] = frozenset(), prompt: s
         'def f(): return 1\n'
     """
     text = _TURN_END.sub("", final_part(response)).replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "")
-    found, has_fences = _fenced_blocks(text)
-    blocks = [block for block in (found if has_fences else _bare_blocks(text)) if block.code.strip()]
+    text = _without_quote_marks(text)
+    blocks = [block for block in _all_blocks(text) if block.code.strip()]
     if not blocks:
         return ""
     answer = _choose(blocks, needed)
@@ -103,6 +114,68 @@ def extract_code(response: str, needed: Collection[str] = frozenset(), prompt: s
             return continued.code
     code = _link(answer, blocks, needed)
     return _behind_prompt(code, prompt, needed) if prompt and needed else code
+
+
+def _all_blocks(text: str) -> list[_Block]:
+    found, has_fences = _fenced_blocks(text)
+    is_json = text.lstrip()[:1] in ("{", "[")
+    if is_json or all(block.code.lstrip()[:1] in ("{", "[", "") for block in found):
+        inside = [block for value in _json_texts(text) for block in _blocks_of_value(value)]
+        if inside:
+            return inside
+    return found if has_fences else _bare_blocks(text)
+
+
+def _without_quote_marks(text: str) -> str:
+    r"""Return a text without the marks of Markdown's block quotes around code.
+
+    Example:
+        >>> _without_quote_marks("So:\n> ```python\n> x = 1\n> ```")
+        'So:\n```python\nx = 1\n```'
+    """
+    has_fences = "```" in text or "~~~" in text
+    while True:
+        shorter = _QUOTED.sub(
+            lambda found: (
+                _QUOTE_MARK.sub("", found[0]) if _QUOTED_FENCE.search(found[0]) or not has_fences else found[0]
+            ),
+            text,
+        )
+        if shorter == text:
+            return text
+        text = shorter
+
+
+def _json_texts(text: str) -> Iterator[str]:
+    """Yield the texts inside of the JSON that a text is or has, where a model was asked to answer with JSON."""
+    decoder = json.JSONDecoder(strict=False)  # models write new lines as they are
+    place = 0
+    while (opening := _JSON_OPENING.search(text, place)) is not None:
+        try:
+            value, place = decoder.raw_decode(text, opening.end() - 1)
+        except UNPARSABLE:
+            place = opening.end()
+        else:
+            yield from _texts_in(value)
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        inner = list(_json_texts(value)) if value.lstrip()[:1] in ("{", "[") else []
+        yield from inner or [value]
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts_in(part)
+
+
+def _blocks_of_value(value: str) -> list[_Block]:
+    """Return the programs in a text out of JSON; none where it is prose, a number or a name."""
+    found, has_fences = _fenced_blocks(value)
+    if has_fences:
+        return found
+    tree = parse(value)
+    says = tree is not None and any(not isinstance(node, ast.Expr) or _READS_INPUT.search(value) for node in tree.body)
+    return [_Block(value, labelled=True)] if says or _STARTS_BODY.match(value) else []
 
 
 def _behind_prompt(code: str, prompt: str, needed: Collection[str]) -> str:
@@ -207,21 +280,50 @@ def _looks_like_code(lines: list[str]) -> bool:
 
 def _clean(lines: list[str], indent: int) -> str:
     """Return the code of a block without the indentation of its fence, prompts of the interpreter and other marks."""
-    if any(line.lstrip().startswith(">>> ") for line in lines):
-        try:
-            examples = doctest.DocTestParser().get_examples("\n".join(lines))
-        except ValueError:
-            examples = []
-        code = "".join(example.source for example in examples)
-        if not all(line.lstrip().startswith((">>>", "...")) for line in lines[:1]):
-            code = ""
-        if code:
-            return code
+    if session := _notebook_session(lines):
+        return session
+    if lines and lines[0].lstrip().startswith((">>>", "...")) and (session := _interpreter_session(lines)):
+        return session
     code = "\n".join(line[min(indent, len(line) - len(line.lstrip())) :] for line in lines) + "\n"
     for mend in (str, textwrap.dedent, _without_marks, lambda code: textwrap.dedent(_without_marks(code))):
         if parse(mend(code)) is not None:
             return mend(code)
     return code
+
+
+def _interpreter_session(lines: list[str]) -> str:
+    """Return the code of a session with the prompts of Python; empty where there are none."""
+    if not any(line.lstrip().startswith(">>> ") for line in lines):
+        return ""
+    try:
+        examples = doctest.DocTestParser().get_examples("\n".join(lines))
+    except ValueError:
+        return ""
+    return "".join(example.source for example in examples)
+
+
+def _notebook_session(lines: list[str]) -> str:
+    r"""Return the code of a session with the prompts of IPython; empty where there are none.
+
+    Example:
+        >>> _notebook_session(["In [1]: def f(x):", "   ...:     return 2 * x", "In [2]: f(1)", "Out[2]: 2"])
+        'def f(x):\n    return 2 * x\nf(1)\n'
+    """
+    if not any(map(_IN.match, lines)):
+        return ""
+    # A session of the terminal marks every line; a page marks the first of each cell, and its code is below.
+    marked = any(map(_MORE.match, lines)) or any(mark[1] for mark in map(_IN.match, lines) if mark)
+    code, inside = list[str](), False
+    for line in lines:
+        mark = _IN.match(line) or (_MORE.match(line) if inside else None)
+        if mark:
+            inside = True
+            code.append(mark[1])
+        elif _OUT.match(line):
+            inside = False
+        elif inside and not marked:
+            code.append(line)
+    return _without_marks("\n".join(code).strip("\n") + "\n")
 
 
 def _without_marks(code: str) -> str:
@@ -232,8 +334,12 @@ def _without_marks(code: str) -> str:
 def _bare_blocks(text: str) -> list[_Block]:
     """Return the programs in a text without fences; all of the text where it has none."""
     lines = _TAGS.sub("\n", text).split("\n")
-    if parse("\n".join(lines)) is not None:
+    # The prompt "In [1]: x = 1" is an annotation of Python, too.
+    session = _notebook_session(lines)
+    if not session and parse("\n".join(lines)) is not None:
         return [_Block("\n".join(lines), labelled=True)]
+    if session := session or _interpreter_session(lines):
+        return [_Block(session, labelled=True)]
     found, place = [], 0
     while place < len(lines):
         code = _leading_code(lines[place:]) if _STARTS_CODE.match(lines[place]) else ""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
+from fusion_plugins.scoring.intervals import says_interval
 from fusion_plugins.scoring.numerals import NUMBER, decimal, leading_number
 
 #: a longer text is no quantity
@@ -86,7 +87,7 @@ _SIGNS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
     for sign in signs
 }
 _FRACTIONS = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅛": "1/8"}
-_FORMULA = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
+_FORMULA = re.compile(r"\$\$?((?:\\\$|[^$])+)\$\$?|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
 _APPROXIMATELY = re.compile(
     r"^(?:about|approximately|approx\.?|roughly|around|exactly|only|just|a total of|\\approx|\\sim|[≈~=:]"
     r"|约|大约|共|一共|是|为)\s*",
@@ -134,6 +135,8 @@ class Quantity:
         clock: minutes after midnight, and whether a.m. or p.m. is given.
         date: year (or None), month, day.
         worked_out: False for arithmetic that nobody has carried out, such as 290/2.
+        ratio: the terms of a ratio such as 3 : 4.
+        interval: whether it is an inequality, or an interval with an infinite end.
     """
 
     number: Fraction | None = None
@@ -145,16 +148,20 @@ class Quantity:
     clock: tuple[int, bool] | None = None
     date: tuple[int | None, int, int] | None = None
     worked_out: bool = True
+    ratio: "tuple[Fraction, ...]" = ()
+    interval: bool = False
 
     @property
     def kind(self) -> str:
-        """Return number, choice, range, time, date, or "" for what cannot be read."""
+        """Return number, choice, range, time, date, ratio, interval, or "" for what cannot be read."""
         kinds = {
             "number": self.number,
             "choice": self.choice or None,
             "range": self.bounds,
             "time": self.clock,
             "date": self.date,
+            "ratio": self.ratio or None,
+            "interval": self.interval or None,
         }
         return next((name for name, value in kinds.items() if value is not None), "" if self.worked_out else "number")
 
@@ -170,6 +177,7 @@ def plain_signs(text: str) -> str:
     for sign, fraction in _FRACTIONS.items():
         text = re.sub(rf"(?<=\d)\s*{sign}", f" {fraction}", text).replace(sign, fraction)
     text = re.sub(r"√\s*(\d+|\([^()]*\)|\w)", r"\\sqrt{\1}", text).replace("π", r"\pi ")
+    text = re.sub(r"(?<=[(\[,\s+-])(?:oo|inf(?:inity)?|∞)(?=\s*[,)\]])", r"\\infty", text)
     # A dash is a minus where nothing is before it that it could part from what follows.
     text = re.sub(r"(^|[=({,:$]\s?|[^\W\d]\s)–(?=\d)", r"\1-", text)
     return text
@@ -191,7 +199,8 @@ def as_formula(text: str) -> str:
     if is_list(text):
         return ", ".join(map(as_formula, LIST.split(text)))
     found = read(text)
-    if found.number is None:
+    # "2k" may be a product, too.
+    if found.number is None or re.fullmatch(r"\$?\d+(?:\.\d+)?k\$?", text.strip()):
         formula = _FORMULA.fullmatch(text.strip())
         return (next(filter(None, formula.groups())) if formula else text).strip()
     number = found.number
@@ -205,8 +214,10 @@ def read(text: str) -> Quantity:
     """Return what an answer says; a quantity without kind where it is a formula or words."""
     if len(text) > _MAX_CHARACTERS:
         return Quantity()
+    if says_interval(text):
+        return Quantity(interval=True)
     text = _bare(text)
-    for reader in (_read_choice, _read_clock, _read_date, _read_number, _read_range):
+    for reader in (_read_choice, _read_clock, _read_date, _read_number, _read_range, _read_ratio):
         found = reader(text)
         if found is not None:
             return found
@@ -229,7 +240,25 @@ def same(gold: Quantity, answer: Quantity) -> bool:
         return gold.date[1:] == answer.date[1:] and len({gold.date[0], answer.date[0]} - {None}) <= 1
     if gold.choice or answer.choice:
         return gold.choice == answer.choice
+    if gold.ratio or answer.ratio:
+        return _same_ratio(gold, answer)
     return gold.number is not None and answer.number is not None and _same_number(gold, answer)
+
+
+def _same_ratio(gold: Quantity, answer: Quantity) -> bool:
+    """Return whether two ratios are proportional; 3/4 and "3 to 4" are the ratio 3 : 4."""
+    one, other = gold.ratio or _terms(gold), answer.ratio or _terms(answer)
+    return (
+        bool(one and other)
+        and len(one) == len(other)
+        and all(a * other[0] == b * one[0] for a, b in zip(one, other, strict=True))
+    )
+
+
+def _terms(quantity: Quantity) -> tuple[Fraction, ...]:
+    if quantity.bounds:
+        return tuple(end.number or Fraction(0) for end in quantity.bounds)
+    return (quantity.number, Fraction(1)) if quantity.number is not None and not quantity.percent else ()
 
 
 def _same_number(gold: Quantity, answer: Quantity) -> bool:
@@ -341,6 +370,14 @@ def _read_range(text: str) -> Quantity | None:
     if not low.unit and not low.percent:
         low = Quantity(number=low.number, percent=high.percent, unit=high.unit)
     return Quantity(bounds=(low, high))
+
+
+def _read_ratio(text: str) -> Quantity | None:
+    terms = [leading_number(term) for term in re.split(r"\s*(?::|∶|\\colon\b)\s*", text)]
+    if len(terms) < 2 or any(term is None or term[1].strip() for term in terms):
+        return None
+    ratio = tuple(term[0] for term in terms if term)
+    return Quantity(ratio=ratio) if all(ratio) else None
 
 
 def _read_number(text: str) -> Quantity | None:

@@ -5,14 +5,15 @@ Files are written by other tools. Their rows need ``prompt_id``, ``source``, ``p
 """
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from fusion_plugins.core.key_set import KeySet
 from fusion_plugins.core.preferences.verdict import as_verdict
 from fusion_plugins.core.text.finish_reason import ending
-from fusion_plugins.core.text.messages import as_messages
+from fusion_plugins.core.text.messages import REASONING_KEYS, as_messages
+from fusion_plugins.core.text.reasoning import with_reasoning
 from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.inputs import SUFFIXES, readable_rows
 from fusion_plugins.scoring.base import Row
@@ -36,9 +37,11 @@ FILE_COLUMNS: dict[str, ColumnKind] = {
 }
 EXPECTED = (
     "prompt_id, source, prompt (a text or messages; or a field messages) and response; optional are index, domain, "
-    "reference, tests, dataset, finish_reason and correct"
+    "reference, tests, dataset, finish_reason, correct and reasoning_content (or reasoning, or thinking)"
 )
 FOLDER_COLUMNS = ("prompt_id", "source", "index", "prompt", "response", "domain")
+#: bits of a place that hold the number of the row; the others hold that of the file
+PLACE_BITS = 40
 #: columns that a score depends on
 SCORED_BY = ("prompt", "response", "domain", "reference", "tests")
 
@@ -72,28 +75,32 @@ class ResponseFiles:
         return self._count
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        counts: Counter[tuple[str, str]] = Counter()
-        seen: dict[Key, str] = {}
-        for path in self._paths:
-            for where, found in readable_rows(path, (*FILE_COLUMNS, "messages")):
+        # Millions of rows: a compact set has the number of responses of each group, and the place of each response.
+        counts, seen = KeySet(), KeySet()
+        for number, path in enumerate(self._paths):
+            for where, found in readable_rows(path, (*FILE_COLUMNS, "messages", *REASONING_KEYS)):
                 try:
                     row = _checked(found, where)
                     group = row["prompt_id"], row["source"]
-                    row["index"] = _index(row["index"], counts[group], where)
-                    other = seen.setdefault((*group, row["index"]), where)
-                    if other != where:
+                    row["index"] = _index(row["index"], counts.number(group) or 0, where)
+                    key = (*group, row["index"])
+                    if (place := seen.number(key)) is not None:
                         raise DataError(
                             f"{where}: expected one response with index {row['index']} of prompt {group[0]!r}, source "
-                            f"{group[1]!r}, got a second one; the first is at {other}. Number the responses of a "
-                            "source to a prompt, or leave index out in all rows."
+                            f"{group[1]!r}, got a second one; the first is at {self._where(place)}. Number the "
+                            "responses of a source to a prompt, or leave index out in all rows."
                         )
                 except DataError as error:
                     if self._on_unusable == "raise":
                         raise
                     self.unusable[where] = str(error)
                 else:
-                    counts[group] += 1
+                    counts.add(group, (counts.number(group) or 0) + 1)
+                    seen.add(key, number << PLACE_BITS | int(where.rpartition(":")[2]))
                     yield row
+
+    def _where(self, place: int) -> str:
+        return f"{Path(self._paths[place >> PLACE_BITS])}:{place & ((1 << PLACE_BITS) - 1)}"
 
 
 Responses = RowStore | ResponseFiles
@@ -135,20 +142,27 @@ def outdated(responses: Responses, scored: Iterable[Row], scorers: Iterable[str]
 
     Args:
         responses: what is to be scored.
-        scored: rows that were scored before, with the same key.
+        scored: rows that were scored before, with the same key; iterated over twice.
         scorers: names of the scorers of this run; scores of others are part of what is scored.
 
     Returns:
         key -> the columns that changed.
     """
-    names, ours = (*SCORED_BY, "scores"), frozenset(scorers)
-    before = {key_of(row, responses.manifest): _marks(row, ours) for row in scored}
+    names, ours, manifest = (*SCORED_BY, "scores"), frozenset(scorers), responses.manifest
+    # Two passes, so that the marks of all rows need not be held: one number per row finds those that have changed.
+    before = KeySet()
+    for row in scored:
+        before.add(key_of(row, manifest), hash(_marks(row, ours)))
+    now = {}
+    for row in responses if len(before) else ():
+        key, marks = key_of(row, manifest), _marks(row, ours)
+        if before.number(key) not in (None, hash(marks)):
+            now[key] = marks
     changed = {}
-    for row in responses if before else ():
-        key = key_of(row, responses.manifest)
-        marks = _marks(row, ours)
-        if before.get(key, marks) != marks:
-            changed[key] = [name for name, old, new in zip(names, before[key], marks, strict=True) if old != new]
+    for row in scored if now else ():
+        if (key := key_of(row, manifest)) in now:
+            pairs = zip(names, _marks(row, ours), now[key], strict=True)
+            changed[key] = [name for name, old, new in pairs if old != new]
     return changed
 
 
@@ -164,7 +178,10 @@ def _checked(found: Row | DataError, where: str) -> dict[str, Any]:
     """Return the row of a file in the columns of a folder; its index is as the file has it."""
     if isinstance(found, DataError):
         raise found
+    reasoning = _reasoning(found)
     missing = [name for name in ("prompt_id", "source", "response") if found.get(name) is None]
+    if reasoning and "response" in missing:
+        missing.remove("response")  # the thinking was too long for an answer
     given = [name for name in ("prompt", "messages") if found.get(name) is not None]
     if not given:
         missing.append("prompt or messages")
@@ -177,7 +194,7 @@ def _checked(found: Row | DataError, where: str) -> dict[str, Any]:
         "source": _text("source", found, where),
         "index": found.get("index"),
         "prompt": _prompt(found[given[0]], where),
-        "response": _text("response", found, where),
+        "response": _response(found, reasoning, where),
         "domain": _text("domain", found, where) or "instruction",
         "tests": found.get("tests"),
         **{name: _text(name, found, where) for name in ("reference", "dataset", "finish_reason")},
@@ -203,6 +220,19 @@ def _text(name: str, found: Row, where: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise DataError(f"{where}: expected text in {name!r}, got {value!r:.60}. Write it as a string.")
     return value
+
+
+def _reasoning(found: Row) -> str:
+    """Return the reasoning that is given beside a response; a column of such a name may hold something else."""
+    named = map(found.get, REASONING_KEYS)
+    return next((text for text in named if isinstance(text, str) and text.strip()), "")
+
+
+def _response(found: Row, reasoning: str, where: str) -> str:
+    """Return the response in the form of `fusion sample`: reasoning, if there is any, at its start."""
+    text = _text("response", found, where)
+    cut = ending(found.get("finish_reason")) == "length"
+    return with_reasoning(reasoning, text or (None if cut else ""))
 
 
 def _verdict(value: Any, where: str) -> bool | None:

@@ -4,68 +4,34 @@
 :class:`~fusion_plugins.errors.ScoringError` if one is missing: there is no weaker mode.
 :mod:`~fusion_plugins.scoring.sandbox_launcher` describes the layers. They need no root, but user namespaces (Linux 5.14
 or newer).
+
+A test runs in one of two ways. *Outside*: its checks run in a process that the program cannot reach, and get values
+from it. *Inside*: in the program's own interpreter, which a program that is written to do so can deceive. Who makes the
+tests decides (:mod:`~fusion_plugins.scoring.trust`); a test that hands an object to the program, which is no value, is
+moved inside.
 """
 
-import json
+import contextlib
 import os
-import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import Empty, LifoQueue
 from typing import Any
 
-from fusion_plugins.errors import ConfigError, ScoringError
-from fusion_plugins.scoring.code_tests import COUNTER
+from fusion_plugins.errors import ScoringError
+from fusion_plugins.scoring.sandbox_limits import Limits, children
+from fusion_plugins.scoring.sandbox_modes import run_in
+from fusion_plugins.scoring.sandbox_worker import NEEDED, Failed, Worker
 
-HERE = Path(__file__).parent
-LAUNCHER = HERE / "sandbox_launcher.py"
-RUNNER = HERE / "sandbox_runner.py"
-#: exit status of the launcher when an isolation layer cannot be set up
-LAUNCHER_FAILED = 70
-#: seconds to set up the isolation layers and start the interpreter, on a loaded machine
-GRACE_SECONDS = 60.0
+__all__ = ["Limits", "Outcome", "Sandbox", "TestVerdict"]
+
 SYSTEM_PATHS = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libx32", "/etc/ld.so.cache")
-#: closes every message about a missing isolation layer
-NEEDED = (
-    "Model-written code is not run without isolation. Needed: Linux 5.14 or newer on x86-64 or ARM64, with user "
-    "namespaces allowed (sysctl user.max_user_namespaces and kernel.unprivileged_userns_clone, AppArmor's "
-    "kernel.apparmor_restrict_unprivileged_userns=0; in a container, a seccomp profile that allows unshare and mount)."
-)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of one program.
-
-    Attributes:
-        cpu_seconds: processor time per test; does not depend on how busy the machine is.
-        wall_seconds: time per test, which ends programs that sleep.
-        total_seconds: time for all tests of one program.
-        memory: bytes of address space per process.
-        disk: bytes in /tmp, which is gone afterwards.
-        file_size: bytes per file.
-        processes: processes and threads at one time, including the three that the sandbox needs.
-        open_files: file descriptors per process.
-
-    Raises:
-        ConfigError: a limit is not above 0.
-    """
-
-    cpu_seconds: int = 5
-    wall_seconds: float = 20.0
-    total_seconds: float = 60.0
-    memory: int = 512 << 20
-    disk: int = 32 << 20
-    file_size: int = 16 << 20
-    processes: int = 16
-    open_files: int = 64
-
-    def __post_init__(self) -> None:
-        wrong = [name for name, value in asdict(self).items() if value <= 0]
-        if wrong:
-            given = ", ".join(f"{name}: {getattr(self, name)}" for name in wrong)
-            raise ConfigError(f"scorers.code: expected limits above 0, got {given}; leave a limit out for its default")
+#: kept by the driver and not by the kernel
+_DRIVER_LIMITS = ("wall_seconds", "total_seconds")
 
 
 @dataclass(frozen=True)
@@ -77,6 +43,7 @@ class TestVerdict:
             unchecked (it ended well, but reached no check).
         error: the exception, or how the process ended; None when passed.
         seconds: wall time.
+        trust: outside | inside: where its checks ran.
     """
 
     # pytest must not take the name for a test class.
@@ -85,6 +52,7 @@ class TestVerdict:
     verdict: str
     error: str | None
     seconds: float
+    trust: str = "inside"
 
 
 @dataclass(frozen=True)
@@ -103,7 +71,7 @@ class Outcome:
 
 
 class Sandbox:
-    """Runs programs against tests, each in a fresh sandbox.
+    """Runs programs against tests, each in processes of its own.
 
     Args:
         limits: of each program.
@@ -117,21 +85,25 @@ class Sandbox:
 
     def __init__(self, limits: Limits | None = None, packages: Sequence[str] = (), modules: Sequence[str] = ()) -> None:
         self.limits = limits or Limits()
-        # The interpreter that a virtual environment links to, because only its own folder is visible inside.
-        self._python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
         visible = [*SYSTEM_PATHS, sys.base_prefix, *packages, *modules]
         self._spec: dict[str, Any] = {
-            "runner": RUNNER.read_text(),
             "visible": _outermost(path for path in visible if os.path.lexists(path)),
             "path": [
                 *map(os.path.abspath, packages),
                 *dict.fromkeys(map(os.path.dirname, map(os.path.abspath, modules))),
             ],
-            "limits": {name: value for name, value in asdict(self.limits).items() if not name.endswith("_seconds")},
+            "limits": {name: value for name, value in asdict(self.limits).items() if name not in _DRIVER_LIMITS},
         }
-        self._running: set[subprocess.Popen[bytes]] = set()
+        # The last that was used is taken first: few programs at one time start few processes.
+        self._idle: LifoQueue[Worker] = LifoQueue()
+        self._all: set[Worker] = set()
+        self._lock = threading.Lock()
         self._closed = False
-        self._try_layers()
+        try:
+            self._try_layers()
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, code: str, tests: Sequence[str | Mapping[str, Any]], setup: str = "") -> Outcome:
         """Run ``code`` with each test.
@@ -145,61 +117,72 @@ class Sandbox:
         Raises:
             ScoringError: the isolation layers can no longer be set up.
         """
-        job = {
-            "code": code,
-            "setup": setup,
-            "tests": list(tests),
-            "counter": COUNTER,
-            "cpu_seconds": self.limits.cpu_seconds,
-            "wall_seconds": self.limits.wall_seconds,
-            "total_seconds": self.limits.total_seconds,
-        }
+        deadline = time.monotonic() + self.limits.total_seconds
+        verdicts: list[TestVerdict] = []
         try:
-            request = json.dumps(job).encode()
-            status, output, errors = self._start(request, self.limits.total_seconds + GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            return Outcome(failure="the sandbox gave no verdict in time")
-        if status == LAUNCHER_FAILED:
-            raise ScoringError(f"the sandbox cannot be built: {errors}. {NEEDED}")
-        try:
-            found: dict[str, Any] = json.loads(output)
-            return Outcome(found["static"], tuple(TestVerdict(**test) for test in found["tests"]))
-        except (ValueError, KeyError, TypeError):
-            return Outcome(failure=f"the sandbox ended with status {status}: {errors[-200:]}")
+            for test in tests or [{"kind": "program", "source": ""}]:
+                test = {"kind": "program", "source": test} if isinstance(test, str) else test
+                if time.monotonic() >= deadline:
+                    verdicts.append(TestVerdict("not_run", "the total time was over", 0.0))
+                    continue
+                verdict = self._run_test(code, test, setup, deadline)
+                if verdict.verdict == "static":
+                    return Outcome(static=verdict.error)
+                verdicts.append(verdict)
+        except (Failed, OSError) as error:
+            return Outcome(failure=str(error))
+        return Outcome(tests=tuple(verdicts[: len(tests)]))
+
+    def processes(self) -> list[int]:
+        """Return the processes in which rooms are made."""
+        with self._lock:
+            return [child for worker in self._all for child in children(worker.process.pid)]
 
     def close(self) -> None:
         """Kill the programs that still run."""
-        self._closed = True
-        for process in list(self._running):
-            process.kill()
+        with self._lock:
+            self._closed = True
+            for worker in self._all:
+                worker.kill()
+        # Those that a thread still waits for are ended there.
+        with contextlib.suppress(Empty):
+            while True:
+                self._idle.get_nowait().end()
 
-    def _start(self, request: bytes, seconds: float) -> tuple[int, str, str]:
-        spec = json.dumps(self._spec)
-        command = [self._python, "-I", "-S", "-B", str(LAUNCHER), spec]
-        # No environment, which holds keys and tokens; no open files; a session of its own, so that Ctrl-C reaches only
-        # the driver, which then kills the program.
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={},
-            cwd="/",
-            start_new_session=True,
-        )
-        self._running.add(process)
-        # `close` may have run in another thread since the process was started.
-        if self._closed:
-            process.kill()
+    def _run_test(self, code: str, test: Mapping[str, Any], setup: str, deadline: float) -> TestVerdict:
+        started = time.monotonic()
+        until = min(started + self.limits.wall_seconds, deadline)
+        with self._worker() as worker:
+            mode = "stdio" if test["kind"] == "stdio" else "outside" if test.get("outside") else "inside"
+            verdict, error = run_in(mode, worker, code, test, setup, self.limits, until)
+            if verdict == "inside":
+                mode = "inside"
+                verdict, error = run_in(mode, worker, code, test, setup, self.limits, until)
+        trust = "inside" if mode == "inside" else "outside"
+        return TestVerdict(verdict, error, round(time.monotonic() - started, 3), trust)
+
+    @contextlib.contextmanager
+    def _worker(self) -> "Iterator[Worker]":
+        """Give a process that is warm, or a new one; one that fails is not used again."""
         try:
-            output, errors = process.communicate(request, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+            worker = self._idle.get_nowait()
+        except Empty:
+            worker = Worker(self._spec)
+            with self._lock:
+                self._all.add(worker)
+                if self._closed:
+                    worker.kill()
+        try:
+            worker.wait_until_ready()
+            yield worker
+        except BaseException as error:
+            with self._lock:
+                self._all.discard(worker)
+            worker.end()
+            if self._closed:
+                raise Failed("the sandbox is closed") from error
             raise
-        finally:
-            self._running.discard(process)
-        return process.returncode, output.decode(errors="replace"), errors.decode(errors="replace").strip()
+        self._idle.put(worker)
 
     def _try_layers(self) -> None:
         if sys.platform != "linux":
@@ -263,6 +246,7 @@ LAYERS = {
         "(home == '/' or not os.path.exists(home) or set(os.listdir(home)) <= shown)"
     ),
     "empty environment": "assert set(os.environ) <= {'PATH', 'HOME', 'LANG', 'PYTHONHASHSEED', 'LC_CTYPE'}",
+    "no capabilities": "assert refused(lambda: os.chroot('/tmp')) and refused(lambda: os.setgroups([]))",
     "no new namespaces": "assert libc.unshare(0x10000000) == -1",
     "memory limit": "import resource; assert resource.getrlimit(resource.RLIMIT_AS)[1] != resource.RLIM_INFINITY",
     "process limit": "import resource; assert resource.getrlimit(resource.RLIMIT_NPROC)[1] != resource.RLIM_INFINITY",

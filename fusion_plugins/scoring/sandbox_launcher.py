@@ -1,19 +1,20 @@
-"""Set up the isolation layers of the sandbox, then start the runner inside; a script of its own, standard library only.
+"""Set up the isolation layers of the sandbox, then serve inside; a script of its own, standard library only.
 
-``python -I -S -B sandbox_launcher.py SPEC`` with SPEC a JSON object of ``runner`` (source of what to run), ``visible``
-(folders and files that may be read), ``path`` (folders for imports) and ``limits``. Standard input and output belong to
-the runner.
+``python -I -S -B sandbox_launcher.py SPEC`` with SPEC a JSON object of ``visible`` (folders and files that may be
+read), ``path`` (folders for imports) and ``limits``. Standard input is the socket of the driver.
 
 The layers, none of them optional: new user, mount, process, network, IPC, host-name and control-group namespaces; a
-file system of its own in which ``visible`` is mounted read-only and ``/tmp`` is small and writable; an unprivileged
-user without capabilities; resource limits; a filter of system calls. When root starts it, the user outside is 65534
-("nobody").
+file system of its own in which ``visible`` is mounted read-only; an unprivileged user. When root starts it, the user
+outside is 65534 ("nobody"). The rooms of :mod:`~fusion_plugins.scoring.sandbox_runner` add, for each program, a small
+writable ``/tmp``, resource limits, the loss of all capabilities, and a filter of system calls.
 
 The order matters: the namespaces give the capabilities that mounts need, and the filter comes last, because it denies
 the steps before it.
 """
 
 import ctypes
+import functools
+import importlib
 import json
 import os
 import platform
@@ -21,12 +22,17 @@ import resource
 import signal
 import struct
 import sys
+import types
+from pathlib import Path
 from typing import Any, NoReturn
 
 FAILED = 70
 INSIDE = 1000
 NOBODY = 65534
 NEW_ROOT = "/tmp"
+#: where visible paths below /tmp are kept
+BESIDE = "/beside"
+_BELOW_TMP: list[str] = []
 
 NAMESPACES = {
     "user": 0x10000000,
@@ -44,6 +50,7 @@ MNT_DETACH = 2
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV = 1, 2, 4
 SYS_MOUNT_SETATTR = 442
+CAPABILITY_VERSION = 0x20080522
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 
 #: machine -> (audit number, {system call: number}). Denied, because no tested program needs them and they lead out of
@@ -69,8 +76,8 @@ MACHINES: dict[str, tuple[int, dict[str, int]]] = {
     ),
 }  # fmt: skip
 #: denied too, with the same number on both machines: io_uring_setup, open_tree, move_mount, fsopen, fsconfig, fsmount,
-#: fspick, mount_setattr, memfd_secret
-EVERYWHERE = (425, 428, 429, 430, 431, 432, 433, 442, 447)
+#: fspick, pidfd_open, pidfd_getfd, mount_setattr, memfd_secret
+EVERYWHERE = (425, 428, 429, 430, 431, 432, 433, 434, 438, 442, 447)
 SYS_CLONE3 = 435
 EPERM, ENOSYS = 1, 38
 
@@ -86,18 +93,39 @@ def fail(what: str, error: BaseException | str) -> NoReturn:
 
 
 def call(what: str, name: str, *arguments: Any) -> int:
-    """Call a function of the C library; end with :func:`fail` when it returns an error."""
+    """Call a function of the C library.
+
+    Raises:
+        OSError: it returns an error.
+    """
     ctypes.set_errno(0)
     result = getattr(libc, name)(*arguments)
     if result < 0:
-        fail(what, os.strerror(ctypes.get_errno()))
+        raise OSError(f"{what}: {os.strerror(ctypes.get_errno())}")
     return int(result)
 
 
 def mount(source: str | None, target: str, kind: str | None, flags: int, options: str = "") -> None:
-    """Mount, or end with :func:`fail`."""
+    """Mount, or raise OSError."""
     encoded = [None if text is None else text.encode() for text in (source, target, kind)]
     call(f"mount {kind or source or 'private'} on {target}", "mount", *encoded, ctypes.c_ulong(flags), options.encode())
+
+
+def mount_tmp(disk_bytes: int) -> None:
+    """Mount an empty and writable /tmp that is small in bytes and in files."""
+    options = f"size={disk_bytes},nr_inodes=4k,mode=700"
+    mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
+    for path in _BELOW_TMP:
+        _make_place(path, is_folder=os.path.isdir(BESIDE + path))
+        mount(BESIDE + path, path, None, MS_BIND | MS_REC)
+
+
+def _make_place(place: str, *, is_folder: bool) -> None:
+    if is_folder:
+        os.makedirs(place, exist_ok=True)
+    else:
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        open(place, "w").close()
 
 
 def set_attributes(path: str, attributes: int, flags: int = AT_RECURSIVE) -> None:
@@ -170,8 +198,8 @@ def become_inside_user() -> None:
         fail("become the unprivileged user", error)
 
 
-def build_root(visible: list[str], disk_bytes: int) -> None:
-    """Make a root with the visible paths read-only, three devices and an empty /tmp, and drop the old root."""
+def build_root(visible: list[str]) -> None:
+    """Make a root with the visible paths read-only, three devices and a /tmp, and drop the old root."""
     # Opened before the user changes, because a path may lead through folders that only the present user may enter.
     opened = [(path, os.open(path, os.O_PATH)) for path in visible if not os.path.islink(path)]
     links = [(path, os.readlink(path)) for path in visible if os.path.islink(path)]
@@ -179,17 +207,13 @@ def build_root(visible: list[str], disk_bytes: int) -> None:
     become_inside_user()
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", NEW_ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,nr_inodes=4k,mode=755")
-    # Before the visible paths, one of which may lie below /tmp.
     os.mkdir(NEW_ROOT + "/tmp")
-    options = f"size={disk_bytes},nr_inodes=4k,mode=700"
-    mount("tmpfs", NEW_ROOT + "/tmp", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
     for path, descriptor in opened + devices:
-        place = NEW_ROOT + path
-        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
-            os.makedirs(place, exist_ok=True)
-        else:
-            os.makedirs(os.path.dirname(place), exist_ok=True)
-            open(place, "w").close()
+        # What lies below /tmp is put there in each room, whose own /tmp would hide it.
+        below = path.startswith("/tmp/")
+        _BELOW_TMP.extend([path] * below)
+        place = NEW_ROOT + BESIDE * below + path
+        _make_place(place, is_folder=os.path.isdir(f"/proc/self/fd/{descriptor}"))
         # Through the open file and not the path, which the new user may not be able to follow.
         mount(f"/proc/self/fd/{descriptor}", place, None, MS_BIND | MS_REC)
         os.close(descriptor)
@@ -202,11 +226,11 @@ def build_root(visible: list[str], disk_bytes: int) -> None:
     call("change the root", "pivot_root", b".", b".")
     call("leave the old root", "umount2", b".", MNT_DETACH)
     set_attributes("/", ATTR_RDONLY, flags=0)
-    os.chdir("/tmp")
 
 
-def filter_system_calls() -> None:
-    """Deny the system calls of :data:`MACHINES`; irrevocable, and inherited by every child.
+@functools.cache
+def _filter() -> tuple[Any, Any]:
+    """Return the filter that denies the system calls of :data:`MACHINES`, as the kernel wants it.
 
     The filter is a program of the kernel's classic BPF machine. An instruction is (code, steps to skip if true, steps
     to skip if false, operand). It loads from ``struct seccomp_data``: at byte 0 is the number of the system call, at 4
@@ -233,9 +257,26 @@ def filter_system_calls() -> None:
     # struct sock_fprog: the number of instructions and where they are. `code` must live until the call.
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in program))
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)))
+    return code, header
+
+
+def filter_system_calls() -> None:
+    """Deny the system calls of :data:`MACHINES`; irrevocable, and inherited by every child."""
+    _, header = _filter()
     call(
         "filter system calls", "prctl", PR_SET_SECCOMP, ctypes.c_ulong(2), header, ctypes.c_ulong(0), ctypes.c_ulong(0)
     )
+
+
+def forbid_new_privileges() -> None:
+    """Let no program gain privileges when it is executed, as setuid programs do."""
+    call("give up new privileges", "prctl", PR_SET_NO_NEW_PRIVS, ctypes.c_ulong(1), ctypes.c_ulong(0), 0, 0)
+
+
+def drop_capabilities() -> None:
+    """Give up the capabilities in the user namespace."""
+    header, nothing = struct.pack("=Ii", CAPABILITY_VERSION, 0), bytes(24)
+    call("drop capabilities", "capset", ctypes.create_string_buffer(header), ctypes.create_string_buffer(nothing))
 
 
 def set_limits(limits: dict[str, int]) -> None:
@@ -244,41 +285,46 @@ def set_limits(limits: dict[str, int]) -> None:
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (0, 0))
     for name, key in (("AS", "memory"), ("NPROC", "processes"), ("FSIZE", "file_size"), ("NOFILE", "open_files")):
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limits[key], limits[key]))
+    # SIGXCPU at the first limit; SIGKILL at the second for a program that ignores it.
+    resource.setrlimit(resource.RLIMIT_CPU, (limits["cpu_seconds"], limits["cpu_seconds"] + 1))
 
 
-def die_with_parent() -> None:
-    """Be killed when the parent ends: a driver that is killed must not leave programs behind."""
-    call("die with the parent", "prctl", PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+def load_modules() -> types.ModuleType:
+    """Import what runs inside from beside this file, before that is out of sight; return the runner.
 
-
-def run_inside(spec: dict[str, Any]) -> NoReturn:
-    """Become the runner, as process 1 of the namespace: when it ends, the kernel kills everything inside."""
-    die_with_parent()
-    set_limits(spec["limits"])
-    # No program may gain privileges when it is executed, as setuid programs do.
-    call("give up new privileges", "prctl", PR_SET_NO_NEW_PRIVS, ctypes.c_ulong(1), ctypes.c_ulong(0), 0, 0)
-    filter_system_calls()
-    environment = {"PATH": "/nowhere", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
-    os.execve(
-        sys.executable, [sys.executable, "-I", "-S", "-B", "-c", spec["runner"], json.dumps(spec["path"])], environment
-    )
+    Not by a path for imports, on which programs would find all that lies beside it.
+    """
+    package = types.ModuleType("fusion_plugins")
+    package.__path__ = []
+    inner = types.ModuleType("fusion_plugins.scoring")
+    inner.__path__ = [str(Path(__file__).parent)]
+    sys.modules |= {
+        "fusion_plugins": package,
+        inner.__name__: inner,
+        f"{inner.__name__}.{Path(__file__).stem}": sys.modules[__name__],
+    }
+    runner = importlib.import_module(f"{inner.__name__}.sandbox_runner")
+    inner.__path__ = []
+    return runner
 
 
 def main() -> NoReturn:
-    """Set up the isolation layers and run."""
+    """Set up the isolation layers and serve."""
     spec = json.loads(sys.argv[1])
+    runner = load_modules()
     enter_namespaces()
-    build_root(spec["visible"], spec["limits"]["disk"])
-    # Not before, because a change of user clears the request.
-    die_with_parent()
+    build_root(spec["visible"])
     # The first child after unshare is process 1 of the new process namespace; the launcher itself stays outside of it.
     child = os.fork()
     if child == 0:
         try:
-            run_inside(spec)
+            call("die with the parent", "prctl", PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+            sys.path[:0] = spec["path"]
+            runner.main(0, spec["limits"])
         except BaseException as error:
-            fail("start the runner", error)
-    # Only the runner may hold the ends of these pipes, so that they close when it ends.
+            fail("serve", error)
+        os._exit(0)
+    # Only the runner may hold the socket of the driver, so that it closes when one of them ends.
     os.closerange(0, 2)
     _, status = os.waitpid(child, 0)
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
@@ -287,5 +333,7 @@ def main() -> NoReturn:
 if __name__ == "__main__":
     try:
         main()
+    except OSError as error:
+        fail("an isolation layer is missing", error)
     except Exception as error:  # an error that nobody foresaw is a missing layer too
         fail(type(error).__name__, error)

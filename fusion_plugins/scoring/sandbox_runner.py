@@ -1,335 +1,254 @@
-"""What runs inside the sandbox: each test in a process of its own, with one verdict for each.
+"""What runs inside the sandbox: a warm interpreter that forks a room for each program and a room for its checks.
 
-Its source is passed to ``python -c``, so that no file of ours is visible inside; standard library only. Standard input:
-a JSON object with ``code``, ``setup``, ``tests``, ``counter``, ``cpu_seconds`` and ``wall_seconds`` (per test) and
-``total_seconds``. Standard output: one JSON object with ``static`` (why the code does not compile) and ``tests``.
+It never reads a program or a test: it passes on the open files that the driver sends, and tells how the processes
+ended. So nothing of one test can be found in the memory of another, and nothing of the checks in that of the program.
 
-A test is a program, or a mapping with ``kind``: a program whose checks are counted (asserts, check, unittest, pytest),
-a call of a function (calls), or what a whole program reads and writes (stdio), which is compared outside its process.
-
-A verdict counts only with a word that is drawn for each test, so that neither ``exit(0)`` nor printing passes a test. A
-program that searches the interpreter's memory for the word could still claim to have passed; it cannot do more.
+A room is a process with namespaces of its own (processes, mounts, IPC), an empty ``/tmp``, no capabilities, limits and
+a filter of system calls. It is process 1 of its namespace: when it ends, the kernel kills all that it has started.
 """
 
 import ast
-import builtins
+import contextlib
+import copy
+import fcntl
+import functools
+import gc
+import heapq
+import itertools
 import json
-import math
 import os
-import re
-import resource
-import secrets
+import random
 import select
 import signal
+import socket
+import string
 import sys
-import tempfile
 import time
 import types
-from itertools import chain
+import typing
+import unittest
+from collections.abc import Callable
 from typing import Any
 
-ERROR_CHARACTERS = 200
+from fusion_plugins.scoring.sandbox_checks import describe, prepare, run_test
+from fusion_plugins.scoring.sandbox_launcher import (
+    NAMESPACES,
+    call,
+    drop_capabilities,
+    filter_system_calls,
+    forbid_new_privileges,
+    mount_tmp,
+    set_limits,
+)
+from fusion_plugins.scoring.sandbox_link import Link, ProgramEnded, error_reply, serve
+from fusion_plugins.scoring.sandbox_values import NotAValue, write
+
+#: imported here once, because programs import them again and again
+WARM = (ast, contextlib, copy, functools, heapq, itertools, random, string, time, typing, unittest)
+#: exit status of checks whose program has ended
+PROGRAM_ENDED = 3
+UNREADABLE = (SyntaxError, ValueError, MemoryError, RecursionError)
+#: descriptors below are free for a room
+_ABOVE = 100
 
 
-def run_test(job: dict[str, Any], test: Any) -> tuple[str, str | None]:
-    """Run the setup, the response and one test in one namespace; return verdict and error."""
-    kind, source = (test["kind"], test.get("source", "")) if isinstance(test, dict) else ("program", test)
-    # A registered module, because dataclasses and pickle look up the module of a class, and test files import it. Not
-    # "__main__" but for a whole program, because responses put their demonstrations under that guard.
-    name = "__main__" if kind == "stdio" else "solution"
-    module = sys.modules[name] = types.ModuleType(name)
-    # All are compiled before any runs: a test that is no program is "unreadable", whatever the response does.
+def run_program(job_file: int, result_file: int, requests: int = -1, replies: int = -1) -> None:
+    """Run a program: with its test in the same process, or behind ``requests`` answering what its checks ask."""
+    job = _read_job(job_file)
+    result = open(result_file, "w", closefd=False)
     try:
-        check, setup, code = (
-            compile(text, f"<{part}>", "exec", dont_inherit=True)
-            for part, text in (("test", source), ("setup", job["setup"]), ("response", job["code"]))
+        code = compile(job["code"], "<response>", "exec", dont_inherit=True)
+    except UNREADABLE as error:
+        json.dump({"static": describe(error)}, result)
+        result.flush()
+        return
+    if requests < 0:
+        verdict, reason = run_test(
+            job["test"], job["setup"], job["counter"], lambda module: exec(code, module.__dict__)
         )
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        return "unreadable", describe(error)
-    reached = [0]
-
-    def count() -> None:
-        reached[0] += 1
-
-    setattr(builtins, job["counter"], count)
-    # Python's module "site" gives programs these two; it is not loaded here.
-    for name in ("exit", "quit"):
-        setattr(builtins, name, sys.exit)
-    try:
-        prepare(job["setup"], module)
-        exec(code, module.__dict__)
-        exec(setup, module.__dict__)
-        failure = run_kind(kind, test, check, module)
-    except BaseException as error:
-        # A whole program may end itself.
-        if kind != "stdio" or not isinstance(error, SystemExit) or error.code not in (None, 0):
-            return "failed", describe(error)
-        failure = None
-    if kind == "stdio":
-        end_of_program()
-    if failure is not None:
-        return "failed", failure[:ERROR_CHARACTERS]
-    return ("passed" if reached[0] or kind in ("program", "calls", "stdio") else "unchecked"), None
-
-
-def run_kind(kind: str, test: Any, check: types.CodeType, module: types.ModuleType) -> str | None:
-    """Run a test after the response; return why it fails, or raise what it raises."""
-    if kind == "unittest":
-        return run_test_cases(check, test["classes"], module)
-    if kind == "pytest":
-        return run_test_functions(test["source"], module)
-    if kind == "calls":
-        return run_call(test, module)
-    exec(check, module.__dict__)
-    return None
-
-
-def prepare(setup: str, module: types.ModuleType) -> None:
-    """Run those statements of the setup that need nothing of the response: its annotations may need theirs."""
-    for statement in ast.parse(setup).body:
+        json.dump({"word": job["word"], "verdict": verdict, "error": reason}, result)
+        result.flush()
+        return
+    with open(requests, "rb") as asked, open(replies, "wb") as answers:
+        module = sys.modules["solution"] = types.ModuleType("solution")
         try:
-            exec(compile(ast.Module([statement], []), "<setup>", "exec"), module.__dict__)
-        except Exception:
-            continue  # the whole setup runs again after the response, and then every error counts
+            prepare(job["setup"], module)
+            exec(code, module.__dict__)
+            exec(compile(job["setup"], "<setup>", "exec", dont_inherit=True), module.__dict__)
+        except BaseException as error:
+            write(answers, error_reply(error))
+        else:
+            serve(module, asked, answers)
 
 
-def run_test_cases(check: types.CodeType, classes: list[str], module: types.ModuleType) -> str | None:
-    """Run the test cases that a program defines with unittest; return the last line of the first failure."""
-    import unittest
+def run_checks(job_file: int, result_file: int, requests: int, replies: int) -> None:
+    """Run a test against the program at the other end of the link."""
+    job = _read_job(job_file)
+    with open(requests, "wb") as asked, open(replies, "rb") as answers, open(result_file, "w") as result:
+        link = Link(asked, answers)
 
-    # The program may run its tests by itself at the end; here they run below.
-    unittest.main = lambda *args, **kwargs: None  # type: ignore[assignment, misc]
-    exec(check, module.__dict__)
-    found = [module.__dict__[name] for name in classes]
-    cases = [case for case in found if isinstance(case, type) and issubclass(case, unittest.TestCase)]
-    load = unittest.defaultTestLoader.loadTestsFromTestCase
-    result = unittest.TestSuite(load(case) for case in cases).run(unittest.TestResult())
-    problems = [text for _, text in result.failures + result.errors]
-    if problems:
-        return problems[0].strip().rpartition("\n")[2]
-    return "unexpected success" if result.unexpectedSuccesses else None
+        def define(module: types.ModuleType) -> None:
+            names = link.names()
+            module.__dict__.update({name: names[name] for name in job["names"] if name in names})
 
-
-def run_test_functions(source: str, module: types.ModuleType) -> str | None:
-    """Run a test file with pytest; return the last line of the first failure."""
-    import pytest
-
-    # The tests may use the names of the response with or without importing them.
-    names = f"globals().update({{k: v for k, v in vars(__import__({module.__name__!r})).items() if k[:2] != '__'}})\n"
-    with open("test_solution.py", "w") as file:
-        file.write(names + source)
-    problems = []
-
-    class Reports:
-        def pytest_collectreport(self, report: Any) -> None:
-            self.pytest_runtest_logreport(report)
-
-        def pytest_runtest_logreport(self, report: Any) -> None:
-            if report.failed:
-                crash, errorstring = (getattr(report.longrepr, name, None) for name in ("reprcrash", "errorstring"))
-                text = crash.message if crash else errorstring
-                problems.append(text.strip().partition("\n")[0] if text else str(report.longrepr).rpartition("\n")[2])
-
-    options = ["--noconftest", "-c", "/dev/null", "--rootdir", "."]
-    options += [word for name in ("cacheprovider", "faulthandler", "terminal") for word in ("-p", f"no:{name}")]
-    status = pytest.main([*options, "test_solution.py"], plugins=[Reports()])
-    if problems:
-        return problems[0]
-    # 5: there was nothing to run
-    return None if status in (0, 5) else f"pytest ended with status {int(status)}"
+        verdict, reason = run_test(job["test"], job["setup"], job["counter"], define)
+        # Where the link has failed, a check may have caught the exception that says so.
+        if isinstance(link.failure, NotAValue):
+            verdict, reason = "inside", str(link.failure)
+        elif link.failure is not None:
+            verdict, reason = "failed", str(link.failure)
+        json.dump({"verdict": verdict, "error": reason}, result)
+    if isinstance(link.failure, ProgramEnded):
+        os._exit(PROGRAM_ENDED)
 
 
-def run_call(test: dict[str, Any], module: types.ModuleType) -> str | None:
-    """Call a function of the response; return how its result differs from the expected one."""
-    found = eval(test["function"], module.__dict__)(*test["arguments"])
-    if any(same_value(found, expected) for expected in test["results"]):
-        return None
-    return f"expected {test['results'][0]!r:.80}, got {found!r:.80}"
+def _read_job(file: int) -> dict[str, Any]:
+    with open(file, encoding="utf-8") as text:
+        job: dict[str, Any] = json.load(text)
+    return job
 
 
-def same_value(found: Any, expected: Any) -> bool:
-    """Return whether a result is the expected one: tuples count as lists, floats are compared to six digits."""
-    if isinstance(expected, list | tuple):
-        same_length = isinstance(found, list | tuple) and len(found) == len(expected)
-        return same_length and all(map(same_value, found, expected))
-    if isinstance(expected, dict):
-        # JSON turns the keys of a mapping into text.
-        texts = {str(key): value for key, value in found.items()} if isinstance(found, dict) else None
-        return (
-            texts is not None
-            and texts.keys() == {str(key) for key in expected}
-            and all(same_value(texts[str(key)], value) for key, value in expected.items())
-        )
-    if isinstance(expected, float) and isinstance(found, int | float):
-        return math.isclose(found, expected, rel_tol=1e-6, abs_tol=1e-6)
-    # A class of the response may call itself equal to everything.
-    return not isinstance(type(found).__eq__, types.FunctionType) and bool(found == expected)
+class Rooms:
+    """Starts rooms and ends them."""
 
+    def __init__(self, limits: dict[str, int]) -> None:
+        self._limits = limits
+        self._own = os.pidfd_open(os.getpid())
 
-def same_output(found: str, expected: str) -> bool:
-    """Return whether a program wrote what was expected: line by line, where numbers with a point may differ by 1e-6."""
-    lines, others = ([line.split() for line in text.strip().splitlines()] for text in (found, expected))
-    if [len(line) for line in lines] != [len(line) for line in others]:
-        return False
-    words, expectations = (chain.from_iterable(text) for text in (lines, others))
-    return all(map(same_word, words, expectations))
+    def start(self, action: Callable[..., None], standard: list[int], files: list[int]) -> int:
+        """Fork a room that runs ``action`` with open files; return the process.
 
+        Args:
+            action: gets the numbers that the files have inside.
+            standard: files for standard input and output; without any, there are none.
+            files: all else that is open inside.
 
-def same_word(found: str, expected: str) -> bool:
-    """Return whether two words are equal, or numbers of which one has a point and which differ by at most 1e-6."""
-    if found == expected:
-        return True
-    number = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,3})?"
-    if not all(re.fullmatch(number, word) for word in (found, expected)) or not re.search(r"[.eE]", found + expected):
-        return False
-    return math.isclose(float(found), float(expected), rel_tol=1e-6, abs_tol=1e-6)
+        Raises:
+            OSError: the room cannot be built.
+        """
+        told, tell = os.pipe()
+        # Children of this process are born into a new namespace of processes until it goes back to its own.
+        call("create a namespace of processes", "unshare", NAMESPACES["process"])
+        child = os.fork()
+        if child == 0:
+            self._enter(action, standard, files, tell)
+        call("return to the own namespace", "setns", self._own, NAMESPACES["process"])
+        os.close(tell)
+        with open(told, "rb") as answer:
+            problem = answer.read().decode(errors="replace")
+        if problem != "ready":
+            os.waitpid(child, 0)
+            raise OSError(problem or "a room ended before it was built")
+        return child
 
-
-def end_of_program() -> None:
-    """Do what an interpreter does at its end: wait for threads, run exit functions, write what is left."""
-    import atexit
-    import threading
-
-    for thread in threading.enumerate():
-        if thread is not threading.main_thread() and not thread.daemon:
-            thread.join()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-
-
-def describe(error: BaseException) -> str:
-    """Return an error as one line."""
-    return f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS]
-
-
-def report(result: int, word: str, verdict: str, error: str | None) -> None:
-    """Write the word, the verdict and the error to the pipe ``result``."""
-    os.write(result, json.dumps([word, verdict, error]).encode())
-
-
-def run_apart(job: dict[str, Any], test: Any, deadline: float) -> dict[str, Any]:
-    """Run the response and one test in a forked process and return its verdict, error and seconds."""
-    word = secrets.token_hex(16)
-    result_read, result_write = os.pipe()
-    folder = f"/tmp/{secrets.token_hex(4)}"
-    os.mkdir(folder)
-    stdio = test if isinstance(test, dict) and test["kind"] == "stdio" else None
-    # Files without a name: the program reads one and writes the other, and nothing of them is left behind.
-    given = tempfile.TemporaryFile() if stdio else open("/dev/null", "rb")
-    written = tempfile.TemporaryFile() if stdio else open("/dev/null", "wb")
-    if stdio:
-        given.write(stdio["stdin"].encode())
-        given.seek(0)
-    started = time.monotonic()
-    child = os.fork()
-    if child == 0:
+    def _enter(self, action: Callable[..., None], standard: list[int], files: list[int], tell: int) -> typing.NoReturn:
         try:
             os.setsid()
-            # A folder and a process for each test, so that no test sees what another has left.
-            os.chdir(folder)
             nothing = os.open("/dev/null", os.O_RDWR)
-            for descriptor, target in enumerate((given.fileno(), written.fileno(), nothing)):
-                os.dup2(target, descriptor)
+            high = [fcntl.fcntl(file, fcntl.F_DUPFD, _ABOVE) for file in (*(standard or [nothing] * 2), nothing)]
+            kept = [fcntl.fcntl(file, fcntl.F_DUPFD, _ABOVE) for file in (*files, tell)]
+            places = range(len(high) + len(kept))
+            os.closerange(0, _ABOVE)
+            for place, file in zip(places, high + kept, strict=True):
+                os.dup2(file, place, inheritable=False)
+            os.closerange(_ABOVE, _ABOVE + len(places) + 1)
+            tell = places[-1]
             sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)
-            os.close(result_read)
-            seconds = job["cpu_seconds"]
-            # SIGXCPU at the first limit; SIGKILL at the second for a program that ignores it.
-            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-            report(result_write, word, *run_test(job, test))
-        finally:
-            # Without Python's clean-up, in which code of the program (atexit) would run after the verdict.
-            os._exit(0)
-    os.close(result_write)
-    received = read_until(result_read, min(started + job["wall_seconds"], deadline))
-    os.close(result_read)
-    status, cpu_seconds = end_everything(child)
-    seconds = round(time.monotonic() - started, 3)
-    try:
-        answer, verdict, error = json.loads(received or b"")
-    except (ValueError, TypeError):  # the program may have written anything, such as a number
-        answer, verdict, error = None, None, None
-    if answer != word:
-        out_of_time = received is None or status == -signal.SIGXCPU or cpu_seconds >= job["cpu_seconds"]
-        verdict, error = verdict_without_word(status, out_of_time)
-        # What a whole program has written decides, also where it ends itself.
-        if stdio and verdict == "failed" and status == 0:
-            verdict, error = "passed", None
-    if stdio and verdict == "passed":
-        written.seek(0)
-        output = written.read().decode(errors="replace")
-        if not same_output(output, stdio["stdout"]):
-            verdict, error = "failed", f"expected output {stdio['stdout'].strip()!r:.80}, got {output.strip()!r:.80}"
-    given.close()
-    written.close()
-    return {"verdict": verdict, "error": error, "seconds": seconds}
-
-
-def verdict_without_word(status: int, out_of_time: bool) -> tuple[str, str]:
-    """Return verdict and error of a process that wrote no verdict."""
-    if out_of_time:
-        return "timeout", "the time limit was reached"
-    if status < 0:
-        return "crashed", f"ended by signal {-status}"
-    return "failed", "ended without reaching the end of the test"
-
-
-def read_until(descriptor: int, deadline: float) -> bytes | None:
-    """Return what is written until the pipe or one JSON list ends; None when the time is over and there is nothing."""
-    received = b""
-    while len(received) < 1 << 16:
-        ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
-        if not ready:
-            return received or None
-        data = os.read(descriptor, 4096)
-        received += data
-        # A verdict ends with "]". Children of the program hold the pipe open, so that its end may never come.
-        if not data or data.endswith(b"]"):
-            return received
-    return received
-
-
-def end_everything(child: int) -> tuple[int, float]:
-    """Kill all processes but this one, which is process 1 here; return how ``child`` ended and its CPU seconds."""
-    for _ in range(20):
-        # A process that has written its verdict may end by itself, in 20 ms; WNOWAIT leaves it to be reaped below.
-        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-            break
-        time.sleep(0.001)
-    try:
-        os.kill(-1, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    status, cpu_seconds = 0, 0.0
-    while True:
+            sys.stderr = open(2, "w", closefd=False)
+            build_room(self._limits)
+            os.write(tell, b"ready")
+            os.close(tell)
+        except BaseException as error:
+            os.write(tell, str(error).encode())
+            os._exit(1)
         try:
-            ended, code, usage = os.wait3(0)
-        except ChildProcessError:
-            return status, cpu_seconds
-        if ended == child:
-            status, cpu_seconds = os.waitstatus_to_exitcode(code), usage.ru_utime + usage.ru_stime
+            action(*places[len(high) : -1])
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
 
 
-def main() -> None:
-    """Read the job, run it, write the verdicts."""
-    # The kernel delivers a signal from inside to process 1 only if that has a handler. Python installs one for SIGINT,
-    # with which a program could interrupt the runner.
+def build_room(limits: dict[str, int]) -> None:
+    """Close the present process in; what it gives up it cannot get back."""
+    call("create namespaces of mounts and IPC", "unshare", NAMESPACES["mount"] | NAMESPACES["IPC"])
+    mount_tmp(limits["disk"])
+    os.chdir("/tmp")
+    set_limits(limits)
+    drop_capabilities()
+    filter_system_calls()
+
+
+def run_one(rooms: Rooms, control: socket.socket, mode: str, files: list[int]) -> dict[str, Any]:
+    """Run one test; return how its processes ended.
+
+    Args:
+        rooms: where.
+        control: a message from the driver ends the test early.
+        mode: ``outside`` (a program and its checks apart), ``inside`` or ``stdio``.
+        files: of the program's job and result, then those of the checks (outside) or standard input and output (stdio).
+    """
+    checks = None
+    links: list[int] = []
+    try:
+        if mode == "outside":
+            links = [*os.pipe(), *os.pipe()]
+            asked, ask, answers, answer = links
+            program = rooms.start(run_program, [], [*files[:2], asked, answer])
+            checks = rooms.start(run_checks, [], [*files[2:], ask, answers])
+        else:
+            program = rooms.start(run_program, files[2:], files[:2])
+    finally:
+        for file in (*links, *files):
+            os.close(file)
+    decides = program if checks is None else checks
+    if _wait(decides, control) and checks is not None:
+        ended = os.waitid(os.P_PID, checks, os.WEXITED | os.WNOWAIT)
+        # Where the program's end is why, it is about to be seen here, too.
+        _wait(program, None, 200 if ended is not None and ended.si_status == PROGRAM_ENDED else 0)
+    reply: dict[str, Any] = {"checks": _end(checks) if checks is not None else None, "program": _end(program)}
+    return reply
+
+
+def _wait(process: int, control: socket.socket | None, milliseconds: int | None = None) -> bool:
+    """Wait until a process ends; return False when the driver says something, or the time is over, before."""
+    watched = os.pidfd_open(process)
+    poll = select.poll()
+    poll.register(watched, select.POLLIN)
+    if control is not None:
+        poll.register(control, select.POLLIN)
+    try:
+        ready = [file for file, _ in poll.poll(milliseconds)]
+    finally:
+        os.close(watched)
+    return watched in ready
+
+
+def _end(process: int) -> tuple[int, float]:
+    """Kill a room; return its exit status, negative for a signal, and its CPU seconds."""
+    os.kill(process, signal.SIGKILL)
+    _, status, usage = os.wait4(process, 0)
+    return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+
+
+def main(control_file: int, limits: dict[str, int]) -> None:
+    """Serve the driver until it closes its end."""
+    forbid_new_privileges()
+    # The kernel delivers a signal from inside to process 1 only if that has a handler; Python installs one for SIGINT.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    sys.path[:0] = json.loads(sys.argv[1])
-    job = json.load(sys.stdin)
-    deadline = time.monotonic() + job["total_seconds"]
-    outcome: dict[str, Any] = {"static": None, "tests": []}
-    # Apart as well, because compiling can take all memory; the code is a string in this program and does not run.
-    checked = run_apart(job | {"code": "", "setup": ""}, f"compile({job['code']!r}, '<response>', 'exec')", deadline)
-    if checked["verdict"] != "passed":
-        outcome["static"] = checked["error"]
-    else:
-        for test in job["tests"]:
-            if time.monotonic() >= deadline:
-                outcome["tests"].append({"verdict": "not_run", "error": "the total time was over", "seconds": 0.0})
-            else:
-                outcome["tests"].append(run_apart(job, test, deadline))
-    print(json.dumps(outcome), flush=True)  # noqa: T201
-
-
-if __name__ == "__main__":
-    main()
+    rooms = Rooms(limits)
+    control = socket.socket(fileno=control_file)
+    # What is there now is never freed, so that collecting garbage in a room does not copy it.
+    gc.freeze()
+    control.send(b"ready")
+    while True:
+        message, files, _, _ = socket.recv_fds(control, 1 << 10, 8)
+        if not message:
+            return
+        # A late word about a test that has ended by itself.
+        if message == b"end":
+            continue
+        try:
+            reply = run_one(rooms, control, message.decode(), files)
+        except OSError as error:
+            reply = {"broken": str(error)}
+        control.send(json.dumps(reply).encode())

@@ -5,11 +5,12 @@ settings. A response in a domain that no scorer takes is copied without a score,
 prompt, gold answer or tests have changed since are scored again.
 """
 
+import json
+from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from fusion_plugins.config import Settings
-from fusion_plugins.errors import ConfigError, ScoringError
+from fusion_plugins.errors import ConfigError, MismatchError, ScoringError, StoreError
 from fusion_plugins.plugins import lookup
 from fusion_plugins.progress import meter
 from fusion_plugins.scoring.base import Row, Score, Scorer
@@ -27,6 +28,10 @@ from fusion_plugins.terminal import say
 
 #: columns that scoring adds; ``scores`` is scorer -> {reward, correct, reason, ...}
 ADDED_COLUMNS: dict[str, ColumnKind] = {"reward": "float64", "correct": "bool", "scores": "json"}
+#: fact of a scorer that is compared up to rounding: rewards of known answers
+PROBES = "probe_rewards"
+#: largest difference between two runs with one model, as a share of the range of those rewards
+PROBE_TOLERANCE = 0.01
 
 
 class ScorerSettings(Settings):
@@ -127,14 +132,15 @@ def score_responses(config: ScoreConfig) -> ScoreReport:
         )
     with ExitStack() as stack:
         running = [_start(name, settings, stack) for name, settings in config.scorers.items()]
-        writer = stack.enter_context(RowWriter(config.out, _manifest(responses, running)))
+        writer = stack.enter_context(RowWriter(config.out, _manifest(Path(config.out), responses, running)))
         renewed = _drop_outdated(responses, writer, config.scorers)
-        present = len(writer.done_keys)
+        whole = any(getattr(one.scorer, "by_prompt", False) for one in running)
+        groups, again = _unfinished_prompts(responses, writer) if whole else (_missing(responses, writer), 0)
+        renewed += again
+        present = writer.manifest.rows
         scored = unscored = 0
-        waiting = (row for row in responses if key_of(row, responses.manifest) not in writer.done_keys)
-        due = islice(waiting, None if config.limit is None else max(0, config.limit - present))
         progress = stack.enter_context(meter("score", config.limit or len(responses), present, unit="responses"))
-        while batch := list(islice(due, config.batch_rows)):
+        while batch := _next_batch(groups, config, present + scored):
             for row, results in zip(batch, _score_batch(batch, running), strict=True):
                 writer.write(_merge(row, results))
                 unscored += not results
@@ -142,15 +148,45 @@ def score_responses(config: ScoreConfig) -> ScoreReport:
             writer.flush()
             scored += len(batch)
             progress.advance(len(batch))
-        if next(waiting, None) is None:
+        if next(groups, None) is None:
             writer.finish()
     skipped = responses.unusable if isinstance(responses, ResponseFiles) else {}
     return ScoreReport(Path(config.out), scored, present, unscored, renewed, skipped)
 
 
+def _missing(responses: Responses, writer: RowWriter) -> Iterator[list[dict[str, Any]]]:
+    """Yield each response that is not scored yet, as a group of its own."""
+    return ([row] for row in responses if not writer.holds(key_of(row, responses.manifest)))
+
+
+def _unfinished_prompts(responses: Responses, writer: RowWriter) -> tuple[Iterator[list[dict[str, Any]]], int]:
+    """Return the responses to each prompt that is not scored as a whole, and how many rows are scored again for it.
+
+    What was scored of such a prompt was compared with less than there is now.
+    """
+    prompts: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in responses:
+        prompts[row["prompt_id"]].append(row)
+    keys = {prompt: {key_of(row, responses.manifest) for row in rows} for prompt, rows in prompts.items()}
+    unfinished = {prompt for prompt, found in keys.items() if not all(map(writer.holds, found))}
+    partly = {key for prompt in unfinished for key in keys[prompt] if writer.holds(key)}
+    if partly:
+        writer.drop(partly)
+    return (rows for prompt, rows in prompts.items() if prompt in unfinished), len(partly)
+
+
+def _next_batch(groups: Iterator[list[dict[str, Any]]], config: ScoreConfig, done: int) -> list[dict[str, Any]]:
+    """Return the responses of the next batch; groups stay whole, also where that is more than was asked for."""
+    batch: list[dict[str, Any]] = []
+    most = config.batch_rows if config.limit is None else min(config.batch_rows, config.limit - done)
+    while len(batch) < most and (group := next(groups, None)):
+        batch += group
+    return batch
+
+
 def _drop_outdated(responses: Responses, writer: RowWriter, scorers: Iterable[str]) -> int:
     """Remove scored rows whose responses have changed since, with a message; return their number."""
-    if not writer.done_keys:
+    if not writer.manifest.rows:
         return 0
     changed = outdated(responses, open_rows(writer.path), scorers)
     if changed:
@@ -168,24 +204,39 @@ def _drop_outdated(responses: Responses, writer: RowWriter, scorers: Iterable[st
 
 def summarize(rows: Iterable[Row]) -> dict[tuple[str, str], GroupSummary]:
     """Return (domain, source) -> accuracy, rewards and lengths; reads the rows once and keeps only numbers."""
-    groups: dict[tuple[str, str], list[tuple[bool | None, float | None, int, str | None]]] = defaultdict(list)
+    groups: dict[tuple[str, str], _Group] = defaultdict(_Group)
     for row in rows:
-        groups[row["domain"], row["source"]].append((row["correct"], row["reward"], len(row["response"]), _reason(row)))
-    return {key: _summary(found) for key, found in sorted(groups.items())}
+        groups[row["domain"], row["source"]].add(row)
+    return {key: group.summary() for key, group in sorted(groups.items())}
 
 
-def _summary(found: Sequence[tuple[bool | None, float | None, int, str | None]]) -> GroupSummary:
-    rewards = [reward for _, reward, _, _ in found if reward is not None]
-    lengths = [length for _, _, length, _ in found]
-    return GroupSummary(
-        responses=len(found),
-        correct=sum(correct is True for correct, _, _, _ in found),
-        judged=sum(correct is not None for correct, _, _, _ in found),
-        reasons=dict(Counter(reason for _, _, _, reason in found if reason is not None).most_common()),
-        reward=fmean(rewards) if rewards else None,
-        mean_length=fmean(lengths),
-        median_length=median(lengths),
-    )
+@dataclass
+class _Group:
+    """Numbers of the rows of one group, 16 bytes a row."""
+
+    verdicts: Counter[bool | None] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    rewards: "array[float]" = field(default_factory=lambda: array("d"))
+    lengths: "array[int]" = field(default_factory=lambda: array("q"))
+
+    def add(self, row: Row) -> None:
+        self.verdicts[row["correct"]] += 1
+        self.lengths.append(len(row["response"]))
+        if row["reward"] is not None:
+            self.rewards.append(row["reward"])
+        if (reason := _reason(row)) is not None:
+            self.reasons[reason] += 1
+
+    def summary(self) -> GroupSummary:
+        return GroupSummary(
+            responses=len(self.lengths),
+            correct=self.verdicts[True],
+            judged=self.verdicts[True] + self.verdicts[False],
+            reasons=dict(self.reasons.most_common()),
+            reward=fmean(self.rewards) if self.rewards else None,
+            mean_length=fmean(self.lengths),
+            median_length=median(self.lengths),
+        )
 
 
 def _reason(row: Row) -> str | None:
@@ -209,11 +260,15 @@ def _start(name: str, settings: ScorerSettings, stack: ExitStack) -> _Running:
     return _Running(name, scorer, frozenset(settings.domains) if settings.domains is not None else scorer.domains)
 
 
-def _manifest(responses: Responses, running: Sequence[_Running]) -> RowManifest:
+def _manifest(out: Path, responses: Responses, running: Sequence[_Running]) -> RowManifest:
     made_by = {
         one.name: {"domains": None if one.domains is None else sorted(one.domains), **one.scorer.facts}
         for one in running
     }
+    former = _former_scorers(out)
+    for name, facts in made_by.items():
+        made_by[name] = _settled(facts, former.get(name, {}))
+        _check_former(out, name, made_by[name], former.get(name))
     # A scored folder may be scored by further scorers: the facts of earlier ones stay.
     before = responses.manifest.facts
     return RowManifest(
@@ -223,6 +278,54 @@ def _manifest(responses: Responses, running: Sequence[_Running]) -> RowManifest:
         facts={**before, "scorers": {**before.get("scorers", {}), **made_by}},
         provenance={"responses": str(responses.path)},
     )
+
+
+def _former_scorers(out: Path) -> Mapping[str, Any]:
+    """Return the facts of the scorers that ``out`` was made with; none where it holds no rows yet."""
+    try:
+        former = RowManifest.load(out).facts.get("scorers", {})
+    except StoreError:
+        return {}  # nothing there, or nothing that can be continued: the writer says what is wrong
+    return former if isinstance(former, dict) else {}
+
+
+def _settled(facts: dict[str, Any], former: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts, with the earlier run's rewards of known answers where this run's differ by rounding only.
+
+    The files of a served model are not here, so its rewards of a few texts are its fingerprint. They change in the last
+    digits with the size of a server's batches; a model that was trained changes them more.
+    """
+    now, before = facts.get(PROBES), former.get(PROBES)
+    if not isinstance(now, list) or not isinstance(before, list) or len(now) != len(before):
+        return facts
+    given = [reward for reward in before if reward is not None]
+    tolerance = PROBE_TOLERANCE * (max(given) - min(given)) if given else 0.0
+    same = all(
+        (old is None) == (new is None) and (old is None or abs(old - new) <= tolerance)
+        for old, new in zip(before, now, strict=True)
+    )
+    return facts | {PROBES: before} if same else facts
+
+
+def _check_former(out: Path, name: str, facts: Mapping[str, Any], former: Mapping[str, Any] | None) -> None:
+    """Refuse to add to rows of the same scorer with other settings or another model; name what differs.
+
+    Raises:
+        MismatchError: a fact differs.
+    """
+    if former is None:
+        return
+    wrong = [
+        f"{key}: the folder has {former.get(key)!r:.200}, this run {facts.get(key)!r:.200}"
+        for key in sorted({*former, *facts})
+        if json.dumps(former.get(key), sort_keys=True, default=list)
+        != json.dumps(facts.get(key), sort_keys=True, default=list)
+    ]
+    if wrong:
+        raise MismatchError(
+            f"{out} was scored by {name!r} with other settings or another model: {'; '.join(wrong)}. Scores of the two "
+            "cannot be compared: restore what the folder was made with, or score all responses into a new folder `out`."
+        )
 
 
 def _score_batch(batch: Sequence[Row], running: Sequence[_Running]) -> list[dict[str, Score]]:

@@ -9,6 +9,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
 
+from fusion_plugins.sources.background import ahead
+
 Item = TypeVar("Item")
 Content = TypeVar("Content")
 Result = TypeVar("Result")
@@ -35,68 +37,80 @@ def plan_batches(items: Iterable[Item], size: Callable[[Item], int], budget: int
 
 def missing_batches(
     items: Iterable[Item], size: Callable[[Item], int], budget: int, done: Callable[[Item], bool], *, whole: bool
-) -> list[list[Item]]:
-    """Return the batches of which something is missing.
+) -> Iterator[list[Item]]:
+    """Yield the batches of which something is missing; one is in memory at a time.
 
     Args:
         items: everything, also what is done already.
         size: size of an item.
         budget: see :func:`plan_batches`.
-        done: whether an item is done.
+        done: whether an item is done. Each item is asked for once, when its batch is complete.
         whole: return the whole batch, not only its missing items.
 
     Example:
-        >>> missing_batches([1, 2, 3, 4, 5, 6], lambda item: 1, 2, lambda item: item < 4, whole=True)
+        >>> list(missing_batches([1, 2, 3, 4, 5, 6], lambda item: 1, 2, lambda item: item < 4, whole=True))
         [[3, 4], [5, 6]]
     """
-    batches = []
     # The plan covers what is done too: otherwise the borders would depend on where earlier runs have stopped.
     for batch in plan_batches(items, size, budget):
         missing = [item for item in batch if not done(item)]
         if missing:
-            batches.append(batch if whole else missing)
-    return batches
+            yield batch if whole else missing
 
 
 class LazyBatches(Generic[Item, Content]):
-    """Batches in the form that a source takes, each made when the source asks for it, so that few are in memory.
+    """Batches in the form that a source takes, each made while it works on the one before, so that few are in memory.
 
     Args:
-        batches: the items that the batches are made of.
+        count: number of the batches.
+        batches: yields the items that the batches are made of.
         make: turns the number and the items of a batch into its contents.
+
+    Attributes:
+        under_way: number -> items of the batches that the source has and that are not committed.
     """
 
-    def __init__(self, batches: Sequence[Sequence[Item]], make: Callable[[int, Sequence[Item]], list[Content]]) -> None:
-        self._batches, self._make = batches, make
+    def __init__(
+        self,
+        count: int,
+        batches: Iterable[Sequence[Item]],
+        make: Callable[[int, Sequence[Item]], list[Content]],
+    ) -> None:
+        self._count, self._batches, self._make = count, batches, make
+        self.under_way: dict[int, Sequence[Item]] = {}
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return self._count
 
     def __iter__(self) -> Iterator[list[Content]]:
+        return ahead(self._made())
+
+    def _made(self) -> Iterator[list[Content]]:
         for number, batch in enumerate(self._batches):
+            self.under_way[number] = batch
             yield self._make(number, batch)
 
 
 def commit_batches(
-    batches: Sequence[Sequence[Item]],
+    under_way: dict[int, Sequence[Item]],
     results: Iterable[tuple[tuple[int, int], Result]],
-    commit: Callable[[int, Mapping[int, Result]], None],
+    commit: Callable[[Sequence[Item], Mapping[int, Result]], None],
 ) -> None:
-    """Collect results and commit each batch once it is complete.
+    """Collect results and commit each batch once it is complete; then forget it.
 
     When the results end early (a source failed, Ctrl-C), the results of unfinished batches are committed too.
 
     Args:
-        batches: what was asked for.
+        under_way: number -> items of the batches that the source has been asked for.
         results: ((number of the batch, index within it), result), in any order.
-        commit: takes the batch's number, and index -> result in ascending order.
+        commit: takes the batch's items, and index -> result in ascending order.
     """
     pending: dict[int, dict[int, Result]] = defaultdict(dict)
     try:
         for (number, index), result in results:
             pending[number][index] = result
-            if len(pending[number]) == len(batches[number]):
-                commit(number, dict(sorted(pending.pop(number).items())))
+            if len(pending[number]) == len(under_way[number]):
+                commit(under_way.pop(number), dict(sorted(pending.pop(number).items())))
     finally:
         for number in sorted(pending):
-            commit(number, dict(sorted(pending[number].items())))
+            commit(under_way.pop(number), dict(sorted(pending[number].items())))

@@ -1,44 +1,52 @@
 """``fusion capture``: texts and one source model -> a store of top-k log-probabilities.
 
-Texts are cut into batches, and each batch is committed as one shard. A run skips what earlier runs have committed.
+Texts are cut into batches, and each batch is committed as one shard. A run skips what earlier runs have committed,
+before it tokenizes anything. While the source works on a batch, the next one is read and tokenized and the one before
+is compressed and written, in threads. Texts are read anew for every step: a run holds a few of them, and an index.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from fusion_plugins.core.fusion.record import build_record
-from fusion_plugins.core.fusion.types import Record
-from fusion_plugins.core.text.content_id import texts_fingerprint
+from fusion_plugins.core.fusion.types import TopK
+from fusion_plugins.core.key_set import KeySet
 from fusion_plugins.core.text.model_rows import beyond_the_model
 from fusion_plugins.core.text.round_trip import text_changes
 from fusion_plugins.core.text.token_table import TokenTable
-from fusion_plugins.core.text.tokenize import tokenize_content
+from fusion_plugins.core.text.tokenize import tokenize_content, tokenize_many
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import ConfigError, DataError, SourceError, TokenizerError
-from fusion_plugins.inputs import Text, Unusable, read_texts
+from fusion_plugins.inputs import InputSet, Text, Unusable, open_texts
 from fusion_plugins.progress import Meter, meter
 from fusion_plugins.sources.backends.base import Place, Refusal, Source, SourceSettings, least, open_source
+from fusion_plugins.sources.background import Background
 from fusion_plugins.sources.batches import LazyBatches, commit_batches, missing_batches, plan_batches
 from fusion_plugins.sources.fingerprints import revision_of
 from fusion_plugins.sources.loading import capture_tokenizer, chat_template_hash, embedding_rows
 from fusion_plugins.store import Manifest, StoreWriter
 from fusion_plugins.store.files import FolderLock
 from fusion_plugins.store.manifest import MANIFEST_NAME
+from fusion_plugins.store.schema import RecordCodec
+from fusion_plugins.store.shards import read_keys
 
 #: what a dry run captures to measure speed and size: bytes in one round, of the first texts, in about this time
 PROBE_BYTES = 32_768
 PROBE_TEXTS = 1024
 PROBE_SECONDS = 30.0
 
-Tokenize = Callable[[Text], TokenizedText]
+Tokenize = Callable[[Sequence[Text]], list[TokenizedText]]
 Beyond = Callable[[list[int]], str | None]
+#: what a source said about a text; None where it refused it
+Answer = tuple[TokenizedText, TopK] | None
 
 
 class CaptureConfig(SourceSettings):
@@ -103,20 +111,32 @@ def capture_texts(config: CaptureConfig) -> CaptureReport:
         SourceError: the model cannot be loaded or fails.
     """
     unusable: Unusable | None = None if config.on_unusable == "raise" else {}
-    texts = read_texts(config.texts, unusable=unusable)
-    chosen, skipped = texts[: config.limit], unusable or {}
-    with _opened(config, texts, Path(config.out)) as opened:
-        skipped |= _unusable(config, opened, chosen)
-        usable = [text for text in chosen if text.id not in skipped]
-        with StoreWriter(config.out, opened.manifest, opened.table) as store:
-            present = sum(text.id in store.done_ids for text in usable)
-            progress = _capture_missing(config, opened, store, usable, skipped)
-            captured = sum(text.id in store.done_ids for text in usable) - present
+    texts = open_texts(config.texts, unusable=unusable)
+    out = Path(config.out)
+    with _opened(config, texts, out) as opened:
+        skipped = _unusable(config, opened, islice(texts, config.limit), _held(out))
+
+        def usable() -> Iterator[Text]:
+            return (text for text in islice(texts, config.limit) if text.id not in refused)
+
+        refused = frozenset(skipped)
+        with StoreWriter(out, opened.manifest, opened.table) as store:
+            present, progress = _Job(config, opened, store, usable, skipped).run()
+            captured = store.manifest.rows - present
             if config.limit is None:
                 store.finish()
     return CaptureReport(
-        Path(config.out), captured, present, skipped, opened.changes, progress.tokens, progress.seconds
+        out, captured, present, {**(unusable or {}), **skipped}, opened.changes, progress.tokens, progress.seconds
     )
+
+
+def _held(folder: Path) -> KeySet:
+    """Return the ids of a store, which is made only later if it is not there."""
+    if not (folder / MANIFEST_NAME).exists():
+        return KeySet()
+    manifest = Manifest.load(folder)
+    codec = RecordCodec(manifest)
+    return KeySet(id for shard in manifest.shards for id in read_keys(folder, shard, codec))
 
 
 def estimate_capture(config: CaptureConfig) -> dict[str, float]:
@@ -133,22 +153,24 @@ def estimate_capture(config: CaptureConfig) -> dict[str, float]:
         DataError, SourceError: as :func:`capture_texts`; or no text can be captured.
     """
     unusable: Unusable | None = None if config.on_unusable == "raise" else {}
-    texts = read_texts(config.texts, config.limit, unusable=unusable)
-    skipped = unusable or {}
+    texts = open_texts(config.texts, unusable=unusable)
+    skipped = dict(unusable or {})
+    total = texts.n_bytes if config.limit is None else sum(map(_n_bytes, islice(texts, config.limit)))
+    first = list(islice(texts, min(config.limit or PROBE_TEXTS, PROBE_TEXTS)))
     with tempfile.TemporaryDirectory() as folder:
         with (
             _opened(config, texts, Path(folder)) as opened,
             StoreWriter(folder, opened.manifest, opened.table) as store,
         ):
-            n_bytes, n_tokens, speed = _probe(config, opened, store, texts[:PROBE_TEXTS], skipped)
+            n_bytes, n_tokens, speed = _probe(config, opened, store, first, skipped)
         shards = Manifest.load(Path(folder)).shards
     if not n_tokens:
         reason = next(iter(skipped.values()), "there is none")
         raise DataError(f"{config.texts}: expected at least one text that can be captured, got none: {reason}")
-    tokens = n_tokens * sum(map(_n_bytes, texts)) / n_bytes
+    tokens = n_tokens * total / n_bytes
     largest = max(shards, key=lambda shard: shard.tokens)  # every file has a part that does not grow
     return {
-        "texts": len(texts),
+        "texts": len(texts) if config.limit is None else min(config.limit, len(texts)),
         "tokens": tokens,
         "bytes": tokens * largest.bytes / largest.tokens,
         "hours": tokens / speed / 3600,
@@ -174,7 +196,7 @@ class _Opened:
 
 
 @contextmanager
-def _opened(config: CaptureConfig, texts: Sequence[Text], out: Path) -> Iterator[_Opened]:
+def _opened(config: CaptureConfig, texts: InputSet[Text], out: Path) -> Iterator[_Opened]:
     """Open the source; refuse a folder of something else before that."""
     tokenizer = capture_tokenizer(config)
     table = TokenTable.from_tokenizer(tokenizer)
@@ -182,18 +204,26 @@ def _opened(config: CaptureConfig, texts: Sequence[Text], out: Path) -> Iterator
     identity = _identity(config, texts, tokenizer, table)
     _check_folder(out, identity)
 
-    def tokenize(text: Text) -> TokenizedText:
+    def tokenize(texts: Sequence[Text]) -> list[TokenizedText]:
         options = config.chat_template_kwargs
-        tokens, _ = tokenize_content(tokenizer, table, text.content, tools=text.tools, template_options=options)
-        return tokens
+        plain = iter(tokenize_many(tokenizer, table, [text.content for text in texts if isinstance(text.content, str)]))
+        return [
+            next(plain)
+            if isinstance(text.content, str)
+            else tokenize_content(tokenizer, table, text.content, tools=text.tools, template_options=options)[0]
+            for text in texts
+        ]
 
     rows = embedding_rows(config)
     beyond = None
     if rows is not None and rows < table.vocab_size:
         beyond = partial(beyond_the_model, tokenizer, rows=rows)
         if config.on_unusable == "raise":
-            for text in texts[: config.limit]:
-                _require(text, _problem(config, text, tokenize, None, beyond))
+            held = _held(out)
+            missing = (text for text in islice(texts, config.limit) if text.id not in held)
+            for part in plan_batches(missing, _n_bytes, config.batch_bytes):
+                for text, problem in zip(part, _problems(config, part, tokenize, None, beyond), strict=True):
+                    _require(text, problem)
     source = open_source(config, "capture")
     try:
         yield _Opened(source, tokenize, _manifest(config, identity, source.facts), table, beyond, changes)
@@ -212,9 +242,9 @@ def _probe(
     speed, budget, left = 0.0, 1, PROBE_SECONDS
     while waiting and left > 0:
         part = next(plan_batches(waiting, _n_bytes, budget))
-        skipped |= _unusable(config, opened, part)
+        skipped |= _unusable(config, opened, part, KeySet())
         usable = [text for text in part if text.id not in skipped]
-        progress = _capture_missing(config, opened, store, usable, skipped, "probe")
+        _, progress = _Job(config, opened, store, partial(iter, usable), skipped, "probe").run()
         waiting = waiting[len(part) :]
         if progress.tokens:
             captured = sum(text.n_bytes for text in usable if text.id not in skipped)
@@ -231,10 +261,9 @@ def _n_bytes(text: Text) -> int:
     return text.n_bytes
 
 
-def _identity(config: CaptureConfig, texts: Sequence[Text], tokenizer: Any, table: TokenTable) -> dict[str, Any]:
+def _identity(config: CaptureConfig, texts: InputSet[Text], tokenizer: Any, table: TokenTable) -> dict[str, Any]:
     """Return the fields of the manifest that are known before the model is loaded."""
-    has_chats = any(not isinstance(text.content, str) for text in texts)
-    if has_chats and not tokenizer.chat_template:
+    if texts.has_chats and not tokenizer.chat_template:
         raise ConfigError(
             f"{config.texts}: expected a chat template, because there are chats, but the tokenizer of source "
             f"{config.source_name!r} has no chat template. Name a file with one in `chat_template`."
@@ -245,8 +274,8 @@ def _identity(config: CaptureConfig, texts: Sequence[Text], tokenizer: Any, tabl
         "tokenizer_fingerprint": table.fingerprint,
         "vocab_size": size,
         "top_k": size if config.top_k == "all" else min(config.top_k, size),
-        "texts_fingerprint": texts_fingerprint((text.id, text.content_id) for text in texts),
-        "template_hash": chat_template_hash(tokenizer, config.chat_template_kwargs) if has_chats else None,
+        "texts_fingerprint": texts.fingerprint,
+        "template_hash": chat_template_hash(tokenizer, config.chat_template_kwargs) if texts.has_chats else None,
     }
 
 
@@ -276,21 +305,27 @@ def _manifest(config: CaptureConfig, identity: Mapping[str, Any], facts: Mapping
     )
 
 
-def _unusable(config: CaptureConfig, opened: _Opened, texts: Sequence[Text]) -> dict[str, str]:
-    """Return id -> problem of the texts that the source cannot take, before hours are spent on the others."""
+def _unusable(config: CaptureConfig, opened: _Opened, texts: Iterable[Text], held: KeySet) -> dict[str, str]:
+    """Return id -> problem of the texts that the source cannot take, before hours are spent on the others.
+
+    Those of which the store has a record are not looked at.
+    """
     limit = least(config.max_length, opened.source.max_length)
-    problems = {}
-    for text in texts:
+
+    def doubtful(text: Text) -> bool:
         # A token is at least one byte, so most plain texts need not be tokenized to know that they fit; 8 is room for
         # begin and end tokens. A template may add much to a chat, or refuse it.
         short = limit is None or text.n_bytes + 8 <= limit
-        if isinstance(text.content, str) and short and opened.beyond is None:
-            continue
-        problem = _problem(config, text, opened.tokenize, limit, opened.beyond)
-        if config.on_unusable == "raise":
-            _require(text, problem)
-        elif problem:
-            problems[text.id] = problem
+        return not (isinstance(text.content, str) and short and opened.beyond is None)
+
+    problems = {}
+    missing = (text for text in texts if doubtful(text) and text.id not in held)
+    for part in plan_batches(missing, _n_bytes, config.batch_bytes):
+        for text, problem in zip(part, _problems(config, part, opened.tokenize, limit, opened.beyond), strict=True):
+            if config.on_unusable == "raise":
+                _require(text, problem)
+            elif problem:
+                problems[text.id] = problem
     return problems
 
 
@@ -302,64 +337,112 @@ def _require(text: Text, problem: str | None) -> None:
         )
 
 
-def _problem(
-    config: CaptureConfig, text: Text, tokenize: Tokenize, limit: int | None, beyond: Beyond | None
-) -> str | None:
-    """Return why the source cannot take a text, None if it can."""
+def _problems(
+    config: CaptureConfig, texts: Sequence[Text], tokenize: Tokenize, limit: int | None, beyond: Beyond | None
+) -> Iterator[str | None]:
+    """Yield why the source cannot take each of the texts, None for one that it can take."""
     try:
-        ids = tokenize(text).input_ids
+        tokenized = tokenize(texts)
     except (DataError, TokenizerError) as error:
-        return str(error)
-    if limit is not None and len(ids) > limit:
-        return f"expected at most {limit} tokens of source {config.source_name!r}, got {len(ids)}."
-    problem = beyond(ids.tolist()) if beyond else None
-    return problem and f"source {config.source_name!r}: {problem}."
+        if len(texts) == 1:
+            yield str(error)
+            return
+        for text in texts:
+            yield from _problems(config, [text], tokenize, limit, beyond)
+        return
+    for tokens in tokenized:
+        ids = tokens.input_ids
+        if limit is not None and len(ids) > limit:
+            yield f"expected at most {limit} tokens of source {config.source_name!r}, got {len(ids)}."
+            continue
+        problem = beyond(ids.tolist()) if beyond else None
+        yield problem and f"source {config.source_name!r}: {problem}."
 
 
-def _capture_missing(
-    config: CaptureConfig,
-    opened: _Opened,
-    store: StoreWriter,
-    texts: Sequence[Text],
-    skipped: dict[str, str],
-    label: str = "capture",
-) -> Meter:
-    """Capture what the store does not have yet, batch by batch; add texts that the source refuses to ``skipped``."""
-    done = set(store.done_ids)
-    batches = missing_batches(
-        texts, _n_bytes, config.batch_bytes, lambda text: text.id in done, whole=opened.source.whole_batches
-    )
-    # The tokens of the batches that the source has taken, until their results arrive.
-    waiting: dict[Place, TokenizedText] = {}
+@dataclass
+class _Job:
+    """What one source is to say about a set of texts.
 
-    def tokenize_batch(number: int, batch: Sequence[Text]) -> list[TokenizedText]:
-        tokenized = [opened.tokenize(text) for text in batch]
-        waiting.update({(number, index): tokens for index, tokens in enumerate(tokenized)})
-        return tokenized
+    Attributes:
+        texts: starts to yield all texts that can be captured, the same each time.
+        skipped: takes the texts that the source refuses, id -> why.
+        label: for the progress bar.
+    """
 
-    def records() -> Iterator[tuple[Place, Record | None]]:
-        for place, topk in opened.source.capture(LazyBatches(batches, tokenize_batch), store.manifest.top_k):
-            number, index = place
-            text, tokens = batches[number][index], waiting.pop(place)
-            if not isinstance(topk, Refusal):
-                progress.advance(text.n_bytes, len(tokens.input_ids))
-                yield place, build_record(text.id, tokens, topk)
-            elif config.on_unusable == "raise":
-                raise SourceError(
-                    f"{text.where}: text {text.id!r}: {topk.reason}. Leave such texts out with `on_unusable: skip`, or "
-                    "change them."
-                )
-            else:
-                skipped[text.id] = topk.reason
-                yield place, None
+    config: CaptureConfig
+    opened: _Opened
+    store: StoreWriter
+    texts: Callable[[], Iterator[Text]]
+    skipped: dict[str, str]
+    label: str = "capture"
 
-    def commit(number: int, batch: Mapping[int, Record | None]) -> None:
-        for record in batch.values():
-            if record is not None and record.id not in done:  # a batch that is done again has some of them already
-                store.write(record)
-        store.flush()
+    def run(self) -> tuple[int, Meter]:
+        """Capture what the store does not have yet; return how many records were there, and what was done."""
+        present, ready, total, count = self._count()
+        # The tokens of the batches that the source has taken, until their results arrive.
+        waiting: dict[Place, TokenizedText] = {}
 
-    total, ready = sum(map(_n_bytes, texts)), sum(text.n_bytes for text in texts if text.id in done)
-    with meter(f"{label} {config.source_name}", total, ready, unit="bytes") as progress:
-        commit_batches(batches, records(), commit)
-    return progress
+        def tokenize(number: int, batch: Sequence[Text]) -> list[TokenizedText]:
+            tokenized = self.opened.tokenize(batch)
+            waiting.update({(number, index): tokens for index, tokens in enumerate(tokenized)})
+            return tokenized
+
+        batches = LazyBatches(count, self._missing(self.texts()), tokenize)
+
+        def answers() -> Iterator[tuple[Place, Answer]]:
+            for (number, index), topk in self._asked(batches):
+                writing.check()
+                text, tokens = batches.under_way[number][index], waiting.pop((number, index))
+                if isinstance(topk, Refusal):
+                    self._refuse(text, topk.reason)
+                    yield (number, index), None
+                else:
+                    progress.advance(text.n_bytes, len(tokens.input_ids))
+                    yield (number, index), (tokens, topk)
+
+        def commit(batch: Sequence[Text], answers: Mapping[int, Answer]) -> None:
+            writing.submit(partial(self._write, batch, answers))
+
+        title = f"{self.label} {self.config.source_name}"
+        with meter(title, total, ready, unit="bytes") as progress, Background() as writing:
+            commit_batches(batches.under_way, answers(), commit)
+        return present, progress
+
+    def _is_done(self, text: Text) -> bool:
+        return self.store.holds(text.id)
+
+    def _missing(self, texts: Iterable[Text]) -> Iterator[list[Text]]:
+        whole = self.opened.source.whole_batches
+        return missing_batches(texts, _n_bytes, self.config.batch_bytes, self._is_done, whole=whole)
+
+    def _count(self) -> tuple[int, int, int, int]:
+        """Return texts and bytes that are there, bytes of all texts, and the number of batches to be done."""
+        present = ready = total = 0
+
+        def counted() -> Iterator[Text]:
+            nonlocal present, ready, total
+            for text in self.texts():
+                n_bytes, there = text.n_bytes, self._is_done(text)
+                present, ready, total = present + there, ready + there * n_bytes, total + n_bytes
+                yield text
+
+        count = sum(1 for _ in self._missing(counted()))
+        return present, ready, total, count
+
+    def _asked(self, batches: LazyBatches[Text, TokenizedText]) -> Iterator[tuple[Place, TopK | Refusal]]:
+        return self.opened.source.capture(batches, self.store.manifest.top_k) if len(batches) else iter(())
+
+    def _refuse(self, text: Text, reason: str) -> None:
+        if self.config.on_unusable == "raise":
+            raise SourceError(
+                f"{text.where}: text {text.id!r}: {reason}. Leave such texts out with `on_unusable: skip`, or change "
+                "them."
+            )
+        self.skipped[text.id] = reason
+
+    def _write(self, batch: Sequence[Text], answers: Mapping[int, Answer]) -> None:
+        for index, answer in answers.items():
+            text = batch[index]
+            if answer is not None and not self._is_done(text):  # a batch that is done again has some of them already
+                self.store.write(build_record(text.id, *answer))
+        self.store.flush()

@@ -21,7 +21,7 @@ from fusion_plugins.config import Settings
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize_content
 from fusion_plugins.errors import ConfigError, DataError
-from fusion_plugins.inputs import Text, Unusable, read_texts, row_files
+from fusion_plugins.inputs import Text, Unusable, open_texts, row_files
 from fusion_plugins.sources.backends.base import SourceSettings
 from fusion_plugins.sources.loading import load_tokenizer
 from fusion_plugins.store.files import FolderLock, leftovers, new_file
@@ -74,8 +74,8 @@ def cut_texts(config: CutConfig) -> CutReport:
         StoreError: another run writes this file, or it cannot be written.
     """
     unusable: Unusable | None = None if config.on_unusable == "raise" else {}
-    texts = read_texts(config.texts, unusable=unusable)
-    skipped = unusable or {}
+    texts = open_texts(config.texts, unusable=unusable)
+    skipped = dict(unusable or {})
     counters = [_counter(name, config) for name in config.tokenizers]
     out = Path(config.out)
     if out.is_dir() or not out.parent.is_dir():

@@ -1,16 +1,17 @@
 """``fusion sample --dry-run``: draw a few responses of every source, keep none, and estimate what all will take."""
 
 import random
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from statistics import fmean
 
 from fusion_plugins.errors import SourceError
-from fusion_plugins.inputs import Unusable, read_prompts
+from fusion_plugins.inputs import Unusable, open_prompts
 from fusion_plugins.progress import meter
 from fusion_plugins.sources.backends.base import Refusal, Response, SampleRequest, Source, open_source
-from fusion_plugins.sources.sample import Draw, SampleConfig, planned_draws
+from fusion_plugins.sources.sample import Draw, SampleConfig, SampledSource, planned_draws
 
 #: responses of the first round, and their longest length in tokens, so that it ends soon even where a source is slow;
 #: further rounds have longer responses until none is cut, then four times as many
@@ -42,34 +43,39 @@ def estimate_samples(config: SampleConfig) -> dict[str, dict[str, float]]:
         SourceError: a source cannot be opened, or answers none of the prompts.
     """
     unusable: Unusable | None = None if config.on_unusable == "raise" else {}
-    prompts = read_prompts(config.prompts, config.limit, unusable=unusable)
+    prompts = open_prompts(config.prompts, unusable=unusable)
     estimates = {}
     for settings in config.chosen_sources:
-        draws = planned_draws(config, settings, prompts)
-        if not draws:
+
+        def draws(settings: SampledSource = settings) -> Iterator[Draw]:
+            return planned_draws(config, settings, islice(prompts, config.limit))
+
+        domains = Counter(draw.prompt.domain for draw in draws())
+        if not domains:
             continue
         source = open_source(settings, "sample")
         try:
-            sizes, speed = _probe(source, settings.source_name, draws, config.batch_requests)
+            sizes, speed = _probe(
+                source, settings.source_name, _some(draws, domains, config.batch_requests), config.batch_requests
+            )
         finally:
             source.close()
-        tokens = _extrapolated(draws, [(size.domain, size.tokens) for size in sizes])
+        tokens = _extrapolated(domains, [(size.domain, size.tokens) for size in sizes])
         estimates[settings.source_name] = {
-            "responses": len(draws),
+            "responses": domains.total(),
             "tokens": tokens,
-            "bytes": _extrapolated(draws, [(size.domain, size.n_bytes) for size in sizes]),
+            "bytes": _extrapolated(domains, [(size.domain, size.n_bytes) for size in sizes]),
             "hours": tokens / max(speed, 1e-9) / 3600,
             "tokens_per_second": speed,
         }
     return estimates
 
 
-def _probe(source: Source, name: str, draws: Sequence[Draw], most: int) -> tuple[list[_Size], float]:
+def _probe(source: Source, name: str, order: Sequence[Draw], most: int) -> tuple[list[_Size], float]:
     """Return the sizes of what was drawn, and the tokens per second of the last round of at most ``most`` responses."""
-    order = _shuffled(draws)
     sizes: list[_Size] = []
     speed = 0.0
-    start, count, longest = 0, max(FIRST_ROUND, len({draw.prompt.domain for draw in draws})), FIRST_TOKENS
+    start, count, longest = 0, max(FIRST_ROUND, len({draw.prompt.domain for draw in order})), FIRST_TOKENS
     while True:
         part = order[start : start + count]
         with meter(f"probe {name}", len(part), unit="responses") as progress:
@@ -112,19 +118,26 @@ def _size(draw: Draw, response: Response, longest: int) -> _Size:
     return _Size(draw.prompt.domain, stretch * response.n_tokens, stretch * len(response.text.encode()))
 
 
-def _shuffled(draws: Sequence[Draw]) -> list[Draw]:
-    """Return the draws in a random order that is always the same, with one of each domain first."""
-    mixed = random.Random(0).sample(draws, len(draws))
-    first = {draw.prompt.domain: draw for draw in reversed(mixed)}
-    chosen = {draw.key for draw in first.values()}
-    return [*first.values(), *(draw for draw in mixed if draw.key not in chosen)]
+def _some(draws: Callable[[], Iterator[Draw]], domains: Counter[str], most: int) -> list[Draw]:
+    """Return as many draws as the rounds take, in a random order that is always the same, one of each domain first."""
+    count = domains.total()
+    # Rounds grow fourfold up to `most`, and the last ends it.
+    wanted = min(count, 2 * most + max(FIRST_ROUND, len(domains)))
+    numbers = random.Random(0).sample(range(count), wanted)
+    order = {number: place for place, number in enumerate(numbers)}
+    first: dict[str, Draw] = {}
+    chosen: dict[int, Draw] = {}
+    for number, draw in enumerate(draws()):
+        if first.setdefault(draw.prompt.domain, draw) is not draw and number in order:
+            chosen[order[number]] = draw
+    return [*first.values(), *(draw for _, draw in sorted(chosen.items()))]
 
 
-def _extrapolated(draws: Sequence[Draw], sizes: Sequence[tuple[str, float]]) -> float:
+def _extrapolated(domains: Counter[str], sizes: Sequence[tuple[str, float]]) -> float:
     """Return the summed size of all responses; each counts as the mean of its domain, or of all domains.
 
     Args:
-        draws: all responses.
+        domains: domain -> number of all its responses.
         sizes: domain and size of those that were drawn.
     """
     by_domain = defaultdict(list)
@@ -132,4 +145,4 @@ def _extrapolated(draws: Sequence[Draw], sizes: Sequence[tuple[str, float]]) -> 
         by_domain[domain].append(size)
     overall = fmean(size for _, size in sizes)
     means = {domain: fmean(values) for domain, values in by_domain.items()}
-    return sum(means.get(draw.prompt.domain, overall) for draw in draws)
+    return sum(count * means.get(domain, overall) for domain, count in domains.items())

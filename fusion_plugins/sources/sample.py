@@ -6,8 +6,11 @@ that a response does not depend on which others are drawn, nor on when.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +18,7 @@ from pydantic import Field, model_validator
 
 from fusion_plugins.config import Settings
 from fusion_plugins.errors import MismatchError, SourceError
-from fusion_plugins.inputs import Prompt, Unusable, prompts_fingerprint, read_prompts
+from fusion_plugins.inputs import InputSet, Prompt, Unusable, open_prompts
 from fusion_plugins.progress import Meter, meter
 from fusion_plugins.sources.backends.base import (
     Place,
@@ -27,12 +30,15 @@ from fusion_plugins.sources.backends.base import (
     SourceSettings,
     open_source,
 )
-from fusion_plugins.sources.batches import commit_batches, missing_batches
+from fusion_plugins.sources.background import Background
+from fusion_plugins.sources.batches import LazyBatches, commit_batches, missing_batches, plan_batches
 from fusion_plugins.sources.fingerprints import sampling_fingerprint
 from fusion_plugins.sources.loading import load_tokenizer, split_prompts
 from fusion_plugins.sources.presets import DEFAULT_SAMPLES, PRESETS, SAMPLES_PER_PROMPT
 from fusion_plugins.store import ColumnKind, RowManifest, RowWriter
 
+#: prompts that are tokenized at a time before a source begins, to see whether they fit
+CHECKED_AT_ONCE = 256
 KEY = ("prompt_id", "source", "index", "fingerprint")
 COLUMNS: dict[str, ColumnKind] = {
     "prompt_id": "string",
@@ -146,18 +152,32 @@ class Draw:
 
     Attributes:
         prompt: the prompt to answer.
+        source: name of the source.
         index: number among the responses of the source to the prompt.
-        request: what the source is asked for.
+        sampling: how to draw.
+        run_seed: seed of the whole run.
     """
 
     prompt: Prompt
+    source: str
     index: int
-    request: SampleRequest
+    sampling: Sampling
+    run_seed: int
 
     @property
     def key(self) -> tuple[str, int]:
         """Prompt id and index: different for all draws of a source."""
         return self.prompt.text.id, self.index
+
+    @property
+    def request(self) -> SampleRequest:
+        """What the source is asked for."""
+        return SampleRequest(self.prompt.text.content, self.sampling, self.seed)
+
+    @cached_property
+    def seed(self) -> int:
+        """The seed of this response alone."""
+        return response_seed(self.run_seed, self.prompt.text.id, self.source, self.index)
 
 
 def response_seed(seed: int, prompt_id: str, source: str, index: int) -> int:
@@ -171,18 +191,15 @@ def response_seed(seed: int, prompt_id: str, source: str, index: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def planned_draws(config: SampleConfig, settings: SampledSource, prompts: Sequence[Prompt]) -> list[Draw]:
-    """Return the responses to draw from one source, prompt by prompt."""
+def planned_draws(config: SampleConfig, settings: SampledSource, prompts: Iterable[Prompt]) -> Iterator[Draw]:
+    """Yield the responses to draw from one source, prompt by prompt."""
     n = config.n if settings.n is None else settings.n
     sampling = settings.sampling
-    draws = []
     for prompt in prompts:
         if settings.domains is not None and prompt.domain not in settings.domains:
             continue
         for index in range(n if isinstance(n, int) else n.get(prompt.domain, DEFAULT_SAMPLES)):
-            seed = response_seed(config.seed, prompt.text.id, settings.source_name, index)
-            draws.append(Draw(prompt, index, SampleRequest(prompt.text.content, sampling, seed)))
-    return draws
+            yield Draw(prompt, settings.source_name, index, sampling, config.seed)
 
 
 def sample_prompts(config: SampleConfig) -> SampleReport:
@@ -195,12 +212,12 @@ def sample_prompts(config: SampleConfig) -> SampleReport:
             ``on_unusable: raise``).
     """
     unusable: Unusable | None = None if config.on_unusable == "raise" else {}
-    prompts = read_prompts(config.prompts, unusable=unusable)
+    prompts = open_prompts(config.prompts, unusable=unusable)
     manifest = RowManifest(
         stage="responses",
         columns=COLUMNS,
         key=KEY,
-        facts={"prompts_fingerprint": prompts_fingerprint(prompts), "seed": config.seed},
+        facts={"prompts_fingerprint": prompts.fingerprint, "seed": config.seed},
         provenance={"prompts": config.prompts},
     )
     skipped = {("all sources", name): reason for name, reason in (unusable or {}).items()}
@@ -208,29 +225,35 @@ def sample_prompts(config: SampleConfig) -> SampleReport:
     present = tokens = 0
     seconds = 0.0
     with RowWriter(config.out, manifest) as rows:
-        before = len(rows.done_keys)
+        before = rows.manifest.rows
         # The settings of all sources are compared with the folder before the first model is loaded.
-        fingerprints = [_checked_fingerprint(settings, rows) for settings in config.chosen_sources]
+        found = {(source, fingerprint) for _, source, _, fingerprint in rows.keys()}
+        fingerprints = [_checked_fingerprint(settings, rows, found) for settings in config.chosen_sources]
         for settings, fingerprint in zip(config.chosen_sources, fingerprints, strict=True):
-            draws = planned_draws(config, settings, prompts[: config.limit])
-            done = _done(rows, settings)
-            present += sum(draw.key in done for draw in draws)
-            if all(draw.key in done for draw in draws):
-                continue
-            progress = _draw_missing(config, settings, fingerprint, draws, rows, skipped, repaired)
-            tokens, seconds = tokens + progress.tokens, seconds + progress.seconds
-        drawn = len(rows.done_keys) - before
+            job = _Job(config, settings, fingerprint, prompts, rows, skipped, repaired)
+            there, missing = job.count()
+            present += there
+            if missing:
+                progress = job.run()
+                tokens, seconds = tokens + progress.tokens, seconds + progress.seconds
+        drawn = rows.manifest.rows - before
         if config.limit is None and config.only is None:
             rows.finish()
     return SampleReport(Path(config.out), drawn, present, skipped, tokens, seconds, len(repaired))
 
 
-def _checked_fingerprint(settings: SampledSource, rows: RowWriter) -> str:
-    """Return the sampling fingerprint of a source; refuse a folder with responses of the source under another one."""
+def _checked_fingerprint(settings: SampledSource, rows: RowWriter, found: set[tuple[str, str]]) -> str:
+    """Return the sampling fingerprint of a source; refuse a folder with responses of the source under another one.
+
+    Args:
+        settings: of the source.
+        rows: the folder.
+        found: name and fingerprint of every source that it has responses of.
+    """
     tokenizer = None if settings.backend == "openai" else load_tokenizer(settings)
     fingerprint = sampling_fingerprint(settings, settings.sampling, tokenizer)
     name = settings.source_name
-    other = next((key[3] for key in rows.done_keys if key[1] == name and key[3] != fingerprint), None)
+    other = next((other for source, other in sorted(found) if source == name and other != fingerprint), None)
     if other is not None:
         raise MismatchError(
             f"{rows.path} holds responses of source {name!r} with the sampling fingerprint {other}, expected "
@@ -240,80 +263,111 @@ def _checked_fingerprint(settings: SampledSource, rows: RowWriter) -> str:
     return fingerprint
 
 
-def _done(rows: RowWriter, settings: SampledSource) -> set[tuple[str, int]]:
-    """Return prompt id and index of the responses of a source that are in the folder now."""
-    return {(prompt, index) for prompt, source, index, _ in rows.done_keys if source == settings.source_name}
+@dataclass
+class _Job:
+    """The responses of one source.
 
-
-def _draw_missing(
-    config: SampleConfig,
-    settings: SampledSource,
-    fingerprint: str,
-    draws: Sequence[Draw],
-    rows: RowWriter,
-    skipped: dict[tuple[str, str], str],
-    repaired: list[tuple[str, str]],
-) -> Meter:
-    """Load a source and draw the responses that are missing.
-
-    Prompts that the source refuses are added to ``skipped``, those of repaired responses to ``repaired``.
+    Attributes:
+        skipped: takes the prompts that the source refuses.
+        repaired: takes the prompts of repaired responses.
     """
-    name, done = settings.source_name, _done(rows, settings)
 
-    def refuse(prompt_id: str, reason: str) -> None:
-        if config.on_unusable == "raise":
+    config: SampleConfig
+    settings: SampledSource
+    fingerprint: str
+    prompts: InputSet[Prompt]
+    rows: RowWriter
+    skipped: dict[tuple[str, str], str]
+    repaired: list[tuple[str, str]]
+
+    @property
+    def name(self) -> str:
+        return self.settings.source_name
+
+    def draws(self, refused: Container[str] = ()) -> Iterator[Draw]:
+        """Start to yield all responses to draw, but of prompts that are refused."""
+        prompts = (prompt for prompt in islice(self.prompts, self.config.limit) if prompt.text.id not in refused)
+        return planned_draws(self.config, self.settings, prompts)
+
+    def is_done(self, draw: Draw) -> bool:
+        return self.rows.holds((draw.prompt.text.id, self.name, draw.index, self.fingerprint))
+
+    def count(self, refused: Container[str] = ()) -> tuple[int, int]:
+        """Return how many responses are there, and how many are missing."""
+        counts = Counter(map(self.is_done, self.draws(refused)))
+        return counts[True], counts[False]
+
+    def refuse(self, prompt_id: str, reason: str) -> None:
+        if self.config.on_unusable == "raise":
             raise SourceError(
-                f"prompt {prompt_id!r}, source {name!r}: {reason}. Leave such prompts out with `on_unusable: skip`, or "
-                "change them."
+                f"prompt {prompt_id!r}, source {self.name!r}: {reason}. Leave such prompts out with `on_unusable: "
+                "skip`, or change them."
             )
-        skipped[name, prompt_id] = reason
+        self.skipped[self.name, prompt_id] = reason
 
-    source = open_source(settings, "sample")
-    try:
-        too_long = _too_long(source, draws)
-        for prompt_id, reason in too_long.items():
-            refuse(prompt_id, reason)
-        usable = [draw for draw in draws if draw.prompt.text.id not in too_long]
-        batches = missing_batches(
-            usable, lambda draw: 1, config.batch_requests, lambda draw: draw.key in done, whole=source.whole_batches
-        )
+    def run(self) -> Meter:
+        """Load the source and draw the responses that are missing."""
+        source = open_source(self.settings, "sample")
+        try:
+            refused = self._too_long(source)
+            present, missing = self.count(refused)
 
-        def responses() -> Iterator[tuple[Place, Response | Refusal]]:
-            for (number, index), response in source.sample([[draw.request for draw in batch] for batch in batches]):
-                if isinstance(response, Refusal):
-                    refuse(batches[number][index].prompt.text.id, response.reason)
-                else:
-                    progress.advance(1, response.n_tokens)
-                yield (number, index), response
+            def batches() -> Iterator[list[Draw]]:
+                budget = self.config.batch_requests
+                return missing_batches(
+                    self.draws(refused), lambda draw: 1, budget, self.is_done, whole=source.whole_batches
+                )
 
-        def commit(number: int, batch: Mapping[int, Response | Refusal]) -> None:
-            for index, response in batch.items():
-                draw = batches[number][index]
-                # A batch that is done again has some of the responses already.
-                if isinstance(response, Response) and draw.key not in done:
-                    rows.write(_row(draw, response, settings, fingerprint, source.facts.get("seeded", True)))
-                    repaired.extend([(name, draw.prompt.text.id)] * response.repaired)
-            rows.flush()
+            asked = LazyBatches(
+                sum(1 for _ in batches()), batches(), lambda number, batch: [draw.request for draw in batch]
+            )
+            seeded = source.facts.get("seeded", True)
 
-        present = sum(draw.key in done for draw in usable)
-        with meter(f"sample {name}", len(usable), present, unit="responses") as progress:
-            commit_batches(batches, responses(), commit)
-        return progress
-    finally:
-        source.close()
+            def responses() -> Iterator[tuple[Place, Response | Refusal]]:
+                for (number, index), response in source.sample(asked) if missing else ():
+                    writing.check()
+                    if isinstance(response, Refusal):
+                        self.refuse(asked.under_way[number][index].prompt.text.id, response.reason)
+                    else:
+                        progress.advance(1, response.n_tokens)
+                    yield (number, index), response
 
+            def commit(batch: Sequence[Draw], found: Mapping[int, Response | Refusal]) -> None:
+                writing.submit(partial(self._write, batch, found, seeded))
 
-def _too_long(source: Source, draws: Sequence[Draw]) -> dict[str, str]:
-    """Return prompt id -> reason of the prompts that are too long, before hours are spent on the others.
+            title = f"sample {self.name}"
+            with meter(title, present + missing, present, unit="responses") as progress, Background() as writing:
+                commit_batches(asked.under_way, responses(), commit)
+            return progress
+        finally:
+            source.close()
 
-    Servers tokenize prompts themselves: theirs are found on the way.
-    """
-    if source.tokenizer is None:
-        return {}
-    by_prompt = {draw.prompt.text.id: draw.request for draw in draws}
-    prompt_ids = list(by_prompt)
-    _, refused = split_prompts(source.tokenizer, list(by_prompt.values()), source.max_length)
-    return {prompt_ids[index]: refusal.reason for index, refusal in refused.items()}
+    def _write(self, batch: Sequence[Draw], found: Mapping[int, Response | Refusal], seeded: bool) -> None:
+        for index, response in found.items():
+            draw = batch[index]
+            # A batch that is done again has some of the responses already.
+            if isinstance(response, Response) and not self.is_done(draw):
+                self.rows.write(_row(draw, response, self.settings, self.fingerprint, seeded))
+                self.repaired.extend([(self.name, draw.prompt.text.id)] * response.repaired)
+        self.rows.flush()
+
+    def _too_long(self, source: Source) -> frozenset[str]:
+        """Refuse the prompts that are too long, before hours are spent on the others; return their ids.
+
+        Servers tokenize prompts themselves: theirs are found on the way. Prompts that are answered are not looked at.
+        """
+        if source.tokenizer is None:
+            return frozenset()
+        refused = []
+        # The responses to a prompt follow each other: it is looked at once, for the first that is missing.
+        missing = (draw for draw in self.draws() if not self.is_done(draw))
+        first = (next(draws) for _, draws in groupby(missing, lambda draw: draw.prompt.text.id))
+        for part in plan_batches(first, lambda draw: 1, CHECKED_AT_ONCE):
+            _, found = split_prompts(source.tokenizer, [draw.request for draw in part], source.max_length)
+            for index, refusal in sorted(found.items()):
+                self.refuse(part[index].prompt.text.id, refusal.reason)
+                refused.append(part[index].prompt.text.id)
+        return frozenset(refused)
 
 
 def _row(draw: Draw, response: Response, settings: SampledSource, fingerprint: str, seeded: bool) -> dict[str, Any]:
@@ -330,7 +384,7 @@ def _row(draw: Draw, response: Response, settings: SampledSource, fingerprint: s
         "finish_reason": response.finish_reason,
         "n_tokens": response.n_tokens,
         "n_prompt_tokens": response.n_prompt_tokens,
-        "seed": draw.request.seed if seeded else None,
+        "seed": draw.seed if seeded else None,
         "model": settings.model,
         "fingerprint": fingerprint,
     }

@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import stat
@@ -148,6 +149,62 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             f"{path} was written, but its folder cannot be flushed to the disk: {error.strerror or error}. Nothing is "
             f"lost unless the machine fails now; repair the disk, then run the same command again to continue."
         ) from error
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file of ours, which is made if it is not there; it is on the disk afterwards.
+
+    A reader may see the line cut off, and so does everyone after a failure.
+
+    Raises:
+        StoreError: the disk is full, a permission is in the way, or the name is taken by something that is no file.
+    """
+    with suppress(FileNotFoundError):
+        _require_plain(path.lstat().st_mode, path)
+    try:
+        fresh = not path.exists()
+        with open(path, "ab") as file:
+            file.write(f"{line}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
+        if fresh:
+            sync_folder(path.parent)
+    except OSError as error:
+        raise StoreError(
+            f"cannot write {path}: {error.strerror or error}. What was written before is kept; free space or repair "
+            f"the permission, then run the same command again to continue."
+        ) from error
+
+
+def link_or_copy(source: Path, path: Path) -> bool:
+    """Give a file that never changes a second name, or copy it where no link can be made; return whether it is a link.
+
+    Args:
+        source: the file, as :func:`plain_file` returns it.
+        path: a name that no file has.
+
+    Raises:
+        StoreError: as for :func:`new_file`.
+    """
+    try:
+        os.link(source, path)
+    except OSError:  # another file system, one without links, too many of them, a file of somebody else
+        try:
+            with source.open("rb") as file, new_file(path) as copy:
+                shutil.copyfileobj(file, copy, 1 << 20)
+        except OSError as error:
+            raise StoreError(f"{source} cannot be read: {error}. Repair the permission or the disk.") from error
+        return False
+    try:
+        with source.open("rb") as file:
+            os.fsync(file.fileno())  # whoever put it there may not have done it
+        sync_folder(path.parent)
+    except OSError as error:
+        raise StoreError(
+            f"{path} was linked, but cannot be flushed to the disk: {error.strerror or error}. Repair the disk, then "
+            f"run the same command again to continue."
+        ) from error
+    return True
 
 
 def write_atomic(path: Path, data: bytes | memoryview | str) -> None:

@@ -1,13 +1,13 @@
 """Verify, merge and compact folders that exist: stores and folders of rows alike."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fusion_plugins.core.key_set import KeySet
 from fusion_plugins.core.text.content_id import texts_fingerprint
 from fusion_plugins.errors import ConfigError, FusionError, MismatchError, StoreError
 from fusion_plugins.store.files import FolderLock
@@ -61,20 +61,23 @@ def verify(folder: str | Path, *, drop_damaged: bool = False) -> Verdict:
             _ = Store(folder).table
         except FusionError as error:
             problems.append(str(error))
-    seen: Counter[Hashable] = Counter()
+    seen = KeySet()
+    twice: dict[Hashable, None] = {}  # in their order
     for shard in manifest.shards:
         try:
-            seen.update(_checked_keys(folder, shard, _codec_of(manifest)))
+            for key in _checked_keys(folder, shard, _codec_of(manifest)):
+                if key in seen:
+                    twice[key] = None
+                seen.add(key)
         except MismatchError as error:  # the shard is sound, and no other file has what it holds
             problems.append(str(error))
         except StoreError as error:
             problems.append(str(error))
             damaged.append(shard)
-    twice = [key for key, count in seen.items() if count > 1]
     if twice:
         problems.append(
             f"{folder}: expected every key once, got {len(twice)} that appear more often, the first of them "
-            f"{twice[0]!r}. Make the folder again."
+            f"{next(iter(twice))!r}. Make the folder again."
         )
     if not (drop_damaged and damaged):
         return Verdict(manifest, problems, damaged)
@@ -85,7 +88,7 @@ def _codec_of(manifest: AnyManifest) -> Codec[Any]:
     return RecordCodec(manifest) if isinstance(manifest, Manifest) else RowCodec(manifest)
 
 
-def _checked_keys(folder: Path, shard: ShardInfo, codec: Codec[Any]) -> list[Hashable]:
+def _checked_keys(folder: Path, shard: ShardInfo, codec: Codec[Any]) -> list[Any]:
     items = read_items(folder, shard, codec)
     tokens = sum(codec.tokens(item) for item in items)
     if (len(items), tokens) != (shard.rows, shard.tokens):
@@ -136,8 +139,10 @@ def _writer(folder: Path, manifest: AnyManifest, like: Path) -> ShardWriter[Any,
 def merge(parts: Sequence[str | Path], out: str | Path) -> AnyManifest:
     """Join folders that were made with the same settings into one and return its manifest.
 
-    An interrupted merge is continued. A record or row that appears in several parts must be the same in all of them,
-    and is taken once. Parts that cover different texts get a text fingerprint made of theirs.
+    An interrupted merge is continued. A shard none of whose records or rows is there yet is linked, or copied to
+    another file system; small shards, and what is left of others, are written anew. A record or row that appears in
+    several parts must be the same in all of them, and is taken once. Parts that cover different texts get a text
+    fingerprint made of theirs.
 
     Raises:
         ConfigError: there are no parts, or the folder to write is one of them.
@@ -156,7 +161,7 @@ def merge(parts: Sequence[str | Path], out: str | Path) -> AnyManifest:
     with _writer(out, joined, folders[0]) as writer:
         for folder, manifest in zip(folders, manifests, strict=True):
             for shard in manifest.shards:
-                _copy_items(folder, shard, _codec_of(manifest), writer)
+                _take_shard(folder, manifest, shard, writer)
         if all(manifest.complete for manifest in manifests):
             writer.finish()
         writer.flush()
@@ -164,9 +169,16 @@ def merge(parts: Sequence[str | Path], out: str | Path) -> AnyManifest:
         return writer.manifest
 
 
-def _copy_items(folder: Path, shard: ShardInfo, codec: Codec[Any], writer: ShardWriter[Any, AnyManifest]) -> None:
+def _take_shard(folder: Path, manifest: AnyManifest, shard: ShardInfo, writer: ShardWriter[Any, AnyManifest]) -> None:
+    codec = _codec_of(manifest)
     # The keys are a small part of a shard: a merge that is continued passes over what is done without decoding it.
-    if all(writer.holds(key) for key in read_keys(folder, shard, codec)):
+    keys = read_keys(folder, shard, codec)
+    held = sum(map(writer.holds, keys))
+    if held == len(keys):
+        return
+    current = shard.version == codec.version and not writer.is_small(shard)
+    if current and not held and len(set(keys)) == len(keys):
+        writer.adopt(folder, shard, keys, shard.identity or manifest.identity_digest)
         return
     for item in read_items(folder, shard, codec):
         if not writer.holds(codec.key(item)):
@@ -175,6 +187,7 @@ def _copy_items(folder: Path, shard: ShardInfo, codec: Codec[Any], writer: Shard
 
 def _joined_manifest(folders: Sequence[Path], manifests: Sequence[AnyManifest]) -> AnyManifest:
     first = manifests[0]
+    joined: AnyManifest
     changes: dict[str, Any] = {}
     for name in _TEXT_SETS:
         values = {manifest.identity().get(name) for manifest in manifests} - {None}
@@ -188,8 +201,12 @@ def _joined_manifest(folders: Sequence[Path], manifests: Sequence[AnyManifest]) 
     if isinstance(first, Manifest):
         for name in _ENGINE:
             changes[name] = " + ".join(sorted({getattr(manifest, name) for manifest in manifests}))
-        return first.model_copy(update=changes | {"provenance": provenance})
-    return first.model_copy(update={"facts": first.facts | changes, "provenance": provenance})
+        joined = first.model_copy(update=changes | {"provenance": provenance})
+    else:
+        joined = first.model_copy(update={"facts": first.facts | changes, "provenance": provenance})
+    # Shards that are linked keep the identity of their part, and one that a killed merge has left has to be known.
+    carried = {digest for manifest in manifests for digest in (manifest.identity_digest, *manifest.joined)}
+    return joined.model_copy(update={"joined": sorted(carried - {joined.identity_digest})})
 
 
 def _origin(folder: Path, manifest: AnyManifest) -> dict[str, Any]:
@@ -205,12 +222,15 @@ def _refuse_conflicts(folders: Sequence[Path], manifests: Sequence[AnyManifest],
         for folder, manifest in zip(folders, manifests, strict=True)
         for shard in manifest.shards
     ]
-    keys = [read_keys(folder, shard, own) for folder, shard, own in shards]
-    counts = Counter(key for part in keys for key in part)
-    shared = {key for key, count in counts.items() if count > 1}
+    seen, shared = KeySet(), set()
+    for folder, shard, own in shards:
+        for key in read_keys(folder, shard, own):
+            if key in seen:
+                shared.add(key)
+            seen.add(key)
     digests: dict[Hashable, tuple[str, Path]] = {}
-    for (folder, shard, own), part in zip(shards, keys, strict=True):
-        if shared.isdisjoint(part):
+    for folder, shard, own in shards if shared else ():
+        if shared.isdisjoint(read_keys(folder, shard, own)):
             continue
         for item in read_items(folder, shard, own):
             key = codec.key(item)

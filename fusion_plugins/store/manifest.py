@@ -1,7 +1,7 @@
 """The manifest: what a folder holds, how it was made, and which shards belong to it.
 
-It is the only file that is ever replaced, and replacing it is what commits a shard. A step that uses a folder first
-calls :meth:`ManifestBase.require`, which names every setting that differs, with both values.
+Replacing it, or adding a line to the journal beside it, is what commits a shard. A step that uses a folder first calls
+:meth:`ManifestBase.require`, which names every setting that differs, with both values.
 
 A folder may come from a stranger, so a manifest is read as untrusted input: every name in it has one strict form, every
 number has bounds, and a checksum over all fields shows an edit.
@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections import Counter
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -20,6 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import fusion_plugins
 from fusion_plugins.errors import MismatchError, StoreError
 from fusion_plugins.store.files import plain_file, write_atomic
+from fusion_plugins.store.journal import JOURNAL_NAME, Sha256, applied, entries_after, read_journal
+from fusion_plugins.store.journal import ShardInfo as ShardInfo
 
 MANIFEST_NAME = "manifest.json"
 #: bytes of the largest manifest that is read; a shard takes about 200
@@ -32,23 +35,7 @@ _KINDS = {"logprobs": "a store of log-probabilities", "rows": "a folder of respo
 
 #: what a column of a row folder holds
 ColumnKind = Literal["string", "int64", "float64", "bool", "json"]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 Size = Annotated[int, Field(ge=1, lt=1 << 31)]
-
-
-class ShardInfo(BaseModel):
-    """One complete shard."""
-
-    model_config = ConfigDict(frozen=True)
-
-    # The name becomes a path that is read and deleted: a plain name of the one form that writers give, never a path.
-    name: str = Field(pattern=r"^shard-[0-9]{6,12}\.parquet$")
-    rows: Count
-    tokens: Count = Field(description="tokens in a store of log-probabilities, 0 elsewhere")
-    bytes: Count = Field(description="size of the file")
-    sha256: Sha256 = Field(description="of the file")
-    version: int = Field(default=1, ge=1, description="of the layout of its columns")
 
 
 class ManifestBase(BaseModel):
@@ -77,6 +64,9 @@ class ManifestBase(BaseModel):
         default_factory=dict, description="sha256 of each other file of the folder; empty in one of an older version"
     )
     shards: list[ShardInfo] = Field(default_factory=list)
+    joined: list[Sha256] = Field(
+        default_factory=list, description="digests of the identities of the parts of a merge; shards may carry them"
+    )
 
     @property
     def rows(self) -> int:
@@ -137,6 +127,7 @@ class ManifestBase(BaseModel):
             StoreError: there is none, it is damaged, it is of another kind, or of a version that we cannot read.
         """
         path = folder / MANIFEST_NAME
+        journal = read_journal(folder)
         found = _read_json(path)
         kind, expected = found.get("kind"), cls.model_fields["kind"].default
         if kind != expected:
@@ -162,6 +153,8 @@ class ManifestBase(BaseModel):
             problem = error.errors(include_input=False, include_url=False)[0]
             at = ".".join(str(part) for part in problem["loc"])
             raise _damaged(path, f"{at:.200}: {problem['msg']:.200}") from error
+        entries = entries_after(journal, checksum, folder / JOURNAL_NAME)
+        manifest.shards = applied(entries, manifest.shards)
         problem_found = manifest.problem()
         if problem_found:
             raise _damaged(path, problem_found)
@@ -177,16 +170,23 @@ class ManifestBase(BaseModel):
             return f"shards: expected layouts up to version {self.LAYOUT}, got {newest}"
         return None
 
-    def save(self, folder: Path) -> None:
-        """Replace the manifest of a folder atomically; it is written in the current version, with a checksum."""
+    def save(self, folder: Path) -> str:
+        """Replace the manifest of a folder atomically, delete the journal, and return the checksum.
+
+        It is written in the current version.
+        """
         fields = json.loads(self.model_dump_json()) | {"schema_version": self.VERSION}
-        text = json.dumps(fields | {"checksum": _digest(fields)}, indent=1, ensure_ascii=False)
+        checksum = _digest(fields)
+        text = json.dumps(fields | {"checksum": checksum}, indent=1, ensure_ascii=False)
         if len(text) > MANIFEST_BYTES:
             raise StoreError(
                 f"{folder}: expected a manifest of at most {MANIFEST_BYTES:,} bytes, got {len(text):,}. What was "
                 f"written before is kept; write the rest into a folder of its own."
             )
         write_atomic(folder / MANIFEST_NAME, text)
+        with suppress(OSError):  # it belongs to another manifest now; the next save deletes it
+            (folder / JOURNAL_NAME).unlink(missing_ok=True)
+        return checksum
 
 
 class Manifest(ManifestBase):
@@ -205,8 +205,8 @@ class Manifest(ManifestBase):
         "texts_fingerprint",
         "template_hash",
     )
-    VERSION = CHECKED = 3
-    LAYOUT = 2
+    VERSION = 4
+    CHECKED = LAYOUT = 3
 
     kind: Literal["logprobs"] = "logprobs"
     model: str = Field(description="name or path of the source model")
@@ -228,7 +228,8 @@ class Manifest(ManifestBase):
 class RowManifest(ManifestBase):
     """What a folder of responses or scored responses holds."""
 
-    VERSION = CHECKED = 2
+    VERSION = 3
+    CHECKED = 2
 
     kind: Literal["rows"] = "rows"
     stage: str = Field(description="responses | scored | any name")

@@ -1,23 +1,27 @@
 """Reading a store of log-probabilities: by id, or from the first shard to the last.
 
-Shards are mapped into memory and decoded a row group at a time. The list of ids costs a look at each shard's size and
-ids; a shard's checksum is compared before its first record is returned. A store can be pickled and forked: a worker
-opens the files anew, and trusts the checksums that its parent has compared.
+Shards are mapped into memory, some at a time, and a record is unpacked when it is asked for. The list of ids costs a
+look at each shard's size and ids; a shard's checksum is compared before its first record is returned. A store can be
+pickled and forked: a worker opens the files anew, and trusts the checksums that its parent has compared.
 """
 
 import hashlib
 import os
+from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fusion_plugins.core.fusion.types import Record
 from fusion_plugins.errors import MismatchError, StoreError
 from fusion_plugins.store.files import plain_file
+from fusion_plugins.store.id_index import IdIndex
 from fusion_plugins.store.manifest import TABLE_NAME, Manifest
 from fusion_plugins.store.schema import RecordCodec, RecordTable
 from fusion_plugins.store.shards import compare_checksum, open_shard, parquet_file, read_table, reading
@@ -25,8 +29,10 @@ from fusion_plugins.store.shards import compare_checksum, open_shard, parquet_fi
 if TYPE_CHECKING:
     from fusion_plugins.core.text.token_table import TokenTable
 
-#: decoded row groups that a store keeps
+#: row groups that a store keeps; of old layouts they are decoded
 CACHED_GROUPS = 16
+#: shards that a store has open; an operating system maps some 65,000 files into a process
+OPEN_SHARDS = 256
 #: bytes of the largest token table that is read; a token takes about ten
 TABLE_BYTES = 1 << 28
 
@@ -62,7 +68,7 @@ class Store:
         """Start with no file open: at first, and again in a forked worker."""
         # Caches of the instance: as decorators of the methods they would keep every store alive.
         self._pid = os.getpid()
-        self._file = lru_cache(maxsize=None)(self._open_shard)
+        self._file = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
         self._group = lru_cache(maxsize=CACHED_GROUPS)(self._decode_group)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -122,56 +128,72 @@ class Store:
         return data
 
     @cached_property
-    def _places(self) -> dict[str, tuple[int, int, int]]:
-        """Id -> (shard, row group, row of the group)."""
-        places: dict[str, tuple[int, int, int]] = {}
-        for shard in range(len(self.manifest.shards)):
-            file = self._file(shard)
-            with reading(self.path, self.manifest.shards[shard]):
-                ids = iter(read_table(file, columns=self._codec.key_columns)["id"].to_pylist())
-                for group in range(file.num_row_groups):
-                    n_rows = file.metadata.row_group(group).num_rows
-                    places.update((next(ids), (shard, group, row)) for row in range(n_rows))
-        return places
+    def _index(self) -> IdIndex:
+        ids = []
+        for number, shard in enumerate(self.manifest.shards):
+            file, _ = self._file(number)
+            with reading(self.path, shard):
+                ids.append(self._codec.keys(read_table(file, columns=self._codec.key_columns)))
+        return IdIndex(ids)
 
-    def _open_shard(self, shard: int) -> pq.ParquetFile:
-        return open_shard(self.path, self.manifest.shards[shard], self._codec.identity)
+    @cached_property
+    def _shard_starts(self) -> "np.ndarray[Any, np.dtype[np.int64]]":
+        return np.cumsum([0, *(shard.rows for shard in self.manifest.shards)])
+
+    def _place(self, number: int) -> tuple[int, int, int]:
+        """Return shard, row group and row of the group of the record with that number in the store."""
+        shard = int(np.searchsorted(self._shard_starts, number, side="right")) - 1
+        _, starts = self._file(shard)
+        row = number - int(self._shard_starts[shard])
+        group = bisect_right(starts, row) - 1
+        return shard, group, row - starts[group]
+
+    def _open_shard(self, shard: int) -> tuple[pq.ParquetFile, list[int]]:
+        """Return a shard and the first row of each of its row groups."""
+        file = open_shard(self.path, self.manifest.shards[shard], self._codec.identity)
+        with reading(self.path, self.manifest.shards[shard]):
+            rows = (file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+            return file, [0, *accumulate(rows)]
 
     def _decode_group(self, shard: int, group: int) -> RecordTable:
         if shard not in self._checked:
             compare_checksum(self.path, self.manifest.shards[shard])
             self._checked.add(shard)
-        file = self._file(shard)
+        file, _ = self._file(shard)
         with reading(self.path, self.manifest.shards[shard]):
             return self._codec.decode_table(read_table(file, group), self.manifest.shards[shard].version)
 
+    def _read(self, number: int) -> Record:
+        if self._pid != os.getpid():
+            self._open()
+        shard, group, row = self._place(number)
+        table = self._group(shard, group)
+        with reading(self.path, self.manifest.shards[shard]):
+            return table.record(row)
+
     def ids(self) -> list[str]:
         """Return all ids, in the order of the shards."""
-        return list(self._places)
+        return self._index.ids()
 
     def get(self, id: str, default: Record | None = None) -> Record | None:
         """Return the record of that id, or the default."""
-        return self[id] if id in self._places else default
+        number = self._index.find(id)
+        return default if number is None else self._read(number)
 
     def __getitem__(self, id: str) -> Record:
-        try:
-            shard, group, row = self._places[id]
-        except KeyError:
-            raise KeyError(f"{self.path} holds no record {id!r}") from None
-        if self._pid != os.getpid():
-            self._open()
-        return self._group(shard, group).record(row)
+        number = self._index.find(id)
+        if number is None:
+            raise KeyError(f"{self.path} holds no record {id!r}")
+        return self._read(number)
 
     def __contains__(self, id: object) -> bool:
-        return id in self._places
+        return self._index.find(id) is not None
 
     def __len__(self) -> int:
         return self.manifest.rows
 
     def __iter__(self) -> Iterator[Record]:
-        for shard in range(len(self.manifest.shards)):
-            for group in range(self._file(shard).num_row_groups):
-                yield from self._group(shard, group).records()
+        return map(self._read, range(len(self)))
 
 
 def _reopen(path: str, fingerprint: str, checked: set[int]) -> Store:

@@ -5,7 +5,7 @@ which :class:`RowStore` turns back into what was written.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -114,8 +114,8 @@ class RowWriter(ShardWriter[Row, RowManifest]):
         super().__init__(path, manifest, RowCodec(manifest), flush_rows)
 
     @property
-    def done_keys(self) -> set[Key]:
-        """Keys of the rows that are on the disk."""
+    def done_keys(self) -> Set[Key]:
+        """Keys of the rows that are on the disk; to list them reads the shards."""
         return self.done
 
     def write(self, item: Mapping[str, Any], /) -> None:

@@ -1,31 +1,36 @@
 """The generic writer of stores and row folders: the lock, the buffer, and commits through the manifest.
 
-**Order on disk.** First the shard, then the manifest that lists it, then the deletion of shards that it replaces; each
-is on the disk before the next begins. So a writer that stops anywhere leaves a manifest whose shards are all there, and
-perhaps a shard that no manifest lists; the next writer recovers its items.
+**Order on disk.** First the shard, then the manifest or the line of its journal that lists it, then the deletion of
+shards that it replaces; each is on the disk before the next begins. So a writer that stops anywhere leaves a manifest
+whose shards are all there, and perhaps a shard that no manifest lists; the next writer recovers its items.
 """
 
 import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
-from itertools import chain, count
+from itertools import chain, count, takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
+from fusion_plugins.core.key_set import KeySet
 from fusion_plugins.errors import DataError, StoreError
 from fusion_plugins.store.files import (
     FolderLock,
     interrupts_deferred,
+    link_or_copy,
     make_folder,
+    plain_file,
     sync_folder,
     write_atomic,
 )
+from fusion_plugins.store.journal import JOURNAL_NAME, Entry, append_entry
 from fusion_plugins.store.manifest import MANIFEST_NAME, ManifestBase, ShardInfo
-from fusion_plugins.store.shards import Codec, encode_shard, read_items, read_keys, read_unlisted
+from fusion_plugins.store.shards import Codec, compare_checksum, encode_shard, read_items, read_keys, read_unlisted
 
 T = TypeVar("T")
 M = TypeVar("M", bound=ManifestBase)
@@ -39,8 +44,41 @@ LEFTOVER = re.compile(rf"\.({SHARD_PREFIX}[0-9]+|manifest|tokens)\.(parquet|json
 ASIDE_PREFIX = "orphan-"
 #: items per shard
 SHARD_ROWS = 1 << 14
-#: small shards after which they are joined without being asked, so that frequent commits stay cheap
+#: small shards at the end of a folder after which they are joined, also where they do not fill a shard
 MANY_SMALL = 64
+#: commits after which the manifest is written as a whole, if it lists fewer shards; otherwise after as many as it lists
+MANY_ENTRIES = 64
+
+
+class DoneKeys(Set[Any]):
+    """The keys of the items that are in a folder: ``in`` looks one up, iteration reads the shards one after the other.
+
+    Args:
+        known: whether a key is one of them.
+        listed: starts to yield them.
+        count: how many there are.
+    """
+
+    def __init__(
+        self, known: Callable[[Any], bool], listed: Callable[[], Iterator[Any]], count: Callable[[], int]
+    ) -> None:
+        self._known, self._listed, self._count = known, listed, count
+
+    def __contains__(self, key: object) -> bool:
+        return self._known(key)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._listed()
+
+    def __len__(self) -> int:
+        return self._count()
+
+    def __repr__(self) -> str:
+        return repr(set(self))
+
+    @classmethod
+    def _from_iterable(cls, keys: Iterable[Any]) -> Any:
+        return set(keys)
 
 
 class ShardWriter(Generic[T, M]):
@@ -48,6 +86,9 @@ class ShardWriter(Generic[T, M]):
 
     A shard is committed when enough items are buffered, at :meth:`flush`, and at the end of the ``with`` block, also
     when that ends by Ctrl-C or an error. A killed process loses only what was written after the last commit.
+
+    One thread at a time may write; :meth:`holds` may be called by others meanwhile. What is in the folder is remembered
+    in 32 to 64 bytes per key, and a commit takes the same time whatever the number of shards.
 
     Args:
         path: the folder; made if it does not exist, continued if it does.
@@ -81,15 +122,24 @@ class ShardWriter(Generic[T, M]):
         self._buffered: set[Any] = set()
         self._tokens = 0
         self._failed = False
+        #: checksum of the state on the disk, None where the manifest has to be written first; entries of the journal
+        #: since it was written, and shards that it lists
+        self._state: str | None = None
+        self._entries = self._saved = 0
+        self._reading = threading.Lock()
         make_folder(self.path)
         self._lock = FolderLock(self.path)
         try:
             self.manifest = self._resume(manifest, companions or {})
             # Listed shards are looked at first: while one is missing, an unlisted shard may be all that is left of it.
-            self.done: set[Any] = set()
-            for shard in self.manifest.shards:
-                self.done.update(read_keys(self.path, shard, codec))
+            self._keys = KeySet(self.keys())
+            names = [shard.name for shard in self.manifest.shards] + [path.name for path in self.path.iterdir()]
+            numbers = [int(match[1]) for match in map(SHARD_NAME.fullmatch, names) if match]
+            # A name that no file has, rather than none in the manifest: a shard that is not listed may still be needed.
+            self._next_number = 1 + max(numbers, default=-1)
             self._recover_unlisted_shards()
+            if (self.path / JOURNAL_NAME).exists():  # of a writer that was stopped
+                self._save(self.manifest)
         except BaseException as error:
             self._lock.close()
             if isinstance(error, OSError):
@@ -110,7 +160,7 @@ class ShardWriter(Generic[T, M]):
             fresh = wanted.model_copy(
                 update={"schema_version": wanted.VERSION, "files": self._write_companions(companions)}
             )
-            fresh.save(self.path)
+            self._state = fresh.save(self.path)
             return fresh
         found = type(wanted).load(self.path)
         found.require(
@@ -122,7 +172,8 @@ class ShardWriter(Generic[T, M]):
         # version says how to read it.
         missing = {name: content for name, content in companions.items() if name not in found.files}
         files = found.files | self._write_companions(missing)
-        return found.model_copy(update={"schema_version": found.VERSION, "files": files})
+        joined = sorted({*found.joined, *wanted.joined})
+        return found.model_copy(update={"schema_version": found.VERSION, "files": files, "joined": joined})
 
     def _write_companions(self, companions: Companions) -> dict[str, str]:
         """Write the files that every reader needs; return their checksums."""
@@ -140,18 +191,18 @@ class ShardWriter(Generic[T, M]):
         was put back. Nothing is deleted unless its items are in a listed shard.
         """
         listed = {shard.name for shard in self.manifest.shards}
-        held = len(self.done)
+        held = self.manifest.rows
         for path in sorted(self.path.iterdir()):
             if LEFTOVER.fullmatch(path.name) and (path.is_symlink() or not path.is_dir()):
                 path.unlink()
             elif path.name.startswith(SHARD_PREFIX) and path.name not in listed:
                 self._recover(path)
-        if len(self.done) > held:
+        if self.manifest.rows > held:
             noun = self.manifest.NOUN
-            _say(f"{self.path}: recovered {len(self.done) - held} {noun} of shards that were not in the manifest.")
+            _say(f"{self.path}: recovered {self.manifest.rows - held} {noun} of shards that were not in the manifest.")
 
     def _recover(self, path: Path) -> None:
-        items = read_unlisted(path, self._codec)
+        items = read_unlisted(path, self._codec, self.manifest.joined)
         if items is None:
             names = chain([path.name], (f"{path.stem}-{number}{path.suffix}" for number in count(1)))
             asides = (path.with_name(f"{ASIDE_PREFIX}{name}") for name in names)
@@ -169,7 +220,22 @@ class ShardWriter(Generic[T, M]):
 
     def holds(self, key: Hashable) -> bool:
         """Return whether an item with that key was written, now or before."""
-        return key in self.done or key in self._buffered
+        with self._reading:  # a set that grows moves its keys
+            return key in self._buffered or key in self._keys
+
+    @property
+    def done(self) -> DoneKeys:
+        """Keys of the items that are on the disk."""
+        return DoneKeys(self._is_done, self.keys, lambda: len(self._keys))
+
+    def _is_done(self, key: Hashable) -> bool:
+        with self._reading:
+            return key in self._keys
+
+    def keys(self) -> Iterator[Any]:
+        """Yield the key of every item that is on the disk; reads one shard at a time."""
+        for shard in self.manifest.shards:
+            yield from read_keys(self.path, shard, self._codec)
 
     def write(self, item: T, /) -> None:
         """Take one item; a shard is written when enough are buffered.
@@ -190,18 +256,55 @@ class ShardWriter(Generic[T, M]):
 
     def flush(self) -> None:
         """Commit everything that was written so far."""
+        self._flush(draft=True)
+
+    def _flush(self, *, draft: bool) -> None:
+        """Commit what is buffered; a small shard may be a draft, because it will be joined with others."""
         if not self._buffer:
             return
         with interrupts_deferred():
-            self._commit(self._buffer)
-            self.done |= self._buffered
-            self._buffer, self._buffered, self._tokens = [], set(), 0
-        if sum(map(self._is_small, self.manifest.shards)) >= MANY_SMALL:
-            self.compact()
+            self._commit(self._buffer, draft=draft and self._is_small(len(self._buffer), self._tokens))
+            with self._reading:
+                for key in self._buffered:
+                    self._keys.add(key)
+                self._buffer, self._buffered, self._tokens = [], set(), 0
+        tail = self._small_tail()
+        rows, tokens = sum(shard.rows for shard in tail), sum(shard.tokens for shard in tail)
+        # As soon as they fill a shard: many at once would keep the writer busy for a minute.
+        if len(tail) >= MANY_SMALL or rows >= self._limits[0] or tokens >= self._limits[1]:
+            self._join(tail)
+
+    def adopt(self, folder: Path, shard: ShardInfo, keys: Collection[Hashable], identity: str) -> None:
+        """Take a whole shard of another folder: link it or, on another file system, copy it.
+
+        Args:
+            folder: the other folder.
+            shard: one of its shards, in the layout that this writer writes.
+            keys: its keys; the folder must hold none of them.
+            identity: digest that the shard carries.
+
+        Raises:
+            StoreError: the shard is damaged, or the disk is full.
+        """
+        self._flush(draft=False)
+        compare_checksum(folder, shard)
+        with self._committing():
+            taken = shard.model_copy(update={"name": self._new_name(), "identity": identity})
+            if taken.identity == self._codec.identity:
+                taken = taken.model_copy(update={"identity": None})
+            if not link_or_copy(plain_file(folder / shard.name), self.path / taken.name):
+                compare_checksum(self.path, taken)
+            self._list([taken])
+        with self._reading:
+            for key in keys:
+                self._keys.add(key)
 
     def compact(self) -> None:
         """Join neighbouring small shards, and rewrite those of an older version; a group at a time, each atomically."""
-        for group in self._groups():
+        self._join(self.manifest.shards)
+
+    def _join(self, shards: Sequence[ShardInfo]) -> None:
+        for group in self._groups(shards):
             self._commit([item for shard in group for item in read_items(self.path, shard, self._codec)], group)
 
     def drop(self, keys: Collection[Hashable]) -> None:
@@ -215,16 +318,25 @@ class ShardWriter(Generic[T, M]):
             if not gone.isdisjoint(read_keys(self.path, shard, self._codec)):
                 items = read_items(self.path, shard, self._codec)
                 self._commit([item for item in items if self._codec.key(item) not in gone], [shard])
-        self.done -= gone
+        with self._reading:
+            self._keys = KeySet(self.keys())
 
-    def _is_small(self, shard: ShardInfo) -> bool:
-        return 2 * shard.rows < self._limits[0] and 2 * shard.tokens < self._limits[1]
+    def is_small(self, shard: ShardInfo) -> bool:
+        """Return whether a shard is to be joined with its neighbours."""
+        return self._is_small(shard.rows, shard.tokens)
 
-    def _groups(self) -> list[list[ShardInfo]]:
+    def _is_small(self, rows: int, tokens: int) -> bool:
+        return 2 * rows < self._limits[0] and 2 * tokens < self._limits[1]
+
+    def _small_tail(self) -> list[ShardInfo]:
+        """Return the small shards at the end."""
+        return list(takewhile(self.is_small, reversed(self.manifest.shards)))[::-1]
+
+    def _groups(self, shards: Sequence[ShardInfo]) -> list[list[ShardInfo]]:
         """Return runs of neighbouring shards that fit into one, and shards of an older version, alone if need be."""
         groups: list[list[ShardInfo]] = [[]]
-        for shard in self.manifest.shards:
-            if shard.version >= self._codec.version and not self._is_small(shard):
+        for shard in shards:
+            if shard.version >= self._codec.version and not self.is_small(shard):
                 groups.append([])
                 continue
             together = [*groups[-1], shard]
@@ -251,25 +363,22 @@ class ShardWriter(Generic[T, M]):
                 self._failed = True
                 raise
 
-    def _commit(self, items: list[T], replaced: Collection[ShardInfo] = ()) -> None:
-        """Write items as a shard and put it into the manifest, in place of others if they are named."""
-        gone = {shard.name for shard in replaced}
+    def _commit(self, items: list[T], replaced: Collection[ShardInfo] = (), *, draft: bool = False) -> None:
+        """Write items as a shard and list it, in place of others if they are named."""
         with self._committing():
-            added = [self._write_shard(items)] if items else []
-            shards = self.manifest.shards
-            place = next((index for index, shard in enumerate(shards) if shard.name in gone), len(shards))
-            kept = [shard for shard in shards[place:] if shard.name not in gone]
-            self._update(shards=[*shards[:place], *added, *kept])
-        for name in gone:
+            self._list([self._write_shard(items, draft)] if items else [], [shard.name for shard in replaced])
+        for shard in replaced:
             with suppress(OSError):  # the next writer deletes it
-                (self.path / name).unlink(missing_ok=True)
+                (self.path / shard.name).unlink(missing_ok=True)
 
-    def _write_shard(self, items: list[T]) -> ShardInfo:
-        # A name that no file has, rather than none in the manifest: a shard that is not listed may still be needed.
-        names = [shard.name for shard in self.manifest.shards] + [path.name for path in self.path.iterdir()]
-        numbers = [int(match[1]) for match in map(SHARD_NAME.fullmatch, names) if match]
-        name = f"{SHARD_PREFIX}{1 + max(numbers, default=-1):06d}.parquet"
-        data, tokens = encode_shard(items, self._codec)
+    def _new_name(self) -> str:
+        name = f"{SHARD_PREFIX}{self._next_number:06d}.parquet"
+        self._next_number += 1
+        return name
+
+    def _write_shard(self, items: list[T], draft: bool) -> ShardInfo:
+        name = self._new_name()
+        data, tokens = encode_shard(items, self._codec, draft=draft)
         write_atomic(self.path / name, data)
         return ShardInfo(
             name=name,
@@ -280,26 +389,39 @@ class ShardWriter(Generic[T, M]):
             version=self._codec.version,
         )
 
-    def _update(self, **changes: object) -> None:
-        updated = self.manifest.model_copy(update=changes)
-        if updated.rows != self.manifest.rows:
+    def _list(self, added: list[ShardInfo], removed: Sequence[str] = ()) -> None:
+        """Put shards into the manifest, in place of those that are removed; this is the commit."""
+        entry = Entry(after=self._state or "0" * 64, removed=list(removed), added=added)
+        updated = self.manifest.model_copy(update={"shards": entry.applied(self.manifest.shards)})
+        if updated.complete and updated.rows != self.manifest.rows:
             updated.complete = False  # until finish() says so: what is being added may be stopped half way
-        updated.save(self.path)
-        self.manifest = updated
+        many = self._entries >= max(MANY_ENTRIES, self._saved)
+        if self._state is None or many or updated.complete != self.manifest.complete:
+            self._save(updated)
+            return
+        append_entry(self.path, entry)
+        self._state, self._entries, self.manifest = entry.checksum, self._entries + 1, updated
+
+    def _save(self, manifest: M) -> None:
+        self._state = manifest.save(self.path)
+        self._entries, self._saved, self.manifest = 0, len(manifest.shards), manifest
 
     def finish(self) -> None:
         """Commit, join small shards, and mark the folder complete."""
-        self.flush()
+        self._flush(draft=False)
         self.compact()
         if not self.manifest.complete:
             with self._committing():
-                self._update(complete=True)
+                self._save(self.manifest.model_copy(update={"complete": True}))
 
     def close(self) -> None:
-        """Commit what is buffered and let the next writer in."""
+        """Commit what is buffered, put the journal into the manifest, and let the next writer in."""
         try:
             if not self._failed:
-                self.flush()
+                self._flush(draft=False)
+                if self._entries:
+                    with self._committing():
+                        self._save(self.manifest)
         finally:
             self._lock.close()
 
@@ -312,8 +434,8 @@ class ShardWriter(Generic[T, M]):
         self.close()
         if kind is KeyboardInterrupt:
             _say(
-                f"Stopped. {len(self.done)} {self.manifest.NOUN} are safe in {self.path}; run the same command again "
-                f"to resume."
+                f"Stopped. {self.manifest.rows} {self.manifest.NOUN} are safe in {self.path}; run the same command "
+                f"again to resume."
             )
 
 

@@ -1,5 +1,6 @@
 """Writing a store of log-probabilities: capture writes its records here and resumes where it stopped."""
 
+from collections.abc import Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,8 +52,8 @@ class StoreWriter(ShardWriter[Record, Manifest]):
         super().__init__(path, manifest, RecordCodec(manifest), flush_records, {TABLE_NAME: table_bytes})
 
     @property
-    def done_ids(self) -> set[str]:
-        """Ids of the records that are on the disk."""
+    def done_ids(self) -> Set[str]:
+        """Ids of the records that are on the disk; to list them reads the shards."""
         return self.done
 
     def write(self, item: Record, /) -> None:

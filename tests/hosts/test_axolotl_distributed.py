@@ -36,10 +36,12 @@ def test_two_processes_train_as_one_with_twice_the_batch(material, run_folder, a
     plugins = [PLUGIN, "averaging_plugin.AveragingPlugin"] if averaged else [PLUGIN]
     common = IN_ORDER | {"val_set_size": 7, "eval_batch_size": 2, "eval_steps": 2, "learning_rate": 1e-12}
     settings = config(material, run_folder, micro_batch_size=1, max_memory={"cpu": "8GiB"}, plugins=plugins, **common)
+    # Rows that the loaders of both processes fuse, beside rows that were fused before.
+    settings["fusion"]["prepared"] = "stores" if averaged else "rows"
     entries, evaluations = two_processes(settings, run_folder, ACCELERATE_USE_CPU="true")
     losses = [float(entry["loss"]) for entry in entries]
     single = train(config(material, run_folder, micro_batch_size=2, **common), run_folder)
-    for name in ("lm_loss", "fusion_loss", "fusion_coverage", "lm_weight"):
+    for name in ("lm_loss", "fusion_loss", "fusion_coverage", "lm_weight", "kept_mass", "share_digits"):
         assert [float(entry[name]) for entry in entries] == pytest.approx(logged(single, name), rel=2e-3), name
         whole = logged(single, f"eval_{name}")[-1]
         assert float(evaluations[-1][f"eval_{name}"]) == pytest.approx(whole, rel=2e-3), name

@@ -19,6 +19,7 @@ from fusion_plugins.axolotl.preference_rows import (
 )
 from fusion_plugins.axolotl.target_tokenizer import Answer, TargetTokenizer
 from fusion_plugins.core import Candidate
+from fusion_plugins.core.preferences.candidates import as_candidate
 from fusion_plugins.core.text.token_table import Role
 from fusion_plugins.errors import DataError
 
@@ -118,6 +119,13 @@ def test_reasoning_and_tool_calls_are_in_the_form_of_the_template():
     assert answer.text == target.tokenizer.decode(answer.answer_ids)
     row = preference_row(answer, target.answer("2 + 3?", "<think>\nhm\n</think>\n\nfive", tools=tools))
     assert target.tokenizer.decode(row["prompt_ids"]) == answer.prompt
+
+
+@pytest.mark.parametrize("thought", ["42", "true", '"quoted"', "[1, 2]", '{"a": 1}', "null", "hm"])
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_of_a_table_is_a_text_whatever_it_looks_like(name, thought):
+    row = {"prompt_id": "p", "source": "s", "prompt": "?", "response": "five", name: thought}
+    assert conversation(as_candidate(row, 0))["reply"] == {"content": "five", "reasoning_content": thought}
 
 
 def test_calls_of_a_table_reach_the_template_as_json_or_as_arrow_writes_them():

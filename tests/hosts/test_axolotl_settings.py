@@ -23,6 +23,7 @@ OPEN = {
     "loss": list(get_registry("losses")),
     "lm_loss_weight": [0, 1, 0.25],
     "temperature": [0.5, 2],
+    "loss_chunk": [1, 256, None, "none"],
     "top_k": [1, 100, None, "none"],
     "alignment.method": list(get_registry("aligners")),
     "projection.max_distance": [0, 3, None, "none"],
@@ -128,7 +129,7 @@ def test_a_null_arrives_or_is_refused(material, run_folder, monkeypatch):
         else:
             taken.append(".".join(path))
             assert read(block, path) is None
-    nullable = ["top_k", "projection.max_distance", "pairs", "sft", "split"]
+    nullable = ["top_k", "loss_chunk", "projection.max_distance", "pairs", "sft", "split"]
     nullable += [f"{group}.{key}" for group in ("pairs", "split.pairs") for key in NULLABLE_OF_PAIRS]
     assert sorted(taken) == sorted(nullable)
     assert len(messages) > 20

@@ -18,7 +18,7 @@ def test_a_score_without_a_result_is_neither_right_nor_wrong():
 
 
 def test_the_shipped_scorers_are_registered_under_their_names():
-    assert set(SCORERS) == {"math", "code", "reward"}
+    assert set(SCORERS) == {"math", "code", "reward", "judge"}
     assert {name: get_registry("scorers")[name] for name in SCORERS} == SCORERS
 
 

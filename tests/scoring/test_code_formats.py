@@ -1,6 +1,9 @@
 """Every format of tests: a right program passes, a wrong one fails, and nothing passes unchecked."""
 
+import base64
 import json
+import pickle
+import zlib
 
 import pytest
 
@@ -45,6 +48,16 @@ KODCODE = (
     "def test_values(x, y):\n    assert f(x) == y\n\n"
     "def test_error():\n    with pytest.raises(TypeError):\n        f('a')\n"
 )
+
+
+def packed(text, protocol=4):
+    return base64.b64encode(zlib.compress(pickle.dumps(text, protocol))).decode()
+
+
+class Harmful:
+    def __reduce__(self):
+        return print, ("unpickled",)
+
 
 MERGE = "```python\nfrom heapq import *\nclass Solution:\n    def merge(self, x):\n        return sorted(x)\n```"
 WRONG_MERGE = MERGE.replace("sorted(x)", "x")
@@ -222,6 +235,44 @@ FORMATS = {
         METHOD,
         WRONG_METHOD,
     ),
+    "LiveCodeBench, public and private": (
+        {
+            "public_test_cases": '[{"input": "1 1", "output": "2", "testtype": "stdin"}]',
+            "private_test_cases": packed('[{"input": "5 3", "output": "8", "testtype": "stdin"}]'),
+            "metadata": "{}",
+        },
+        SUM,
+        SUM.replace("a + b", "2"),
+    ),
+    "LiveCodeBench, functions, packed": (
+        {
+            "public_test_cases": "[]",
+            "private_test_cases": packed('[{"input": "1", "output": "2", "testtype": "functional"}]'),
+            "metadata": '{"func_name": "f"}',
+        },
+        METHOD,
+        WRONG_METHOD,
+    ),
+    "packed tests alone": (packed('{"inputs": ["1 2"], "outputs": ["3"]}', 2), SUM, DIFFERENCE),
+    "CodeContests": (
+        {
+            "public_tests": {"input": ["1 1\n"], "output": ["2\n"]},
+            "private_tests": {"input": [], "output": []},
+            "generated_tests": {"input": ["5 3\n"], "output": ["8\n"]},
+        },
+        SUM,
+        SUM.replace("a + b", "2"),
+    ),
+    "LeetCodeDataset": (
+        {
+            "test": CHECK.replace("candidate(1)", "candidate(x = 1)"),
+            "entry_point": "Solution().f",
+            "input_output": [{"input": "x = 1", "output": "2"}],
+        },
+        METHOD,
+        WRONG_METHOD,
+    ),
+    "arguments by name": ({"fn_name": "f", "inputs": ["x = 1"], "outputs": ["2"]}, METHOD, WRONG_METHOD),
     "results in mappings": (
         {"fn_name": "f", "inputs": [[2]], "outputs": [{"2": 0.5}]},
         "```python\ndef f(x):\n    return {x: 1 / x}\n```",
@@ -288,6 +339,10 @@ UNCHECKED = {
     "another mapping": {"cases": 3},
     "an entry point that is none": {"test": CHECK, "entry_point": "a b"},
     "a test that does not compile": ["assert f(1) =="],
+    "a pickle that is more than a text": {"private_test_cases": packed(["assert f(1) == 2"])},
+    "a pickle that runs code": {"private_test_cases": packed(Harmful())},
+    "a pickle that is cut off": {"private_test_cases": packed("[]")[:-8]},
+    "cases that are none": {"public_test_cases": "three"},
     "a package that is not there": "import surely_not_installed\nassert f(1) == 2",
     "the metadata of LiveCodeBench without a name": {
         "tests": '[{"input": "1", "output": "2", "testtype": "functional"}]',
@@ -303,6 +358,7 @@ def test_tests_that_check_nothing_are_no_verdict_with_a_reason(scorer):
     keys = [(name, right) for name in UNCHECKED for right in (True, False)]
     found = dict(zip(keys, scorer.score(rows), strict=True))
     assert {key: score for key, score in found.items() if score.correct is not None or not score.reason} == {}
+    assert "expected a pickle of one text" in found["a pickle that runs code", True].reason
     assert found["check without an entry point", True].reason.endswith("add it to the tests")
     assert "surely_not_installed" in found["a package that is not there", True].reason
 

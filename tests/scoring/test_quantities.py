@@ -141,7 +141,7 @@ def test_other_answers_are_others(one, other):
 
 @pytest.mark.parametrize(
     "text",
-    ["x^2", "2 pi", "2 sqrt 3", "5x", "3x+2=5", "(1,2)", r"11\sqrt{2}", "4k", "yes", "", "3, -1", "y=2x+3", "I think"],
+    ["x^2", "2 pi", "2 sqrt 3", "5x", "3x+2=5", "(1,2)", r"11\sqrt{2}", "yes", "", "3, -1", "y=2x+3", "I think"],
 )
 def test_formulas_and_words_are_left_to_math_verify(text):
     assert read(text).kind == ""
@@ -159,7 +159,7 @@ def test_arithmetic_that_nobody_has_carried_out_is_not_worked_out(text):
     "text", ["1e999999999", "10^{999}", "9" * 5000, "1/0", "0/0", "25:99", "13/13/2020", "万", "-", "$"]
 )
 def test_what_looks_like_a_quantity_and_is_none_ends_no_run(text):
-    assert read(text).kind in ("", "number")
+    assert read(text).kind in ("", "number", "ratio")
 
 
 def test_values_are_exact():

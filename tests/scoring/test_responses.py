@@ -102,6 +102,34 @@ def test_files_of_other_tools_are_scored(tmp_path: Path, scorers: dict[str, Equa
     assert (last["prompt"], last["domain"], last["tests"]) == (CHAT, "instruction", ["assert f()"])
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_beside_a_response_is_put_in_front_of_it(tmp_path: Path, name: str) -> None:
+    rows = [
+        ROW | {name: "1 and 1\n"},
+        ROW | {name: "1 and", "response": None, "finish_reason": "length"},
+        ROW | {name: "1 and 1", "response": None, "finish_reason": "stop"},
+        ROW | {name: "said twice", "response": "<think>\nsaid twice\n</think>\n\n2"},
+        ROW | {name: " "},
+        ROW | {name: {"effort": "low"}},
+        ROW | {name: None, "thinking": "so"} if name != "thinking" else ROW | {name: "so"},
+    ]
+    found = [row["response"] for row in open_responses(write_lines(tmp_path / "responses.jsonl", rows))]
+    assert found == [
+        "<think>\n1 and 1\n</think>\n\n2",
+        "<think>\n1 and",
+        "<think>\n1 and 1\n</think>\n\n",
+        "<think>\nsaid twice\n</think>\n\n2",
+        "2",
+        "2",
+        "<think>\nso\n</think>\n\n2",
+    ]
+
+
+def test_a_row_with_neither_response_nor_reasoning_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="got no response"):
+        open_responses(write_lines(tmp_path / "responses.jsonl", [ROW | {"response": None, "reasoning": ""}]))
+
+
 def test_a_file_is_continued_where_it_stopped_and_where_it_grew(tmp_path: Path, scorers: dict[str, Equal]) -> None:
     file = write_lines(tmp_path / "responses.jsonl", ROWS)
     assert score(file, tmp_path / "scored", limit=2).scored == 2

@@ -1,5 +1,6 @@
 """The sandbox as the driver sees it: failing closed, ending what it started."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import fusion_plugins.scoring.sandbox as sandbox_module
+import fusion_plugins.scoring.sandbox_limits as limits_module
+import fusion_plugins.scoring.sandbox_worker as worker_module
 from fusion_plugins.errors import ConfigError, ScoringError
 from fusion_plugins.scoring.sandbox import Limits, Sandbox
 
@@ -26,9 +29,13 @@ def test_nothing_of_a_program_survives_its_sandbox(tmp_path, short_limits):
     folder.mkdir()
     program = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(1000)\n"
     inside = Sandbox(Limits(**short_limits), packages=[str(folder)])
-    assert not _processes_with(folder)
+    before = _processes_with(folder)
     assert inside.run(program, ["pass"]).tests[0].verdict == "passed"
-    time.sleep(0.2)
+    assert _processes_with(folder) == before
+    inside.close()
+    deadline = time.monotonic() + 20
+    while _processes_with(folder) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert not _processes_with(folder)
 
 
@@ -54,8 +61,7 @@ def test_a_closed_sandbox_kills_a_program_that_another_thread_starts(short_limit
     inside.close()
     started = time.monotonic()
     outcome = inside.run("", ["import time; time.sleep(100)"])
-    assert outcome.failure is not None
-    assert "status -9" in outcome.failure
+    assert outcome.failure == "the sandbox is closed"
     assert time.monotonic() - started < short_limits["wall_seconds"]
 
 
@@ -64,11 +70,110 @@ def test_limits_that_are_not_above_0_are_named():
         Limits(memory=0, disk=-1)
 
 
-def test_a_sandbox_that_does_not_answer_in_time_is_no_verdict(sandbox, monkeypatch):
-    monkeypatch.setattr(sandbox_module, "GRACE_SECONDS", 0.5 - sandbox.limits.total_seconds)
-    outcome = sandbox.run("import time; time.sleep(100)", ["pass"])
-    assert outcome.failure == "the sandbox gave no verdict in time"
-    assert outcome.tests == ()
+def test_a_helper_that_is_killed_or_stopped_is_a_reason_and_the_next_run_works(short_limits, monkeypatch, descendants):
+    inside = Sandbox(Limits(**short_limits))
+    for number, reason in (
+        (signal.SIGKILL, "the sandbox ended with status"),
+        (signal.SIGSTOP, "gave no verdict in time"),
+    ):
+        assert inside.run("", ["pass"]).tests[0].verdict == "passed"
+        (helper,) = (process for process in descendants(os.getpid()) if _is_runner(process, inside))
+        monkeypatch.setattr(worker_module, "GRACE_SECONDS", 0.5)
+        os.kill(helper, number)
+        outcome = inside.run("", ["pass"])
+        monkeypatch.undo()
+        assert reason in outcome.failure
+        assert outcome.tests == ()
+    assert inside.run("", ["pass"]).tests[0].verdict == "passed"
+    inside.close()
+
+
+def _is_runner(process, inside):
+    (worker,) = inside._all
+    return process in limits_module.children(worker.process.pid)
+
+
+FORK = "import os, time\nfor _ in range(8):\n    if os.fork() == 0:\n        {}\n        os._exit(0)\n"
+#: program that takes together what each of its processes may take alone -> verdict, part of the reason
+TOGETHER = {
+    "memory": (
+        FORK.format("kept = b'x' * (120 << 20); time.sleep(9)") + "time.sleep(9)",
+        "crashed",
+        "512 MiB of memory",
+    ),
+    "memory that is shared": (
+        "import mmap\nkept = []\n"
+        + FORK.format("m = mmap.mmap(-1, 120 << 20); m[:] = bytes(120 << 20); time.sleep(9)")
+        + "time.sleep(9)",
+        "crashed",
+        "512 MiB of memory",
+    ),
+    "memory of a child's children": (
+        FORK.replace("8", "5").format("os.fork() or os.setsid(); kept = b'x' * (75 << 20); time.sleep(9)")
+        + "time.sleep(9)",
+        "crashed",
+        "512 MiB of memory",
+    ),
+    "processor time": (
+        FORK.format("end = time.time() + 0.9\n        while time.time() < end: pass") + "time.sleep(9)",
+        "timeout",
+        "time limit",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TOGETHER)
+def test_all_processes_of_a_test_share_its_limits(sandbox, what):
+    code, verdict, reason = TOGETHER[what]
+    started = time.monotonic()
+    (test,) = sandbox.run(code, ["pass"]).tests
+    assert (test.verdict, reason in test.error) == (verdict, True), test
+    assert time.monotonic() - started < 20
+
+
+def test_a_test_finds_nothing_of_the_one_before(sandbox):
+    spoil = (
+        "import builtins, sys, os, random, json, unittest\nbuiltins.len = json.loads = None\n"
+        "sys.modules['re'] = None\nunittest.TestCase.assertEqual = None\n"
+        "open('/tmp/left', 'w').write('x')\nos.environ['LEFT'] = 'x'\nos.chdir('/')\n"
+        "secret = 'the ' + 'expected ' + 'value'\nos.umask(0o777)\nsys.path.insert(0, '/tmp')"
+    )
+    clean = (
+        "import ctypes, gc, os, re, json, sys, unittest\n"
+        "assert len(json.loads('[1]')) == 1 and unittest.TestCase.assertEqual\n"
+        "assert os.listdir('/tmp') == [] and 'LEFT' not in os.environ and os.getcwd() == "
+        "'/tmp' and '/tmp' not in sys.path\nwanted = 'the ' + 'expected ' + 'value'\n"
+        "assert sum(wanted in repr(thing) for thing in gc.get_objects() if type(thing) "
+        "in (str, bytes, dict)) <= 1"
+    )
+    for _ in range(2):
+        assert [test.verdict for test in sandbox.run("", [spoil, clean]).tests] == ["passed", "passed"]
+    draws = {sandbox.run("import random", [f"assert random.random() * {n} < 0.5"]).tests[0].verdict for n in [1] * 12}
+    assert draws == {"passed", "failed"}
+
+
+def test_what_fills_the_disk_is_a_verdict_and_gone_in_the_next_test(sandbox):
+    fill = {
+        "bytes": "for n in range(99):\n    open(f'/tmp/{n}', 'wb').write(bytes(1 << 20))",
+        "files": "for n in range(10**6):\n    open(f'/tmp/{n}', 'w').close()",
+        "folders": "import os\nfor n in range(10**6):\n    os.mkdir(f'/tmp/{n}')",
+    }
+    for code in fill.values():
+        full, after = sandbox.run(
+            "", [code, "import os; open('x', 'wb').write(bytes(1 << 20)); assert os.listdir() == ['x']"]
+        ).tests
+        assert full.verdict == "failed"
+        assert "No space left on device" in full.error
+        assert after.verdict == "passed"
+    # Also where the checks need the disk themselves.
+    test = {"kind": "pytest", "source": "def test_a():\n    assert False"}
+    (found,) = sandbox.run(
+        fill["files"]
+        .replace("open", "try:\n        open")
+        .replace("close()", "close()\n    except OSError:\n        break"),
+        [test],
+    ).tests
+    assert found.verdict == "failed"
 
 
 def _processes_with(folder):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fusion_plugins.scoring import sandbox_launcher
-from fusion_plugins.scoring.sandbox import LAUNCHER, LAUNCHER_FAILED, Limits, Sandbox
+from fusion_plugins.scoring.sandbox import Limits, Sandbox
+from fusion_plugins.scoring.sandbox_worker import LAUNCHER
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ ESCAPES = {
 @pytest.mark.parametrize("program", ESCAPES.values(), ids=ESCAPES)
 @pytest.mark.usefixtures("secret")
 def test_a_program_cannot_escape(sandbox, program):
-    outcome = sandbox.run("", [program, "import os; assert os.listdir('/tmp') and not os.path.exists('/here')"])
+    outcome = sandbox.run("", [program, "import os; assert not os.listdir('/tmp') and not os.path.exists('/here')"])
     assert outcome.failure is None
     assert outcome.tests[0].verdict in ("failed", "timeout", "crashed"), outcome
     assert outcome.tests[1].verdict == "passed", outcome
@@ -91,10 +91,6 @@ def test_without_namespaces_nothing_runs():
     assert "create namespaces" in run.stdout
     assert "Operation not permitted" in run.stdout
     assert "user namespaces allowed" in run.stdout
-
-
-def test_the_driver_knows_the_status_of_a_missing_wall():
-    assert sandbox_launcher.FAILED == LAUNCHER_FAILED
 
 
 def test_programs_import_only_from_the_folders_that_are_given(tmp_path, short_limits):

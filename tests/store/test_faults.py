@@ -135,7 +135,7 @@ class Disk:
     def __init__(self, patch: pytest.MonkeyPatch, fail_at: int = 0, how: str = "before") -> None:
         self.calls: list[str] = []
         self.fail_at, self.how = fail_at, how
-        for name in ("replace", "rename", "unlink"):
+        for name in ("replace", "rename", "unlink", "link"):
             patch.setattr(os, name, self.failing(name, getattr(os, name)))
         patch.setattr(
             os, "fsync", self.failing("fsync", lambda descriptor: None)

@@ -1,5 +1,7 @@
 """verify, merge and compact: what they refuse and what they leave."""
 
+import errno
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -11,7 +13,7 @@ from store_contents import command, make_store
 from store_samples import changed, manifest, record, table
 
 from fusion_plugins.errors import ConfigError, MismatchError, StoreError
-from fusion_plugins.store import RowWriter, Store, StoreWriter, maintain, open_rows, open_store
+from fusion_plugins.store import RowWriter, Store, StoreWriter, maintain, open_rows, open_store, shard_writer
 from fusion_plugins.store.maintain import compact, merge, verify
 from fusion_plugins.store.manifest import load_manifest
 
@@ -138,14 +140,14 @@ def test_an_interrupted_merge_keeps_its_records_and_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parts = [make_store(tmp_path / "a", range(3)), make_store(tmp_path / "b", range(3, 6))]
-    copy = maintain._copy_items
+    take = maintain._take_shard
 
     def press_ctrl_c(folder: Path, *rest: Any) -> None:
         if folder == parts[1]:
             signal.raise_signal(signal.SIGINT)
-        copy(folder, *rest)
+        take(folder, *rest)
 
-    monkeypatch.setattr(maintain, "_copy_items", press_ctrl_c)
+    monkeypatch.setattr(maintain, "_take_shard", press_ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         merge(parts, tmp_path / "all")
     assert "3 records are safe in" in capsys.readouterr().err
@@ -153,3 +155,93 @@ def test_an_interrupted_merge_keeps_its_records_and_says_how_to_go_on(
     monkeypatch.undo()
     merge(parts, tmp_path / "all")
     assert len(open_store(tmp_path / "all")) == 6
+
+
+def large_rows(folder: Path, numbers: range, **facts: object) -> Path:
+    """A folder whose shard is too large to be joined with others."""
+    layout = store_jobs.rows_manifest().model_copy(update={"facts": facts})
+    with RowWriter(folder, layout) as writer:
+        for number in numbers:
+            writer.write({"prompt_id": f"p{number}", "index": 0, "response": str(number), "extra": None})
+        writer.finish()
+    return folder
+
+
+def inodes(folder: Path) -> dict[int, str]:
+    return {path.stat().st_ino: path.name for path in folder.glob("shard-*.parquet")}
+
+
+@pytest.mark.parametrize("linked", [True, False])
+@pytest.mark.parametrize("texts", ["the same texts", "other texts"])
+def test_merge_takes_large_shards_as_they_are(
+    tmp_path: Path, linked: bool, texts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = large_rows(tmp_path / "a", range(9000), prompts_fingerprint="the same texts")
+    second = large_rows(tmp_path / "b", range(9000, 18_100), prompts_fingerprint=texts)
+    small = large_rows(tmp_path / "c", range(18_000, 18_200), prompts_fingerprint=texts)
+    if not linked:
+
+        def refuse(*arguments: object) -> None:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+        monkeypatch.setattr(os, "link", refuse)
+    encoded: list[int] = []
+    encode = shard_writer.encode_shard
+
+    def noted(items: list[Any], *rest: Any, **options: Any) -> Any:
+        encoded.append(len(items))
+        return encode(items, *rest, **options)
+
+    monkeypatch.setattr(shard_writer, "encode_shard", noted)
+    joined = merge([first, second, small], tmp_path / "all")
+    assert encoded == [100]
+    assert joined.complete
+    assert [row["response"] for row in open_rows(tmp_path / "all")] == [str(number) for number in range(18_200)]
+    assert verify(tmp_path / "all").problems == []
+    shared = inodes(tmp_path / "all").keys() & {**inodes(first), **inodes(second)}.keys()
+    assert len(shared) == (2 if linked else 0)
+    shutil.rmtree(first)
+    assert len(list(open_rows(tmp_path / "all"))) == 18_200
+    assert merge([tmp_path / "all"], tmp_path / "again").rows == 18_200
+    assert len(list(open_rows(tmp_path / "again"))) == 18_200
+
+
+def test_merge_refuses_large_shards_that_disagree_and_does_not_link_a_damaged_one(tmp_path: Path) -> None:
+    first = large_rows(tmp_path / "a", range(9000))
+    with RowWriter(tmp_path / "b", store_jobs.rows_manifest()) as writer:
+        writer.write({"prompt_id": "p8999", "index": 0, "response": "another", "extra": None})
+    with pytest.raises(MismatchError, match=r"expected the same \('p8999', 0\) in all parts"):
+        merge([first, tmp_path / "b"], tmp_path / "all")
+    assert not (tmp_path / "all").exists()
+    shard = first / "shard-000000.parquet"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(StoreError, match=r"shard-000000\.parquet is damaged"):
+        merge([first], tmp_path / "all")
+    assert list((tmp_path / "all").glob("shard-*")) == []
+
+
+def test_a_shard_that_a_killed_merge_has_linked_and_not_listed_is_taken_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = [
+        large_rows(tmp_path / name, numbers, prompts_fingerprint=name)
+        for name, numbers in {"a": range(9000), "b": range(9000, 18_000)}.items()
+    ]
+    link = shard_writer.link_or_copy
+
+    def killed(*arguments: Path) -> bool:
+        link(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shard_writer, "link_or_copy", killed)
+    with pytest.raises(KeyboardInterrupt):
+        merge(parts, tmp_path / "all")
+    assert len(inodes(tmp_path / "all")) == 1
+    assert len(open_rows(tmp_path / "all")) == 0
+    monkeypatch.undo()
+    assert merge(parts, tmp_path / "all").rows == 18_000
+    assert "recovered 9000 rows of shards" in capsys.readouterr().err
+    assert [row["response"] for row in open_rows(tmp_path / "all")] == [str(number) for number in range(18_000)]
+    assert list((tmp_path / "all").glob("orphan-*")) == []

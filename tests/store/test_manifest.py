@@ -54,7 +54,7 @@ def test_a_sound_folder_of_a_later_version_is_not_called_damaged(tmp_path: Path,
 
 def test_a_store_of_a_later_version_is_refused(tmp_path: Path) -> None:
     make_store(tmp_path, [1])
-    text = (tmp_path / "manifest.json").read_text().replace('"schema_version": 3', '"schema_version": 4')
+    text = (tmp_path / "manifest.json").read_text().replace('"schema_version": 4', '"schema_version": 5')
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(StoreError, match="expected schema version 1 to 3, got 4. The folder is sound"):
+    with pytest.raises(StoreError, match="expected schema version 1 to 4, got 5. The folder is sound"):
         open_store(tmp_path)

@@ -2,15 +2,18 @@
 
 import multiprocessing
 import pickle
+import random
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from store_contents import assert_same_record, flip, write_records
-from store_samples import changed, manifest, record, table
+from store_samples import changed, columns_of, manifest, record, table
 
 from fusion_plugins.errors import MismatchError, StoreError
-from fusion_plugins.store import Store, StoreWriter, open_store
+from fusion_plugins.store import Store, StoreWriter, open_store, reader
+from fusion_plugins.store.id_index import IdIndex
 from fusion_plugins.store.maintain import verify
 
 
@@ -60,7 +63,7 @@ def test_a_reader_does_not_see_what_is_not_committed(tmp_path: Path) -> None:
 
 
 def test_the_list_of_ids_costs_no_checksum_and_no_row_of_a_damaged_shard_is_handed_out(sound: Path) -> None:
-    flip(sound / "shard-000001.parquet", b"PAR1", 1500)
+    flip(sound / "shard-000001.parquet", b"PAR1", 300)
     store = open_store(sound)
     assert store.ids() == [f"text-{number:04d}" for number in range(4)]
     assert store["text-0001"].id == "text-0001"
@@ -103,11 +106,55 @@ def test_a_worker_checks_what_its_parent_did_not(sound: Path) -> None:
         _ = pickle.loads(pickled)["text-0002"]
 
 
-def test_ids_in_order_are_read_at_more_than_2000_records_per_second(tmp_path: Path) -> None:
+def test_a_record_keeps_nothing_else_in_memory(tmp_path: Path) -> None:
+    """Each array owns its bytes, or shares them with no other record: whoever keeps a record keeps only that."""
+    write_records(tmp_path / "new", [record(number, n_tokens=50) for number in range(40)])
+    for folder in (tmp_path / "new", Path("tests/golden/store_v1"), Path("tests/golden/store_v2")):
+        held = next(iter(open_store(folder)))
+        arrays = {name: array for name, array in columns_of(held).items() if isinstance(array, np.ndarray)}
+        for name, array in arrays.items():
+            base = array
+            while isinstance(base.base, np.ndarray):
+                base = base.base
+            assert base.base is None, (folder, name)
+            assert base.nbytes <= 2 * array.nbytes, (folder, name)
+
+
+def test_few_shards_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operating system maps a limited number of files into one process."""
+    monkeypatch.setattr(reader, "OPEN_SHARDS", 3)
+    numbers = list(range(20))
+    write_records(tmp_path, [record(number) for number in numbers], flush_records=1)
+    store = open_store(tmp_path)
+    for number in random.Random(0).sample(numbers * 2, 40):
+        assert_same_record(store[f"text-{number:04d}"], record(number))
+        maps = Path("/proc/self/maps")
+        assert not maps.exists() or maps.read_text().count(str(tmp_path)) <= 3 + reader.CACHED_GROUPS
+
+
+def test_ids_in_any_order_are_read_at_more_than_2000_records_per_second(tmp_path: Path) -> None:
     """CPU seconds, so that a busy machine does not decide."""
     store = write_records(tmp_path, [changed(record(number % 20, 10, 100), id=str(number)) for number in range(600)])
     ids = store.ids()
+    random.Random(0).shuffle(ids)
     start = time.process_time()
     for id in ids:
         _ = store[id]
     assert len(ids) / (time.process_time() - start) > 2000
+
+
+def test_an_index_finds_each_id_and_no_other(tmp_path: Path) -> None:
+    parts = [[f"id {number}" for number in range(start, start + 7)] for start in range(0, 70, 7)] + [[], ["é", "id 3"]]
+    index = IdIndex(parts)
+    flat = [id for part in parts for id in part]
+    assert [index.find(id) for id in flat[:3]] == [0, 1, 2]
+    assert index.find("id 3") == len(flat) - 1, "of equal ids the last"
+    assert index.ids() == list(dict.fromkeys(flat))
+    assert [index.find(other) for other in ("", "id", "id 70", None, 3, ("id 1",))] == [None] * 6
+    assert IdIndex([]).find("a") is None
+
+
+def test_ids_with_the_same_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusion_plugins.store.id_index.hash", lambda id: 7, raising=False)
+    index = IdIndex([["a", "b"], ["c"]])
+    assert [index.find(id) for id in "abcd"] == [0, 1, 2, None]

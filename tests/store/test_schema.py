@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from store_contents import assert_same_record, write_records
 from store_samples import changed, columns_of, manifest, record, table
 
 from fusion_plugins.store import StoreWriter, open_store
+from fusion_plugins.store.packed import PackedRecord
 
 
 @pytest.mark.parametrize("top_k", [1, 4, 16])
@@ -32,6 +34,7 @@ def test_dtypes_are_those_of_a_record(tmp_path: Path) -> None:
 
 V1 = Path("tests/golden/store_v1")  # records 0 to 3 in two shards, as the first version wrote them
 V2 = Path("tests/golden/store_v2")  # likewise; ids of the first two records fit into two bytes
+V3 = Path("tests/golden/store_v3")  # the same records
 V2_VOCABULARIES = (300, 300, 70_000, 70_000)
 
 
@@ -55,16 +58,34 @@ def test_a_store_of_version_2_is_read() -> None:
     assert max(store["text-0003"].topk.ids.ravel()) > 0xFFFF
 
 
-def test_shards_and_settings_of_version_2_are_written_as_before(tmp_path: Path) -> None:
-    """Table by table: the bytes of a file also depend on the versions of Parquet and zstd."""
+def test_a_store_of_version_3_is_read() -> None:
+    store = open_store(V3)
+    assert store.manifest.schema_version == 4
+    assert store.table == table()
+    for number, vocabulary in enumerate(V2_VOCABULARIES):
+        assert_same_record(store[f"text-{number:04d}"], record(number, vocabulary=vocabulary))
+
+
+def unpacked(shard: Path) -> list[tuple[str, bytes, bytes]]:
+    """Id, header and arrays of each record, as bytes."""
+    found = []
+    for row in pq.read_table(shard).to_pylist():
+        packed = PackedRecord(row["id"], pa.py_buffer(row["record"]), 4)
+        body = pa.Codec("zstd").decompress(row["record"][28:], decompressed_size=packed.size, asbytes=True)
+        found.append((row["id"], row["record"][:28], body))
+    return found
+
+
+def test_shards_and_settings_of_version_3_are_written_as_before(tmp_path: Path) -> None:
+    """Record by record: the bytes of a file also depend on the versions of Parquet and zstd."""
     records = [record(number, vocabulary=vocabulary) for number, vocabulary in enumerate(V2_VOCABULARIES)]
     store = write_records(tmp_path, records, flush_records=2)
     assert [shard.name for shard in store.manifest.shards] == ["shard-000000.parquet", "shard-000001.parquet"]
     for shard in store.manifest.shards:
-        ours, golden = (pq.read_table(folder / shard.name) for folder in (tmp_path, V2))
-        assert ours.equals(golden, check_metadata=True)
-    differing = {"created", "shards", "schema_version", "checksum", "files"}
-    ours, golden = (json.loads((folder / "manifest.json").read_text()) for folder in (tmp_path, V2))
+        assert unpacked(tmp_path / shard.name) == unpacked(V3 / shard.name)
+        assert pq.read_schema(tmp_path / shard.name).equals(pq.read_schema(V3 / shard.name), check_metadata=True)
+    differing = {"created", "made_by", "shards", "schema_version", "checksum", "files", "joined"}
+    ours, golden = (json.loads((folder / "manifest.json").read_text()) for folder in (tmp_path, V3))
     assert {name: ours[name] for name in ours if name not in differing} == {
         name: golden[name] for name in golden if name not in differing
     }
@@ -79,10 +100,10 @@ def test_a_store_of_version_1_is_continued_and_then_rewritten(tmp_path: Path) ->
         mixed = open_store(tmp_path / "store")
         assert [item.id for item in mixed] == [f"text-{number:04d}" for number in range(5)]
         writer.finish()
-    assert versions == [1, 1, 2]
+    assert versions == [1, 1, 3]
     rewritten = open_store(tmp_path / "store")
-    assert [shard.version for shard in rewritten.manifest.shards] == [2]
-    assert rewritten.manifest.schema_version == 3
+    assert [shard.version for shard in rewritten.manifest.shards] == [3]
+    assert rewritten.manifest.schema_version == 4
     for number in range(5):
         assert_same_record(rewritten[f"text-{number:04d}"], record(number))
 

@@ -98,7 +98,7 @@ def test_rows_have_the_same_strict_names(tmp_path: Path, victim: Path) -> None:
         lambda fields: fields.update(top_k=0),
         lambda fields: fields.update(vocab_size=-5),
         lambda fields: fields.update(temperature="nan"),
-        lambda fields: fields.update(schema_version="3"),
+        lambda fields: fields.update(schema_version="4"),
         lambda fields: fields.pop("model"),
         lambda fields: fields.update(more=1),
     ],

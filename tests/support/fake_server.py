@@ -37,6 +37,8 @@ class FakeServer(ThreadingHTTPServer):
         #: the choice, and the usage, of every good answer
         self.choice: dict | None = None
         self.usage: object = None
+        #: prompt -> what a good answer says
+        self.reply: Callable[[str], str] = lambda said: said[::-1]
 
     @property
     def url(self) -> str:
@@ -99,7 +101,9 @@ class Handler(BaseHTTPRequestHandler):
         said = body["messages"][-1]["content"] if "messages" in body else str(body["prompt"])
         answer = {"index": 0, "finish_reason": "stop"}
         answer |= (
-            {"message": {"role": "assistant", "content": said[::-1]}} if "messages" in body else {"text": said[::-1]}
+            {"message": {"role": "assistant", "content": self.server.reply(said)}}
+            if "messages" in body
+            else {"text": self.server.reply(said)}
         )
         self.send(200, {"choices": [answer], "usage": {"completion_tokens": len(said), "prompt_tokens": 2}})
 

@@ -9,6 +9,7 @@ once two batches are done. How much a source is asked for is appended to LOG. Th
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -65,6 +66,8 @@ def run(kill_at: int, log: str, arguments: list[str]) -> int:
 
     def open_logged(settings, purpose):
         source = Logged(transformers_local.open_source(settings, purpose), log, interrupt=kill_at == -1)
+        # Batches are written and read ahead in threads of their own: a kill may hit those too.
+        threading.setprofile(on_event if kill_at >= 0 else None)
         sys.setprofile(on_event if kill_at >= 0 else None)
         return source
 
@@ -76,6 +79,7 @@ def run(kill_at: int, log: str, arguments: list[str]) -> int:
         if end.code:
             raise
     finally:
+        threading.setprofile(None)
         sys.setprofile(None)
     return count
 

@@ -40,7 +40,7 @@ def row(number: int) -> dict[str, object]:
 def write_store(folder: str, start: str = "0", stop: str = str(N_ITEMS), pause: str = "0") -> None:
     """Write the records that are not there yet, a batch per shard, as capture does."""
     with StoreWriter(folder, manifest(), table()) as writer:
-        todo = [number for number in range(int(start), int(stop)) if f"text-{number:04d}" not in writer.done_ids]
+        todo = [number for number in range(int(start), int(stop)) if not writer.holds(f"text-{number:04d}")]
         for place in range(0, len(todo), BATCH):
             for number in todo[place : place + BATCH]:
                 writer.write(record(number))
@@ -53,7 +53,7 @@ def write_store(folder: str, start: str = "0", stop: str = str(N_ITEMS), pause: 
 
 def write_rows(folder: str, n_items: int = N_ITEMS) -> None:
     with RowWriter(folder, rows_manifest()) as writer:
-        todo = [number for number in range(n_items) if (f"p{number // 4}", number % 4) not in writer.done_keys]
+        todo = [number for number in range(n_items) if not writer.holds((f"p{number // 4}", number % 4))]
         for place in range(0, len(todo), BATCH):
             for number in todo[place : place + BATCH]:
                 writer.write(row(number))

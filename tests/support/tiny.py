@@ -291,6 +291,43 @@ def reward_checkpoint(folder: Path, *, labels: int = 1, pad: bool = True, tokeni
     return str(folder)
 
 
+def trained_reward_checkpoint(folder: Path, *, sign: int = 1, **options) -> str:
+    """Save a reward model that was trained to prefer the good known answers (sign -1: the bad ones)."""
+    import torch
+    from torch.nn.functional import logsigmoid
+    from transformers import AutoTokenizer, LlamaForSequenceClassification
+
+    from fusion_plugins.scoring.known_answers import known_rows
+
+    reward_checkpoint(folder, **options)
+    model, tokenizer = LlamaForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}],
+            tokenize=False,
+        )
+        for row in known_rows()
+    ]
+    ids = [torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    width = max(map(len, ids))
+    padded = torch.full((len(ids), width), model.config.pad_token_id)
+    for row, one in zip(padded, ids, strict=True):
+        row[: len(one)] = one
+    mask = (torch.arange(width)[None] < torch.tensor([[len(one)] for one in ids])).long()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        rewards = model(padded, attention_mask=mask).logits[:, 0]
+        loss = -logsigmoid(rewards[::2] - rewards[1::2]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    if sign < 0:
+        with torch.no_grad():
+            model.score.weight.neg_()
+    model.save_pretrained(folder)
+    return str(folder)
+
+
 def tensors_of(folder: Path) -> dict:
     """All tensors of a checkpoint folder."""
     from safetensors.torch import load_file

@@ -43,11 +43,11 @@ def checkpoint(folder: Path) -> Path:
 class Server:
     """vLLM's own OpenAI-compatible server."""
 
-    def __init__(self, model: Path, log: Path) -> None:
+    def __init__(self, model: Path | str, log: Path, *flags: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.model, self.log = model, log
+        self.model, self.log, self.flags = model, log, flags
         self.process: subprocess.Popen | None = None
 
     @property
@@ -58,7 +58,7 @@ class Server:
         flags = ["--model", str(self.model), "--served-model-name", "served", "--dtype", "float32"]
         flags += ["--host", "127.0.0.1", "--port", str(self.port), "--max-logprobs", "-1", "--enforce-eager"]
         flags += ["--gpu-memory-utilization", str(ENGINE["gpu_memory_utilization"]), "--generation-config", "auto"]
-        flags += ["--max-num-seqs", str(ENGINE["max_num_seqs"])]
+        flags += ["--max-num-seqs", str(ENGINE["max_num_seqs"]), *self.flags]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags],

@@ -18,6 +18,7 @@ import numpy as np
 
 from fusion_plugins.core.arrays import IntArray, as_array
 from fusion_plugins.core.fusion.dtw import dtw_path, path_ranges
+from fusion_plugins.core.fusion.flat import Texts
 from fusion_plugins.core.jit import compiled
 from fusion_plugins.core.text.surfaces import common_bytes
 from fusion_plugins.core.text.token_bytes import TokenBytes, bytes_of_tokens
@@ -154,6 +155,52 @@ def align_texts(source: TokenizedText, target: TokenizedText, *, strict: bool = 
     return Alignment(positions, partial(_overlaps, s_ends, s_spans, t_ends, t_spans), coverage)
 
 
+def align_many(
+    align: TextAligner, source: Texts, target: Texts, pair: Callable[[int], tuple[TokenizedText, TokenizedText]]
+) -> tuple[IntArray, dict[int, AlignmentError]]:
+    """Align B pairs of texts.
+
+    Args:
+        align: an aligner of one pair; :func:`align_texts` aligns all at once.
+        source: the texts in the source's tokens.
+        target: the texts in the target's tokens, N in all.
+        pair: returns both sides of one text.
+
+    Returns:
+        (N,) int32 source position, counted from the start of its text, of each position of the target, -1 for none; and
+        number of a text that the aligner refuses -> why. None of its positions is aligned.
+    """
+    plain, strict = align, False
+    if isinstance(align, partial) and not align.args and set(align.keywords) == {"strict"}:
+        plain, strict = align.func, align.keywords["strict"]
+    if plain is align_texts:
+        return _match_texts(source, target, bool(strict)), {}
+    matched, errors = np.full(len(target.ids), -1, np.int32), {}
+    for b in range(len(target.starts) - 1):
+        try:
+            own, other = pair(b)
+            matched[target.starts[b] : target.starts[b + 1]] = checked_positions(align(own, other), own, other)
+        except AlignmentError as error:
+            errors[b] = error
+    return matched, errors
+
+
+def checked_positions(alignment: Alignment, source: TokenizedText, target: TokenizedText) -> IntArray:
+    """Return the (T,) source positions of an alignment.
+
+    Raises:
+        AlignmentError: the alignment is not one of these two texts.
+    """
+    matched = as_array(alignment.source_positions, np.int32)
+    n_target, n_source = len(target.input_ids), len(source.input_ids)
+    if len(matched) != n_target or matched.max(initial=-1) >= n_source:
+        raise AlignmentError(
+            f"expected an alignment of {n_source} source and {n_target} target tokens; got one of {len(matched)} "
+            f"target tokens that names source position {matched.max(initial=-1)}. Align these two texts."
+        )
+    return matched
+
+
 def align_by_tokens(aligner: TokenAligner, source_bytes: TokenBytes, target_bytes: TokenBytes) -> TextAligner:
     """Turn an aligner of token lists into one of tokenized texts, which it aligns span by span.
 
@@ -245,6 +292,21 @@ def _match_positions(s_ends, s_exact, s_spans, t_ends, t_exact, t_spans, strict)
                     positions[t] = u
             t += 1
     return positions, possible.sum()
+
+
+@compiled
+def _match_texts(source, target, strict):  # type: ignore[no-untyped-def]
+    """Match the positions of each text."""
+    matched = np.empty(len(target.ends), np.int32)
+    for b in range(len(target.starts) - 1):
+        own = slice(source.starts[b], source.starts[b + 1])
+        other = slice(target.starts[b], target.starts[b + 1])
+        s_spans = source.spans[source.span_starts[b] : source.span_starts[b + 1]]
+        t_spans = target.spans[target.span_starts[b] : target.span_starts[b + 1]]
+        matched[other], _ = _match_positions(
+            source.ends[own], source.exact[own], s_spans, target.ends[other], target.exact[other], t_spans, strict
+        )
+    return matched
 
 
 @compiled

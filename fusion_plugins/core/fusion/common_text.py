@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusion_plugins.core.arrays import IntArray, as_array
+from fusion_plugins.core.fusion.flat import Texts, joined, starts_of
 from fusion_plugins.core.fusion.record import cross_entropy
 from fusion_plugins.core.fusion.types import Record
 from fusion_plugins.core.jit import compiled
@@ -81,6 +82,45 @@ def common_text(
     )
 
 
+def common_texts(
+    source: Texts,
+    target: Texts,
+    records: Sequence[Record],
+    targets: Sequence[TokenizedText],
+    tokens: tuple[TokenBytes, TokenBytes],
+) -> tuple[Texts, Texts, dict[int, AlignmentError]]:
+    """Narrow the spans of B texts as :func:`common_text` does; texts that are plainly the same take no Python.
+
+    Args:
+        source: the texts in the source's tokens.
+        target: the texts in the target's tokens.
+        records: the source's records of the same texts.
+        targets: the target's tokens of the same texts.
+        tokens: the source's and the target's vocabulary.
+
+    Returns:
+        Both sides with spans that correspond by their number, and number of a text -> why it is not the same on both
+        sides. Such a text has no spans.
+    """
+    same, pairs, starts = _same_texts(source, target, *tokens)
+    errors: dict[int, AlignmentError] = {}
+    if not same.all():
+        parts = [pairs[starts[b] : starts[b + 1]] for b in range(len(same))]
+        for b in np.flatnonzero(~same).tolist():
+            try:
+                record, text = common_text(records[b], targets[b], *tokens)
+            except AlignmentError as error:
+                errors[b] = error
+            else:
+                parts[b] = np.concatenate([record.text.spans, text.spans], axis=1)
+        pairs, starts = joined(parts, np.int32), starts_of(parts)
+    return (
+        source.with_spans(as_array(pairs[:, :2], np.int32), starts),
+        target.with_spans(as_array(pairs[:, 2:], np.int32), starts),
+        errors,
+    )
+
+
 def _corresponding(record: Record, target: TokenizedText) -> tuple[IntArray, IntArray]:
     """Return the spans of both sides that have the same numbers."""
     source_spans, target_spans = record.text.spans, target.spans
@@ -143,6 +183,16 @@ def intersection(left: IntArray, right: IntArray) -> IntArray:
     return np.array(pairs, np.int32).reshape(-1, 2)
 
 
+def narrowed(source: Texts, target: Texts, ranges: Sequence[IntArray | None]) -> tuple[Texts, Texts]:
+    """Narrow the spans of B texts as :func:`within` does, to (R, 2) ranges per text; None leaves a text as it is."""
+    everything = np.array([[0, np.iinfo(np.int32).max]], np.int32)
+    given = [everything if own is None else own for own in ranges]
+    spans, t_spans, starts = _narrow(
+        source.spans, target.spans, target.span_starts, joined(given, np.int32), starts_of(given)
+    )
+    return source.with_spans(spans, starts), target.with_spans(t_spans, starts)
+
+
 def within(record: Record, target: TokenizedText, ranges: IntArray) -> tuple[Record, TokenizedText]:
     """Narrow spans that correspond by their number to some ranges of bytes of the target's text, (R, 2)."""
     own, other = [], []
@@ -173,16 +223,17 @@ def _spell(text: TokenizedText, tokens: TokenBytes) -> Spelling:
 
 @compiled
 def _fill(ids, ends, exact, tokens, out):  # type: ignore[no-untyped-def]
+    flat, starts, special = tokens.flat, tokens.starts, tokens.special
     for t in range(len(ids)):
         begin = ends[t - 1] if t else 0
-        if ids[t] + 1 >= len(tokens.starts) or not exact[t] or (t > 0 and not exact[t - 1]):
+        if ids[t] >= len(special) or not exact[t] or (t > 0 and not exact[t - 1]):
             continue
-        if tokens.special[ids[t]]:  # an unknown character, or text that was dropped, is not spelled by a name
+        if special[ids[t]]:  # an unknown character, or text that was dropped, is not spelled by a name
             continue
-        start, stop = tokens.starts[ids[t]], tokens.starts[ids[t] + 1]
+        start, stop = starts[ids[t]], starts[ids[t] + 1]
         if stop - start == ends[t] - begin:
             for k in range(stop - start):
-                out[begin + k] = tokens.flat[start + k]
+                out[begin + k] = flat[start + k]
     return out
 
 
@@ -192,6 +243,77 @@ def _first_difference(left, right):  # type: ignore[no-untyped-def]
         if left[at] != right[at] and left[at] >= 0 and right[at] >= 0:
             return at
     return -1
+
+
+@compiled
+def _narrow(spans, t_spans, span_starts, ranges, range_starts):  # type: ignore[no-untyped-def]
+    """Intersect the target's spans of each text with its ranges, and cut the source's by as much."""
+    n, most = 0, 0
+    for b in range(len(span_starts) - 1):
+        most += (span_starts[b + 1] - span_starts[b]) * (range_starts[b + 1] - range_starts[b])
+    out, t_out = np.empty((most, 2), np.int32), np.empty((most, 2), np.int32)
+    starts = np.zeros(len(span_starts), np.int64)
+    for b in range(len(span_starts) - 1):
+        for m in range(span_starts[b], span_starts[b + 1]):
+            for r in range(range_starts[b], range_starts[b + 1]):
+                begin, end = max(t_spans[m, 0], ranges[r, 0]), min(t_spans[m, 1], ranges[r, 1])
+                empty = t_spans[m, 0] == t_spans[m, 1] or ranges[r, 0] == ranges[r, 1]
+                if begin < end or (begin == end and empty):
+                    t_out[n] = begin, end
+                    out[n] = begin + spans[m, 0] - t_spans[m, 0], end + spans[m, 0] - t_spans[m, 0]
+                    n += 1
+        starts[b + 1] = n
+    return out[:n], t_out[:n], starts
+
+
+@compiled
+def _same_texts(source, target, s_tokens, t_tokens):  # type: ignore[no-untyped-def]
+    """Compare the spans of each text byte by byte, and join those that touch on both sides.
+
+    Returns:
+        (B,) bool, whether all spans are the same as they are; the spans of these texts, (M, 4) int32, of both sides;
+        and where those of each text begin, (B + 1,).
+    """
+    n_texts = len(source.starts) - 1
+    same, starts = np.ones(n_texts, np.bool_), np.zeros(n_texts + 1, np.int64)
+    pairs, n = np.empty((len(target.spans), 4), np.int32), 0
+    for b in range(n_texts):
+        s_spans = source.spans[source.span_starts[b] : source.span_starts[b + 1]]
+        t_spans = target.spans[target.span_starts[b] : target.span_starts[b + 1]]
+        own, other = slice(source.starts[b], source.starts[b + 1]), slice(target.starts[b], target.starts[b + 1])
+        first = n
+        same[b] = len(s_spans) == len(t_spans)
+        if same[b]:
+            left = _spelled(source.ids[own], source.ends[own], source.exact[own], s_spans, s_tokens)
+            right = _spelled(target.ids[other], target.ends[other], target.exact[other], t_spans, t_tokens)
+            for m in range(len(s_spans)):
+                (start, stop), (t_start, t_stop) = s_spans[m], t_spans[m]
+                # A span without bytes may be syntax that is left out.
+                empty = stop == start and len(s_spans) > 1
+                if empty or stop - start != t_stop - t_start or _differ(left[start:stop], right[t_start:t_stop]):
+                    same[b] = False
+                    n = first
+                    break
+                if n > first and pairs[n - 1, 1] == start and pairs[n - 1, 3] == t_start:
+                    n -= 1
+                    start, t_start = pairs[n, 0], pairs[n, 2]
+                pairs[n] = start, stop, t_start, t_stop
+                n += 1
+        starts[b + 1] = n
+    return same, pairs[:n], starts
+
+
+@compiled
+def _spelled(ids, ends, exact, spans, tokens):  # type: ignore[no-untyped-def]
+    size = ends[-1] if len(ends) else np.int32(0)
+    for m in range(len(spans)):
+        size = max(size, spans[m, 1])
+    return _fill(ids, ends, exact, tokens, np.full(size, np.int16(_UNKNOWN), np.int16))
+
+
+@compiled
+def _differ(left, right):  # type: ignore[no-untyped-def]
+    return _first_difference(left, right) >= 0
 
 
 def _is_cut(text: TokenizedText, tokens: TokenBytes, stop: int) -> bool:

@@ -9,11 +9,13 @@ References: FuseLLM (arXiv 2401.10491), section 3.3; the published AvgCE weights
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fusion_plugins.core.arrays import FloatArray
 from fusion_plugins.core.fusion.types import SparseDistributions
 from fusion_plugins.core.jit import compiled
 from fusion_plugins.errors import ConfigError
@@ -28,6 +30,12 @@ CrossEntropies = npt.ArrayLike
 def per_token(rule: FusionRule) -> FusionRule:
     """Mark a rule that takes the cross-entropies of the target's next tokens, (S, T), instead of one per text."""
     rule.per_token = True  # type: ignore[attr-defined]
+    return rule
+
+
+def _by_position(rule: FusionRule) -> FusionRule:
+    """Mark a rule that treats every position alone, so that many texts can be given to it one after the other."""
+    rule.by_position = True  # type: ignore[attr-defined]
     return rule
 
 
@@ -65,6 +73,7 @@ def fuse(
     return rule([_padded(d, width) for d in distributions], cross_entropies, **options)
 
 
+@_by_position
 def min_ce(
     distributions: Sequence[SparseDistributions], cross_entropies: CrossEntropies, *, missing: str = "mask"
 ) -> SparseDistributions:
@@ -90,6 +99,7 @@ def min_ce(
     return _select(distributions, min_ce_choice(costs))
 
 
+@_by_position
 @per_token
 def token_min_ce(distributions: Sequence[SparseDistributions], cross_entropies: CrossEntropies) -> SparseDistributions:
     """Take each position from the source with the lowest cross-entropy there, among those that have a distribution.
@@ -109,6 +119,7 @@ def token_min_ce(distributions: Sequence[SparseDistributions], cross_entropies: 
     return min_ce(distributions, cross_entropies, missing="next_best")
 
 
+@_by_position
 def avg_ce(
     distributions: Sequence[SparseDistributions],
     cross_entropies: CrossEntropies,
@@ -140,7 +151,10 @@ def avg_ce(
     )
     leftover = (weights * np.stack([d.leftover for d in distributions])).sum(axis=0)
     leftover = np.where(total > 0, leftover, 1.0).astype(np.float32)
-    return SparseDistributions(out_ids.reshape(*lead, -1), out_logprobs.reshape(*lead, -1), leftover)
+    kept = (weights * kept_mass(distributions)).sum(axis=0).astype(np.float32)
+    alone = (weights > 0).sum(axis=0) == 1
+    source = np.where(alone, weights.argmax(axis=0), -1).astype(np.int16)
+    return SparseDistributions(out_ids.reshape(*lead, -1), out_logprobs.reshape(*lead, -1), leftover, kept, source)
 
 
 def min_ce_choice(cross_entropies: CrossEntropies) -> npt.NDArray[np.intp]:
@@ -190,11 +204,14 @@ def truncate(distributions: SparseDistributions, width: int, *, renormalize: boo
     """
     padded = _padded(_descending(distributions), width)
     ids, logprobs = padded.ids[..., :width], padded.logprobs[..., :width]
-    kept = np.exp(logprobs.astype(np.float64)).sum(axis=-1)
+    held = np.exp(logprobs.astype(np.float64)).sum(axis=-1)
     if not renormalize:
-        return SparseDistributions(ids, logprobs, np.clip(1.0 - kept, 0.0, 1.0).astype(np.float32))
-    log_kept = np.log(np.where(kept > 0, kept, 1.0)).astype(np.float32)
-    return SparseDistributions(ids, logprobs - log_kept[..., None], np.where(kept > 0, 0.0, 1.0).astype(np.float32))
+        leftover = np.clip(1.0 - held, 0.0, 1.0).astype(np.float32)
+        return SparseDistributions(ids, logprobs, leftover, held.astype(np.float32), distributions.source)
+    log_held = np.log(np.where(held > 0, held, 1.0)).astype(np.float32)
+    leftover = np.where(held > 0, 0.0, 1.0).astype(np.float32)
+    kept = None if distributions.kept is None else (distributions.kept * held).astype(np.float32)
+    return SparseDistributions(ids, logprobs - log_held[..., None], leftover, kept, distributions.source)
 
 
 RULES: dict[str, FusionRule] = {"min_ce": min_ce, "avg_ce": avg_ce, "token_min_ce": token_min_ce}
@@ -232,7 +249,21 @@ def _select(distributions: Sequence[SparseDistributions], choice: npt.NDArray[np
         chosen = choice == index
         ids[chosen], logprobs[chosen] = source.ids[chosen], source.logprobs[chosen]
         leftover[chosen] = source.leftover[chosen]
-    return SparseDistributions(ids, logprobs, leftover)
+    present = (ids >= 0).any(axis=-1)
+    kept = np.take_along_axis(kept_mass(distributions), choice[None], axis=0)[0]
+    return SparseDistributions(ids, logprobs, leftover, kept, np.where(present, choice, -1).astype(np.int16))
+
+
+def kept_mass(distributions: Sequence[SparseDistributions]) -> FloatArray:
+    """Return (S, ..., T) float32: the true probability of each source that its entries hold."""
+    return np.stack([_own_kept(d) for d in distributions])
+
+
+def _own_kept(distributions: SparseDistributions) -> FloatArray:
+    if distributions.kept is not None:
+        return distributions.kept
+    held: FloatArray = np.exp(distributions.logprobs.astype(np.float64)).sum(axis=-1).astype(np.float32)
+    return held
 
 
 def _descending(distributions: SparseDistributions) -> SparseDistributions:
@@ -242,7 +273,7 @@ def _descending(distributions: SparseDistributions) -> SparseDistributions:
         return distributions
     order = np.argsort(-logprobs, axis=-1, kind="stable")
     ids = np.take_along_axis(distributions.ids, order, axis=-1)
-    return SparseDistributions(ids, np.take_along_axis(logprobs, order, axis=-1), distributions.leftover)
+    return replace(distributions, ids=ids, logprobs=np.take_along_axis(logprobs, order, axis=-1))
 
 
 def _padded(distributions: SparseDistributions, width: int) -> SparseDistributions:
@@ -250,10 +281,10 @@ def _padded(distributions: SparseDistributions, width: int) -> SparseDistributio
     if missing <= 0:
         return distributions
     pad = [(0, 0)] * (distributions.ids.ndim - 1) + [(0, missing)]
-    return SparseDistributions(
-        np.pad(distributions.ids, pad, constant_values=-1),
-        np.pad(distributions.logprobs, pad, constant_values=-np.inf),
-        distributions.leftover,
+    return replace(
+        distributions,
+        ids=np.pad(distributions.ids, pad, constant_values=-1),
+        logprobs=np.pad(distributions.logprobs, pad, constant_values=-np.inf),
     )
 
 

@@ -2,86 +2,31 @@
 
 The fused distribution at position ``t`` is compared with the logits at position ``t``: both describe token ``t + 1``,
 so nothing is shifted here. Only the K stored ids of a position are looked up; with the log-normaliser of its logits
-they give the student's true log-probabilities, and every divergence below is a function of those.
+they give the student's true log-probabilities, and every divergence is a function of those.
+
+The losses of logits and of a linear output layer are :mod:`~fusion_plugins.core.fusion.one_pass`. Any other layer is a
+function here, which runs once more in the backward pass.
 
 Letters: B batch, T tokens, V vocabulary, K entries per position, H hidden size, N positions that the loss mask keeps.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fusion_plugins.errors import ConfigError, DataError
+from fusion_plugins.core.fusion.divergences import LOSSES, Divergence, divergence
+from fusion_plugins.core.fusion.entries import FusedEntries, Positions, check_shapes, next_labels
+from fusion_plugins.core.fusion.one_pass import Factors, Terms, chunk_rows, one_pass
+from fusion_plugins.errors import ConfigError
 
-Divergence: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+__all__ = ["LOSSES", "TokenLosses", "chunked_fusion_loss", "fusion_loss", "token_losses"]
+
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
-
-#: Logits held at once by the chunked form: 2**26 float32 numbers are 256 MB.
-CHUNK_ELEMENTS = 2**26
-#: Probability that a bucket holds at least; keeps log(0) and its gradient out of the two-sided divergences.
-FLOOR = 1e-7
-#: The two-sided divergences raise the student's log-probabilities to at least this, because 0 * -inf is NaN.
-LOWEST = -1e4
-
-
-def cross_entropy(student_logprobs: Tensor, fused_logprobs: Tensor, fused_mask: Tensor) -> Tensor:
-    """Cross-entropy ``-sum p log q`` over the stored entries, nats; mass outside them weighs nothing.
-
-    Args:
-        student_logprobs: (..., K) log-probabilities of the trained model at the stored ids, 0 where masked.
-        fused_logprobs: (..., K) fused log-probabilities, 0 where masked.
-        fused_mask: (..., K) bool, which entries hold a probability.
-
-    Returns:
-        (...) one value per position.
-    """
-    return -(_probabilities(fused_logprobs, fused_mask) * student_logprobs).sum(-1)
-
-
-def forward_kl(student_logprobs: Tensor, fused_logprobs: Tensor, fused_mask: Tensor) -> Tensor:
-    """``sum p (log p - log q)`` over the stored entries: the gradient of :func:`cross_entropy`, another value."""
-    return (_probabilities(fused_logprobs, fused_mask) * (fused_logprobs - student_logprobs)).sum(-1)
-
-
-def reverse_kl(student_logprobs: Tensor, fused_logprobs: Tensor, fused_mask: Tensor) -> Tensor:
-    """``sum q (log q - log p)`` over the stored entries and one bucket for everything else.
-
-    Without the bucket the model could lower the value by moving its mass off the stored entries. The bucket's
-    probability in the fused distribution is at least :data:`FLOOR`, so the value is finite where it has no mass there.
-    """
-    student_logprobs = student_logprobs.clamp_min(LOWEST)
-    q = _probabilities(student_logprobs, fused_mask)
-    inside = (q * (student_logprobs - fused_logprobs)).sum(-1)
-    q_rest, p_rest = _rest(q), _rest(_probabilities(fused_logprobs, fused_mask))
-    return inside + q_rest * (q_rest.log() - p_rest.log())
-
-
-def jensen_shannon(student_logprobs: Tensor, fused_logprobs: Tensor, fused_mask: Tensor) -> Tensor:
-    """``(KL(p | m) + KL(q | m)) / 2`` with ``m = (p + q) / 2``, over the stored entries and one bucket for the rest.
-
-    Exact when the fused distribution has no mass outside its entries; at most log 2.
-    """
-    student_logprobs = student_logprobs.clamp_min(LOWEST)
-    p, q = _probabilities(fused_logprobs, fused_mask), _probabilities(student_logprobs, fused_mask)
-    p_rest, q_rest = _rest(p), _rest(q)
-    middle = ((p + q) / 2).clamp_min(FLOOR**2).log()
-    middle_rest = ((p_rest + q_rest) / 2).log()
-    inside = (p * (fused_logprobs - middle) + q * (student_logprobs - middle)).sum(-1)
-    rest = p_rest * (p_rest.log() - middle_rest) + q_rest * (q_rest.log() - middle_rest)
-    return (inside + rest) / 2
-
-
-LOSSES: dict[str, Divergence] = {
-    "ce": cross_entropy,
-    "kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jsd": jensen_shannon,
-}
 
 
 @dataclass(frozen=True)
@@ -93,12 +38,14 @@ class TokenLosses:
         fusion: () sum of the divergences from the fused distributions, nats.
         positions: () int64, positions with a label.
         fused_positions: () int64, those of them that have a fused distribution.
+        agreed: () int64, those of them at which the most probable tokens of both are the same.
     """
 
     lm: Tensor
     fusion: Tensor
     positions: Tensor
     fused_positions: Tensor
+    agreed: Tensor
 
 
 def fusion_loss(
@@ -146,7 +93,7 @@ def fusion_loss(
     """
     return chunked_fusion_loss(
         logits,
-        _identity,
+        None,
         fused_ids,
         fused_logprobs,
         fused_mask,
@@ -154,13 +101,12 @@ def fusion_loss(
         kind=kind,
         temperature=temperature,
         reduction=reduction,
-        chunk_size=max(1, loss_mask.numel()),
     )
 
 
 def chunked_fusion_loss(
     hidden: Tensor,
-    head: Callable[[Tensor], Tensor] | Tensor,
+    head: Callable[[Tensor], Tensor] | Tensor | None,
     fused_ids: Tensor,
     fused_logprobs: Tensor,
     fused_mask: Tensor,
@@ -173,12 +119,14 @@ def chunked_fusion_loss(
 ) -> Tensor:
     """:func:`fusion_loss` of ``head(hidden)``, with the same value and gradients and never all logits at once.
 
-    Positions that ``loss_mask`` drops never reach the head. The backward pass computes the logits of a chunk again.
+    Positions that ``loss_mask`` drops never reach the head. For a head of another kind, and for a trained head with
+    reduction "none", the backward pass computes the logits of a chunk again.
 
     Args:
         hidden: (B, T, H) last hidden states.
         head: maps (n, H) to logits (n, V); called once per chunk, so sharded weights are gathered by its own forward.
-            Or the weight (V, H) of a linear head without bias.
+            Or the weight (V, H) of a linear head without bias, or None where ``hidden`` are the logits. With these, and
+            with a linear layer, all is computed in one pass.
         fused_ids: as in :func:`fusion_loss`, like all that follow.
         fused_logprobs: (B, T, K).
         fused_mask: (B, T, K).
@@ -186,7 +134,7 @@ def chunked_fusion_loss(
         kind: divergence.
         temperature: of the fused distributions.
         reduction: mean, sum or none.
-        chunk_size: positions per chunk; by default as many as :data:`CHUNK_ELEMENTS` logits allow.
+        chunk_size: positions per chunk; by default :func:`~fusion_plugins.core.fusion.one_pass.chunk_rows`.
 
     Returns:
         () or (B, T).
@@ -195,18 +143,40 @@ def chunked_fusion_loss(
         ConfigError: as in :func:`fusion_loss`.
         DataError: as in :func:`fusion_loss`.
     """
-    _check_shapes(hidden, fused_ids, fused_logprobs, fused_mask, loss_mask)
+    check_shapes(hidden, fused_ids, fused_logprobs, fused_mask, loss_mask)
     if reduction not in ("mean", "sum", "none"):
         raise ConfigError(f"reduction: expected mean, sum or none, got {reduction!r}")
-    if isinstance(head, Tensor):
-        head = partial(torch.nn.functional.linear, weight=head)
     kept = loss_mask.bool()
-    fused = FusedEntries.of(fused_ids[kept], fused_logprobs[kept], fused_mask[kept], temperature)
-    _, values = _in_chunks(hidden[kept], head, None, fused, divergence(kind), chunk_size)
-    if reduction == "none":
-        return values.new_zeros(kept.shape).masked_scatter(kept, values)
-    total = values.sum()
-    return total / max(1, values.numel()) if reduction == "mean" else total
+    positions = Positions.of(kept, None)
+    fused = positions.entries(fused_ids, fused_logprobs, fused_mask, temperature)
+    loss = divergence(kind)
+    weight, bias = _linear(head)
+    by_position = reduction == "none"
+    if (weight is None and head is not None) or (by_position and _trained(weight, bias)):
+        function = head if callable(head) else partial(nn.functional.linear, weight=head)
+        values = _in_chunks(positions.take(hidden), function, None, fused, loss, chunk_size)[1]
+        total = values if by_position else values.sum()
+    else:
+        terms = Terms(positions, None, fused, loss, (0.0, 1.0))
+        total = one_pass([Factors(hidden, weight)], bias, terms, chunk_size=chunk_size, by_position=by_position).total
+    if by_position:
+        return total.new_zeros(kept.numel()).index_copy(0, positions.rows, total).view(kept.shape)
+    return total / max(1, positions.rows.numel()) if reduction == "mean" else total
+
+
+def _linear(head: Callable[[Tensor], Tensor] | Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return weight and bias of a head that is a linear layer and nothing more."""
+    if isinstance(head, Tensor):
+        return head, None
+    # A subclass, a hook or a replaced forward pass may compute something else.
+    plain = type(head) is nn.Linear and "forward" not in vars(head)
+    if isinstance(head, nn.Linear) and plain and not head._forward_hooks and not head._forward_pre_hooks:
+        return head.weight, head.bias
+    return None, None
+
+
+def _trained(weight: Tensor | None, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (weight, bias))
 
 
 def token_losses(
@@ -218,8 +188,11 @@ def token_losses(
     kind: str | Divergence = "ce",
     temperature: float = 1.0,
     chunk_size: int | None = None,
+    at_most: int | None = None,
 ) -> TokenLosses:
-    """The language-model term and the fusion term of one batch, from one pass over the head.
+    """The language-model term and the fusion term of one batch, each with a gradient of its own, for any head.
+
+    The head runs again in the backward pass; see :func:`fusion_plugins.core.fusion.one_pass.weighted_losses`.
 
     Position t counts when label t + 1 exists (is not -100); the last position never does.
 
@@ -231,6 +204,7 @@ def token_losses(
         kind: divergence, as in :func:`fusion_loss`.
         temperature: of the fused distributions.
         chunk_size: positions per chunk.
+        at_most: positions that have a label, or more; see :meth:`Positions.of`.
 
     Returns:
         Sums and counts; the caller divides, by the tokens of the whole global batch.
@@ -239,58 +213,22 @@ def token_losses(
         ConfigError: as in :func:`fusion_loss`.
         DataError: as in :func:`fusion_loss`.
     """
-    kept, following, entries = kept_positions(hidden, labels, fused, temperature)
-    if head is None:
-        head, chunk_size = _identity, max(1, kept.numel())
-    lm, fusion = _in_chunks(hidden[kept], head, following, entries, divergence(kind), chunk_size)
-    return TokenLosses(lm.sum(), fusion.sum(), kept.sum(), entries.mask.any(-1).sum())
-
-
-def kept_positions(
-    hidden: Tensor, labels: Tensor, fused: tuple[Tensor, Tensor], temperature: float
-) -> "tuple[Tensor, Tensor, FusedEntries]":
-    """Return which positions have a label (B, T), the labels (N,) of those, and their fused distributions."""
+    following, kept = next_labels(labels)
     ids, logprobs = fused
-    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    kept = following != -100
-    _check_shapes(hidden, ids, logprobs, ids, kept)
-    entries = FusedEntries.of(ids[kept], logprobs[kept], ids[kept] >= 0, temperature)
-    return kept, following[kept], entries
-
-
-@dataclass(frozen=True)
-class FusedEntries:
-    """Fused distributions with ids and log-probabilities of 0 where the mask is False, all (N, K).
-
-    Then a masked entry is a valid index and adds 0 to a sum, in the value and in the gradient.
-    """
-
-    ids: Tensor
-    logprobs: Tensor
-    mask: Tensor
-
-    @classmethod
-    def of(cls, ids: Tensor, logprobs: Tensor, mask: Tensor, temperature: float) -> "FusedEntries":
-        """Return the entries that hold a probability, softened by the temperature, which must be above 0."""
-        if not temperature > 0:
-            raise ConfigError(f"temperature: expected a number above 0, got {temperature}")
-        logprobs = logprobs if logprobs.dtype == torch.float64 else logprobs.float()
-        mask = mask.bool() & torch.isfinite(logprobs)
-        logprobs = logprobs.masked_fill(~mask, 0.0)
-        if temperature != 1.0:
-            logprobs = _tempered(logprobs, mask, temperature)
-        return cls(ids.long().masked_fill(~mask, 0), logprobs, mask)
-
-    def __getitem__(self, part: slice) -> "FusedEntries":
-        return FusedEntries(self.ids[part], self.logprobs[part], self.mask[part])
-
-
-def _tempered(logprobs: Tensor, mask: Tensor, temperature: float) -> Tensor:
-    hidden = ~mask
-    mass = logprobs.masked_fill(hidden, float("-inf")).logsumexp(-1, keepdim=True)
-    scaled = logprobs / temperature
-    normaliser = scaled.masked_fill(hidden, float("-inf")).logsumexp(-1, keepdim=True)
-    return torch.where(mask, scaled - normaliser + mass, 0.0)
+    check_shapes(hidden, ids, logprobs, ids, kept)
+    positions = Positions.of(kept, at_most)
+    entries = positions.entries(ids, logprobs, ids >= 0, temperature)
+    states = positions.take(hidden)
+    dropped = positions.dropped
+    if dropped is not None:
+        states = states.masked_fill(dropped.unsqueeze(-1), 0)
+    if head is None:
+        head, chunk_size = _identity, max(1, states.shape[0])
+    wanted = positions.take(following).clamp_min(0)
+    lm, fusion, agreed = _in_chunks(states, head, wanted, entries, divergence(kind), chunk_size)
+    if dropped is not None:
+        lm, fusion = (term.masked_fill(dropped, 0) for term in (lm, fusion))
+    return TokenLosses(lm.sum(), fusion.sum(), kept.sum(), entries.present.sum(), agreed.sum())
 
 
 def _in_chunks(
@@ -300,12 +238,12 @@ def _in_chunks(
     fused: FusedEntries,
     loss: Divergence,
     chunk_size: int | None,
-) -> tuple[Tensor, Tensor]:
-    """(N,) language-model terms (zeros without labels) and (N,) fusion terms."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(N,) language-model terms (zeros without labels), fusion terms, and whether the most probable tokens agree."""
     size = chunk_size or _default_chunk(states, head)
     # Without positions there is still one, empty, part: the zero needs a gradient, and every rank must call the head.
     parts = [slice(start, start + size) for start in range(0, max(1, states.shape[0]), size)]
-    lm, fusion = [], []
+    found = []
     for part in parts:
         wanted = None if labels is None else labels[part]
         arguments = (states[part], head, wanted, fused[part], loss)
@@ -314,20 +252,24 @@ def _in_chunks(
             if len(parts) == 1
             else checkpoint(_position_terms, *arguments, use_reentrant=False)
         )
-        lm.append(terms[0])
-        fusion.append(terms[1])
-    return torch.cat(lm), torch.cat(fusion)
+        found.append(terms)
+    lm, fusion, agreed = (torch.cat(terms) for terms in zip(*found, strict=True))
+    return lm, fusion, agreed
 
 
 def _position_terms(
     states: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor | None, fused: FusedEntries, loss: Divergence
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     width = fused.ids.shape[-1]
     ids = fused.ids if labels is None else torch.cat([fused.ids, labels.unsqueeze(-1)], -1)  # (n, K or K + 1)
-    logprobs = _LogprobsAt.apply(head(states), ids)
+    logits = head(states)
+    logprobs = _LogprobsAt.apply(logits, ids)
     student = logprobs[:, :width].masked_fill(~fused.mask, 0.0)
     fusion = loss(student, fused.logprobs.to(logprobs.dtype), fused.mask)
-    return (torch.zeros_like(fusion) if labels is None else -logprobs[:, width]), fusion
+    with torch.no_grad():
+        at = logits.gather(-1, fused.ids.gather(-1, fused.most_probable()))
+        agreed = (at >= logits.amax(-1, keepdim=True)).squeeze(-1) & fused.present
+    return (torch.zeros_like(fusion) if labels is None else -logprobs[:, width]), fusion, agreed
 
 
 class _LogprobsAt(torch.autograd.Function):
@@ -355,41 +297,8 @@ class _LogprobsAt(torch.autograd.Function):
 def _default_chunk(states: Tensor, head: Callable[[Tensor], Tensor]) -> int:
     with torch.no_grad():
         vocabulary = head(states[:1]).shape[-1]
-    return max(1, CHUNK_ELEMENTS // int(vocabulary))
-
-
-def _probabilities(logprobs: Tensor, mask: Tensor) -> Tensor:
-    return logprobs.exp() * mask
-
-
-def _rest(probabilities: Tensor) -> Tensor:
-    return (1 - probabilities.sum(-1)).clamp_min(FLOOR)
+    return chunk_rows(vocabulary)
 
 
 def _identity(states: Tensor) -> Tensor:
     return states
-
-
-def divergence(kind: str | Divergence, known: Mapping[str, Divergence] = LOSSES) -> Divergence:
-    """Return the divergence of a name, or the function itself; raises ConfigError for an unknown name."""
-    if callable(kind):
-        return kind
-    if kind not in known:
-        raise ConfigError(f"unknown loss {kind!r}; expected one of {', '.join(known)}, or a function")
-    return known[kind]
-
-
-def _check_shapes(hidden: Tensor, ids: Tensor, logprobs: Tensor, mask: Tensor, kept: Tensor) -> None:
-    fits = (
-        hidden.dim() == 3
-        and kept.shape == hidden.shape[:2]
-        and ids.dim() == 3
-        and ids.shape[:2] == kept.shape
-        and ids.shape == logprobs.shape == mask.shape
-    )
-    if not fits:
-        raise DataError(
-            "expected states (B, T, ...), fused ids, log-probabilities and mask (B, T, K) and a loss mask (B, T); "
-            f"got {tuple(hidden.shape)}, {tuple(ids.shape)}, {tuple(logprobs.shape)}, {tuple(mask.shape)} and "
-            f"{tuple(kept.shape)}"
-        )

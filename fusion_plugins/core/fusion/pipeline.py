@@ -5,25 +5,39 @@ This is what an adapter calls. It aligns, projects and fuses, as the modules of 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 
-from fusion_plugins.core.arrays import BoolArray, IntArray
-from fusion_plugins.core.fusion.accounting import FusionReport
-from fusion_plugins.core.fusion.align import TextAligner, align_by_tokens, align_dtw, align_texts
-from fusion_plugins.core.fusion.common_text import common_text, comparable, intersection, within
-from fusion_plugins.core.fusion.fuse import FusionRule, avg_ce, fuse, min_ce, min_ce_choice, token_min_ce, truncate
-from fusion_plugins.core.fusion.project import Projector
-from fusion_plugins.core.fusion.record import build_record, supervised_positions
-from fusion_plugins.core.fusion.types import Record, SparseDistributions, TopK, VocabularyMap
+from fusion_plugins.core.arrays import BoolArray, FloatArray, IntArray
+from fusion_plugins.core.fusion.accounting import FusionReport, ProjectionReport
+from fusion_plugins.core.fusion.align import TextAligner, align_by_tokens, align_dtw, align_many, align_texts
+from fusion_plugins.core.fusion.common_text import common_texts, comparable, narrowed
+from fusion_plugins.core.fusion.flat import Entries, Texts
+from fusion_plugins.core.fusion.fuse import (
+    FusionRule,
+    avg_ce,
+    fuse,
+    kept_mass,
+    min_ce,
+    min_ce_choice,
+    token_min_ce,
+    truncate,
+)
+from fusion_plugins.core.fusion.project import Projection, Projector
+from fusion_plugins.core.fusion.projection_kernel import supervised_texts
+from fusion_plugins.core.fusion.record import build_record
+from fusion_plugins.core.fusion.types import FusedTexts, Record, SparseDistributions, TopK, VocabularyMap
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, ConfigError, MismatchError
 
 #: name -> cross-entropy of a record: nats per byte, comparable across tokenizers, or per source token, as published
 METRICS: dict[str, Callable[[Record], float]] = {"byte": attrgetter("ce_per_byte"), "token": attrgetter("ce_per_token")}
+_NO_RANGES = np.empty((0, 2), np.int32)
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,7 @@ class FusionPlan:
 def fuse_text(
     plan: FusionPlan, target: TokenizedText, records: Sequence[Record], trained: IntArray | None = None
 ) -> tuple[SparseDistributions, FusionReport]:
-    """Fuse the sources' records of one text.
+    """Fuse the sources' records of one text; for many texts :func:`fuse_texts` is faster.
 
     Args:
         plan: what to do.
@@ -86,71 +100,249 @@ def fuse_text(
         MismatchError: the records are not one per source, or not of one text.
         AlignmentError: source and target did not read the same text.
     """
-    _check_records(plan, records)
-    common = [_common(source, record, target) for source, record in zip(plan.sources, records, strict=True)]
+    fused, report = fuse_texts(plan, [target], [[record] for record in records], [trained])
+    return SparseDistributions(fused.ids, fused.logprobs, fused.leftover, fused.kept, fused.source), report
+
+
+def fuse_texts(
+    plan: FusionPlan,
+    targets: Sequence[TokenizedText],
+    records: Sequence[Sequence[Record]],
+    trained: Sequence[IntArray | None] | None = None,
+    *,
+    on_unusable: str = "raise",
+) -> tuple[FusedTexts, FusionReport]:
+    """Fuse the sources' records of B texts into flat arrays.
+
+    Args:
+        plan: what to do.
+        targets: B texts in the target's tokens; position ``t`` of a text is labelled ``input_ids[t + 1]``.
+        records: per source, in the plan's order, its records of the B texts.
+        trained: per text, (R, 2) byte ranges of the target's text that are trained on, ascending, or None for all
+            spans; None for all spans of all texts.
+        on_unusable: what happens to a text that a source has not read as the target does. ``raise``, or ``skip``: its
+            positions stay empty, and ``unusable`` has the error.
+
+    A few thousand tokens per call are fastest: then the calls cost nothing, and the arrays stay in the cache.
+
+    Returns:
+        (N, width) fused distributions of all positions, empty where nothing can be taught (the last position of a text
+        always), and the counters of the texts that were used.
+
+    Raises:
+        MismatchError: the records are not one per source and text, or not of one text.
+        AlignmentError: source and target did not read the same text, or the aligner refuses it.
+        ConfigError: an unknown value of ``on_unusable``.
+    """
+    if on_unusable not in ("raise", "skip"):
+        raise ConfigError(f"on_unusable: expected 'raise' or 'skip', got {on_unusable!r}")
+    _check_records(plan, targets, records)
+    if not targets:
+        return _nothing(plan.width), FusionReport()
+    wanted = Texts.of(targets)
+    sides, unusable = _common_sides(plan, wanted, targets, records)
     if trained is not None:
-        common = [within(*sides, trained) for sides in common]
-        target = replace(target, spans=intersection(target.spans, trained))
+        wanted = narrowed(wanted, wanted, trained)[1]
+        sides = [side.narrowed(trained) for side in sides]
+    matched = [_align(source, side, unusable) for source, side in zip(plan.sources, sides, strict=True)]
+    if unusable:
+        if on_unusable == "raise":
+            raise unusable[min(unusable)]
+        # A text without spans has no supervised position, and nothing of it is counted.
+        ranges = [_NO_RANGES if b in unusable else None for b in range(len(targets))]
+        wanted = narrowed(wanted, wanted, ranges)[1]
+        sides = [side.narrowed(ranges) for side in sides]
+        left_out = np.repeat([b in unusable for b in range(len(targets))], np.diff(wanted.starts))
+        matched = [np.where(left_out, np.int32(-1), positions) for positions in matched]
     projections = [
-        source.projector(record, source.align(record.text, text), text)
-        for source, (record, text) in zip(plan.sources, common, strict=True)
+        source.projector.project(side.source, Entries.of(side.records), positions, side.target)
+        for source, side, positions in zip(plan.sources, sides, matched, strict=True)
     ]
-    distributions = [projection.distributions for projection in projections]
-    per_text = np.array([plan.metric(record) for record in comparable(records, common)])
-    if getattr(plan.rule, "per_token", False):
-        costs = -np.stack([projection.label_logprobs for projection in projections]).astype(np.float64)
-    else:
-        costs = per_text
-    fused = fuse(distributions, costs, rule=plan.rule, **plan.rule_options)
-    renormalize = all(source.projector.options.renormalize for source in plan.sources)
-    fused = truncate(fused, plan.width, renormalize=renormalize)
-    supervised = supervised_positions(target)
-    missing = [int(supervised.sum() - supervised_positions(text).sum()) for _, text in common]
+    costs = _cross_entropies(plan, sides)
+    fused = _fused(plan, projections, costs, wanted)
+    supervised = supervised_texts(wanted)
     # Labels are filled in after fusion, so that no rule mixes one into, or prefers it to, a source's distribution.
     labelled = supervised & ~fused.present & plan.label_fallback
-    fused = _with_labels(fused, labelled, target)
-    best = int(min_ce_choice(per_text))
-    return fused, FusionReport(
-        texts=1,
+    fused = _with_labels(fused, labelled, wanted.ids)
+    best = min_ce_choice(costs).astype(np.int16)
+    best[list(unusable)] = -1
+    report = FusionReport(
+        texts=len(targets) - len(unusable),
         positions=int(supervised.sum()),
         fused_positions=int(fused.present.sum()),
-        chosen={source.name: int(index == best) for index, source in enumerate(plan.sources)},
+        chosen={source.name: int((best == s).sum()) for s, source in enumerate(plan.sources)},
         sources={
-            source.name: replace(
-                p.report,
-                positions=p.report.positions + lost,
-                left_out=lost,
-                fallback=int((labelled & ~p.distributions.present).sum()),
-            )
-            for source, p, lost in zip(plan.sources, projections, missing, strict=True)
+            source.name: _source_report(projection, supervised, labelled)
+            for source, projection in zip(plan.sources, projections, strict=True)
         },
+    )
+    return FusedTexts(
+        fused.ids,
+        fused.logprobs,
+        fused.leftover,
+        wanted.starts,
+        kept=cast("FloatArray", fused.kept),
+        source=cast("npt.NDArray[np.int16]", fused.source),
+        best=best,
+        unusable=unusable,
+    ), report
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One source's records of B texts, and the part of the texts that it has in common with the target.
+
+    ``source`` and ``target`` are both tokenizations, with spans that correspond by their number.
+    """
+
+    records: Sequence[Record]
+    targets: Sequence[TokenizedText]
+    source: Texts
+    target: Texts
+
+    def narrowed(self, ranges: Sequence[IntArray | None]) -> "_Side":
+        source, target = narrowed(self.source, self.target, ranges)
+        return replace(self, source=source, target=target)
+
+    def pair(self, b: int) -> tuple[Record, TokenizedText]:
+        """Return both sides of one text with the spans that they have in common."""
+        record = self.records[b]
+        return (
+            replace(record, text=replace(record.text, spans=self.source.spans_of(b))),
+            replace(self.targets[b], spans=self.target.spans_of(b)),
+        )
+
+    def texts(self, b: int) -> tuple[TokenizedText, TokenizedText]:
+        record, target = self.pair(b)
+        return record.text, target
+
+    def read_all(self) -> BoolArray:
+        """(B,) bool, whether all that the source's cross-entropy is about is in the common part."""
+        whole = np.array([int((r.text.spans[:, 1] - r.text.spans[:, 0]).sum()) for r in self.records])
+        found: BoolArray = self.target.n_bytes() == whole
+        return found
+
+
+def _nothing(width: int) -> FusedTexts:
+    zeros, none = np.empty(0, np.float32), np.empty(0, np.int16)
+    ids, logprobs = np.empty((0, width), np.int32), np.empty((0, width), np.float32)
+    return FusedTexts(ids, logprobs, zeros, np.zeros(1, np.int64), zeros, none, none)
+
+
+def _common_sides(
+    plan: FusionPlan, wanted: Texts, targets: Sequence[TokenizedText], records: Sequence[Sequence[Record]]
+) -> tuple[list[_Side], dict[int, AlignmentError]]:
+    """Find what each source's texts have in common with the target's, and the texts that are not the same."""
+    sides: list[_Side] = []
+    unusable: dict[int, AlignmentError] = {}
+    for source, own in zip(plan.sources, records, strict=True):
+        tokens = source.projector.source_bytes, source.projector.target_bytes
+        whole = Texts.of([record.text for record in own])
+        common, target, errors = common_texts(whole, wanted, own, targets, tokens)
+        sides.append(_Side(own, targets, common, target))
+        _name(unusable, source, errors)
+    return sides, unusable
+
+
+def _align(source: FusionSource, side: _Side, unusable: dict[int, AlignmentError]) -> IntArray:
+    matched, errors = align_many(source.align, side.source, side.target, side.texts)
+    _name(unusable, source, errors)
+    return matched
+
+
+def _name(unusable: dict[int, AlignmentError], source: FusionSource, errors: Mapping[int, AlignmentError]) -> None:
+    """Add what is wrong with some texts of a source; the first source that says it counts."""
+    for b, error in errors.items():
+        unusable.setdefault(b, AlignmentError(f"source {source.name!r}: {error}"))
+
+
+def _cross_entropies(plan: FusionPlan, sides: Sequence[_Side]) -> npt.NDArray[np.float64]:
+    """Return (S, B): by the plan's metric, over the bytes of each text that all sources have read."""
+    as_stored = np.logical_and.reduce(
+        [side.read_all() & side.target.same_spans(sides[0].target) for side in sides], axis=0
+    )
+    costs = np.empty((len(sides), len(as_stored)))
+    for b, plain in enumerate(as_stored.tolist()):
+        records = [side.records[b] for side in sides]
+        if not plain:
+            records = comparable(records, [side.pair(b) for side in sides])
+        costs[:, b] = [plan.metric(record) for record in records]
+    return costs
+
+
+def _fused(
+    plan: FusionPlan, projections: Sequence[Projection], costs: npt.NDArray[np.float64], wanted: Texts
+) -> SparseDistributions:
+    """Apply the rule: to all texts at once if it treats every position alone, else text by text."""
+    distributions = [projection.distributions for projection in projections]
+    per_token = getattr(plan.rule, "per_token", False)
+    if per_token:
+        costs = -np.stack([projection.label_logprobs for projection in projections]).astype(np.float64)
+    renormalize = all(source.projector.options.renormalize for source in plan.sources)
+
+    def apply(given: Sequence[SparseDistributions], costs: npt.NDArray[np.float64]) -> SparseDistributions:
+        fused = fuse(given, costs, rule=plan.rule, **plan.rule_options)
+        return _described(truncate(fused, plan.width, renormalize=renormalize), given)
+
+    if getattr(plan.rule, "by_position", False):
+        return apply(distributions, costs if per_token else np.repeat(costs, np.diff(wanted.starts), axis=1))
+    parts = []
+    for b, (start, stop) in enumerate(pairwise(wanted.starts.tolist())):
+        own = slice(start, stop)
+        parts.append(apply([d.at(own) for d in distributions], costs[:, own] if per_token else costs[:, b]))
+    return SparseDistributions(
+        *(
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("ids", "logprobs", "leftover", "kept", "source")
+        )
     )
 
 
-def _check_records(plan: FusionPlan, records: Sequence[Record]) -> None:
-    if len(records) != len(plan.sources):
+def _source_report(projection: Projection, supervised: BoolArray, labelled: BoolArray) -> ProjectionReport:
+    """Complete the counters of a source by what it has no text for."""
+    report, total = projection.report, int(supervised.sum())
+    return replace(
+        report,
+        positions=total,
+        left_out=total - report.positions,
+        fallback=int((labelled & ~projection.distributions.present).sum()),
+    )
+
+
+def _described(fused: SparseDistributions, distributions: Sequence[SparseDistributions]) -> SparseDistributions:
+    """Fill in the kept mass and the source where a rule of another package does not say them."""
+    present = fused.present
+    kept, source = fused.kept, fused.source
+    if kept is None:
+        taking_part = np.stack([d.present for d in distributions])
+        mean = kept_mass(distributions).sum(axis=0) / np.maximum(taking_part.sum(axis=0), 1)
+        kept = mean.astype(np.float32)
+    if source is None:
+        source = np.full(len(present), 0 if len(distributions) == 1 else -1, np.int16)
+    return replace(fused, kept=np.where(present, kept, np.float32(0)), source=np.where(present, source, np.int16(-1)))
+
+
+def _check_records(plan: FusionPlan, targets: Sequence[TokenizedText], records: Sequence[Sequence[Record]]) -> None:
+    if len(records) != len(plan.sources) or any(len(own) != len(targets) for own in records):
         names = ", ".join(source.name for source in plan.sources)
-        raise MismatchError(f"expected one record per source ({names}), got {len(records)}. Open every source's store.")
-    if len({record.id for record in records}) > 1:
-        found = ", ".join(f"{s.name}: {r.id!r}" for s, r in zip(plan.sources, records, strict=True))
-        raise MismatchError(f"expected records of one text, got {found}. Join stores by id, never by row number.")
+        got = ", ".join(str(len(own)) for own in records) or "none"
+        raise MismatchError(
+            f"expected one record per source ({names}) and text ({len(targets)}), got {got}. Open every source's store."
+        )
+    for same_text in zip(*records, strict=True):
+        if any(record.id != same_text[0].id for record in same_text[1:]):
+            found = ", ".join(f"{s.name}: {r.id!r}" for s, r in zip(plan.sources, same_text, strict=True))
+            raise MismatchError(f"expected records of one text, got {found}. Join stores by id, never by row number.")
 
 
-def _common(source: FusionSource, record: Record, target: TokenizedText) -> tuple[Record, TokenizedText]:
-    try:
-        return common_text(record, target, source.projector.source_bytes, source.projector.target_bytes)
-    except AlignmentError as error:
-        raise AlignmentError(f"source {source.name!r}: {error}") from error
-
-
-def _with_labels(fused: SparseDistributions, positions: BoolArray, target: TokenizedText) -> SparseDistributions:
-    """Put probability 1 on the label at some empty positions, (T,) bool."""
+def _with_labels(fused: SparseDistributions, positions: BoolArray, target_ids: IntArray) -> SparseDistributions:
+    """Put probability 1 on the label at some empty positions, (N,) bool."""
     if not positions.any():
         return fused
     ids, logprobs, leftover = fused.ids.copy(), fused.logprobs.copy(), fused.leftover.copy()
-    ids[positions, 0] = np.append(target.input_ids[1:], -1)[positions]
+    ids[positions, 0] = np.append(target_ids[1:], -1)[positions]
     logprobs[positions, 0], leftover[positions] = 0.0, 0.0
-    return SparseDistributions(ids, logprobs, leftover)
+    return replace(fused, ids=ids, logprobs=logprobs, leftover=leftover)
 
 
 def warm_up() -> None:

@@ -37,28 +37,24 @@ import numpy as np
 
 from fusion_plugins.core.arrays import FloatArray, IntArray, as_array
 from fusion_plugins.core.fusion.accounting import ProjectionReport
-from fusion_plugins.core.fusion.align import Alignment
+from fusion_plugins.core.fusion.align import Alignment, checked_positions
+from fusion_plugins.core.fusion.flat import Entries, Texts
 from fusion_plugins.core.fusion.projection_kernel import (
     COUNTS,
+    IS_EXACT,
     MASSES,
     POSITION_KINDS,
-    Mapping,
-    Sides,
-    SourceArrays,
-    TargetArrays,
-    places,
-    project_positions,
+    Tables,
+    project_texts,
 )
-from fusion_plugins.core.fusion.record import supervised_positions
 from fusion_plugins.core.fusion.types import Record, Shares, SparseDistributions, VocabularyMap
 from fusion_plugins.core.text.token_bytes import TokenBytes
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.types import TokenizedText
-from fusion_plugins.errors import AlignmentError, ConfigError
+from fusion_plugins.errors import ConfigError, MismatchError
 
 #: methods of vocabulary maps that have asked the target's tokenizer for the first token of every source token
 _ASKED_THE_TOKENIZER = ("first_token", "one_to_many")
-_NO_SHARES = Shares(np.zeros(1, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ class ProjectionOptions:
 
 @dataclass(frozen=True)
 class Projection:
-    """One record projected.
+    """What one source says about a text, or about several texts one after the other, for the target.
 
     Attributes:
         distributions: (T, K + 1) entries (more for a one-to-many map) over the target's vocabulary, by descending
@@ -108,13 +104,15 @@ class Projector:
     Attributes:
         source_bytes: the source's vocabulary.
         target_bytes: the target's vocabulary.
-        mapping: the vocabulary map in the form of the kernel.
+        mapping: the vocabulary map.
+        tables: all of these in the form of the kernel.
         options: see :class:`ProjectionOptions`.
     """
 
     source_bytes: TokenBytes
     target_bytes: TokenBytes
-    mapping: Mapping
+    mapping: VocabularyMap
+    tables: Tables
     options: ProjectionOptions
 
     @classmethod
@@ -132,20 +130,16 @@ class Projector:
             target: the target's V tokens.
             vocabulary: source id -> target id.
             options: how to project.
+
+        Raises:
+            MismatchError: the map is of another vocabulary.
         """
-        asked = vocabulary.method in _ASKED_THE_TOKENIZER
-        shares = vocabulary.shares or _NO_SHARES
-        starts = as_array(shares.starts, np.int32)
-        mapping = Mapping(
-            target_ids=as_array(vocabulary.target_ids, np.int32),
-            exact=vocabulary.distances == 0,
-            begins=np.empty(0, np.int32) if asked else longest_beginnings(source, target),
-            starts=starts,
-            share_ids=as_array(shares.target_ids, np.int32),
-            weights=as_array(shares.weights, np.float32),
-            most=int(np.diff(starts).max(initial=1)),
-        )
-        return cls(source.packed, target.packed, mapping, options)
+        if len(vocabulary.target_ids) != source.vocab_size:
+            raise MismatchError(
+                f"expected a vocabulary map of the source's {source.vocab_size} tokens, got one of "
+                f"{len(vocabulary.target_ids)}. Make the map from these two token tables."
+            )
+        return cls(source.packed, target.packed, vocabulary, _tables(source, target, vocabulary), options)
 
     def __call__(self, record: Record, alignment: Alignment, target: TokenizedText) -> Projection:
         """Rewrite a source's distributions of one text over the target's vocabulary.
@@ -158,37 +152,30 @@ class Projector:
         Raises:
             AlignmentError: the alignment is not one of these two texts.
         """
-        matched = as_array(alignment.source_positions, np.int32)
-        n_target, n_source = len(target.input_ids), len(record.text.input_ids)
-        if len(matched) != n_target or matched.max(initial=-1) >= n_source:
-            raise AlignmentError(
-                f"expected an alignment of {n_source} source and {n_target} target tokens; got one of {len(matched)} "
-                f"target tokens that names source position {matched.max(initial=-1)}. Align these two texts."
-            )
-        sides = Sides(
-            _source_arrays(record),
-            _target_arrays(target),
-            self.mapping,
-            self.source_bytes,
-            self.target_bytes,
-            self.options.chain,
-        )
-        ids, logprobs, kept, label_logprobs, counts, masses = project_positions(
-            matched, sides, float(self.options.min_mass)
-        )
-        distributions = self._finish(ids, logprobs, kept)
-        return Projection(
-            distributions, label_logprobs, _report(int(supervised_positions(target).sum()), counts, masses)
-        )
+        matched = checked_positions(alignment, record.text, target)
+        return self.project(Texts.of([record.text]), Entries.of([record]), matched, Texts.of([target]))
 
-    def _finish(self, ids: IntArray, logprobs: FloatArray, kept: FloatArray) -> SparseDistributions:
-        used = kept > 0.0
-        if self.options.renormalize:
-            logprobs = logprobs - np.log(np.where(used, kept, 1.0)).astype(np.float32)[:, None]
-            leftover = np.where(used, 0.0, 1.0)
-        else:
-            leftover = np.clip(1.0 - kept, 0.0, 1.0)
-        return SparseDistributions(ids, logprobs, leftover.astype(np.float32))
+    def project(self, source: Texts, entries: Entries, matched: IntArray, target: Texts) -> Projection:
+        """Rewrite a source's distributions of B texts at once.
+
+        Args:
+            source: the texts in the source's tokens.
+            entries: what the source says at each of them.
+            matched: (N,) int32 source position, counted from the start of its text, of each position of the target; -1
+                for none.
+            target: the texts in the target's tokens, N in all.
+        """
+        ids, logprobs, leftover, kept, label_logprobs, counts, masses = project_texts(
+            matched,
+            source,
+            entries,
+            target,
+            self.tables,
+            self.options.chain,
+            self.options.renormalize,
+            float(self.options.min_mass),
+        )
+        return Projection(SparseDistributions(ids, logprobs, leftover, kept), label_logprobs, _report(counts, masses))
 
 
 def project_distributions(
@@ -236,26 +223,38 @@ def longest_beginnings(source: TokenTable, target: TokenTable) -> IntArray:
     return found
 
 
-def _source_arrays(record: Record) -> SourceArrays:
-    ends = as_array(record.text.ends, np.int32)
-    place, _ = places(ends, as_array(record.text.spans, np.int32))
-    return SourceArrays(
-        as_array(record.text.input_ids, np.int32),
-        ends,
-        place,
-        as_array(record.topk.ids, np.int32),
-        as_array(record.topk.logprobs, np.float32),
-        as_array(record.topk.token_logprobs, np.float32),
+def _tables(source: TokenTable, target: TokenTable, vocabulary: VocabularyMap) -> Tables:
+    asked = vocabulary.method in _ASKED_THE_TOKENIZER
+    begins = np.full(source.vocab_size, -1, np.int32) if asked else longest_beginnings(source, target)
+    # An id beyond the target's tokens, as in a padded output layer, is none.
+    known = np.where(vocabulary.target_ids < target.vocab_size, vocabulary.target_ids, -1)
+    shares = vocabulary.shares or Shares(
+        np.zeros(source.vocab_size + 1, np.int32), np.empty(0, np.int32), np.empty(0, np.float32)
+    )
+    starts = as_array(shares.starts, np.int32)
+    return Tables(
+        mapped=np.stack([known, np.where(vocabulary.exact, IS_EXACT, begins)], axis=1).astype(np.int32),
+        share_starts=starts,
+        share_ids=as_array(shares.target_ids, np.int32),
+        share_weights=as_array(shares.weights, np.float32),
+        **_named("s", source.packed),
+        **_named("t", target.packed),
+        most=int(np.diff(starts).max(initial=1)),
     )
 
 
-def _target_arrays(target: TokenizedText) -> TargetArrays:
-    ends = as_array(target.ends, np.int32)
-    return TargetArrays(as_array(target.input_ids, np.int32), ends, *places(ends, as_array(target.spans, np.int32)))
+def _named(side: str, tokens: TokenBytes) -> dict[str, Any]:
+    return dict(
+        zip(
+            (f"{side}_{name}" for name in ("bytes", "starts", "special", "closing")),
+            (tokens.flat, tokens.starts, tokens.special, tokens.closing),
+            strict=True,
+        )
+    )
 
 
-def _report(supervised: int, counts: IntArray, masses: FloatArray) -> ProjectionReport:
+def _report(counts: IntArray, masses: FloatArray) -> ProjectionReport:
     named: dict[str, Any] = {name: int(count) for name, count in zip(COUNTS, counts, strict=True)}
     seen = sum(named[name] for name in POSITION_KINDS)
     named |= {name: float(mass) for name, mass in zip(MASSES, masses, strict=True)}
-    return ProjectionReport(positions=supervised, unaligned=supervised - seen, **named)
+    return ProjectionReport(unaligned=named["positions"] - seen, **named)

@@ -1,367 +1,444 @@
-"""The compiled part of the projection; :mod:`fusion_plugins.core.fusion.project` says what it does and why."""
+"""The compiled part of the projection: flat arrays, one pass over the entries.
 
-from typing import Any, NamedTuple
+:mod:`fusion_plugins.core.fusion.project` says what is computed and why; here is how. Three steps per text:
+
+1. :func:`places` says where in the supervised spans each position lies, on both sides.
+2. :func:`_overlaps` compares the next tokens of both sides at each position of the target: a *kind*, and the mass that
+   the chain gives the label.
+3. :func:`_project` goes once through the entries of each position, sums their masses per target token, sorts the sums
+   and writes their logarithms.
+
+The functions that are called for each entry use each of their arrays on one path, from beginning to end. For an array
+that one branch uses last and another does not, numba counts references, atomically, which costs more than an entry.
+"""
+
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fusion_plugins.core.arrays import BoolArray, FloatArray, IntArray
 from fusion_plugins.core.jit import compiled
-from fusion_plugins.core.text.token_bytes import TokenBytes
 
 # What happens to a position that has a source position: up to UNCHECKED it is used, the others are masked.
 ONE_TO_ONE, ONE_TO_MANY, MANY_TO_ONE, CROSSING, SPECIAL, UNCHECKED = range(6)
 OTHER_BYTES, REACHES_OUT, OTHER_SPECIAL, SOURCE_ENDS, LOW_MASS = range(6, 11)
-# What happens to an entry, in the order of the masses below.
-EXACT, EDITED, UNMAPPED = range(11, 14)
+# What happens to an entry, in the order of the masses below; then the supervised positions of all kinds.
+EXACT, EDITED, UNMAPPED, SUPERVISED = range(11, 15)
 COUNTS = (
     "one_to_one", "one_to_many", "many_to_one", "crossing", "special", "unchecked", "other_bytes", "reaches_out",
-    "other_special", "source_ends", "low_mass", "exact", "edited", "unmapped",
+    "other_special", "source_ends", "low_mass", "exact", "edited", "unmapped", "positions",
 )  # fmt: skip
 POSITION_KINDS = COUNTS[:EXACT]
 GOLD_MASS, EXACT_MASS, EDITED_MASS, UNMAPPED_MASS, PREFIX_MASS, OUTSIDE_MASS = range(6)
 MASSES = ("gold_mass", "exact_mass", "edited_mass", "unmapped_mass", "prefix_mass", "outside_mass")
 
+#: in the second column of ``mapped``: the source token is a token of the target
+IS_EXACT = -2
+# Up to this size the entries are nearly sorted when they come to be sorted.
+_NEARLY_SORTED = 128
 
-class SourceArrays(NamedTuple):
-    """A record's arrays.
 
-    ids (U,), ends (U,), place (U,) of each position (:func:`places`), topk_ids (U, K), topk_logprobs (U, K), gold (U,)
-    log-probabilities of the next tokens.
+class Tables(NamedTuple):
+    """What the kernel reads of one source's vocabulary of W tokens, and of the target's of V; made once per plan.
+
+    mapped (W, 2): the target token of each source token, -1 for none; then IS_EXACT where both are the same, else the
+    longest target token at its beginning, -1 for none. Source token ``z`` is divided among ``share_ids[e]`` by
+    ``share_weights[e]``, ``share_starts[z] <= e < share_starts[z + 1]``; a one-to-one map has none.
+    ``s_bytes[s_starts[z] : s_starts[z + 1]]`` are a source token's bytes, ``s_special`` (W,) and ``s_closing`` (W,)
+    say whether it is a special token, and one that ends a turn or a text; ``t_`` the same of the target. ``most`` is
+    the largest number of target tokens that one source token gives mass to.
     """
 
-    ids: IntArray
-    ends: IntArray
-    place: npt.NDArray[np.int64]
-    topk_ids: IntArray
-    topk_logprobs: FloatArray
-    gold: FloatArray
-
-
-class TargetArrays(NamedTuple):
-    """The target's arrays: ids (T,), ends (T,), place (T,) and left (T,) of each position (:func:`places`)."""
-
-    ids: IntArray
-    ends: IntArray
-    place: npt.NDArray[np.int64]
-    left: IntArray
-
-
-class Mapping(NamedTuple):
-    """Source id -> target id (W,), whether that is exact (W,), and the longest target token at its beginning (W,).
-
-    ``starts`` (W + 1,), ``share_ids`` (E,) and ``weights`` (E,) are :class:`~fusion_plugins.core.fusion.types.Shares`,
-    empty for a one-to-one map; ``most`` is the largest number of entries of a source token, at least 1.
-    """
-
-    target_ids: IntArray
-    exact: BoolArray
-    begins: IntArray
-    starts: IntArray
+    mapped: IntArray
+    share_starts: IntArray
     share_ids: IntArray
-    weights: FloatArray
+    share_weights: FloatArray
+    s_bytes: npt.NDArray[np.uint8]
+    s_starts: npt.NDArray[np.int64]
+    s_special: BoolArray
+    s_closing: BoolArray
+    t_bytes: npt.NDArray[np.uint8]
+    t_starts: npt.NDArray[np.int64]
+    t_special: BoolArray
+    t_closing: BoolArray
     most: int
 
 
-class Sides(NamedTuple):
-    """Everything about one source and one target that the kernel reads."""
-
-    source: SourceArrays
-    target: TargetArrays
-    mapping: Mapping
-    s_tokens: TokenBytes
-    t_tokens: TokenBytes
-    chain: bool
-
-
-class Position(NamedTuple):
-    """One target position with its source position.
-
-    ``u`` is the source position and ``label`` the target's next token. ``kind`` says how the next tokens of both sides
-    overlap, ``last`` is the source token in which the label ends, ``logp`` the log-probability of the source tokens
-    before it.
-    """
-
-    u: Any
-    label: Any
-    kind: int
-    last: Any
-    logp: float
-
-
-class Held(NamedTuple):
-    """Target tokens that have some mass at one position.
-
-    ids (L,) and mass (L,) of the tokens; slots (S,) finds a token's index among them by open addressing, -1 for none;
-    ``n_target`` is the size of the target's vocabulary.
-
-    One array over the whole vocabulary would be simpler, but it costs a cache miss per entry, and clearing it for each
-    text costs as much as the projection of a short one. The slots stay in the first-level cache.
-    """
-
-    ids: IntArray
-    mass: npt.NDArray[np.float64]
-    slots: IntArray
-    n_target: int
-
-
 @compiled
-def project_positions(source_positions, sides, min_mass):  # type: ignore[no-untyped-def]
-    """Project every position that has a source position.
+def project_texts(matched, source, entries, target, tables, chain, renormalize, min_mass):  # type: ignore[no-untyped-def]
+    """Project every position of B texts that has a source position.
+
+    Args:
+        matched: (N,) int32 source position, inside its text, of each position of the target; -1 for none.
+        source: the source's :class:`Texts`.
+        entries: its :class:`Entries`.
+        target: the target's :class:`Texts`.
+        tables: both vocabularies, :class:`Tables`.
+        chain: whether the text decides where both split it differently.
+        renormalize: whether entries are scaled to sum to 1.
+        min_mass: least share of the stored probability that a position must keep.
 
     Returns:
-        ids (T, L), logprobs (T, L), kept mass (T,), log-probability of the label (T,), counts, masses. L is K + 1; for
-        a one-to-many map K + 1 times the number of shares that a source token has at most, and 1 for the label.
+        ids (N, L), logprobs (N, L), leftover (N,), kept mass (N,), log-probability of the label (N,), counts, masses.
+        L is K + 1; for a one-to-many map K + 1 times the number of shares that a source token has at most, and 1 for
+        the label.
     """
-    n, width = len(sides.target.ids), (sides.source.topk_ids.shape[1] + 1) * sides.mapping.most
-    width += len(sides.mapping.starts) > 1
+    n, many = len(target.ids), len(tables.share_ids) > 0
+    width = (entries.ids.shape[1] + 1) * tables.most + many
     ids, logprobs = np.full((n, width), -1, np.int32), np.full((n, width), -np.inf, np.float32)
-    kept, gold = np.zeros(n), np.full(n, -np.inf, np.float32)
+    leftover, kept = np.ones(n, np.float32), np.zeros(n, np.float32)
+    gold = np.full(n, -np.inf, np.float32)
     counts, masses = np.zeros(len(COUNTS), np.int64), np.zeros(len(MASSES))
     n_slots = 4
     while n_slots < 2 * width:  # a power of two, at most half full, so that probing ends soon
         n_slots *= 2
-    held = Held(np.empty(width, np.int32), np.empty(width), np.empty(n_slots, np.int32), len(sides.t_tokens.special))
-    position_masses = np.zeros(len(MASSES))
-    for t in range(n - 1):
-        if source_positions[t] < 0:
+    n_given = entries.ids.shape[1] + 2
+    scratch = (
+        np.empty(n_given, np.int32), np.empty(n_given), np.empty(width, np.int32), np.empty(width),
+        np.empty(n_slots, np.int32), np.empty(len(MASSES)),
+    )  # fmt: skip
+    for b in range(len(target.starts) - 1):
+        own = slice(source.starts[b], source.starts[b + 1])
+        other = slice(target.starts[b], target.starts[b + 1])
+        s_spans = source.spans[source.span_starts[b] : source.span_starts[b + 1]]
+        t_spans = target.spans[target.span_starts[b] : target.span_starts[b + 1]]
+        s_place, _ = places(source.ends[own], s_spans)
+        t_place, t_left = places(target.ends[other], t_spans)
+        counts[SUPERVISED] += (t_left[:-1] >= 0).sum()
+        said = entries.ids[own], entries.logprobs[own], entries.next[own]
+        kinds, chain_masses = _overlaps(
+            matched[other],
+            (source.ids[own], source.ends[own], s_place),
+            said,
+            (target.ids[other], target.ends[other], t_place, t_left),
+            tables,
+            chain,
+        )
+        _project(
+            (matched[other], kinds, chain_masses),
+            source.ids[own],
+            said,
+            target.ids[other],
+            tables,
+            (chain, renormalize, min_mass),
+            scratch,
+            (ids[other], logprobs[other], leftover[other], kept[other], gold[other], counts, masses),
+        )
+    return ids, logprobs, leftover, kept, gold, counts, masses
+
+
+@compiled
+def supervised_texts(texts):  # type: ignore[no-untyped-def]
+    """Return (N,) bool: the positions that lie in a span of their text and have a label."""
+    found = np.zeros(len(texts.ends), np.bool_)
+    for b in range(len(texts.starts) - 1):
+        own = slice(texts.starts[b], texts.starts[b + 1])
+        _, left = places(texts.ends[own], texts.spans[texts.span_starts[b] : texts.span_starts[b + 1]])
+        found[own] = left >= 0
+        found[own][-1:] = False
+    return found
+
+
+@compiled
+def _overlaps(matched, source, said, target, tables, chain):  # type: ignore[no-untyped-def]
+    """Compare the next tokens of both sides, at each position of one text.
+
+    Returns:
+        The kind of each position, (T,) int8, of use where it is matched; and the probability that the source goes on
+        with the label's bytes, along the text's own tokens, (T,) float64: NaN where the text does not decide, because
+        that is not wanted, the tokens are special, or the source does not say what it gives the text.
+    """
+    s_ids, s_ends, s_place = source
+    topk_ids, topk_logprobs, following = said
+    t_ids, t_ends, t_place, t_left = target
+    mapped, s_bytes, s_starts, s_special = tables.mapped, tables.s_bytes, tables.s_starts, tables.s_special
+    t_bytes, t_starts, t_special = tables.t_bytes, tables.t_starts, tables.t_special
+    n_source, n_target = len(s_special), len(t_special)
+    kinds, masses = np.zeros(len(t_ids), np.int8), np.full(len(t_ids), np.nan)
+    for t in range(len(t_ids) - 1):
+        u, label = np.int64(matched[t]), np.int64(t_ids[t + 1])
+        if u < 0:
             continue
-        position = _position(sides, source_positions[t], t)
-        kind = position.kind
-        if kind <= UNCHECKED:
-            position_masses[:] = 0.0
-            held.slots[:] = -1
-            size = _entries(sides, position, held, counts, position_masses)
-            total = held.mass[:size].sum()
-            if total > 0.0 and total >= min_mass * (1.0 - position_masses[OUTSIDE_MASS]):
-                kept[t] = total
-                at = held.slots[_slot(held.ids, held.slots, position.label)]
-                if at >= 0:
-                    gold[t] = np.log(held.mass[at])
-                _write(held.ids[:size], held.mass[:size], ids[t], logprobs[t])
-                masses += position_masses
-            else:
-                kind = LOW_MASS
-        counts[kind] += 1
-    return ids, logprobs, kept, gold, counts, masses
-
-
-@compiled
-def _position(sides, u, t):  # type: ignore[no-untyped-def]
-    """How the next tokens after source position ``u`` and target position ``t`` overlap."""
-    source, target, label = sides.source, sides.target, np.int64(sides.target.ids[t + 1])
-    u = np.int64(u)
-    if u + 1 >= len(source.ids):
-        return Position(u, label, SOURCE_ENDS, u, 0.0)
-    if _ordinary(sides.t_tokens, label) and _ordinary(sides.s_tokens, source.ids[u + 1]) and target.left[t] != 0:
-        if source.place[u] != target.place[t]:
-            return Position(u, label, UNCHECKED, u + 1, 0.0)
-        return _position_by_bytes(sides, u, t, label)
-    same = _same_special(sides, source.ids[u + 1], label, target.left[t])
-    return Position(u, label, SPECIAL if same else OTHER_SPECIAL, u + 1, 0.0)
-
-
-@compiled
-def _same_special(sides, first, label, left):  # type: ignore[no-untyped-def]
-    if first >= len(sides.mapping.target_ids) or label >= len(sides.t_tokens.closing):
-        return False
-    # The token that ends a turn in one model may be the one that ends a text in another.
-    closing = left == 0 and sides.s_tokens.closing[first] and sides.t_tokens.closing[label]
-    return closing or sides.mapping.target_ids[first] == label
-
-
-@compiled
-def _position_by_bytes(sides, u, t, label):  # type: ignore[no-untyped-def]
-    source, target = sides.source, sides.target
-    width, source_width = target.ends[t + 1] - target.ends[t], source.ends[u + 1] - source.ends[u]
-    if width > target.left[t]:
-        return Position(u, label, REACHES_OUT, u + 1, 0.0)
-    added = _length(sides.t_tokens, label) - width
-    if width <= 0 or added != _length(sides.s_tokens, source.ids[u + 1]) - source_width:
-        return Position(u, label, OTHER_BYTES, u + 1, 0.0)
-    goal, v, logp = source.ends[u] + width, u + 1, 0.0
-    while v < len(source.ids) and source.ends[v] < goal:
-        logp += source.gold[v - 1]
-        v += 1
-        if v < len(source.ids) and not _ordinary(sides.s_tokens, source.ids[v]):
-            return Position(u, label, OTHER_SPECIAL, v, logp)
-    if v == len(source.ids):
-        return Position(u, label, SOURCE_ENDS, v, logp)
-    if source.ends[v] == goal:
-        return Position(u, label, ONE_TO_ONE if v == u + 1 else ONE_TO_MANY, v, logp)
-    return Position(u, label, MANY_TO_ONE if v == u + 1 else CROSSING, v, logp)
-
-
-@compiled
-def _entries(sides, position, held, counts, masses):  # type: ignore[no-untyped-def]
-    """Add the mass of every entry of the position to target tokens; return how many target tokens have any."""
-    # Unpacked once per position: in compiled code each access to a field of a nested tuple costs as much as an entry.
-    source, mapping, s_tokens, t_tokens = sides.source, sides.mapping, sides.s_tokens, sides.t_tokens
-    u = position.u
-    first, label, many = source.ids[u + 1], position.label, len(mapping.starts) > 1
-    first_mass = np.exp(np.float64(source.gold[u]))
-    by_bytes = sides.chain and position.kind < SPECIAL and not np.isnan(first_mass + position.logp)
-    size, inside = 0, 0.0
-    if by_bytes:
-        mass = _label_mass(sides, position)
-        masses[GOLD_MASS] += mass
-        size = _add(held, size, label, mass)
-        size, share = _unexplained(held, size, mapping, first, first_mass - mass, label)
-        masses[share] += max(first_mass - mass, 0.0)
-        inside = first_mass
-    # Part of a prefix's mass is in the chain product already.
-    splits = by_bytes and (position.kind == ONE_TO_MANY or position.kind == CROSSING)
-    n, seen = source.topk_ids.shape[1], by_bytes
-    for k in range(n + 1):
-        z, p = (source.topk_ids[u, k], source.topk_logprobs[u, k]) if k < n else (first, source.gold[u])
-        # The last turn of the loop: a next token that the top k missed. Its probability is stored all the same.
-        if z < 0 or (z == first and by_bytes) or (k == n and (seen or not sides.chain or np.isnan(p))):
+        if u + 1 >= len(s_ids):
+            kinds[t] = SOURCE_ENDS
             continue
-        mass = np.exp(np.float64(p))
-        seen |= z == first
-        inside += mass
-        if splits and _ordinary(s_tokens, z) and _strict(s_tokens, z, t_tokens, label):
-            size, share = _unexplained(held, size, mapping, z, mass, label)
-        elif position.kind == SPECIAL and z == first:
-            size, share = _add(held, size, label, mass), EXACT_MASS
+        first = np.int64(s_ids[u + 1])
+        ordinary = first < n_source and not s_special[first] and label < n_target and not t_special[label]
+        if not ordinary or t_left[t] == 0:
+            kinds[t] = _kind_of_special(mapped, tables.s_closing, tables.t_closing, first, label, t_left[t] == 0)
+            continue
+        width = t_ends[t + 1] - t_ends[t]
+        # Bytes of a token that are not in the text (a dummy prefix) must be the same on both sides.
+        added = t_starts[label + 1] - t_starts[label] - width
+        s_added = s_starts[first + 1] - s_starts[first] - (s_ends[u + 1] - s_ends[u])
+        if s_place[u] != t_place[t]:
+            kinds[t] = UNCHECKED
+        elif width > t_left[t]:
+            kinds[t] = REACHES_OUT
+        elif width <= 0 or added != s_added:
+            kinds[t] = OTHER_BYTES
         else:
-            to, share = _destination(mapping, z, label, by_bytes)
-            shared = False
-            if many and share != GOLD_MASS:
-                size, shared = _share_out(held, size, mapping, z, mass, -1)
-            if not shared:
-                size = _add(held, size, to, mass)
-        masses[share] += mass
-        if EXACT_MASS <= share <= UNMAPPED_MASS:
-            counts[EXACT + share - EXACT_MASS] += 1
-    masses[OUTSIDE_MASS] += max(1.0 - inside, 0.0)
-    return size
+            kinds[t], v, logp = _walk(s_ids, s_ends, s_special, following, u, s_ends[u] + width)
+            if kinds[t] <= CROSSING and chain and not np.isnan(following[u] + logp):
+                if kinds[t] != CROSSING:
+                    masses[t] = np.exp(logp + following[v - 1])
+                    continue
+                # What is left of the label after the source tokens inside it may begin any token at the last position.
+                rest = t_starts[label] + s_ends[v - 1] - s_ends[u] + added
+                masses[t] = np.exp(logp) * _begin_with(
+                    topk_ids[v - 1], topk_logprobs[v - 1], s_ids[v], following[v - 1], s_bytes, s_starts, s_special,
+                    t_bytes[rest : t_starts[label + 1]],
+                )  # fmt: skip
+    return kinds, masses
 
 
 @compiled
-def _unexplained(held, size, mapping, z, mass, label):  # type: ignore[no-untyped-def]
-    """Place the mass of a prefix of the label that the chain leaves: by a one-to-many map, else it is lost."""
-    size, shared = _share_out(held, size, mapping, z, mass, label)
-    return size, EDITED_MASS if shared else PREFIX_MASS
+def _kind_of_special(mapped, s_closing, t_closing, first, label, at_end):  # type: ignore[no-untyped-def]
+    """Whether two special tokens are the same by the map, or both end what ends here.
+
+    The token that ends a turn in one model may be the one that ends a text in another.
+    """
+    kind = OTHER_SPECIAL
+    if first < len(mapped) and label < len(t_closing):
+        if mapped[first, 0] == label or (at_end and s_closing[first] and t_closing[label]):
+            kind = SPECIAL
+    return kind
 
 
 @compiled
-def _share_out(held, size, mapping, z, mass, label):  # type: ignore[no-untyped-def]
-    """Divide the mass of an entry among its shares other than the label; False where it has none."""
-    total = 0.0
-    if z + 1 < len(mapping.starts):
-        for entry in range(mapping.starts[z], mapping.starts[z + 1]):
-            if mapping.share_ids[entry] != label:
-                total += mapping.weights[entry]
-    if total == 0.0:
-        return size, False
-    for entry in range(mapping.starts[z], mapping.starts[z + 1]):
-        to = np.int64(mapping.share_ids[entry])
-        if to != label:
-            size = _add(held, size, to, mass * mapping.weights[entry] / total)
-    return size, True
+def _walk(s_ids, s_ends, s_special, following, u, goal):  # type: ignore[no-untyped-def]
+    """Go on from a position to the token in which the bytes before ``goal`` end.
+
+    Returns:
+        The kind, that token, and the log-probability of the tokens before it.
+    """
+    v, logp, ordinary = u + 1, 0.0, True
+    while ordinary and v < len(s_ids) and s_ends[v] < goal:
+        logp += following[v - 1]
+        v += 1
+        ordinary = v == len(s_ids) or (s_ids[v] < len(s_special) and not s_special[s_ids[v]])
+    if v == len(s_ids):
+        kind = SOURCE_ENDS
+    elif not ordinary:
+        kind = OTHER_SPECIAL
+    elif s_ends[v] == goal:
+        kind = ONE_TO_ONE if v == u + 1 else ONE_TO_MANY
+    else:
+        kind = MANY_TO_ONE if v == u + 1 else CROSSING
+    return kind, v, logp
 
 
 @compiled
-def _destination(mapping, z, label, by_bytes):  # type: ignore[no-untyped-def]
-    """The target token of an entry, -1 for none, and which sum its mass counts to."""
-    to = np.int64(mapping.target_ids[z]) if z < len(mapping.target_ids) else np.int64(-1)
-    if to >= 0 and mapping.exact[z]:
-        return to, EXACT_MASS
-    if by_bytes and z < len(mapping.begins) and mapping.begins[z] == label:
-        return label, GOLD_MASS
-    return to, EDITED_MASS if to >= 0 else UNMAPPED_MASS
-
-
-@compiled
-def _label_mass(sides, position):  # type: ignore[no-untyped-def]
-    """Probability that the source continues with the bytes of the label, along the text's own tokens."""
-    source, before = sides.source, position.last - 1
-    if position.kind != CROSSING:
-        return np.exp(position.logp + source.gold[before])
-    # What is left of the label after the source tokens inside it may begin any token at the last position.
-    added = _length(sides.s_tokens, source.ids[position.u + 1]) - (
-        source.ends[position.u + 1] - source.ends[position.u]
-    )
-    used = source.ends[before] - source.ends[position.u] + added
+def _begin_with(ids, logprobs, next_id, next_logprob, s_bytes, s_starts, s_special, rest):  # type: ignore[no-untyped-def]
+    """Probability of the entries of one position, and of the text's next token, that begin with some bytes."""
     total, seen = 0.0, False
-    for k in range(source.topk_ids.shape[1]):
-        z = source.topk_ids[before, k]
-        if z >= 0 and _ordinary(sides.s_tokens, z):
-            seen |= z == source.ids[position.last]
-            if _is_prefix(sides.t_tokens, position.label, sides.s_tokens, z, used):
-                total += np.exp(np.float64(source.topk_logprobs[before, k]))
-    if not seen:
-        total += np.exp(np.float64(source.gold[before]))
-    return np.exp(position.logp) * total
+    for k in range(len(ids)):
+        z = ids[k]
+        if z < 0 or z >= len(s_special) or s_special[z]:
+            continue
+        seen |= z == next_id
+        same = 0
+        if len(rest) <= s_starts[z + 1] - s_starts[z]:
+            while same < len(rest) and s_bytes[s_starts[z] + same] == rest[same]:
+                same += 1
+        if 0 < len(rest) == same:
+            total += np.exp(np.float64(logprobs[k]))
+    return total if seen else total + np.exp(np.float64(next_logprob))
 
 
 @compiled
-def _ordinary(tokens, token):  # type: ignore[no-untyped-def]
-    return token < len(tokens.special) and not tokens.special[token]
+def _project(positions, s_ids, said, t_ids, tables, options, scratch, out):  # type: ignore[no-untyped-def] # noqa: C901
+    """Write the distributions of one text: the one pass, with every case in its place."""
+    matched, kinds, chain_masses = positions
+    topk_ids, topk_logprobs, following = said
+    mapped, s_bytes, s_starts, s_special = tables.mapped, tables.s_bytes, tables.s_starts, tables.s_special
+    share_starts, share_ids, share_weights = tables.share_starts, tables.share_ids, tables.share_weights
+    t_bytes, t_starts, n_source, many = tables.t_bytes, tables.t_starts, len(mapped), len(share_ids) > 0
+    chain, renormalize, min_mass = options
+    given_ids, given, held_ids, held, slots, sums = scratch
+    out_ids, out_logprobs, out_leftover, out_kept, out_gold, counts, masses = out
+    for t in range(len(t_ids) - 1):
+        u, label, kind, chained = np.int64(matched[t]), t_ids[t + 1], kinds[t], chain_masses[t]
+        if u < 0:
+            continue
+        if kind > UNCHECKED:
+            counts[kind] += 1
+            continue
+        first, by_bytes = s_ids[u + 1], not np.isnan(chained)
+        splits = by_bytes and (kind == ONE_TO_MANY or kind == CROSSING)
+        # 1. What the source says.
+        n_given, outside = _gather(
+            given_ids, given, topk_ids, topk_logprobs, u, first, following[u], chain, by_bytes, chained
+        )
+        # 2. What that is for the target.
+        slots[:] = -1
+        sums[:] = 0.0
+        size = 0
+        if by_bytes:
+            sums[GOLD_MASS] = chained
+            if chained > 0.0:
+                size = _add(held_ids, held, slots, size, label, chained)
+        for n in range(n_given):
+            z, mass = given_ids[n], given[n]
+            rest = by_bytes and z == first
+            prefix = rest or (
+                splits and z < n_source and _is_strict_prefix(s_bytes, s_starts, s_special, z, t_bytes, t_starts, label)
+            )
+            to, begins = (mapped[z, 0], mapped[z, 1]) if z < n_source else (np.int32(-1), np.int32(-1))
+            to, share, divided = _destination(to, begins, label, prefix, kind == SPECIAL and z == first, by_bytes)
+            left_out, weight = label if prefix else np.int32(-1), 0.0
+            if many and divided and z < n_source:
+                weight = _weight(share_starts, share_ids, share_weights, z, left_out)
+            if weight > 0.0:
+                for e in range(share_starts[z], share_starts[z + 1]):
+                    if share_ids[e] != left_out:
+                        part = mass * share_weights[e] / weight
+                        if part > 0.0:
+                            size = _add(held_ids, held, slots, size, share_ids[e], part)
+                if prefix:
+                    share = EDITED_MASS
+            elif to >= 0 and mass > 0.0:
+                size = _add(held_ids, held, slots, size, to, mass)
+            sums[share] += mass
+            if EXACT_MASS <= share <= UNMAPPED_MASS and not rest:
+                counts[EXACT + share - EXACT_MASS] += 1
+        # 3. Whether that is enough.
+        total = 0.0
+        for n in range(size):
+            total += held[n]
+        if not (total > 0.0 and total >= min_mass * (1.0 - outside)):
+            counts[LOW_MASS] += 1
+            continue
+        counts[kind] += 1
+        sums[OUTSIDE_MASS] = outside
+        masses += sums
+        # 4. Write it.
+        _sort(held_ids, held, size)
+        out_gold[t] = _write(out_ids, out_logprobs, t, held_ids, held, size, label, total if renormalize else 1.0)
+        out_kept[t], out_leftover[t] = total, 0.0 if renormalize else max(1.0 - total, 0.0)
 
 
 @compiled
-def _strict(short, short_id, long, long_id):  # type: ignore[no-untyped-def]
-    return _length(short, short_id) < _length(long, long_id) and _is_prefix(short, short_id, long, long_id, 0)
+def _gather(ids, masses, topk_ids, topk_logprobs, u, first, first_logprob, chain, by_bytes, chained):  # type: ignore[no-untyped-def]
+    """Collect the source tokens that have mass at a position: their number, and the mass that none of them has.
+
+    Where the text decides, the next token of the text comes first, with the mass that the chain leaves of it.
+    """
+    first_mass, seen = np.exp(np.float64(first_logprob)), by_bytes
+    n, inside = (1, first_mass) if by_bytes else (0, 0.0)
+    ids[0], masses[0] = first, max(first_mass - chained, 0.0)
+    for k in range(topk_ids.shape[1]):
+        z = topk_ids[u, k]
+        if z >= 0 and not (by_bytes and z == first):
+            seen |= z == first
+            ids[n], masses[n] = z, np.exp(np.float64(topk_logprobs[u, k]))
+            inside += masses[n]
+            n += 1
+    # A next token that the top k missed: its probability is stored all the same.
+    missed = chain and not seen and not np.isnan(first_mass)
+    ids[n], masses[n] = first, first_mass if missed else 0.0
+    return n + missed, max(1.0 - (inside + masses[n]), 0.0)
 
 
 @compiled
-def _length(tokens, token):  # type: ignore[no-untyped-def]
-    return tokens.starts[token + 1] - tokens.starts[token]
+def _is_strict_prefix(s_bytes, s_starts, s_special, z, t_bytes, t_starts, label):  # type: ignore[no-untyped-def]
+    """Whether a source token spells the beginning, but not all, of the label."""
+    start, length = s_starts[z], s_starts[z + 1] - s_starts[z]
+    goal, same = t_starts[label], 0
+    room = t_starts[label + 1] - goal
+    while same < length and length < room and s_bytes[start + same] == t_bytes[goal + same]:
+        same += 1
+    return 0 < length == same and not s_special[z]
 
 
 @compiled
-def _add(held, size, token, mass):  # type: ignore[no-untyped-def]
-    """Add mass to a target token; return how many tokens have any."""
-    if mass <= 0.0 or not 0 <= token < held.n_target:
-        return size
-    slot = _slot(held.ids, held.slots, token)
-    at = held.slots[slot]
-    if at >= 0:
-        held.mass[at] += mass
-        return size
-    held.slots[slot], held.ids[size], held.mass[size] = size, token, mass
-    return size + 1
+def _destination(to, begins, label, prefix, same_special, by_bytes):  # type: ignore[no-untyped-def]
+    """Where the mass of a source token goes.
+
+    Args:
+        to: its target token in the map, -1 for none.
+        begins: the longest target token at its beginning; IS_EXACT where it is a token of the target.
+        label: the target's next token.
+        prefix: whether it spells the beginning of the label, and the chain has its part.
+        same_special: whether it is the label, by its role.
+        by_bytes: whether the text decides.
+
+    Returns:
+        One target token, -1 for none; the sum that the mass counts to; and whether a one-to-many map divides it.
+    """
+    if prefix:
+        # The rest belongs to other continuations: at most a one-to-many map knows them.
+        return np.int32(-1), PREFIX_MASS, True
+    if same_special:
+        return label, EXACT_MASS, False
+    if begins == IS_EXACT:
+        return to, EXACT_MASS, True
+    if by_bytes and begins == label:
+        # No token of the target, which would begin it with the label.
+        return label, GOLD_MASS, False
+    return to, EDITED_MASS if to >= 0 else UNMAPPED_MASS, True
 
 
 @compiled
-def _slot(ids, slots, token):  # type: ignore[no-untyped-def]
-    """Return the slot of a token, or the free slot where it belongs."""
+def _weight(share_starts, share_ids, share_weights, z, left_out):  # type: ignore[no-untyped-def]
+    """Sum of the weights of a source token's shares other than ``left_out``."""
+    weight = 0.0
+    for e in range(share_starts[z], share_starts[z + 1]):
+        if share_ids[e] != left_out:
+            weight += share_weights[e]
+    return weight
+
+
+@compiled
+def _add(held_ids, held, slots, size, token, mass):  # type: ignore[no-untyped-def]
+    """Add mass to a target token; return how many tokens have any.
+
+    ``held_ids`` and ``held`` have the tokens and their masses in order of arrival. ``slots`` finds a token among them
+    by open addressing, -1 for none: unlike an array over the vocabulary it stays in the first-level cache, and it is
+    cleared in no time.
+    """
     last = len(slots) - 1
     # Fibonacci hashing: neighbouring ids, which are common in a top k, are spread over the slots.
     slot = ((np.int64(token) * 2654435769) >> 7) & last
-    while slots[slot] >= 0 and ids[slots[slot]] != token:
+    while slots[slot] >= 0 and held_ids[slots[slot]] != token:
         slot = (slot + 1) & last
-    return slot
+    is_new = slots[slot] < 0
+    at = size if is_new else np.int64(slots[slot])
+    slots[slot], held_ids[at], held[at] = at, token, mass + (0.0 if is_new else held[at])
+    return size + is_new
 
 
 @compiled
-def _write(held_ids, mass, ids, logprobs):  # type: ignore[no-untyped-def]
-    """Write the entries by descending mass, equal masses by id. Insertion sort: the entries are nearly sorted."""
-    for n in range(len(held_ids)):
-        token, own = held_ids[n], mass[n]
-        k = n
-        while k > 0 and (mass[k - 1] < own or (mass[k - 1] == own and ids[k - 1] > token)):
-            ids[k], mass[k] = ids[k - 1], mass[k - 1]
-            k -= 1
-        ids[k], mass[k] = token, own
-    for n in range(len(held_ids)):
-        logprobs[n] = np.log(mass[n])
+def _sort(ids, mass, size):  # type: ignore[no-untyped-def]
+    """Sort by descending mass, equal masses by id.
+
+    Insertion sort: the entries of a source are sorted, so what is made of them nearly is. Many shares are not: for them
+    the distance between neighbours begins wide (Shell's sort).
+    """
+    step = 1
+    while size > _NEARLY_SORTED and 9 * step < size:
+        step = 3 * step + 1
+    while step > 0:
+        for n in range(step, size):
+            token, own, k = ids[n], mass[n], n
+            while k >= step and (mass[k - step] < own or (mass[k - step] == own and ids[k - step] > token)):
+                ids[k], mass[k] = ids[k - step], mass[k - step]
+                k -= step
+            ids[k], mass[k] = token, own
+        step //= 3
 
 
 @compiled
-def _is_prefix(short, short_id, long, long_id, skipped):  # type: ignore[no-untyped-def]
-    """Whether a token's bytes, after the first ``skipped``, are not empty and begin another token's bytes."""
-    start = short.starts[short_id] + skipped
-    length = short.starts[short_id + 1] - start
-    other = long.starts[long_id]
-    if length <= 0 or length > long.starts[long_id + 1] - other:
-        return False
-    for i in range(length):
-        if short.flat[start + i] != long.flat[other + i]:
-            return False
-    return True
+def _write(out_ids, out_logprobs, t, ids, mass, size, label, total):  # type: ignore[no-untyped-def]
+    """Write the logarithms of the masses, divided by their total; return that of the label's mass."""
+    log_total, label_logprob = np.float32(np.log(total)), np.float32(-np.inf)
+    for n in range(size):
+        logprob = np.float32(np.log(mass[n]))
+        out_ids[t, n], out_logprobs[t, n] = ids[n], logprob - log_total
+        if ids[n] == label:
+            label_logprob = logprob
+    return label_logprob
 
 
 @compiled

@@ -8,12 +8,15 @@
 Shape letters: T target tokens, U source tokens, K entries, V and W target and source vocabulary.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from fusion_plugins.core.arrays import BoolArray, FloatArray, IntArray
 from fusion_plugins.core.text.types import TokenizedText
+from fusion_plugins.errors import AlignmentError
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,25 @@ class SparseDistributions:
             probability, ties by lowest id.
         logprobs: (T, K) float32 natural logarithms, -inf for an empty entry.
         leftover: (T,) float32 probability mass that no entry holds; 1 at a position without entries.
+        kept: (T,) float32 true probability of the source that the entries hold, before they were scaled to sum to 1;
+            None where nobody has counted it.
+        source: (T,) int16 number of the source that the entries are from, -1 for a mixture of several or none; None
+            where it is not known.
     """
 
     ids: IntArray
     logprobs: FloatArray
     leftover: FloatArray
+    kept: FloatArray | None = None
+    source: npt.NDArray[np.int16] | None = None
+
+    def at(self, positions: slice) -> "SparseDistributions":
+        """Return some of the positions of one text."""
+        kept = None if self.kept is None else self.kept[positions]
+        source = None if self.source is None else self.source[positions]
+        return SparseDistributions(
+            self.ids[positions], self.logprobs[positions], self.leftover[positions], kept, source
+        )
 
     @property
     def mask(self) -> BoolArray:
@@ -77,6 +94,34 @@ class SparseDistributions:
     def present(self) -> BoolArray:
         """(T,) bool, True at the positions that have at least one entry."""
         return np.any(self.mask, axis=-1)
+
+
+@dataclass(frozen=True)
+class FusedTexts:
+    """The fused distributions of B texts, one text after the other: N positions in all.
+
+    Text ``b`` has the positions ``offsets[b]`` to ``offsets[b + 1]``, one per token of the target.
+
+    Attributes:
+        ids: (N, K) int32, as in :class:`SparseDistributions`.
+        logprobs: (N, K) float32.
+        leftover: (N,) float32.
+        offsets: (B + 1,) int64.
+        kept: (N,) float32 true probability of the source that the entries hold; 0 where no source teaches.
+        source: (N,) int16 number of the source that teaches the position, in the plan's order; -1 for a mixture of
+            several, for a label that was filled in, and where nothing is taught.
+        best: (B,) int16 number of the source with the lowest cross-entropy; -1 for a text that was left out.
+        unusable: number of a text that was left out -> why. Its positions are empty.
+    """
+
+    ids: IntArray
+    logprobs: FloatArray
+    leftover: FloatArray
+    offsets: npt.NDArray[np.int64]
+    kept: FloatArray
+    source: npt.NDArray[np.int16]
+    best: npt.NDArray[np.int16]
+    unusable: Mapping[int, AlignmentError] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,3 +154,9 @@ class VocabularyMap:
     distances: IntArray
     method: str
     shares: Shares | None = None
+
+    @property
+    def exact(self) -> BoolArray:
+        """(W,) bool, True where source and target have the same token."""
+        found: BoolArray = (self.distances == 0) & (self.target_ids >= 0)
+        return found

@@ -14,7 +14,7 @@ from typing import Any
 
 from fusion_plugins.core.preferences.verdict import as_verdict
 from fusion_plugins.core.text.content_id import content_id
-from fusion_plugins.core.text.messages import as_messages, as_tools, without_nulls
+from fusion_plugins.core.text.messages import REASONING_KEYS, as_messages, as_tools, without_nulls
 from fusion_plugins.errors import DataError
 
 #: domains whose answers are always checked by a verifier
@@ -136,7 +136,8 @@ def as_candidate(row: Mapping[str, Any], number: int) -> Candidate:
 
     Required: ``prompt_id``, ``source``, ``prompt`` and ``response``. Optional, with a default where the key is missing
     or its value is null: ``index`` (0), ``reward`` and ``correct`` (None), ``domain`` (instruction, also for an empty
-    one). All other keys that have a value go into ``extra``.
+    one). All other keys that have a value go into ``extra``; reasoning that is called ``reasoning`` or ``thinking`` is
+    there as ``reasoning_content``.
 
     Args:
         row: the row.
@@ -170,8 +171,20 @@ def as_candidate(row: Mapping[str, Any], number: int) -> Candidate:
         reward=known.get("reward"),
         correct=as_verdict(known.get("correct")),
         domain=known.get("domain") or "instruction",
-        extra={name: value for name, value in known.items() if name not in _FIELDS},
+        extra=_with_reasoning({name: value for name, value in known.items() if name not in _FIELDS}),
     )
+
+
+def _with_reasoning(extra: dict[str, Any]) -> dict[str, Any]:
+    """Return the other columns, with the reasoning under ``reasoning_content``, whatever the table calls it.
+
+    The first of :data:`~fusion_plugins.core.text.messages.REASONING_KEYS` that holds a text counts; a column of one of
+    these names that holds something else is no reasoning.
+    """
+    texts = {name: extra[name] for name in REASONING_KEYS if isinstance(extra.get(name), str)}
+    reasoning = next((text for text in texts.values() if text.strip()), None)
+    rest = {name: value for name, value in extra.items() if name not in texts}
+    return rest if reasoning is None else rest | {"reasoning_content": reasoning}
 
 
 def clean(candidates: Iterable[Candidate | Mapping[str, Any]], *, keep_truncated: bool = True) -> CandidateGroups:
@@ -248,7 +261,9 @@ def answer_of(candidate: Candidate) -> str:
 
 def reply_of(candidate: Candidate) -> str | dict[str, Any]:
     """Return an answer: its text, or, with the columns ``tool_calls`` and ``reasoning_content``, a message."""
-    parts = {key: _loaded(value) for key in _REPLY if (value := candidate.extra.get(key))}
+    parts = {key: value for key in _REPLY if (value := candidate.extra.get(key))}
+    if "tool_calls" in parts:  # the reasoning stays a text: "42" is the JSON of a number, but here a thought
+        parts["tool_calls"] = _loaded(parts["tool_calls"])
     return {"content": candidate.response, **parts} if parts else candidate.response
 
 

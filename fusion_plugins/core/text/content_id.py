@@ -41,7 +41,12 @@ def texts_fingerprint(contents: Iterable[tuple[str, str]]) -> str:
         >>> texts_fingerprint([("a", "1"), ("b", "2")]) == texts_fingerprint([("b", "2"), ("a", "1")])
         True
     """
+    return sorted_fingerprint(sorted(contents))
+
+
+def sorted_fingerprint(contents: Iterable[tuple[str, str]]) -> str:
+    """Return what :func:`texts_fingerprint` returns, of pairs that are in ascending order already."""
     digest = hashlib.sha256()
-    for pair in sorted(contents):
+    for pair in contents:
         digest.update(json.dumps(pair, ensure_ascii=False).encode())
     return digest.hexdigest()

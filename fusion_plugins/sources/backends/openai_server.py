@@ -55,8 +55,8 @@ TOKEN_BYTES, ENTRY_BYTES = 4096, 256
 PROBE_TEXT = "Zoë's 1,234 naïve tests:\n\tdef f(x): return x  # 数学"
 
 
-class ServerOptions(Settings):
-    """Keys of ``options`` for this backend. API keys are never written in a YAML file."""
+class ConnectionOptions(Settings):
+    """How to reach servers. API keys are never written in a YAML file."""
 
     base_url: str | list[str] = Field(
         min_length=1, description="URL of the server's API, usually ending in /v1, or several"
@@ -68,6 +68,11 @@ class ServerOptions(Settings):
     patience: float = Field(900.0, gt=0, description="seconds of failures after which a request is given up")
     rest_after: int = Field(5, ge=1, description="consecutive failures after which a server rests")
     rest_seconds: float = Field(20.0, gt=0, description="how long a server rests before one request tries it")
+
+
+class ServerOptions(ConnectionOptions):
+    """Keys of ``options`` for this backend. API keys are never written in a YAML file."""
+
     send_seed: bool = Field(True, description="off for servers that refuse `seed`; responses then do not repeat")
     extra_body: dict[str, Any] = Field(default_factory=dict, description="more fields of every sampling request")
 
@@ -101,16 +106,7 @@ class ServerSource:
         _check_settings(settings, self._options, purpose)
         self.tokenizer = capture_tokenizer(settings) if purpose == "capture" else None
         self._vocab_size = vocabulary_size(self.tokenizer) if self.tokenizer is not None else 0
-        urls = [self._options.base_url] if isinstance(self._options.base_url, str) else self._options.base_url
-        key = _api_key(self._options)
-        self._pool = ServerPool(
-            [_client(url, key, self._options) for url in urls],
-            concurrency=self._options.concurrency,
-            rest_after=self._options.rest_after,
-            rest_seconds=self._options.rest_seconds,
-            patience=self._options.patience,
-            key=key,
-        )
+        self._pool = open_pool(self._options)
         described = [_describe(server.client, settings.model) for server in self._pool.servers]
         # A server that applies the model's own generation config is told every setting, if it knows them all.
         self._tells_all = all(version.split()[0].lower() in KNOW_BEYOND_OPENAI for _, version in described)
@@ -146,6 +142,12 @@ class ServerSource:
         """Close the connections."""
         self._pool.stop()
 
+    def _answers(
+        self, batches: Iterable[Sequence[Item]], answer: Callable[[Item], Result]
+    ) -> Iterator[tuple[Place, Result | Refusal]]:
+        most = self._options.concurrency * len(self._pool.servers)
+        return answers_in_flight(self._pool, most, batches, answer)
+
     def _capture_one(self, text: TokenizedText, top_k: int, asked: int) -> TopK:
         body = {
             "model": self._model,
@@ -176,38 +178,62 @@ class ServerSource:
         most = MOST_BYTES + sampling.max_tokens * TOKEN_BYTES
         return self._pool.post(path, body, parse_response, most_bytes=most)
 
-    def _answers(
-        self, batches: Iterable[Sequence[Item]], answer: Callable[[Item], Result]
-    ) -> Iterator[tuple[Place, Result | Refusal]]:
-        """Keep as many requests in flight as allowed, across batches; the first error ends all.
 
-        After an error the answers that have arrived are still yielded, and requests under way are not waited for.
-        """
-        waiting = (((number, index), item) for number, batch in enumerate(batches) for index, item in enumerate(batch))
-        most = self._options.concurrency * len(self._pool.servers)
-        finished: SimpleQueue[tuple[Place, Future[Result | Refusal]]] = SimpleQueue()
-        running = 0
-        try:
-            while True:
-                for place, item in islice(waiting, most - running):
-                    # An executor joins its threads when the process exits, so a slow server would hold up Ctrl-C.
-                    Thread(target=_work, args=(answer, item, place, finished), daemon=True).start()
-                    running += 1
-                if not running:
-                    return
-                place, future = finished.get()
-                running -= 1
+def open_pool(options: ConnectionOptions) -> ServerPool:
+    """Return the servers that the options name; nothing is sent yet.
+
+    Raises:
+        ConfigError: a URL is none, or the key cannot be read.
+    """
+    urls = [options.base_url] if isinstance(options.base_url, str) else options.base_url
+    key = _api_key(options)
+    return ServerPool(
+        [_client(url, key, options) for url in urls],
+        concurrency=options.concurrency,
+        rest_after=options.rest_after,
+        rest_seconds=options.rest_seconds,
+        patience=options.patience,
+        key=key,
+    )
+
+
+def answers_in_flight(
+    pool: ServerPool, most: int, batches: Iterable[Sequence[Item]], answer: Callable[[Item], Result]
+) -> Iterator[tuple[Place, Result | Refusal]]:
+    """Keep as many requests in flight as allowed, across batches; the first error ends all.
+
+    After an error the answers that have arrived are still yielded, and requests under way are not waited for.
+
+    Args:
+        pool: the servers; stopped when this ends early.
+        most: requests in flight.
+        batches: what to ask.
+        answer: asks for one item; what it raises as :class:`Refused` becomes a refusal.
+    """
+    waiting = (((number, index), item) for number, batch in enumerate(batches) for index, item in enumerate(batch))
+    finished: SimpleQueue[tuple[Place, Future[Result | Refusal]]] = SimpleQueue()
+    running = 0
+    try:
+        while True:
+            for place, item in islice(waiting, most - running):
+                # An executor joins its threads when the process exits, so a slow server would hold up Ctrl-C.
+                Thread(target=_work, args=(answer, item, place, finished), daemon=True).start()
+                running += 1
+            if not running:
+                return
+            place, future = finished.get()
+            running -= 1
+            yield place, future.result()
+    except GeneratorExit:
+        pool.stop()
+        raise
+    except BaseException:
+        pool.stop()
+        while not finished.empty():
+            place, future = finished.get()
+            if future.exception() is None:
                 yield place, future.result()
-        except GeneratorExit:
-            self._pool.stop()
-            raise
-        except BaseException:
-            self._pool.stop()
-            while not finished.empty():
-                place, future = finished.get()
-                if future.exception() is None:
-                    yield place, future.result()
-            raise
+        raise
 
 
 def _work(
@@ -269,7 +295,7 @@ def _check_settings(settings: SourceSettings, options: ServerOptions, purpose: P
         )
 
 
-def _api_key(options: ServerOptions) -> str:
+def _api_key(options: ConnectionOptions) -> str:
     if options.api_key_file is None:
         where, key = f"environment variable {options.api_key_env!r}", os.environ.get(options.api_key_env, "")
     else:
@@ -290,7 +316,7 @@ def _api_key(options: ServerOptions) -> str:
     return key
 
 
-def _client(url: str, key: str, options: ServerOptions) -> HttpClient:
+def _client(url: str, key: str, options: ConnectionOptions) -> HttpClient:
     # A URL that we cannot read may hold a key anywhere before its last "@".
     _, at, rest = url.rpartition("@")
     shown = re.split("[?#]", f"***@{rest}" if at else url)[0]

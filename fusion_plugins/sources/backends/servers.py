@@ -126,9 +126,10 @@ class ServerPool:
         self,
         path: str,
         body: dict[str, Any],
-        check: Callable[[dict[str, Any]], Result],
+        check: Callable[[Any], Result],
         *,
         most_bytes: int = MOST_BYTES,
+        kind: type = dict,
     ) -> Result:
         """Send a request until ``check`` accepts the answer.
 
@@ -137,6 +138,7 @@ class ServerPool:
             body: JSON.
             check: turns the answer into the result; raises :class:`Trouble` for an incomplete answer.
             most_bytes: size of the longest answer that is taken.
+            kind: what the JSON of an answer is: an object (dict) or an array (list).
 
         Raises:
             Refused: the servers refuse this request, or always fail on it while they answer others.
@@ -152,7 +154,7 @@ class ServerPool:
             reraise=True,
         )
         try:
-            return attempts(self._attempt, path, body, check, most_bytes)
+            return attempts(self._attempt, path, body, check, most_bytes, kind)
         except Trouble as trouble:
             # If other requests were answered meanwhile, the servers work and this request is the cause.
             if self._last_answer > started:
@@ -170,16 +172,16 @@ class ServerPool:
         return time.monotonic() - since >= self._patience
 
     def _attempt(
-        self, path: str, body: dict[str, Any], check: Callable[[dict[str, Any]], Result], most_bytes: int
+        self, path: str, body: dict[str, Any], check: Callable[[Any], Result], most_bytes: int, kind: type
     ) -> Result:
         with self._chosen() as server:
-            answer = self._answer(server, path, body, most_bytes)
+            answer = self._answer(server, path, body, most_bytes, kind)
             try:
                 return check(answer)
             except (Trouble, Refused) as problem:
                 raise type(problem)(self._message(server, str(problem))) from None
 
-    def _answer(self, server: Server, path: str, body: dict[str, Any], most_bytes: int) -> dict[str, Any]:
+    def _answer(self, server: Server, path: str, body: dict[str, Any], most_bytes: int, kind: type) -> Any:
         try:
             answer = server.client.post(server.address + path, body, most_bytes=most_bytes)
         except NoAnswer as problem:
@@ -192,8 +194,9 @@ class ServerPool:
             found = answer.json()
         except ValueError as error:
             raise Trouble(self._message(server, f"expected JSON, got something else: {error}")) from None
-        if not isinstance(found, dict):
-            raise Trouble(self._message(server, f"expected a JSON object, got {type(found).__name__}"))
+        if not isinstance(found, kind):
+            wanted = "object" if kind is dict else "array"
+            raise Trouble(self._message(server, f"expected a JSON {wanted}, got {type(found).__name__}"))
         return found
 
     def _status_error(self, server: Server, answer: Answer) -> Exception:

@@ -7,6 +7,8 @@ from fusion_plugins.core.fusion.types import TopK
 
 #: spare entries that are asked for at most
 MOST_SPARE = 64
+#: sorts behind every entry
+UNKNOWN = np.iinfo(np.int64).max
 
 
 def spare_entries(logits_width: int, vocab_size: int) -> int:
@@ -29,15 +31,20 @@ def topk_of_entries(ids: IntArray, logprobs: FloatArray, token_logprobs: FloatAr
         vocab_size: ids that the tokenizer knows.
     """
     known = (ids >= 0) & (ids < vocab_size)
-    logprobs = np.where(known, logprobs, -np.inf).astype(np.float32)
-    ids = np.where(known, ids, -1).astype(np.int32)
-    # Unknown ids are sorted by `known` first: an entry of probability 0 has -inf too, and goes before them.
-    order = np.lexsort((ids, -logprobs, ~known), axis=-1)[:, :k]
-    n_positions, width = order.shape
+    # One number per entry that sorts like (-logprob, id): patterns of floats from 0 on are in the order of the floats.
+    # An entry of probability 0 has -inf, which goes before what is unknown.
+    nats = np.maximum(0.0 - logprobs.astype(np.float32), 0.0)
+    keys = nats.view(np.uint32).astype(np.int64) << 32 | ids
+    keys[~known] = UNKNOWN
+    if (keys[:, 1:] < keys[:, :-1]).any():  # engines give them in order, but for ties
+        keys.sort(axis=-1)
+    keys = keys[:, :k]
+    held = keys != UNKNOWN
+    n_positions, width = keys.shape
     topk_ids = np.full((n_positions, k), -1, np.int32)
     topk_logprobs = np.full((n_positions, k), -np.inf, np.float32)
-    topk_ids[:, :width] = np.take_along_axis(ids, order, axis=-1)
-    topk_logprobs[:, :width] = np.take_along_axis(logprobs, order, axis=-1)
+    topk_ids[:, :width] = np.where(held, keys & 0xFFFFFFFF, -1)
+    topk_logprobs[:, :width] = np.where(held, 0.0 - (keys >> 32).astype(np.uint32).view(np.float32), -np.inf)
     return with_last_position(topk_ids, topk_logprobs, token_logprobs.astype(np.float32))
 
 

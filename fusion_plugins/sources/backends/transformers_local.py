@@ -92,8 +92,15 @@ class TransformersSource:
         del self._model
 
     def _capture(self, texts: Sequence[TokenizedText], top_k: int) -> Iterator[tuple[int, TopK]]:
+        """Yield index and top-k; the results of a forward pass are waited for while the next one runs."""
+        before: tuple[list[int], _OnItsWay] | None = None
         for group in _groups([len(text.input_ids) for text in texts], self._options.batch_tokens):
-            yield from zip(group, self._forward([texts[i] for i in group], top_k), strict=True)
+            launched = group, self._forward([texts[i] for i in group], top_k)
+            if before is not None:
+                yield from zip(before[0], before[1].wait(), strict=True)
+            before = launched
+        if before is not None:
+            yield from zip(before[0], before[1].wait(), strict=True)
 
     def _sample(self, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, Response | Refusal]]:
         rows = self._model.get_input_embeddings().weight.shape[0]
@@ -111,21 +118,19 @@ class TransformersSource:
                 yield from zip(group, self._generate([prompts[i] for i in group], seeds, sampling), strict=True)
 
     @torch.inference_mode()
-    def _forward(self, texts: list[TokenizedText], top_k: int) -> list[TopK]:
-        width = max(len(text.input_ids) for text in texts)
-        ids = torch.zeros(len(texts), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
+    def _forward(self, texts: list[TokenizedText], top_k: int) -> "_OnItsWay":
+        lengths = [len(text.input_ids) for text in texts]
+        ids_and_mask = np.zeros((2, len(texts), max(lengths)), np.int64)
         for row, text in enumerate(texts):
-            ids[row, : len(text.input_ids)] = torch.from_numpy(text.input_ids.astype(np.int64))
-            mask[row, : len(text.input_ids)] = 1
-        device = self._model.device
-        logits = self._model(ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-        found = []
-        for text, text_logits in zip(texts, logits, strict=True):
-            following = torch.from_numpy(text.input_ids[1:].astype(np.int64)).to(device)
-            parts = topk_of_logits(text_logits[: len(following)], following, top_k, self._vocab_size)
-            found.append(with_last_position(*(part.numpy() for part in parts)))
-        return found
+            ids_and_mask[0, row, : lengths[row]] = text.input_ids
+            ids_and_mask[1, row, : lengths[row]] = 1
+        ids, mask = torch.from_numpy(ids_and_mask).to(self._model.device)
+        logits = self._model(ids, attention_mask=mask, use_cache=False).logits
+        found = [
+            topk_of_logits(logits[row, : length - 1], ids[row, 1:length], top_k, self._vocab_size)
+            for row, length in enumerate(lengths)
+        ]
+        return _OnItsWay(found, [length - 1 for length in lengths])
 
     @torch.inference_mode()
     def _generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Response | Refusal]:
@@ -177,7 +182,7 @@ def topk_of_logits(
 
     Returns:
         ids (N, k) int32 (-1 where W is below k), logprobs (N, k) float32 nats, logprobs of ``token_ids`` (N,) float32;
-        all on the CPU.
+        on the device of the logits. Nothing waits for the device.
     """
     # In chunks: the log-probabilities of a whole text over a large vocabulary take gigabytes, and leave the cache.
     step = max(1, SCRATCH // logits.shape[-1])
@@ -198,8 +203,45 @@ def _topk_of_chunk(
     keys = logprobs[:, :known].clamp(min=torch.finfo(torch.float32).min).double()
     keys.view(torch.int64).bitwise_or_(torch.arange(known, device=logits.device))
     ids = keys.topk(min(k, known), dim=-1).indices
-    values, empty = logprobs.gather(-1, ids).cpu(), (0, k - ids.shape[-1])
-    return pad(ids.to(torch.int32).cpu(), empty, value=-1), pad(values, empty, value=-torch.inf), token_logprobs.cpu()
+    values, empty = logprobs.gather(-1, ids), (0, k - ids.shape[-1])
+    return pad(ids.to(torch.int32), empty, value=-1), pad(values, empty, value=-torch.inf), token_logprobs
+
+
+class _OnItsWay:
+    """The results of one forward pass, on their way from the device to this machine's memory as one array.
+
+    Args:
+        found: ids, log-probabilities and next tokens' log-probabilities of each text, as :func:`topk_of_logits` gives.
+        lengths: positions of each text.
+    """
+
+    def __init__(self, found: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], lengths: list[int]) -> None:
+        rows = [
+            torch.cat([ids, logprobs.view(torch.int32), token_logprobs[:, None].view(torch.int32)], dim=-1)
+            for ids, logprobs, token_logprobs in found
+        ]
+        packed = torch.cat(rows)  # (N, 2 K + 1)
+        self._lengths, self._arrived = lengths, None
+        if packed.device.type == "cuda":
+            # A copy in the order of the kernels: it ends before the next forward pass, which is started meanwhile.
+            self._packed = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            self._packed.copy_(packed, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(packed.device).record_event()
+        else:
+            self._packed = packed.cpu()
+
+    def wait(self) -> Iterator[TopK]:
+        """Yield the top-k of each text."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        packed = self._packed.numpy()
+        k = packed.shape[1] // 2
+        start = 0
+        for length in self._lengths:
+            rows = packed[start : start + length]
+            floats = rows[:, k:].view(np.float32)
+            yield with_last_position(rows[:, :k], floats[:, :k], floats[:, k])
+            start += length
 
 
 class _SeededNoise(LogitsProcessor):

@@ -4,6 +4,7 @@ It imports nothing of the training hosts, so that it runs in an environment of i
 """
 
 import os
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -183,8 +184,9 @@ class VllmSource:
         # vLLM lists the distribution over token t at position t, so the first is empty. Every other one begins with the
         # token itself, whatever its rank, and continues with the most probable ones.
         shape = (n_tokens - 1, len(logprobs.token_ids) // max(n_tokens - 1, 1))
-        ids = np.array(logprobs.token_ids, np.int32).reshape(shape)
-        values = np.array(logprobs.logprobs, np.float32).reshape(shape)
+        # An array of Python's own takes a list of numbers faster than numpy does.
+        ids = np.frombuffer(array("i", logprobs.token_ids), np.int32).reshape(shape)
+        values = np.frombuffer(array("f", logprobs.logprobs), np.float32).reshape(shape)
         token_logprobs = values[:, 0] if n_tokens > 1 else np.empty(0, np.float32)
         return topk_of_entries(ids[:, 1:], values[:, 1:], token_logprobs, top_k, self._vocab_size)
 

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from tokenizers import AddedToken
 from fusion_plugins.core.fusion.accounting import ProjectionReport
 from fusion_plugins.core.fusion.align import align_by_tokens, align_dtw, align_texts, align_tokens
 from fusion_plugins.core.fusion.fuse import RULES
-from fusion_plugins.core.fusion.pipeline import METRICS, FusionPlan, FusionSource, fuse_text, warm_up
+from fusion_plugins.core.fusion.pipeline import METRICS, FusionPlan, FusionSource, fuse_text, fuse_texts, warm_up
 from fusion_plugins.core.fusion.project import ProjectionOptions, Projector
 from fusion_plugins.core.fusion.types import VocabularyMap
 from fusion_plugins.core.fusion.vocabulary_map import map_vocabulary
@@ -419,6 +420,152 @@ def test_wrong_plans_are_refused():
         plan_of("byte_level", "byte_level", width=0)
 
 
+def several_texts():
+    """Targets and two sources' records of four texts: two plain ones, one that was cut, and a chat."""
+    plains = [TEXT, TEXT[:40], TEXT[20:]]
+    targets = [plain("byte_level", text) for text in plains] + [chat("byte_level")]
+    records = [
+        [noisy("sentencepiece_bpe", s, text, strength=s) for s, text in enumerate(plains)]
+        + [knows(chat("sentencepiece_bpe"))[0]],
+        [noisy("digit_splitting", 9 - s, text, strength=2) for s, text in enumerate(plains)]
+        + [knows(chat("digit_splitting"), shift=1)[0]],
+    ]
+    records[1][1] = knows(plain("digit_splitting", plains[1], max_length=8))[0]
+    return targets, records
+
+
+def check_same_counts(left, right):
+    assert dataclasses.replace(left, sources={}) == dataclasses.replace(right, sources={})
+    for name, report in left.sources.items():
+        assert dataclasses.asdict(report) == pytest.approx(dataclasses.asdict(right.sources[name]))
+
+
+def check_text_by_text(plan, targets, records, trained=None):
+    """All texts in one call give what they give one by one; returns what they give."""
+    fused, total = fuse_texts(plan, targets, records, trained)
+    reports = []
+    for b, target in enumerate(targets):
+        alone, report = fuse_text(plan, target, [own[b] for own in records], trained and trained[b])
+        own = slice(*fused.offsets[b : b + 2])
+        for name in ("ids", "logprobs", "leftover", "kept", "source"):
+            np.testing.assert_array_equal(getattr(fused, name)[own], getattr(alone, name), err_msg=f"{name} {b}")
+        assert report.chosen == {s.name: int(i == fused.best[b]) for i, s in enumerate(plan.sources)}
+        reports.append(report)
+    check_same_counts(sum(reports[1:], reports[0]), total)
+    return fused, total
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("rule", ["min_ce", "avg_ce", "token_min_ce", "of another package"])
+def test_many_texts_in_one_call_give_what_each_gives_alone(rule, trained, monkeypatch):
+    """A rule of another package may look at a whole text, so it gets one at a time."""
+    monkeypatch.setitem(RULES, "of another package", lambda distributions, costs: distributions[int(np.argmax(costs))])
+    targets, records = several_texts()
+    ranges = [None, np.array([[3, 20]], np.int32), np.array([[0, 9], [15, 30]], np.int32), None] if trained else None
+    plan = plan_of("byte_level", "sentencepiece_bpe", "digit_splitting", rule=rule, width=5)
+    fused, total = check_text_by_text(plan, targets, records, ranges)
+    assert total.texts == 4
+    assert total.fused_positions > 20
+    assert len(fused.ids) == fused.offsets[-1] == sum(len(target.ends) for target in targets)
+    assert fused.best.dtype == fused.source.dtype == np.int16
+
+
+def test_each_position_says_which_source_taught_it_and_how_much_of_it_was_kept():
+    targets, records = several_texts()
+    plan = plan_of("byte_level", "sentencepiece_bpe", "digit_splitting", rule="min_ce", width=4)
+    fused, _ = fuse_texts(plan, targets, records)
+    present, best = fused.ids[:, 0] >= 0, np.repeat(fused.best, np.diff(fused.offsets))
+    np.testing.assert_array_equal(fused.source, np.where(present, best, -1))
+    assert set(best.tolist()) == {0, 1}
+    assert ((fused.kept > 0) == present).all()
+    assert fused.kept.max() <= 1.0 + 1e-6
+    # Without renormalisation the entries keep their true probabilities.
+    true = plan_of("byte_level", "sentencepiece_bpe", "digit_splitting", rule="min_ce", width=4, projection=TRUE)
+    whole, _ = fuse_texts(true, targets, records)
+    sums = np.exp(whole.logprobs.astype(float)).sum(-1)
+    np.testing.assert_allclose(whole.kept, sums, rtol=1e-5)
+    np.testing.assert_allclose(fused.kept[present], sums[present], rtol=1e-5)
+    mixed, _ = fuse_texts(dataclasses.replace(plan, rule=RULES["avg_ce"]), targets, records)
+    assert set(mixed.source.tolist()) == {-1, 0, 1}
+    filled, _ = fuse_texts(dataclasses.replace(plan, label_fallback=True), targets, records)
+    labels = (filled.ids[:, 0] >= 0) & ~present
+    assert labels.any()
+    assert (filled.source[labels] == -1).all()
+    assert (filled.kept[labels] == 0).all()
+
+
+@pytest.mark.parametrize("rule", ["min_ce", "of another package"])
+@pytest.mark.parametrize("align", [None, align_dtw])
+def test_a_text_that_was_not_read_alike_is_named_and_left_out(rule, align, monkeypatch):
+    monkeypatch.setitem(RULES, "of another package", lambda distributions, costs: distributions[0])
+    targets, records = several_texts()
+    records[1][2] = knows(plain("digit_splitting", TEXT.replace("1234", "1235")[20:]), id="text")[0]
+    aligner = {"align": by_tokens(align)} if align else {}
+    plan = plan_of("byte_level", "sentencepiece_bpe", "digit_splitting", rule=rule, width=5, **aligner)
+    with pytest.raises(AlignmentError, match=r"source 'digit_splitting-1': record 'text' is of another text"):
+        fuse_texts(plan, targets, records)
+    fused, total = fuse_texts(plan, targets, records, on_unusable="skip")
+    assert list(fused.unusable) == [2]
+    assert "1235" in str(fused.unusable[2])
+    out = slice(*fused.offsets[2:4])
+    assert (fused.ids[out] == -1).all()
+    assert (fused.source[out] == -1).all()
+    assert fused.best[2] == -1
+    kept = [0, 1, 3]
+    others, report = fuse_texts(plan, [targets[b] for b in kept], [[own[b] for b in kept] for own in records])
+    np.testing.assert_array_equal(np.delete(fused.ids, np.arange(out.start, out.stop), 0), others.ids)
+    check_same_counts(total, report)
+    assert total.texts == 3
+    with pytest.raises(ConfigError, match="on_unusable: expected 'raise' or 'skip', got 'drop'"):
+        fuse_texts(plan, targets, records, on_unusable="drop")
+
+
+@pytest.mark.parametrize("wrong", [lambda n: n + 1, lambda n: n - 1])
+def test_an_aligner_that_refuses_a_text_or_errs_about_it_leaves_that_text_out(wrong):
+    """Positions outside the source's text would be read from another text."""
+
+    def short_only(source, target):
+        if len(target.ends) > 40:
+            raise AlignmentError("too long")
+        found = align_texts(source, target)
+        if len(target.ends) < 25:
+            return dataclasses.replace(found, source_positions=np.full(wrong(len(target.ends)), 0, np.int32))
+        return found
+
+    targets, records = several_texts()
+    sizes = [len(target.ends) for target in targets]
+    out = [b for b, size in enumerate(sizes) if size > 40 or size < 25]
+    assert 1 < len(out) < len(sizes)
+    plan = plan_of("byte_level", "sentencepiece_bpe", "digit_splitting", align=lambda projector: short_only)
+    fused, total = fuse_texts(plan, targets, records, on_unusable="skip")
+    assert sorted(fused.unusable) == out
+    assert total.texts == len(sizes) - len(out)
+    present = np.add.reduceat(fused.ids[:, 0] >= 0, fused.offsets[:-1])
+    assert [b for b in range(len(sizes)) if not present[b]] == out
+    with pytest.raises(AlignmentError, match=r"source 'sentencepiece_bpe-0': (too long|expected an alignment of)"):
+        fuse_texts(plan, targets, records)
+
+
+def test_no_texts_give_no_positions():
+    fused, total = fuse_texts(plan_of("byte_level", "digit_splitting", width=7), [], [[]])
+    assert fused.ids.shape == (0, 7)
+    assert fused.offsets.tolist() == [0]
+    assert total.texts == 0
+
+
+def test_an_empty_text_between_others_changes_nothing():
+    targets, records = several_texts()
+    plan = plan_of("byte_level", "sentencepiece_bpe", "digit_splitting", width=5)
+    names = "sentencepiece_bpe", "digit_splitting"
+    options = {"special_tokens": False, "append_eos": False}
+    targets.insert(1, plain("byte_level", "", **options))
+    for own, name in zip(records, names, strict=True):
+        tokens = plain(name, "", **options)
+        nothing = np.zeros((len(tokens.ends), 6))
+        own.insert(1, record_of("text", tokens, nothing.astype(np.int32), nothing, nothing[:, 0]))
+    check_text_by_text(plan, targets, records)
+
+
 def test_threads_do_not_change_the_result():
     records = [noisy(name, i) for i, name in enumerate(SOURCES)]
     plan = plan_of("byte_level", *SOURCES, method="min_edit", rule="avg_ce")
@@ -435,7 +582,7 @@ def test_a_new_process_finds_the_kernels_compiled():
     code = (
         "from fusion_plugins.core.fusion import dtw_kernels, pipeline, projection_kernel\n"
         "pipeline.warm_up()\n"
-        "for kernel in (dtw_kernels.warp, projection_kernel.project_positions):\n"
+        "for kernel in (dtw_kernels.warp, projection_kernel.project_texts):\n"
         "    assert sum(kernel.stats.cache_hits.values()) and not kernel.stats.cache_misses, kernel.stats\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from tokenizer_cases import HARD_TEXTS, LOSSLESS, REAL, SPECIAL_TEXT, TINY, assert_spells, table_of
 
 from fusion_plugins.core.text.token_table import Role, TokenTable
-from fusion_plugins.core.text.tokenize import encoder, tokenize
+from fusion_plugins.core.text.tokenize import encoder, tokenize, tokenize_many
 from fusion_plugins.errors import DataError, TokenizerError
 
 
@@ -126,3 +126,18 @@ def test_encoder_does_not_see_the_dummy_prefix(tables):
     encode = encoder(tokenizer, table)
     assert [table.bytes_of(token) for token in encode(b"ing")] == [b"ing"]
     assert [table.bytes_of(token) for token in encode(b" ing")] == [b" ing"]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_texts_together_are_tokenized_as_one_by_one(tables, name):
+    tokenizer, table = tables[name]
+    texts = [*HARD_TEXTS, "", "the end</s>", "x" * 500]
+    together = tokenize_many(tokenizer, table, texts)
+    assert len(together) == len(texts)
+    for text, found in zip(texts, together, strict=True):
+        expected = tokenize(tokenizer, table, text)
+        for part in ("input_ids", "ends", "spans", "exact"):
+            np.testing.assert_array_equal(getattr(found, part), getattr(expected, part), err_msg=f"{part} of {text!r}")
+    assert tokenize_many(tokenizer, table, []) == []
+    with pytest.raises(DataError, match="lone surrogate at character 1"):
+        tokenize_many(tokenizer, table, ["sound", "a\ud83d"])

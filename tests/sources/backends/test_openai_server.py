@@ -23,6 +23,7 @@ from source_checks import server_config as config
 
 from fusion_plugins.config import validate
 from fusion_plugins.errors import ConfigError, MismatchError, SourceError
+from fusion_plugins.scoring.judge import CUT, UNREADABLE, JudgeScorer
 from fusion_plugins.sources.capture import CaptureConfig, capture_texts
 from fusion_plugins.sources.sample import SampleConfig, sample_prompts
 from fusion_plugins.store import open_rows
@@ -385,6 +386,12 @@ def test_an_independent_server_answers(prompts, tmp_path):
         greedy = {"model": str(model), "temperature": 0, "max_tokens": 6}
         settings = config(prompts, tmp_path / "out", f"http://127.0.0.1:{port}/v1", n=1, source=greedy, concurrency=2)
         sample_prompts(settings)
+        # The same server as a judge; a model that was not trained says nothing that can be read.
+        judge = JudgeScorer(model=str(model), max_tokens=6, options={"base_url": f"http://127.0.0.1:{port}/v1"})
+        judged = judge.score([{"prompt_id": "p", "prompt": "2 + 3?", "response": text} for text in ("5", "6")])
+        assert all(score.reward is None and score.reason in (UNREADABLE, CUT) for score in judged)
+        assert all(score.details["judgement"] for score in judged)
+        judge.close()
     finally:
         process.terminate()
         process.wait()

@@ -36,6 +36,31 @@ def test_fewer_entries_than_k_leave_the_others_empty_and_a_text_of_one_token_has
     assert np.isnan(nothing.token_logprobs).tolist() == [True]
 
 
+def plain_topk(ids, logprobs, k, vocab_size):
+    rows = []
+    for row_ids, row_logprobs in zip(ids.tolist(), logprobs.tolist(), strict=True):
+        entries = [(-p, i) for i, p in zip(row_ids, row_logprobs, strict=True) if 0 <= i < vocab_size]
+        held = [(i, -p) for p, i in sorted(entries)][:k]
+        rows.append(held + [(-1, -np.inf)] * (k - len(held)))
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_entries_in_any_order_with_ties_gaps_and_padding_are_those_of_a_plain_sort(seed):
+    rng = np.random.default_rng(seed)
+    width, vocab_size, k = 12, 30, int(rng.integers(1, 14))
+    ids = np.array([rng.permutation(40)[:width] for _ in range(200)], np.int32)
+    ids[rng.random(ids.shape) < 0.1] = -1
+    # Few different values, as the logits of a model in bfloat16 have; some rows in order, some probabilities 0 or 1.
+    logprobs = -rng.integers(0, 5, ids.shape).astype(np.float32) / 7
+    logprobs[rng.random(ids.shape) < 0.1] = -np.inf
+    logprobs[::2] = -np.sort(-logprobs[::2], axis=-1)
+    topk = topk_of_entries(ids, logprobs, logprobs[:, 0], k, vocab_size)
+    expected = plain_topk(ids, logprobs, k, vocab_size)
+    assert topk.ids[:-1].tolist() == [[i for i, _ in row] for row in expected]
+    np.testing.assert_array_equal(topk.logprobs[:-1], np.array([[p for _, p in row] for row in expected], np.float32))
+
+
 def test_the_last_position_is_empty():
     topk = with_last_position(np.ones((2, 3), np.int32), np.zeros((2, 3), np.float32), np.zeros(2, np.float32))
     assert topk.ids[-1].tolist() == [-1, -1, -1]

@@ -1,0 +1,166 @@
+"""Rows that hold no distributions: which text they are, and the fusion of that text while the model trains.
+
+With ``fusion.prepared: stores`` a prepared row has the plain columns and one more, about a byte per token: the id of
+its text, and where the target's tokens end in it. The loader's workers read the records of the stores by that id and
+fuse them when a batch is made. Another rule, map or width then needs no new preparation.
+"""
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fusion_plugins.axolotl.args import FusionBlock
+from fusion_plugins.axolotl.collator import Fused
+from fusion_plugins.axolotl.plan import make_plan
+from fusion_plugins.axolotl.target_tokenizer import IGNORED, EncodedText, TargetTokenizer
+from fusion_plugins.core.fusion.accounting import FusionReport
+from fusion_plugins.core.fusion.common_text import common_text
+from fusion_plugins.core.fusion.counts import AlignmentCounts
+from fusion_plugins.core.fusion.pipeline import FusionPlan, fuse_texts, warm_up
+from fusion_plugins.core.text.types import TokenizedText
+from fusion_plugins.errors import AlignmentError, MismatchError
+from fusion_plugins.store import Store, open_store
+
+#: bytes of the id, spans, trained ranges and one (0: all spans are), bytes per width
+_HEADER = struct.Struct("<IIIB")
+
+
+def pack_text(id: str, text: EncodedText) -> npt.NDArray[np.uint8]:
+    """Return what a row needs besides its tokens, as bytes.
+
+    Example:
+        >>> arrays = np.arange(3, dtype=np.int32), np.array([1, 3, 300], np.int32), np.array([[0, 300]], np.int32)
+        >>> tokens = TokenizedText(*arrays, np.array([True, False, True]))
+        >>> packed = pack_text("a", EncodedText(tokens, tokens.input_ids))
+        >>> id, text = unpack_text(packed, tokens.input_ids, tokens.input_ids)
+        >>> id, text.tokens.ends.tolist(), text.tokens.spans.tolist(), text.tokens.exact.tolist(), text.trained
+        ('a', [1, 3, 300], [[0, 300]], [True, False, True], None)
+    """
+    tokens, name = text.tokens, id.encode()
+    widths = np.diff(tokens.ends, prepend=np.int32(0))
+    widths = widths.astype(np.min_scalar_type(int(widths.max(initial=0))))
+    trained = np.empty((0, 2), np.int32) if text.trained is None else text.trained
+    header = _HEADER.pack(
+        len(name), len(tokens.spans), 0 if text.trained is None else 1 + len(trained), widths.itemsize
+    )
+    parts = (tokens.spans.astype("<i4"), trained.astype("<i4"), widths, np.packbits(tokens.exact))
+    return np.frombuffer(b"".join([header, name, *(part.tobytes() for part in parts)]), np.uint8)
+
+
+def unpack_text(packed: npt.ArrayLike, input_ids: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[str, EncodedText]:
+    """Return the id of a text and the text as the target reads it; the inverse of :func:`pack_text`."""
+    data = np.asarray(packed, np.uint8).tobytes()
+    ids = np.asarray(input_ids, np.int32)
+    n_name, n_spans, n_trained, width = _HEADER.unpack_from(data)
+    place = _HEADER.size + n_name
+    name = data[_HEADER.size : place].decode()
+
+    def take(count: int, dtype: str) -> npt.NDArray[Any]:
+        nonlocal place
+        found = np.frombuffer(data, dtype, count, place)
+        place += found.nbytes
+        return found
+
+    spans = take(2 * n_spans, "<i4").reshape(-1, 2)
+    trained = take(2 * (n_trained - 1), "<i4").reshape(-1, 2) if n_trained else None
+    ends = np.cumsum(take(len(ids), f"<u{width}"), dtype=np.int32)
+    exact = np.unpackbits(take((len(ids) + 7) // 8, "u1"), count=len(ids)).astype(np.bool_)
+    return name, EncodedText(TokenizedText(ids, ends, spans, exact), np.asarray(labels, np.int32), trained)
+
+
+@dataclass(frozen=True)
+class TextFuser:
+    """Fuses texts by their ids; can be pickled and forked.
+
+    Attributes:
+        plan: core's plan.
+        stores: one per source, in the order of the plan.
+    """
+
+    plan: FusionPlan
+    stores: Sequence[Store]
+
+    def fuse(
+        self, ids: Sequence[str], texts: Sequence[EncodedText], *, on_unusable: str = "raise"
+    ) -> tuple[list[Fused], dict[int, AlignmentError], FusionReport]:
+        """Fuse texts.
+
+        Args:
+            ids: of the texts, in the stores.
+            texts: as the target reads them.
+            on_unusable: ``raise``, or ``skip`` a text that a store was captured from another version of.
+
+        Returns:
+            The distributions, empty where nothing is trained on; number of a skipped text -> why; and the counters.
+
+        Raises:
+            AlignmentError: a store was captured from another text.
+        """
+        records = [[store[id] for id in ids] for store in self.stores]
+        found, report = fuse_texts(
+            self.plan,
+            [text.tokens for text in texts],
+            records,
+            [text.trained for text in texts],
+            on_unusable=on_unusable,
+        )
+        # A label that is not trained on (a masked end of turn) has no distribution either.
+        trained = [np.append(text.labels[1:] != IGNORED, False)[: len(text.labels)] for text in texts]
+        empty = ~np.concatenate([np.empty(0, np.bool_), *trained])
+        found.ids[empty], found.logprobs[empty] = -1, -np.inf
+        stops = found.offsets[1:-1]
+        columns = (found.ids, found.logprobs, found.kept.astype(np.float16), found.source)
+        parts = zip(*(np.split(column, stops) for column in columns), strict=True)
+        return [Fused(*part) for part in parts][: len(texts)], dict(found.unusable), report
+
+    def compare(self, id: str, text: EncodedText) -> None:
+        """Compare a text with what the stores were captured from.
+
+        Raises:
+            AlignmentError: one was captured from another text.
+        """
+        for source, store in zip(self.plan.sources, self.stores, strict=True):
+            try:
+                common_text(store[id], text.tokens, source.projector.source_bytes, source.projector.target_bytes)
+            except AlignmentError as error:
+                raise AlignmentError(f"source {source.name!r}: {error}") from error
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]], packed: Sequence[npt.ArrayLike]) -> list[Fused]:
+        """Return the distributions of prepared rows.
+
+        Raises:
+            MismatchError: a store has changed since the rows were prepared.
+        """
+        named = [unpack_text(data, row["input_ids"], row["labels"]) for row, data in zip(rows, packed, strict=True)]
+        try:
+            return self.fuse([id for id, _ in named], [text for _, text in named])[0]
+        except (AlignmentError, KeyError) as error:
+            raise MismatchError(
+                f"{error}. The rows were prepared from other stores than these: prepare the dataset again."
+            ) from error
+
+
+def text_fuser(tokenizer: Any, block: FusionBlock) -> TextFuser:
+    """Return what fuses the rows of a run; made once per tokenizer and block.
+
+    Raises:
+        StoreError: a store is missing or damaged.
+    """
+    return _text_fuser(tokenizer, block.model_dump_json())
+
+
+@lru_cache(maxsize=1)
+def _text_fuser(tokenizer: Any, block_json: str) -> TextFuser:
+    block = FusionBlock.model_validate_json(block_json)
+    stores = [open_store(source.store) for source in block.sources]
+    warm_up()
+    return TextFuser(make_plan(block, stores, TargetTokenizer.of(tokenizer, {}), _no_counts), stores)
+
+
+def _no_counts(stores: list[Store]) -> list[AlignmentCounts]:
+    raise AssertionError("maps that go by counts are refused with fusion.prepared: stores")

@@ -1,0 +1,91 @@
+"""Divergences of the trained model's distributions from the fused ones, as functions of the K stored entries alone.
+
+Each takes the student's log-probabilities at the stored ids, the fused log-probabilities and a mask, all (..., K), and
+returns one value per position, nats. A registered loss has the same form.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+from torch import Tensor
+
+from fusion_plugins.errors import ConfigError
+
+Divergence: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+#: Probability that a bucket holds at least; keeps log(0) and its gradient out of the two-sided divergences.
+FLOOR = 1e-7
+#: The two-sided divergences raise the student's log-probabilities to at least this, because 0 * -inf is NaN.
+LOWEST = -1e4
+
+
+def cross_entropy(student_logprobs: Tensor, fused_logprobs: Tensor, fused_mask: Tensor) -> Tensor:
+    """Cross-entropy ``-sum p log q`` over the stored entries, nats; mass outside them weighs nothing.
+
+    Args:
+        student_logprobs: (..., K) log-probabilities of the trained model at the stored ids, 0 where masked.
+        fused_logprobs: (..., K) fused log-probabilities, 0 where masked.
+        fused_mask: (..., K) bool, which entries hold a probability.
+
+    Returns:
+        (...) one value per position.
+    """
+    return -(_probabilities(fused_logprobs, fused_mask) * student_logprobs).sum(-1)
+
+
+def forward_kl(student_logprobs: Tensor, fused_logprobs: Tensor, fused_mask: Tensor) -> Tensor:
+    """``sum p (log p - log q)`` over the stored entries: the gradient of :func:`cross_entropy`, another value."""
+    return (_probabilities(fused_logprobs, fused_mask) * (fused_logprobs - student_logprobs)).sum(-1)
+
+
+def reverse_kl(student_logprobs: Tensor, fused_logprobs: Tensor, fused_mask: Tensor) -> Tensor:
+    """``sum q (log q - log p)`` over the stored entries and one bucket for everything else.
+
+    Without the bucket the model could lower the value by moving its mass off the stored entries. The bucket's
+    probability in the fused distribution is at least :data:`FLOOR`, so the value is finite where it has no mass there.
+    """
+    student_logprobs = student_logprobs.clamp_min(LOWEST)
+    q = _probabilities(student_logprobs, fused_mask)
+    inside = (q * (student_logprobs - fused_logprobs)).sum(-1)
+    q_rest, p_rest = _rest(q), _rest(_probabilities(fused_logprobs, fused_mask))
+    return inside + q_rest * (q_rest.log() - p_rest.log())
+
+
+def jensen_shannon(student_logprobs: Tensor, fused_logprobs: Tensor, fused_mask: Tensor) -> Tensor:
+    """``(KL(p | m) + KL(q | m)) / 2`` with ``m = (p + q) / 2``, over the stored entries and one bucket for the rest.
+
+    Exact when the fused distribution has no mass outside its entries; at most log 2.
+    """
+    student_logprobs = student_logprobs.clamp_min(LOWEST)
+    p, q = _probabilities(fused_logprobs, fused_mask), _probabilities(student_logprobs, fused_mask)
+    p_rest, q_rest = _rest(p), _rest(q)
+    middle = ((p + q) / 2).clamp_min(FLOOR**2).log()
+    middle_rest = ((p_rest + q_rest) / 2).log()
+    inside = (p * (fused_logprobs - middle) + q * (student_logprobs - middle)).sum(-1)
+    rest = p_rest * (p_rest.log() - middle_rest) + q_rest * (q_rest.log() - middle_rest)
+    return (inside + rest) / 2
+
+
+LOSSES: dict[str, Divergence] = {
+    "ce": cross_entropy,
+    "kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jsd": jensen_shannon,
+}
+
+
+def divergence(kind: str | Divergence, known: Mapping[str, Divergence] = LOSSES) -> Divergence:
+    """Return the divergence of a name, or the function itself; raises ConfigError for an unknown name."""
+    if callable(kind):
+        return kind
+    if kind not in known:
+        raise ConfigError(f"unknown loss {kind!r}; expected one of {', '.join(known)}, or a function")
+    return known[kind]
+
+
+def _probabilities(logprobs: Tensor, mask: Tensor) -> Tensor:
+    return logprobs.exp() * mask
+
+
+def _rest(probabilities: Tensor) -> Tensor:
+    return (1 - probabilities.sum(-1)).clamp_min(FLOOR)

@@ -1,0 +1,113 @@
+"""Which window of reward gaps suits a reward model: the published one is ArmoRM's, any other has to be measured.
+
+ArmoRM's rewards lie between about 0 and 0.3, those of most other reward models between -30 and 30, those of a judge are
+ratings or shares. In the published window, 0.01 to 0.1, hardly a pair of theirs is left, and the few that are have
+answers that are all but equal.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fusion_plugins.core.preferences.candidates import Candidate
+from fusion_plugins.core.preferences.pairs import GapWindow
+from fusion_plugins.errors import ConfigError
+
+#: the reward model whose scale the published window has; a part of its name, in lower case
+PUBLISHED_SCALE = "armorm"
+#: rewards of an unknown model that are larger than this are not ArmoRM's
+LARGEST_PUBLISHED = 1.5
+#: quantiles of the gaps that are proposed: without the fifth that is the most doubtful and the tenth that is clearest
+PROPOSED_QUANTILES = (0.2, 0.9)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A window that was measured.
+
+    Attributes:
+        window: in quantiles; it suits any scale.
+        limits: the same in rewards, for these gaps.
+        kept: gaps within it.
+        published: gaps within the published window.
+        gaps: gaps that were measured.
+    """
+
+    window: GapWindow
+    limits: tuple[float, float]
+    kept: int
+    published: int
+    gaps: int
+
+
+def propose_window(gaps: Sequence[float], quantiles: tuple[float, float] = PROPOSED_QUANTILES) -> Proposal | None:
+    """Return a window for gaps that occur; None where there are none.
+
+    Args:
+        gaps: rewards of chosen minus rejected answers, of all pairs that a rule proposes.
+        quantiles: lowest and highest share of the gaps to keep.
+
+    Example:
+        >>> propose_window([0.5, 1.0, 2.0, 4.0, 8.0]).limits
+        (0.9, 6.4)
+    """
+    if not len(gaps):
+        return None
+    values = np.asarray(gaps, np.float64)
+    low, high = (float(limit) for limit in np.quantile(values, quantiles))
+    published = GapWindow()
+    return Proposal(
+        window=GapWindow(*quantiles, unit="quantile"),
+        limits=(round(low, 12), round(high, 12)),
+        kept=int(((values >= low) & (values <= high)).sum()),
+        published=int(((values >= (published.minimum or 0)) & (values <= (published.maximum or np.inf))).sum()),
+        gaps=len(values),
+    )
+
+
+def reward_scales(candidates: Iterable[Candidate]) -> set[str]:
+    """Return the models that gave the rewards, as `fusion score` notes them in ``scores``; empty where nobody did."""
+    return {scale for candidate in candidates if candidate.reward is not None for scale in _scales(candidate.extra)}
+
+
+def check_gap_window(window: GapWindow, candidates: Sequence[Candidate]) -> None:
+    """Refuse the published window for rewards of another model than ArmoRM.
+
+    Which model gave the rewards is read from ``scores``. For rewards of which nobody says where they are from, their
+    size decides.
+
+    Raises:
+        ConfigError: the window is the published one, and the rewards are not ArmoRM's.
+    """
+    published = GapWindow()
+    if (window.unit, window.minimum, window.maximum) != ("reward", published.minimum, published.maximum):
+        return
+    others = sorted(scale for scale in reward_scales(candidates) if PUBLISHED_SCALE not in scale.lower())
+    rewards = [float(candidate.reward) for candidate in candidates if candidate.reward is not None]
+    known = bool(reward_scales(candidates))
+    largest = max(map(abs, rewards), default=0.0)
+    if not others and (known or largest <= LARGEST_PUBLISHED):
+        return
+    got = f"those of {', '.join(others)}" if others else f"rewards from {min(rewards):.4g} to {max(rewards):.4g}"
+    low, high = PROPOSED_QUANTILES
+    raise ConfigError(
+        f"fusion.pairs: the limits {published.minimum} and {published.maximum} of the reward gap belong to the scale "
+        f"of ArmoRM; expected its rewards, got {got}. Set min_gap and max_gap for this reward model: `fusion report` "
+        f"of the scored folder shows the gaps that occur and proposes limits. Limits that suit any scale are "
+        f"`min_gap: {low}`, `max_gap: {high}`, `gap_unit: quantile`."
+    )
+
+
+def _scales(extra: Mapping[str, Any]) -> Iterable[str]:
+    scores = extra.get("scores")
+    if isinstance(scores, str):
+        try:
+            scores = json.loads(scores)
+        except ValueError:
+            return
+    for result in scores.values() if isinstance(scores, Mapping) else ():
+        if isinstance(result, Mapping) and result.get("reward") is not None and isinstance(result.get("model"), str):
+            yield result["model"]
