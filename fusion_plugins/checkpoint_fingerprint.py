@@ -14,6 +14,8 @@ WEIGHT_FILES = ("*.safetensors", "*model*.bin")
 SAMPLED_BLOCKS, LEAST_BLOCKS = 8192, 64
 BLOCK_BYTES = 16_384
 CHUNK_BYTES = 1 << 20
+#: larger weight files of a source are hashed in part; stores keep the result, so this must not change
+SOURCE_WHOLE_BYTES = 1 << 26
 
 
 def checkpoint_fingerprint(
@@ -52,6 +54,18 @@ def checkpoint_fingerprint(
     config = [path / "config.json"] if with_config and (path / "config.json").is_file() else []
     others = {file for pattern in also for file in path.glob(pattern) if file.is_file()} - {*weights, *config}
     return _hash(_state(config), _state(weights), _state(sorted(others)), whole_bytes)
+
+
+def weights_revision(folder: str | Path) -> str | None:
+    """Return how a store names the version of a model by its weights; None where a folder has no safetensors files.
+
+    Of weight files beyond 64 MiB some thousand blocks are read, so that a model of hundreds of gigabytes takes seconds.
+    Training, which moves every tensor, is always noticed; an edit of a few megabytes of one tensor may not be.
+    """
+    # Sources are loaded from safetensors files only, so other weights in the folder do not count.
+    has_weights = any(Path(folder).glob("*.safetensors"))
+    weights = checkpoint_fingerprint(folder, whole_bytes=SOURCE_WHOLE_BYTES) if has_weights else None
+    return f"weights:{weights[:32]}" if weights else None
 
 
 _Files = tuple[tuple[Path, int, int], ...]

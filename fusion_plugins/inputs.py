@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from fusion_plugins.core.text.content_id import content_id, sorted_fingerprint, texts_fingerprint
 from fusion_plugins.core.text.messages import REASONING_KEYS, as_messages, as_tools
 from fusion_plugins.errors import DataError
+from fusion_plugins.response_texts import ANSWER_COLUMNS, answers_as_texts, is_response_folder, response_rows
 
 #: ends of the names of files that can be read
 SUFFIXES = (".jsonl", ".parquet")
@@ -191,7 +192,8 @@ def read_texts(
     """Read the texts of one file, a folder of files, or several of them, in order.
 
     Args:
-        path: ``.jsonl`` or ``.parquet`` files, or folders of such files (read in the order of their names).
+        path: ``.jsonl`` or ``.parquet`` files, or folders of such files (read in the order of their names), or folders
+            of responses, whose texts are the chats of prompt and response.
         limit: stop after this many texts.
         unusable: takes the rows that cannot be used; without it, the first of them is an error.
 
@@ -270,8 +272,17 @@ def readable_rows(path: str | Path, columns: Sequence[str] | None = None) -> Ite
 
 
 def _rows(path: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, Row | DataError]]:
-    for file in row_files(path):
-        yield from readable_rows(file, COLUMNS)
+    """Yield place and content of every row of files, folders of files and folders of responses."""
+    yield from answers_as_texts(_plain_rows(path))
+
+
+def _plain_rows(path: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, Row | DataError]]:
+    for part in [path] if isinstance(path, str | Path) else path:
+        if is_response_folder(part):
+            yield from response_rows(part)
+        else:
+            for file in row_files(part):
+                yield from readable_rows(file, (*COLUMNS, *ANSWER_COLUMNS))
 
 
 def _items(

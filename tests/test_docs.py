@@ -108,7 +108,10 @@ def test_every_block_of_a_tutorial_runs_in_order(path, material, tmp_path):
     made = {
         "fusellm": ("doctor/doctor.html", "fused/fusion_report.json", "fused/model.safetensors"),
         "fusechat": ("merged/model.safetensors", "merged/fusion_merge.json", "merged/fusion_report.html"),
-        "fusechat3": ("sft/fusion_sft.json", "dpo/fusion_pairs.json", "dpo/model.safetensors"),
+        "fusechat3": (
+            *("sft/fusion_sft.json", "dpo/fusion_pairs.json", "dpo/model.safetensors", "pairs.jsonl"),
+            *("infifpo/model.safetensors", "wrpo/model.safetensors", "wrpo/fusion_pairs.json"),
+        ),
     }[path.stem]
     assert all((tmp_path / "tutorial" / name).is_file() for name in made)
 

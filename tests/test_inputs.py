@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fusion_plugins import inputs
+from fusion_plugins.core.preferences.candidates import answer_id, as_candidate
 from fusion_plugins.core.text.content_id import content_id, texts_fingerprint
 from fusion_plugins.errors import DataError
 from fusion_plugins.inputs import (
@@ -18,6 +19,7 @@ from fusion_plugins.inputs import (
     read_row_file,
     read_texts,
 )
+from fusion_plugins.store import RowManifest, RowWriter
 
 ROWS = [{"id": "a", "text": "eins"}, {"id": "b", "text": "zwei\n"}]
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -278,6 +280,76 @@ def test_contents_in_parts_and_results_that_are_no_text_become_texts(tmp_path):
 def test_chats_of_another_form_are_refused_with_the_row(tmp_path, row, message):
     with pytest.raises(DataError, match=message):
         read_texts(write(tmp_path / "x.jsonl", [row]))
+
+
+# Responses as texts
+
+
+def response(prompt_id, source, text, **more):
+    return {"prompt_id": prompt_id, "source": source, "index": 0, "prompt": f"{prompt_id}?", "response": text} | more
+
+
+def chat(prompt_id, text):
+    return [{"role": "user", "content": f"{prompt_id}?"}, {"role": "assistant", "content": text}]
+
+
+def test_responses_are_texts_that_are_named_by_their_content(tmp_path):
+    rows = [response("p", "a", "one"), response("p", "b", "two", reward=0.5), response("q", "a", "one")]
+    texts = read_texts(write(tmp_path / "scored.jsonl", rows))
+    assert [text.content for text in texts] == [chat("p", "one"), chat("p", "two"), chat("q", "one")]
+    for row, text in zip(rows, texts, strict=True):
+        assert text.id == text.content_id == answer_id(as_candidate(row, 0)) == content_id(text.content)
+    assert texts[1].where.endswith("scored.jsonl:2")
+
+
+def test_equal_answers_are_one_text_and_empty_ones_none(tmp_path):
+    rows = [response("p", "a", "one"), response("p", "b", "one"), response("p", "c", " \n"), response("p", "d", "two")]
+    texts = read_texts(write(tmp_path / "scored.jsonl", rows))
+    assert [text.content[-1]["content"] for text in texts] == ["one", "two"]
+
+
+@pytest.mark.parametrize("form", ["folder", "jsonl", "parquet"])
+def test_responses_have_the_same_ids_in_every_form(tmp_path, form):
+    rows = [
+        response("p", "a", "one", tool_calls=None, reasoning_content=None, tools=None),
+        response("q", "a", "", tool_calls=[{"function": {"name": "f", "arguments": {"a": 1}}}]),
+        response("r", "a", "five", reasoning_content="hm", prompt=[{"role": "user", "content": "2 + 3?"}]),
+        response(
+            "s", "a", "5", tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+        ),
+    ]
+    if form == "folder":
+        columns = dict.fromkeys(("prompt_id", "source", "response", "reasoning_content"), "string") | {"index": "int64"}
+        columns |= dict.fromkeys(("prompt", "tool_calls", "tools"), "json")
+        manifest = RowManifest(stage="scored", columns=columns, key=("prompt_id", "source", "index"))
+        with RowWriter(tmp_path / "scored", manifest) as writer:
+            for row in rows:
+                writer.write(row)
+            writer.finish()
+        texts = read_texts([tmp_path / "scored"])
+    elif form == "jsonl":
+        texts = read_texts(write(tmp_path / "scored.jsonl", rows))
+    else:
+        rows = [row for row in rows if isinstance(row["prompt"], str)]  # a column of one type
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "scored.parquet")
+        texts = read_texts(tmp_path / "scored.parquet")
+    assert [text.id for text in texts] == [answer_id(as_candidate(row, 0)) for row in rows]
+
+
+def test_a_response_that_cannot_be_used_is_an_error_or_left_out(tmp_path):
+    rows = [response("p", "a", "one"), response("p", None, "two"), response("q", "a", "\ud83d"), response("q", "a", 5)]
+    path = tmp_path / "scored.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"scored.jsonl:2: .*expected a value for source"):
+        read_texts(path)
+    unusable = {}
+    assert len(read_texts(path, unusable=unusable)) == 1
+    assert [name.rpartition(":")[2] for name in unusable] == ["2", "3", "4"]
+
+
+def test_texts_keep_other_columns_that_are_called_like_those_of_a_response(tmp_path):
+    rows = [{"text": "eins", "prompt": "p", "response": "r"}, {"messages": CHAT, "response": "r"}]
+    assert [text.content for text in read_texts(write(tmp_path / "a.jsonl", rows))] == ["eins", CHAT]
 
 
 def sets_of(path):

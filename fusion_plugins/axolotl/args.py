@@ -4,7 +4,7 @@
 an unknown key there is an error: axolotl drops unknown keys of its own level silently.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import NoneType
 from typing import Any, Literal, get_args
 
@@ -24,7 +24,7 @@ FOR_SOURCES = frozenset(
     }
 )
 #: keys of the block that say which scored responses are used
-FOR_RESPONSES = frozenset({"pairs", "sft", "split", "keep_truncated"})
+FOR_RESPONSES = frozenset({"pairs", "sft", "split", "keep_truncated", "wrpo", "reference"})
 
 
 class BlockSettings(Settings):
@@ -136,7 +136,9 @@ class PairArgs(BlockSettings):
     """Which preference pairs `fusion_plugins.multi_source_dpo` builds."""
 
     rule: str = Field(
-        default="same_source", description="same_source, across_sources, verdict, or a registered pair rule"
+        default="same_source",
+        description="same_source, across_sources, verdict, own_answers (of the target itself; needs own_source), or a "
+        "registered pair rule",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the rule")
     min_gap: float | None = Field(default=0.01, description="smallest reward gap, inclusive; none for no limit")
@@ -148,7 +150,64 @@ class PairArgs(BlockSettings):
     gap_exempt: list[str] = Field(
         default_factory=lambda: ["code"], description="domains where the verdict alone decides"
     )
-    per_prompt: int = Field(default=1, ge=1, description="most pairs per prompt")
+    per_prompt: int | Literal["all"] = Field(
+        default=1, description="most pairs per prompt; all: every pair that the rule proposes, one per source"
+    )
+    min_accuracy: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="a source that is right less often than this, over all prompts with verdicts, gives no pair whose "
+        "chosen answer is right by a verdict",
+    )
+    own_source: str | None = Field(
+        default=None,
+        description="source whose responses are the target's own samples: they are never a best answer, and only the "
+        "rule own_answers makes pairs of them; none for no such source",
+    )
+    weighted: bool = Field(
+        default=False,
+        description="weigh each pair by the softmax of the chosen answers' rewards over the prompt's pairs (FusePO); "
+        "needs trainer_cls: fusion_plugins.axolotl.preference_trainers.FusePOTrainer",
+    )
+    weight_temperature: float = Field(
+        default=1.0, gt=0, description="temperature of that softmax, in units of the reward"
+    )
+    texts: str | None = Field(
+        default=None,
+        description=".jsonl file that gets both answers of every pair, for `fusion capture --texts`; none for no file",
+    )
+
+    @field_validator("texts")
+    @classmethod
+    def _check_texts(cls, value: str | None) -> str | None:
+        if value is not None and not value.endswith(".jsonl"):
+            raise ValueError(f"expected the name of a .jsonl file, got {value!r}")
+        return value
+
+    @field_validator("per_prompt")
+    @classmethod
+    def _check_per_prompt(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("expected a number of pairs, at least 1, or 'all'")
+        return value
+
+    @property
+    def most(self) -> int | None:
+        """Most pairs per prompt; None for no limit."""
+        return None if self.per_prompt == "all" else int(self.per_prompt)
+
+    def problems(self) -> Iterator[str]:
+        """Yield what does not belong together."""
+        try:
+            self.window()
+        except ConfigError as error:
+            yield str(error)
+        if self.rule == "own_answers" and self.own_source is None:
+            yield (
+                "the rule own_answers needs own_source, the name under which the target's own samples are among the "
+                "responses"
+            )
 
     def window(self) -> GapWindow:
         """Return the limits in core's form; raises ConfigError for limits that contradict each other."""
@@ -156,9 +215,73 @@ class PairArgs(BlockSettings):
 
 
 class SftArgs(BlockSettings):
-    """Which answer `fusion_plugins.axolotl.best_of_sources` learns from."""
+    """Which answers `fusion_plugins.axolotl.best_of_sources` learns from."""
 
     rule: str = Field(default="reward", description="reward (highest, among correct ones where verified) or verdict")
+    per_prompt: Literal["best", "all"] = Field(
+        default="best",
+        description="best: the best answer of all sources; all: the best answer of each source, weighted in the loss "
+        "by the softmax of their rewards (FuseSFT)",
+    )
+    weight_temperature: float = Field(
+        default=1.0, gt=0, description="temperature of that softmax, in units of the reward"
+    )
+    only_verified: bool = Field(default=False, description="only answers that a verdict calls correct")
+
+
+class WRPOArgs(BlockSettings):
+    """The loss of the trainer WRPOTrainer."""
+
+    alpha: float = Field(
+        default=0.1, ge=0, le=1, description="weight of the source's answer; the target's own best answer has the rest"
+    )
+    schedule: Literal["rise", "constant"] = Field(
+        default="rise",
+        description="rise: the weight rises linearly from 0 to alpha over the steps of the training; an evaluation "
+        "always uses alpha itself",
+    )
+
+
+class ReferenceArgs(BlockSettings):
+    """The reference of the trainer InfiFPOTrainer: log-probabilities of whole answers, out of stores."""
+
+    sources: list[SourceArgs] = Field(
+        min_length=1,
+        description="stores of the responses, `fusion capture --texts` of the scored folder; that of the model that is "
+        "trained is marked with is_target",
+    )
+    rule: Literal["max_margin", "mean"] = Field(
+        default="max_margin",
+        description="max_margin: per pair the source that is farthest from the target; mean: the mean over the sources",
+    )
+    clip: bool = Field(
+        default=True,
+        description="a source counts only as far as it agrees with the preference more than the target: for the chosen "
+        "answer not below the target, for the rejected one not above it",
+    )
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether the target's own log-probabilities play a part."""
+        return self.clip or (self.rule == "max_margin" and len(self.sources) > 1)
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with the sources."""
+        yield from _problems_of_names(self.sources)
+        if self.needs_target and not any(source.is_target for source in self.sources):
+            yield (
+                f"clip: {str(self.clip).lower()} with rule {self.rule} needs the target's own store: capture the same "
+                "responses from `base_model` and give the store with is_target: true, or set clip: false and rule: mean"
+            )
+
+
+def _problems_of_names(sources: list[SourceArgs]) -> Iterator[str]:
+    names = [source.name for source in sources]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"source name {name!r} is given twice; reports go by names, so give each source its own"
+    targets = [source.name for source in sources if source.is_target]
+    if len(targets) > 1:
+        yield f"is_target is true for {', '.join(targets)}; only one store can be the target model's own"
 
 
 class SplitArgs(BlockSettings):
@@ -173,6 +296,11 @@ class SplitArgs(BlockSettings):
     )
     sft_only: list[str] = Field(default_factory=lambda: ["chinese"], description="domains that never go to DPO")
     seed: int = Field(default=0, description="another seed gives another, equally fixed, division")
+    pairs: PairArgs | None = Field(
+        default=None,
+        description="rules of the pairs by which the first stage divided the prompts, where this run trains on other "
+        "pairs; the run's own if absent",
+    )
 
     def rule(self) -> SplitRule:
         """Return the rule in core's form."""
@@ -241,6 +369,14 @@ class FusionBlock(BlockSettings):
         default=False, description="use responses that stopped only at the length limit (finish_reason length)"
     )
     split: SplitArgs | None = Field(default=None, description="division of the prompts between SFT and DPO")
+    wrpo: WRPOArgs | None = Field(
+        default=None, description="loss of trainer_cls: fusion_plugins.axolotl.preference_trainers.WRPOTrainer"
+    )
+    reference: ReferenceArgs | None = Field(
+        default=None,
+        description="the sources as reference, for trainer_cls: "
+        "fusion_plugins.axolotl.preference_trainers.InfiFPOTrainer",
+    )
 
     @field_validator("lm_loss_schedule", mode="before")
     @classmethod
@@ -256,18 +392,14 @@ class FusionBlock(BlockSettings):
             raise ValueError("; ".join(problems))
         return self
 
-    def _problems(self) -> Any:
-        names = [source.name for source in self.sources]
-        for name in sorted({name for name in names if names.count(name) > 1}):
-            yield f"source name {name!r} is given twice; reports go by names, so give each source its own"
-        targets = [source.name for source in self.sources if source.is_target]
-        if len(targets) > 1:
-            yield f"is_target is true for {', '.join(targets)}; only one store can be the target model's own"
-        if self.pairs is not None:
-            try:
-                self.pairs.window()
-            except ConfigError as error:
-                yield f"pairs: {error}"
+    def _problems(self) -> Iterator[str]:
+        yield from _problems_of_names(self.sources)
+        if self.reference is not None:
+            yield from (f"reference: {problem}" for problem in self.reference.problems())
+        divided_by = self.split.pairs if self.split is not None else None
+        for key, pairs in (("pairs", self.pairs), ("split.pairs", divided_by)):
+            if pairs is not None:
+                yield from (f"{key}: {problem}" for problem in pairs.problems())
         if not self.sources and self.pairs is None and self.sft is None and self.split is None:
             yield "nothing to do: give sources (type fusion_plugins.axolotl.fused), sft or pairs"
 

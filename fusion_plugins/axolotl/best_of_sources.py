@@ -1,7 +1,8 @@
 """Dataset type ``fusion_plugins.axolotl.best_of_sources``: fine-tuning on the best response of any source.
 
 First stage of FuseChat-3.0 (arXiv 2503.04222). The dataset is the output of `fusion score`; ``fusion.sft`` and
-``fusion.split`` set the rules.
+``fusion.split`` set the rules. With ``per_prompt: all`` the best response of each source is learnt, and the column
+``weight`` says how much it counts (FuseSFT; :mod:`~fusion_plugins.axolotl.weighted_sft` trains on those).
 """
 
 from functools import partial
@@ -14,6 +15,7 @@ from fusion_plugins.axolotl.args import FusionBlock
 from fusion_plugins.axolotl.guards import BEST, require_plugin
 from fusion_plugins.axolotl.preference_rows import (
     SUPERVISED,
+    WEIGHT,
     Row,
     candidate_name,
     conversation,
@@ -24,6 +26,7 @@ from fusion_plugins.axolotl.preference_rows import (
 from fusion_plugins.axolotl.prepared import keep_report
 from fusion_plugins.axolotl.selection import choose_best, show_report
 from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
+from fusion_plugins.core.preferences.weights import reward_weights, with_mean_one
 
 
 def load(tokenizer: Any, cfg: Any, ds_cfg: Any = None) -> "BestOfSources":
@@ -49,10 +52,17 @@ class BestOfSources(DatasetWrappingStrategy):
         """Choose the responses and tokenize them; see :meth:`TargetTokenizer.answer`."""
         # Not `to_dict`, which leaves messages as JSON text where not all of them have the same keys.
         chosen, report = choose_best(dataset[:], self._block)
+        items = [(candidate_name(best), conversation(best)) for best in chosen]
+        columns = SUPERVISED
+        settings = self._block.sft
+        if settings is not None and settings.per_prompt == "all":
+            weights = with_mean_one(reward_weights(chosen, settings.weight_temperature))
+            items = [(name, item | {"weight": weight}) for (name, item), weight in zip(items, weights, strict=True)]
+            columns = SUPERVISED | WEIGHT
         rows, unusable = make_rows(
-            [(candidate_name(best), conversation(best)) for best in chosen],
+            items,
             partial(_row, self._target),
-            SUPERVISED,
+            columns,
             num_proc=process_count,
             keep_in_memory=bool(keep_in_memory),
             desc="Tokenizing best responses",
@@ -68,4 +78,5 @@ class BestOfSources(DatasetWrappingStrategy):
 
 
 def _row(target: TargetTokenizer, item: Row) -> Row:
-    return supervised_row(target.answer(item["prompt"], item["reply"], tools=item["tools"]))
+    row = supervised_row(target.answer(item["prompt"], item["reply"], tools=item["tools"]))
+    return row | ({"weight": item["weight"]} if "weight" in item else {})

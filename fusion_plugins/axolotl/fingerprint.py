@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import fusion_plugins
-from fusion_plugins.axolotl.args import FusionBlock
+from fusion_plugins.axolotl.args import FusionBlock, SourceArgs
 from fusion_plugins.axolotl.guards import TYPES, registered_names
 from fusion_plugins.axolotl.prepared import remembered_store
 from fusion_plugins.errors import FusionError
@@ -23,7 +23,7 @@ from fusion_plugins.plugins import get_registry
 from fusion_plugins.store import open_store
 
 #: settings of the block that change the training but not the prepared rows
-_NOT_IN_ROWS = {"loss", "lm_loss_weight", "lm_loss_schedule", "loss_chunk", "temperature"}
+_NOT_IN_ROWS = {"loss", "lm_loss_weight", "lm_loss_schedule", "loss_chunk", "temperature", "wrpo"}
 #: settings that change only distributions, so not the rows that `prepared: stores` makes
 _NOT_IN_REFERENCES = {"rule", "rule_options", "metric", "top_k", "projection", "alignment"}
 #: Keys of the dataset entry for the stamp. Each kind of run keeps one of them (rl: dpo the second, others the first).
@@ -34,7 +34,7 @@ _ROW_KEYS = {
     *("added_tokens_overrides", "eot_tokens", "chat_template", "chat_template_jinja", "chat_template_kwargs"),
     *("default_system_message", "train_on_inputs", "seed", "curriculum_sampling", "shuffle_merged_datasets"),
     *("shuffle_before_merging_datasets", "sequence_len", "eval_sequence_len", "min_sample_len"),
-    *("excess_length_strategy", "dataset_exact_deduplication", "rl"),
+    *("excess_length_strategy", "dataset_exact_deduplication", "rl", "trainer_cls"),
 }
 _ROW_PREFIXES = ("tokenizer_", "use_pose", "pose_")
 #: files of a model's folder that a tokenizer or its template can be read from; weights are not
@@ -80,12 +80,13 @@ def content_hash(cfg: Any, block: FusionBlock, entry: Any, *, place: str = "") -
         "place": place,
         "entry": own,
         "settings": settings,
-        "block": block.model_dump(mode="json", exclude=unused),
-        "sources": [
-            source.model_dump(exclude={"store"}) | {"content": store_content(cfg, source.store)}
-            for source in block.sources
-        ],
+        "block": block.model_dump(mode="json", exclude=unused | {"reference"}),
+        "sources": [_source(cfg, source) for source in block.sources],
     }
+    if block.reference is not None:
+        parts["reference"] = block.reference.model_dump(exclude={"sources"}) | {
+            "sources": [_source(cfg, source) for source in block.reference.sources]
+        }
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     code = [] if block.prepared == "stores" else _registered_code(block)
     named = [value for value in [*settings.values(), *own.values()] if isinstance(value, str)]
@@ -94,6 +95,10 @@ def content_hash(cfg: Any, block: FusionBlock, entry: Any, *, place: str = "") -
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
+
+
+def _source(cfg: Any, source: SourceArgs) -> dict[str, Any]:
+    return source.model_dump(exclude={"store"}) | {"content": store_content(cfg, source.store)}
 
 
 def store_content(cfg: Any, store: str) -> str | None:

@@ -20,6 +20,7 @@ from fusion_plugins.axolotl.args import (
     fusion_block,
 )
 from fusion_plugins.axolotl.dataset_keys import problems_of, problems_of_scored
+from fusion_plugins.axolotl.losses import OWN_TRAINERS, PAIR_TRAINERS, problems_of_losses
 from fusion_plugins.axolotl.prepared import remembered_store
 from fusion_plugins.core.fusion.vocabulary_map import COUNTED
 from fusion_plugins.errors import ConfigError, FusionError, PluginError
@@ -35,15 +36,6 @@ DPO = "fusion_plugins.multi_source_dpo"
 
 TYPES = (FUSED, BEST, DPO)
 
-_TRAINERS = "fusion_plugins.axolotl.preference_trainers"
-#: `rl` of axolotl -> the trainer, as `trainer_cls`, that takes the pairs of :data:`DPO` as they are tokenized
-PAIR_TRAINERS = {
-    "dpo": f"{_TRAINERS}.TokenizedDPOTrainer",
-    "ipo": f"{_TRAINERS}.TokenizedDPOTrainer",
-    "simpo": f"{_TRAINERS}.TokenizedCPOTrainer",
-    "orpo": f"{_TRAINERS}.TokenizedORPOTrainer",
-}
-
 _WHEN_PREPARED = "the rows are made when the dataset is prepared"
 _OTHER_LOSS = "it has another loss; train the reward model without fusion"
 #: axolotl settings that cannot be combined with our supervised datasets: key -> why not and what to do
@@ -56,6 +48,17 @@ _REFUSED = {
 }
 #: the same for the best responses
 _REFUSED_WITH_BEST = _REFUSED | {"train_on_inputs": "the answers alone are trained on; remove it"}
+#: the same for the best response of every source, each with a weight
+_REFUSED_WITH_WEIGHTS = _REFUSED_WITH_BEST | {
+    "use_eaft": "it replaces the loss; remove it",
+    "label_smoothing_factor": "the weighted loss has none; remove it",
+    "trainer_cls": "weighted answers have a trainer of their own, and axolotl would ignore yours; remove it",
+    "batch_flattening": "weighted answers have a collator of their own, and axolotl would ignore the setting; use "
+    "sample_packing",
+    "processor_type": "the rows are text; remove it",
+    "orpo_alpha": "it replaces the loss; remove it",
+    "do_bench_eval": "the rows of the benchmark have no weights; evaluate the trained model instead",
+}
 #: the same for datasets of type fused
 _REFUSED_WITH_SOURCES = _REFUSED | {
     "use_eaft": "it replaces the loss; remove it",
@@ -89,6 +92,7 @@ def check_config(cfg: Any) -> FusionBlock:
         _entries(cfg),
         _rows(cfg),
         _settings(cfg, block),
+        _losses(cfg, block),
         _other_trainers(cfg, block),
     )
     problems = [problem for part in parts for problem in part]
@@ -110,7 +114,8 @@ def check_ready(cfg: Any, block: FusionBlock, *, rows_wanted: bool = True) -> No
         ConfigError: naming every problem.
     """
     rows_wanted = rows_wanted or block.prepared == "stores"
-    stores = [source for source in block.sources if rows_wanted or not remembered_store(cfg, source.store)]
+    sources = [*block.sources, *(block.reference.sources if block.reference else [])]
+    stores = [source for source in sources if rows_wanted or not remembered_store(cfg, source.store)]
     problems = [*_unknown_names(block), *_unknown_options(block), *_stores(stores), *_other_trainers(cfg, block)]
     if problems:
         _refuse(problems)
@@ -175,7 +180,8 @@ def _idle(block: FusionBlock) -> Iterator[str]:
     A value that is the default does no harm, and axolotl writes all of them into the configurations that it saves.
     """
     given = _changed(block)
-    if not block.sources and (idle := sorted(FOR_SOURCES & given)):
+    for_sources = FOR_SOURCES - ({"on_missing_text"} if block.reference else set())
+    if not block.sources and (idle := sorted(for_sources & given)):
         yield (
             f"{_keys(idle)}: for fused distributions alone, and fusion.sources names no source; remove what would do "
             "nothing, or add sources"
@@ -248,10 +254,10 @@ def _datasets(cfg: Any, block: FusionBlock) -> Iterator[str]:
         yield f"a dataset has `type: {FUSED}`, but fusion.sources names no source"
     if DPO in types and rl not in PAIR_TRAINERS:
         yield f"a dataset has `type: {DPO}`, which needs `rl: dpo` (or ipo, simpo, orpo); got `rl: {rl}`"
-    elif DPO in types and cfg.get("trainer_cls") not in (None, PAIR_TRAINERS[rl]):
+    elif DPO in types and cfg.get("trainer_cls") not in (None, PAIR_TRAINERS[rl], *OWN_TRAINERS):
         yield (
             f"trainer_cls: {cfg.get('trainer_cls')} would tokenize the pairs of `type: {DPO}` anew, and cut prompt and "
-            "answer elsewhere than supervised training does; remove it"
+            f"answer elsewhere than supervised training does; remove it, or take one of {', '.join(OWN_TRAINERS)}"
         )
     if DPO in types and rl == "simpo" and cfg.get("simpo_gamma") is None:
         yield "rl: simpo needs simpo_gamma, the margin of its loss; 0.5 is TRL's default"
@@ -262,6 +268,11 @@ def _datasets(cfg: Any, block: FusionBlock) -> Iterator[str]:
             f"no dataset has one of the types {', '.join(TYPES)}: nothing would be fused or chosen. Give a dataset one "
             "of them, or remove the plugin and the block"
         )
+
+
+def _losses(cfg: Any, block: FusionBlock) -> Iterator[str]:
+    types = {*dataset_types(cfg), *dataset_types(cfg, "test_datasets")}
+    yield from problems_of_losses(cfg, block, pairs=DPO in types, all_pairs=types == {DPO})
 
 
 def _entries(cfg: Any) -> Iterator[str]:
@@ -304,12 +315,18 @@ def _is_tokenized(file: Path) -> bool:
 def _settings(cfg: Any, block: FusionBlock) -> Iterator[str]:
     if not block.sources and cfg.get("rl"):
         return
-    refused, what = (
-        (_REFUSED_WITH_SOURCES, "fusion.sources") if block.sources else (_REFUSED_WITH_BEST, f"`type: {BEST}`")
-    )
+    refused, what = _REFUSED_WITH_BEST, f"`type: {BEST}`"
+    if block.sources:
+        refused, what = _REFUSED_WITH_SOURCES, "fusion.sources"
+    elif block.sft is not None and block.sft.per_prompt == "all":
+        refused, what = _REFUSED_WITH_WEIGHTS, "fusion.sft.per_prompt: all"
     for key, why in refused.items():
         if cfg.get(key):
             yield f"{key} cannot be combined with {what}: {why}"
+    weighted = block.sft is not None and block.sft.per_prompt == "all"
+    for key in _SPLITS_SEQUENCES if block.sources or weighted else ():
+        if cfg.get(key) not in (None, 0, 1, "0", "1"):
+            yield f"{key} splits tokens but not their {'distributions' if block.sources else 'weights'}; set it to 1"
     if not block.sources:
         return
     if str(cfg.get("excess_length_strategy") or "").lower() == "truncate":
@@ -317,9 +334,6 @@ def _settings(cfg: Any, block: FusionBlock) -> Iterator[str]:
             "excess_length_strategy: truncate would cut tokens but not their distributions; use drop (axolotl's "
             "default) or raise, and split long texts before `fusion capture`"
         )
-    for key in _SPLITS_SEQUENCES:
-        if cfg.get(key) not in (None, 0, 1, "0", "1"):
-            yield f"{key} splits tokens but not their distributions; set it to 1"
 
 
 def _other_trainers(cfg: Any, block: FusionBlock) -> Iterator[str]:
@@ -336,7 +350,8 @@ def _other_trainers(cfg: Any, block: FusionBlock) -> Iterator[str]:
             LOG.info(f"fusion: {name} does not say whether it has a trainer: {error}")
             continue
         # The trainer of preference pairs is axolotl's; other rows than a collator expects are of no use to it.
-        if collator is not None or (trainer is not None and (block.sources or cfg.get("rl"))):
+        own = block.sources or cfg.get("rl") or (block.sft and block.sft.per_prompt == "all")
+        if collator is not None or (trainer is not None and own):
             yield (
                 f"{PLUGIN} and {name} cannot train together: {name} brings a trainer or a collator of its own, and "
                 "axolotl uses only one. Remove one of the two plugins"

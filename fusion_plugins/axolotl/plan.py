@@ -36,7 +36,7 @@ def make_plan(block: FusionBlock, stores: list[Store], target: TargetTokenizer, 
         PluginError: no rule or aligner of that name is registered.
     """
     options = block.projection
-    identical = [_same_tokens(source, store, target) for source, store in zip(block.sources, stores, strict=True)]
+    identical = [same_tokens(source, store, target) for source, store in zip(block.sources, stores, strict=True)]
     mapped = [store for store, same in zip(stores, identical, strict=True) if not same]
     counts = iter(count(mapped) if mapped and options.vocabulary_map in COUNTED else [None] * len(mapped))
     sources = []
@@ -76,7 +76,7 @@ def _text_aligner(block: FusionBlock, projector: Projector) -> TextAligner:
     return align_by_tokens(aligner, projector.source_bytes, projector.target_bytes)
 
 
-def _same_tokens(source: SourceArgs, store: Store, target: TargetTokenizer) -> bool:
+def same_tokens(source: SourceArgs, store: Store, target: TargetTokenizer) -> bool:
     """Whether the source's ids mean the same to the target: it is marked as the target's own, or needs no map."""
     if source.is_target and not target.table.extends(store.table):
         raise MismatchError(

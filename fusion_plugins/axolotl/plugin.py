@@ -1,15 +1,16 @@
 """The plugin that axolotl loads: checks the configuration, and hands over schema, trainer and collator."""
 
 import sys
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.logging import get_logger
 
-from fusion_plugins.axolotl.args import fusion_block
+from fusion_plugins.axolotl.args import WRPOArgs, fusion_block
 from fusion_plugins.axolotl.fingerprint import stamp_datasets
-from fusion_plugins.axolotl.guards import DPO, PAIR_TRAINERS, check_config, check_ready, dataset_types
+from fusion_plugins.axolotl.guards import BEST, DPO, check_config, check_ready, dataset_types
+from fusion_plugins.axolotl.losses import INFIFPO, PAIR_TRAINERS, WRPO
 from fusion_plugins.axolotl.overrides import apply_overrides
 from fusion_plugins.axolotl.prepared import remove_leftovers, write_reports
 from fusion_plugins.errors import PluginError
@@ -35,10 +36,11 @@ class FusionPlugin(BasePlugin):
         apply_overrides(cfg, sys.argv[1:])
         if cfg.get("inference") or cfg.get("merge_lora"):
             return
-        stamp_datasets(cfg, check_config(cfg))
+        block = check_config(cfg)
         if _has_pairs(cfg):
             # Not through `get_trainer_cls`: axolotl would leave out the reference model.
-            cfg["trainer_cls"] = PAIR_TRAINERS[cfg["rl"]]
+            cfg["trainer_cls"] = cfg.get("trainer_cls") or PAIR_TRAINERS[cfg["rl"]]
+        stamp_datasets(cfg, block)
         remove_leftovers(cfg)
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
@@ -56,6 +58,8 @@ class FusionPlugin(BasePlugin):
             PluginError: the trainer is not the one that takes pairs as they are tokenized.
         """
         write_reports(cfg)
+        if cfg.trainer_cls == WRPO:
+            trainer.settings = fusion_block(cfg).wrpo or WRPOArgs()
         if _is_fused(cfg):
             limit_prefetch(trainer, positions=cfg.micro_batch_size * cfg.sequence_len)
         if _has_pairs(cfg) and type(trainer).__name__ != str(cfg.trainer_cls).rpartition(".")[2]:
@@ -64,23 +68,33 @@ class FusionPlugin(BasePlugin):
                 f"{type(trainer).__name__}, which would tokenize the pairs anew. Remove that plugin."
             )
 
+    def pre_model_load(self, cfg: Any) -> None:
+        """Spare a run whose reference is in its dataset the loading of a reference model."""
+        if cfg.trainer_cls == INFIFPO:
+            load_no_reference_model()
+
     def get_input_args(self) -> str:
         """Return the import path of the schema of the ``fusion:`` block."""
         return "fusion_plugins.axolotl.args.FusionArgs"
 
     def get_trainer_cls(self, cfg: Any) -> Any:
-        """Return the trainer of runs with fused distributions; None leaves axolotl's own to other runs."""
-        if not _is_fused(cfg):
-            return None
-        from fusion_plugins.axolotl.trainer import FusionTrainer
+        """Return the trainer of runs with fused distributions or weighted answers; None leaves axolotl's own."""
+        if _is_fused(cfg):
+            from fusion_plugins.axolotl.trainer import FusionTrainer
 
-        return FusionTrainer
+            return FusionTrainer
+        if _is_weighted(cfg):
+            from fusion_plugins.axolotl.weighted_sft import WeightedTrainer
+
+            return WeightedTrainer
+        return None
 
     def get_collator_cls_and_kwargs(self, cfg: Any, is_eval: bool = False) -> Any:
-        """Return the collator of runs with fused distributions, and which of axolotl's it wraps."""
-        if not _is_fused(cfg):
+        """Return the collator of runs with fused distributions or weighted answers, and which of axolotl's it wraps."""
+        if not _is_fused(cfg) and not _is_weighted(cfg):
             return None
         from fusion_plugins.axolotl.collator import FusionCollator
+        from fusion_plugins.axolotl.weighted_sft import WeightedCollator
 
         block, packed = fusion_block(cfg), cfg.eval_sample_packing if is_eval else cfg.sample_packing
         settings: dict[str, Any] = {"inner": _stock_collator(cfg, packed=packed)}
@@ -88,7 +102,7 @@ class FusionPlugin(BasePlugin):
             from fusion_plugins.axolotl.text_rows import text_fuser
 
             settings["fuser"] = partial(text_fuser, block=block)
-        return FusionCollator, settings
+        return FusionCollator if _is_fused(cfg) else WeightedCollator, settings
 
 
 def limit_prefetch(trainer: Any, positions: int) -> None:
@@ -116,6 +130,26 @@ def limit_prefetch(trainer: Any, positions: int) -> None:
         )
 
 
+def load_no_reference_model() -> None:
+    """Let axolotl load no reference model where the dataset holds what it would say.
+
+    axolotl itself spares only adapters and ORPO the second copy of the model. Where it does not ask this function, the
+    trainer lets the copy go.
+    """
+    from axolotl import train
+
+    load = train.setup_reference_model
+    if getattr(load, "spares_infifpo", False):
+        return
+
+    @wraps(load)
+    def setup_reference_model(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        return None if cfg.trainer_cls == INFIFPO else load(cfg, *args, **kwargs)
+
+    setup_reference_model.spares_infifpo = True  # type: ignore[attr-defined]
+    train.setup_reference_model = setup_reference_model
+
+
 def _stock_collator(cfg: Any, *, packed: bool) -> type:
     """The collator that axolotl would choose without us."""
     from axolotl.monkeypatch.multipack import SUPPORTED_MULTIPACK_MODEL_TYPES
@@ -133,6 +167,11 @@ def _stock_collator(cfg: Any, *, packed: bool) -> type:
 
 def _has_pairs(cfg: Any) -> bool:
     return DPO in [*dataset_types(cfg), *dataset_types(cfg, "test_datasets")]
+
+
+def _is_weighted(cfg: Any) -> bool:
+    sft = (cfg.fusion or {}).get("sft") or {}
+    return not cfg.rl and BEST in dataset_types(cfg) and sft.get("per_prompt") == "all"
 
 
 def _is_fused(cfg: Any) -> bool:

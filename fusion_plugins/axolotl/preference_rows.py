@@ -12,8 +12,7 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 
 from fusion_plugins.axolotl.target_tokenizer import Answer
-from fusion_plugins.core.preferences.candidates import Candidate, Pair
-from fusion_plugins.core.text.messages import without_nulls
+from fusion_plugins.core.preferences.candidates import Candidate, Pair, reply_of, tools_of
 from fusion_plugins.errors import DataError
 
 Row = dict[str, Any]
@@ -27,6 +26,12 @@ PREFERENCE = {
     **dict.fromkeys(("prompt_ids", *ANSWERS), _IDS),
 }
 """The columns of :func:`preference_row`."""
+SOURCE_ANSWER = {"source_ids": _IDS}
+"""The column that a third answer has, for WRPO."""
+REFERENCE = dict.fromkeys(("ref_chosen_logps", "ref_rejected_logps"), Value("float64"))
+"""The columns of a reference that was computed before, for InfiFPO; the names are TRL's."""
+WEIGHT = {"weight": Value("float64")}
+"""The column of the weight of a row, for FuseSFT and FusePO."""
 _SHOWN = 3
 """Unusable rows that an error names."""
 
@@ -59,24 +64,7 @@ def conversation(candidate: Candidate) -> Row:
 
     The columns ``tool_calls`` and ``reasoning_content`` belong to the answer, ``tools`` to the prompt.
     """
-    parts = {}
-    if candidate.extra.get("tool_calls"):
-        parts["tool_calls"] = _loaded(candidate.extra["tool_calls"])
-    if candidate.extra.get("reasoning_content"):
-        # A text as it stands: "42" is the JSON of a number, but here it is what the model thought.
-        parts["reasoning_content"] = candidate.extra["reasoning_content"]
-    reply = {"content": candidate.response, **parts} if parts else candidate.response
-    return {"prompt": candidate.prompt, "reply": reply, "tools": _loaded(candidate.extra.get("tools"))}
-
-
-def _loaded(value: Any) -> Any:
-    """Return a value of a table that may be JSON text; messages that Arrow has written have all keys of all rows."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return value
-    return without_nulls(value)
+    return {"prompt": candidate.prompt, "reply": reply_of(candidate), "tools": tools_of(candidate)}
 
 
 def supervised_row(answer: Answer) -> Row:
@@ -85,23 +73,30 @@ def supervised_row(answer: Answer) -> Row:
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": answer.labels}
 
 
-def preference_row(chosen: Answer, rejected: Answer) -> Row:
-    """Return the row of a pair: three texts and their ids, with the same prompt for both answers.
+def preference_row(chosen: Answer, rejected: Answer, source: Answer | None = None) -> Row:
+    """Return the row of a pair: three texts and their ids, with the same prompt for all answers.
 
-    The prompt ends before the first token that holds a byte of an answer, in both conversations. Where the end of the
-    prompt merges with only one of the answers, the other one's ids begin with the prompt's last letters.
+    The prompt ends before the first token that holds a byte of an answer, in all conversations. Where the end of the
+    prompt merges with only one of the answers, the others' ids begin with the prompt's last letters.
+
+    Args:
+        chosen: the better answer.
+        rejected: the worse answer.
+        source: for WRPO, the best answer of a source; ``chosen`` and ``rejected`` are the target's own.
 
     Raises:
         DataError: the conversations differ before their answers.
     """
-    pairs = zip(chosen.prompt_ids, rejected.prompt_ids, strict=False)
-    shared = next((place for place, (one, other) in enumerate(pairs) if one != other), None)
+    answers = {"chosen_ids": chosen, "rejected_ids": rejected} | ({"source_ids": source} if source else {})
+    prompts = [answer.prompt_ids for answer in answers.values()]
+    shared = next((place for place, ids in enumerate(zip(*prompts, strict=False)) if len({*ids}) > 1), None)
     if shared is None:
-        shared = min(len(chosen.prompt_ids), len(rejected.prompt_ids))
-    if chosen.prompt != rejected.prompt or not shared:
+        shared = min(map(len, prompts))
+    other = next((answer for answer in answers.values() if answer.prompt != chosen.prompt), rejected)
+    if other.prompt != chosen.prompt or not shared:
         raise DataError(
             "expected the chat template to write the same text before both answers of a pair, got "
-            f"{chosen.prompt[-80:]!r} and {rejected.prompt[-80:]!r}. Leave the pair out, or use a template in "
+            f"{chosen.prompt[-80:]!r} and {other.prompt[-80:]!r}. Leave the pair out, or use a template in "
             "which the prompt does not depend on the answer."
         )
     return {
@@ -109,8 +104,7 @@ def preference_row(chosen: Answer, rejected: Answer) -> Row:
         "chosen": chosen.text,
         "rejected": rejected.text,
         "prompt_ids": chosen.prompt_ids[:shared],
-        "chosen_ids": chosen.input_ids[shared:],
-        "rejected_ids": rejected.input_ids[shared:],
+        **{name: answer.input_ids[shared:] for name, answer in answers.items()},
     }
 
 

@@ -8,7 +8,7 @@ score`, or JSONL or Parquet files.
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,12 +16,22 @@ from rich.table import Table
 
 from fusion_plugins.axolotl.args import FusionBlock, PairArgs, SftArgs
 from fusion_plugins.axolotl.preference_rows import Row, Unusable, leave_out
-from fusion_plugins.core.preferences.candidates import Candidate, CandidateGroups, Pair, as_candidate, clean, is_prompt
+from fusion_plugins.core.preferences.candidates import (
+    Candidate,
+    CandidateGroups,
+    Pair,
+    as_candidate,
+    clean,
+    is_own,
+    is_prompt,
+)
 from fusion_plugins.core.preferences.gaps import check_gap_window
 from fusion_plugins.core.preferences.pairs import (
     BEST_RULES,
+    BestRule,
     SelectionReport,
     best_per_prompt,
+    best_per_source,
     length_statistics,
     pairs_per_prompt,
     resolve_rule,
@@ -34,6 +44,8 @@ from fusion_plugins.terminal import console, say
 Columns = Mapping[str, Sequence[Any]]
 Report = dict[str, Any]
 
+#: the pair rule of the target's own answers
+OWN_RULE = "own_answers"
 _NEED_REWARDS = {"reward", "same_source", "across_sources"}
 _FOR_VERDICTS = (
     "For responses with verdicts and no rewards set `rule: verdict` under both fusion.sft and fusion.pairs, in the "
@@ -47,16 +59,18 @@ def choose_pairs(columns: Columns, block: FusionBlock) -> tuple[list[Pair], Repo
     Raises:
         DataError: a row is wrong, or not one pair is left; the message says why.
     """
-    groups, unusable = _groups(columns, block)
-    _check_rules(groups, block, best=block.split is not None, pairs=True)
-    pairs, found = _pairs(groups, block)
+    scored = _scored(columns, block)
+    _check_rules(scored, block, best=block.split is not None, pairs=True)
+    _check_own(scored, block)
+    pairs, found = _pairs(scored, block)
     split = None
     if block.split is not None:
         # The runs of both stages must divide alike, so each looks at the best answers and the pairs of all prompts.
-        split = split_prompts(_best(groups, block)[0], pairs, block.split.rule())
+        best = _best(scored, block)[0]
+        split = split_prompts(best, _pairs_for_split(scored, block, best, pairs), block.split.rule())
         dpo = set(split.dpo)
         pairs = [pair for pair in pairs if pair.chosen.prompt_id in dpo]
-    report = _report(found, unusable, split) | {
+    report = _report(found, scored.unusable, split) | {
         "pairs": len(pairs),
         "lengths": {
             "/".join(key): {"count": lengths.count, "mean": round(lengths.mean, 1), "median": lengths.median}
@@ -72,26 +86,50 @@ def choose_pairs(columns: Columns, block: FusionBlock) -> tuple[list[Pair], Repo
     return pairs, report
 
 
+def choose_triples(columns: Columns, block: FusionBlock) -> tuple[list[tuple[Pair, Candidate]], Report]:
+    """Return the target's own pairs, each with the best answer of the sources (WRPO), and the report.
+
+    Raises:
+        DataError: as :func:`choose_pairs`; or no source answers a prompt that has a pair.
+    """
+    pairs, report = choose_pairs(columns, block)
+    best, _ = _best(_scored(columns, block), block)
+    triples = [(pair, answer) for pair in pairs if (answer := best.get(pair.chosen.prompt_id)) is not None]
+    report |= {"triples": len(triples), "pairs_without_best_answer": len(pairs) - len(triples)}
+    if not triples:
+        raise DataError(
+            f"expected a best answer of the sources to the prompts of the target's own pairs, got none: "
+            f"{json.dumps(report)}. Give the responses of the sources and of the target together. {_FOR_VERDICTS}"
+        )
+    return triples, report
+
+
 def choose_best(columns: Columns, block: FusionBlock) -> tuple[list[Candidate], Report]:
-    """Return the best response to each prompt of a table of scored responses, and the report.
+    """Return the responses of a table that SFT learns from, and the report.
+
+    One per prompt, or one of each source (``fusion.sft.per_prompt: all``).
 
     Raises:
         DataError: a row is wrong, or not one response is left; the message says why.
     """
-    groups, unusable = _groups(columns, block)
-    _check_rules(groups, block, best=True, pairs=block.split is not None)
-    best, found = _best(groups, block)
-    chosen = [candidate for candidate in best.values() if candidate is not None]
+    scored = _scored(columns, block)
+    _check_rules(scored, block, best=True, pairs=block.split is not None)
+    best, found = _best(scored, block)
+    wanted = {prompt_id for prompt_id, candidate in best.items() if candidate is not None}
     split = None
     if block.split is not None:
-        pairs, paired = _pairs(groups, block)
+        pairs, paired = _pairs(scored, block)
         # Which prompts have a pair, and so which train this stage, the gap window decides.
         found = replace(found, limits=paired.limits)
-        split = split_prompts(best, pairs, block.split.rule())
-        sft = set(split.sft)
-        chosen = [candidate for candidate in chosen if candidate.prompt_id in sft]
+        split = split_prompts(best, _pairs_for_split(scored, block, best, pairs), block.split.rule())
+        wanted &= set(split.sft)
+    if (block.sft or SftArgs()).per_prompt == "all":
+        answers = _each_best(scored, block)
+        chosen = [candidate for prompt_id in best if prompt_id in wanted for candidate in answers[prompt_id]]
+    else:
+        chosen = [candidate for prompt_id, candidate in best.items() if candidate is not None and prompt_id in wanted]
     by_source = Counter(sorted(candidate.source for candidate in chosen))
-    report = _report(found, unusable, split) | {"answers": len(chosen), "by_source": dict(by_source)}
+    report = _report(found, scored.unusable, split) | {"answers": len(chosen), "by_source": dict(by_source)}
     if not chosen:
         raise DataError(
             f"expected best answers in the scored responses, got none: {json.dumps(report)}. The rule `reward` needs "
@@ -133,10 +171,26 @@ def show_report(report: Report, title: str) -> None:
     console().print(table)
 
 
-def _pairs(groups: CandidateGroups, block: FusionBlock) -> tuple[list[Pair], SelectionReport]:
+@dataclass(frozen=True)
+class _Scored:
+    """The candidates of a table: those of the sources, those of the target itself, and rows that are none.
+
+    Apart, because the first stage has no own answers yet: whatever follows from the sources' answers, such as which
+    prompts train which stage, must not change when own answers are added.
+    """
+
+    sources: CandidateGroups
+    own: CandidateGroups
+    unusable: list[Row]
+
+
+def _pairs(scored: _Scored, block: FusionBlock) -> tuple[list[Pair], SelectionReport]:
     settings = block.pairs or PairArgs()
-    propose = partial(lookup("pair_rules", settings.rule), **settings.options)
-    pairs, found = pairs_per_prompt(groups, propose, settings.window(), settings.per_prompt)
+    own = settings.rule == OWN_RULE
+    options = {"own_source": settings.own_source, **settings.options} if own else settings.options
+    groups = scored.own if own else scored.sources
+    propose = partial(lookup("pair_rules", settings.rule), **options)
+    pairs, found = pairs_per_prompt(groups, propose, settings.window(), settings.most, settings.min_accuracy)
     if found.limits is not None:  # the window has decided about pairs
         doubt = check_gap_window(settings.window(), [one for group in groups.by_prompt.values() for one in group])
         if doubt is not None:
@@ -144,24 +198,82 @@ def _pairs(groups: CandidateGroups, block: FusionBlock) -> tuple[list[Pair], Sel
     return pairs, found
 
 
-def _best(groups: CandidateGroups, block: FusionBlock) -> tuple[dict[str, Candidate | None], SelectionReport]:
-    return best_per_prompt(groups, resolve_rule((block.sft or SftArgs()).rule, BEST_RULES, "fusion.sft.rule"))
+def _pairs_for_split(
+    scored: _Scored, block: FusionBlock, best: Mapping[str, Candidate | None], pairs: list[Pair]
+) -> list[Pair]:
+    """Return the pairs by which the prompts are divided.
+
+    The target's own answers are sampled from the model of the first stage, so that stage cannot know which prompts will
+    have a pair of them: there, each prompt with a best answer of the sources counts as one that has.
+    """
+    divided_by = block.split.pairs if block.split is not None else None
+    if divided_by is not None:
+        pairs = _pairs(scored, block.model_copy(update={"pairs": divided_by}))[0]
+    if (divided_by or block.pairs or PairArgs()).rule != OWN_RULE:
+        return pairs
+    return [Pair(candidate, candidate, 0.0) for candidate in best.values() if candidate is not None]
 
 
-def _groups(columns: Columns, block: FusionBlock) -> tuple[CandidateGroups, list[Row]]:
-    """Return the candidates, and what the report says about rows that are none."""
+def _best(scored: _Scored, block: FusionBlock) -> tuple[dict[str, Candidate | None], SelectionReport]:
+    best, found = best_per_prompt(_for_best(scored, block), _best_rule(block))
+    if (block.sft or SftArgs()).only_verified:
+        why = {"no_usable_response": "none_verified"}
+        found = replace(found, dropped_prompts={why.get(key, key): n for key, n in found.dropped_prompts.items()})
+    return best, found
+
+
+def _each_best(scored: _Scored, block: FusionBlock) -> dict[str, list[Candidate]]:
+    """Return prompt id -> the best candidate of each source."""
+    choose = _best_rule(block)
+    return {
+        prompt_id: best_per_source(group, choose) for prompt_id, group in _for_best(scored, block).by_prompt.items()
+    }
+
+
+def _best_rule(block: FusionBlock) -> BestRule:
+    return resolve_rule((block.sft or SftArgs()).rule, BEST_RULES, "fusion.sft.rule")
+
+
+def _for_best(scored: _Scored, block: FusionBlock) -> CandidateGroups:
+    """Return the candidates that can be a best answer."""
+    if not (block.sft or SftArgs()).only_verified:
+        return scored.sources
+    kept = {
+        prompt_id: [candidate for candidate in group if candidate.correct is True]
+        for prompt_id, group in scored.sources.by_prompt.items()
+    }
+    return CandidateGroups(kept, scored.sources.dropped)
+
+
+def _check_own(scored: _Scored, block: FusionBlock) -> None:
+    """Refuse the rule of own answers where there are none: every prompt would be left out as one without a pair."""
+    settings = block.pairs or PairArgs()
+    if settings.rule == OWN_RULE and not scored.own.by_prompt:
+        sources = ", ".join(sorted({each.source for group in scored.sources.by_prompt.values() for each in group}))
+        raise DataError(
+            f"fusion.pairs.rule {OWN_RULE}: expected responses of the source {settings.own_source!r}, got those of "
+            f"{sources or 'none'}. Sample the model of the first stage under that name (`fusion sample` with "
+            "the same prompts and the same folder adds a source to it), and score the folder again."
+        )
+
+
+def _scored(columns: Columns, block: FusionBlock) -> _Scored:
     candidates, unusable = candidates_of(columns)
     left_out = leave_out(unusable, len(candidates) + len(unusable), block.on_unusable)
-    return clean(candidates, keep_truncated=block.keep_truncated), left_out
+    own_source = (block.pairs or PairArgs()).own_source
+    own = [candidate for candidate in candidates if is_own(candidate, own_source)]
+    others = [candidate for candidate in candidates if not is_own(candidate, own_source)] if own else candidates
+    sources, targets = (clean(each, keep_truncated=block.keep_truncated) for each in (others, own))
+    return _Scored(sources, targets, left_out)
 
 
-def _check_rules(groups: CandidateGroups, block: FusionBlock, *, best: bool, pairs: bool) -> None:
+def _check_rules(scored: _Scored, block: FusionBlock, *, best: bool, pairs: bool) -> None:
     """Refuse rules that need rewards where there are only verdicts.
 
     They would not fail: the best answer of a prompt with one right answer needs no reward, so a stage would train on
     those prompts alone, and the split would give all of them to one stage.
     """
-    candidates = [candidate for group in groups.by_prompt.values() for candidate in group]
+    candidates = [candidate for group in scored.sources.by_prompt.values() for candidate in group]
     rewarded = any(candidate.reward is not None for candidate in candidates)
     if rewarded or all(candidate.correct is None for candidate in candidates):
         return

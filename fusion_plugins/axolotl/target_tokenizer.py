@@ -133,7 +133,10 @@ class TargetTokenizer:
                 stop = generated_stop(self.table, tokens, chat, turn, supervision.eot_ids)
             ranges[turn.message], trains = (turn.start, stop), supervision.trains(messages[turn.message])
             if trains:
-                keep |= supervised_bytes(replace(tokens, spans=np.array([[turn.start, stop]], np.int32))) > 0
+                spoken = supervised_bytes(replace(tokens, spans=np.array([[turn.start, stop]], np.int32))) > 0
+                # Between its first and its last token all of a turn was generated, also a token without bytes, such as
+                # the space that SentencePiece puts behind a special token.
+                keep |= np.logical_or.accumulate(spoken) & np.logical_or.accumulate(spoken[::-1])[::-1]
             first = int(np.searchsorted(tokens.ends, stop)) + 1
             after = self._turn_end(ids, first, supervision.eot_ids)
             if after > first:

@@ -2,15 +2,11 @@
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
-from fusion_plugins.checkpoint_fingerprint import checkpoint_fingerprint
+from fusion_plugins.checkpoint_fingerprint import weights_revision
 from fusion_plugins.sources.backends.base import Sampling, SourceSettings
 from fusion_plugins.sources.loading import chat_template_hash, load_config
-
-#: larger files of weights are hashed in part; stores keep the result, so this must not change
-WHOLE_BYTES = 1 << 26
 
 #: arguments of vllm.LLM that change speed and memory, and numbers in their last bits at most; all others count: an
 #: argument that a later vLLM adds must not pass unnoticed
@@ -77,15 +73,8 @@ def stored_dtype(settings: SourceSettings, config: Any) -> str:
 
 
 def revision_of(settings: SourceSettings, commit: str | None) -> str | None:
-    """Return the version of a model: a fingerprint of the weights in its folder, or the commit on the hub.
-
-    Of weight files beyond 64 MiB some thousand blocks are read, so that a model of hundreds of gigabytes takes seconds.
-    Training, which moves every tensor, is always noticed; an edit of a few megabytes of one tensor may not be.
-    """
-    # Sources are loaded from safetensors files only, so other weights in the folder do not count.
-    has_weights = any(Path(settings.model).glob("*.safetensors"))
-    weights = checkpoint_fingerprint(settings.model, whole_bytes=WHOLE_BYTES) if has_weights else None
-    return f"weights:{weights[:32]}" if weights else commit or settings.revision
+    """Return the version of a model: a fingerprint of the weights in its folder, or the commit on the hub."""
+    return weights_revision(settings.model) or commit or settings.revision
 
 
 def _facts_of(sampling: Sampling) -> dict[str, Any]:

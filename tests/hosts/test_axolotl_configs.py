@@ -12,6 +12,8 @@ import yaml
 from axolotl_runs import ROOT, forget_plugins, row_folder, scored
 
 RECIPES = sorted(path.name for path in (ROOT / "axolotl_configs").glob("*.yml"))
+#: what is trained here; the others are one of these with another name and learning rate
+TRAINED = [name for name in RECIPES if "llama3_2" not in name and name != "fusechat3_llama_wrpo_sft.yml"]
 H100 = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 8, "compute_capability": "sm_90"}
 #: what the machine demands: sizes and precision. Model paths come on top.
 SMALL = {
@@ -35,7 +37,8 @@ def workplace(material, tmp_path_factory):
     (folder / "data").mkdir()
     shutil.copy(material.texts, folder / "data" / "corpus.jsonl")
     shutil.copy(material.chats, folder / "data" / "chats.jsonl")
-    row_folder(folder / "data" / "scored", scored(20))
+    own = [row | {"source": "sft", "response": f"I {row['response']}"} for row in scored(20) if row["source"] == "near"]
+    row_folder(folder / "data" / "scored", scored(20) + own)
     row_folder(folder / "data" / "verdicts", judged(20))
     (folder / "stores").mkdir()
     runs.capture(material.chats, material.target, folder / "stores" / "openchat")
@@ -47,17 +50,28 @@ def workplace(material, tmp_path_factory):
         "solar": "chats-digits",
     }.items():
         shutil.copytree(material.folder / made, folder / "stores" / store)
+    for source in ("gemma", "mistral", "llama", "qwen"):
+        store = folder / "stores" / f"pairs-{source}"
+        if source == "gemma":
+            runs.capture(folder / "data" / "scored", material.folder / "digits", store, top_k=1)
+        else:
+            shutil.copytree(folder / "stores" / "pairs-gemma", store)
     return folder
 
 
 @pytest.fixture(scope="module")
 def models(material, workplace):
     """Checkpoints whose tokenizers have the pad tokens that the recipes name."""
-    for name in ("llama", "qwen", "gemma", "verdict"):
+    for name in ("llama", "qwen", "gemma", "verdict", "llama_wrpo", "llama_fuserl"):
+        recipe = read(f"fusechat3_{name}.yml")
         tokenizer = copy.deepcopy(tiny.byte_level())
-        tokenizer.add_special_tokens({"pad_token": read(f"fusechat3_{name}.yml")["special_tokens"]["pad_token"]})
-        tiny.llama_checkpoint(workplace / "models" / f"fusechat3-{name}-sft", tokenizer=tokenizer)
-    return workplace / "models"
+        tokenizer.add_special_tokens({"pad_token": recipe["special_tokens"]["pad_token"]})
+        tiny.llama_checkpoint(workplace / recipe["base_model"], tokenizer=tokenizer)
+    folder = workplace / "models"
+    runs.capture(
+        workplace / "data" / "scored", folder / "fusechat3-llama-sft", workplace / "stores" / "pairs-target", 1
+    )
+    return folder
 
 
 def judged(prompts):
@@ -71,6 +85,39 @@ def judged(prompts):
 
 def read(name):
     return yaml.safe_load((ROOT / "axolotl_configs" / name).read_text(encoding="utf-8"))
+
+
+#: target -> learning rates of SFT and DPO, beta, loss: the tables of FuseChat-3.0
+PUBLISHED = {
+    "llama": ("meta-llama/Llama-3.1-8B-Instruct", 5e-6, 8e-7, 10, "sigmoid_norm"),
+    "llama3_2_3b": ("meta-llama/Llama-3.2-3B-Instruct", 5e-6, 1e-6, 10, "sigmoid_norm"),
+    "llama3_2_1b": ("meta-llama/Llama-3.2-1B-Instruct", 5e-6, 1e-6, 10, "sigmoid_norm"),
+    "qwen": ("Qwen/Qwen2.5-7B-Instruct", 2e-6, 3e-7, 0.01, "sigmoid"),
+    "gemma": ("google/gemma-2-9b-it", 2e-6, 5e-7, 0.01, "sigmoid"),
+}
+
+
+@pytest.mark.parametrize("target", PUBLISHED)
+def test_the_settings_of_the_five_targets_are_the_published_ones(target):
+    model, *expected = PUBLISHED[target]
+    sft, dpo = read(f"fusechat3_{target}_sft.yml"), read(f"fusechat3_{target}.yml")
+    assert [sft["learning_rate"], dpo["learning_rate"], dpo["rl_beta"], *dpo["dpo_loss_type"]] == expected
+    assert (sft["base_model"], dpo["base_model"]) == (model, sft["output_dir"])
+    assert (sft["num_epochs"], dpo["num_epochs"]) == (3, 1)
+    assert sft["fusion"] == dpo["fusion"]
+    for recipe in (sft, dpo):
+        assert (recipe["sequence_len"], recipe["lr_scheduler"], recipe["warmup_ratio"]) == (2048, "cosine", 0.1)
+
+
+def test_every_preference_recipe_says_what_it_costs_and_has_a_folder_of_its_own():
+    names = [name for name in RECIPES if name.startswith("fusechat3_")]
+    assert all("GPU hour" in head(name) and "# Data:" in head(name) for name in names)
+    for key in ("output_dir", "dataset_prepared_path"):
+        assert len({read(name)[key] for name in names}) == len(names)
+    for first in ("llama_wrpo_sft", "llama_fuserl_sft"):
+        sft, second = read(f"fusechat3_{first}.yml"), read(f"fusechat3_{first.removesuffix('_sft')}.yml")
+        assert second["base_model"] == sft["output_dir"]
+        assert all(sft["fusion"][key] == second["fusion"][key] for key in sft["fusion"])
 
 
 def test_the_recipes_are_there():
@@ -111,7 +158,7 @@ def test_no_key_is_misspelt(name):
         assert data_set.keys() - entry.model_fields.keys() == set()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_the_recipe_trains(name, workplace, models, material, run_folder, monkeypatch):
     monkeypatch.chdir(workplace)
     settings = read(name) | SMALL

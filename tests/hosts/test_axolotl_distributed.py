@@ -1,11 +1,12 @@
 """Runs of two processes, started by the real `axolotl` command."""
 
 import ast
+import os
 import re
 
 import axolotl_runs as runs
 import pytest
-from axolotl_runs import PLUGIN, config, logged, prepare, train, write_config
+from axolotl_runs import PLUGIN, config, logged, prepare, row_folder, scored, train, write_config
 
 pytestmark = pytest.mark.slow
 IN_ORDER = {"curriculum_sampling": True, "shuffle_merged_datasets": False, "max_steps": 2}
@@ -15,8 +16,8 @@ def two_processes(settings, folder, **environment):
     """Train with two processes and return what the first of them logged: steps, and evaluations."""
     path = write_config(settings, folder)
     launcher = ("--launcher", "torchrun", "--", "--nproc_per_node", "2", "--master_port", str(runs.free_port()))
-    tests = str(runs.ROOT / "tests" / "support")
-    result = runs.command("train", str(path), *launcher, cwd=folder, PYTHONPATH=tests, **environment)
+    places = os.pathsep.join([str(runs.ROOT), str(runs.ROOT / "tests" / "support")])
+    result = runs.command("train", str(path), *launcher, cwd=folder, PYTHONPATH=places, **environment)
     assert result.returncode == 0, result.stdout[-4000:]
     steps, evaluations = (
         [ast.literal_eval(line) for line in re.findall(rf"\{{'{name}'.*?\}}", result.stdout)]
@@ -74,3 +75,31 @@ def test_two_workers_prepare_the_rows_that_one_prepares(material, run_folder):
     other = settings | {"dataset_num_proc": 2, "dataset_prepared_path": str(run_folder / "by-two")}
     _, together = prepare(other, run_folder)
     assert together.to_dict() == alone.to_dict()
+
+
+def test_wrpo_with_sharded_weights_trains_as_with_whole_ones(material, run_folder):
+    """ZeRO-3 of two processes, which on a CPU get the same rows; model and reference are sharded."""
+    near = [row for row in scored(4) if row["source"] == "near"]
+    path = row_folder(
+        run_folder / "scored", scored(4) + [row | {"source": "sft", "response": f"I {row['response']}"} for row in near]
+    )
+    pairs = {"rule": "own_answers", "own_source": "sft", "min_gap": "none", "max_gap": "none"}
+    settings = config(
+        material,
+        run_folder,
+        datasets=[{"path": str(path), "type": "fusion_plugins.multi_source_dpo"}],
+        fusion={"sources": [], "pairs": pairs, "wrpo": {"alpha": 0.5}},
+        rl="dpo",
+        rl_beta=0.5,
+        trainer_cls="fusion_plugins.axolotl.preference_trainers.WRPOTrainer",
+        dataloader_num_workers=0,
+        **IN_ORDER,
+    )
+    zero3 = str(runs.ROOT / "axolotl_configs" / "deepspeed" / "zero3.json")
+    entries, _ = two_processes(settings | {"deepspeed": zero3}, run_folder, DS_ACCELERATOR="cpu")
+    single = train(settings, run_folder)
+    for name in ("loss", "alpha", "rewards/source", "rewards/margins"):
+        assert [float(entry[name]) for entry in entries] == pytest.approx(logged(single, name), rel=5e-3, abs=2e-4), (
+            name
+        )
+    assert logged(single, "alpha") == [0, 0.25]

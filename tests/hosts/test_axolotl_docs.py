@@ -10,9 +10,11 @@ from fusion_plugins.axolotl.args import (
     FusionBlock,
     PairArgs,
     ProjectionArgs,
+    ReferenceArgs,
     SftArgs,
     SourceArgs,
     SplitArgs,
+    WRPOArgs,
 )
 
 PAGE = (ROOT / "docs" / "axolotl.md").read_text(encoding="utf-8")
@@ -23,6 +25,8 @@ NESTED = {
     "pairs": "a block",
     "sft": "a block",
     "split": "a block",
+    "wrpo": "a block",
+    "reference": "a block",
 }
 
 
@@ -41,7 +45,8 @@ def table(model):
 
 
 @pytest.mark.parametrize(
-    "model", [FusionBlock, SourceArgs, AlignmentArgs, PairArgs, ProjectionArgs, SftArgs, SplitArgs]
+    "model",
+    [FusionBlock, SourceArgs, AlignmentArgs, PairArgs, ProjectionArgs, SftArgs, SplitArgs, WRPOArgs, ReferenceArgs],
 )
 def test_the_page_has_the_table_of_every_block(model):
     assert table(model) in PAGE, f"docs/axolotl.md should contain:\n{table(model)}"

@@ -33,13 +33,26 @@ OPEN = {
     "pairs.min_gap": [0.0, None, 0.02, "none"],
     "pairs.max_gap": [None, 0.2, "none", 0.9],
     "pairs.gap_exempt": [[], ["code", "maths"]],
-    "pairs.per_prompt": [1, 4],
+    "pairs.per_prompt": [1, 4, "all"],
+    "pairs.min_accuracy": [0, 1, 0.25],
+    "pairs.own_source": [None, "none", "sft"],
+    "pairs.weight_temperature": [0.02, 3],
+    "pairs.texts": ["pairs.jsonl", None, "none"],
     "sft.rule": ["reward", "verdict"],
+    "sft.weight_temperature": [0.02, 3],
+    "wrpo.alpha": [0, 1, 0.1],
+    "reference.sources.name": ["a", "ä b"],
+    "reference.sources.store": ["stores/a"],
     "split.sft_share": [0, 1, 0.3],
     "split.verified_dpo_share": [0, 1, 0.3],
     "split.sft_only": [[], ["chinese", "other"]],
     "split.seed": [0, 7],
 }
+OPEN |= {f"split.{key}": values for key, values in OPEN.items() if key.startswith("pairs.")}
+
+
+#: keys of pairs whose null means something
+NULLABLE_OF_PAIRS = ("min_gap", "max_gap", "own_source", "texts")
 
 
 def keys(model=FusionBlock, prefix=()):
@@ -60,18 +73,19 @@ def keys(model=FusionBlock, prefix=()):
 
 
 def block_of(values):
-    block = {"sources": [{}]}
+    block = {}
     for path, value in values.items():
-        group = block["sources"][0] if path[0] == "sources" else block
-        for key in path[1 if path[0] == "sources" else 0 : -1]:
-            group = group.setdefault(key, {})
+        group = block
+        for key in path[:-1]:
+            group = group.setdefault(key, [{}])[0] if key == "sources" else group.setdefault(key, {})
         group[path[-1]] = value
     return block
 
 
 def read(block, path):
-    value = block.sources[0] if path[0] == "sources" else getattr(block, path[0])
-    for key in path[1:]:
+    value = block
+    for key in path:
+        value = value[0] if isinstance(value, list) else value
         value = getattr(value, key)
     return value
 
@@ -85,8 +99,13 @@ def loaded(material, folder, block):
     return fusion_block(load_cfg(str(write_config(settings, folder))))
 
 
+def let_keys_be_together_that_no_run_uses_together(monkeypatch):
+    monkeypatch.setattr(guards, "_idle", lambda block: [])
+    monkeypatch.setattr(guards, "_losses", lambda cfg, block: [])
+
+
 def test_every_documented_value_of_every_key_arrives(material, run_folder, monkeypatch):
-    monkeypatch.setattr(guards, "_idle", lambda block: [])  # keys together that no run uses together
+    let_keys_be_together_that_no_run_uses_together(monkeypatch)
     known = dict(keys())
     assert {(".".join(path)) for path in known} >= set(OPEN)
     for number in range(max(map(len, known.values()))):
@@ -98,7 +117,7 @@ def test_every_documented_value_of_every_key_arrives(material, run_folder, monke
 
 def test_a_null_arrives_or_is_refused(material, run_folder, monkeypatch):
     """axolotl drops nulls when it writes its configuration, and a default would take their place."""
-    monkeypatch.setattr(guards, "_idle", lambda block: [])  # keys together that no run uses together
+    let_keys_be_together_that_no_run_uses_together(monkeypatch)
     paths = [*dict(keys()), ("pairs",), ("sft",), ("split",), ("alignment",), ("projection",)]
     base = {("sources", "name"): "a", ("sources", "store"): "b"}
     taken, messages = [], {}
@@ -110,16 +129,8 @@ def test_a_null_arrives_or_is_refused(material, run_folder, monkeypatch):
         else:
             taken.append(".".join(path))
             assert read(block, path) is None
-    nullable = [
-        "top_k",
-        "loss_chunk",
-        "projection.max_distance",
-        "pairs.min_gap",
-        "pairs.max_gap",
-        "pairs",
-        "sft",
-        "split",
-    ]
+    nullable = ["top_k", "loss_chunk", "projection.max_distance", "pairs", "sft", "split"]
+    nullable += [f"{group}.{key}" for group in ("pairs", "split.pairs") for key in NULLABLE_OF_PAIRS]
     assert sorted(taken) == sorted(nullable)
     assert len(messages) > 20
     assert all(f"{key}: " in message for key, message in messages.items())

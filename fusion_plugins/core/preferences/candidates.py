@@ -13,12 +13,15 @@ from numbers import Real
 from typing import Any
 
 from fusion_plugins.core.preferences.verdict import as_verdict
-from fusion_plugins.core.text.messages import REASONING_KEYS, as_messages
+from fusion_plugins.core.text.content_id import content_id
+from fusion_plugins.core.text.messages import REASONING_KEYS, as_messages, as_tools, without_nulls
 from fusion_plugins.errors import DataError
 
 #: domains whose answers are always checked by a verifier
 _VERIFIED_DOMAINS = frozenset({"math", "code"})
 
+#: columns that belong to the answer beside its text
+_REPLY = ("tool_calls", "reasoning_content")
 _REQUIRED = ("prompt_id", "source", "prompt", "response")
 
 
@@ -212,6 +215,11 @@ def clean(candidates: Iterable[Candidate | Mapping[str, Any]], *, keep_truncated
     return CandidateGroups(by_prompt, dict(dropped))
 
 
+def is_own(candidate: Candidate, own_source: str | None = None) -> bool:
+    """Return whether an answer is the target's own: of the source of that name, or marked with ``is_target``."""
+    return candidate.source == own_source or candidate.extra.get("is_target") is True
+
+
 def is_verified(candidates: Iterable[Candidate]) -> bool:
     """Return whether a verdict decides about the answers to this prompt."""
     return any(candidate.domain in _VERIFIED_DOMAINS or candidate.correct is not None for candidate in candidates)
@@ -251,6 +259,43 @@ def answer_of(candidate: Candidate) -> str:
     return text if not any(parts) else text + json.dumps(parts, sort_keys=True, default=str)
 
 
+def reply_of(candidate: Candidate) -> str | dict[str, Any]:
+    """Return an answer: its text, or, with the columns ``tool_calls`` and ``reasoning_content``, a message."""
+    parts = {key: value for key in _REPLY if (value := candidate.extra.get(key))}
+    if "tool_calls" in parts:  # the reasoning stays a text: "42" is the JSON of a number, but here a thought
+        parts["tool_calls"] = _loaded(parts["tool_calls"])
+    return {"content": candidate.response, **parts} if parts else candidate.response
+
+
+def tools_of(candidate: Candidate) -> Any:
+    """Return the schemas of the tools that the prompt offers, or None."""
+    return _loaded(candidate.extra.get("tools"))
+
+
+def chat_of(candidate: Candidate) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Return the messages of the prompt and of the answer, and the tools that they may call.
+
+    Raises:
+        DataError: the tools have another form.
+    """
+    reply = reply_of(candidate)
+    message = {"content": reply} if isinstance(reply, str) else reply
+    messages = [*as_messages(candidate.prompt), *as_messages([{**message, "role": "assistant"}])]
+    return messages, as_tools(tools_of(candidate))
+
+
+def answer_id(candidate: Candidate) -> str:
+    """Return the id under which stores hold an answer to its prompt: the sha256 (hex) of the chat.
+
+    Equal answers have equal ids, whoever gave them, and an answer that changed has another one.
+
+    Raises:
+        DataError: the tools have another form.
+        UnicodeEncodeError: the chat holds a lone surrogate.
+    """
+    return content_id(*chat_of(candidate))
+
+
 def steadiest_first(candidate: Candidate) -> tuple[float, int, float, int, bytes]:
     """Return the sort key for: the source that is right most often on this prompt first.
 
@@ -259,6 +304,16 @@ def steadiest_first(candidate: Candidate) -> tuple[float, int, float, int, bytes
     """
     found = candidate.evidence
     return -found.chance, -found.right, -found.accuracy, -found.repeats, tie_order(candidate)
+
+
+def _loaded(value: Any) -> Any:
+    """Return a value of a table that may be JSON text; messages that Arrow has written have all keys of all rows."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return value
+    return without_nulls(value)
 
 
 def _is_verdict(value: Any) -> bool:

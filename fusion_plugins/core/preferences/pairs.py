@@ -14,6 +14,8 @@ Rules that hold everywhere in this module:
   that is right most often on this prompt: by ``(right + 1) / (judged + 2)`` of its judged responses (4 of 4 before 8 of
   10 before 1 of 1), then by the number of right ones, then by its accuracy over all prompts. All responses count, also
   those that are left out. Of that source's right answers the one that it gave most often is taken.
+* **Own answers** are those of the source that is the target itself (``own_source``, or rows with ``is_target``). They
+  are no source's: only the rule :func:`own_answers` makes pairs of them, and no best answer is one of them.
 * **Ties** (equal rewards, equal evidence) are broken by a hash of prompt, source, index and response: a fixed
   order that favours no source and does not depend on the input order, the process or the machine.
 
@@ -37,6 +39,7 @@ from fusion_plugins.core.preferences.candidates import (
     answer_of,
     best_first,
     clean,
+    is_own,
     is_verified,
     reward_of,
     steadiest_first,
@@ -121,7 +124,7 @@ def build_pairs(
     rule: str | PairRule = "same_source",
     *,
     window: GapWindow | None = None,
-    per_prompt: int = 1,
+    per_prompt: int | None = 1,
     options: Mapping[str, Any] | None = None,
 ) -> list[Pair]:
     """Return preference pairs, ordered by prompt id; see :func:`pairs_with_report`.
@@ -141,8 +144,9 @@ def pairs_with_report(
     rule: str | PairRule = "same_source",
     *,
     window: GapWindow | None = None,
-    per_prompt: int = 1,
+    per_prompt: int | None = 1,
     options: Mapping[str, Any] | None = None,
+    min_accuracy: float = 0.0,
 ) -> tuple[list[Pair], SelectionReport]:
     """Clean candidates, and return preference pairs with a report of what was left out; see :func:`pairs_per_prompt`.
 
@@ -150,19 +154,24 @@ def pairs_with_report(
         candidates: scored responses, in any order, of any number of prompts and sources; or rows with the same keys.
         rule: a name in :data:`PAIR_RULES`, or a function of the (cleaned) candidates of one prompt.
         window: limits of the reward gap; the published ones by default.
-        per_prompt: most pairs per prompt, at least 1.
+        per_prompt: most pairs per prompt, at least 1; None for all that the rule proposes (one per source).
         options: keyword arguments for the rule.
+        min_accuracy: smallest share of right responses, over all prompts, of a source whose verdicts make pairs.
 
     Raises:
-        ConfigError: unknown rule, or ``per_prompt`` below 1.
+        ConfigError: unknown rule, ``per_prompt`` below 1, or ``min_accuracy`` outside [0, 1].
         DataError: a row is wrong, or candidates of one prompt disagree about its text or its domain.
     """
     propose = partial(resolve_rule(rule, PAIR_RULES, "pair rule"), **(options or {}))
-    return pairs_per_prompt(clean(candidates), propose, window or GapWindow(), per_prompt)
+    return pairs_per_prompt(clean(candidates), propose, window or GapWindow(), per_prompt, min_accuracy)
 
 
 def pairs_per_prompt(
-    groups: CandidateGroups, propose: PairRule, window: GapWindow, per_prompt: int
+    groups: CandidateGroups,
+    propose: PairRule,
+    window: GapWindow,
+    per_prompt: int | None = 1,
+    min_accuracy: float = 0.0,
 ) -> tuple[list[Pair], SelectionReport]:
     """Return the preference pairs of each prompt, ordered by prompt id, and a report of what was left out.
 
@@ -170,23 +179,28 @@ def pairs_per_prompt(
     With ``same_source`` and one pair per prompt, the pair is that of the source whose chosen answer has the highest
     reward among the sources whose gap lies in the window.
 
+    A pair whose chosen answer is right by a verdict goes, too, where its source is right less often than
+    ``min_accuracy`` over all prompts: what such a source gets right may be luck. Other pairs are not concerned.
+
     Raises:
-        ConfigError: ``per_prompt`` is below 1.
+        ConfigError: ``per_prompt`` is below 1, or ``min_accuracy`` outside [0, 1].
     """
-    if per_prompt < 1:
+    if per_prompt is not None and per_prompt < 1:
         raise ConfigError(f"per_prompt: expected at least 1 pair per prompt, got {per_prompt}")
+    if not 0 <= min_accuracy <= 1:
+        raise ConfigError(f"min_accuracy: expected a share in [0, 1], got {min_accuracy}")
     proposals = {prompt_id: propose(group) for prompt_id, group in groups.by_prompt.items()}
     limits = _limits(window, proposals.values())
     pairs: list[Pair] = []
     no_pair: Counter[str] = Counter()
     dropped_pairs: Counter[str] = Counter()
     for prompt_id, proposed in proposals.items():
-        judged = [(pair, _fault(pair, limits, window.exempt)) for pair in proposed]
+        judged = [(pair, _fault(pair, limits, window.exempt, min_accuracy)) for pair in proposed]
         kept = [pair for pair, fault in judged if fault is None]
         faults = Counter(fault for _, fault in judged if fault is not None)
         pairs += kept[:per_prompt]
         dropped_pairs += faults
-        dropped_pairs += Counter(beyond_per_prompt=len(kept[per_prompt:]))
+        dropped_pairs += Counter(beyond_per_prompt=len(kept) - len(kept[:per_prompt]))
         if not proposed:
             no_pair[_why_no_pair(groups.by_prompt[prompt_id])] += 1
         elif not kept:
@@ -275,6 +289,25 @@ def verdict(candidates: Sequence[Candidate]) -> list[Pair]:
     return sorted(proposed, key=lambda pair: steadiest_first(pair.chosen))
 
 
+def own_answers(candidates: Sequence[Candidate], *, own_source: str | None = None) -> list[Pair]:
+    """Propose the target's own best answer against its own worst one (verified: correct against incorrect).
+
+    By rewards where there are any, as :func:`same_source`, else by verdicts, as :func:`verdict`. WRPO needs these
+    pairs.
+
+    Args:
+        candidates: those of one prompt.
+        own_source: name of the source that is the target itself; answers with ``is_target`` are own ones in any case.
+    """
+    own = [candidate for candidate in candidates if is_own(candidate, own_source)]
+    verified = is_verified(candidates)
+    # Where answers have verdicts alone, rewards of other prompts play no part.
+    if verified and all(candidate.reward is None for candidate in own):
+        return verdict(own)
+    pair = _extremes(own, verified)
+    return [pair] if pair else []
+
+
 def highest_reward(candidates: Sequence[Candidate]) -> Candidate | None:
     """Return the candidate with the highest reward (verified: among the correct ones).
 
@@ -296,6 +329,19 @@ def any_correct(candidates: Sequence[Candidate]) -> Candidate | None:
     if len(pool) > 1 and not is_verified(candidates):
         return None
     return min(pool, key=steadiest_first, default=None)
+
+
+def best_per_source(candidates: Sequence[Candidate], choose: BestRule = highest_reward) -> list[Candidate]:
+    """Return the best candidate of each source to one prompt, ordered by source (FuseSFT); none where none qualifies.
+
+    Where a rule of rewards chooses, sources without a reward are left out beside sources that have one.
+    """
+    if choose(candidates) is None:
+        return []
+    groups = sorted(_by_source(_acceptable(candidates)).items())
+    found = [best for best in (choose(group) for _, group in groups) if best is not None]
+    rewarded = [candidate for candidate in found if candidate.reward is not None]
+    return rewarded if choose is highest_reward and rewarded else found
 
 
 def length_statistics(pairs: Iterable[Pair]) -> dict[tuple[str, str, str], LengthStatistics]:
@@ -351,7 +397,11 @@ def _gaps(window: GapWindow, proposals: Iterable[list[Pair]]) -> list[float]:
     return [p.gap for pairs in proposals for p in pairs if p.gap is not None and p.chosen.domain not in window.exempt]
 
 
-def _fault(pair: Pair, limits: tuple[float | None, float | None], exempt: frozenset[str]) -> str | None:
+def _fault(
+    pair: Pair, limits: tuple[float | None, float | None], exempt: frozenset[str], min_accuracy: float
+) -> str | None:
+    if pair.chosen.correct is True and pair.chosen.evidence.accuracy < min_accuracy:
+        return "source_accuracy_too_low"
     if answer_of(pair.chosen) == answer_of(pair.rejected):
         return "same_response"
     if pair.gap is None or pair.chosen.domain in exempt:
@@ -382,6 +432,11 @@ def _why_no_best(candidates: Sequence[Candidate]) -> str:
 
 
 #: name -> rule; :mod:`fusion_plugins.plugins` hands these to the plugin manager.
-PAIR_RULES: dict[str, PairRule] = {"same_source": same_source, "across_sources": across_sources, "verdict": verdict}
+PAIR_RULES: dict[str, PairRule] = {
+    "same_source": same_source,
+    "across_sources": across_sources,
+    "verdict": verdict,
+    "own_answers": own_answers,
+}
 #: name -> rule for the best answer of a prompt.
 BEST_RULES: dict[str, BestRule] = {"reward": highest_reward, "verdict": any_correct}

@@ -13,6 +13,7 @@ from fusion_plugins.core.preferences.pairs import (
     PAIR_RULES,
     GapWindow,
     best_of,
+    best_per_source,
     best_with_report,
     build_pairs,
     length_statistics,
@@ -272,7 +273,7 @@ def test_wrong_gap_windows_are_refused(settings, message):
 
 
 def test_unknown_rules_are_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match="across_sources, same_source, verdict"):
+    with pytest.raises(ConfigError, match="across_sources, own_answers, same_source, verdict"):
         build_pairs([], "same")
     with pytest.raises(ConfigError, match="reward, verdict"):
         best_of([], "same")
@@ -449,3 +450,86 @@ def test_pairs_are_valid_and_every_prompt_is_counted(candidates, rule):
             assert (pair.chosen.correct, pair.rejected.correct) == (True, False)
         elif pair.gap is not None:
             assert 0.01 - 1e-6 <= pair.gap <= 0.1 + 1e-6
+
+
+# Own answers, pairs of every source, and sources that are seldom right
+
+
+def test_own_answers_are_the_targets_best_against_its_worst():
+    candidates = [
+        one("a", 0, 5.0),
+        one("a", 1, -5.0),
+        *(one("sft", n, reward) for n, reward in enumerate((0.2, 0.9, 0.1))),
+    ]
+    options = {"own_source": "sft"}
+    assert keys(build_pairs(candidates, "own_answers", window=ANY_GAP, options=options)) == [(("sft", 1), ("sft", 2))]
+    marked = [replace(each, extra={"is_target": True}) if each.source == "sft" else each for each in candidates]
+    assert keys(build_pairs(marked, "own_answers", window=ANY_GAP)) == [(("sft", 1), ("sft", 2))]
+    assert build_pairs(candidates, "own_answers", window=ANY_GAP) == []
+
+
+def test_own_answers_that_are_verified_need_a_right_and_a_wrong_one():
+    own = [one("sft", 0, 0.9, False), one("sft", 1, 0.1, True), one("sft", 2, 0.5, False)]
+    options = {"own_source": "sft"}
+    assert keys(build_pairs(own, "own_answers", window=ANY_GAP, options=options)) == [(("sft", 1), ("sft", 2))]
+    assert build_pairs(own[:1] + own[2:], "own_answers", window=ANY_GAP, options=options) == []
+    # Verdicts alone: the right answer that was given most often.
+    judged = [
+        one("sft", n, None, right, response=text)
+        for n, (right, text) in enumerate([(True, "five"), (True, "5"), (True, "5"), (False, "6")])
+    ]
+    (pair,) = build_pairs(judged, "own_answers", options=options)
+    assert (pair.chosen.response, pair.rejected.response, pair.gap) == ("5", "6", None)
+
+
+def test_every_source_gives_a_pair_where_all_are_asked_for():
+    candidates = [
+        one(source, n, top - 0.05 * n) for source, top in (("a", 0.3), ("b", 0.5), ("c", 0.4)) for n in (0, 1)
+    ]
+    pairs, report = pairs_with_report(candidates, per_prompt=None)
+    assert keys(pairs) == [((s, 0), (s, 1)) for s in "bca"]
+    assert report.dropped_pairs == {}
+    with pytest.raises(ConfigError, match="at least 1 pair"):
+        pairs_with_report(candidates, per_prompt=0)
+
+
+def seldom_right():
+    """ "good" solves 3 of 4 prompts, "lucky" 1 of 4; on prompt p3 only "lucky" has a pair."""
+    rows = []
+    for number in range(4):
+        prompt = f"p{number}"
+        for source, right in (("good", number < 3), ("lucky", number == 3)):
+            rows += [one(source, n, None, right and n == 0, prompt_id=prompt, domain="math") for n in (0, 1)]
+    return rows
+
+
+@pytest.mark.parametrize(("least", "prompts"), [(0.0, 4), (0.125, 4), (0.126, 3), (0.375, 3), (0.376, 0), (1.0, 0)])
+def test_a_source_that_is_seldom_right_gives_no_pair(least, prompts):
+    """ "lucky" is right in 1 of 8 responses, "good" in 3 of 8."""
+    pairs, report = pairs_with_report(seldom_right(), "verdict", min_accuracy=least)
+    assert len(pairs) == report.kept == prompts
+    assert report.dropped_prompts.get("source_accuracy_too_low", 0) == 4 - prompts
+    with pytest.raises(ConfigError, match=r"share in \[0, 1\]"):
+        pairs_with_report(seldom_right(), "verdict", min_accuracy=least + 2)
+
+
+def test_accuracy_says_nothing_about_pairs_without_verdicts():
+    candidates = [one("a", 0, 0.15), one("a", 1, 0.1), *seldom_right()]
+    candidates = [
+        replace(each, prompt_id="unverified") if each.domain == "instruction" else each for each in candidates
+    ]
+    pairs, _ = pairs_with_report(candidates, min_accuracy=1.0)
+    assert [pair.chosen.prompt_id for pair in pairs] == ["unverified"]
+
+
+def test_the_best_of_each_source_is_what_the_rule_takes_of_it_alone():
+    candidates = [one("a", 0, 0.1), one("a", 1, 0.3), one("b", 0, 0.2), one("c", 0), one("d", 0, 0.4), one("d", 1, 0.4)]
+    found = best_per_source(candidates)
+    assert [key(each) for each in found[:2]] == [("a", 1), ("b", 0)]
+    assert [each.source for each in found] == ["a", "b", "d"]
+    verified = [one("a", 0, 0.9, False), one("a", 1, 0.1, True), one("b", 0, 0.5, False), one("c", 0, 0.3, None)]
+    assert [key(each) for each in best_per_source(verified)] == [("a", 1)]
+    judged = [one(source, n, None, n == 1) for source in "ab" for n in (0, 1)]
+    assert [key(each) for each in best_per_source(judged, BEST_RULES["verdict"])] == [("a", 1), ("b", 1)]
+    assert best_per_source([one("a", 0), one("b", 0)]) == []
+    assert [key(each) for each in best_per_source([one("a", 0, domain="chinese")])] == [("a", 0)]
