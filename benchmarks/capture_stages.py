@@ -117,7 +117,7 @@ def stages(n_tokens: int, top_k: int) -> tuple[int, dict[str, tuple[Action, Acti
         "join small shards": (
             lambda: encode_shard(list(codec.decode(encoded, codec.version)), codec),
             lambda: encode_shard(list(codec.decode(encoded, codec.version)), codec),
-            lambda: compressed(encoded, codec, codec.parquet["compression_level"]),
+            lambda: compressed(encoded, codec, codec.parquet.get("compression_level", 9)),
             False,
         ),
     }
