@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from fusion_plugins.errors import ConfigError
+from fusion_plugins.errors import ConfigError, PluginError
 
 Divergence: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -81,6 +81,32 @@ def divergence(kind: str | Divergence, known: Mapping[str, Divergence] = LOSSES)
     if kind not in known:
         raise ConfigError(f"unknown loss {kind!r}; expected one of {', '.join(known)}, or a function")
     return known[kind]
+
+
+def values_of(loss: Divergence, student_logprobs: Tensor, fused_logprobs: Tensor, fused_mask: Tensor) -> Tensor:
+    """Return a divergence of n positions (n,), whose entries are (n, K).
+
+    A value of another shape would be spread over the other positions and count many times, and one without a gradient
+    would leave out the fusion loss; neither would be noticed.
+
+    Raises:
+        PluginError: the function returns anything but one value per position, or no gradient flows through it.
+    """
+    found = loss(student_logprobs, fused_logprobs, fused_mask)
+    name, shape = getattr(loss, "__name__", type(loss).__name__), tuple(student_logprobs.shape[:-1])
+    if not isinstance(found, Tensor) or found.shape != shape:
+        got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise PluginError(
+            f"loss {name}: expected one value per position, a tensor of shape {shape} for entries of shape "
+            f"{tuple(student_logprobs.shape)}; got {got}. Correct the function, or take another loss."
+        )
+    if student_logprobs.requires_grad and not found.requires_grad:
+        raise PluginError(
+            f"loss {name}: expected values through which gradients flow to student_logprobs, got values without a "
+            "gradient: nothing would be learnt from the fused distributions. Correct the function (detach, item and "
+            "no_grad end a gradient)."
+        )
+    return found
 
 
 def _probabilities(logprobs: Tensor, mask: Tensor) -> Tensor:

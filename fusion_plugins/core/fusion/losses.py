@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fusion_plugins.core.fusion.divergences import Divergence, divergence
+from fusion_plugins.core.fusion.divergences import Divergence, divergence, values_of
 from fusion_plugins.core.fusion.entries import FusedEntries, Positions, check_shapes, next_labels
 from fusion_plugins.core.fusion.one_pass import Factors, Terms, chunk_rows, one_pass
 from fusion_plugins.errors import ConfigError
@@ -263,7 +263,7 @@ def _position_terms(
     logits = head(states)
     logprobs = _LogprobsAt.apply(logits, ids)
     student = logprobs[:, :width].masked_fill(~fused.mask, 0.0)
-    fusion = loss(student, fused.logprobs.to(logprobs.dtype), fused.mask)
+    fusion = values_of(loss, student, fused.logprobs.to(logprobs.dtype), fused.mask)
     with torch.no_grad():
         at = logits.gather(-1, fused.ids.gather(-1, fused.most_probable()))
         agreed = (at >= logits.amax(-1, keepdim=True)).squeeze(-1) & fused.present

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fusion_plugins.core.fusion.divergences import Divergence, divergence
+from fusion_plugins.core.fusion.divergences import Divergence, divergence, values_of
 from fusion_plugins.core.fusion.entries import FusedEntries, Positions, check_shapes, next_labels
 from fusion_plugins.core.fusion.logit_change import LogitChange
 
@@ -325,7 +325,7 @@ def _terms(
     with torch.enable_grad():
         leaf = logprobs.requires_grad_(with_slopes)
         entries = leaf[:, : fused.ids.shape[-1]].masked_fill(~fused.mask, 0.0)
-        fusion = terms.loss(entries, fused.logprobs.to(leaf.dtype), fused.mask)
+        fusion = values_of(terms.loss, entries, fused.logprobs.to(leaf.dtype), fused.mask)
         lm = torch.zeros_like(fusion) if terms.labels is None else -leaf[:, -1]
         if dropped is not None:
             lm, fusion = (term.masked_fill(dropped, 0) for term in (lm, fusion))

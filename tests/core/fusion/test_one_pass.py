@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusion_plugins.core.fusion.divergences import LOSSES
+from fusion_plugins.core.fusion.divergences import LOSSES, cross_entropy
 from fusion_plugins.core.fusion.logit_change import LogitChange
 from fusion_plugins.core.fusion.losses import chunked_fusion_loss, fusion_loss, token_losses
 from fusion_plugins.core.fusion.one_pass import chunk_rows, weighted_losses
+from fusion_plugins.errors import PluginError
 
 KINDS = [*sorted(LOSSES), lambda student, fused, mask: ((student - fused) ** 2 * mask).sum(-1)]
 
@@ -142,6 +143,32 @@ def test_a_registered_loss_sees_the_entries_that_it_would_see_without_chunks():
     token_losses(hidden, lambda x: x @ weight.T + bias, labels, fused, kind=loss)
     for ours, theirs in zip(chunks, seen[0], strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+WRONG_LOSSES = {
+    "a column": (
+        lambda *given: cross_entropy(*given).unsqueeze(-1),
+        r"tensor of shape \(\d+,\).* got shape \(\d+, 1\)",
+    ),
+    "one number": (lambda *given: cross_entropy(*given).sum(), r"got shape \(\)"),
+    "a number of Python": (lambda *given: 0.0, "got float"),
+    "one value per entry": (lambda student, fused, mask: student * mask, r"got shape \(\d+, 4\)"),
+    "nothing": (lambda *given: None, "got NoneType"),
+    "no gradient": (lambda *given: cross_entropy(*given).detach(), "nothing would be learnt"),
+}
+
+
+@pytest.mark.parametrize(("loss", "message"), WRONG_LOSSES.values(), ids=list(WRONG_LOSSES))
+@pytest.mark.parametrize("at_most", [None, 18])
+def test_a_registered_loss_of_another_form_is_refused(loss, message, at_most):
+    """A column would be spread over all positions, and the loss be many times too large."""
+    hidden, weight, bias, labels, fused = case()
+    hidden.requires_grad_()
+    arguments = (hidden, weight, bias, labels, fused)
+    with pytest.raises(PluginError, match=message):
+        weighted_losses(*arguments, lm_weight=0.5, kind=loss, at_most=at_most)
+    with pytest.raises(PluginError, match=message):
+        token_losses(hidden, lambda x: x @ weight.T + bias, labels, fused, kind=loss, at_most=at_most)
 
 
 CHANGES = {
