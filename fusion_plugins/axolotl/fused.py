@@ -92,7 +92,7 @@ class FusedStrategy(DatasetWrappingStrategy):
         stores = [open_store(source.store) for source in self._block.sources]
         total = len(dataset)
         dataset, unusable = self._readable(with_written_ids(dataset, stores, self._path))
-        dataset = self._joined(dataset, stores)
+        dataset, missing = self._joined(dataset, stores)
         warm_up()
         target = self._reader.target
         if changes := text_changes(target.tokenizer, target.table.spell).known:
@@ -134,7 +134,8 @@ class FusedStrategy(DatasetWrappingStrategy):
             LOG.info(f"fusion: the report counts {report.texts} of {len(rows)} texts; all are fused while training")
         show_report(report, too_long, self._sequence_len, left_out)
         contents = {source.store: store_content(self._cfg, source.store) for source in self._block.sources}
-        keep_report(self._cfg, self._entry, "fusion_report.json", report_content(report, too_long, left_out), contents)
+        content = report_content(report, too_long, left_out, [asdict(each) for each in missing])
+        keep_report(self._cfg, self._entry, "fusion_report.json", content, contents)
         return rows.remove_columns([COUNTERS, REASON])
 
     def _readable(self, dataset: Any) -> tuple[Any, list[Unusable]]:
@@ -157,13 +158,16 @@ class FusedStrategy(DatasetWrappingStrategy):
             dataset = dataset.select(kept)
         return dataset.add_column(NAME, names).add_column(ID, ids), unusable
 
-    def _joined(self, dataset: Any, stores: list[Store]) -> Any:
-        """Return the rows that all stores have."""
-        ids = dataset[ID]
+    def _joined(self, dataset: Any, stores: list[Store]) -> tuple[Any, list[Unusable]]:
+        """Return the rows that all stores have, and those that one lacks."""
+        ids, names = dataset[ID][:], dataset[NAME][:]
         kept = set(range(len(ids)))
+        missing: dict[int, Unusable] = {}
         for store in stores:
             absent = [index for index, id in enumerate(ids) if id not in store]
             kept -= set(absent)
+            for index in absent:
+                missing.setdefault(index, Unusable(names[index], f"missing in the store {store.path}"))
             if absent and (self._block.on_missing_text == "raise" or not kept):
                 raise MismatchError(
                     f"expected every row of {self._path} in the store {store.path}; {len(absent)} of {len(ids)} are "
@@ -171,10 +175,10 @@ class FusedStrategy(DatasetWrappingStrategy):
                     f"other texts, or not to the end (complete: {store.manifest.complete}). Capture it from the texts "
                     "that you train on, or set fusion.on_missing_text: skip."
                 )
-        if len(kept) == len(ids):
-            return dataset
-        LOG.warning(f"fusion: skipped {len(ids) - len(kept)} of {len(ids)} rows, which are missing in a store")
-        return dataset.select(sorted(kept))
+        if missing:
+            LOG.warning(f"fusion: skipped {len(missing)} of {len(ids)} rows, which are missing in a store")
+            dataset = dataset.select(sorted(kept))
+        return dataset, [missing[index] for index in sorted(missing)]
 
 
 def load(tokenizer: Any, cfg: Any, ds_cfg: Any = None) -> FusedStrategy:

@@ -48,15 +48,22 @@ def show_report(
         )
 
 
-def report_content(report: FusionReport, too_long: int, unusable: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+def report_content(
+    report: FusionReport,
+    too_long: int,
+    unusable: Sequence[Mapping[str, Any]] = (),
+    missing: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
     """Return the report of one dataset for its JSON file.
 
     Args:
         report: its counters.
         too_long: texts longer than ``sequence_len``.
         unusable: what was left out: row and reason.
+        missing: the same, of rows that a store lacks.
     """
     shares = {
         name: {"coverage": source.coverage, "mass_kept": source.mass_kept} for name, source in report.sources.items()
     }
-    return {**asdict(report), "shares": shares, "longer_than_sequence_len": too_long, "unusable": list(unusable)}
+    left_out = {"unusable": list(unusable), "missing_from_stores": list(missing)}
+    return {**asdict(report), "shares": shares, "longer_than_sequence_len": too_long, **left_out}

@@ -261,13 +261,21 @@ def test_a_prepared_data_set_is_used_again_only_while_nothing_changed(material, 
 
 
 def test_missing_texts_can_be_dropped(material, run_folder):
+    """Also one that only the second of two stores lacks. The report names each, and a store that lacks it."""
     rows = [json.loads(line) for line in material.texts.read_text().splitlines()[:5]]
-    path = runs.write_rows(run_folder / "more.jsonl", [*rows, {"id": "new", "text": "Not captured."}])
-    settings = config(
-        material, run_folder, datasets=[{"path": str(path), "type": FUSED}], fusion={"on_missing_text": "skip"}
-    )
+    path = runs.write_rows(run_folder / "more.jsonl", [*rows[:3], {"id": "new", "text": "Not captured."}, *rows[3:]])
+    part = runs.write_rows(run_folder / "part.jsonl", rows[1:])
+    sources = material.sources("texts", "target")
+    sources.append({"name": "part", "store": str(runs.capture(part, material.folder / "digits", run_folder / "part"))})
+    block = {"on_missing_text": "skip", "sources": sources}
+    settings = config(material, run_folder, datasets=[{"path": str(path), "type": FUSED}], fusion=block)
     _, found = prepare(settings, run_folder)
-    assert len(found) == 5
+    assert len(found) == 4
+    report = json.loads((run_folder / "model" / "fusion_report.json").read_text())[str(path)]
+    assert report["missing_from_stores"] == [
+        {"row": f"{path}: row 1, id 't0'", "reason": f"missing in the store {run_folder / 'part'}"},
+        {"row": f"{path}: row 4, id 'new'", "reason": f"missing in the store {sources[0]['store']}"},
+    ]
 
 
 def test_the_table_of_the_target_is_that_of_its_store(material):
