@@ -330,6 +330,8 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
         probe = Probe(layer.forward)
         try:
             change = probe.change(self._probed_logits(model, inputs, probe))
+        except torch.OutOfMemoryError:
+            raise  # says nothing about the model; and axolotl may begin anew with a smaller batch
         except (RuntimeError, IndexError, ValueError, TypeError, KeyError) as error:
             self._say_once(f"losses are computed from the logits, which {type(model).__name__} needs ({error})")
             return False

@@ -332,6 +332,21 @@ def test_the_probe_takes_no_random_numbers_and_leaves_no_trace(tmp_path):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_too_little_memory_for_the_probe_is_no_reason_to_leave_the_layer(tmp_path, monkeypatch):
+    """axolotl may begin anew with a smaller batch (auto_find_batch_size)."""
+    trainer, batch = trainer_of(model_of("Llama"), tmp_path), batch_of()
+
+    def full(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "_probed_logits", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            trainer.compute_loss(trainer.model, batch)
+    trainer.compute_loss(trainer.model, batch)
+    assert trainer._losses_in_head
+
+
 class Asking(TorchDispatchMode):
     """Refuses what makes a program wait for a GPU, and shapes that depend on data, in the code of this package.
 

@@ -266,7 +266,8 @@ FEATURES: dict[str, list[Feature]] = {
             "resuming",
             {"resume_from_checkpoint": "..."},
             "tested",
-            "the same as a run that was not interrupted, with dropout and NEFTune too",
+            "the same as a run that was not interrupted, with dropout and NEFTune too; with `sample_packing` axolotl "
+            "itself packs other batches after a resume",
             f"{HOSTS}/test_axolotl_figures.py::test_a_resumed_run_draws_the_random_numbers_of_an_uninterrupted_one",
             "`resume_from_checkpoint`",
         ),
