@@ -141,9 +141,8 @@ def merge(parts: Sequence[str | Path], out: str | Path) -> AnyManifest:
 
     An interrupted merge is continued. A shard none of whose records or rows is there yet is linked, or copied to
     another file system; small shards, and what is left of others, are written anew, with the bytes of the records that
-    are there. A record or row that appears in
-    several parts must be the same in all of them, and is taken once. Parts that cover different texts get a text
-    fingerprint made of theirs.
+    are there. A record or row that appears in several parts must be the same in all of them, and is taken once. Parts
+    that cover different texts get a text fingerprint made of theirs.
 
     Raises:
         ConfigError: there are no parts, or the folder to write is one of them.

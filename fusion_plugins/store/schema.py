@@ -132,5 +132,6 @@ class PackedTable:
         return packed
 
 
-def _bytes_of(item: Record | PackedRecord) -> bytes | memoryview:
-    return memoryview(item.data) if isinstance(item, PackedRecord) else pack(item)
+def _bytes_of(item: Record | PackedRecord) -> bytes:
+    # Not a view: pyarrow 26 never frees a memoryview that it has made an array of.
+    return item.data.to_pybytes() if isinstance(item, PackedRecord) else pack(item)
