@@ -4,7 +4,7 @@
 PYTHON     ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV       ?= .venv
 TORCH      ?= torch==2.13.0
-EXTRAS     ?= axolotl,mergekit,ray,report,score,server
+EXTRAS     ?= axolotl,clean,mergekit,ray,report,score,server
 # uv does not read pip's settings: hand over the wheel folder that pip would look into.
 FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 

@@ -278,6 +278,8 @@ def step_of(trainer) -> Callable[[], object]:
     trainer.create_optimizer()
     model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     trainer.current_gradient_accumulation_steps = 1
+    if hasattr(trainer, "_new_figures"):  # of ours; as a training begins
+        trainer._training_figures = trainer._new_figures()
     batch = next(iter(trainer.get_train_dataloader()))
 
     def step():

@@ -140,7 +140,7 @@ class _BuiltIns:
 
     @hookimpl
     def register_losses(self, register: Register) -> None:
-        from fusion_plugins.core.fusion.losses import LOSSES
+        from fusion_plugins.core.fusion.divergences import LOSSES
 
         _register_all(register, LOSSES)
 

@@ -20,7 +20,7 @@ DOCUMENT = (Path(__file__).parents[1] / "docs" / "hooks.md").read_text()
 BUILT_IN = {
     "fusion_rules": ("fusion_plugins.core.fusion.fuse", "RULES"),
     "aligners": ("fusion_plugins.core.fusion.align", "ALIGNERS"),
-    "losses": ("fusion_plugins.core.fusion.losses", "LOSSES"),
+    "losses": ("fusion_plugins.core.fusion.divergences", "LOSSES"),
     "scorers": ("fusion_plugins.scoring", "SCORERS"),
     "pair_rules": ("fusion_plugins.core.preferences.pairs", "PAIR_RULES"),
 }

@@ -80,6 +80,7 @@ def trainer_of(model, folder, **fusion):
     block = {"sources": [{"name": "a", "store": "a"}], "lm_loss_weight": 0.3, **fusion}
     trainer.axolotl_cfg = DictDefault(fusion=block)
     trainer.current_gradient_accumulation_steps = 1
+    trainer._training_figures = trainer._new_figures()  # as a training begins
     return trainer
 
 

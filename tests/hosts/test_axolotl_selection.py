@@ -64,7 +64,7 @@ def test_own_answers_change_nothing_about_who_trains_what():
     own_rule = {"rule": "own_answers", "own_source": "sft", **ANY_GAP}
     for rows, more, rule in ((scored(20), own(20), "reward"), (verdicts, added, "verdict")):
         common = {"sft": {"rule": rule}, "split": {"verified_dpo_share": 0.5}}
-        plain = {"rule": "verdict"} if rule == "verdict" else {}
+        plain = {"rule": "verdict"} if rule == "verdict" else ANY_GAP
         for pairs in (plain | {"own_source": "sft"}, own_rule):
             block = FusionBlock(pairs=pairs, **common)
             before, after = (choose_best(table(each), block) for each in (rows, rows + more))
@@ -92,8 +92,8 @@ def test_wrpo_takes_own_pairs_of_the_prompts_that_the_first_stage_left():
         ("sft", "sft", "far")
     }
     # After a first stage that divided by other pairs.
-    first = FusionBlock(sft={}, pairs={}, split={})
-    second = FusionBlock(sft={}, pairs=own_rule, split={"pairs": {"own_source": "sft"}})
+    first = FusionBlock(sft={}, pairs=ANY_GAP, split={})
+    second = FusionBlock(sft={}, pairs=own_rule, split={"pairs": {"own_source": "sft", **ANY_GAP}})
     learnt, _ = choose_best(table(scored(20)), first)
     triples, report = choose_triples(rows, second)
     assert report["split"] == {"sft": 8, "dpo": 12, "dropped": {}}
@@ -114,7 +114,7 @@ def test_only_verified_answers_are_learnt_where_that_is_asked_for():
 
 def test_every_source_is_learnt_and_counted_where_all_are_asked_for():
     rows = scored(5) + own(5)
-    block = FusionBlock(sft={"per_prompt": "all"}, pairs={"own_source": "sft"}, split={"sft_share": 0.4})
+    block = FusionBlock(sft={"per_prompt": "all"}, pairs={"own_source": "sft", **ANY_GAP}, split={"sft_share": 0.4})
     answers, report = choose_best(table(rows), block)
     assert report["by_source"] == {"also": 2, "far": 2, "near": 2}
     assert Counter(each.prompt_id for each in answers) == dict.fromkeys({each.prompt_id for each in answers}, 3)

@@ -19,12 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fusion_plugins.core.fusion.divergences import LOSSES, Divergence, divergence
+from fusion_plugins.core.fusion.divergences import Divergence, divergence
 from fusion_plugins.core.fusion.entries import FusedEntries, Positions, check_shapes, next_labels
 from fusion_plugins.core.fusion.one_pass import Factors, Terms, chunk_rows, one_pass
 from fusion_plugins.errors import ConfigError
-
-__all__ = ["LOSSES", "TokenLosses", "chunked_fusion_loss", "fusion_loss", "token_losses"]
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 
@@ -69,7 +67,7 @@ def fusion_loss(
         fused_logprobs: (B, T, K) natural log-probabilities; -inf is a probability of zero.
         fused_mask: (B, T, K) bool, which entries exist.
         loss_mask: (B, T) bool, which positions count (those whose next token is supervised).
-        kind: a name of :data:`LOSSES`, or a function of that form.
+        kind: a name of :data:`~fusion_plugins.core.fusion.divergences.LOSSES`, or a function of that form.
         temperature: softens the fused distributions only (as published): ``p ** (1 / temperature)``, scaled so that a
             position keeps its mass.
         reduction: "mean" divides by the positions that ``loss_mask`` keeps, "none" returns (B, T) with 0 elsewhere.

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusion_plugins.core.fusion.losses import LOSSES, chunked_fusion_loss, fusion_loss, token_losses
+from fusion_plugins.core.fusion.divergences import LOSSES
+from fusion_plugins.core.fusion.losses import chunked_fusion_loss, fusion_loss, token_losses
 from fusion_plugins.errors import ConfigError, DataError
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "fusion_loss.json").read_text(encoding="utf-8"))["cases"]

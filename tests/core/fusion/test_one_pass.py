@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusion_plugins.core.fusion.divergences import LOSSES
 from fusion_plugins.core.fusion.logit_change import LogitChange
-from fusion_plugins.core.fusion.losses import LOSSES, chunked_fusion_loss, fusion_loss, token_losses
+from fusion_plugins.core.fusion.losses import chunked_fusion_loss, fusion_loss, token_losses
 from fusion_plugins.core.fusion.one_pass import chunk_rows, weighted_losses
 
 KINDS = [*sorted(LOSSES), lambda student, fused, mask: ((student - fused) ** 2 * mask).sum(-1)]
