@@ -6,8 +6,8 @@
 Files, stores and folders are real; the source answers at once (`counting_source.py`), so that everything else is seen.
 Each step runs in a process of its own; seconds are processor time, as other work on the machine does not count. Bytes
 per item are the growth of its peak memory from the count before to this one. Exits 1 when that is more than 100 at a
-million (below, the buffers of Arrow, of two batches and of one shard fill up, which are larger than any index), or when
-a commit takes longer the more shards there are.
+million (below, the buffers of three batches and of one shard fill up, which are larger than any index), or when a
+commit takes longer the more shards there are.
 """
 
 import argparse
