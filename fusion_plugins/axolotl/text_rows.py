@@ -25,6 +25,7 @@ from fusion_plugins.core.fusion.pipeline import FusionPlan, fuse_texts, warm_up
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, MismatchError
 from fusion_plugins.store import Store, open_store
+from fusion_plugins.store.packed import warm_up as warm_up_store
 
 #: bytes of the id, spans, trained ranges and one (0: all spans are), bytes per width
 _HEADER = struct.Struct("<IIIB")
@@ -159,6 +160,7 @@ def _text_fuser(tokenizer: Any, block_json: str) -> TextFuser:
     block = FusionBlock.model_validate_json(block_json)
     stores = [open_store(source.store) for source in block.sources]
     warm_up()
+    warm_up_store()
     return TextFuser(make_plan(block, stores, TargetTokenizer.of(tokenizer, {}), _no_counts), stores)
 
 
