@@ -22,6 +22,7 @@ from fusion_plugins.core.fusion.accounting import FusionReport
 from fusion_plugins.core.fusion.common_text import common_text
 from fusion_plugins.core.fusion.counts import AlignmentCounts
 from fusion_plugins.core.fusion.pipeline import FusionPlan, fuse_texts, warm_up
+from fusion_plugins.core.fusion.types import Record, TopK
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, MismatchError
 from fusion_plugins.store import Store, open_store
@@ -127,7 +128,12 @@ class TextFuser:
         """
         for source, store in zip(self.plan.sources, self.stores, strict=True):
             try:
-                common_text(store[id], text.tokens, source.projector.source_bytes, source.projector.target_bytes)
+                common_text(
+                    _without_entries(id, store.text(id)),
+                    text.tokens,
+                    source.projector.source_bytes,
+                    source.projector.target_bytes,
+                )
             except AlignmentError as error:
                 raise AlignmentError(f"source {source.name!r}: {error}") from error
 
@@ -144,6 +150,14 @@ class TextFuser:
             raise MismatchError(
                 f"{error}. The rows were prepared from other stores than these: prepare the dataset again."
             ) from error
+
+
+def _without_entries(id: str, text: TokenizedText) -> Record:
+    """Return the record of a text of which only the text is known."""
+    none = np.empty((len(text.input_ids), 0))
+    unknown = np.full(len(text.input_ids), np.nan, np.float32)
+    topk = TopK(none.astype(np.int32), none.astype(np.float32), unknown)
+    return Record(id, text, topk, unknown, float("nan"), float("nan"))
 
 
 def text_fuser(tokenizer: Any, block: FusionBlock) -> TextFuser:

@@ -114,12 +114,7 @@ class PackedRecord:
         tokens, spans, id_bytes, ce_per_token, ce_per_byte = self.header
         body = np.frombuffer(self._body(), np.uint8)
         entries = (tokens, self.top_k)
-        text = TokenizedText(
-            input_ids=np.empty(tokens, np.int32),
-            ends=np.empty(tokens, np.int32),
-            spans=np.empty((spans, 2), np.int32),
-            exact=np.empty(tokens, np.bool_),
-        )
+        text = _empty_text(tokens, spans)
         topk = TopK(
             ids=np.empty(entries, np.int32),
             logprobs=np.empty(entries, np.float32),
@@ -134,8 +129,27 @@ class PackedRecord:
             array.setflags(write=False)
         return Record(self.id, text, topk, tail, ce_per_token, ce_per_byte)
 
-    def _body(self) -> bytes:
-        """Return the arrays as bytes, exactly as many as they need."""
+    def text(self) -> TokenizedText:
+        """Return only the text of the record: its arrays come first, and no more is unpacked than they need.
+
+        Raises:
+            ValueError: naming the array that is wrong.
+        """
+        from fusion_plugins.store.unpack_kernel import PROBLEMS, unpack_text
+
+        tokens, spans, *_ = self.header
+        body = np.frombuffer(self._body(8 * tokens + (tokens + 7) // 8 + 8 * spans), np.uint8)
+        found = _empty_text(tokens, spans)
+        arrays = (found.input_ids, found.ends, found.exact, found.spans)
+        problem = unpack_text(body, *arrays)
+        if problem >= 0:
+            raise ValueError(PROBLEMS[problem])
+        for array in arrays:
+            array.setflags(write=False)
+        return found
+
+    def _body(self, first: int | None = None) -> bytes:
+        """Return the arrays as bytes, exactly as many as they need, or the first of these bytes."""
         size = self.size
         if size > MOST_BYTES:
             raise ValueError(f"expected at most {MOST_BYTES} bytes, got {size}")
@@ -146,12 +160,26 @@ class PackedRecord:
             # What a frame says about its own size is believed only if it is what the header says.
             if (said := zstandard.frame_content_size(frame)) not in (size, _UNKNOWN):
                 raise ValueError(f"record: expected {size} bytes, got {said}")
-            body: bytes = _decompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
+            if first is not None:
+                with _decompressor().stream_reader(frame) as stream:
+                    body: bytes = stream.read(first)
+            else:
+                body = _decompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise ValueError(f"record: expected a zstd frame of {size} bytes, got another: {error}") from error
-        if len(body) != size:
-            raise ValueError(f"record: expected {size} bytes, got {len(body)}")
+        wanted = size if first is None else first
+        if len(body) != wanted:
+            raise ValueError(f"record: expected {wanted} bytes, got {len(body)}")
         return body
+
+
+def _empty_text(tokens: int, spans: int) -> TokenizedText:
+    return TokenizedText(
+        input_ids=np.empty(tokens, np.int32),
+        ends=np.empty(tokens, np.int32),
+        spans=np.empty((spans, 2), np.int32),
+        exact=np.empty(tokens, np.bool_),
+    )
 
 
 def warm_up() -> None:
@@ -160,7 +188,8 @@ def warm_up() -> None:
     text = TokenizedText(nothing, nothing, np.empty((0, 2), np.int32), np.empty(0, np.bool_))
     topk = TopK(np.empty((0, 1), np.int32), np.empty((0, 1), np.float32), np.empty(0, np.float32))
     record = Record("", text, topk, np.empty(0, np.float32), 0.0, 0.0)
-    PackedRecord("", pa.py_buffer(pack(record)), 1).unpack()
+    packed = PackedRecord("", pa.py_buffer(pack(record)), 1)
+    packed.unpack(), packed.text()
 
 
 _LOCAL = threading.local()

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fusion_plugins.core.fusion.types import Record
+from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import MismatchError, StoreError
 from fusion_plugins.store.files import plain_file
 from fusion_plugins.store.id_index import IdIndex
@@ -165,17 +166,36 @@ class Store:
 
     def _read(self, number: int, id: str | None = None) -> Record:
         """Return the record with that number; faster with its id, once a record of its row group has been read."""
-        if self._pid != os.getpid():
-            self._open()
-        shard = bisect_right(self._shard_starts, number) - 1
+        shard, row = self._locate(number)
         opened = self._file(shard)
-        row = number - self._shard_starts[shard]
         start, stop = opened.places[row].tolist()
         with reading(self.path, self.manifest.shards[shard]):
             if stop and id is not None:
                 return PackedRecord(id, opened.data.slice(start, stop - start), self.manifest.top_k).unpack()
-            group = bisect_right(opened.starts, row) - 1
+            group = opened.group(row)
             return self._group(shard, group).record(row - opened.starts[group])
+
+    def _locate(self, number: int) -> tuple[int, int]:
+        """Return the shard of a record and its row there."""
+        if self._pid != os.getpid():
+            self._open()
+        shard = bisect_right(self._shard_starts, number) - 1
+        return shard, number - self._shard_starts[shard]
+
+    def text(self, id: str) -> TokenizedText:
+        """Return the text of the record of that id, without unpacking its distributions.
+
+        Raises:
+            KeyError: there is none.
+        """
+        number = self._index.find(id)
+        if number is None:
+            raise KeyError(f"{self.path} holds no record {id!r}")
+        shard, row = self._locate(number)
+        opened = self._file(shard)
+        group = opened.group(row)
+        with reading(self.path, self.manifest.shards[shard]):
+            return self._group(shard, group).text(row - opened.starts[group])
 
     def ids(self) -> list[str]:
         """Return all ids, in the order of the shards."""
@@ -217,6 +237,10 @@ class _OpenShard:
     file: pq.ParquetFile
     starts: list[int]
     places: Array
+
+    def group(self, row: int) -> int:
+        """Return the row group of a row."""
+        return bisect_right(self.starts, row) - 1
 
     def remember(self, group: int, table: PackedTable) -> None:
         """Note where the records of a row group are, so that the next one of them is read without it."""

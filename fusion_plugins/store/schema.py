@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from fusion_plugins.core.fusion.types import Record
+from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.store import shards
 from fusion_plugins.store.manifest import Manifest
 from fusion_plugins.store.old_layouts import decode_table
@@ -32,6 +33,9 @@ class RecordTable(Protocol):
 
     def record(self, row: int) -> Record:
         """Return one record; its arrays are read-only and belong to it alone."""
+
+    def text(self, row: int) -> TokenizedText:
+        """Return the text of one record."""
 
     def records(self) -> Iterator[Record]:
         """Return all records, in order."""
@@ -110,6 +114,10 @@ class PackedTable:
     def record(self, row: int) -> Record:
         """Return one record; its arrays are read-only and belong to it alone."""
         return self._packed(row).unpack()
+
+    def text(self, row: int) -> TokenizedText:
+        """Return the text of one record."""
+        return self._packed(row).text()
 
     def places(self, shard: pa.Buffer, stop: int) -> Array | None:
         """Return (N, 2) uint32, where the bytes of each record start and end in the shard.

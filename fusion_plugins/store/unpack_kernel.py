@@ -18,6 +18,8 @@ PROBLEMS = (
     "topk_logprobs: expected descending logarithms of probabilities, got others",
     "tail: expected probabilities, got others",
 )
+#: as many of them are of the text
+TEXT_PROBLEMS = 4
 
 
 @compiled
@@ -79,6 +81,19 @@ def _unpack_ids(body: Array, at: int, id_bytes: int, ids: Array) -> Any:
 
 
 @compiled
+def unpack_text(body: Array, input_ids: Array, ends: Array, exact: Array, spans: Array) -> Any:
+    """Fill the arrays of a record's text, which come first; otherwise as :func:`unpack_arrays`."""
+    n_tokens = len(input_ids)
+    negative, going_back, too_far = _unpack_tokens(body, input_ids, ends, exact)
+    no_span = _unpack_spans(body, 8 * n_tokens + (n_tokens + 7) // 8, spans)
+    problems = (negative, going_back, too_far, no_span)
+    for number in range(len(problems)):
+        if problems[number]:
+            return number
+    return -1
+
+
+@compiled
 def unpack_arrays(
     body: Array,
     id_bytes: int,
@@ -113,14 +128,14 @@ def unpack_arrays(
         tail: (U,) float32.
     """
     n_tokens, top_k = ids.shape
-    spans_at = 8 * n_tokens + (n_tokens + 7) // 8
-    ids_at = spans_at + 8 * len(spans)
+    ids_at = 8 * n_tokens + (n_tokens + 7) // 8 + 8 * len(spans)
     ranks_at = ids_at + id_bytes * top_k * n_tokens
     next_at = ranks_at + 2 * top_k * n_tokens
     tail_at = next_at + 2 * n_tokens
 
-    negative, going_back, too_far = _unpack_tokens(body, input_ids, ends, exact)
-    no_span = _unpack_spans(body, spans_at, spans)
+    problem = unpack_text(body, input_ids, ends, exact, spans)
+    if problem >= 0:
+        return problem
     below = _unpack_ids(body, ids_at, id_bytes, ids)
     no_logprob = False
     no_tail = False
@@ -143,8 +158,8 @@ def unpack_arrays(
         no_tail |= not 0 <= chance <= most  # nan is neither
         tail[token] = chance
 
-    problems = (negative, going_back, too_far, no_span, below, no_logprob, no_tail)
-    for problem in range(len(problems)):
-        if problems[problem]:
-            return problem
+    problems = (below, no_logprob, no_tail)
+    for number in range(len(problems)):
+        if problems[number]:
+            return TEXT_PROBLEMS + number
     return -1

@@ -162,6 +162,21 @@ def test_records_are_read_again_from_the_bytes_where_they_are(tmp_path: Path, op
     assert found.tolist() == [options in AS_THEY_ARE] * len(made)
 
 
+def test_the_text_alone_is_that_of_the_record(tmp_path: Path) -> None:
+    made = [record(number, n_tokens=number) for number in (0, 1, 9, 5000)]
+    write_records(tmp_path / "new", made)
+    for folder in (tmp_path / "new", Path("tests/golden/store_v1"), Path("tests/golden/store_v2")):
+        store = open_store(folder)
+        for id in store.ids() * 2:
+            for name, array in vars(store[id].text).items():
+                found = getattr(store.text(id), name)
+                np.testing.assert_array_equal(found, array)
+                assert (found.dtype, found.shape) == (array.dtype, array.shape)
+                assert not found.flags.writeable
+        with pytest.raises(KeyError, match="holds no record 'x'"):
+            store.text("x")
+
+
 def test_threads_read_one_store(tmp_path: Path) -> None:
     made = [record(number, n_tokens=40) for number in range(12)]
     store = write_records(tmp_path, made)
