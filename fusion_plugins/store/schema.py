@@ -3,7 +3,7 @@
 ``docs/store.md`` describes layout 3, which is written. :mod:`~fusion_plugins.store.old_layouts` reads the older ones.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,9 +54,9 @@ class RecordCodec:
         self.shard_tokens = max(1, SHARD_VALUES // manifest.top_k)
         self.group_tokens = max(1, GROUP_VALUES // manifest.top_k)
 
-    def encode(self, items: list[Record]) -> pa.Table:
+    def encode(self, items: Sequence[Record | PackedRecord]) -> pa.Table:
         """Return one table row per record, in the layout of the current version."""
-        columns = [[record.id for record in items], [pack(record) for record in items]]
+        columns = [[item.id for item in items], [_bytes_of(item) for item in items]]
         return pa.table(
             [pa.array(column, kind) for column, kind in zip(columns, _COLUMNS.types, strict=True)], _COLUMNS
         )
@@ -64,6 +64,10 @@ class RecordCodec:
     def decode(self, table: pa.Table, version: int) -> Iterator[Record]:
         """Return the records of a table that was written with that version."""
         return self.decode_table(table, version).records()
+
+    def packed(self, table: pa.Table, version: int) -> Iterable[Record | PackedRecord]:
+        """Return the records of a table to be written again: those of the current layout are bytes and stay so."""
+        return self.decode(table, version) if version < 3 else PackedTable(table, self.top_k).packed()
 
     def decode_table(self, table: pa.Table, version: int) -> RecordTable:
         """Return the records of a table; what no record can be is refused, here or when a record is taken.
@@ -73,7 +77,7 @@ class RecordCodec:
         """
         return decode_table(table, version, self.top_k) if version < 3 else PackedTable(table, self.top_k)
 
-    def key(self, item: Record) -> str:
+    def key(self, item: Record | PackedRecord) -> str:
         """Return the id of a record."""
         return item.id
 
@@ -87,9 +91,9 @@ class RecordCodec:
             raise ValueError("id: expected a string in every row")
         return table["id"].to_pylist()
 
-    def tokens(self, item: Record) -> int:
+    def tokens(self, item: Record | PackedRecord) -> int:
         """Return the number of tokens of a record."""
-        return len(item.text.input_ids)
+        return item.header[0] if isinstance(item, PackedRecord) else len(item.text.input_ids)
 
 
 class PackedTable:
@@ -152,8 +156,21 @@ class PackedTable:
         Raises:
             ValueError: they would take more memory than anything that was written by us.
         """
+        return (record.unpack() for record in self.packed())
+
+    def packed(self) -> list[PackedRecord]:
+        """Return all records, in order, of which only the headers were read.
+
+        Raises:
+            ValueError: they would take more memory than anything that was written by us.
+        """
         packed = [self._packed(row) for row in range(self._table.num_rows)]
         size = sum(record.size for record in packed)
         if size > shards.MOST_BYTES:
             raise ValueError(f"expected at most {shards.MOST_BYTES} bytes, got {size}")
-        return (record.unpack() for record in packed)
+        return packed
+
+
+def _bytes_of(item: Record | PackedRecord) -> bytes:
+    # Not a view: pyarrow 26 never frees a memoryview that it has made an array of.
+    return item.data.to_pybytes() if isinstance(item, PackedRecord) else pack(item)
