@@ -6,21 +6,26 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 
 from fusion_plugins.core.fusion.types import Record
+from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.store import shards
 from fusion_plugins.store.manifest import Manifest
 from fusion_plugins.store.old_layouts import decode_table
 from fusion_plugins.store.packed import PackedRecord, pack
+from fusion_plugins.store.patterns import Array
 
-#: log-probabilities per row group: what one random access copies, without unpacking it
-GROUP_VALUES = 1 << 14
+#: log-probabilities per row group: what the first access to one of its records copies, without unpacking it
+GROUP_VALUES = 1 << 16
 #: log-probabilities per shard
 SHARD_VALUES = 1 << 24
 #: Records are packed one by one. Parquet's own packing would unpack a whole group; no reader uses statistics.
 PARQUET_OPTIONS: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
 _COLUMNS = pa.schema([("id", pa.string()), ("record", pa.binary())])
+#: number of the column with the records
+RECORD_COLUMN = 1
 
 
 class RecordTable(Protocol):
@@ -28,6 +33,9 @@ class RecordTable(Protocol):
 
     def record(self, row: int) -> Record:
         """Return one record; its arrays are read-only and belong to it alone."""
+
+    def text(self, row: int) -> TokenizedText:
+        """Return the text of one record."""
 
     def records(self) -> Iterator[Record]:
         """Return all records, in order."""
@@ -110,6 +118,37 @@ class PackedTable:
     def record(self, row: int) -> Record:
         """Return one record; its arrays are read-only and belong to it alone."""
         return self._packed(row).unpack()
+
+    def text(self, row: int) -> TokenizedText:
+        """Return the text of one record."""
+        return self._packed(row).text()
+
+    def places(self, shard: pa.Buffer, stop: int) -> Array | None:
+        """Return (N, 2) uint32, where the bytes of each record start and end in the shard.
+
+        Parquet's plain encoding is the length of a value, four bytes, and the value; nothing follows the last one. The
+        bytes are compared, so that a file of another kind only costs time.
+
+        Args:
+            shard: the whole file.
+            stop: end of the column's bytes in it.
+
+        Returns:
+            The places; None if the bytes are not there: the file was compressed, or has several pages per row group.
+        """
+        column = self._table["record"].combine_chunks()
+        _, offsets, values = column.buffers()
+        ends = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1].astype(np.int64)
+        lengths = np.diff(ends)
+        first = stop - int((lengths + 4).sum())
+        if not 0 <= first <= stop <= min(shard.size, np.iinfo(np.uint32).max):
+            return None
+        found = np.cumsum(lengths + 4) + first
+        found = np.stack([found - lengths, found], axis=1)
+        for (start, end), place in zip(found.tolist(), ends.tolist(), strict=False):
+            if not shard.slice(start, end - start).equals(values.slice(place, end - start)):
+                return None
+        return found.astype(np.uint32)
 
     def records(self) -> Iterator[Record]:
         """Return all records, in order.

@@ -133,14 +133,20 @@ def read_unlisted(path: Path, codec: Codec[T], identities: Collection[str] = ())
         return None
 
 
-def open_shard(folder: Path, shard: ShardInfo, identity: str) -> pq.ParquetFile:
+def open_shard(folder: Path, shard: ShardInfo, identity: str, data: pa.Buffer | None = None) -> pq.ParquetFile:
     """Map a shard into memory and compare its size, rows and identity with the manifest: cheap at any size.
+
+    Args:
+        folder: of the shard.
+        shard: as the manifest describes it.
+        identity: digest of the settings of the folder.
+        data: the shard if it is mapped already.
 
     Raises:
         StoreError: the shard is missing, or is not what the manifest says.
         MismatchError: it was made with other settings than the manifest has.
     """
-    buffer = _buffer(folder, shard)
+    buffer = map_shard(folder, shard) if data is None else data
     with reading(folder, shard):
         file = parquet_file(buffer)
         stamp = stamp_of(file)
@@ -219,7 +225,7 @@ def compare_checksum(folder: Path, shard: ShardInfo) -> None:
     Raises:
         StoreError: the shard is missing or damaged.
     """
-    found = hashlib.sha256(_buffer(folder, shard)).hexdigest()
+    found = hashlib.sha256(map_shard(folder, shard)).hexdigest()
     if found != shard.sha256:
         raise _damaged(folder, shard, f"expected sha256 {shard.sha256[:12]}..., got {found[:12]}...")
 
@@ -232,7 +238,12 @@ def cure(folder: Path) -> str:
     )
 
 
-def _buffer(folder: Path, shard: ShardInfo) -> pa.Buffer:
+def map_shard(folder: Path, shard: ShardInfo) -> pa.Buffer:
+    """Map a shard into memory.
+
+    Raises:
+        StoreError: the shard is missing, or has another size than the manifest says.
+    """
     path = folder / shard.name
     try:
         found = plain_file(path)
