@@ -162,14 +162,14 @@ class FusedStrategy(DatasetWrappingStrategy):
 
     def _joined(self, dataset: Any, stores: list[Store]) -> tuple[Any, list[Unusable]]:
         """Return the rows that all stores have, and those that one lacks."""
-        ids, names = dataset[ID][:], dataset[NAME][:]
+        ids = dataset[ID]
         kept = set(range(len(ids)))
-        missing: dict[int, Unusable] = {}
+        missing: dict[int, str] = {}
         for store in stores:
             absent = [index for index, id in enumerate(ids) if id not in store]
             kept -= set(absent)
             for index in absent:
-                missing.setdefault(index, Unusable(names[index], f"missing in the store {store.path}"))
+                missing.setdefault(index, f"missing in the store {store.path}")
             if absent and (self._block.on_missing_text == "raise" or not kept):
                 raise MismatchError(
                     f"expected every row of {self._path} in the store {store.path}; {len(absent)} of {len(ids)} are "
@@ -177,10 +177,13 @@ class FusedStrategy(DatasetWrappingStrategy):
                     f"other texts, or not to the end (complete: {store.manifest.complete}). Capture it from the texts "
                     "that you train on, or set fusion.on_missing_text: skip."
                 )
-        if missing:
-            LOG.warning(f"fusion: skipped {len(missing)} of {len(ids)} rows, which are missing in a store")
-            dataset = dataset.select(sorted(kept))
-        return dataset, [missing[index] for index in sorted(missing)]
+        if not missing:
+            return dataset, []
+        LOG.warning(f"fusion: skipped {len(missing)} of {len(ids)} rows, which are missing in a store")
+        places = sorted(missing)
+        names = dataset.select(places)[NAME]
+        left_out = [Unusable(name, missing[place]) for name, place in zip(names, places, strict=True)]
+        return dataset.select(sorted(kept)), left_out
 
 
 def load(tokenizer: Any, cfg: Any, ds_cfg: Any = None) -> FusedStrategy:
