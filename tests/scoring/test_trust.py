@@ -27,7 +27,8 @@ OWN_ERROR = "class Odd(ValueError):\n    pass\ndef f(x):\n    if x % 2:\n       
 NAMED = "from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(x):\n    return P(x, 2)"
 POINT = (
     "class Point:\n    def __init__(self, x):\n        self.x = x\n    def __repr__(self):\n"
-    "        return f'Point({self.x})'\n    def __eq__(self, other):\n        return self.x == other.x\ndef f(x):\n    return Point(x)"
+    "        return f'Point({self.x})'\n    def __eq__(self, other):\n        return self.x == other.x\n"
+    "def f(x):\n    return Point(x)"
 )
 OUTSIDE = {
     "values": ("assert f(1) == 2", NEXT),
