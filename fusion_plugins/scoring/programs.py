@@ -11,6 +11,7 @@ A response without fences is a program as a whole, or holds one between its para
 import ast
 import doctest
 import io
+import itertools
 import json
 import re
 import textwrap
@@ -358,7 +359,19 @@ def _bare_blocks(text: str) -> list[_Block]:
         if code:
             found.append(_Block(code, labelled=True))
         place += code.count("\n") + 1
-    return found or [_Block("\n".join(lines), labelled=True)]
+    return found or _indented_blocks(lines) or [_Block("\n".join(lines), labelled=True)]
+
+
+def _indented_blocks(lines: list[str]) -> list[_Block]:
+    """Return the programs that are marked by their indentation alone, which is Markdown's oldest way."""
+    found = list[_Block]()
+    for indented, part in itertools.groupby(
+        lines, lambda line: not line.strip() or line[:1] == "\t" or line[:4] == "    "
+    ):
+        code = textwrap.dedent("\n".join(part)).strip("\n") + "\n"
+        if indented and _STARTS_CODE.match(code) and parse(code) is not None:
+            found.append(_Block(code, labelled=True))
+    return found
 
 
 def _leading_code(lines: list[str]) -> str:
