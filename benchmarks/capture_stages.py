@@ -3,8 +3,9 @@
 Rows are those of an n-gram model over real text (`realistic_rows.py`), in the form in which vLLM hands them over: flat
 Python lists, the next token first, then the most probable ones in order. "Before" is what the stages did one after the
 other in the thread that also drives the model: one text at a time, numpy's own conversion of lists, a sort by three
-keys, and the strongest compression of every shard, also of those that are joined later. The lower bound of a stage is a
-library's one call on the same data: the tokenizer in Rust, one copy of the numbers, one run of zstd over the table.
+keys, and records that are unpacked and packed again when small shards are joined. The lower bound of a stage is a
+library's one call on the same data: the tokenizer in Rust, one copy of the numbers, one run of zstd over the bytes of
+each record, one table written.
 """
 
 import time
@@ -24,9 +25,9 @@ from fusion_plugins.core.fusion.types import Record, TopK
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize, tokenize_many
 from fusion_plugins.sources.backends.topk import topk_of_entries
-from fusion_plugins.store import Manifest
-from fusion_plugins.store.schema import RecordCodec
-from fusion_plugins.store.shards import DRAFT_LEVEL, encode_shard
+from fusion_plugins.store import Manifest, packed
+from fusion_plugins.store.schema import PackedTable, RecordCodec
+from fusion_plugins.store.shards import encode_shard
 
 RUNS = 3
 Action = Callable[[], Any]
@@ -40,11 +41,18 @@ def lexsorted(ids: Any, logprobs: Any, token_logprobs: Any, k: int, vocab_size: 
     return TopK(np.take_along_axis(ids, order, axis=-1), np.take_along_axis(logprobs, order, axis=-1), token_logprobs)
 
 
-def compressed(table: pa.Table, codec: RecordCodec, level: int) -> int:
-    """Bytes of a table of encoded records, compressed at a level."""
+def bodies(table: pa.Table, codec: RecordCodec) -> list[bytes]:
+    """The bytes of every packed record before they were compressed, without its header."""
+    return [
+        packed._CODEC.decompress(record.data.slice(packed._HEADER.size), decompressed_size=record.size, asbytes=True)
+        for record in PackedTable(table, codec.top_k).packed()
+    ]
+
+
+def written(table: pa.Table, codec: RecordCodec) -> int:
+    """Bytes of a table of packed records as a Parquet file."""
     sink = pa.BufferOutputStream()
-    options = codec.parquet | {"compression": "zstd", "compression_level": level}
-    pq.write_table(table, sink, **options)
+    pq.write_table(table, sink, **codec.parquet)
     return int(sink.getvalue().size)
 
 
@@ -78,6 +86,7 @@ def stages(n_tokens: int, top_k: int) -> tuple[int, dict[str, tuple[Action, Acti
     )
     codec = RecordCodec(manifest)
     encoded = codec.encode(records)
+    unpacked = bodies(encoded, codec)
     size = table.vocab_size
 
     def repeated(action: Action) -> Action:
@@ -110,14 +119,14 @@ def stages(n_tokens: int, top_k: int) -> tuple[int, dict[str, tuple[Action, Acti
         ),
         "encode and compress": (
             lambda: encode_shard(records, codec),
-            lambda: encode_shard(records, codec, draft=True),
-            lambda: compressed(encoded, codec, DRAFT_LEVEL),
+            lambda: encode_shard(records, codec),
+            lambda: [packed._CODEC.compress(body) for body in unpacked],
             False,
         ),
         "join small shards": (
             lambda: encode_shard(list(codec.decode(encoded, codec.version)), codec),
-            lambda: encode_shard(list(codec.decode(encoded, codec.version)), codec),
-            lambda: compressed(encoded, codec, codec.parquet.get("compression_level", 9)),
+            lambda: encode_shard(list(codec.packed(encoded, codec.version)), codec),
+            lambda: written(encoded, codec),
             False,
         ),
     }

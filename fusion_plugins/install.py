@@ -6,6 +6,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from fusion_plugins.errors import ConfigError
+
 #: top-level module -> the extra of this package that brings it
 EXTRA_OF = {
     "accelerate": "axolotl",
@@ -55,7 +57,26 @@ def missing_package(error: ModuleNotFoundError, what: str) -> str | None:
     module = (error.name or "").partition(".")[0]
     if module not in EXTRA_OF:
         return None
-    return f"{what} needs the package {module}, which is not installed: {install_command(EXTRA_OF[module])}"
+    apart = ", in an environment of its own" if module == "vllm" else ""  # it and axolotl need different versions
+    return f"{what} needs the package {module}, which is not installed: {install_command(EXTRA_OF[module])}{apart}"
+
+
+def missing_package_error(error: ModuleNotFoundError, what: str, otherwise: str = "") -> Exception:
+    """Return what to raise where ``what`` needs a package that is not installed.
+
+    Args:
+        error: the import that failed.
+        what: what needs the package.
+        otherwise: what can be done instead of installing it, as a sentence.
+
+    Returns:
+        A :class:`ConfigError`; ``error`` itself where a module of this package is missing, which no user can install.
+    """
+    module = (error.name or "").partition(".")[0]
+    if module in ("", "fusion_plugins"):
+        return error
+    message = missing_package(error, what) or f"{what} needs the package {module}, which is not installed; install it"
+    return ConfigError(f"{message}. {otherwise}" if otherwise else message)
 
 
 def _origin() -> tuple[str, str]:

@@ -8,8 +8,8 @@ from pydantic import Field
 
 from fusion_plugins.command_options import Assignments, ConfigFile
 from fusion_plugins.config import Settings, load_config
-from fusion_plugins.errors import ConfigError, DataError
-from fusion_plugins.install import missing_package
+from fusion_plugins.errors import DataError
+from fusion_plugins.install import missing_package_error
 from fusion_plugins.terminal import say
 
 PAGE_NAME = "fusion_report.html"
@@ -45,8 +45,7 @@ def report(
     try:
         page = _page(settings)
     except ModuleNotFoundError as error:
-        message = missing_package(error, "fusion report")
-        raise error if message is None else ConfigError(message) from error
+        raise missing_package_error(error, "fusion report") from error
     file = settings.out or settings.folder / PAGE_NAME
     write_atomic(file, page)
     say(str(file))

@@ -11,6 +11,7 @@ from typing import Any
 
 from fusion_plugins.core.preferences.candidates import as_candidate, chat_of
 from fusion_plugins.core.text.content_id import content_id
+from fusion_plugins.core.text.messages import REASONING_KEYS
 from fusion_plugins.errors import DataError
 from fusion_plugins.store.manifest import MANIFEST_NAME, RowManifest, load_manifest
 from fusion_plugins.store.rows import open_rows
@@ -18,7 +19,7 @@ from fusion_plugins.store.rows import open_rows
 Row = dict[str, Any]
 
 #: columns of a response that are part of its text, or name it
-ANSWER_COLUMNS = ("prompt_id", "source", "index", "prompt", "response", "tool_calls", "reasoning_content")
+ANSWER_COLUMNS = ("prompt_id", "source", "index", "prompt", "response", "tool_calls", *REASONING_KEYS)
 _NEEDED = ("prompt", "response")
 
 

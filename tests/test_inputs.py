@@ -302,6 +302,20 @@ def test_responses_are_texts_that_are_named_by_their_content(tmp_path):
     assert texts[1].where.endswith("scored.jsonl:2")
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_reasoning_of_responses_is_part_of_the_text_whatever_its_column_is_called(tmp_path, name, ending):
+    row = response("p", "a", "five", **{name: "hm"})
+    file = tmp_path / f"scored.{ending}"
+    if ending == "jsonl":
+        write(file, [row])
+    else:
+        pq.write_table(pa.Table.from_pylist([row]), file)
+    [text] = read_texts(file)
+    assert text.content[-1]["reasoning_content"] == "hm"
+    assert text.id == answer_id(as_candidate(row, 0))
+
+
 def test_equal_answers_are_one_text_and_empty_ones_none(tmp_path):
     rows = [response("p", "a", "one"), response("p", "b", "one"), response("p", "c", " \n"), response("p", "d", "two")]
     texts = read_texts(write(tmp_path / "scored.jsonl", rows))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fusion_plugins import install
+from fusion_plugins.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,6 +48,29 @@ def test_every_extra_exists_and_every_missing_package_names_one():
     message = install.missing_package(ModuleNotFoundError(name="math_verify.parser"), "the scorer math")
     assert message.startswith("the scorer math needs the package math_verify, which is not installed: pip install ")
     assert install.missing_package(ModuleNotFoundError(name="fusion_plugins.x"), "x") is None
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("py3langid.langid", r"languages needs the package py3langid, .*: pip install .*\[clean\]'\. Or do without\."),
+        ("vllm", r"languages needs the package vllm, .*\[vllm\]', in an environment of its own\. Or do without\."),
+        (
+            "unheard_of.part",
+            r"languages needs the package unheard_of, which is not installed; install it\. Or do without\.",
+        ),
+    ],
+)
+def test_the_error_of_a_missing_package_says_how_to_install_it(module, message):
+    found = install.missing_package_error(ModuleNotFoundError(name=module), "languages", "Or do without.")
+    assert isinstance(found, ConfigError)
+    assert re.fullmatch(message, str(found))
+
+
+@pytest.mark.parametrize("name", ["fusion_plugins.scoring.gone", None])
+def test_a_missing_module_of_our_own_is_not_the_users_to_install(name):
+    error = ModuleNotFoundError(name=name)
+    assert install.missing_package_error(error, "x") is error
 
 
 def test_every_import_is_of_a_package_that_is_declared():

@@ -237,8 +237,8 @@ class WRPOArgs(BlockSettings):
     )
     schedule: Literal["rise", "constant"] = Field(
         default="rise",
-        description="rise: the weight rises linearly from 0 to alpha over the steps of the training; an evaluation "
-        "always uses alpha itself",
+        description="rise: the weight rises linearly from 0 to alpha over the steps of the training, and an "
+        "evaluation uses alpha itself; constant: always alpha",
     )
 
 

@@ -49,6 +49,7 @@ from fusion_plugins.core.text.round_trip import text_changes
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, DataError, MismatchError, TokenizerError
 from fusion_plugins.store import Store, open_store
+from fusion_plugins.store.packed import warm_up as warm_up_store
 
 LOG = get_logger(__name__)
 COUNTERS, REASON, NAME, ID = "fusion_counters", "fusion_reason", "fusion_name", "fusion_id"
@@ -94,6 +95,7 @@ class FusedStrategy(DatasetWrappingStrategy):
         dataset, unusable = self._readable(with_written_ids(dataset, stores, self._path))
         dataset = self._joined(dataset, stores)
         warm_up()
+        warm_up_store()
         target = self._reader.target
         if changes := text_changes(target.tokenizer, target.table.spell).known:
             LOG.info(f"fusion: the target's tokenizer changes texts, which is known: {'; '.join(changes)}")

@@ -50,14 +50,17 @@ def problems_of_losses(cfg: Any, block: FusionBlock, *, pairs: bool, all_pairs: 
         ("fusion.pairs.weighted", pairs and block.pairs is not None and block.pairs.weighted, FUSEPO),
     ):
         if given and own != needed:
-            got = trainer or "none"
-            yield f"{key} is for `rl: dpo` and `trainer_cls: {needed}` alone, and would do nothing; got {got}"
+            rl = " or ".join(OWN_TRAINERS[needed])
+            yield (
+                f"{key} is for `rl: {rl}` and `trainer_cls: {needed}` alone, got {trainer or 'none'}; set that, "
+                f"or remove {key}"
+            )
     if own not in OWN_TRAINERS:
         return
     if cfg.get("rl") not in OWN_TRAINERS[own]:
-        yield f"trainer_cls: {own} needs `rl: {' or '.join(OWN_TRAINERS[own])}`, got {cfg.get('rl')!r}"
+        yield f"trainer_cls: {own} needs `rl: {' or '.join(OWN_TRAINERS[own])}`, got {cfg.get('rl')!r}; correct it"
     if not all_pairs:
-        yield f"trainer_cls: {own} needs the columns of our pairs, which another dataset of the run lacks; remove that"
+        yield f"trainer_cls: {own} needs the columns of our pairs, which another dataset of the run lacks; remove it"
     yield from _needs(own, block)
     for key, why in _REFUSED[own].items():
         if cfg.get(key):
@@ -65,7 +68,7 @@ def problems_of_losses(cfg: Any, block: FusionBlock, *, pairs: bool, all_pairs: 
     known = {WRPO: {"sigmoid"}, FUSEPO: {*PAIR_LOSSES}}.get(own)
     for name in _listed(cfg.get("dpo_loss_type")):
         if known is not None and name not in known:
-            yield f"dpo_loss_type: trainer_cls: {own} has {', '.join(sorted(known))}, got {name!r}"
+            yield f"dpo_loss_type: expected one of {', '.join(sorted(known))} with trainer_cls: {own}, got {name!r}"
 
 
 def _needs(trainer: str, block: FusionBlock) -> Iterator[str]:

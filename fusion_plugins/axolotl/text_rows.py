@@ -22,9 +22,11 @@ from fusion_plugins.core.fusion.accounting import FusionReport
 from fusion_plugins.core.fusion.common_text import common_text
 from fusion_plugins.core.fusion.counts import AlignmentCounts
 from fusion_plugins.core.fusion.pipeline import FusionPlan, fuse_texts, warm_up
+from fusion_plugins.core.fusion.types import Record, TopK
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, MismatchError
 from fusion_plugins.store import Store, open_store
+from fusion_plugins.store.packed import warm_up as warm_up_store
 
 #: bytes of the id, spans, trained ranges and one (0: all spans are), bytes per width
 _HEADER = struct.Struct("<IIIB")
@@ -126,7 +128,12 @@ class TextFuser:
         """
         for source, store in zip(self.plan.sources, self.stores, strict=True):
             try:
-                common_text(store[id], text.tokens, source.projector.source_bytes, source.projector.target_bytes)
+                common_text(
+                    _without_entries(id, store.text(id)),
+                    text.tokens,
+                    source.projector.source_bytes,
+                    source.projector.target_bytes,
+                )
             except AlignmentError as error:
                 raise AlignmentError(f"source {source.name!r}: {error}") from error
 
@@ -145,6 +152,14 @@ class TextFuser:
             ) from error
 
 
+def _without_entries(id: str, text: TokenizedText) -> Record:
+    """Return the record of a text of which only the text is known."""
+    none = np.empty((len(text.input_ids), 0))
+    unknown = np.full(len(text.input_ids), np.nan, np.float32)
+    topk = TopK(none.astype(np.int32), none.astype(np.float32), unknown)
+    return Record(id, text, topk, unknown, float("nan"), float("nan"))
+
+
 def text_fuser(tokenizer: Any, block: FusionBlock) -> TextFuser:
     """Return what fuses the rows of a run; made once per tokenizer and block.
 
@@ -159,6 +174,7 @@ def _text_fuser(tokenizer: Any, block_json: str) -> TextFuser:
     block = FusionBlock.model_validate_json(block_json)
     stores = [open_store(source.store) for source in block.sources]
     warm_up()
+    warm_up_store()
     return TextFuser(make_plan(block, stores, TargetTokenizer.of(tokenizer, {}), _no_counts), stores)
 
 

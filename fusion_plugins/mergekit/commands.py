@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fusion_plugins.errors import ConfigError
-from fusion_plugins.install import missing_package
+from fusion_plugins.install import missing_package_error
 from fusion_plugins.terminal import say
 
 
@@ -25,7 +24,7 @@ def merge_check(
 
         from fusion_plugins.mergekit.check import check_merge
     except ModuleNotFoundError as error:
-        raise _missing(error, "fusion merge-check") from error
+        raise missing_package_error(error, "fusion merge-check") from error
     options = MergeOptions(lora_merge_cache=lora_merge_cache, trust_remote_code=trust_remote_code)
     result = check_merge(config, out=out, options=options, say=lambda step: say(f"{step} ...", stderr=True))
     for name, text in result.facts:
@@ -35,9 +34,3 @@ def merge_check(
     if not result.ok:
         raise typer.Exit(1)
     say("no problems found" if not result.findings else "no errors found")
-
-
-def _missing(error: ModuleNotFoundError, command: str) -> Exception:
-    """Return what to raise where a package is missing: the way to install it, if an extra brings it."""
-    message = missing_package(error, command)
-    return error if message is None else ConfigError(message)

@@ -12,7 +12,7 @@ sandbox_worker, sandbox_modes, sandbox, code_scorer (code); known_answers, rewar
 
 from typing import Any
 
-from fusion_plugins.errors import ConfigError
+from fusion_plugins.install import missing_package_error
 from fusion_plugins.scoring.base import Score, Scorer
 
 __all__ = ["SCORERS", "Score", "Scorer"]
@@ -34,10 +34,7 @@ def _reward(**options: Any) -> Scorer:
     try:
         from fusion_plugins.scoring.reward import RewardScorer
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"scorers.reward: expected torch and transformers, but {error.name!r} is not installed here. Install the "
-            "extra 'axolotl', which brings both, or: pip install torch transformers"
-        ) from error
+        raise missing_package_error(error, "the scorer reward") from error
     return RewardScorer(**options)
 
 

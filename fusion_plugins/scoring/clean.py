@@ -18,13 +18,12 @@ from pydantic import Field, model_validator
 
 from fusion_plugins.config import Settings
 from fusion_plugins.core.text.hygiene import KnownTexts, jaccard, numbers, refusal_of, same_text, shingles
-from fusion_plugins.core.text.reasoning import CLOSE
+from fusion_plugins.core.text.reasoning import final_answer
 from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.inputs import Prompt, prompt_rows, read_row_file, row_files
-from fusion_plugins.install import install_command
+from fusion_plugins.install import missing_package_error
 from fusion_plugins.progress import meter
-from fusion_plugins.scoring.base import Row
-from fusion_plugins.scoring.responses import ResponseFiles, key_of, open_responses
+from fusion_plugins.scoring.responses import ResponseFiles, key_of, open_responses, response_name
 from fusion_plugins.store import RowManifest, RowWriter
 from fusion_plugins.store.files import make_folder, new_file, write_atomic
 
@@ -94,7 +93,8 @@ class CleanConfig(Settings):
     @model_validator(mode="after")
     def _check(self) -> "CleanConfig":
         if (self.prompts is None) == (self.responses is None):
-            raise ValueError("expected either prompts or responses")
+            got = "neither" if self.prompts is None else "both"
+            raise ValueError(f"expected either prompts or responses, got {got}; name one of them")
         if self.prompts is not None and self.refusals:
             raise ValueError("refusals are answers: clean `responses` instead of prompts, or leave refusals out")
         low, high = self.min_characters, self.max_characters
@@ -188,7 +188,9 @@ def _clean_prompts(config: CleanConfig, prompts: "_PromptFilter", texts: "_TextF
             if isinstance(prompt, Prompt) and texts_of.setdefault(prompt.text.id, prompt.text.content_id) != (
                 prompt.text.content_id
             ):
-                prompt = DataError(f"{where}: expected one prompt per id, got another text for {prompt.text.id!r}.")
+                prompt = DataError(
+                    f"{where}: expected one prompt per id, got another text for {prompt.text.id!r}. Make ids unique."
+                )
             if isinstance(prompt, DataError):
                 _unusable(config, report, where, row, prompt)
                 continue
@@ -226,11 +228,10 @@ def _clean_responses(config: CleanConfig, prompts: "_PromptFilter", texts: "_Tex
             name = row["prompt_id"]
             if name not in judged:
                 judged[name] = prompts.find(name, content_text(row["prompt"]), "", row.get("reference"))
-            # What a reader sees of a response: the answer behind the thinking.
-            answer = row["response"].rpartition(CLOSE)[2].strip()
+            answer = final_answer(row["response"]) or ""
             found = judged[name] or texts.find(answer)
             if found is not None:
-                report.removed.append(Removal(_response_id(row), *found, answer[:SHOWN]))
+                report.removed.append(Removal(response_name(row), *found, answer[:SHOWN]))
                 continue
             report.kept += 1
             if key_of(row, before) not in writer.done_keys:
@@ -315,9 +316,7 @@ class _NearDuplicates:
         try:
             from datasketch import MinHash, MinHashLSH
         except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"near_duplicates: expected the package datasketch, got none; {install_command('clean')}"
-            ) from error
+            raise missing_package_error(error, "near_duplicates") from error
         self._threshold, self._size = threshold, size
         self._sketch = MinHash(num_perm=PERMUTATIONS, seed=1, hashfunc=int)
         # What it misses is lost, what it finds too much costs a comparison: it is asked for less similar texts too.
@@ -353,10 +352,6 @@ def content_text(content: Any) -> str:
 def _group(prompt: Prompt) -> str:
     """Prompts with other tools are others, whatever their text."""
     return json.dumps(prompt.text.tools, sort_keys=True, default=str) if prompt.text.tools else ""
-
-
-def _response_id(row: Row) -> str:
-    return f"{row['prompt_id']}, {row['source']}, sample {row.get('index', 0)}"
 
 
 def _unusable(config: CleanConfig, report: CleanReport, where: str, row: Mapping[str, Any], error: DataError) -> None:
@@ -408,8 +403,8 @@ def _language_filter(wanted: Iterable[str]) -> Callable[[str], str | None]:
     """Return a function that says which other language a text is in, where that is certain."""
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
-    except (ModuleNotFoundError, ImportError) as error:
-        raise ConfigError(f"languages: expected the package py3langid, got none; {install_command('clean')}") from error
+    except ModuleNotFoundError as error:
+        raise missing_package_error(error, "languages") from error
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
     languages = {language.lower() for language in wanted}
     if unknown := sorted(languages - {*map(str, identifier.labels)}):

@@ -17,8 +17,8 @@ from pydantic import Field, field_validator
 
 from fusion_plugins.checkpoint_fingerprint import checkpoint_fingerprint
 from fusion_plugins.config import validate
-from fusion_plugins.core.text.messages import as_messages
-from fusion_plugins.core.text.reasoning import CLOSE, OPEN
+from fusion_plugins.core.text.messages import conversation_text
+from fusion_plugins.core.text.reasoning import final_answer
 from fusion_plugins.errors import ConfigError, ScoringError
 from fusion_plugins.scoring.base import Row, Score
 from fusion_plugins.sources.backends.base import (
@@ -73,7 +73,7 @@ class JudgeOptions(SourceSettings, Sampling):
     @classmethod
     def _check_scale(cls, value: tuple[float, float]) -> tuple[float, float]:
         if value[0] >= value[1]:
-            raise ValueError("expected the lowest rating below the highest")
+            raise ValueError(f"expected the lowest rating below the highest, got {value[0]:g} and {value[1]:g}")
         return value
 
 
@@ -207,21 +207,6 @@ class JudgeScorer:
         return [found[index] for index in range(len(requests))]
 
 
-def final_answer(response: str) -> str | None:
-    r"""Return what a response says behind its thinking; None where it never got there.
-
-    Example:
-        >>> final_answer("<think>\nhm\n</think>\n\nfive"), final_answer("<think>\nhm"), final_answer("five")
-        ('five', None, 'five')
-    """
-    before, closed, answer = response.rpartition(CLOSE)
-    if not closed:
-        answer = response
-        if response.lstrip().startswith(OPEN):
-            return None
-    return answer.strip() or None
-
-
 def rating_of(text: str, low: float, high: float) -> float | None:
     r"""Return the rating on the last line of a judgement; None where there is none, or one outside of the scale.
 
@@ -246,13 +231,6 @@ def verdict_of(text: str) -> Literal["A", "B", "tie"] | None:
     said = (_last_line(text) or "").lower()
     names: Mapping[str, Literal["A", "B", "tie"]] = {"a": "A", "b": "B", "tie": "tie", "c": "tie"}
     return names.get(said)
-
-
-def conversation_text(prompt: Any) -> str:
-    """Return a prompt as the judge reads it: a text as it is, the turns of a chat under their roles."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n\n".join(f"[{message['role']}]\n{message.get('content') or ''}" for message in as_messages(prompt))
 
 
 def _last_line(text: str) -> str | None:

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 from fusion_plugins.core.preferences.candidates import Candidate, as_candidate, clean
 from fusion_plugins.core.preferences.gaps import PUBLISHED_SCALE, Proposal, propose_window, reward_scales
 from fusion_plugins.core.preferences.pairs import GapWindow, pairs_per_prompt, same_source
+from fusion_plugins.core.text.messages import conversation_text
 from fusion_plugins.errors import DataError
 from fusion_plugins.page import COLOURS, new_figure, plot_name, render_page, svg
 from fusion_plugins.scoring.base import Row
+from fusion_plugins.scoring.responses import response_name
 from fusion_plugins.scoring.score import GroupSummary, summarize
 from fusion_plugins.store import open_rows
 
@@ -209,19 +211,13 @@ def _shown(row: Row) -> SampledVerdict:
     if "gold" not in details and row.get("reference") is not None:
         details["gold"] = _text(row["reference"])
     return SampledVerdict(
-        name=f"{row['prompt_id']}, {row['source']}, sample {row.get('index', 0)}, {row['domain']}",
+        name=f"{response_name(row)}, {row['domain']}",
         scorer=scorer,
         correct=bool(row["correct"]),
         details=details,
-        prompt=_cut(_prompt(row["prompt"]), PROMPT_SHOWN, 0),
+        prompt=_cut(conversation_text(row["prompt"]), PROMPT_SHOWN, 0),
         response=_cut(row["response"] or "", START_SHOWN, END_SHOWN),
     )
-
-
-def _prompt(prompt: Any) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return "\n\n".join(f"[{message.get('role')}] {message.get('content') or ''}" for message in prompt)
 
 
 def _text(value: Any) -> str:

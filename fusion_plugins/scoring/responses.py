@@ -137,6 +137,11 @@ def key_of(row: Row, manifest: RowManifest) -> Key:
     return tuple(row[name] for name in manifest.key)
 
 
+def response_name(row: Row) -> str:
+    """Return how reports name a response: by its prompt, its source and its index."""
+    return f"{row['prompt_id']}, {row['source']}, sample {row.get('index', 0)}"
+
+
 def outdated(responses: Responses, scored: Iterable[Row], scorers: Iterable[str]) -> dict[Key, list[str]]:
     """Find scored rows whose response, prompt, tests or earlier scores have changed since.
 

@@ -16,7 +16,7 @@ from fusion_plugins.store.reader import Store
 from fusion_plugins.store.rows import RowCodec
 from fusion_plugins.store.schema import RecordCodec
 from fusion_plugins.store.shard_writer import ShardWriter
-from fusion_plugins.store.shards import Codec, cure, encode_shard, read_items, read_keys
+from fusion_plugins.store.shards import Codec, cure, encode_shard, read_items, read_keys, read_packed
 
 AnyManifest = Manifest | RowManifest
 #: parts of one capture agree in these, unless they cover different texts
@@ -140,9 +140,9 @@ def merge(parts: Sequence[str | Path], out: str | Path) -> AnyManifest:
     """Join folders that were made with the same settings into one and return its manifest.
 
     An interrupted merge is continued. A shard none of whose records or rows is there yet is linked, or copied to
-    another file system; small shards, and what is left of others, are written anew. A record or row that appears in
-    several parts must be the same in all of them, and is taken once. Parts that cover different texts get a text
-    fingerprint made of theirs.
+    another file system; small shards, and what is left of others, are written anew, with the bytes of the records that
+    are there. A record or row that appears in several parts must be the same in all of them, and is taken once. Parts
+    that cover different texts get a text fingerprint made of theirs.
 
     Raises:
         ConfigError: there are no parts, or the folder to write is one of them.
@@ -180,7 +180,7 @@ def _take_shard(folder: Path, manifest: AnyManifest, shard: ShardInfo, writer: S
     if current and not held and len(set(keys)) == len(keys):
         writer.adopt(folder, shard, keys, shard.identity or manifest.identity_digest)
         return
-    for item in read_items(folder, shard, codec):
+    for item in read_packed(folder, shard, codec):
         if not writer.holds(codec.key(item)):
             writer.write(item)
 

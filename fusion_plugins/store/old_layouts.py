@@ -56,6 +56,10 @@ class RecordTable:
             ce_per_byte=float(column["ce_per_byte"][row]),
         )
 
+    def text(self, row: int) -> TokenizedText:
+        """Return the text of one record."""
+        return self.record(row).text
+
     def records(self) -> Iterator[Record]:
         """Return all records, in order."""
         return (self.record(row) for row in range(len(self.ids)))

@@ -5,23 +5,23 @@ unpacking its neighbours, and what it became keeps nothing of them in memory. ``
 """
 
 import struct
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
+import zstandard
 
 from fusion_plugins.core.fusion.types import Record, TopK
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.store.patterns import (
     IN_TOP_K,
     LOGPROBS,
-    NOTHING,
     Array,
     narrowed,
     next_in_top_k,
     patterns_of,
-    widened,
 )
 from fusion_plugins.store.shards import MOST_BYTES
 
@@ -30,6 +30,8 @@ _HEADER = struct.Struct("<IIIdd")
 _CODEC = pa.Codec("zstd", compression_level=9)
 #: a probability may be this much above 1: some engines round
 ROUNDED = 1e-3
+#: size of a frame that does not say it
+_UNKNOWN = -1
 
 
 def pack(record: Record) -> bytes:
@@ -104,74 +106,101 @@ class PackedRecord:
         The rest of the program, compiled code included, relies on what is checked here.
 
         Raises:
-            ValueError: naming the array that is wrong.
-            OSError: these are not the bytes that were packed.
+            ValueError: naming the array that is wrong; or these are not the bytes that were packed.
         """
+        # On first use: numba takes a second to import, and most commands on stores need no record.
+        from fusion_plugins.store.unpack_kernel import PROBLEMS, unpack_arrays
+
         tokens, spans, id_bytes, ce_per_token, ce_per_byte = self.header
-        if self.size > MOST_BYTES:
-            raise ValueError(f"expected at most {MOST_BYTES} bytes, got {self.size}")
-        body = _CODEC.decompress(self.data.slice(_HEADER.size), decompressed_size=self.size) if self.size else b""
-        read = _Reader(np.frombuffer(body, np.uint8))
-        inputs, widths = read.numbers(tokens, np.dtype("<i4")), read.numbers(tokens, np.dtype("<i4"))
-        exact = np.unpackbits(read.bytes((tokens + 7) // 8), count=tokens).view(np.bool_)
-        pairs = read.bytes(8 * spans).view("<i4").reshape(-1, 2)
-        ids = widened(read.bytes(id_bytes * self.top_k * tokens).view(f"<u{id_bytes}").reshape(tokens, self.top_k))
-        patterns = read.ranks(tokens, self.top_k)  # (K, U)
-        np.cumsum(patterns, axis=0, out=patterns, dtype=np.uint16)
-        gold, tail = read.numbers(tokens, np.dtype("<u2")), read.numbers(tokens, np.dtype("<f2"))
-        ends = np.cumsum(widths, dtype=np.int64)
-        _check(inputs, widths, ends, pairs, ids, patterns, tail)
-        inside = np.flatnonzero(gold[:-1] == IN_TOP_K)
-        ranks = (ids[inside] == inputs[inside + 1, None]).argmax(axis=1)
-        gold[inside] = patterns[ranks, inside]
-        text = TokenizedText(inputs, ends.astype(np.int32), pairs.astype(np.int32), exact)
-        topk = TopK(ids, LOGPROBS.take(patterns.T), LOGPROBS.take(gold))
-        tails = tail.astype(np.float32)
-        for array in (*vars(text).values(), *vars(topk).values(), tails):
-            array.flags.writeable = False
-        return Record(self.id, text, topk, tails, ce_per_token, ce_per_byte)
+        body = np.frombuffer(self._body(), np.uint8)
+        entries = (tokens, self.top_k)
+        text = _empty_text(tokens, spans)
+        topk = TopK(
+            ids=np.empty(entries, np.int32),
+            logprobs=np.empty(entries, np.float32),
+            token_logprobs=np.empty(tokens, np.float32),
+        )
+        tail = np.empty(tokens, np.float32)
+        texts, numbers = (text.input_ids, text.ends, text.exact, text.spans), (*vars(topk).values(), tail)
+        problem = unpack_arrays(body, id_bytes, 1 + ROUNDED, LOGPROBS, *texts, *numbers)
+        if problem >= 0:
+            raise ValueError(PROBLEMS[problem])
+        for array in (*texts, *numbers):
+            array.setflags(write=False)
+        return Record(self.id, text, topk, tail, ce_per_token, ce_per_byte)
 
+    def text(self) -> TokenizedText:
+        """Return only the text of the record: its arrays come first, and no more is unpacked than they need.
 
-class _Reader:
-    """Takes the arrays of a record off its bytes, one after another."""
+        Raises:
+            ValueError: naming the array that is wrong.
+        """
+        from fusion_plugins.store.unpack_kernel import PROBLEMS, unpack_text
 
-    def __init__(self, data: Array) -> None:
-        self._data, self._place = data, 0
-
-    def bytes(self, count: int) -> Array:
-        """Return the next bytes."""
-        self._place += count
-        return self._data[self._place - count : self._place]
-
-    def numbers(self, count: int, dtype: "np.dtype[np.generic]") -> Array:
-        """Return (count,) numbers whose bytes are apart."""
-        planes = self.bytes(count * dtype.itemsize).reshape(dtype.itemsize, count)
-        return planes.T.copy().view(dtype).ravel()
-
-    def ranks(self, count: int, top_k: int) -> Array:
-        """Return (K, count) uint16 numbers whose bytes are apart, rank by rank."""
-        planes = self.bytes(2 * top_k * count).reshape(top_k, 2, count)
-        found: Array = planes[:, 1].astype(np.uint16)
-        found <<= 8
-        found |= planes[:, 0]
+        tokens, spans, *_ = self.header
+        body = np.frombuffer(self._body(8 * tokens + (tokens + 7) // 8 + 8 * spans), np.uint8)
+        found = _empty_text(tokens, spans)
+        arrays = (found.input_ids, found.ends, found.exact, found.spans)
+        problem = unpack_text(body, *arrays)
+        if problem >= 0:
+            raise ValueError(PROBLEMS[problem])
+        for array in arrays:
+            array.setflags(write=False)
         return found
 
+    def _body(self, first: int | None = None) -> bytes:
+        """Return the arrays as bytes, exactly as many as they need, or the first of these bytes."""
+        size = self.size
+        if size > MOST_BYTES:
+            raise ValueError(f"expected at most {MOST_BYTES} bytes, got {size}")
+        if not size:
+            return b""
+        frame = memoryview(self.data)[_HEADER.size :]
+        try:
+            # What a frame says about its own size is believed only if it is what the header says.
+            if (said := zstandard.frame_content_size(frame)) not in (size, _UNKNOWN):
+                raise ValueError(f"record: expected {size} bytes, got {said}")
+            if first is not None:
+                with _decompressor().stream_reader(frame) as stream:
+                    body: bytes = stream.read(first)
+            else:
+                body = _decompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
+        except zstandard.ZstdError as error:
+            raise ValueError(f"record: expected a zstd frame of {size} bytes, got another: {error}") from error
+        wanted = size if first is None else first
+        if len(body) != wanted:
+            raise ValueError(f"record: expected {wanted} bytes, got {len(body)}")
+        return body
 
-def _check(inputs: Array, widths: Array, ends: Array, spans: Array, ids: Array, patterns: Array, tail: Array) -> None:
-    """Raise a ValueError for what no record can have.
 
-    Ids have no upper bound here: a model's head may be wider than its vocabulary, and whoever looks an id up asks for
-    its bounds. Log-probabilities are never above 0, because only their magnitudes are kept.
-    """
-    require((inputs >= 0).all(), "input_ids: expected numbers from 0 on, got less")
-    require((widths >= 0).all(), "ends: expected bytes that never go back, got others")
-    require(not (ends[-1:] > np.iinfo(np.int32).max).any(), "ends: expected numbers of 31 bits, got more")
-    require(((spans[:, 0] >= 0) & (spans[:, 0] <= spans[:, 1])).all(), "spans: expected 0 <= start <= stop")
-    require((ids >= -1).all(), "topk_ids: expected numbers from -1 on, got less")
-    sound = (patterns[-1:] <= NOTHING).all() and (patterns[1:] >= patterns[:-1]).all()
-    require(sound, "topk_logprobs: expected descending logarithms of probabilities, got others")
-    # The comparison is false for nan.
-    require(((tail >= 0) & (tail <= 1 + ROUNDED)).all(), "tail: expected probabilities, got others")
+def _empty_text(tokens: int, spans: int) -> TokenizedText:
+    return TokenizedText(
+        input_ids=np.empty(tokens, np.int32),
+        ends=np.empty(tokens, np.int32),
+        spans=np.empty((spans, 2), np.int32),
+        exact=np.empty(tokens, np.bool_),
+    )
+
+
+def warm_up() -> None:
+    """Compile what unpacks records, or load it, before processes are started that would each do so."""
+    nothing = np.empty(0, np.int32)
+    text = TokenizedText(nothing, nothing, np.empty((0, 2), np.int32), np.empty(0, np.bool_))
+    topk = TopK(np.empty((0, 1), np.int32), np.empty((0, 1), np.float32), np.empty(0, np.float32))
+    record = Record("", text, topk, np.empty(0, np.float32), 0.0, 0.0)
+    packed = PackedRecord("", pa.py_buffer(pack(record)), 1)
+    packed.unpack(), packed.text()
+
+
+_LOCAL = threading.local()
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    """Return the decompressor of this thread: making one costs more than a short record, and no two may share it."""
+    found: zstandard.ZstdDecompressor | None = getattr(_LOCAL, "decompressor", None)
+    if found is None:
+        found = _LOCAL.decompressor = zstandard.ZstdDecompressor()
+    return found
 
 
 def require(sound: object, problem: str) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -19,12 +20,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fusion_plugins.core.fusion.types import Record
+from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import MismatchError, StoreError
 from fusion_plugins.store.files import plain_file
 from fusion_plugins.store.id_index import IdIndex
 from fusion_plugins.store.manifest import TABLE_NAME, Manifest
-from fusion_plugins.store.schema import RecordCodec, RecordTable
-from fusion_plugins.store.shards import compare_checksum, open_shard, parquet_file, read_table, reading
+from fusion_plugins.store.packed import PackedRecord
+from fusion_plugins.store.patterns import Array
+from fusion_plugins.store.schema import RECORD_COLUMN, PackedTable, RecordCodec, RecordTable
+from fusion_plugins.store.shards import compare_checksum, map_shard, open_shard, parquet_file, read_table, reading
 
 if TYPE_CHECKING:
     from fusion_plugins.core.text.token_table import TokenTable
@@ -131,45 +135,67 @@ class Store:
     def _index(self) -> IdIndex:
         ids = []
         for number, shard in enumerate(self.manifest.shards):
-            file, _ = self._file(number)
+            opened = self._file(number)
             with reading(self.path, shard):
-                ids.append(self._codec.keys(read_table(file, columns=self._codec.key_columns)))
+                ids.append(self._codec.keys(read_table(opened.file, columns=self._codec.key_columns)))
         return IdIndex(ids)
 
     @cached_property
-    def _shard_starts(self) -> "np.ndarray[Any, np.dtype[np.int64]]":
-        return np.cumsum([0, *(shard.rows for shard in self.manifest.shards)])
+    def _shard_starts(self) -> list[int]:
+        return [0, *accumulate(shard.rows for shard in self.manifest.shards)]
 
-    def _place(self, number: int) -> tuple[int, int, int]:
-        """Return shard, row group and row of the group of the record with that number in the store."""
-        shard = int(np.searchsorted(self._shard_starts, number, side="right")) - 1
-        _, starts = self._file(shard)
-        row = number - int(self._shard_starts[shard])
-        group = bisect_right(starts, row) - 1
-        return shard, group, row - starts[group]
-
-    def _open_shard(self, shard: int) -> tuple[pq.ParquetFile, list[int]]:
-        """Return a shard and the first row of each of its row groups."""
-        file = open_shard(self.path, self.manifest.shards[shard], self._codec.identity)
-        with reading(self.path, self.manifest.shards[shard]):
+    def _open_shard(self, shard: int) -> "_OpenShard":
+        info = self.manifest.shards[shard]
+        data = map_shard(self.path, info)
+        file = open_shard(self.path, info, self._codec.identity, data)
+        with reading(self.path, info):
             rows = (file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
-            return file, [0, *accumulate(rows)]
+            return _OpenShard(data, file, [0, *accumulate(rows)], np.zeros((info.rows, 2), np.uint32))
 
     def _decode_group(self, shard: int, group: int) -> RecordTable:
+        info = self.manifest.shards[shard]
         if shard not in self._checked:
-            compare_checksum(self.path, self.manifest.shards[shard])
+            compare_checksum(self.path, info)
             self._checked.add(shard)
-        file, _ = self._file(shard)
-        with reading(self.path, self.manifest.shards[shard]):
-            return self._codec.decode_table(read_table(file, group), self.manifest.shards[shard].version)
+        opened = self._file(shard)
+        with reading(self.path, info):
+            table = self._codec.decode_table(read_table(opened.file, group), info.version)
+            if isinstance(table, PackedTable):
+                opened.remember(group, table)
+            return table
 
-    def _read(self, number: int) -> Record:
+    def _read(self, number: int, id: str | None = None) -> Record:
+        """Return the record with that number; faster with its id, once a record of its row group has been read."""
+        shard, row = self._locate(number)
+        opened = self._file(shard)
+        start, stop = opened.places[row].tolist()
+        with reading(self.path, self.manifest.shards[shard]):
+            if stop and id is not None:
+                return PackedRecord(id, opened.data.slice(start, stop - start), self.manifest.top_k).unpack()
+            group = opened.group(row)
+            return self._group(shard, group).record(row - opened.starts[group])
+
+    def _locate(self, number: int) -> tuple[int, int]:
+        """Return the shard of a record and its row there."""
         if self._pid != os.getpid():
             self._open()
-        shard, group, row = self._place(number)
-        table = self._group(shard, group)
+        shard = bisect_right(self._shard_starts, number) - 1
+        return shard, number - self._shard_starts[shard]
+
+    def text(self, id: str) -> TokenizedText:
+        """Return the text of the record of that id, without unpacking its distributions.
+
+        Raises:
+            KeyError: there is none.
+        """
+        number = self._index.find(id)
+        if number is None:
+            raise KeyError(f"{self.path} holds no record {id!r}")
+        shard, row = self._locate(number)
+        opened = self._file(shard)
+        group = opened.group(row)
         with reading(self.path, self.manifest.shards[shard]):
-            return table.record(row)
+            return self._group(shard, group).text(row - opened.starts[group])
 
     def ids(self) -> list[str]:
         """Return all ids, in the order of the shards."""
@@ -178,13 +204,13 @@ class Store:
     def get(self, id: str, default: Record | None = None) -> Record | None:
         """Return the record of that id, or the default."""
         number = self._index.find(id)
-        return default if number is None else self._read(number)
+        return default if number is None else self._read(number, str(id))
 
     def __getitem__(self, id: str) -> Record:
         number = self._index.find(id)
         if number is None:
             raise KeyError(f"{self.path} holds no record {id!r}")
-        return self._read(number)
+        return self._read(number, str(id))
 
     def __contains__(self, id: object) -> bool:
         return self._index.find(id) is not None
@@ -194,6 +220,34 @@ class Store:
 
     def __iter__(self) -> Iterator[Record]:
         return map(self._read, range(len(self)))
+
+
+@dataclass(frozen=True)
+class _OpenShard:
+    """A shard that is mapped into memory.
+
+    Attributes:
+        data: the whole file.
+        file: the same as Parquet, which compares the checksums of pages.
+        starts: first row of each row group, and the number of rows.
+        places: (rows, 2) start and end of the bytes of each record in ``data``; 0 until its row group has been read.
+    """
+
+    data: pa.Buffer
+    file: pq.ParquetFile
+    starts: list[int]
+    places: Array
+
+    def group(self, row: int) -> int:
+        """Return the row group of a row."""
+        return bisect_right(self.starts, row) - 1
+
+    def remember(self, group: int, table: PackedTable) -> None:
+        """Note where the records of a row group are, so that the next one of them is read without it."""
+        column = self.file.metadata.row_group(group).column(RECORD_COLUMN)
+        found = table.places(self.data, column.data_page_offset + column.total_compressed_size)
+        if found is not None:
+            self.places[self.starts[group] : self.starts[group + 1]] = found
 
 
 def _reopen(path: str, fingerprint: str, checked: set[int]) -> Store:

@@ -71,6 +71,8 @@ class RowCodec:
         self.keys(table)  # a key that is not whole is refused
         return rows
 
+    packed = decode  # rows have no other form
+
     def key(self, item: Row) -> Key:
         """Return the values of the key columns."""
         return tuple(item[name] for name in self.key_columns)

@@ -3,24 +3,29 @@
 ``docs/store.md`` describes layout 3, which is written. :mod:`~fusion_plugins.store.old_layouts` reads the older ones.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 
 from fusion_plugins.core.fusion.types import Record
+from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.store import shards
 from fusion_plugins.store.manifest import Manifest
 from fusion_plugins.store.old_layouts import decode_table
 from fusion_plugins.store.packed import PackedRecord, pack
+from fusion_plugins.store.patterns import Array
 
-#: log-probabilities per row group: what one random access copies, without unpacking it
-GROUP_VALUES = 1 << 14
+#: log-probabilities per row group: what the first access to one of its records copies, without unpacking it
+GROUP_VALUES = 1 << 16
 #: log-probabilities per shard
 SHARD_VALUES = 1 << 24
 #: Records are packed one by one. Parquet's own packing would unpack a whole group; no reader uses statistics.
 PARQUET_OPTIONS: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
 _COLUMNS = pa.schema([("id", pa.string()), ("record", pa.binary())])
+#: number of the column with the records
+RECORD_COLUMN = 1
 
 
 class RecordTable(Protocol):
@@ -28,6 +33,9 @@ class RecordTable(Protocol):
 
     def record(self, row: int) -> Record:
         """Return one record; its arrays are read-only and belong to it alone."""
+
+    def text(self, row: int) -> TokenizedText:
+        """Return the text of one record."""
 
     def records(self) -> Iterator[Record]:
         """Return all records, in order."""
@@ -46,9 +54,9 @@ class RecordCodec:
         self.shard_tokens = max(1, SHARD_VALUES // manifest.top_k)
         self.group_tokens = max(1, GROUP_VALUES // manifest.top_k)
 
-    def encode(self, items: list[Record]) -> pa.Table:
+    def encode(self, items: Sequence[Record | PackedRecord]) -> pa.Table:
         """Return one table row per record, in the layout of the current version."""
-        columns = [[record.id for record in items], [pack(record) for record in items]]
+        columns = [[item.id for item in items], [_bytes_of(item) for item in items]]
         return pa.table(
             [pa.array(column, kind) for column, kind in zip(columns, _COLUMNS.types, strict=True)], _COLUMNS
         )
@@ -56,6 +64,10 @@ class RecordCodec:
     def decode(self, table: pa.Table, version: int) -> Iterator[Record]:
         """Return the records of a table that was written with that version."""
         return self.decode_table(table, version).records()
+
+    def packed(self, table: pa.Table, version: int) -> Iterable[Record | PackedRecord]:
+        """Return the records of a table to be written again: those of the current layout are bytes and stay so."""
+        return self.decode(table, version) if version < 3 else PackedTable(table, self.top_k).packed()
 
     def decode_table(self, table: pa.Table, version: int) -> RecordTable:
         """Return the records of a table; what no record can be is refused, here or when a record is taken.
@@ -65,7 +77,7 @@ class RecordCodec:
         """
         return decode_table(table, version, self.top_k) if version < 3 else PackedTable(table, self.top_k)
 
-    def key(self, item: Record) -> str:
+    def key(self, item: Record | PackedRecord) -> str:
         """Return the id of a record."""
         return item.id
 
@@ -79,9 +91,9 @@ class RecordCodec:
             raise ValueError("id: expected a string in every row")
         return table["id"].to_pylist()
 
-    def tokens(self, item: Record) -> int:
+    def tokens(self, item: Record | PackedRecord) -> int:
         """Return the number of tokens of a record."""
-        return len(item.text.input_ids)
+        return item.header[0] if isinstance(item, PackedRecord) else len(item.text.input_ids)
 
 
 class PackedTable:
@@ -107,8 +119,47 @@ class PackedTable:
         """Return one record; its arrays are read-only and belong to it alone."""
         return self._packed(row).unpack()
 
+    def text(self, row: int) -> TokenizedText:
+        """Return the text of one record."""
+        return self._packed(row).text()
+
+    def places(self, shard: pa.Buffer, stop: int) -> Array | None:
+        """Return (N, 2) uint32, where the bytes of each record start and end in the shard.
+
+        Parquet's plain encoding is the length of a value, four bytes, and the value; nothing follows the last one. The
+        bytes are compared, so that a file of another kind only costs time.
+
+        Args:
+            shard: the whole file.
+            stop: end of the column's bytes in it.
+
+        Returns:
+            The places; None if the bytes are not there: the file was compressed, or has several pages per row group.
+        """
+        column = self._table["record"].combine_chunks()
+        _, offsets, values = column.buffers()
+        ends = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1].astype(np.int64)
+        lengths = np.diff(ends)
+        first = stop - int((lengths + 4).sum())
+        if not 0 <= first <= stop <= min(shard.size, np.iinfo(np.uint32).max):
+            return None
+        found = np.cumsum(lengths + 4) + first
+        found = np.stack([found - lengths, found], axis=1)
+        for (start, end), place in zip(found.tolist(), ends.tolist(), strict=False):
+            if not shard.slice(start, end - start).equals(values.slice(place, end - start)):
+                return None
+        return found.astype(np.uint32)
+
     def records(self) -> Iterator[Record]:
         """Return all records, in order.
+
+        Raises:
+            ValueError: they would take more memory than anything that was written by us.
+        """
+        return (record.unpack() for record in self.packed())
+
+    def packed(self) -> list[PackedRecord]:
+        """Return all records, in order, of which only the headers were read.
 
         Raises:
             ValueError: they would take more memory than anything that was written by us.
@@ -117,4 +168,9 @@ class PackedTable:
         size = sum(record.size for record in packed)
         if size > shards.MOST_BYTES:
             raise ValueError(f"expected at most {shards.MOST_BYTES} bytes, got {size}")
-        return (record.unpack() for record in packed)
+        return packed
+
+
+def _bytes_of(item: Record | PackedRecord) -> bytes:
+    # Not a view: pyarrow 26 never frees a memoryview that it has made an array of.
+    return item.data.to_pybytes() if isinstance(item, PackedRecord) else pack(item)

@@ -30,7 +30,7 @@ from fusion_plugins.store.files import (
 )
 from fusion_plugins.store.journal import JOURNAL_NAME, Entry, append_entry
 from fusion_plugins.store.manifest import MANIFEST_NAME, ManifestBase, ShardInfo
-from fusion_plugins.store.shards import Codec, compare_checksum, encode_shard, read_items, read_keys, read_unlisted
+from fusion_plugins.store.shards import Codec, compare_checksum, encode_shard, read_keys, read_packed, read_unlisted
 
 T = TypeVar("T")
 M = TypeVar("M", bound=ManifestBase)
@@ -256,14 +256,10 @@ class ShardWriter(Generic[T, M]):
 
     def flush(self) -> None:
         """Commit everything that was written so far."""
-        self._flush(draft=True)
-
-    def _flush(self, *, draft: bool) -> None:
-        """Commit what is buffered; a small shard may be a draft, because it will be joined with others."""
         if not self._buffer:
             return
         with interrupts_deferred():
-            self._commit(self._buffer, draft=draft and self._is_small(len(self._buffer), self._tokens))
+            self._commit(self._buffer)
             with self._reading:
                 for key in self._buffered:
                     self._keys.add(key)
@@ -286,7 +282,7 @@ class ShardWriter(Generic[T, M]):
         Raises:
             StoreError: the shard is damaged, or the disk is full.
         """
-        self._flush(draft=False)
+        self.flush()
         compare_checksum(folder, shard)
         with self._committing():
             taken = shard.model_copy(update={"name": self._new_name(), "identity": identity})
@@ -305,7 +301,7 @@ class ShardWriter(Generic[T, M]):
 
     def _join(self, shards: Sequence[ShardInfo]) -> None:
         for group in self._groups(shards):
-            self._commit([item for shard in group for item in read_items(self.path, shard, self._codec)], group)
+            self._commit([item for shard in group for item in read_packed(self.path, shard, self._codec)], group)
 
     def drop(self, keys: Collection[Hashable]) -> None:
         """Take items out, a shard at a time, so that they can be written anew.
@@ -316,17 +312,14 @@ class ShardWriter(Generic[T, M]):
         gone = set(keys)
         for shard in self.manifest.shards:
             if not gone.isdisjoint(read_keys(self.path, shard, self._codec)):
-                items = read_items(self.path, shard, self._codec)
+                items = read_packed(self.path, shard, self._codec)
                 self._commit([item for item in items if self._codec.key(item) not in gone], [shard])
         with self._reading:
             self._keys = KeySet(self.keys())
 
     def is_small(self, shard: ShardInfo) -> bool:
         """Return whether a shard is to be joined with its neighbours."""
-        return self._is_small(shard.rows, shard.tokens)
-
-    def _is_small(self, rows: int, tokens: int) -> bool:
-        return 2 * rows < self._limits[0] and 2 * tokens < self._limits[1]
+        return 2 * shard.rows < self._limits[0] and 2 * shard.tokens < self._limits[1]
 
     def _small_tail(self) -> list[ShardInfo]:
         """Return the small shards at the end."""
@@ -363,10 +356,10 @@ class ShardWriter(Generic[T, M]):
                 self._failed = True
                 raise
 
-    def _commit(self, items: list[T], replaced: Collection[ShardInfo] = (), *, draft: bool = False) -> None:
+    def _commit(self, items: list[T], replaced: Collection[ShardInfo] = ()) -> None:
         """Write items as a shard and list it, in place of others if they are named."""
         with self._committing():
-            self._list([self._write_shard(items, draft)] if items else [], [shard.name for shard in replaced])
+            self._list([self._write_shard(items)] if items else [], [shard.name for shard in replaced])
         for shard in replaced:
             with suppress(OSError):  # the next writer deletes it
                 (self.path / shard.name).unlink(missing_ok=True)
@@ -376,9 +369,9 @@ class ShardWriter(Generic[T, M]):
         self._next_number += 1
         return name
 
-    def _write_shard(self, items: list[T], draft: bool) -> ShardInfo:
+    def _write_shard(self, items: list[T]) -> ShardInfo:
         name = self._new_name()
-        data, tokens = encode_shard(items, self._codec, draft=draft)
+        data, tokens = encode_shard(items, self._codec)
         write_atomic(self.path / name, data)
         return ShardInfo(
             name=name,
@@ -408,7 +401,7 @@ class ShardWriter(Generic[T, M]):
 
     def finish(self) -> None:
         """Commit, join small shards, and mark the folder complete."""
-        self._flush(draft=False)
+        self.flush()
         self.compact()
         if not self.manifest.complete:
             with self._committing():
@@ -418,7 +411,7 @@ class ShardWriter(Generic[T, M]):
         """Commit what is buffered, put the journal into the manifest, and let the next writer in."""
         try:
             if not self._failed:
-                self._flush(draft=False)
+                self.flush()
                 if self._entries:
                     with self._committing():
                         self._save(self.manifest)

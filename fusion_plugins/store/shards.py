@@ -8,7 +8,7 @@ before it is unpacked, and whatever it makes a library raise is an error about t
 
 import hashlib
 import json
-from collections.abc import Collection, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -24,8 +24,6 @@ from fusion_plugins.store.manifest import ShardInfo
 STAMP = b"fusion_plugins"
 #: most rows and unpacked bytes that are read at once; writers stay far below
 MOST_ROWS, MOST_BYTES = 1 << 20, 1 << 32
-#: of zstd, for shards that will be joined with others: a quarter of the time of the usual level, 6 % more bytes
-DRAFT_LEVEL = 1
 
 T = TypeVar("T")
 
@@ -35,7 +33,7 @@ class Codec(Protocol[T]):
 
     Attributes:
         identity: digest of the settings of the folder; its shards carry it.
-        version: the layout that :meth:`encode` writes; :meth:`decode` reads it and all older ones.
+        version: the layout that :meth:`encode` writes; :meth:`decode` and :meth:`packed` read it and all older ones.
         key_columns: the columns that :meth:`keys` needs.
         shard_tokens: tokens after which a shard is written without being asked; bounds the writer's memory.
         group_tokens: tokens per row group, which is what one random access decodes.
@@ -55,6 +53,9 @@ class Codec(Protocol[T]):
     def decode(self, table: pa.Table, version: int) -> Iterable[T]:
         """Return the items of a table that was written with that version."""
 
+    def packed(self, table: pa.Table, version: int) -> Iterable[Any]:
+        """Return the items of a table to be written again: all methods take them, and none does more than it must."""
+
     def key(self, item: T) -> Hashable:
         """Return the key of an item, unique within a folder."""
 
@@ -65,11 +66,8 @@ class Codec(Protocol[T]):
         """Return the number of tokens in an item; 0 where tokens do not matter."""
 
 
-def encode_shard(items: list[T], codec: Codec[T], *, draft: bool = False) -> tuple[memoryview, int]:
-    """Return items as the bytes of a Parquet file, and the number of tokens in them.
-
-    A draft is a shard that will be joined with others: it is compressed quickly.
-    """
+def encode_shard(items: list[T], codec: Codec[T]) -> tuple[memoryview, int]:
+    """Return items as the bytes of a Parquet file, and the number of tokens in them."""
     tokens = sum(map(codec.tokens, items))
     # The stamp tells whoever finds the file without its manifest what it belongs to and how it is laid out.
     stamp = json.dumps({"identity": codec.identity, "version": codec.version})
@@ -77,8 +75,6 @@ def encode_shard(items: list[T], codec: Codec[T], *, draft: bool = False) -> tup
     group_rows = max(1, len(items) * codec.group_tokens // tokens) if tokens else None
     sink = pa.BufferOutputStream()
     options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True} | codec.parquet
-    if draft and "compression_level" in options:
-        options["compression_level"] = DRAFT_LEVEL
     pq.write_table(table, sink, row_group_size=group_rows, **options)
     return memoryview(sink.getvalue()), tokens
 
@@ -89,10 +85,23 @@ def read_items(folder: Path, shard: ShardInfo, codec: Codec[T]) -> list[T]:
     Raises:
         StoreError: the shard is missing or damaged.
     """
+    return _read(folder, shard, codec.identity, codec.decode)
+
+
+def read_packed(folder: Path, shard: ShardInfo, codec: Codec[Any]) -> list[Any]:
+    """Return the items of a shard as :func:`read_items` does, to be written again and for nothing else.
+
+    Raises:
+        StoreError: the shard is missing or damaged.
+    """
+    return _read(folder, shard, codec.identity, codec.packed)
+
+
+def _read(folder: Path, shard: ShardInfo, identity: str, items: Callable[[pa.Table, int], Iterable[T]]) -> list[T]:
     compare_checksum(folder, shard)
-    file = open_shard(folder, shard, codec.identity)
+    file = open_shard(folder, shard, identity)
     with reading(folder, shard):
-        return list(codec.decode(read_table(file), shard.version))
+        return list(items(read_table(file), shard.version))
 
 
 def read_keys(folder: Path, shard: ShardInfo, codec: Codec[T]) -> list[Any]:
@@ -124,14 +133,20 @@ def read_unlisted(path: Path, codec: Codec[T], identities: Collection[str] = ())
         return None
 
 
-def open_shard(folder: Path, shard: ShardInfo, identity: str) -> pq.ParquetFile:
+def open_shard(folder: Path, shard: ShardInfo, identity: str, data: pa.Buffer | None = None) -> pq.ParquetFile:
     """Map a shard into memory and compare its size, rows and identity with the manifest: cheap at any size.
+
+    Args:
+        folder: of the shard.
+        shard: as the manifest describes it.
+        identity: digest of the settings of the folder.
+        data: the shard if it is mapped already.
 
     Raises:
         StoreError: the shard is missing, or is not what the manifest says.
         MismatchError: it was made with other settings than the manifest has.
     """
-    buffer = _buffer(folder, shard)
+    buffer = map_shard(folder, shard) if data is None else data
     with reading(folder, shard):
         file = parquet_file(buffer)
         stamp = stamp_of(file)
@@ -210,7 +225,7 @@ def compare_checksum(folder: Path, shard: ShardInfo) -> None:
     Raises:
         StoreError: the shard is missing or damaged.
     """
-    found = hashlib.sha256(_buffer(folder, shard)).hexdigest()
+    found = hashlib.sha256(map_shard(folder, shard)).hexdigest()
     if found != shard.sha256:
         raise _damaged(folder, shard, f"expected sha256 {shard.sha256[:12]}..., got {found[:12]}...")
 
@@ -223,7 +238,12 @@ def cure(folder: Path) -> str:
     )
 
 
-def _buffer(folder: Path, shard: ShardInfo) -> pa.Buffer:
+def map_shard(folder: Path, shard: ShardInfo) -> pa.Buffer:
+    """Map a shard into memory.
+
+    Raises:
+        StoreError: the shard is missing, or has another size than the manifest says.
+    """
     path = folder / shard.name
     try:
         found = plain_file(path)

@@ -357,12 +357,14 @@ def test_what_does_not_belong_together_is_refused(material, run_folder):
     refused("needs fusion.pairs.weighted: true", trainer_cls=fusepo, fusion={"pairs": {}})
     weighted = {"pairs": {"weighted": True}}
     refused(
-        "has hinge, ipo, sigmoid, sigmoid_norm, got 'robust'",
+        "expected one of hinge, ipo, sigmoid, sigmoid_norm with .*, got 'robust'",
         trainer_cls=fusepo,
         fusion=weighted,
         dpo_loss_type=["robust"],
     )
-    refused("has sigmoid, got 'ipo'", trainer_cls=wrpo, fusion={"pairs": OWN}, dpo_loss_type=["ipo"])
+    refused(
+        "expected one of sigmoid with .*, got 'ipo'", trainer_cls=wrpo, fusion={"pairs": OWN}, dpo_loss_type=["ipo"]
+    )
     refused(
         "precompute_ref_log_probs cannot be", trainer_cls=wrpo, fusion={"pairs": OWN}, precompute_ref_log_probs=True
     )

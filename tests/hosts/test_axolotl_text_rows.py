@@ -44,6 +44,7 @@ def both(material, run_folder, **changes):
     return trainers
 
 
+@pytest.mark.slow
 def test_fusing_in_the_loader_trains_bit_for_bit_as_fusing_before(material, run_folder, exact_rows):
     rows, stores = both(material, run_folder, val_set_size=6, eval_steps=1, dataloader_num_workers=0)
     assert terms(rows) == terms(stores)
@@ -70,6 +71,7 @@ def origins_of(rows):
     return [kept / sum(taught), *(number / sum(taught) for number in taught[:2])]
 
 
+@pytest.mark.slow
 def test_so_it_does_with_packing_several_datasets_and_workers(material, run_folder, exact_rows, monkeypatch, caplog):
     monkeypatch.setattr(plugin, "WAITING_BYTES", 1 << 18)
     lines = material.texts.read_text().splitlines(keepends=True)
@@ -201,12 +203,6 @@ def test_a_row_takes_few_bytes(material, run_folder):
 
 
 def test_the_collator_can_be_sent_to_a_spawned_worker(material, run_folder):
-
-    import tiny
-
-    from fusion_plugins.axolotl.args import FusionBlock
-    from fusion_plugins.axolotl.text_rows import text_fuser
-
     block = {"prepared": "stores", "sources": material.sources()}
     _, rows = prepare(config(material, run_folder, fusion=block), run_folder)
     fuser = partial(text_fuser, block=FusionBlock(**block))

@@ -319,5 +319,7 @@ def test_rewards_and_verdicts_meet_in_one_folder_and_make_pairs(model, tmp_path)
 def test_without_transformers_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "fusion_plugins.scoring.reward")
-    with pytest.raises(ConfigError, match="'transformers' is not installed here"):
+    with pytest.raises(
+        ConfigError, match=r"needs the package transformers, which is not installed: pip install .*\[transformers\]"
+    ):
         SCORERS["reward"](model="any")

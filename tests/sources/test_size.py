@@ -16,7 +16,7 @@ def folder(tmp_path_factory):
     source_checks.checkpoint(folder / "model")
     bench_size.make_inputs(folder, 1000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(base.BACKENDS, "transformers", ("counting_source", "nothing"))
+        patch.setitem(base.BACKENDS, "transformers", "counting_source")
         for step, _ in bench_size.STEPS.values():
             step(folder)
     return folder
@@ -44,7 +44,7 @@ def test_texts_that_are_there_are_not_tokenized_again(folder, monkeypatch):
     asked = []
     tokenize = capture.tokenize_many
     monkeypatch.setattr(capture, "tokenize_many", lambda *rest: asked.extend(rest[2]) or tokenize(*rest))
-    monkeypatch.setitem(base.BACKENDS, "transformers", ("counting_source", "nothing"))
+    monkeypatch.setitem(base.BACKENDS, "transformers", "counting_source")
     settings = {"model": str(folder / "model"), "out": str(folder / "stores" / "c"), "max_length": 200, "top_k": 8}
     few = {**settings, "texts": str(folder / "texts.jsonl"), "limit": 300, "batch_bytes": 4000}
     capture.capture_texts(capture.CaptureConfig(**few))

@@ -1,20 +1,25 @@
 """Every way of reaching a record: by id, in order, from another process; and what a reader refuses."""
 
+import hashlib
 import multiprocessing
 import pickle
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from store_contents import assert_same_record, flip, write_records
+from store_contents import assert_same_record, edit_manifest, flip, write_records
 from store_samples import changed, columns_of, manifest, record, table
 
 from fusion_plugins.errors import MismatchError, StoreError
 from fusion_plugins.store import Store, StoreWriter, open_store, reader
 from fusion_plugins.store.id_index import IdIndex
 from fusion_plugins.store.maintain import verify
+from fusion_plugins.store.packed import warm_up
 
 
 def test_iteration_goes_through_the_shards_in_order(tmp_path: Path) -> None:
@@ -132,11 +137,63 @@ def test_few_shards_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.Monke
         assert not maps.exists() or maps.read_text().count(str(tmp_path)) <= 3 + reader.CACHED_GROUPS
 
 
+AS_THEY_ARE: list[dict[str, Any]] = [{}, {"data_page_version": "2.0"}, {"row_group_size": 3}]
+OTHERWISE: list[dict[str, Any]] = [
+    {"compression": "zstd"},
+    {"use_dictionary": True},
+    {"data_page_size": 1, "write_batch_size": 1},
+]
+
+
+@pytest.mark.parametrize("options", AS_THEY_ARE + OTHERWISE, ids=str)
+def test_records_are_read_again_from_the_bytes_where_they_are(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Where Parquet keeps them as they are, which is how we write; otherwise through Parquet each time."""
+    ours = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+    made = [record(number, n_tokens=number) for number in (0, 1, 9, 50, 3, 7)]
+    write_records(tmp_path, made)
+    shard = next(tmp_path.glob("shard-*"))
+    pq.write_table(pq.read_table(shard), shard, **(ours | options))
+    sha256 = hashlib.sha256(shard.read_bytes()).hexdigest()
+    edit_manifest(tmp_path, lambda f: f["shards"][0].update(bytes=shard.stat().st_size, sha256=sha256))
+    store = open_store(tmp_path)
+    for number in (5, 0, 3, 1, 2, 4, 5, 0, 1, 3):
+        assert_same_record(store[made[number].id], made[number])
+    found = store._file(0).places[:, 1] > 0
+    assert found.tolist() == [options in AS_THEY_ARE] * len(made)
+
+
+def test_the_text_alone_is_that_of_the_record(tmp_path: Path) -> None:
+    made = [record(number, n_tokens=number) for number in (0, 1, 9, 5000)]
+    write_records(tmp_path / "new", made)
+    for folder in (tmp_path / "new", Path("tests/golden/store_v1"), Path("tests/golden/store_v2")):
+        store = open_store(folder)
+        for id in store.ids() * 2:
+            for name, array in vars(store[id].text).items():
+                found = getattr(store.text(id), name)
+                np.testing.assert_array_equal(found, array)
+                assert (found.dtype, found.shape) == (array.dtype, array.shape)
+                assert not found.flags.writeable
+        with pytest.raises(KeyError, match="holds no record 'x'"):
+            store.text("x")
+
+
+def test_threads_read_one_store(tmp_path: Path) -> None:
+    made = [record(number, n_tokens=40) for number in range(12)]
+    store = write_records(tmp_path, made)
+
+    def read(number: int) -> None:
+        assert_same_record(store[made[number % 12].id], made[number % 12])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, range(400)))
+
+
 def test_ids_in_any_order_are_read_at_more_than_2000_records_per_second(tmp_path: Path) -> None:
     """CPU seconds, so that a busy machine does not decide."""
     store = write_records(tmp_path, [changed(record(number % 20, 10, 100), id=str(number)) for number in range(600)])
     ids = store.ids()
     random.Random(0).shuffle(ids)
+    warm_up()
     start = time.process_time()
     for id in ids:
         _ = store[id]

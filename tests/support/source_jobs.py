@@ -22,6 +22,7 @@ from fusion_plugins.core.text.tokenize import tokenize
 from fusion_plugins.sources import capture, sample
 from fusion_plugins.sources.backends import transformers_local
 from fusion_plugins.sources.backends.base import SampleRequest, Sampling, SourceSettings
+from fusion_plugins.store import packed
 
 torch.set_num_threads(1)  # threads do not survive a fork
 
@@ -113,7 +114,8 @@ def serve() -> None:
 
 
 def warm_up(model: str) -> None:
-    """Import what transformers imports late."""
+    """Import what transformers imports late, and load what unpacks records."""
+    packed.warm_up()
     source = transformers_local.open_source(SourceSettings(model=model), "sample")
     list(source.sample([[SampleRequest("a", Sampling(max_tokens=2), 0)]]))
     source.tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)

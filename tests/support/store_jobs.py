@@ -3,8 +3,8 @@
 ``python store_jobs.py JOB FOLDER ...`` runs one job. ``python store_jobs.py serve`` forks a process for each line of
 its input, ``KILL_AT JOB FOLDER ...``, and answers with a line ``STATUS CALLS FILE_CALLS``: a process kills itself
 (SIGKILL) at its KILL_AT-th call or return of a function, of Python or of C, so that every point between two calls can
-be hit; at the KILL_AT-th call or return of one that changes files if KILL_AT begins with ``f``. Only numpy and pyarrow
-are imported.
+be hit; at the KILL_AT-th call or return of one that changes files if KILL_AT begins with ``f``. Nothing heavier than
+numba is imported.
 """
 
 import os
@@ -22,6 +22,7 @@ from store_samples import manifest, record, table
 from fusion_plugins.errors import FusionError
 from fusion_plugins.store import RowManifest, RowWriter, StoreWriter
 from fusion_plugins.store.maintain import merge
+from fusion_plugins.store.packed import warm_up
 
 N_ITEMS = 24
 CHANGES_FILES = {"open", "write", "flush", "close", "fsync", "replace", "unlink", "mkdir"}
@@ -92,7 +93,9 @@ def run_until(kill_at: str, arguments: list[str]) -> str:
 
 
 def serve() -> None:
-    pa.array(np.zeros(1))  # so that what pyarrow imports on first use is no part of a job
+    # So that what pyarrow imports and numba compiles on first use is no part of a job.
+    pa.array(np.zeros(1))
+    warm_up()
     for line in sys.stdin:
         kill_at, *arguments = line.split()
         receive, send = os.pipe()

@@ -91,6 +91,18 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(part) for part in value] if isinstance(value, list | tuple) else value
 
 
+def conversation_text(prompt: str | Iterable[Mapping[str, Any]]) -> str:
+    r"""Return a prompt for a reader: a text as it is, the turns of a chat under their roles.
+
+    Example:
+        >>> conversation_text([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi?"}])
+        '[system]\nBe brief.\n\n[user]\nHi?'
+    """
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"[{message['role']}]\n{message.get('content') or ''}" for message in as_messages(prompt))
+
+
 def text_of(message: Mapping[str, Any]) -> str | None:
     """Return the text of a message's content, or None where it has none."""
     content = message.get("content")

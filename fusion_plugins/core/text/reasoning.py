@@ -55,6 +55,19 @@ def with_opening(response: str) -> str:
     return f"{OPEN}\n{response.lstrip()}" if opened else response
 
 
+def final_answer(response: str) -> str | None:
+    r"""Return what a response says behind its reasoning; None where it never got there.
+
+    Example:
+        >>> final_answer("<think>\nhm\n</think>\n\nfive"), final_answer("<think>\nhm"), final_answer("five")
+        ('five', None, 'five')
+    """
+    _, closed, answer = response.rpartition(CLOSE)
+    if not closed and response.lstrip().startswith(OPEN):
+        return None
+    return answer.strip() or None
+
+
 @dataclass(frozen=True)
 class Channels:
     """What a response in channels says.

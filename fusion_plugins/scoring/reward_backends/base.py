@@ -11,13 +11,14 @@ from typing import Any, Protocol
 
 from fusion_plugins.config import Settings
 from fusion_plugins.errors import ConfigError
+from fusion_plugins.install import missing_package_error
 
-#: backend -> module that defines ``open_model(settings) -> RewardModel``, and what to install if its import fails
-REWARD_BACKENDS: dict[str, tuple[str, str]] = {
-    "transformers": ("fusion_plugins.scoring.reward_backends.transformers_local", "torch and transformers"),
-    "vllm": ("fusion_plugins.scoring.reward_backends.vllm_engine", "vllm"),
-    "server": ("fusion_plugins.scoring.reward_backends.server", "httpx and tenacity"),
-    "ray": ("fusion_plugins.scoring.reward_backends.ray_actors", "ray"),
+#: backend -> module that defines ``open_model(settings) -> RewardModel``
+REWARD_BACKENDS: dict[str, str] = {
+    "transformers": "fusion_plugins.scoring.reward_backends.transformers_local",
+    "vllm": "fusion_plugins.scoring.reward_backends.vllm_engine",
+    "server": "fusion_plugins.scoring.reward_backends.server",
+    "ray": "fusion_plugins.scoring.reward_backends.ray_actors",
 }
 
 
@@ -82,14 +83,11 @@ def open_reward_model(backend: str, settings: RewardSettings) -> RewardModel:
         ConfigError: the backend's packages are not installed here, or an option is wrong.
         ScoringError: the model cannot be loaded, or the server does not answer.
     """
-    module_name, needed = REWARD_BACKENDS[backend]
     try:
-        module = import_module(module_name)
+        module = import_module(REWARD_BACKENDS[backend])
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"scorers.reward: expected {needed} for backend {backend!r}, but {error.name!r} is not installed here. "
-            f"Install it, or choose another backend of {', '.join(REWARD_BACKENDS)}."
-        ) from error
+        otherwise = f"Or choose another backend of {', '.join(REWARD_BACKENDS)}."
+        raise missing_package_error(error, f"scorers.reward: backend {backend!r}", otherwise) from error
     model: RewardModel = module.open_model(settings)
     return model
 

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from fusion_plugins.config import Settings
 from fusion_plugins.core.fusion.types import TopK
 from fusion_plugins.core.text.types import TokenizedText
-from fusion_plugins.errors import ConfigError
+from fusion_plugins.install import missing_package_error
 
 #: what a source is opened for; an engine sets its memory accordingly
 Purpose = Literal["capture", "sample"]
@@ -26,12 +26,12 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Content = TypeVar("Content", covariant=True)
 
-#: backend -> module that defines ``open_source(settings, purpose) -> Source``, and what to install if its import fails
-BACKENDS: dict[str, tuple[str, str]] = {
-    "transformers": ("fusion_plugins.sources.backends.transformers_local", "torch and transformers"),
-    "vllm": ("fusion_plugins.sources.backends.vllm_engine", "vllm"),
-    "openai": ("fusion_plugins.sources.backends.openai_server", "httpx and tenacity"),
-    "ray": ("fusion_plugins.sources.backends.ray_data", "ray[data]"),
+#: backend -> module that defines ``open_source(settings, purpose) -> Source``
+BACKENDS: dict[str, str] = {
+    "transformers": "fusion_plugins.sources.backends.transformers_local",
+    "vllm": "fusion_plugins.sources.backends.vllm_engine",
+    "openai": "fusion_plugins.sources.backends.openai_server",
+    "ray": "fusion_plugins.sources.backends.ray_data",
 }
 
 
@@ -225,13 +225,11 @@ def open_source(settings: SourceSettings, purpose: Purpose) -> Source:
         ConfigError: the backend's packages are not installed here.
         SourceError: the model cannot be loaded, or the server does not answer.
     """
-    module_name, needed = BACKENDS[settings.backend]
     try:
-        module = import_module(module_name)
+        module = import_module(BACKENDS[settings.backend])
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"source {settings.source_name!r}: expected {needed} for backend {settings.backend!r}, "
-            f"but {error.name!r} is not installed. Install it, or choose another backend of {', '.join(BACKENDS)}."
-        ) from error
+        what = f"source {settings.source_name!r}: backend {settings.backend!r}"
+        otherwise = f"Or choose another backend of {', '.join(BACKENDS)}."
+        raise missing_package_error(error, what, otherwise) from error
     source: Source = module.open_source(settings, purpose)
     return source

@@ -43,8 +43,8 @@ def test_batches_are_answered_one_after_the_other_each_result_with_its_place():
 
 
 def test_a_backend_whose_packages_are_missing_is_refused_with_what_to_install(monkeypatch):
-    monkeypatch.setitem(base.BACKENDS, "vllm", ("no_such_engine.module", "vllm"))
+    monkeypatch.setitem(base.BACKENDS, "vllm", "no_such_engine.module")
     with pytest.raises(
-        ConfigError, match="source 'm': expected vllm for backend 'vllm', but 'no_such_engine' is not installed. Instal"
+        ConfigError, match="source 'm': backend 'vllm' needs the package no_such_engine, .* install it. Or choose"
     ):
         open_source(SourceSettings(model="org/m", backend="vllm"), "capture")
