@@ -167,10 +167,14 @@ class _AnswersTrainer(TokenizedDPOTrainer):
         figures |= {f"logps/{name}": logps.detach() for name, logps in zip(self.answers, sums, strict=True)}
         figures |= {"rewards/margins": margins, "rewards/accuracies": (margins > 0).float()}
         for name, values in figures.items():
-            metrics[name].append(self.accelerator.gather(values).mean().item())
+            metrics[name].append(self._gathered(values).mean().item())
         if self.model.training:
-            self._total_train_tokens += self.accelerator.gather(inputs["attention_mask"].sum()).sum().item()
+            self._total_train_tokens += self._gathered(inputs["attention_mask"].sum()).sum().item()
         metrics["num_tokens"] = [self._total_train_tokens]
+
+    def _gathered(self, values: Tensor) -> Tensor:
+        """Return the values of all processes; DeepSpeed on a CPU has more of them than accelerate knows of."""
+        return self.accelerator.gather(values) if self.accelerator.num_processes > 1 else values  # type: ignore[no-any-return]
 
 
 class WRPOTrainer(_AnswersTrainer):

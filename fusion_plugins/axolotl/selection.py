@@ -113,15 +113,20 @@ def choose_best(columns: Columns, block: FusionBlock) -> tuple[list[Candidate], 
         DataError: a row is wrong, or not one response is left; the message says why.
     """
     scored = _scored(columns, block)
-    _check_rules(scored, block, best=True, pairs=block.split is not None)
+    dividing = block
+    if block.split is not None and block.split.pairs is not None:
+        # This stage trains on no pairs: only those that divide the prompts count.
+        alone = block.split.model_copy(update={"pairs": None})
+        dividing = block.model_copy(update={"pairs": block.split.pairs, "split": alone})
+    _check_rules(scored, dividing, best=True, pairs=block.split is not None)
     best, found = _best(scored, block)
     wanted = {prompt_id for prompt_id, candidate in best.items() if candidate is not None}
     split = None
     if block.split is not None:
-        pairs, paired = _pairs(scored, block)
         # Which prompts have a pair, and so which train this stage, the gap window decides.
+        pairs, paired = _pairs(scored, dividing)
         found = replace(found, limits=paired.limits)
-        split = split_prompts(best, _pairs_for_split(scored, block, best, pairs), block.split.rule())
+        split = split_prompts(best, _pairs_for_split(scored, dividing, best, pairs), block.split.rule())
         wanted &= set(split.sft)
     if (block.sft or SftArgs()).per_prompt == "all":
         answers = _each_best(scored, block)

@@ -74,6 +74,10 @@ _VALUE_IN_TEXT = re.compile(
     rf"(?:\s*(?:[-+*/×÷^]|\\times|\\div|\\cdot)\s*\(?-?(?:{_NUMBER})\)?|[eE][-+]?\d{{1,3}})*(?:\s*\\?%)?",
     re.ASCII | re.MULTILINE,
 )
+#: a quantity in two units, such as "2 hours and 30 minutes"
+_COMPOUND = re.compile(r"\d[\d,.]*\s*[A-Za-z]+\.?(?:,|\s+and)?\s+\d[\d,.]*\s*[A-Za-z]+\.?\Z")
+#: the number that a sentence of Chinese ends with, and its unit: "小明有7个苹果"
+_CHINESE_QUANTITY = re.compile(r"(?<=[^\x00-\x7f：])-?\d[\d,.]*[^\x00-\x7f]+\Z")
 _MULTIPLIED = re.compile(
     r"\s*-?\s*(?:(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore)s?\b|bn\b|percent\b|[十百千]?[万亿]|(?<=\d)[kKMB](?![A-Za-z]))",
     re.ASCII,
@@ -213,9 +217,9 @@ def _ways_to_read(said: str) -> tuple[str, ...]:
     sentence = (said[: end.start()] if end else said).replace("**", "").replace("__", "").strip()
     if read(sentence).kind or is_list(sentence):
         return (sentence,)
-    if re.fullmatch(r"(?:yes|no|true|false|none|[\w-]+)", sentence, re.IGNORECASE) or re.search(
-        r"\\[a-z]+|[\^_{}]", sentence
-    ):
+    # Chinese has no spaces: "小明有7个苹果" is a sentence and no word.
+    is_word = re.fullmatch(r"[\w-]+", sentence) and (sentence.isascii() or not re.search(r"\d", sentence))
+    if is_word or re.search(r"\\[a-z]+|[\^_{}]", sentence):
         return (sentence,)
     letter = re.match(r"[(\[]?([A-J])(?:[)\].:、,]|\s*$|\s+(?:because|since|as)\b|(?=[^\x00-\x7f]))", sentence)
     if letter:
@@ -229,6 +233,9 @@ def _ways_to_read(said: str) -> tuple[str, ...]:
         beginning = " ".join(words[:length]).rstrip(",;:")
         if read(beginning).kind or is_list(beginning):
             return (beginning,)
+    quantity = _CHINESE_QUANTITY.search(sentence)
+    if quantity and read(quantity[0]).kind:
+        return (quantity[0],)
     found = _last_value(sentence)
     return found.texts if found else ()
 
@@ -256,8 +263,8 @@ def _last_value(text: str) -> Found | None:
             first = other.start()
         listed = () if first == match.start() else (text[first : match.start()] + value,)
         around = _around(text, match)
-        # A term of a ratio, or an end of an interval, is no answer by itself.
-        is_part = bool(around) and read(around[0]).kind in ("ratio", "interval")
+        # A term of a ratio, an end of an interval, or the minutes behind the hours are no answer by themselves.
+        is_part = bool(around) and read(around[0]).kind in ("ratio", "interval", "number")
         return Found(around if is_part else (*around, *listed, value), "number")
     # "twenty one thousand" begins where no word before it belongs to the number.
     words = re.findall(r"[A-Za-z-]+|[零〇一二两三四五六七八九十百千万亿点分之]+", text)
@@ -280,7 +287,7 @@ def _inside(formula: re.Match[str]) -> str:
 
 
 def _around(text: str, number: re.Match[str]) -> tuple[str, ...]:
-    """Return the time, date or range that a number of a text belongs to, if there is one."""
+    """Return the time, date, range or quantity in two units that a number of a text belongs to, if there is one."""
     start = max(text.rfind("\n", 0, number.start()), text.rfind(". ", 0, number.start())) + 1
     line = text[start:].partition("\n")[0]
     words = [(match.start() + start, match.end() + start) for match in re.finditer(r"\S+", line)]
@@ -295,7 +302,8 @@ def _around(text: str, number: re.Match[str]) -> tuple[str, ...]:
     for first, last in sorted(windows, key=lambda window: window[0] - window[1]):
         window = text[words[first][0] : words[last - 1][1]]
         window = window.rstrip(",;")
-        if read(window).kind in ("time", "date", "range", "ratio", "interval"):
+        kind = read(window).kind
+        if kind in ("time", "date", "range", "ratio", "interval") or (kind == "number" and _COMPOUND.match(window)):
             return (window,)
     return ()
 

@@ -6,6 +6,26 @@ from typing import Any
 
 #: errors of a text that is no program, or is nested too deeply to be read
 UNPARSABLE = (SyntaxError, ValueError, MemoryError, RecursionError)
+#: what LeetCode imports before a solution, and its own answers therefore do not import: name -> module
+OFFERED = {
+    name: module
+    for module, names in {
+        "typing": "Any Callable DefaultDict Deque Dict Generator Generic Iterable Iterator List Optional Sequence Set "
+        "Tuple TypeVar Union",
+        "collections": "Counter OrderedDict defaultdict deque namedtuple",
+        "functools": "cache cmp_to_key lru_cache partial reduce",
+        "itertools": "accumulate chain combinations combinations_with_replacement count cycle groupby islice pairwise "
+        "permutations product repeat starmap takewhile zip_longest",
+        "heapq": "heapify heappop heappush heappushpop heapreplace nlargest nsmallest",
+        "bisect": "bisect_left bisect_right insort insort_left insort_right",
+        "math": "ceil comb factorial floor gcd inf isqrt lcm log log2 perm pi sqrt",
+        "string": "ascii_letters ascii_lowercase ascii_uppercase digits",
+    }.items()
+    for name in names.split()
+} | dict.fromkeys(
+    "bisect collections datetime functools heapq itertools json math operator random re statistics string sys "
+    "typing".split()
+)
 
 
 def parse(source: str, mode: str = "exec") -> Any:

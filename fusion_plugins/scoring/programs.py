@@ -11,6 +11,7 @@ A response without fences is a program as a whole, or holds one between its para
 import ast
 import doctest
 import io
+import itertools
 import json
 import re
 import textwrap
@@ -21,7 +22,7 @@ from functools import cached_property
 from typing import Any
 
 from fusion_plugins.scoring.answers import final_part
-from fusion_plugins.scoring.names import UNPARSABLE, bound_names, free_names, parse
+from fusion_plugins.scoring.names import OFFERED, UNPARSABLE, bound_names, free_names, parse
 
 _FENCE = re.compile(r"(?P<before>.*?)(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)")
 _LANGUAGE = re.compile(r"[{.]*([A-Za-z][\w+#-]*)")
@@ -113,7 +114,7 @@ def extract_code(response: str, needed: Collection[str] = frozenset(), prompt: s
         if continued.tree is not None and any(continued.defines(name) for name in needed):
             return continued.code
     code = _link(answer, blocks, needed)
-    return _behind_prompt(code, prompt, needed) if prompt and needed else code
+    return _with_offered(_behind_prompt(code, prompt, needed) if prompt and needed else code)
 
 
 def _all_blocks(text: str) -> list[_Block]:
@@ -195,6 +196,18 @@ def _behind_prompt(code: str, prompt: str, needed: Collection[str]) -> str:
         tree,
         code,
     )
+
+
+def _with_offered(code: str) -> str:
+    """Return a program with the imports it lacks of those that LeetCode offers, where it defines ``Solution``."""
+    tree = parse(code)
+    if not any(isinstance(node, ast.ClassDef) and node.name == "Solution" for node in (tree.body if tree else ())):
+        return code
+    missing = {name: OFFERED[name] for name in free_names(tree) if name in OFFERED}
+    text = "".join(
+        f"from {module} import {name}\n" if module else f"import {name}\n" for name, module in sorted(missing.items())
+    )
+    return _join(ast.parse(text).body, tree, code)
 
 
 def _fenced_blocks(text: str) -> tuple[list[_Block], bool]:
@@ -346,7 +359,19 @@ def _bare_blocks(text: str) -> list[_Block]:
         if code:
             found.append(_Block(code, labelled=True))
         place += code.count("\n") + 1
-    return found or [_Block("\n".join(lines), labelled=True)]
+    return found or _indented_blocks(lines) or [_Block("\n".join(lines), labelled=True)]
+
+
+def _indented_blocks(lines: list[str]) -> list[_Block]:
+    """Return the programs that are marked by their indentation alone, which is Markdown's oldest way."""
+    found = list[_Block]()
+    for indented, part in itertools.groupby(
+        lines, lambda line: not line.strip() or line[:1] == "\t" or line[:4] == "    "
+    ):
+        code = textwrap.dedent("\n".join(part)).strip("\n") + "\n"
+        if indented and _STARTS_CODE.match(code) and parse(code) is not None:
+            found.append(_Block(code, labelled=True))
+    return found
 
 
 def _leading_code(lines: list[str]) -> str:

@@ -195,7 +195,7 @@ def _draw(rows: Iterable[Row], count: int, draw: random.Random) -> tuple[list[Ro
 def _light(row: Row) -> dict[str, Any]:
     """Return a row for the choice of pairs: texts, which are large, are replaced by what tells them apart."""
     found = {name: row[name] for name in ("prompt_id", "source", "index", "domain", "reward", "correct")}
-    found |= {"prompt": row["prompt_id"], "response": _digest(row["response"]), "scores": row["scores"]}
+    found |= {"prompt": row["prompt_id"], "response": _digest(row["response"] or ""), "scores": row["scores"]}
     return found | {name: row.get(name) for name in ("finish_reason",)}
 
 
@@ -216,7 +216,7 @@ def _shown(row: Row) -> SampledVerdict:
         correct=bool(row["correct"]),
         details=details,
         prompt=_cut(conversation_text(row["prompt"]), PROMPT_SHOWN, 0),
-        response=_cut(row["response"], START_SHOWN, END_SHOWN),
+        response=_cut(row["response"] or "", START_SHOWN, END_SHOWN),
     )
 
 

@@ -158,7 +158,8 @@ def same_value(found: Any, expected: Any) -> bool:
             and all(same_value(texts[str(key)], value) for key, value in expected.items())
         )
     if isinstance(expected, float) and isinstance(found, int | float):
-        return math.isclose(found, expected, rel_tol=1e-6, abs_tol=1e-6)
+        both_nan = math.isnan(found) and math.isnan(expected)
+        return both_nan or math.isclose(found, expected, rel_tol=1e-6, abs_tol=1e-6)
     # A class of the response may call itself equal to everything.
     return not isinstance(type(found).__eq__, types.FunctionType) and bool(found == expected)
 

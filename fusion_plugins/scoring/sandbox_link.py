@@ -1,8 +1,8 @@
 """The two ends of the link between a program and its checks, each in a process that the other cannot reach.
 
 The checks ask (call a function, get an attribute, take the next item), the program answers with values. Objects that
-are no values stay with the program; the checks hold a :class:`Remote` for each, which has neither an equality nor an
-order of the program's making.
+are no values stay with the program; the checks hold a :class:`Remote` for each, which has no order of the program's
+making, and an equality only with other objects of the program.
 """
 
 import builtins
@@ -19,8 +19,10 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "item": operator.getitem,
     "iter": iter,
     "str": str,
+    "repr": repr,
     "bool": bool,
     "next": next,
+    "eq": operator.eq,
 }
 
 
@@ -118,7 +120,15 @@ class Remote:
         return self._link.ask(self._number, "str")  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
-        return "<an object of the program>"
+        return self._link.ask(self._number, "repr")  # type: ignore[no-any-return]
+
+    def __eq__(self, other: object) -> bool:
+        # Of two objects of the program it may say that they are equal; it could as well give the same one twice.
+        if self is other or not isinstance(other, Remote):
+            return self is other
+        return self._link.ask(self._number, "eq", (other,)) is True
+
+    __hash__ = object.__hash__
 
 
 class RemoteIterator(Remote):
@@ -136,14 +146,21 @@ class RemoteIterator(Remote):
 class Link:
     """Asks the program.
 
+    Args:
+        requests: file to write to.
+        replies: file to read from.
+        may_stop: whether a call may raise StopIteration. Where no check expects it, it would end the loop of the checks
+            in which the call is, as if all of them had passed: ``all(map(passes, cases))``.
+
     Attributes:
         failure: why nothing that the checks find counts any more: the program has ended, or a check has sent what is no
             value; None normally.
     """
 
-    def __init__(self, requests: Any, replies: Any) -> None:
+    def __init__(self, requests: Any, replies: Any, *, may_stop: bool = False) -> None:
         self._requests = requests
         self._replies = replies
+        self._may_stop = may_stop
         self._remotes: dict[int, Remote] = {}
         self.failure: Exception | None = None
 
@@ -181,7 +198,12 @@ class Link:
             write(self._requests, message)
         except OSError:
             raise self._broken(ProgramEnded("the program has ended")) from None
-        return self._reply()
+        try:
+            return self._reply()
+        except StopIteration as error:
+            if message[1] == "next" or self._may_stop:
+                raise
+            raise RuntimeError("the program raises StopIteration") from error
 
     def _reply(self) -> tuple[Any, Any]:
         try:

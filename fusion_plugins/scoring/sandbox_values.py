@@ -12,15 +12,18 @@ stands for it.
 import datetime
 import json
 import struct
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterable
 from decimal import Decimal
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 #: bytes of one message
 MAX_BYTES = 16 << 20
 MAX_DEPTH = 100
+#: kinds of numpy's arrays that go over: they come back as they are sent, arrays of objects would not
+_NUMBERS = "biuf"
 _SCALARS: tuple[Any, ...] = (str, int, float)
 _SEQUENCES: dict[Any, str] = {list: "list", tuple: "tuple", set: "set", frozenset: "frozenset", deque: "deque"}
 _MAPPINGS: dict[Any, str] = {OrderedDict: "OrderedDict", Counter: "Counter", defaultdict: "defaultdict", dict: "dict"}
@@ -55,15 +58,17 @@ def encode(value: Any, hold: Callable[[Any], int] | None = None, depth: int = 0)
     if value is None or kind in (bool, float, str):
         return value
     if kind not in _KNOWN:
-        # A named tuple is a tuple, an IntEnum a number.
+        # An IntEnum is a number, a subclass of list a list.
         kind = next((known for known in _KNOWN if issubclass(kind, known)), kind)
     if kind in _SCALARS:
         return _scalar(kind, value)
     if (plain := _plain_parts(kind, value)) is not None:
         return plain
     if (parts := _parts(kind, value)) is not None:
-        return [parts[0], *(encode(part, hold, depth + 1) for part in parts[1])]
-    if kind.__module__ == "numpy" and hasattr(value, "tolist") and value.dtype.kind in "biuf":
+        coded = [encode(part, hold, depth + 1) for part in parts[1]]
+        fields = _fields(type(value)) if kind is tuple else None
+        return [parts[0], *coded] if fields is None else ["namedtuple", type(value).__name__, fields, *coded]
+    if kind.__module__ == "numpy" and hasattr(value, "tolist") and value.dtype.kind in _NUMBERS:
         plain = encode(value.tolist(), hold, depth + 1)
         return ["ndarray", value.dtype.str, plain] if kind.__name__ == "ndarray" else plain
     if hold is None:
@@ -106,6 +111,20 @@ def _parts(kind: Any, value: Any) -> tuple[str, Iterable[Any]] | None:
     return None
 
 
+def _fields(kind: type) -> list[str] | None:
+    """Return the fields of a class of named tuples; None for another class, or where a field has no plain name."""
+    fields = getattr(kind, "_fields", None)
+    if not isinstance(fields, tuple) or not fields or not kind.__name__.isidentifier():
+        return None
+    return list(fields) if all(type(name) is str and not name.startswith("_") for name in fields) else None
+
+
+@lru_cache(64)
+def _named_tuple(name: str, fields: tuple[str, ...]) -> Any:
+    """Return a class with the names of the program's, which are checked, and without its methods."""
+    return namedtuple(name, fields)  # type: ignore[misc]
+
+
 def _date_parts(value: Any) -> list[int]:
     if isinstance(value, datetime.timedelta):
         return [value.days, value.seconds, value.microseconds]
@@ -131,7 +150,13 @@ def decode(coded: Any, take: Callable[[str, int], Any] | None = None) -> Any:
     if tag == "ndarray":
         import numpy
 
-        return numpy.array(decode(parts[1], take), numpy.dtype(parts[0]))
+        kind = numpy.dtype(parts[0])
+        if kind.kind not in _NUMBERS:
+            raise ValueError("expected an array of numbers")
+        return numpy.array(decode(parts[1], take), kind)
+    if tag == "namedtuple":
+        name, fields, *rest = parts
+        return _named_tuple(name, tuple(fields))(*(decode(part, take) for part in rest))
     values = [decode(part, take) for part in parts]
     if tag in _FROM_PARTS:
         return _FROM_PARTS[tag](*values)

@@ -221,7 +221,7 @@ class _Group:
 
     def add(self, row: Row) -> None:
         self.verdicts[row["correct"]] += 1
-        self.lengths.append(len(row["response"]))
+        self.lengths.append(len(row["response"] or ""))
         if row["reward"] is not None:
             self.rewards.append(row["reward"])
         if (reason := _reason(row)) is not None:

@@ -25,6 +25,7 @@ _PURE = frozenset(
 _SHARED = frozenset(
     "open input eval exec compile vars locals setattr delattr id type help memoryview redirect_stdout redirect_stderr "
     "StringIO patch Mock MagicMock seed warns assertWarns assertWarnsRegex assertLogs assertNoLogs deprecated_call "
+    "GeneratorType Generator "
     "monkeypatch capsys capfd caplog tmp_path tmpdir mocker recwarn __import__ importorskip".split()
 )
 _RAISES = frozenset(("raises", "assertRaises", "assertRaisesRegex"))
@@ -118,6 +119,7 @@ def _needs_inside(tree: ast.Module, names: frozenset[str]) -> bool:
     own = bound_names(tree)
     return any(
         _shares_a_module(node)
+        or _enters(node, names)
         or _shares_a_name(node, names)
         or _tells_objects_apart(node)
         or (isinstance(node, ast.Name) and node.id in names and not _is_used_plainly(node, parents, own, tree))
@@ -139,6 +141,11 @@ def _shares_a_module(node: ast.AST) -> bool:
                 or (module == "solution" and "*" in wanted)
             )
     return False
+
+
+def _enters(node: ast.AST, names: frozenset[str]) -> bool:
+    """Return whether a statement ``with`` enters an object of the program, which gets the exceptions of the checks."""
+    return isinstance(node, ast.With) and any(_root(item.context_expr) in names for item in node.items)
 
 
 def _shares_a_name(node: ast.AST, names: frozenset[str]) -> bool:

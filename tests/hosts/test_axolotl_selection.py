@@ -193,3 +193,15 @@ def test_special_tokens_in_an_answer_have_the_same_labels_in_every_kind_of_train
     fused = target.encode([{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": text}])
     assert [label for label in fused.labels.tolist() if label != -100] == learnt
     assert fused.tokens.input_ids.tolist()[: len(answer.input_ids)] == answer.input_ids
+
+
+def test_the_first_stage_asks_only_the_pairs_that_divide_the_prompts():
+    """Its own, which it does not train on, may have limits of another reward model or need rewards that nobody gave."""
+    rewarded = [row | {"scores": {"reward": {"reward": 1.0, "model": "Skywork"}}} for row in scored(20)]
+    judged = [row | {"reward": None, "correct": bool(row["index"])} for row in scored(20)]
+    for rows, sft, pairs in ((rewarded, {}, ANY_GAP), (judged, {"rule": "verdict"}, {"rule": "verdict"})):
+        alone = FusionBlock(sft=sft, split={"pairs": pairs, "verified_dpo_share": 0.5})
+        with_pairs = FusionBlock(sft=sft, pairs=pairs, split={"verified_dpo_share": 0.5})
+        assert choose_best(table(rows), alone) == choose_best(table(rows), with_pairs)
+        with pytest.raises(ConfigError, match="ArmoRM|expected rewards"):
+            choose_best(table(rows), FusionBlock(sft=sft, split={}))

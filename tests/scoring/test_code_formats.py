@@ -13,6 +13,12 @@ RIGHT = "```python\ndef f(x):\n    return x + 1\n```"
 WRONG = "```python\ndef f(x):\n    return x + 2\n```"
 METHOD = "```python\nclass Solution:\n    def f(self, x: int) -> int:\n        return x + 1\n```"
 WRONG_METHOD = METHOD.replace("+ 1", "+ 2")
+TYPED = (
+    "```python\nfrom __future__ import generator_stop\nclass Solution:\n"
+    "    def f(self, nums: List[int], k: Optional[int] = None) -> DefaultDict[int, int]:\n"
+    "        return [nums[0] + k] if math.inf > gcd(1, 2) == Counter('a')['a'] == len(collections.deque('a')) "
+    "else nums\n```"
+)
 SUM = "```python\na, b = map(int, input().split())\nprint(a + b)\n```"
 DIFFERENCE = SUM.replace("a + b", "a - b")
 TEST_CASES = """
@@ -139,6 +145,11 @@ FORMATS = {
         WRONG_MERGE,
     ),
     "LeetCode": ({"test": CHECK, "entry_point": "Solution().f", "setup": "from typing import *"}, METHOD, WRONG_METHOD),
+    "LeetCode, which imports what its answers use": (
+        {"inputs": ["[1, 2]\n3"], "outputs": ["[4]"], "fn_name": "f"},
+        TYPED,
+        TYPED.replace("[nums[0] + k]", "nums"),
+    ),
     "LeetCode by the method's name": ({"test": CHECK, "entry_point": "f"}, METHOD, WRONG_METHOD),
     "asserts on a class": ("s = Solution()\nassert s.f(1) == 2", METHOD, WRONG_METHOD),
     # BigCodeBench

@@ -52,6 +52,12 @@ FORGED = {
     "an iterator of such objects": (
         "class A:\n    def __eq__(self, other):\n        return True\ndef f(x):\n    while True:\n        yield A()"
     ),
+    # the checks are ended before they have compared
+    "the end of an iteration out of a call": "def f(x):\n    raise StopIteration",
+    "the end of an iteration out of an attribute": (
+        "class A:\n    def __getattr__(self, name):\n        raise StopIteration\n    __len__ = __iter__ = __str__ = "
+        "__repr__ = __bool__ = __getitem__ = lambda self, *_: self.stop\ndef f(x):\n    return A()"
+    ),
     # what the checks use is patched
     "a patched abs": WRONG + "import builtins\nbuiltins.abs = lambda x: 0\nabs = builtins.abs",
     "patched functions": (
@@ -238,6 +244,7 @@ TEST_CASE = (
 TESTS = {
     "assert": "assert f(12345) == 67890",
     "asserts about parts": "assert 67890 in list(f(12345)) and sorted(set(f(12345))) == [67890]",
+    "a map of asserts": "assert all(map(lambda case: f(case[0]) == case[1], [(12345, 67890), (5, 7)]))",
     "check": {"test": CASES, "entry_point": "f"},
     "unittest": TEST_CASE,
     "calls": {"fn_name": "f", "inputs": [[12345]], "outputs": [67890]},
@@ -272,7 +279,7 @@ def test_these_ways_work_where_the_checks_run_beside_the_program(sandbox):
 
 
 def test_there_are_enough_ways():
-    assert len(FORGED) >= 39
+    assert len(FORGED) >= 41
 
 
 def test_a_right_program_passes_in_each_of_these_forms(scorer):

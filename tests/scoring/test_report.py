@@ -163,6 +163,14 @@ def test_a_folder_without_rewards_or_without_verdicts_has_a_page(tmp_path):
     assert render_scored_report(write(tmp_path / "equal", equal))
 
 
+def test_a_response_that_ended_before_its_first_word_is_an_empty_one(tmp_path):
+    rows = [scored_row(1, source, 0, random.Random(0)) | {"response": None, "correct": False} for source in "ab"]
+    write(tmp_path / "scored", rows)
+    report = examine_scored(tmp_path / "scored")
+    assert [verdict.response for verdict in report.verdicts] == ["", ""]
+    assert {group.median_length for group in report.groups.values()} == {0}
+
+
 def test_what_is_no_scored_folder_is_refused(tmp_path):
     columns = {name: kind for name, kind in COLUMNS.items() if name not in ("reward", "correct", "scores")}
     with pytest.raises(DataError, match="expected scored responses, got rows without reward, correct, scores"):

@@ -24,11 +24,33 @@ LINKED = (
 OWN_ERROR = "class Odd(ValueError):\n    pass\ndef f(x):\n    if x % 2:\n        raise Odd('odd: %d' % x)\n    return x"
 
 #: what the tests use -> (tests, program)
+NAMED = "from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(x):\n    return P(x, 2)"
+POINT = (
+    "class Point:\n    def __init__(self, x):\n        self.x = x\n    def __repr__(self):\n"
+    "        return f'Point({self.x})'\n    def __eq__(self, other):\n        return self.x == other.x\n"
+    "def f(x):\n    return Point(x)"
+)
 OUTSIDE = {
     "values": ("assert f(1) == 2", NEXT),
     "a set": ("assert set(f([1, 1])) == {1}", "def f(x):\n    return x"),
     "a tuple": ("assert f(1) == (1, 2)", "def f(x):\n    return x, x + 1"),
     "a tuple that is no list": ("assert f(1) != [1, 2]", "def f(x):\n    return x, x + 1"),
+    "a named tuple and its fields": ("assert f(1) == (1, 2) and f(1).x == 1 and str(f(1)) == 'P(x=1, y=2)'", NAMED),
+    "a named tuple that goes back": (
+        "assert g(f(1)) == [f(3)]",
+        NAMED + "\ndef g(p):\n    return [p._replace(x=p.x + 2)]",
+    ),
+    "figures of a cache": (
+        "f(1)\nf(1)\nassert f.cache_info().hits == 1",
+        "import functools\n@functools.cache\ndef f(x):\n    return x",
+    ),
+    "how an object is shown": ("assert repr(f(1)) == 'Point(1)' and f'{f(2)!r}' == 'Point(2)'", POINT),
+    "objects that are equal": ("assert f(1) == f(1) and f(1) != f(2) and f(3) in [f(2), f(3)]", POINT),
+    "the end of an iteration": (
+        "g = f(1)\nnext(g)\ntry:\n    g.send(None)\n    assert False\nexcept StopIteration:\n    pass\n"
+        "assert f(1) is not None",
+        "def f(x):\n    yield x",
+    ),
     "nearly": ("assert abs(f(2.5) - 3) < 1e-6", "def f(x):\n    return x + 0.5"),
     "not a number": ("assert f(1) != f(1)", "def f(x):\n    return float('nan')"),
     "infinity": ("assert f() == float('inf')", "def f():\n    return float('inf')"),
@@ -144,6 +166,14 @@ OUTSIDE = {
     "equal arguments that are one": ("x = []\nf(x, x)\nassert x == [1]", "def f(x, y):\n    x.append(1)\n    y[:] = x"),
 }
 INSIDE = {
+    "a context": (
+        "with f(1) as x:\n    assert x == 1",
+        "import contextlib\n@contextlib.contextmanager\ndef f(x):\n    yield x",
+    ),
+    "the type of a generator": (
+        "import types\nassert isinstance(f(1), types.GeneratorType)",
+        "def f(x):\n    yield x",
+    ),
     "objects that are compared": ("assert Stack([1]).push(2) == Stack([1, 2])", STACK),
     "classes": ("s = Stack()\nassert isinstance(s, Stack) and s.items == []", STACK),
     "a class of its own": ("class Two(Stack):\n    pass\nassert Two([1]).pop() == 1", STACK),
@@ -249,7 +279,22 @@ def test_values_come_back_as_they_were(value):
 
 
 @pytest.mark.parametrize(
-    "coded", [{"a": 1}, ["eval", "1"], ["object", 1], [], ["dict", 1], [[]], ["set", ["list"]], ["range", 1, 2, "x"]]
+    "coded",
+    [
+        ["ndarray", "O", ["list", 1]],
+        ["ndarray", "<U3", ["list", "a"]],
+        ["namedtuple", "P", ["__eq__"], 1],
+        ["namedtuple", "P;", ["x"], 1],
+        ["namedtuple", "P", "x", 1, 2],
+        {"a": 1},
+        ["eval", "1"],
+        ["object", 1],
+        [],
+        ["dict", 1],
+        [[]],
+        ["set", ["list"]],
+        ["range", 1, 2, "x"],
+    ],
 )
 def test_what_is_no_value_is_refused(coded):
     with pytest.raises((ValueError, KeyError, TypeError)):

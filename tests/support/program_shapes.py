@@ -1,6 +1,7 @@
 """The shapes in which models write programs; read by the tests and by tools/extraction_table.py."""
 
 import json
+import textwrap
 
 GOOD = "def f(x):\n    return x * 2"
 BAD = "def f(x):\n    return x + 7"
@@ -107,6 +108,7 @@ GROUPS = {
         "bare code with text around": f"Here is my solution:\n\n{GOOD}\n\nThis runs in constant time.",
         "bare code with a note that reads as Python": f"Solution:\n{GOOD}\n\nComplexity: O(1)\nDone",
         "bare code in two parts": f"First this:\n\nTWO = 2\n\nThen this:\n\n{GOOD.replace('2', 'TWO')}\n\nThat is it.",
+        "bare code that is indented": f"Solution:\n\n{textwrap.indent(GOOD, '    ')}\n\nIt runs in constant time.",
         "bare code and the end of its turn": f"{GOOD}<|im_end|>",
         "tags": f"[PYTHON]\n{GOOD}\n[/PYTHON]",
         "tags of an answer": f"<answer>\n{GOOD}\n</answer>",
