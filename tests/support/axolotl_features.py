@@ -71,6 +71,13 @@ FEATURES: dict[str, list[Feature]] = {
         Feature("workers that load", {"dataloader_num_workers": 2}),
         Feature("incomplete last batch", {"dataloader_drop_last": True}),
         Feature(
+            "batches handed out by one process",
+            {"accelerator_config": {"dispatch_batches": True}},
+            "refused",
+            "accelerate joins tensors only",
+            shown="`accelerator_config: {dispatch_batches: true}`",
+        ),
+        Feature(
             "batch flattening", {"batch_flattening": True}, "refused", "the collator is ours; use `sample_packing`"
         ),
     ],
