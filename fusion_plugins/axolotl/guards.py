@@ -329,15 +329,19 @@ def _settings(cfg: Any, block: FusionBlock) -> Iterator[str]:
             yield f"{key} splits tokens but not their {'distributions' if block.sources else 'weights'}; set it to 1"
     if not block.sources:
         return
-    if (cfg.get("accelerator_config") or {}).get("dispatch_batches"):
-        yield (
-            "accelerator_config.dispatch_batches cannot be combined with fusion.sources: accelerate joins tensors only, "
-            "and a batch also has its count of positions; remove it"
-        )
+    yield from _dispatched(cfg)
     if str(cfg.get("excess_length_strategy") or "").lower() == "truncate":
         yield (
             "excess_length_strategy: truncate would cut tokens but not their distributions; use drop (axolotl's "
             "default) or raise, and split long texts before `fusion capture`"
+        )
+
+
+def _dispatched(cfg: Any) -> Iterator[str]:
+    if (cfg.get("accelerator_config") or {}).get("dispatch_batches"):
+        yield (
+            "accelerator_config.dispatch_batches cannot be combined with fusion.sources: accelerate joins tensors "
+            "only, and a batch also has its count of positions; remove it"
         )
 
 

@@ -39,8 +39,10 @@ def trained(tmp_path_factory):
         timeout=1500,
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
-    rows = [json.loads(line) for line in ended.stdout.splitlines()]
-    return {row["name"]: row for row in rows}
+    found: dict[str, dict] = {}
+    for row in map(json.loads, ended.stdout.splitlines()):
+        found.setdefault(row["name"], {})[row["kind"]] = row["logged"]
+    return found
 
 
 @pytest.mark.slow
@@ -56,7 +58,7 @@ def test_a_run_with_the_plugin_equals_one_without(trained, feature):
     assert not isinstance(fused, str), fused
     assert len(plain["loss"]) >= 2
     assert fused["loss"] == pytest.approx(plain["loss"], rel=1e-5)
-    assert fused["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
+    assert fused["grad_norm"] == pytest.approx(plain["grad_norm"], rel=feature.norms)
     assert fused["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-5)
     assert len(fused["fusion_loss"]) == len(fused["loss"]), "the fusion loss is logged at every step"
 

@@ -2,7 +2,7 @@
 
     python tests/support/feature_runs.py FOLDER [NAME ...]
 
-One JSON line for each pair, with the logged figures of both runs or the error that ended them.
+One JSON line for each run, with the logged figures or the error that ended it.
 """
 
 import json
@@ -19,6 +19,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import axolotl_runs as runs
 from axolotl_features import Feature, pairs
 
+KINDS = ("plain", "fused")
 FIGURES = ("loss", "grad_norm", "eval_loss", "fusion_loss")
 
 
@@ -33,28 +34,25 @@ def settings_of(feature: Feature, *, fused: bool) -> dict[str, Any]:
     }
 
 
-def train_pair(feature: Feature, material: Any, tokens: Path, folder: Path) -> dict[str, Any]:
-    """Train without and with the plugin; return for each the logged figures, or the error as text."""
+def train_one(feature: Feature, kind: str, material: Any, tokens: Path, folder: Path) -> dict[str, Any] | str:
+    """Train without or with the plugin; return the logged figures, or the error as text."""
     from transformers import set_seed
 
-    found: dict[str, Any] = {}
-    for kind in ("plain", "fused"):
-        out = folder / kind
-        if kind == "plain":
-            settings = runs.config(material, out, datasets=[{"path": str(tokens), "type": None, "ds_type": "json"}])
-            settings.pop("fusion")
-        else:
-            settings = runs.config(material, out, fusion={"lm_loss_weight": 1.0})
-        changed = {**settings, **settings_of(feature, fused=kind == "fused")}
-        set_seed(7)  # axolotl draws the weights of an adapter before it sets its own
-        try:
-            trainer = runs.train({key: value for key, value in changed.items() if value is not None}, out)
-        except Exception as error:
-            found[kind] = f"{type(error).__name__}: {error}"
-        else:
-            found[kind] = {name: runs.logged(trainer, name) for name in FIGURES}
+    out = folder / kind
+    if kind == "plain":
+        settings = runs.config(material, out, datasets=[{"path": str(tokens), "type": None, "ds_type": "json"}])
+        settings.pop("fusion")
+    else:
+        settings = runs.config(material, out, fusion={"lm_loss_weight": 1.0})
+    changed = {**settings, **settings_of(feature, fused=kind == "fused")}
+    set_seed(7)  # axolotl draws the weights of an adapter before it sets its own
+    try:
+        trainer = runs.train({key: value for key, value in changed.items() if value is not None}, out)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
         shutil.rmtree(out, ignore_errors=True)
-    return found
+    return {name: runs.logged(trainer, name) for name in FIGURES}
 
 
 def tokens_of(material: Any, folder: Path) -> Path:
@@ -67,22 +65,27 @@ def tokens_of(material: Any, folder: Path) -> Path:
 
 
 def run_all(folder: Path, names: Sequence[str], results: TextIO) -> None:
-    """Train the pairs, each in a process of its own: axolotl patches classes for good."""
+    """Train the pairs, each run in a process of its own: axolotl patches classes for good."""
     material = runs.make_material(folder)
     tokens = tokens_of(material, folder)
-    first = Feature("nothing", {})
-    print(json.dumps({"name": first.name, **train_pair(first, material, tokens, folder)}), file=results, flush=True)
+
+    def show(feature: Feature, kind: str) -> None:
+        logged = train_one(feature, kind, material, tokens, folder)
+        print(json.dumps({"name": feature.name, "kind": kind, "logged": logged}), file=results, flush=True)
+
+    for kind in KINDS:
+        show(Feature("nothing", {}), kind)  # in this process, so that the others find everything loaded
     for feature in pairs():
         if names and feature.name not in names:
             continue
-        process = os.fork()
-        if process == 0:
-            try:
-                result = train_pair(feature, material, tokens, folder)
-                print(json.dumps({"name": feature.name, **result}), file=results, flush=True)
-            finally:
-                os._exit(0)
-        os.waitpid(process, 0)
+        for kind in KINDS:
+            process = os.fork()
+            if process == 0:
+                try:
+                    show(feature, kind)
+                finally:
+                    os._exit(0)
+            os.waitpid(process, 0)
 
 
 if __name__ == "__main__":
