@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -25,6 +26,19 @@ def gpu():
     yield module
     sys.path[:] = path
     del sys.modules[spec.name]
+
+
+@pytest.fixture(autouse=True)
+def handlers_as_before(capsys):
+    """axolotl's log goes to the output of one test, which is closed after it."""
+    before = {logger: list(logger.handlers) for logger in loggers()}
+    yield
+    for logger in loggers():
+        logger.handlers[:] = before.get(logger, [])
+
+
+def loggers():
+    return [one for one in (logging.root, *logging.root.manager.loggerDict.values()) if isinstance(one, logging.Logger)]
 
 
 def run(gpu, monkeypatch, tmp_path, *arguments):

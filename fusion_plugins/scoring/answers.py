@@ -75,6 +75,8 @@ _VALUE_IN_TEXT = re.compile(
     re.ASCII | re.MULTILINE,
 )
 #: a quantity in two units, such as "2 hours and 30 minutes"
+#: "step 2: 14" is a label and a number, no ratio
+_LABELLED = re.compile(r"\S[:∶]\s")
 _COMPOUND = re.compile(r"\d[\d,.]*\s*[A-Za-z]+\.?(?:,|\s+and)?\s+\d[\d,.]*\s*[A-Za-z]+\.?\Z")
 #: the number that a sentence of Chinese ends with, and its unit: "小明有7个苹果"
 _CHINESE_QUANTITY = re.compile(r"(?<=[^\x00-\x7f：])-?\d[\d,.]*[^\x00-\x7f]+\Z")
@@ -303,6 +305,8 @@ def _around(text: str, number: re.Match[str]) -> tuple[str, ...]:
         window = text[words[first][0] : words[last - 1][1]]
         window = window.rstrip(",;")
         kind = read(window).kind
+        if kind == "ratio" and _LABELLED.search(window):
+            continue
         if kind in ("time", "date", "range", "ratio", "interval") or (kind == "number" and _COMPOUND.match(window)):
             return (window,)
     return ()

@@ -219,6 +219,7 @@ WAYS_TO_SAY_IT = [
     ("8", "**8!**"),
     ("2\\sqrt{3}", "2√3"),
     ("yes", "The answer is yes, because no one left."),
+    ("1", "The second one says 2: 1"),
     ("5", "The final result: 5 (after 3 iterations)"),
     ("C", "选项C正确"),
     ("Room 12", "\\boxed{room 12.}"),
