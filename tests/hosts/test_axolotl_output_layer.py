@@ -410,13 +410,16 @@ def sharded_steps(rank, name, folder, port, results):
 @pytest.mark.parametrize("name", ["Gemma2", "Granite"])
 def test_weights_that_two_processes_share_are_trained_as_whole_ones(name, tmp_path):
     """FSDP2, on the CPU."""
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
     port, results = free_port(), tmp_path / "results"
-    processes = [context.Process(target=sharded_steps, args=(rank, name, tmp_path, port, results)) for rank in range(2)]
+    processes = [
+        context.Process(target=sharded_steps, args=(rank, name, tmp_path, port, results), daemon=True)
+        for rank in range(2)
+    ]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(240)
     assert [process.exitcode for process in processes] == [0, 0]
     loss, gradients, in_head = torch.load(results)
     model = adapted(model_of(name), target_modules=["lm_head"]) if name == "Granite" else model_of(name)
