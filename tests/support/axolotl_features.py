@@ -89,7 +89,7 @@ FEATURES: dict[str, list[Feature]] = {
             {"datasets": ["fused", "fused"]},
             "tested",
             "one entry of the report for each",
-            f"{HOSTS}/test_axolotl_plan.py::test_statistics_map_every_source",
+            f"{HOSTS}/test_axolotl_prepared.py::test_one_file_under_several_entries_has_a_report_for_each",
             "`datasets:` of type fused",
         ),
         Feature(
@@ -125,7 +125,7 @@ FEATURES: dict[str, list[Feature]] = {
             {"dataset_prepared_path": "shared"},
             "tested",
             "stores are not needed where the rows are there",
-            f"{HOSTS}/test_axolotl_prepared.py",
+            f"{HOSTS}/test_axolotl_guards.py::test_commands_that_train_nothing_need_no_stores",
         ),
     ],
     "Adapters": [
@@ -296,7 +296,7 @@ FEATURES: dict[str, list[Feature]] = {
             "`axolotl inference`, `merge-lora`, `quantize`",
             {},
             "tested",
-            "without stores",
+            "without stores; `quantize` as far as it goes on a CPU",
             f"{HOSTS}/test_axolotl_guards.py::test_commands_that_train_nothing_need_no_stores",
             "commands",
         ),
