@@ -36,6 +36,20 @@ class Settings(BaseModel):
         return values
 
 
+def with_preset(values: Any, presets: Mapping[str, Mapping[str, Any]]) -> Any:
+    """Return settings on top of those of the preset that they name; anything but a mapping is left to pydantic.
+
+    Raises:
+        ValueError: no preset has that name.
+    """
+    name = values.get("preset") if isinstance(values, dict) else None
+    if name is None:
+        return values
+    if name not in presets:
+        raise ValueError(f"expected one of the presets {', '.join(presets)}, got {name!r}; name one of them")
+    return {**presets[name], **values}
+
+
 def load_config(
     model: type[Model], path: str | Path | None, flags: Mapping[str, Any], assignments: list[str] | None = None
 ) -> Model:

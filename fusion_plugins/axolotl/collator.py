@@ -5,7 +5,7 @@ lists into Python objects one by one. K is the same in all rows. Or it holds onl
 :mod:`~fusion_plugins.axolotl.text_rows`), and the distributions are made here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -74,7 +74,7 @@ class FusionCollator:
         """Collate rows, or (with sample packing) lists of rows that share one sequence."""
         groups = [feature if isinstance(feature, list) else [feature] for feature in features]
         fused = self._fused([row for group in groups for row in group])
-        stripped = [_without(feature) for feature in features]
+        stripped = [without_columns(feature, COLUMNS) for feature in features]
         batch = self._inner(stripped, return_tensors=return_tensors)
         shape = batch["input_ids"].shape
         left = self.tokenizer.padding_side == "left"
@@ -155,10 +155,11 @@ def _shaped(row: Row, name: str, dtype: type) -> Array:
     return values.reshape(length, -1)
 
 
-def _without(feature: Any) -> Any:
+def without_columns(feature: Any, names: Collection[str]) -> Any:
+    """Return a row, or the rows of a packed sequence, without some columns."""
     if isinstance(feature, list):
-        return [_without(row) for row in feature]
-    return {name: value for name, value in feature.items() if name not in COLUMNS}
+        return [without_columns(row, names) for row in feature]
+    return {name: value for name, value in feature.items() if name not in names}
 
 
 def _pad(rows: Sequence[Array], shape: tuple[int, int], fill: float, left: bool) -> Tensor:

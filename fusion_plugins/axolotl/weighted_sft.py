@@ -15,6 +15,7 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from fusion_plugins.axolotl.collator import without_columns
 from fusion_plugins.errors import ConfigError, DataError
 
 WEIGHT = "weight"
@@ -37,7 +38,9 @@ class WeightedCollator:
     def __call__(self, features: Sequence[Any], return_tensors: str | None = None) -> Any:
         """Collate rows, or (with sample packing) lists of rows that share one sequence."""
         groups = [feature if isinstance(feature, list) else [feature] for feature in features]
-        batch = self._inner([_without_weight(feature) for feature in features], return_tensors=return_tensors)
+        batch = self._inner(
+            [without_columns(feature, (WEIGHT,)) for feature in features], return_tensors=return_tensors
+        )
         weights = np.ones(tuple(batch["input_ids"].shape), np.float32)
         for row, group in zip(weights, groups, strict=True):
             values = np.concatenate([np.full(len(each["input_ids"]), _weight(each), np.float32) for each in group])
@@ -108,9 +111,3 @@ def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor, tokens: Any =
 def _weight(row: Any) -> float:
     value = row.get(WEIGHT)
     return 1.0 if value is None else float(value)
-
-
-def _without_weight(feature: Any) -> Any:
-    if isinstance(feature, list):
-        return [_without_weight(row) for row in feature]
-    return {name: value for name, value in feature.items() if name != WEIGHT}

@@ -14,7 +14,7 @@ import transformers
 from pydantic import Field, model_validator
 
 from fusion_plugins.checkpoint_fingerprint import checkpoint_fingerprint
-from fusion_plugins.config import Settings, validate
+from fusion_plugins.config import Settings, validate, with_preset
 from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.core.text.model_rows import beyond_the_model
 from fusion_plugins.errors import ConfigError, DataError, ScoringError
@@ -74,12 +74,7 @@ class RewardOptions(Settings):
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, values: Any) -> Any:
-        name = values.get("preset") if isinstance(values, dict) else None
-        if name is None:
-            return values
-        if name not in REWARD_PRESETS:
-            raise ValueError(f"expected one of the presets {', '.join(REWARD_PRESETS)}, got {name!r}; name one of them")
-        return {**REWARD_PRESETS[name], **values}
+        return with_preset(values, REWARD_PRESETS)
 
 
 class RewardScorer:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from fusion_plugins.config import Settings
+from fusion_plugins.config import Settings, with_preset
 from fusion_plugins.errors import MismatchError, SourceError
 from fusion_plugins.inputs import InputSet, Prompt, Unusable, open_prompts
 from fusion_plugins.progress import Meter, meter
@@ -68,12 +68,7 @@ class SampledSource(SourceSettings, Sampling):
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, values: Any) -> Any:
-        name = values.get("preset") if isinstance(values, dict) else None
-        if name is None:
-            return values
-        if name not in PRESETS:
-            raise ValueError(f"expected one of the presets {', '.join(PRESETS)}, got {name!r}; name one of them")
-        return {**PRESETS[name], **values}
+        return with_preset(values, PRESETS)
 
     @property
     def sampling(self) -> Sampling:

@@ -136,10 +136,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise StoreError(
-                f"cannot write {path}: {error.strerror or error}. What was written before is kept; free space or "
-                f"repair the permission, then run the same command again to continue."
-            ) from error
+            raise _cannot_write(path, error) from error
         raise
     # A rename changes the folder, which is a file of its own: until it is flushed, a power failure undoes the rename.
     try:
@@ -170,10 +167,14 @@ def append_line(path: Path, line: str) -> None:
         if fresh:
             sync_folder(path.parent)
     except OSError as error:
-        raise StoreError(
-            f"cannot write {path}: {error.strerror or error}. What was written before is kept; free space or repair "
-            f"the permission, then run the same command again to continue."
-        ) from error
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"cannot write {path}: {error.strerror or error}. What was written before is kept; free space or repair the "
+        "permission, then run the same command again to continue."
+    )
 
 
 def link_or_copy(source: Path, path: Path) -> bool:

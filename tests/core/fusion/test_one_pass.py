@@ -62,11 +62,12 @@ def test_values_and_gradients_are_those_of_the_plain_form(kind, chunk_size, with
 
 
 @pytest.mark.parametrize("kind", sorted(LOSSES))
-def test_gradients_are_right_by_differences(kind):
+@pytest.mark.parametrize("change", [None, LogitChange(scale=0.7, cap=1.2)], ids=["as they are", "capped"])
+def test_gradients_are_right_by_differences(kind, change):
     hidden, weight, bias, labels, fused = case(b=1, t=5, v=7, k=3)
     tensors = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
     assert torch.autograd.gradcheck(
-        lambda *leaves: weighted_losses(*leaves, labels, fused, lm_weight=0.4, kind=kind, chunk_size=2).total, tensors
+        lambda *leaves: one_pass(*leaves, labels, fused, 0.4, kind, chunk_size=2, change=change)[0], tensors
     )
 
 
@@ -201,16 +202,6 @@ def test_capped_scaled_and_cut_logits_have_the_same_losses_and_gradients(kind, c
         )
         for ours, theirs in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("kind", sorted(LOSSES))
-def test_gradients_of_capped_logits_are_right_by_differences(kind):
-    hidden, weight, bias, labels, fused = case(b=1, t=5, v=7, k=3)
-    tensors = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
-    change = LogitChange(scale=0.7, cap=1.2)
-    assert torch.autograd.gradcheck(
-        lambda *leaves: one_pass(*leaves, labels, fused, 0.4, kind, chunk_size=2, change=change)[0], tensors
-    )
 
 
 def test_adapters_of_low_rank_are_a_part_of_the_weight():
