@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 import httpx
@@ -77,6 +77,7 @@ class HttpClient:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=KEPT_CONNECTIONS)
         self._client = httpx.AsyncClient(headers=headers, timeout=None, limits=limits, follow_redirects=False)
         self._loop = asyncio.new_event_loop()
+        self._closing, self._closed = Lock(), False
         Thread(target=self._run, daemon=True, name="http").start()
 
     def get(self, url: str, *, seconds: float | None = None) -> Answer:
@@ -100,8 +101,10 @@ class HttpClient:
 
     def close(self) -> None:
         """End all requests and connections; does not wait."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._loop.stop)
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _run(self) -> None:
         try:
@@ -119,15 +122,15 @@ class HttpClient:
 
     def _ask(self, method: str, url: str, content: bytes | None, most: int, seconds: float | None) -> Answer:
         limit = self._timeout if seconds is None else min(seconds, self._timeout)
-        asked = self._request(method, url, content, most, limit)
+        # What is handed to the loop before its end was asked for is cancelled there; what came later would never end.
+        with self._closing:
+            if self._closed:
+                raise NoAnswer("the client is closed")
+            asked = asyncio.run_coroutine_threadsafe(self._request(method, url, content, most, limit), self._loop)
         try:
-            # The second limit only counts if the loop was closed at this very moment.
-            return asyncio.run_coroutine_threadsafe(asked, self._loop).result(limit + 10)
-        except (CancelledError, TimeoutError):
+            return asked.result()
+        except CancelledError:
             raise NoAnswer("the connection was closed") from None
-        except RuntimeError:
-            asked.close()
-            raise NoAnswer("the client is closed") from None
 
     async def _request(self, method: str, url: str, content: bytes | None, most: int, seconds: float) -> Answer:
         try:

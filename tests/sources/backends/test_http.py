@@ -1,6 +1,8 @@
 """The HTTP client: total time, size, redirects, and whatever bytes a server sends."""
 
+import asyncio
 import time
+from threading import Event, Thread
 
 import pytest
 import source_checks
@@ -42,6 +44,37 @@ def test_an_answer_has_a_total_time_and_a_size(prompts, tmp_path, trouble):
         client.close()
         with pytest.raises(NoAnswer, match="the client is closed|connection was closed"):
             client.post(server.url + "/completions", {"prompt": "a"}, seconds=0.1)
+
+
+def test_a_request_that_comes_while_the_client_is_being_closed_ends_too():
+    closing, errors = Event(), []
+
+    def ask(client: HttpClient) -> None:
+        try:
+            client.post(client.base_url + "/completions", {"prompt": "a"})
+        except NoAnswer as error:
+            errors.append(str(error))
+
+    with running(lambda number, body: "hangs") as server:
+        client = HttpClient(server.url, "", 600.0)
+        close = client._client.aclose
+
+        async def close_slowly() -> None:
+            closing.set()
+            await asyncio.sleep(0.5)
+            await close()
+
+        client._client.aclose = close_slowly
+        threads = [Thread(target=ask, args=(client,), daemon=True) for _ in range(2)]
+        threads[0].start()
+        time.sleep(0.2)
+        client.close()
+        assert closing.wait(10)
+        threads[1].start()
+        for thread in threads:
+            thread.join(10)
+        assert sorted(errors) == ["the client is closed", "the connection was closed"]
+        assert not any(thread.is_alive() for thread in threads)
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
