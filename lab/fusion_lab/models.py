@@ -3,6 +3,7 @@
 from typing import Any
 
 from fusion_demo.vocabularies import DIGITS, GPT2, WORDS, TokenizerSpec, _template
+from tokenizers import Regex, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     GPTNeoXConfig,
@@ -13,7 +14,7 @@ from transformers import (
     Qwen2Config,
 )
 
-__all__ = ["KINDS", "SPECS", "make_model"]
+__all__ = ["KINDS", "SPECS", "make_model", "split_digits"]
 
 #: Longest sequence in tokens.
 POSITIONS = 256
@@ -56,8 +57,8 @@ KINDS: dict[str, tuple[type, float, dict[str, Any]]] = {
 
 
 def make_model(kind: str, tokenizer: PreTrainedTokenizerBase, *, width: int, layers: int) -> PreTrainedModel:
-    """Build an untrained model (float32, tied embeddings, 4 heads) for its tokenizer."""
-    config_class, factor, more = KINDS[kind]
+    """Build an untrained model (float32, tied embeddings, 4 heads) for its tokenizer; a twin is built as the target."""
+    config_class, factor, more = KINDS.get(kind, KINDS["target"])
     config = config_class(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -72,3 +73,13 @@ def make_model(kind: str, tokenizer: PreTrainedTokenizerBase, *, width: int, lay
         **more,
     )
     return AutoModelForCausalLM.from_config(config)
+
+
+def split_digits(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Make a byte-level tokenizer give every digit a token of its own; the vocabulary stays."""
+    parts = [
+        pre_tokenizers.Split(Regex(DIGITS), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    return tokenizer

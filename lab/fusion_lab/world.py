@@ -12,17 +12,21 @@ import yaml
 from fusion_lab import ROOT
 from fusion_lab.problems import Problem, make_problems
 
-__all__ = ["DOMAINS", "MODELS", "SHARES", "SOURCES", "Lab", "Stage", "read_rows", "stages", "store"]
+__all__ = ["DOMAINS", "MODELS", "SOURCES", "TWINS", "Lab", "Stage", "model", "read_rows", "stages", "store"]
 
 MODELS = ("target", "numbers", "digits", "docs")
 SOURCES = ("numbers", "digits", "docs")
 DOMAINS = ("sums", "docs")
+#: sources of the target's architecture: with its own tokenizer, and with the same vocabulary but every digit alone
+TWINS = ("same", "split")
 #: model -> domain -> share of its training batches
 SHARES = {
     "target": {"sums": 0.5, "docs": 0.5},
     "numbers": {"sums": 0.85, "docs": 0.15},
     "digits": {"sums": 0.85, "docs": 0.15},
     "docs": {"sums": 0.15, "docs": 0.85},
+    "same": {"sums": 1.0},
+    "split": {"sums": 1.0},
 }
 #: texts that a tokenizer is trained on
 TOKENIZER_TEXTS = 3000
@@ -121,11 +125,16 @@ def stages(lab: Lab) -> dict[str, Stage]:
     settings = lab.settings
     texts = {key: settings[key] for key in settings if key.endswith(("_bytes", "_problems"))} | settings["amounts"]
     found = [Stage("data", partial(_make_data, lab), facts=texts)]
-    for name in MODELS:
-        facts = [settings["models"][name], settings["batch"], SHARES[name]]
-        found.append(Stage(f"model:{name}", partial(_make_model, lab, name), ("data",), facts))
+    found += [model(lab, name) for name in MODELS]
     found.append(Stage("world", partial(_measure_world, lab), tuple(f"model:{name}" for name in MODELS)))
     return {stage.name: stage for stage in found}
+
+
+def model(lab: Lab, name: str) -> Stage:
+    """Return the stage that trains a model; a twin needs the target, whose tokenizer it takes."""
+    facts = [lab.settings["models"][name], lab.settings["batch"], SHARES[name]]
+    needs = ("data", "model:target") if name in TWINS else ("data",)
+    return Stage(f"model:{name}", partial(_make_model, lab, name), needs, facts)
 
 
 def store(lab: Lab, source: str, texts: str = "common", top_k: str = "64", needs: tuple[str, ...] = ()) -> Stage:
@@ -185,26 +194,23 @@ def _texts(chunks: list[str], limit: int) -> list[str]:
 
 def _make_model(lab: Lab, name: str, work: Any) -> None:
     loss = work.call(_train, lab, name)
-    work.record("loss", nats_per_token=round(loss, 4))
+    weights = hashlib.sha256((lab.model(name) / "model.safetensors").read_bytes()).hexdigest()
+    work.record("loss", nats_per_token=round(loss, 4), sha256=weights)
 
 
 def _train(lab: Lab, name: str) -> float:
     """Train a tokenizer and a model; save both."""
     import torch
-    from fusion_demo.vocabularies import train_tokenizer
 
-    from fusion_lab.models import SPECS, make_model
+    from fusion_lab.models import make_model
     from fusion_lab.pretrain import encode, train
 
     rows = read_rows(lab.data("pretrain"))
     by_domain = {domain: [row for row in rows if row["domain"] == domain] for domain in DOMAINS}
-    sample = [row for domain in DOMAINS for row in by_domain[domain][:TOKENIZER_TEXTS]]
-    texts = (row["text"] if "text" in row else "\n".join(m["content"] for m in row["messages"]) for row in sample)
-    tokenizer = train_tokenizer(list(texts), SPECS[name])
+    tokenizer = _tokenizer(lab, name, by_domain)
     settings = lab.settings["models"][name]
     torch.manual_seed(0)
     model = make_model(name, tokenizer, width=settings["width"], layers=settings["layers"])
-    # A batch of texts is as many tokens as one of problems, about.
     examples = {domain: [encode(tokenizer, row) for row in by_domain[domain]] for domain in DOMAINS}
     loss = train(
         model,
@@ -218,6 +224,22 @@ def _train(lab: Lab, name: str) -> float:
     model.save_pretrained(lab.model(name))
     tokenizer.save_pretrained(lab.model(name))
     return loss
+
+
+def _tokenizer(lab: Lab, name: str, by_domain: dict[str, list[dict[str, Any]]]) -> Any:
+    """Train a tokenizer; that of a twin is the target's, with another way of splitting words for `split`."""
+    from fusion_demo.vocabularies import train_tokenizer
+
+    from fusion_lab.models import SPECS, split_digits
+
+    if name in TWINS:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(lab.model("target"))
+        return split_digits(tokenizer) if name == "split" else tokenizer
+    sample = [row for domain in DOMAINS for row in by_domain[domain][:TOKENIZER_TEXTS]]
+    texts = [row["text"] if "text" in row else "\n".join(m["content"] for m in row["messages"]) for row in sample]
+    return train_tokenizer(texts, SPECS[name])
 
 
 def _measure_world(lab: Lab, work: Any) -> None:
@@ -234,7 +256,9 @@ def _measure_world(lab: Lab, work: Any) -> None:
             raise ValueError(f"the target solves {figures['chains']:.1%}; expected at most {TARGET_AT_MOST:.0%}")
 
 
-def measure_model(lab: Lab, folder: Path, split: str = "heldout", *, solved: bool = True) -> dict[str, float]:
+def measure_model(
+    lab: Lab, folder: Path, split: str = "heldout", *, domains: tuple[str, ...] = DOMAINS, solved: bool = True
+) -> dict[str, float]:
     """Return bits per byte of each domain and their mean, and how many problems are solved."""
     from fusion_lab.measure import bits_per_byte, load, solve
 
@@ -242,9 +266,9 @@ def measure_model(lab: Lab, folder: Path, split: str = "heldout", *, solved: boo
     rows = read_rows(lab.data(split))
     figures = {
         f"bpb_{domain}": bits_per_byte(model, tokenizer, [row for row in rows if row["domain"] == domain])
-        for domain in DOMAINS
+        for domain in domains
     }
-    figures["bpb"] = sum(figures.values()) / len(DOMAINS)
+    figures["bpb"] = sum(figures.values()) / len(domains)
     if solved:
         figures |= asdict(solve(model, tokenizer, lab.problems(split)))
     return figures

@@ -13,7 +13,7 @@ from fusion_lab import world
 from fusion_lab.runner import Cell, Work
 from fusion_lab.world import DOMAINS, SOURCES, Lab, Stage
 
-__all__ = ["config", "needs", "run", "write_corpus"]
+__all__ = ["config", "needs", "run", "tidy", "with_plugin", "write_corpus"]
 
 #: checkpoints per run
 POINTS = 10
@@ -22,6 +22,17 @@ TOP_K = 64
 #: factors that are keys of the `fusion:` block, and those of its groups
 BLOCK = ("lm_loss_weight", "rule", "metric", "loss")
 PROJECTION = ("vocabulary_map", "chain", "tail", "min_mass", "fallback")
+
+#: domain -> how axolotl reads its rows without the plugin
+DATASETS: dict[str, dict[str, Any]] = {
+    "docs": {"type": "completion", "field": "text"},
+    "sums": {
+        "type": "chat_template",
+        "field_messages": "messages",
+        "roles_to_train": ["assistant"],
+        "train_on_eos": "turn",
+    },
+}
 
 
 def teachers(cell: Cell) -> tuple[str, ...]:
@@ -43,7 +54,7 @@ def write_corpus(lab: Lab, cell: Cell, folder: Path) -> dict[str, Path]:
     for domain in DOMAINS:
         pool = [row for row in rows if row["domain"] == domain]
         rng.shuffle(pool)  # the larger amounts of a seed hold its smaller ones
-        files[domain] = folder / f"{domain}.jsonl"
+        files[domain] = folder / "corpus" / f"{domain}.jsonl"
         world.write_rows(files[domain], pool[: lab.amount(cell["amount"])])
     return files
 
@@ -53,15 +64,8 @@ def config(lab: Lab, cell: Cell, files: dict[str, Path], steps: int) -> dict[str
     return {
         "base_model": str(lab.model("target")),
         "datasets": [
-            {"path": f"./{files['docs'].name}", "ds_type": "json", "type": "completion", "field": "text"},
-            {
-                "path": f"./{files['sums'].name}",
-                "ds_type": "json",
-                "type": "chat_template",
-                "field_messages": "messages",
-                "roles_to_train": ["assistant"],
-                "train_on_eos": "turn",
-            },
+            {"path": f"./{path.parent.name}/{path.name}", "ds_type": "json", **DATASETS[domain]}
+            for domain, path in files.items()
         ],
         "sequence_len": 256,
         "pad_to_sequence_len": False,
@@ -91,18 +95,19 @@ def config(lab: Lab, cell: Cell, files: dict[str, Path], steps: int) -> dict[str
     }
 
 
-def fused(cell: Cell, plain: dict[str, Any], stores: dict[str, str]) -> dict[str, Any]:
-    """Return the same run with the plugin."""
+def with_plugin(plain: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's configuration with fusion: the same rows in the same order, and the block."""
     datasets = [
         {"path": dataset["path"], "ds_type": "json", "type": "fusion_plugins.axolotl.fused"}
         for dataset in plain["datasets"]
     ]
-    block = {
-        "sources": [{"name": name, "store": path, "is_target": name == "target"} for name, path in stores.items()],
-        "projection": {key: cell[key] for key in PROJECTION},
-        **{key: cell[key] for key in BLOCK},
-    }
     return plain | {"plugins": ["fusion_plugins.axolotl.FusionPlugin"], "datasets": datasets, "fusion": block}
+
+
+def tidy(work: Work) -> None:
+    """Remove what is large; what was asked and what came out stay."""
+    for name in ("model", "prepared", "stores", "published"):
+        shutil.rmtree(work.folder / name, ignore_errors=True)
 
 
 def run(lab: Lab, cell: Cell, work: Work) -> None:
@@ -116,7 +121,12 @@ def run(lab: Lab, cell: Cell, work: Work) -> None:
     captured = 0.0
     if names := teachers(cell):
         stores, captured = _stores(lab, cell, work, files, names, rows)
-        settings = fused(cell, settings, stores)
+        block = {
+            "sources": [{"name": name, "store": path, "is_target": name == "target"} for name, path in stores.items()],
+            "projection": {key: cell[key] for key in PROJECTION},
+            **{key: cell[key] for key in BLOCK},
+        }
+        settings = with_plugin(settings, block)
     trained = work.axolotl("train", settings)
     checkpoints = sorted((work.folder / "model").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     best, lowest = None, float("inf")
@@ -129,8 +139,7 @@ def run(lab: Lab, cell: Cell, work: Work) -> None:
     step = int(best.name.split("-")[1])
     figures = work.call(world.measure_model, lab, best)
     work.record("heldout", epoch=step / per_epoch, seconds=trained * step / steps, captured=captured, **figures)
-    for path in (work.folder / "model", work.folder / "prepared", work.folder / "stores"):
-        shutil.rmtree(path, ignore_errors=True)
+    tidy(work)
 
 
 def _validate(lab: Lab, checkpoints: list[Path]) -> list[dict[str, float]]:
@@ -148,7 +157,7 @@ def _stores(
     seconds = 0.0
     for name in names:
         seconds += work.command(
-            *("fusion", "capture", "--texts", ".", "--model", str(lab.model(name))),
+            *("fusion", "capture", "--texts", "./corpus", "--model", str(lab.model(name))),
             *("--out", f"./stores/{name}", "--top-k", str(cell["top_k"])),
         )
     return {name: f"./stores/{name}" for name in names}, seconds
