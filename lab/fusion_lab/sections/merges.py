@@ -106,8 +106,8 @@ def _sentence(found: pandas.DataFrame) -> str:
     wins = {other: int((found[other] < 0).sum()) for other in AGAINST}
     return (
         f"The best merge on average is {NAMES[best]}: in bits per byte (negative: the merge is better) {told}. Of all "
-        f"{len(found)} merges, {wins['base']} are better than the base, {wins['mean of parents']} than the mean of their "
-        f"parents, {wins['best parent']} than their best parent, and {wins['one target, all sources']} than one target "
+        f"{len(found)} merges, {wins['base']} are better than the base, {wins['mean of parents']} than the mean of "
+        f"their parents, {wins['best parent']} than their best parent, and {wins['one target, all sources']} than one target "
         f"fused with all sources.\n"
     )
 
