@@ -13,6 +13,7 @@ from typing import Any
 import pandas
 
 from fusion_lab import world
+from fusion_lab.problems import make_problems
 from fusion_lab.recipes import fusellm
 from fusion_lab.runner import RESULTS, Cell, Work
 from fusion_lab.world import Lab, Stage
@@ -21,7 +22,9 @@ __all__ = ["better", "block", "config", "measured", "needs", "responses", "run",
 
 #: name in the responses -> model of the world; the third is the target itself
 ANSWERING = {"strong": "numbers", "weak": "docs", "own": "target"}
-PROMPTS, SAMPLES, EPOCHS = 320, 4, 6
+SAMPLES, EPOCHS = 4, 6
+#: seeds that have problems of their own, and the seed by which the problems are drawn
+SEEDS, SEED_OF_PROBLEMS = tuple(range(5)), 5
 #: seed of the pilots, whose prompts no other seed has
 PILOT = 100
 BEST = "fusion_plugins.axolotl.best_of_sources"
@@ -29,11 +32,21 @@ RATE = 0.002
 
 
 def block(lab: Lab, seed: int) -> list[dict[str, Any]]:
-    """Return the problems of a seed; those of two seeds have none in common."""
-    rows = [row for row in world.read_rows(lab.data("common")) if row["domain"] == "sums"]
-    size = min(PROMPTS, len(rows) // 6)
-    place = 5 if seed == PILOT else seed
-    return rows[place * size : (place + 1) * size]
+    """Return the problems of a seed; those of two seeds have none in common, and none of them is in another split."""
+    size = lab.settings["preference_prompts"]
+    taken = {problem.question for split in world.SEEDS for problem in lab.problems(split)}
+    problems = make_problems((len(SEEDS) + 1) * size, SEED_OF_PROBLEMS, taken=taken)
+    place = len(SEEDS) if seed == PILOT else SEEDS.index(seed)
+    return [
+        {"id": f"sums-{seed}-{number}", "messages": problem.messages(), "gold": problem.gold}
+        for number, problem in enumerate(problems[place * size : (place + 1) * size])
+    ]
+
+
+def part(lab: Lab, seed: int, share: float) -> list[dict[str, Any]]:
+    """Return the first share of the problems of a seed."""
+    problems = block(lab, seed)
+    return problems[: round(share * len(problems))]
 
 
 def sample(lab: Lab, work: Work, rows: list[dict[str, Any]], models: dict[str, Path], n: int, out: Path) -> None:
@@ -69,7 +82,7 @@ def responses(lab: Lab, seed: int) -> Stage:
             work.record("doctor", **{key: each[key] for key in ("name", "value", "difference", "dealt", "verdict")})
 
     needs = tuple(f"model:{model}" for model in ANSWERING.values())
-    return Stage(f"responses:{seed}", run, needs, [seed, PROMPTS, SAMPLES])
+    return Stage(f"responses:{seed}", run, needs, [seed, lab.settings["preference_prompts"], SAMPLES])
 
 
 def scored(lab: Lab, seed: int) -> Path:
@@ -96,7 +109,7 @@ def better(lab: Lab, seed: int) -> Stage:
         work.record("heldout", **work.call(world.measure_model, lab, folder))
         fusellm.tidy(work)
 
-    return Stage(f"better:{seed}", run, ("model:target",), [seed, PROMPTS, EPOCHS, RATE])
+    return Stage(f"better:{seed}", run, ("model:target",), [seed, lab.settings["preference_prompts"], EPOCHS, RATE])
 
 
 def needs(lab: Lab, cell: Cell) -> list[Stage]:
@@ -166,7 +179,7 @@ def chosen_rows(lab: Lab, cell: Cell) -> list[dict[str, Any]]:
     from fusion_plugins.store import open_rows
 
     names = {"both": ("strong", "weak")}.get(cell["teacher"], (cell["teacher"],))
-    prompts = {row["id"] for row in block(lab, cell.seed)[: cell["prompts"]]}
+    prompts = {row["id"] for row in part(lab, cell.seed, cell["prompts"])}
     kept = defaultdict(list)
     for row in open_rows(scored(lab, cell.seed)):
         if row["prompt_id"] in prompts and row["source"] in names and row["index"] < cell["samples"]:
@@ -188,7 +201,7 @@ def run(lab: Lab, cell: Cell, work: Work) -> None:
     rate = cell["learning_rate"]
     if rate == "tuned":
         rate = tuned("d_pilot_answers", {"teacher": cell["teacher"]}, ("learning_rate",))["learning_rate"]
-    rows = block(lab, cell.seed)[: cell["prompts"]]
+    rows = part(lab, cell.seed, cell["prompts"])
     if cell["teacher"] == "gold":
         world.write_rows(work.folder / "gold.jsonl", _gold_rows(rows))
         settings = config(lab, base, len(rows), cell.seed, rate=rate)

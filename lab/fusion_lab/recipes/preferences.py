@@ -21,8 +21,8 @@ __all__ = ["needs", "run"]
 
 PAIRS = "fusion_plugins.multi_source_dpo"
 _TRAINERS = "fusion_plugins.axolotl.preference_trainers"
-#: problems of the first stage, of those of a seed; the others are those of the second one
-FIRST = answers.PROMPTS // 2
+#: share of a seed's problems that the first stage has; the others are those of the second one
+FIRST = 0.5
 #: own answers per problem, and epochs of this stage
 OWN_SAMPLES, EPOCHS, SFT_EPOCHS = 8, 3, 6
 #: loss -> what it needs in the configuration
@@ -38,6 +38,11 @@ NO_WINDOW = {"min_gap": "none", "max_gap": "none"}
 
 def _start(lab: Lab, seed: int) -> Path:
     return lab.folder / "preferences" / f"sft-{seed}"
+
+
+def _second(lab: Lab, seed: int) -> list[dict[str, Any]]:
+    problems = block(lab, seed)
+    return problems[round(FIRST * len(problems)) :]
 
 
 def _own(lab: Lab, seed: int) -> Path:
@@ -66,7 +71,7 @@ def own_answers(lab: Lab, seed: int) -> Stage:
     """Return the stage that samples the model of the first stage on the second half of the problems."""
 
     def run(work: Work) -> None:
-        sample(lab, work, block(lab, seed)[FIRST:], {"own": _start(lab, seed)}, OWN_SAMPLES, _own(lab, seed))
+        sample(lab, work, _second(lab, seed), {"own": _start(lab, seed)}, OWN_SAMPLES, _own(lab, seed))
 
     return Stage(f"own:{seed}", run, (f"sft:{seed}",), [seed, FIRST, OWN_SAMPLES])
 
@@ -88,7 +93,7 @@ def _rows(lab: Lab, cell: Cell) -> list[dict[str, Any]]:
     """Return the answers that a cell chooses among, to the problems of this stage."""
     from fusion_plugins.store import open_rows
 
-    problems = {row["id"]: row for row in block(lab, cell.seed)[FIRST:]}
+    problems = {row["id"]: row for row in _second(lab, cell.seed)}
     found = []
     for folder in (scored(lab, cell.seed), _own(lab, cell.seed)):
         for row in open_rows(folder):

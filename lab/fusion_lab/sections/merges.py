@@ -104,11 +104,12 @@ def _sentence(found: pandas.DataFrame) -> str:
     best = min(gains["base"], key=lambda method: gains["base"][method].value)
     told = ", ".join(f"{signed(gains[other][best])} against the {other}" for other in AGAINST)
     wins = {other: int((found[other] < 0).sum()) for other in AGAINST}
+    best_parent, together = wins["best parent"], wins["one target, all sources"]
     return (
         f"The best merge on average is {NAMES[best]}: in bits per byte (negative: the merge is better) {told}. Of all "
         f"{len(found)} merges, {wins['base']} are better than the base, {wins['mean of parents']} than the mean of "
-        f"their parents, {wins['best parent']} than their best parent, and {wins['one target, all sources']} than one target "
-        f"fused with all sources.\n"
+        f"their parents, {best_parent} than their best parent, and {together} than one target fused with all "
+        f"sources.\n"
     )
 
 

@@ -70,7 +70,7 @@ def _before(results: Path, column: str) -> float:
 def _first(table: pandas.DataFrame, results: Path) -> dict[str, str]:
     keys = ["start", "teacher", "per_prompt", "prompts", "samples"]
     cells = _cells(table, keys)
-    strong = next(mask for factors, mask in cells if list(factors.values()) == ["target", "strong", "best", 320, 4])
+    strong = next(mask for factors, mask in cells if list(factors.values()) == ["target", "strong", "best", 1.0, 4])
     rows, gains = [], {}
     for factors, mask in cells:
         here = table[mask]
@@ -79,7 +79,7 @@ def _first(table: pandas.DataFrame, results: Path) -> dict[str, str]:
         rows.append(
             [
                 f"{STARTS[factors['start']]}, {ANSWERS[factors['answers']]}{more}",
-                factors["prompts"],
+                f"{factors['prompts']:.0%}",
                 factors["samples"],
                 f"{here['rows'].mean():.0f}",
                 pm(mean(here["chains"].to_list()), 1, 100),
@@ -103,7 +103,7 @@ def _first(table: pandas.DataFrame, results: Path) -> dict[str, str]:
 def _first_sentence(table: pandas.DataFrame, cells: list[tuple[dict[str, Any], pandas.Series]]) -> str:
     told = []
     for factors, mask in cells:
-        if (factors["per_prompt"], factors["prompts"], factors["samples"]) == ("best", 320, 4):
+        if (factors["per_prompt"], factors["prompts"], factors["samples"]) == ("best", 1.0, 4):
             share = pm(mean(table[mask]["chains"].to_list()), 1, 100)
             told.append(f"{STARTS[factors['start']]} on {ANSWERS[factors['answers']]} {share}")
     return f"Held-out problems with right sums, %: {', '.join(told)}.\n"
