@@ -24,6 +24,7 @@ COMMANDS = [
     "plugins",
     "recipes",
     "report",
+    "rounds",
     "run",
     "sample",
     "score",

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from fusion_plugins.command_options import Assignments, ConfigFile
 from fusion_plugins.terminal import console
 
 if TYPE_CHECKING:
+    from fusion_plugins.chain.rounds import Rounds
     from fusion_plugins.chain.settings import Chain
 
 Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Steps that may run at the same time.")]
@@ -35,6 +37,56 @@ def run(
         show_plan(chain, steps or ())
     else:
         run_chain(chain, names=steps or (), jobs=jobs)
+
+
+def rounds(
+    config: ConfigFile = None,
+    number: Annotated[int | None, typer.Option("--rounds", help="How many rounds; more than before continues.")] = None,
+    jobs: Jobs = 1,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Write the configurations of all rounds and show the steps; run none of them."),
+    ] = False,
+    assign: Assignments = None,
+) -> None:
+    """Train a target on its own answers, round after round, with the distributions of its sources.
+
+    For example: `fusion rounds --config rounds.yml`. `fusion keys rounds` lists the keys of the file.
+    """
+    from fusion_plugins.chain.rounds import consistency, load_rounds, remove_broken_checkpoints, write_rounds
+    from fusion_plugins.chain.run import run_chain
+    from fusion_plugins.errors import ConfigError
+
+    if config is None:
+        raise ConfigError("expected --config with the file of the rounds, got none")
+    loaded = load_rounds(config, {"rounds": number}, assign)
+    console(stderr=True).print(consistency(loaded))
+    chain = write_rounds(loaded)
+    if dry_run:
+        show_plan(chain, ())
+        return
+    try:
+        run_chain(chain, jobs=jobs, prepare=lambda: remove_broken_checkpoints(loaded))
+    finally:
+        show_outcomes(loaded, chain)
+
+
+def show_outcomes(rounds: "Rounds", chain: "Chain") -> None:
+    """Print and write what the rounds have come to so far."""
+    from fusion_plugins.chain.outcome import outcomes, table_of, write_outcomes
+    from fusion_plugins.chain.records import Records
+    from fusion_plugins.install import missing_package
+
+    records = {name: Records(chain).load(name) for name in chain.steps}
+    found = outcomes(rounds, [name for name, record in records.items() if record and record.done])
+    if not found:
+        return
+    messages = console()
+    messages.print(table_of(found))
+    try:
+        messages.print(", ".join(map(str, write_outcomes(rounds, found))))
+    except ModuleNotFoundError as error:
+        messages.print(missing_package(error, "the plot") or str(error))
 
 
 def show_plan(chain: "Chain", names: Iterable[str]) -> None:

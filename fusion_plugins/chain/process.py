@@ -111,7 +111,7 @@ def start(chain: Chain, step: Step, lock: int) -> Running:
     if where is not None and is_url(where):
         _require_answer(step, where)
     environment = environment_of(chain, step)
-    log = chain.folder / LOGS / f"{step.name}.log"
+    log = chain.home / LOGS / f"{step.name}.log"
     make_folder(log.parent)
     with log.open("ab") as output:
         output.write(f"\n=== {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(step.words)}\n".encode())

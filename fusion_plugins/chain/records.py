@@ -68,7 +68,7 @@ class Records:
 
     def __init__(self, chain: Chain) -> None:
         self._chain = chain
-        self.folder = chain.folder / FOLDER / chain.path.stem
+        self.folder = chain.home / FOLDER / chain.path.stem
 
     def planned(self, step: Step) -> Record:
         """Return what a run of the step would be, if it started now."""

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -106,7 +106,7 @@ class _Run:
                 self.failures.append(self._failure(each, reason))
 
     def _failure(self, failed: Running, reason: str) -> str:
-        log = os.path.relpath(failed.log, self.chain.folder)
+        log = os.path.relpath(failed.log)
         lines = [f"    {line}" for line in tail(failed, SHOWN_LINES)]
         return "\n".join(
             [
@@ -118,13 +118,16 @@ class _Run:
         )
 
 
-def run_chain(chain: Chain, *, names: Iterable[str] = (), jobs: int = 1) -> None:
+def run_chain(
+    chain: Chain, *, names: Iterable[str] = (), jobs: int = 1, prepare: Callable[[], None] = lambda: None
+) -> None:
     """Run the steps of a chain that are not done.
 
     Args:
         chain: what to run.
         names: only these steps, and what they need; all without a name.
         jobs: steps that may run at the same time.
+        prepare: called before the first step, when nothing else is at work in the chain.
 
     Raises:
         ConfigError: an environment, a program or something that a step reads is not there.
@@ -135,6 +138,7 @@ def run_chain(chain: Chain, *, names: Iterable[str] = (), jobs: int = 1) -> None
     check_programs(chain, (chain.steps[name] for name in chosen))
     records = Records(chain)
     with records.locked() as lock, Display(chain, chosen) as display, _ended_by_signals():
+        prepare()
         run = _Run(chain, records, display, lock)
         try:
             _work(run, chosen, jobs)

@@ -43,10 +43,10 @@ class Step(Settings):
         default_factory=list, description="files and folders that must be there when the step has ended"
     )
     stdout: str | None = Field(
-        None, description="file that takes the standard output instead of the log; counts as written"
+        default=None, description="file that takes the standard output instead of the log; counts as written"
     )
     env: str | None = Field(
-        None,
+        default=None,
         description="where the command runs: the folder of a virtual environment, a name of `environments`, or the URL "
         "of a server that must answer before the step starts; default: the environment of `fusion run`",
     )
@@ -54,7 +54,7 @@ class Step(Settings):
         default_factory=dict, description="environment variables of this step, such as CUDA_VISIBLE_DEVICES"
     )
     on_change: Literal["keep", "move"] | None = Field(
-        None,
+        default=None,
         description="what becomes of things that the step wrote for another command or other reads: keep (the command "
         "checks and extends them, as those of `fusion` do) or move (renamed to NAME.old, NAME.old1, ... before it "
         "starts); default: keep for `fusion`, move for other programs",
@@ -89,8 +89,11 @@ class Step(Settings):
 
 
 class ChainSettings(Settings):
-    """Keys of the YAML file of ``fusion run``. Paths are relative to the folder of the file, where all steps run."""
+    """Keys of the YAML file of ``fusion run``."""
 
+    folder: str = Field(
+        ".", description="where the steps run and where paths begin; relative to the folder of the file itself"
+    )
     environments: dict[str, str] = Field(
         default_factory=dict, description="name -> folder of a virtual environment, or URL of a server"
     )
@@ -153,9 +156,14 @@ class Chain:
             ) from None
 
     @property
+    def home(self) -> Path:
+        """Folder of the file, and of the logs and records."""
+        return Path(os.path.abspath(self.path)).parent
+
+    @property
     def folder(self) -> Path:
         """Where all steps run."""
-        return Path(os.path.abspath(self.path)).parent
+        return Path(os.path.normpath(self.home / Path(self.settings.folder).expanduser()))
 
     @cached_property
     def steps(self) -> dict[str, Step]:
