@@ -1,17 +1,26 @@
 """`fusion rounds`: the configurations and steps that it writes, what it refuses, and what it says of the outcome."""
 
 import json
+import re
+import shutil
 
 import pytest
 import yaml
-from axolotl_runs import row_folder, scored
+from axolotl_runs import ROOT, row_folder, scored
 from typer.testing import CliRunner
 
 from fusion_plugins.chain.outcome import outcomes, table_of, write_outcomes
 from fusion_plugins.chain.records import Records
-from fusion_plugins.chain.rounds import consistency, load_rounds, remove_broken_checkpoints, write_rounds
+from fusion_plugins.chain.rounds import (
+    RoundsConfig,
+    consistency,
+    load_rounds,
+    remove_broken_checkpoints,
+    write_rounds,
+)
 from fusion_plugins.chain.settings import load_chain
 from fusion_plugins.cli import app
+from fusion_plugins.config import validate
 from fusion_plugins.errors import ChainError, ConfigError, FusionError
 
 TRAIN = {
@@ -257,3 +266,21 @@ def test_without_a_file_or_with_a_step_that_fails_the_command_says_so(load, tmp_
     assert isinstance(failed.exception, FusionError)
     assert "none.jsonl" in str(failed.exception)
     assert "is not known: there is no target/fusion_sft.json" in failed.output
+
+
+def test_the_examples_of_the_documents_and_of_the_folder_are_valid(tmp_path):
+    page = (ROOT / "docs" / "running.md").read_text()
+    chain, rounds = re.findall(r"^```yaml\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+    (tmp_path / "fusion.yml").write_text(chain)
+    made = load_chain(tmp_path / "fusion.yml")
+    assert made.needs(made.steps["measure"]) == ["train"]
+    validate(RoundsConfig, yaml.safe_load(rounds), where="docs/running.md")
+    example = write_rounds(load_rounds(_copied(tmp_path) / "rounds.yml", {}))
+    assert "01-score" in example.steps
+
+
+def _copied(folder):
+    for file in (ROOT / "examples" / "rounds").iterdir():
+        shutil.copy(file, folder)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"text": f"Say {i}!"}) + "\n" for i in range(60)))
+    return folder
