@@ -24,6 +24,8 @@ COMMANDS = [
     "plugins",
     "recipes",
     "report",
+    "rounds",
+    "run",
     "sample",
     "score",
 ]
