@@ -395,15 +395,12 @@ def _about_scoring(config: InitConfig, texts: TextFacts, machine: Machine) -> It
 
 def sampling_of(model: Model, plan: Plan) -> dict[str, Any]:
     """Return the sampling settings of a source: the published ones where it is one of FuseChat-3.0's."""
-    wanted = model.name.rsplit("/", 1)[-1].lower().replace("_", "-")
-    for preset in PRESETS:
-        key = preset.removeprefix("fusechat3-")
-        parts = key.split("-")
-        if all(part in wanted for part in parts):
-            settings: dict[str, Any] = {"preset": preset}
-            break
-    else:
-        settings = {"temperature": 0.8, "top_p": 0.95}
+    wanted = model.name.rsplit("/", 1)[-1].lower()
+    parts = {preset: preset.removeprefix("fusechat3-").split("-") for preset in PRESETS}
+    fitting = [preset for preset, words in parts.items() if all(word in wanted for word in words)]
+    settings: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}
+    if fitting:
+        settings = {"preset": max(fitting, key=lambda preset: len(parts[preset]))}
     return settings | {"max_tokens": answer_tokens(model, plan)}
 
 

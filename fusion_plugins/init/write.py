@@ -110,7 +110,7 @@ def run_file(plan: Plan) -> str:
     if plan.config.vllm is not None:
         values = {"environments": {"vllm": plan.seen(plan.config.vllm)}, **values}
     head = "# The steps of this run. Run: fusion run\n"
-    return head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
+    return head + yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
 
 
 class _Renderer:
@@ -204,6 +204,17 @@ def chosen_settings(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield "pad_token", str(pad), "the tokenizer's own" if plan.target.facts.names_pad else "a token that ends no turn"
 
 
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which writes a line break in a text as one unless the text stands in double quotes."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _text)
+
+
 def as_yaml(value: Any) -> str:
     r"""Return a value in one line of YAML.
 
@@ -211,7 +222,7 @@ def as_yaml(value: Any) -> str:
         >>> as_yaml("a: #b"), as_yaml(1e-05), as_yaml({"a": [1, "x\n"]})
         ("'a: #b'", '1.0e-05', '{a: [1, "x\\n"]}')
     """
-    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1 << 30)
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1 << 30)
     return str(text).removesuffix("...\n").strip()
 
 
