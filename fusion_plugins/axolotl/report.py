@@ -1,7 +1,7 @@
 """The report of a fused dataset: what each source contributed, as a table and as JSON."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -39,6 +39,8 @@ def show_report(
         unused = (n / max(1, source.positions) for n in counts)
         table.add_row(name, *(f"{value:.1%}" for value in (source.coverage, source.mass_kept, chosen, *unused)))
     console().print(table)
+    for line in taught_lines(asdict(report)):
+        say(line)
     for row in unusable:
         say(f"left out {row['row']}: {row['reason']}")
     if too_long:
@@ -46,6 +48,14 @@ def show_report(
             f"{too_long} of {report.texts} texts are longer than sequence_len ({sequence_len} tokens): axolotl drops "
             "them, or stops (excess_length_strategy). Split long texts before `fusion capture` to use them."
         )
+
+
+def taught_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield, per domain of a report, which source teaches how many positions."""
+    for domain, counts in (report.get("taught") or {}).items():
+        total = sum(counts.values())
+        parts = ", ".join(f"{name} {count} ({count / total:.1%})" for name, count in counts.items())
+        yield f"fusion: {domain or 'all domains'}: of {total} positions, taught by {parts}"
 
 
 def report_content(

@@ -12,6 +12,7 @@ from fusion_plugins.core.fusion.record import supervised_bytes
 from fusion_plugins.core.text.chat import generated_spans
 from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.core.text.rendering import Render
+from fusion_plugins.core.text.sampled import How, SampledAnswer, tokenize_answer
 from fusion_plugins.core.text.token_table import Role, TokenTable
 from fusion_plugins.core.text.tokenize import TURN_ENDS, chat_renderer, generated_stop, tokenize, tokenize_chat
 from fusion_plugins.core.text.turns import RenderedChat
@@ -31,11 +32,13 @@ class EncodedText:
         tokens: T tokens; the spans of a chat are those of all turns of the assistant.
         labels: (T,) int32 token ids, :data:`IGNORED` where nothing is supervised.
         trained: (R, 2) int32 byte ranges of the assistant's turns that are trained on; None for all spans.
+        how: how a sampled answer became tokens; None for other texts.
     """
 
     tokens: TokenizedText
     labels: IntArray
     trained: IntArray | None = None
+    how: How | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ class TargetTokenizer:
         *,
         tools: Sequence[Message] | None = None,
         supervision: Supervision = DEFAULT,
+        answer: SampledAnswer | None = None,
+        own: bool = False,
     ) -> EncodedText:
         """Tokenize a text or a chat.
 
@@ -102,6 +107,8 @@ class TargetTokenizer:
             content: the text, or the messages.
             tools: schemas of the tools that a chat may call.
             supervision: which turns of a chat are trained on.
+            answer: how the last message was sampled; no other one is trained on then.
+            own: the model that is trained has sampled it.
 
         Raises:
             DataError: there is no template, or the chat cannot be rendered; see :func:`generated_spans`.
@@ -115,11 +122,18 @@ class TargetTokenizer:
         self._require_template()
         chat = generated_spans(self.renderer(tools), content, roles=supervision.roles_to_find(content))
         answers = replace(chat, turns=tuple(turn for turn in chat.turns if turn.role == "assistant"))
-        tokens = tokenize_chat(self.tokenizer, self.table, answers, supervision.eot_ids)
+        how: How | None = None
+        if answer is None:
+            tokens = tokenize_chat(self.tokenizer, self.table, answers, supervision.eot_ids)
+        else:
+            tokens, answers, how = tokenize_answer(
+                self.tokenizer, self.table, answers, answer, own=own, turn_ends=supervision.eot_ids
+            )
+            chat = answers
         labels, ranges = self._chat_labels(tokens, chat, content, supervision)
         trained = [ranges[turn.message] for turn in answers.turns if supervision.trains(content[turn.message])]
         whole = len(trained) == len(answers.turns)
-        return EncodedText(tokens, labels, None if whole else np.array(trained, np.int32).reshape(-1, 2))
+        return EncodedText(tokens, labels, None if whole else np.array(trained, np.int32).reshape(-1, 2), how)
 
     def _chat_labels(
         self, tokens: TokenizedText, chat: RenderedChat, messages: Sequence[Message], supervision: Supervision

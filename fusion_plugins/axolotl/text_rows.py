@@ -1,13 +1,13 @@
 """Rows that hold no distributions: which text they are, and the fusion of that text while the model trains.
 
 With ``fusion.prepared: stores`` a prepared row has the plain columns and one more, about a byte per token: the id of
-its text, and where the target's tokens end in it. The loader's workers read the records of the stores by that id and
-fuse them when a batch is made. Another rule, map or width then needs no new preparation.
+its text, which sources teach it, and where the target's tokens end in it. The loader's workers read the records of the
+stores by that id and fuse them when a batch is made. Another rule, map or width then needs no new preparation.
 """
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,46 +21,54 @@ from fusion_plugins.axolotl.target_tokenizer import IGNORED, EncodedText, Target
 from fusion_plugins.core.fusion.accounting import FusionReport
 from fusion_plugins.core.fusion.common_text import common_text
 from fusion_plugins.core.fusion.counts import AlignmentCounts
-from fusion_plugins.core.fusion.pipeline import FusionPlan, fuse_texts, warm_up
+from fusion_plugins.core.fusion.pipeline import FusionPlan, warm_up
+from fusion_plugins.core.fusion.routing import Route, fuse_routed, taught_positions
 from fusion_plugins.core.fusion.types import Record, TopK
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, MismatchError
 from fusion_plugins.store import Store, open_store
 from fusion_plugins.store.packed import warm_up as warm_up_store
 
-#: bytes of the id, spans, trained ranges and one (0: all spans are), bytes per width
-_HEADER = struct.Struct("<IIIB")
+#: bytes of the id, spans, trained ranges and one (0: all spans are), bytes per width, bytes of the domain, sources
+_HEADER = struct.Struct("<IIIBHH")
 
 
-def pack_text(id: str, text: EncodedText) -> npt.NDArray[np.uint8]:
+def pack_text(id: str, text: EncodedText, route: Route) -> npt.NDArray[np.uint8]:
     """Return what a row needs besides its tokens, as bytes.
 
     Example:
         >>> arrays = np.arange(3, dtype=np.int32), np.array([1, 3, 300], np.int32), np.array([[0, 300]], np.int32)
         >>> tokens = TokenizedText(*arrays, np.array([True, False, True]))
-        >>> packed = pack_text("a", EncodedText(tokens, tokens.input_ids))
-        >>> id, text = unpack_text(packed, tokens.input_ids, tokens.input_ids)
+        >>> packed = pack_text("a", EncodedText(tokens, tokens.input_ids), Route((0, 2), "math"))
+        >>> id, text, route = unpack_text(packed, tokens.input_ids, tokens.input_ids)
         >>> id, text.tokens.ends.tolist(), text.tokens.spans.tolist(), text.tokens.exact.tolist(), text.trained
         ('a', [1, 3, 300], [[0, 300]], [True, False, True], None)
+        >>> route
+        Route(sources=(0, 2), domain='math')
     """
-    tokens, name = text.tokens, id.encode()
+    tokens, name, domain = text.tokens, id.encode(), route.domain.encode()
     widths = np.diff(tokens.ends, prepend=np.int32(0))
     widths = widths.astype(np.min_scalar_type(int(widths.max(initial=0))))
     trained = np.empty((0, 2), np.int32) if text.trained is None else text.trained
     header = _HEADER.pack(
-        len(name), len(tokens.spans), 0 if text.trained is None else 1 + len(trained), widths.itemsize
+        *(len(name), len(tokens.spans), 0 if text.trained is None else 1 + len(trained), widths.itemsize),
+        *(len(domain), len(route.sources)),
     )
-    parts = (tokens.spans.astype("<i4"), trained.astype("<i4"), widths, np.packbits(tokens.exact))
-    return np.frombuffer(b"".join([header, name, *(part.tobytes() for part in parts)]), np.uint8)
+    numbers = np.array(route.sources, "<u2")
+    parts = (numbers, tokens.spans.astype("<i4"), trained.astype("<i4"), widths, np.packbits(tokens.exact))
+    return np.frombuffer(b"".join([header, name, domain, *(part.tobytes() for part in parts)]), np.uint8)
 
 
-def unpack_text(packed: npt.ArrayLike, input_ids: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[str, EncodedText]:
-    """Return the id of a text and the text as the target reads it; the inverse of :func:`pack_text`."""
+def unpack_text(
+    packed: npt.ArrayLike, input_ids: npt.ArrayLike, labels: npt.ArrayLike
+) -> tuple[str, EncodedText, Route]:
+    """Return the id of a text, the text as the target reads it, and its route; the inverse of :func:`pack_text`."""
     data = np.asarray(packed, np.uint8).tobytes()
     ids = np.asarray(input_ids, np.int32)
-    n_name, n_spans, n_trained, width = _HEADER.unpack_from(data)
+    n_name, n_spans, n_trained, width, n_domain, n_sources = _HEADER.unpack_from(data)
     place = _HEADER.size + n_name
     name = data[_HEADER.size : place].decode()
+    domain, place = data[place : place + n_domain].decode(), place + n_domain
 
     def take(count: int, dtype: str) -> npt.NDArray[Any]:
         nonlocal place
@@ -68,11 +76,12 @@ def unpack_text(packed: npt.ArrayLike, input_ids: npt.ArrayLike, labels: npt.Arr
         place += found.nbytes
         return found
 
+    route = Route(tuple(take(n_sources, "<u2").tolist()), domain)
     spans = take(2 * n_spans, "<i4").reshape(-1, 2)
     trained = take(2 * (n_trained - 1), "<i4").reshape(-1, 2) if n_trained else None
     ends = np.cumsum(take(len(ids), f"<u{width}"), dtype=np.int32)
     exact = np.unpackbits(take((len(ids) + 7) // 8, "u1"), count=len(ids)).astype(np.bool_)
-    return name, EncodedText(TokenizedText(ids, ends, spans, exact), np.asarray(labels, np.int32), trained)
+    return name, EncodedText(TokenizedText(ids, ends, spans, exact), np.asarray(labels, np.int32), trained), route
 
 
 @dataclass(frozen=True)
@@ -88,13 +97,14 @@ class TextFuser:
     stores: Sequence[Store]
 
     def fuse(
-        self, ids: Sequence[str], texts: Sequence[EncodedText], *, on_unusable: str = "raise"
+        self, ids: Sequence[str], texts: Sequence[EncodedText], routes: Sequence[Route], *, on_unusable: str = "raise"
     ) -> tuple[list[Fused], dict[int, AlignmentError], FusionReport]:
         """Fuse texts.
 
         Args:
             ids: of the texts, in the stores.
             texts: as the target reads them.
+            routes: which sources teach each of them; only their stores are read.
             on_unusable: ``raise``, or ``skip`` a text that a store was captured from another version of.
 
         Returns:
@@ -103,30 +113,40 @@ class TextFuser:
         Raises:
             AlignmentError: a store was captured from another text.
         """
-        records = [[store[id] for id in ids] for store in self.stores]
-        found, report = fuse_texts(
+        records = [
+            [store[id] if number in route.sources else None for id, route in zip(ids, routes, strict=True)]
+            for number, store in enumerate(self.stores)
+        ]
+        found, report = fuse_routed(
             self.plan,
             [text.tokens for text in texts],
             records,
             [text.trained for text in texts],
+            routes,
             on_unusable=on_unusable,
         )
         # A label that is not trained on (a masked end of turn) has no distribution either.
         trained = [np.append(text.labels[1:] != IGNORED, False)[: len(text.labels)] for text in texts]
-        empty = ~np.concatenate([np.empty(0, np.bool_), *trained])
-        found.ids[empty], found.logprobs[empty] = -1, -np.inf
+        supervised = np.concatenate([np.empty(0, np.bool_), *trained])
+        found.ids[~supervised], found.logprobs[~supervised] = -1, -np.inf
+        names = [source.name for source in self.plan.sources]
+        # Of a text that is left out no position is trained on.
+        used = np.repeat([b not in found.unusable for b in range(len(texts))], np.diff(found.offsets))
+        taught = taught_positions(found, supervised & used, names, [route.domain for route in routes])
+        report = replace(report, taught=taught)
         stops = found.offsets[1:-1]
         columns = (found.ids, found.logprobs, found.kept.astype(np.float16), found.source)
         parts = zip(*(np.split(column, stops) for column in columns), strict=True)
         return [Fused(*part) for part in parts][: len(texts)], dict(found.unusable), report
 
-    def compare(self, id: str, text: EncodedText) -> None:
-        """Compare a text with what the stores were captured from.
+    def compare(self, id: str, text: EncodedText, route: Route) -> None:
+        """Compare a text with what the stores of its route were captured from.
 
         Raises:
             AlignmentError: one was captured from another text.
         """
-        for source, store in zip(self.plan.sources, self.stores, strict=True):
+        for number in route.sources:
+            source, store = self.plan.sources[number], self.stores[number]
             try:
                 common_text(
                     _without_entries(id, store.text(id)),
@@ -145,7 +165,8 @@ class TextFuser:
         """
         named = [unpack_text(data, row["input_ids"], row["labels"]) for row, data in zip(rows, packed, strict=True)]
         try:
-            return self.fuse([id for id, _ in named], [text for _, text in named])[0]
+            ids, texts, routes = zip(*named, strict=True)
+            return self.fuse(ids, texts, routes)[0]
         except (AlignmentError, KeyError) as error:
             raise MismatchError(
                 f"{error}. The rows were prepared from other stores than these: prepare the dataset again."

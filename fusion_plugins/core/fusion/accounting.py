@@ -94,7 +94,9 @@ class FusionReport:
         positions: supervised positions of the target.
         fused_positions: positions with a fused distribution.
         chosen: source name -> texts for which it has the lowest cross-entropy; the first of equals.
-        sources: source name -> the counters of its projection.
+        sources: source name -> the counters of its projection, over the texts that it takes part in.
+        taught: domain -> source name (or that there are several, or none) -> positions that it teaches.
+        untaught: texts that no source takes part in.
     """
 
     texts: int = 0
@@ -102,6 +104,8 @@ class FusionReport:
     fused_positions: int = 0
     chosen: Mapping[str, int] = field(default_factory=dict)
     sources: Mapping[str, ProjectionReport] = field(default_factory=dict)
+    taught: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    untaught: int = 0
 
     def __add__(self, other: "FusionReport") -> "FusionReport":
         names = list(dict.fromkeys([*self.sources, *other.sources]))
@@ -112,4 +116,16 @@ class FusionReport:
             self.fused_positions + other.fused_positions,
             {name: self.chosen.get(name, 0) + other.chosen.get(name, 0) for name in names},
             {name: self.sources.get(name, nothing) + other.sources.get(name, nothing) for name in names},
+            _summed(self.taught, other.taught),
+            self.untaught + other.untaught,
         )
+
+
+def _summed(left: Mapping[str, Mapping[str, int]], right: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for domain in dict.fromkeys([*left, *right]):
+        parts = left.get(domain, {}), right.get(domain, {})
+        found[domain] = {
+            name: sum(part.get(name, 0) for part in parts) for name in dict.fromkeys([*parts[0], *parts[1]])
+        }
+    return found
