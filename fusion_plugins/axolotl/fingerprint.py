@@ -16,6 +16,7 @@ from typing import Any
 
 import fusion_plugins
 from fusion_plugins.axolotl.args import FusionBlock, SourceArgs
+from fusion_plugins.axolotl.fusion_losses import cuts_chunks
 from fusion_plugins.axolotl.guards import TYPES, registered_names
 from fusion_plugins.axolotl.prepared import remembered_store
 from fusion_plugins.errors import FusionError
@@ -23,7 +24,7 @@ from fusion_plugins.plugins import get_registry
 from fusion_plugins.store import open_store
 
 #: settings of the block that change the training but not the prepared rows
-_NOT_IN_ROWS = {"loss", "lm_loss_weight", "lm_loss_schedule", "loss_chunk", "temperature", "wrpo"}
+_NOT_IN_ROWS = {"loss", "loss_options", "lm_loss_weight", "lm_loss_schedule", "loss_chunk", "temperature", "wrpo"}
 #: settings that change only distributions, so not the rows that `prepared: stores` makes
 _NOT_IN_REFERENCES = {"rule", "rule_options", "metric", "top_k", "projection", "alignment"}
 #: Keys of the dataset entry for the stamp. Each kind of run keeps one of them (rl: dpo the second, others the first).
@@ -75,7 +76,7 @@ def content_hash(cfg: Any, block: FusionBlock, entry: Any, *, place: str = "") -
     own = {key: value for key, value in entry.items() if key not in _STAMPED}
     settings = {key: cfg[key] for key in cfg if key in _ROW_KEYS or str(key).startswith(_ROW_PREFIXES)}
     unused = _NOT_IN_ROWS | {"sources"} | (_NOT_IN_REFERENCES if block.prepared == "stores" else set())
-    parts = {
+    parts: dict[str, Any] = {
         "versions": [fusion_plugins.__version__, *map(version, _PACKAGES)],
         "place": place,
         "entry": own,
@@ -83,6 +84,8 @@ def content_hash(cfg: Any, block: FusionBlock, entry: Any, *, place: str = "") -
         "block": block.model_dump(mode="json", exclude=unused | {"reference"}),
         "sources": [_source(cfg, source) for source in block.sources],
     }
+    if cuts_chunks(block):
+        parts["chunks"] = True
     if block.reference is not None:
         parts["reference"] = block.reference.model_dump(exclude={"sources"}) | {
             "sources": [_source(cfg, source) for source in block.reference.sources]

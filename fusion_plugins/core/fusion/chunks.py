@@ -24,7 +24,7 @@ from fusion_plugins.core.fusion.align import text_boundaries
 from fusion_plugins.core.fusion.flat import Texts
 from fusion_plugins.core.jit import compiled
 from fusion_plugins.core.text.token_bytes import TokenBytes
-from fusion_plugins.errors import AlignmentError
+from fusion_plugins.errors import AlignmentError, ConfigError
 
 Logprobs = npt.NDArray[np.float64]
 
@@ -42,7 +42,6 @@ class ChunkReport:
         bytes: bytes of the trained tokens.
         chunk_bytes: those of them that are in a chunk.
         sampled: positions in chunks for which the sampler's log-probability is known.
-        other_tokens: texts that the sampler gave other tokens than the target's tokenizer does.
     """
 
     texts: int = 0
@@ -53,7 +52,6 @@ class ChunkReport:
     bytes: int = 0
     chunk_bytes: int = 0
     sampled: int = 0
-    other_tokens: int = 0
 
     def __add__(self, other: "ChunkReport") -> "ChunkReport":
         return ChunkReport(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -113,68 +111,66 @@ class ChunkSide:
 
 
 def common_chunks(
-    sides: Sequence[ChunkSide], weights: npt.ArrayLike, trained: BoolArray
+    sides: Sequence[ChunkSide], weights: Sequence[float], trained: BoolArray
 ) -> tuple[TextChunks, ChunkReport]:
     """Cut B texts where all sources and the target end a token, and say how probable the sources find each piece.
 
     Args:
         sides: S sources; the target's tokens are the same in all of them.
-        weights: (S,), or (S, B) for a weight per text: of the mixture ``sum_s w_s p_s(chunk)``. They are scaled to sum
-            to 1. A source with weight 0 in a text does not cut it either.
+        weights: S weights of the mixture ``sum_s w_s p_s(chunk)``, scaled to sum to 1. A source with weight 0 cuts
+            nothing either.
         trained: (N,) bool, whether the next token of a position is trained on. A chunk with a token that is not is
             left out.
 
     Returns:
         The chunks and their counters.
+
+    Raises:
+        ConfigError: not one weight per source, or weights that cannot be.
     """
-    target = sides[0].target
-    n_texts, sizes = len(target.starts) - 1, np.diff(target.starts)
-    weights = np.asarray(weights, np.float64)
-    weights = np.broadcast_to(weights[:, None] if weights.ndim == 1 else weights, (len(sides), n_texts))
-    matches = [_matches(side.source, side.target, *side.tokens) for side in sides]
-    # A source that takes no part in a text agrees with every end.
-    absent = [np.repeat(own == 0, sizes) for own in weights]
-    agreed = [
-        np.logical_and.reduce([(match[which][:, 0] >= 0) | out for match, out in zip(matches, absent, strict=True)])
-        for which in range(3)
+    numbers, shares = _shares(weights, len(sides))
+    target, used = sides[0].target, [sides[number] for number in numbers]
+    matches = [_matches(side.source, side.target, *side.tokens) for side in used]
+    begin, end, turn = (np.logical_and.reduce([match[at][:, 0] >= 0 for match in matches]) for at in range(3))
+    chunks = _cut(begin, end, turn, trained, target.starts)
+    said = [
+        _said(chunks, match, side.source, side.following, target, side.tokens)
+        for side, match in zip(used, matches, strict=True)
     ]
-    nobody = np.logical_and.reduce(absent)
-    chunks = _cut(*(found & ~nobody for found in agreed), trained, target.starts)
-    said = np.empty((len(sides), len(chunks)))
-    for place, (side, match) in enumerate(zip(sides, matches, strict=True)):
-        own = np.take(weights[place], chunks[:, 0]) > 0
-        logprobs = _said(chunks, *match, side.source, side.following, target, *side.tokens)
-        said[place] = np.where(own, logprobs, 0.0)
-    logprobs = _mixture(said, weights[:, chunks[:, 0]])
+    logprobs = _mixture(np.stack(said), shares)
     chunks, logprobs = chunks[~np.isnan(logprobs)], logprobs[~np.isnan(logprobs)]
-    taught = (weights > 0).sum(axis=0)
-    alone = np.where(taught == 1, (weights > 0).argmax(axis=0), -1).astype(np.int16)
-    place_of, of_chunk, bytes_of = _written(chunks, logprobs, target.ends)
-    in_chunk = place_of > 0
-    source = np.where(in_chunk, np.repeat(alone, sizes), np.int16(-1)).astype(np.int16)
-    widths = _next_bytes(target)
+    place, of_position, n_bytes = _written(chunks, logprobs, target.ends)
+    source = np.where(place > 0, numbers[0] if len(numbers) == 1 else -1, -1).astype(np.int16)
     report = ChunkReport(
-        texts=n_texts,
+        texts=len(target.starts) - 1,
         positions=int(trained.sum()),
-        chunk_positions=int(in_chunk.sum()),
+        chunk_positions=int((place > 0).sum()),
         chunks=len(chunks),
         single=int((chunks[:, 2] - chunks[:, 1] == 1).sum()),
-        bytes=int(widths[trained].sum()),
-        chunk_bytes=int(bytes_of),
+        bytes=int(_next_bytes(target)[trained].sum()),
+        chunk_bytes=int(n_bytes),
     )
-    return TextChunks(place_of, of_chunk, target.starts, source), report
+    return TextChunks(place, of_position, target.starts, source), report
 
 
-def _mixture(said: Logprobs, weights: Logprobs) -> Logprobs:
-    """Return (C,) ``log sum_s w_s p_s``, NaN where a source that has a weight says nothing."""
+def _shares(weights: Sequence[float], n_sources: int) -> tuple[list[int], Logprobs]:
+    """Return the numbers of the sources that have a weight, and their shares."""
+    given = np.asarray(weights, np.float64)
+    if given.shape != (n_sources,) or not (np.isfinite(given) & (given >= 0)).all() or not given.any():
+        raise ConfigError(
+            f"expected {n_sources} weights of sources, none below 0 and not all of them 0, got {given.tolist()}. Give "
+            "each source a weight."
+        )
+    numbers = np.flatnonzero(given)
+    return numbers.tolist(), given[numbers] / given.sum()
+
+
+def _mixture(said: Logprobs, shares: Logprobs) -> Logprobs:
+    """Return (C,) ``log sum_s w_s p_s`` of (S, C) log-probabilities; NaN where a source says nothing."""
     if len(said) == 1:
-        return said[0]
-    shares = weights / weights.sum(axis=0)
-    top = np.where(weights > 0, said, -np.inf).max(axis=0)
-    finite = np.where(np.isfinite(top), top, 0.0)
-    with np.errstate(divide="ignore"):
-        mixed = np.log((shares * np.exp(np.where(weights > 0, said, -np.inf) - finite)).sum(axis=0)) + finite
-    return np.where(np.isnan(np.where(weights > 0, said, 0.0)).any(axis=0), np.nan, mixed)
+        found: Logprobs = said[0]
+        return found
+    return np.asarray(np.logaddexp.reduce(said + np.log(shares)[:, None], axis=0), np.float64)
 
 
 def _next_bytes(target: Texts) -> IntArray:
@@ -295,8 +291,9 @@ def _cut(can_begin, can_end, can_turn, trained, starts):  # type: ignore[no-unty
 
 
 @compiled
-def _said(chunks, begins, ends, turns, source, following, target, s_tokens, t_tokens):  # type: ignore[no-untyped-def]
+def _said(chunks, matches, source, following, target, tokens):  # type: ignore[no-untyped-def]
     """Return (C,) float64: the source's log-probability of each chunk, NaN where it says nothing of these bytes."""
+    (begins, ends, turns), (s_tokens, t_tokens) = matches, tokens
     out = np.full(len(chunks), np.nan)
     for c in range(len(chunks)):
         b, first, stop, is_turn = chunks[c]

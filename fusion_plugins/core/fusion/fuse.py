@@ -1,9 +1,8 @@
 """Several projected distributions per position -> one fused distribution.
 
 ``min_ce`` takes, per text, the distributions of the source with the lowest cross-entropy; ``avg_ce`` mixes the sources;
-``token_min_ce`` chooses per position; ``fixed_weights`` mixes them without looking at the text. A cross-entropy array
-has the sources on its first axis and then as many of the axes of the positions as it distinguishes: (S,) per text,
-(S, B) per text of a batch, (S, T) or (S, B, T) per position.
+``token_min_ce`` chooses per position. A cross-entropy array has the sources on its first axis and then as many of the
+axes of the positions as it distinguishes: (S,) per text, (S, B) per text of a batch, (S, T) or (S, B, T) per position.
 
 References: FuseLLM (arXiv 2401.10491), section 3.3; the published AvgCE weights are ``softmax(exp(-CE))``, kept as
 ``compat="fusellm"``.
@@ -140,48 +139,7 @@ def avg_ce(
         compat: ``"fusellm"`` for the published weights.
     """
     costs = _per_position(distributions, cross_entropies)
-    return _mixture(distributions, avg_ce_weights(costs, temperature=temperature, compat=compat))
-
-
-@_by_position
-def fixed_weights(
-    distributions: Sequence[SparseDistributions],
-    cross_entropies: CrossEntropies,
-    *,
-    weights: Sequence[float] | None = None,
-) -> SparseDistributions:
-    """Mix the sources' probabilities, ``P = sum_s w_s P_s``, with the same weights everywhere.
-
-    No cross-entropy plays a part. So it suits texts of the target itself, on which a low cross-entropy only says that a
-    source would make the target's mistakes. A source without a distribution at a position takes no part there, as in
-    :func:`avg_ce`.
-
-    Args:
-        distributions: as in :func:`min_ce`.
-        cross_entropies: not used.
-        weights: one per source, in their order; equal ones if None.
-
-    Raises:
-        ConfigError: not one weight per source, or weights that cannot be.
-    """
-    given = source_weights(len(distributions), weights)
-    shape = distributions[0].ids.shape[:-1]
-    return _mixture(distributions, np.broadcast_to(given.reshape(-1, *(1 for _ in shape)), (len(given), *shape)))
-
-
-def source_weights(n_sources: int, weights: Sequence[float] | None) -> npt.NDArray[np.float64]:
-    """Return (S,) weights, scaled to sum to 1; raises ConfigError unless there is one per source, none below 0."""
-    given = np.ones(n_sources) if weights is None else np.asarray(weights, np.float64)
-    if given.shape != (n_sources,) or not (np.isfinite(given).all() and (given >= 0).all() and given.sum() > 0):
-        raise ConfigError(
-            f"weights: expected {n_sources} numbers of at least 0, one per source in their order, not all of them 0; "
-            f"got {weights!r}"
-        )
-    return given / given.sum()
-
-
-def _mixture(distributions: Sequence[SparseDistributions], weights: npt.NDArray[np.float64]) -> SparseDistributions:
-    """Mix with weights (S, ...), scaled to sum to 1 over the sources that have a distribution at a position."""
+    weights = avg_ce_weights(costs, temperature=temperature, compat=compat)
     weights = np.where(np.stack([d.present for d in distributions]), weights, 0.0)
     total = weights.sum(axis=0)
     weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
@@ -256,12 +214,7 @@ def truncate(distributions: SparseDistributions, width: int, *, renormalize: boo
     return SparseDistributions(ids, logprobs - log_held[..., None], leftover, kept, distributions.source)
 
 
-RULES: dict[str, FusionRule] = {
-    "min_ce": min_ce,
-    "avg_ce": avg_ce,
-    "token_min_ce": token_min_ce,
-    "fixed_weights": fixed_weights,
-}
+RULES: dict[str, FusionRule] = {"min_ce": min_ce, "avg_ce": avg_ce, "token_min_ce": token_min_ce}
 """Name -> rule(distributions, cross_entropies, **options)."""
 
 

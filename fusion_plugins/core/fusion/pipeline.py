@@ -196,7 +196,7 @@ def chunk_texts(
     labelled: Sequence[BoolArray],
     trained: Sequence[IntArray | None] | None = None,
     *,
-    weights: npt.ArrayLike,
+    weights: Sequence[float],
     on_unusable: str = "raise",
 ) -> tuple[TextChunks, ChunkReport]:
     """Cut B texts into minimal common chunks; see :mod:`fusion_plugins.core.fusion.chunks`.
@@ -209,7 +209,7 @@ def chunk_texts(
         records: per source, in the plan's order, its records of the B texts.
         labelled: per text, (T,) bool, whether the next token of a position is trained on.
         trained: as in :func:`fuse_texts`.
-        weights: of the sources, (S,) or (S, B).
+        weights: of the sources in the mixture.
         on_unusable: as in :func:`fuse_texts`.
 
     Raises:

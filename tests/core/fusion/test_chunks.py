@@ -10,7 +10,6 @@ from records import record_of
 
 from fusion_plugins.core.fusion.chunks import ChunkReport, ChunkSide, common_chunks
 from fusion_plugins.core.fusion.flat import Texts
-from fusion_plugins.core.fusion.fuse import source_weights
 from fusion_plugins.core.fusion.pipeline import FusionPlan, FusionSource, chunk_texts
 from fusion_plugins.core.fusion.project import Projector
 from fusion_plugins.core.fusion.vocabulary_map import map_vocabulary
@@ -278,23 +277,18 @@ def test_several_sources_are_mixed_over_the_chunks_that_all_have():
         assert said == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_source_without_weight_in_a_text_neither_cuts_nor_teaches_it():
+def test_a_source_without_weight_neither_cuts_nor_teaches():
     names = ["sentencepiece_bpe", "byte_level"]
     target, plan = chat("byte_level"), plan_of(names, "byte_level")
-    records = [[record(chat(name))] * 3 for name in names]
-    weights = np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5]])
-    found, report = chunk_texts(plan, [target] * 3, records, [after(target)] * 3, weights=weights)
-    parts = np.split(np.arange(len(found.place)), found.offsets[1:-1])
-    alone = [
-        chunk_texts(plan_of([name], "byte_level"), [target], [own[:1]], [after(target)], weights=[1.0])[0]
-        for name, own in zip(names, records, strict=True)
-    ]
-    for number in (0, 1):
-        assert found.place[parts[number]].tolist() == alone[number].place.tolist()
-        assert found.logprobs[parts[number]].tolist() == alone[number].logprobs.tolist()
-        assert set(found.source[parts[number]].tolist()) == {-1, number}
-    assert set(found.source[parts[2]].tolist()) == {-1}
-    assert report.texts == 3
+    records = [[record(chat(name))] for name in names]
+    for number, name in enumerate(names):
+        weights = [float(place == number) for place in range(2)]
+        found, report = chunk_texts(plan, [target], records, [after(target)], weights=weights)
+        own = chunk_texts(plan_of([name], "byte_level"), [target], [records[number]], [after(target)], weights=[1.0])
+        assert found.place.tolist() == own[0].place.tolist()
+        assert found.logprobs.tolist() == own[0].logprobs.tolist()
+        assert set(found.source.tolist()) == {-1, number}
+        assert report == own[1]
 
 
 def test_a_text_of_another_store_is_an_error_or_is_left_out():
@@ -310,8 +304,8 @@ def test_a_text_of_another_store_is_an_error_or_is_left_out():
     assert (report.texts, report.positions) == (1, int(after(target).sum()))
 
 
-@pytest.mark.parametrize("weights", [[1.0], [0.0, 0.0], [-1.0, 2.0], [np.nan, 1.0], "ab"])
+@pytest.mark.parametrize("weights", [[1.0], [0.0, 0.0], [-1.0, 2.0], [np.nan, 1.0], [np.inf, 1.0]])
 def test_weights_that_cannot_be_are_refused(weights):
-    with pytest.raises((ConfigError, ValueError)):
-        source_weights(2, weights)
-    assert source_weights(2, [3, 1]).tolist() == [0.75, 0.25]
+    side = ChunkSide(*[Texts.of([pieces([b"a"])])] * 2, np.zeros(3, np.float32), (small_table(SMALL).packed,) * 2)
+    with pytest.raises(ConfigError, match="expected 2 weights"):
+        common_chunks([side, side], weights, np.array([True, True, False]))

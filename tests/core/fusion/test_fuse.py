@@ -184,7 +184,7 @@ def test_any_function_of_the_same_form_is_a_rule():
 
 
 def test_wrong_input_is_refused_with_its_shape():
-    with pytest.raises(ConfigError, match="expected one of avg_ce, fixed_weights, min_ce, token_min_ce"):
+    with pytest.raises(ConfigError, match="expected one of avg_ce, min_ce, token_min_ce"):
         fuse([A, B], [1.0, 2.0], rule="maxce")
     with pytest.raises(ConfigError, match=r"got \(3,\)"):
         fuse([A, B], [1.0, 2.0, 3.0])
