@@ -19,17 +19,20 @@ from pydantic import Field, field_validator
 from fusion_plugins.core.fusion.record import build_record
 from fusion_plugins.core.fusion.types import TopK
 from fusion_plugins.core.key_set import KeySet
+from fusion_plugins.core.text.chat import generated_spans
 from fusion_plugins.core.text.model_rows import beyond_the_model
 from fusion_plugins.core.text.round_trip import text_changes
+from fusion_plugins.core.text.sampled import AnswerCounts, How, last_turns, tokenize_answer
 from fusion_plugins.core.text.token_table import TokenTable
-from fusion_plugins.core.text.tokenize import tokenize_content, tokenize_many
+from fusion_plugins.core.text.tokenize import chat_renderer, tokenize_chat, tokenize_many
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import ConfigError, DataError, SourceError, TokenizerError
-from fusion_plugins.inputs import InputSet, Text, Unusable, open_texts
+from fusion_plugins.inputs import InputSet, Selection, Text, Unusable, open_texts
 from fusion_plugins.progress import Meter, meter
 from fusion_plugins.sources.backends.base import Place, Refusal, Source, SourceSettings, least, open_source
 from fusion_plugins.sources.background import Background
 from fusion_plugins.sources.batches import LazyBatches, commit_batches, missing_batches, plan_batches
+from fusion_plugins.sources.context import ContextSettings
 from fusion_plugins.sources.fingerprints import revision_of
 from fusion_plugins.sources.loading import capture_tokenizer, chat_template_hash, embedding_rows
 from fusion_plugins.store import Manifest, StoreWriter
@@ -37,6 +40,7 @@ from fusion_plugins.store.files import FolderLock
 from fusion_plugins.store.manifest import MANIFEST_NAME
 from fusion_plugins.store.schema import RecordCodec
 from fusion_plugins.store.shards import read_keys
+from fusion_plugins.where import Where, checked_where
 
 #: what a dry run captures to measure speed and size: bytes in one round, of the first texts, in about this time
 PROBE_BYTES = 32_768
@@ -57,7 +61,19 @@ class CaptureConfig(SourceSettings):
         "unusable": "now on_unusable, with the values raise (was: stop) and skip",
     }
 
-    texts: str | list[str] = Field(description=".jsonl or .parquet files, or folders of them")
+    texts: str | list[str] = Field(
+        description=".jsonl or .parquet files, or folders of them, or folders of responses, whose answers are captured"
+    )
+    where: Where | None = Field(
+        None,
+        description="column -> a value, a list of values, or {min, max}: only rows that meet all conditions are "
+        "captured; verdict is correct, incorrect or unknown",
+    )
+    context: ContextSettings | None = Field(
+        None,
+        description="what this source reads before the answers in place of the texts' own messages: system, examples, "
+        "question",
+    )
     out: str = Field(description="folder of the store")
     top_k: int | Literal["all"] = Field(64, description="entries per position; all: the whole vocabulary")
     limit: int | None = Field(None, ge=1, description="capture only this many texts, from the start")
@@ -70,6 +86,21 @@ class CaptureConfig(SourceSettings):
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="arguments of the chat template, such as enable_thinking or a date"
     )
+
+    _check_where = field_validator("where")(checked_where)
+
+    @property
+    def selection(self) -> Selection:
+        """Which rows of the texts are read, and how."""
+        if self.context is None:
+            return Selection(self.where)
+        return Selection(self.where, self.context.applied, self.context.columns)
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """What decides, besides the chat template, how a chat is written."""
+        context = {} if self.context is None else {"context": self.context.model_dump(exclude_defaults=True)}
+        return {**self.chat_template_kwargs, **context}
 
     @field_validator("top_k")
     @classmethod
@@ -91,6 +122,7 @@ class CaptureReport:
         text_changes: what the tokenizer does to texts before it cuts them (NFC, a space before the text, ...).
         tokens: tokens captured by this run.
         seconds: time of the capture, without loading the model.
+        answers: how the answers among them became tokens.
     """
 
     out: Path
@@ -100,6 +132,7 @@ class CaptureReport:
     text_changes: tuple[str, ...]
     tokens: int
     seconds: float
+    answers: AnswerCounts = AnswerCounts()
 
 
 def capture_texts(config: CaptureConfig) -> CaptureReport:
@@ -111,7 +144,7 @@ def capture_texts(config: CaptureConfig) -> CaptureReport:
         SourceError: the model cannot be loaded or fails.
     """
     unusable: Unusable | None = None if config.on_unusable == "raise" else {}
-    texts = open_texts(config.texts, unusable=unusable)
+    texts = open_texts(config.texts, unusable=unusable, selection=config.selection)
     out = Path(config.out)
     with _opened(config, texts, out) as opened:
         skipped = _unusable(config, opened, islice(texts, config.limit), _held(out))
@@ -125,8 +158,9 @@ def capture_texts(config: CaptureConfig) -> CaptureReport:
             captured = store.manifest.rows - present
             if config.limit is None:
                 store.finish()
+    skipped = {**(unusable or {}), **skipped}
     return CaptureReport(
-        out, captured, present, {**(unusable or {}), **skipped}, opened.changes, progress.tokens, progress.seconds
+        out, captured, present, skipped, opened.changes, progress.tokens, progress.seconds, opened.tokenize.answers
     )
 
 
@@ -153,7 +187,7 @@ def estimate_capture(config: CaptureConfig) -> dict[str, float]:
         DataError, SourceError: as :func:`capture_texts`; or no text can be captured.
     """
     unusable: Unusable | None = None if config.on_unusable == "raise" else {}
-    texts = open_texts(config.texts, unusable=unusable)
+    texts = open_texts(config.texts, unusable=unusable, selection=config.selection)
     skipped = dict(unusable or {})
     total = texts.n_bytes if config.limit is None else sum(map(_n_bytes, islice(texts, config.limit)))
     first = list(islice(texts, min(config.limit or PROBE_TEXTS, PROBE_TEXTS)))
@@ -188,11 +222,54 @@ class _Opened:
     """
 
     source: Source
-    tokenize: Tokenize
+    tokenize: "_Tokenizer"
     manifest: Manifest
     table: TokenTable
     beyond: Beyond | None
     changes: tuple[str, ...]
+
+
+class _Tokenizer:
+    """Turns texts into the source's tokens.
+
+    Attributes:
+        answers: how the answers that were captured became tokens.
+    """
+
+    def __init__(self, config: CaptureConfig, tokenizer: Any, table: TokenTable) -> None:
+        self._config, self._tokenizer, self._table = config, tokenizer, table
+        self.answers = AnswerCounts()
+
+    def __call__(self, texts: Sequence[Text]) -> list[TokenizedText]:
+        """Return the tokens of texts and chats.
+
+        Raises:
+            DataError, TokenizerError: one of them cannot be tokenized.
+        """
+        return [tokens for tokens, _ in self._made(texts)]
+
+    def counted(self, texts: Sequence[Text]) -> list[TokenizedText]:
+        """Return the same, of texts that are captured now."""
+        made = list(self._made(texts))
+        for _, how in made:
+            if how is not None:
+                self.answers += AnswerCounts.of(how)
+        return [tokens for tokens, _ in made]
+
+    def _made(self, texts: Sequence[Text]) -> Iterator[tuple[TokenizedText, How | None]]:
+        plain = [text.content for text in texts if isinstance(text.content, str)]
+        of_plain = iter(tokenize_many(self._tokenizer, self._table, plain))
+        for text in texts:
+            yield (next(of_plain), None) if isinstance(text.content, str) else self._chat(text)
+
+    def _chat(self, text: Text) -> tuple[TokenizedText, How | None]:
+        messages: Any = text.content if text.read_as is None else text.read_as
+        chat = generated_spans(chat_renderer(self._tokenizer, text.tools, self._config.chat_template_kwargs), messages)
+        if text.answer is None:
+            return tokenize_chat(self._tokenizer, self._table, last_turns(chat, text.turns)), None
+        own = text.answer.model == self._config.model
+        tokens, _, how = tokenize_answer(self._tokenizer, self._table, chat, text.answer, own=own)
+        return tokens, how
 
 
 @contextmanager
@@ -204,18 +281,9 @@ def _opened(config: CaptureConfig, texts: InputSet[Text], out: Path) -> Iterator
     identity = _identity(config, texts, tokenizer, table)
     _check_folder(out, identity)
 
-    def tokenize(texts: Sequence[Text]) -> list[TokenizedText]:
-        options = config.chat_template_kwargs
-        plain = iter(tokenize_many(tokenizer, table, [text.content for text in texts if isinstance(text.content, str)]))
-        return [
-            next(plain)
-            if isinstance(text.content, str)
-            else tokenize_content(tokenizer, table, text.content, tools=text.tools, template_options=options)[0]
-            for text in texts
-        ]
-
+    tokenize = _Tokenizer(config, tokenizer, table)
     rows = embedding_rows(config)
-    beyond = None
+    beyond: Beyond | None = None
     if rows is not None and rows < table.vocab_size:
         beyond = partial(beyond_the_model, tokenizer, rows=rows)
         if config.on_unusable == "raise":
@@ -275,7 +343,7 @@ def _identity(config: CaptureConfig, texts: InputSet[Text], tokenizer: Any, tabl
         "vocab_size": size,
         "top_k": size if config.top_k == "all" else min(config.top_k, size),
         "texts_fingerprint": texts.fingerprint,
-        "template_hash": chat_template_hash(tokenizer, config.chat_template_kwargs) if texts.has_chats else None,
+        "template_hash": chat_template_hash(tokenizer, config.template_options) if texts.has_chats else None,
     }
 
 
@@ -301,8 +369,14 @@ def _manifest(config: CaptureConfig, identity: Mapping[str, Any], facts: Mapping
         dtype=" ".join([facts.pop("dtype"), *options]),
         engine=facts.pop("engine"),
         engine_version=facts.pop("engine_version"),
-        provenance={"source": config.source_name, "texts": config.texts, **facts},
+        provenance={"source": config.source_name, "texts": config.texts, **_asked(config), **facts},
     )
+
+
+def _asked(config: CaptureConfig) -> dict[str, Any]:
+    """Return what the notes of a store say about which rows were captured, and what the source read before them."""
+    context = None if config.context is None else config.context.model_dump(exclude_defaults=True)
+    return {key: value for key, value in (("where", config.where), ("context", context)) if value}
 
 
 def _unusable(config: CaptureConfig, opened: _Opened, texts: Iterable[Text], held: KeySet) -> dict[str, str]:
@@ -383,7 +457,7 @@ class _Job:
         waiting: dict[Place, TokenizedText] = {}
 
         def tokenize(number: int, batch: Sequence[Text]) -> list[TokenizedText]:
-            tokenized = self.opened.tokenize(batch)
+            tokenized = self.opened.tokenize.counted(batch)
             waiting.update({(number, index): tokens for index, tokens in enumerate(tokenized)})
             return tokenized
 

@@ -151,19 +151,23 @@ class TransformersSource:
             ids.to(self._model.device),
             attention_mask=mask.to(self._model.device),
             generation_config=config,
-            logits_processor=_processors(sampling, seeds),
+            logits_processor=LogitsProcessorList([drawn := _Drawn(), *_processors(sampling, seeds)]),
             tokenizer=self.tokenizer if sampling.stop else None,
         )
         generated = output[:, width:].tolist()
+        logprobs = drawn.logprobs(output[:, -1]).tolist()
         return [
-            self._response(prompt, tokens, sampling.stop) for tokens, prompt in zip(generated, prompts, strict=True)
+            self._response(prompt, tokens, own, sampling.stop)
+            for prompt, tokens, own in zip(prompts, generated, logprobs, strict=True)
         ]
 
-    def _response(self, prompt: list[int], tokens: list[int], stop: tuple[str, ...]) -> Response | Refusal:
+    def _response(
+        self, prompt: list[int], tokens: list[int], logprobs: list[float], stop: tuple[str, ...]
+    ) -> Response | Refusal:
         # Responses that end before the longest of their group are padded. The end token itself was generated.
         end = next((position for position, token in enumerate(tokens) if token in self._stop_ids), len(tokens))
-        n_tokens = min(end + 1, len(tokens))
-        return local_response(self.tokenizer, prompt, tokens[:end], stop, ended=end < len(tokens), n_tokens=n_tokens)
+        given = {"generated": tokens[: end + 1], "logprobs": logprobs[: end + 1]}
+        return local_response(self.tokenizer, prompt, tokens[:end], stop, ended=end < len(tokens), **given)
 
 
 def topk_of_logits(
@@ -242,6 +246,31 @@ class _OnItsWay:
             floats = rows[:, k:].view(np.float32)
             yield with_last_position(rows[:, :k], floats[:, :k], floats[:, k])
             start += length
+
+
+class _Drawn(LogitsProcessor):
+    """Keeps how probable the model itself finds each token that is drawn; the first processor, which changes nothing.
+
+    A step learns from the next one what was drawn. To keep the logits of all steps would take gigabytes.
+    """
+
+    def __init__(self) -> None:
+        self._before: torch.Tensor | None = None
+        self._found: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self._take(input_ids[:, -1])
+        self._before = torch.log_softmax(scores.float(), dim=-1)
+        return scores
+
+    def logprobs(self, last: torch.Tensor) -> torch.Tensor:
+        """Return (B, T) log-probabilities of all T drawn tokens; ``last`` are the (B,) last ones."""
+        self._take(last)
+        return torch.stack(self._found, dim=1)
+
+    def _take(self, drawn: torch.Tensor) -> None:
+        if self._before is not None:
+            self._found.append(self._before.gather(-1, drawn[:, None].to(self._before.device))[:, 0])
 
 
 class _SeededNoise(LogitsProcessor):

@@ -145,6 +145,7 @@ class VllmSource:
                 yield index, output
                 continue
             answer = output.outputs[0]
+            of_drawn = zip(answer.logprobs, answer.token_ids, strict=True)
             if answer.finish_reason not in ("stop", "length"):
                 raise SourceError(
                     f"source {self._name!r}: expected vLLM to end a response with 'stop' or 'length', got "
@@ -158,7 +159,8 @@ class VllmSource:
                     answer.token_ids,
                     requests[index].sampling.stop,
                     ended=answer.finish_reason == "stop",
-                    n_tokens=len(answer.token_ids),
+                    generated=answer.token_ids,
+                    logprobs=[place[token].logprob for place, token in of_drawn],
                 ),
             )
 
@@ -207,6 +209,7 @@ def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
         repetition_penalty=sampling.repetition_penalty,
         max_tokens=sampling.max_tokens,
         stop=list(sampling.stop) or None,
+        logprobs=0,  # of the drawn tokens alone
         detokenize=bool(sampling.stop),  # only to find the stop strings
         seed=seed,
     )
