@@ -9,7 +9,7 @@ of the fact that it stopped at a length limit, where it did.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,13 @@ def is_response_folder(path: str | Path) -> bool:
         return False
     manifest = load_manifest(Path(path))
     return isinstance(manifest, RowManifest) and manifest.columns.keys() >= set(_NEEDED)
+
+
+def json_columns(path: str | Path) -> tuple[str, ...]:
+    """Return which columns of the files of a folder of responses hold JSON text; none for another path."""
+    if not is_response_folder(path):
+        return ()
+    return tuple(name for name, kind in RowManifest.load(Path(path)).columns.items() if kind == "json")
 
 
 def response_rows(folder: str | Path) -> Iterator[tuple[str, Row]]:
@@ -125,3 +132,8 @@ def is_response(row: Mapping[str, Any]) -> bool:
     other = row.get("text") is not None or row.get("messages") is not None
     answered = row.get("response") is not None or row.get("tool_calls") is not None
     return not other and row.get("prompt") is not None and answered
+
+
+def is_table_of_responses(columns: Collection[str]) -> bool:
+    """Return whether the rows of a table with these columns are responses."""
+    return {"prompt", "response"} <= {*columns} and not {"text", "messages"} & {*columns}

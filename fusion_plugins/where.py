@@ -83,8 +83,7 @@ def selected(where: Where | None, columns: Mapping[str, Sequence[Any]], count: i
         name = _STORED_AS.get(column, column)
         known: dict[Any, bool] = {}
         for place, value in enumerate(columns[name]):
-            key = value if isinstance(value, str | int | float | bool | None) else repr(value)
-            key = type(value), key
+            key = type(value), value if isinstance(value, str | int | float | bool | None) else repr(value)
             if key not in known:
                 known[key] = _meets(condition, value_of(column, {name: value}))
             found[place] &= known[key]

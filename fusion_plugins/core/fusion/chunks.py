@@ -14,12 +14,13 @@ Letters: B texts, N tokens of the target in all of them, C chunks, S sources.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from fusion_plugins.core.arrays import BoolArray, FloatArray, IntArray
+from fusion_plugins.core.fusion.accounting import ChunkReport
 from fusion_plugins.core.fusion.align import text_boundaries
 from fusion_plugins.core.fusion.flat import Texts
 from fusion_plugins.core.jit import compiled
@@ -27,50 +28,6 @@ from fusion_plugins.core.text.token_bytes import TokenBytes
 from fusion_plugins.errors import AlignmentError, ConfigError
 
 Logprobs = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class ChunkReport:
-    """Counters of the chunks of whole texts; two reports add up.
-
-    Attributes:
-        texts: texts that were cut into chunks.
-        positions: trained positions of the target.
-        chunk_positions: those of them that are in a chunk.
-        chunks: chunks.
-        single: chunks of one token of the target.
-        bytes: bytes of the trained tokens.
-        chunk_bytes: those of them that are in a chunk.
-        sampled: positions in chunks for which the sampler's log-probability is known.
-    """
-
-    texts: int = 0
-    positions: int = 0
-    chunk_positions: int = 0
-    chunks: int = 0
-    single: int = 0
-    bytes: int = 0
-    chunk_bytes: int = 0
-    sampled: int = 0
-
-    def __add__(self, other: "ChunkReport") -> "ChunkReport":
-        return ChunkReport(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def shares(self) -> dict[str, float]:
-        """Return what says how fine the chunks are; NaN where there is nothing to say.
-
-        ``coverage`` is the share of the trained positions in a chunk, ``tokens_per_chunk`` a mean, ``one_token_chunks``
-        the share of the positions in chunks that are a chunk of their own, ``bytes_without_common_end`` the share of
-        the trained bytes that no chunk has, ``sampled`` the share of the positions in chunks with a known
-        log-probability of the sampler.
-        """
-        return {
-            "coverage": _share(self.chunk_positions, self.positions),
-            "tokens_per_chunk": _share(self.chunk_positions, self.chunks),
-            "one_token_chunks": _share(self.single, self.chunk_positions),
-            "bytes_without_common_end": _share(self.bytes - self.chunk_bytes, self.bytes),
-            "sampled": _share(self.sampled, self.chunk_positions),
-        }
 
 
 @dataclass(frozen=True)
@@ -178,10 +135,6 @@ def _next_bytes(target: Texts) -> IntArray:
     widths = np.append(np.diff(target.ends), 0)
     widths[target.starts[1:] - 1] = 0
     return np.asarray(widths, np.int32)
-
-
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else float("nan")
 
 
 @compiled

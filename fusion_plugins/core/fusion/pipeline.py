@@ -49,11 +49,19 @@ class FusionSource:
         name: as in the configuration and in reports.
         projector: rewrites its distributions over the target's vocabulary.
         align: finds its position for each position of the target.
+        weight: in a mixture by fixed weights.
+        weights: domain -> weight there, where it is another one.
     """
 
     name: str
     projector: Projector
     align: TextAligner = align_texts
+    weight: float = 1.0
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    def weight_in(self, domain: str) -> float:
+        """Return the weight of the source in a domain."""
+        return self.weights.get(domain, self.weight)
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ class FusionPlan:
         metric: cross-entropy of a record by which the rule ranks the sources of one text; see :data:`METRICS`.
         width: entries per fused distribution.
         label_fallback: put probability 1 on the label where no source has a distribution.
+        rules: domain -> rule and its options, for texts of domains with a rule of their own.
     """
 
     sources: tuple[FusionSource, ...]
@@ -75,6 +84,11 @@ class FusionPlan:
     metric: Callable[[Record], float] = METRICS["byte"]
     width: int = 10
     label_fallback: bool = False
+    rules: Mapping[str, tuple[FusionRule, Mapping[str, Any]]] = field(default_factory=dict)
+
+    def rule_of(self, domain: str) -> tuple[FusionRule, Mapping[str, Any]]:
+        """Return the rule of the texts of a domain, and its options."""
+        return self.rules.get(domain, (self.rule, self.rule_options))
 
     def __post_init__(self) -> None:
         if not self.sources:

@@ -171,7 +171,7 @@ class TransformersSource:
     ) -> Response | Refusal:
         # Responses that end before the longest of their group are padded. The end token itself was generated.
         end = next((position for position, token in enumerate(tokens) if token in self._stop_ids), len(tokens))
-        given = {"generated": tokens[: end + 1], "logprobs": logprobs[: end + 1]}
+        given: dict[str, Any] = {"generated": tokens[: end + 1], "logprobs": logprobs[: end + 1]}
         return local_response(self.tokenizer, prompt, tokens[:end], stop, ended=end < len(tokens), **given)
 
 
