@@ -22,6 +22,7 @@ from fusion_plugins.where import Where, checked_where
 FOR_SOURCES = frozenset(
     {
         *("on_missing_text", "prepared", "alignment", "projection", "rule", "rule_options", "metric", "top_k", "loss"),
+        "loss_options",
         *("lm_loss_weight", "lm_loss_schedule", "temperature", "loss_chunk"),
         *("where", "on_no_source", "own_source", "rule_by_domain", "weights_from"),
     }
@@ -421,7 +422,16 @@ class FusionBlock(BlockSettings):
     top_k: int | None = Field(
         default=None, ge=1, description="entries kept per fused distribution; none for as many as the stores hold"
     )
-    loss: str = Field(default="ce", description="ce, kl, reverse_kl, jsd, or a registered loss")
+    loss: str = Field(
+        default="ce",
+        description="ce, kl, reverse_kl, jsd, advantage (for the target's own answers), or a registered loss",
+    )
+    loss_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="keyword arguments of the loss. jsd: beta (0.5), from 0, forward KL, to 1, reverse KL. advantage: "
+        "clip (10), the largest advantage in nats, and ratio_clip (0.2), how far the importance ratio may be from 1, "
+        "null for a ratio of 1",
+    )
     lm_loss_weight: float = Field(
         default=0.9, ge=0, le=1, description="weight of the language-model loss; the fusion loss has the rest"
     )

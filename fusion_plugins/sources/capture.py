@@ -29,6 +29,7 @@ from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import ConfigError, DataError, SourceError, TokenizerError
 from fusion_plugins.inputs import InputSet, Selection, Text, Unusable, open_texts
 from fusion_plugins.progress import Meter, meter
+from fusion_plugins.sources.asked import Asked, require_answers
 from fusion_plugins.sources.backends.base import Place, Refusal, Source, SourceSettings, least, open_source
 from fusion_plugins.sources.background import Background
 from fusion_plugins.sources.batches import LazyBatches, commit_batches, missing_batches, plan_batches
@@ -77,6 +78,11 @@ class CaptureConfig(SourceSettings):
     )
     out: str = Field(description="folder of the store")
     top_k: int | Literal["all"] = Field(64, description="entries per position; all: the whole vocabulary")
+    ask_ids: str | None = Field(
+        None,
+        description="store of the target model, captured from the same texts: the source is asked for the target's own "
+        "top k too, where these are tokens of the source; as many entries per position are added",
+    )
     limit: int | None = Field(None, ge=1, description="capture only this many texts, from the start")
     shard: Shard | None = Field(
         None, description="capture only part i of n of the texts, such as 2/3; `fusion store merge` joins the parts"
@@ -229,6 +235,7 @@ class _Opened:
     Attributes:
         beyond: says which of the token ids of a text the model has no row for; None where it has one for all.
         changes: what the tokenizer does to texts.
+        top_k: how many of the most probable entries the source is asked for; a store that holds others too has more.
     """
 
     source: Source
@@ -237,6 +244,7 @@ class _Opened:
     table: TokenTable
     beyond: Beyond | None
     changes: tuple[str, ...]
+    top_k: int
 
 
 class _Tokenizer:
@@ -246,8 +254,8 @@ class _Tokenizer:
         answers: how the answers that were captured became tokens.
     """
 
-    def __init__(self, config: CaptureConfig, tokenizer: Any, table: TokenTable) -> None:
-        self._config, self._tokenizer, self._table = config, tokenizer, table
+    def __init__(self, config: CaptureConfig, tokenizer: Any, table: TokenTable, asked: Asked | None) -> None:
+        self._config, self._tokenizer, self._table, self._asked = config, tokenizer, table, asked
         self.answers = AnswerCounts()
 
     def __call__(self, texts: Sequence[Text]) -> list[TokenizedText]:
@@ -259,12 +267,13 @@ class _Tokenizer:
         return [tokens for tokens, _ in self._made(texts)]
 
     def counted(self, texts: Sequence[Text]) -> list[TokenizedText]:
-        """Return the same, of texts that are captured now."""
+        """Return the same, of texts that are captured now, with the ids that are asked for."""
         made = list(self._made(texts))
         for _, how in made:
             if how is not None:
                 self.answers += AnswerCounts.of(how)
-        return [tokens for tokens, _ in made]
+        tokenized = [tokens for tokens, _ in made]
+        return tokenized if self._asked is None else self._asked.of_texts(texts, tokenized)
 
     def _made(self, texts: Sequence[Text]) -> Iterator[tuple[TokenizedText, How | None]]:
         plain = [text.content for text in texts if isinstance(text.content, str)]
@@ -288,11 +297,15 @@ def _opened(config: CaptureConfig, texts: InputSet[Text], out: Path) -> Iterator
     tokenizer = capture_tokenizer(config)
     table = TokenTable.from_tokenizer(tokenizer)
     changes = text_changes(tokenizer, table.spell).known
+    asked = None if config.ask_ids is None else Asked.of(config.ask_ids, table, config.backend)
     identity = _identity(config, texts, tokenizer, table)
+    top_k: int = identity["top_k"]
+    if asked is not None:
+        identity["top_k"] = min(identity["top_k"] + asked.width, table.vocab_size)
     _check_folder(out, identity)
     require_part(out, config.shard)
 
-    tokenize = _Tokenizer(config, tokenizer, table)
+    tokenize = _Tokenizer(config, tokenizer, table, asked)
     rows = embedding_rows(config)
     beyond: Beyond | None = None
     if rows is not None and rows < table.vocab_size:
@@ -305,7 +318,12 @@ def _opened(config: CaptureConfig, texts: InputSet[Text], out: Path) -> Iterator
                     _require(text, problem)
     source = open_source(config, "capture")
     try:
-        yield _Opened(source, tokenize, _manifest(config, identity, source.facts), table, beyond, changes)
+        facts = dict(source.facts)
+        if asked is not None:
+            require_answers(source, config.source_name)
+            # Beside the dtype, with what else changes the numbers.
+            facts["options"] = {**facts.get("options", {}), "ask_ids": asked.store.manifest.identity_digest[:16]}
+        yield _Opened(source, tokenize, _manifest(config, identity, facts), table, beyond, changes, top_k)
     finally:
         source.close()
 
@@ -334,6 +352,13 @@ def _probe(
             # A text that is longer than the budget would be a round of its own.
             waiting = [text for text in waiting if text.n_bytes <= budget]
     return n_bytes, n_tokens, speed
+
+
+def _first_entries(topk: TopK, width: int) -> TopK:
+    """Return the first entries; those that were asked for may be more than the vocabulary has tokens."""
+    if topk.ids.shape[1] <= width:
+        return topk
+    return TopK(topk.ids[:, :width], topk.logprobs[:, :width], topk.token_logprobs)
 
 
 def _n_bytes(text: Text) -> int:
@@ -489,7 +514,7 @@ class _Job:
                     yield (number, index), None
                 else:
                     progress.advance(text.n_bytes, len(tokens.input_ids))
-                    yield (number, index), (tokens, topk)
+                    yield (number, index), (tokens, _first_entries(topk, self.store.manifest.top_k))
 
         def commit(batch: Sequence[Text], answers: Mapping[int, Answer]) -> None:
             writing.submit(partial(self._write, batch, answers))
@@ -521,7 +546,7 @@ class _Job:
         return present, ready, total, count
 
     def _asked(self, batches: LazyBatches[Text, TokenizedText]) -> Iterator[tuple[Place, TopK | Refusal]]:
-        return self.opened.source.capture(batches, self.store.manifest.top_k) if len(batches) else iter(())
+        return self.opened.source.capture(batches, self.opened.top_k) if len(batches) else iter(())
 
     def _refuse(self, text: Text, reason: str) -> None:
         if self.config.on_unusable == "raise":
