@@ -54,7 +54,7 @@ from fusion_plugins.store.packed import warm_up as warm_up_store
 LOG = get_logger(__name__)
 COUNTERS, REASON, NAME, ID = "fusion_counters", "fusion_reason", "fusion_name", "fusion_id"
 _TOKENS = {"input_ids": Value("int32"), "attention_mask": Value("int8"), "labels": Value("int32")}
-#: with `prepared: stores`, texts that are fused for the report
+#: texts of which all sources are projected for the report
 REPORTED = 1000
 #: rows per call; bounds the memory of a worker
 BATCH = 32
@@ -109,8 +109,7 @@ class FusedStrategy(DatasetWrappingStrategy):
         )
         fuser = TextFuser(make_plan(self._block, stores, target, count), stores)
         by_reference = self._block.prepared == "stores"
-        # Where the rows are fused anew while training, a part of them is enough for the report.
-        step = -(-len(dataset) // REPORTED) if by_reference else 1
+        step = -(-len(dataset) // REPORTED)
         make = _Prepare(self._reader, fuser, self._block.on_unusable == "raise", by_reference, step)
         rows = dataset.map(
             make,
@@ -133,7 +132,7 @@ class FusedStrategy(DatasetWrappingStrategy):
             rows = rows.select([place for place, reason in enumerate(reasons) if not reason])
         too_long = _longer_than(rows, self._sequence_len)
         if step > 1:
-            LOG.info(f"fusion: the report counts {report.texts} of {len(rows)} texts; all are fused while training")
+            LOG.info(_counted_part(by_reference, report.texts, len(rows), step))
         show_report(report, too_long, self._sequence_len, left_out)
         contents = {source.store: store_content(self._cfg, source.store) for source in self._block.sources}
         content = report_content(report, too_long, left_out, [asdict(each) for each in missing])
@@ -253,6 +252,15 @@ def _longer_than(rows: Any, length: int) -> int:
     return sum(int((pc.list_value_length(part["input_ids"]).to_numpy() > length).sum()) for part in parts)
 
 
+def _counted_part(by_reference: bool, counted: int, total: int, step: int) -> str:
+    if by_reference:
+        return f"fusion: the report counts {counted} of {total} texts; all are fused while training"
+    return (
+        f"fusion: the figures of each source are of one text in {step} where the rule takes one source per text; all "
+        "others are of all texts"
+    )
+
+
 class _Prepare:
     """What runs in each worker: a batch of rows in, columns out.
 
@@ -261,16 +269,17 @@ class _Prepare:
         fuser: fuses texts.
         strict: a text that differs from that of a store is an error.
         by_reference: rows get the reference to their text in place of its fused distributions.
-        step: every how many-th text is fused, and counted in the report; the others are only compared.
+        step: every how many-th text is counted in the report. With references, the others are only compared; without,
+            only the source that is taken is projected.
     """
 
     def __init__(self, reader: _Reader, fuser: TextFuser, strict: bool, by_reference: bool, step: int) -> None:
         self._reader, self._fuser, self._strict = reader, fuser, strict
         self._by_reference, self._step = by_reference, step
-        ids = "int16" if reader.target.table.vocab_size <= np.iinfo(np.int16).max else "int32"
+        self._ids = "int16" if reader.target.table.vocab_size <= np.iinfo(np.int16).max else "int32"
         own = {FUSED_TEXT: "uint8"}
         if not by_reference:
-            own = {FUSED_IDS: ids, FUSED_LOGPROBS: LOGPROB_TYPE, FUSED_KEPT: "float16", FUSED_SOURCE: "int16"}
+            own = {FUSED_IDS: self._ids, FUSED_LOGPROBS: LOGPROB_TYPE, FUSED_KEPT: "float16", FUSED_SOURCE: "int16"}
         self._types = _TOKENS | {name: Value(kind) for name, kind in own.items()}
 
     @property
@@ -289,12 +298,17 @@ class _Prepare:
             except DataError as error:
                 reasons[number] = str(error)
         counted = [number for number in texts if places[number] % self._step == 0]
+        chosen = counted if self._by_reference else list(texts)
         ids = [str(row[ID]) for row in rows]
         fused, unusable, report = self._fuser.fuse(
-            [ids[number] for number in counted], [texts[number] for number in counted], on_unusable="skip"
+            [ids[number] for number in chosen],
+            [texts[number] for number in chosen],
+            counted=[places[number] % self._step == 0 for number in chosen],
+            on_unusable="skip",
+            types=(self._ids, LOGPROB_TYPE),
         )
-        errors = {counted[place]: error for place, error in unusable.items()}
-        for number in texts.keys() - set(counted):
+        errors = {chosen[place]: error for place, error in unusable.items()}
+        for number in texts.keys() - set(chosen):
             try:
                 self._fuser.compare(ids[number], texts[number])
             except AlignmentError as error:
@@ -303,7 +317,7 @@ class _Prepare:
             first = min(errors)
             raise MismatchError(f"{rows[first][NAME]}: {errors[first]}") from errors[first]
         reasons |= {number: str(error) for number, error in errors.items()}
-        distributions = dict(zip(counted, fused, strict=True))
+        distributions = dict(zip(chosen, fused, strict=True))
         made = [
             dict.fromkeys(self._types, ())
             if number in reasons
@@ -311,8 +325,7 @@ class _Prepare:
             for number in range(len(rows))
         ]
         columns: dict[str, list[Any]] = {
-            name: [np.asarray(row[name]).astype(kind.dtype).ravel() for row in made]
-            for name, kind in self._types.items()
+            name: [np.asarray(row[name], kind.dtype).ravel() for row in made] for name, kind in self._types.items()
         }
         columns[REASON] = [reasons.get(number, "") for number in range(len(rows))]
         # One report per batch, on its first row: a string per row would be larger than the distributions.

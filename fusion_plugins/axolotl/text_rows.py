@@ -6,7 +6,7 @@ fuse them when a batch is made. Another rule, map or width then needs no new pre
 """
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,13 +21,16 @@ from fusion_plugins.axolotl.target_tokenizer import IGNORED, EncodedText, Target
 from fusion_plugins.core.fusion.accounting import FusionReport
 from fusion_plugins.core.fusion.common_text import common_text
 from fusion_plugins.core.fusion.counts import AlignmentCounts
+from fusion_plugins.core.fusion.fuse import min_ce_choice
 from fusion_plugins.core.fusion.pipeline import FusionPlan, fuse_texts, warm_up
-from fusion_plugins.core.fusion.types import Record, TopK
+from fusion_plugins.core.fusion.types import AnyRecord, Record, TopK
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, MismatchError
 from fusion_plugins.store import Store, open_store
 from fusion_plugins.store.packed import warm_up as warm_up_store
 
+#: most tokens of texts that are fused together, unless one alone has more
+GROUP_TOKENS = 4096
 #: bytes of the id, spans, trained ranges and one (0: all spans are), bytes per width
 _HEADER = struct.Struct("<IIIB")
 
@@ -88,14 +91,23 @@ class TextFuser:
     stores: Sequence[Store]
 
     def fuse(
-        self, ids: Sequence[str], texts: Sequence[EncodedText], *, on_unusable: str = "raise"
+        self,
+        ids: Sequence[str],
+        texts: Sequence[EncodedText],
+        *,
+        counted: Sequence[bool] | None = None,
+        on_unusable: str = "raise",
+        types: tuple[npt.DTypeLike, npt.DTypeLike] = (np.int32, np.float32),
     ) -> tuple[list[Fused], dict[int, AlignmentError], FusionReport]:
         """Fuse texts.
 
         Args:
             ids: of the texts, in the stores.
             texts: as the target reads them.
+            counted: texts of which all sources are counted in the report; all by default. Of the others, only what is
+                needed is read and projected.
             on_unusable: ``raise``, or ``skip`` a text that a store was captured from another version of.
+            types: of the ids and the log-probabilities that are returned.
 
         Returns:
             The distributions, empty where nothing is trained on; number of a skipped text -> why; and the counters.
@@ -103,22 +115,39 @@ class TextFuser:
         Raises:
             AlignmentError: a store was captured from another text.
         """
-        records = [[store[id] for id in ids] for store in self.stores]
-        found, report = fuse_texts(
-            self.plan,
-            [text.tokens for text in texts],
-            records,
-            [text.trained for text in texts],
-            on_unusable=on_unusable,
-        )
-        # A label that is not trained on (a masked end of turn) has no distribution either.
-        trained = [np.append(text.labels[1:] != IGNORED, False)[: len(text.labels)] for text in texts]
-        empty = ~np.concatenate([np.empty(0, np.bool_), *trained])
-        found.ids[empty], found.logprobs[empty] = -1, -np.inf
-        stops = found.offsets[1:-1]
-        columns = (found.ids, found.logprobs, found.kept.astype(np.float16), found.source)
-        parts = zip(*(np.split(column, stops) for column in columns), strict=True)
-        return [Fused(*part) for part in parts][: len(texts)], dict(found.unusable), report
+        count = [True] * len(ids) if counted is None else list(counted)
+        fused: list[Fused] = []
+        unusable: dict[int, AlignmentError] = {}
+        report = FusionReport()
+        for first, stop in _groups([len(text.labels) for text in texts]):
+            own = slice(first, stop)
+            found, part = fuse_texts(
+                self.plan,
+                [text.tokens for text in texts[own]],
+                list(zip(*map(self._records, ids[own], count[own]), strict=True)),
+                [text.trained for text in texts[own]],
+                counted=count[own],
+                on_unusable=on_unusable,
+            )
+            # A label that is not trained on (a masked end of turn) has no distribution either.
+            empty = ~np.concatenate(
+                [np.append(text.labels[1:] != IGNORED, [False])[: len(text.labels)] for text in texts[own]]
+            )
+            found.ids[empty], found.logprobs[empty] = -1, -np.inf
+            numbers = found.ids.astype(types[0], copy=False), found.logprobs.astype(types[1], copy=False)
+            columns = (*numbers, found.kept.astype(np.float16), found.source)
+            fused += [Fused(*each) for each in zip(*(np.split(c, found.offsets[1:-1]) for c in columns), strict=True)]
+            unusable |= {first + number: error for number, error in found.unusable.items()}
+            report = report + part
+        return fused, unusable, report
+
+    def _records(self, id: str, counted: bool) -> list[AnyRecord]:
+        """Return what each source says about a text; of those that will not be chosen, if that is known, their text."""
+        if counted or not self.plan.chooses_by_text or len(self.stores) == 1:
+            return [store[id] for store in self.stores]
+        # Where sources have read different parts of the text they are measured anew, and another one may be chosen.
+        best = min_ce_choice([self.plan.metric(store.cross_entropies(id)) for store in self.stores])
+        return [store[id] if s == best else store.lazy(id) for s, store in enumerate(self.stores)]
 
     def compare(self, id: str, text: EncodedText) -> None:
         """Compare a text with what the stores were captured from.
@@ -145,11 +174,24 @@ class TextFuser:
         """
         named = [unpack_text(data, row["input_ids"], row["labels"]) for row, data in zip(rows, packed, strict=True)]
         try:
-            return self.fuse([id for id, _ in named], [text for _, text in named])[0]
+            ids, texts = [id for id, _ in named], [text for _, text in named]
+            return self.fuse(ids, texts, counted=[False] * len(ids))[0]
         except (AlignmentError, KeyError) as error:
             raise MismatchError(
                 f"{error}. The rows were prepared from other stores than these: prepare the dataset again."
             ) from error
+
+
+def _groups(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Cut texts into groups of some thousand tokens, so that their arrays stay in the processor's cache."""
+    first, tokens = 0, 0
+    for number, length in enumerate(lengths):
+        if tokens and tokens + length > GROUP_TOKENS:
+            yield first, number
+            first, tokens = number, 0
+        tokens += length
+    if first < len(lengths):
+        yield first, len(lengths)
 
 
 def _without_entries(id: str, text: TokenizedText) -> Record:

@@ -94,7 +94,8 @@ class FusionReport:
         positions: supervised positions of the target.
         fused_positions: positions with a fused distribution.
         chosen: source name -> texts for which it has the lowest cross-entropy; the first of equals.
-        sources: source name -> the counters of its projection.
+        sources: source name -> the counters of its projection, of all texts or of a part of them: ``positions`` there
+            says of how many positions.
     """
 
     texts: int = 0
@@ -104,7 +105,7 @@ class FusionReport:
     sources: Mapping[str, ProjectionReport] = field(default_factory=dict)
 
     def __add__(self, other: "FusionReport") -> "FusionReport":
-        names = list(dict.fromkeys([*self.sources, *other.sources]))
+        names = list(dict.fromkeys([*self.chosen, *self.sources, *other.chosen, *other.sources]))
         nothing = ProjectionReport()
         return FusionReport(
             self.texts + other.texts,
