@@ -22,12 +22,13 @@ from fusion_plugins.where import Where, checked_where
 FOR_SOURCES = frozenset(
     {
         *("on_missing_text", "prepared", "alignment", "projection", "rule", "rule_options", "metric", "top_k", "loss"),
+        "loss_options",
         *("lm_loss_weight", "lm_loss_schedule", "temperature", "loss_chunk"),
         *("where", "on_no_source", "own_source", "rule_by_domain", "weights_from"),
     }
 )
 #: keys of the block that say which scored responses are used
-FOR_RESPONSES = frozenset({"pairs", "sft", "split", "keep_truncated", "wrpo", "reference"})
+FOR_RESPONSES = frozenset({"pairs", "sft", "split", "keep_truncated", "leave_out_sources", "wrpo", "reference"})
 
 
 class BlockSettings(Settings):
@@ -421,7 +422,16 @@ class FusionBlock(BlockSettings):
     top_k: int | None = Field(
         default=None, ge=1, description="entries kept per fused distribution; none for as many as the stores hold"
     )
-    loss: str = Field(default="ce", description="ce, kl, reverse_kl, jsd, or a registered loss")
+    loss: str = Field(
+        default="ce",
+        description="ce, kl, reverse_kl, jsd, advantage (for the target's own answers), or a registered loss",
+    )
+    loss_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="keyword arguments of the loss. jsd: beta (0.5), from 0, forward KL, to 1, reverse KL. advantage: "
+        "clip (10), the largest advantage in nats, and ratio_clip (0.2), how far the importance ratio may be from 1, "
+        "null for a ratio of 1",
+    )
     lm_loss_weight: float = Field(
         default=0.9, ge=0, le=1, description="weight of the language-model loss; the fusion loss has the rest"
     )
@@ -445,6 +455,11 @@ class FusionBlock(BlockSettings):
     sft: SftArgs | None = Field(default=None, description="rule of the best answer; that of FuseChat-3.0 if absent")
     keep_truncated: bool = Field(
         default=False, description="use responses that stopped only at the length limit (finish_reason length)"
+    )
+    leave_out_sources: list[str] = Field(
+        default_factory=list,
+        description="sources of scored responses that are not trained on, such as those that `fusion doctor` finds to "
+        "be worse than the target",
     )
     split: SplitArgs | None = Field(default=None, description="division of the prompts between SFT and DPO")
     wrpo: WRPOArgs | None = Field(

@@ -16,6 +16,7 @@ from typing import Any
 
 import fusion_plugins
 from fusion_plugins.axolotl.args import FusionBlock, SourceArgs
+from fusion_plugins.axolotl.fusion_losses import cuts_chunks
 from fusion_plugins.axolotl.guards import TYPES, registered_names
 from fusion_plugins.axolotl.prepared import remembered_store
 from fusion_plugins.errors import FusionError
@@ -23,7 +24,7 @@ from fusion_plugins.plugins import get_registry
 from fusion_plugins.store import open_rows, open_store
 
 #: settings of the block that change the training but not the prepared rows
-_NOT_IN_ROWS = {"loss", "lm_loss_weight", "lm_loss_schedule", "loss_chunk", "temperature", "wrpo"}
+_NOT_IN_ROWS = {"loss", "loss_options", "lm_loss_weight", "lm_loss_schedule", "loss_chunk", "temperature", "wrpo"}
 #: settings that change only distributions, so not the rows that `prepared: stores` makes
 _NOT_IN_REFERENCES = {"rule", "rule_options", "rule_by_domain", "metric", "top_k", "projection", "alignment"}
 #: the same of a source
@@ -90,6 +91,8 @@ def content_hash(cfg: Any, block: FusionBlock, entry: Any, *, place: str = "") -
             for source in block.sources
         ],
     }
+    if cuts_chunks(block):
+        parts["chunks"] = True
     if block.weights_from is not None and block.prepared == "rows":
         parts["weights_from"] = rows_content(block.weights_from)
     if block.reference is not None:

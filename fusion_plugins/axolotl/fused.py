@@ -25,17 +25,22 @@ from datasets import Dataset, Features, List, Value
 from fusion_plugins.axolotl.args import FusionBlock
 from fusion_plugins.axolotl.chat_rows import Content, RowReader
 from fusion_plugins.axolotl.collator import (
-    COLUMNS,
+    CHUNK_LOGPROB,
+    CHUNK_PLACE,
+    FILLS,
     FUSED_IDS,
     FUSED_KEPT,
     FUSED_LOGPROBS,
     FUSED_SOURCE,
     FUSED_TEXT,
     LOGPROB_TYPE,
+    SAMPLED_LOGPROB,
     Fused,
+    TokenChunks,
 )
 from fusion_plugins.axolotl.counting import Row, count_alignments, rows_of
 from fusion_plugins.axolotl.fingerprint import store_content
+from fusion_plugins.axolotl.fusion_losses import cuts_chunks
 from fusion_plugins.axolotl.guards import FUSED, require_plugin
 from fusion_plugins.axolotl.plan import make_plan
 from fusion_plugins.axolotl.preference_rows import Unusable, leave_out
@@ -115,7 +120,7 @@ class FusedStrategy(DatasetWrappingStrategy):
             process_count=process_count,
             strict=self._block.on_unusable == "raise",
         )
-        fuser = TextFuser(make_plan(self._block, stores, target, count), stores)
+        fuser = TextFuser(make_plan(self._block, stores, target, count), stores, cuts_chunks(self._block))
         by_reference = self._block.prepared == "stores"
         # Where the rows are fused anew while training, a part of them is enough for the report.
         step = -(-len(dataset) // REPORTED) if by_reference else 1
@@ -267,7 +272,10 @@ class _Reader:
                 "expected at least one supervised token, got none: the turns are empty, or roles_to_train, "
                 "message_field_training or the like leave them all out. Leave the row out."
             )
-        return found
+        ids, logprobs = row.get("token_ids"), row.get("token_logprobs")
+        if content.answer is None or ids is None or logprobs is None:
+            return found
+        return found.with_sampled(ids, logprobs)
 
     def tokens(self, row: Row) -> tuple[str, TokenizedText] | None:
         """Return the id of a row and its tokens; None for a row that cannot be used."""
@@ -308,9 +316,13 @@ class _Prepare:
         self._reader, self._fuser, self._routes, self._strict = reader, fuser, routes, strict
         self._by_reference, self._step = by_reference, step
         ids = "int16" if reader.target.table.vocab_size <= np.iinfo(np.int16).max else "int32"
-        own = {FUSED_TEXT: "uint8"}
-        if not by_reference:
-            own = {FUSED_IDS: ids, FUSED_LOGPROBS: LOGPROB_TYPE, FUSED_KEPT: "float16", FUSED_SOURCE: "int16"}
+        own = {FUSED_IDS: ids, FUSED_LOGPROBS: LOGPROB_TYPE, FUSED_KEPT: "float16", FUSED_SOURCE: "int16"}
+        if fuser.chunks:
+            # Not in fewer bits: an advantage is the difference of two log-probabilities.
+            own = {CHUNK_PLACE: "int32", CHUNK_LOGPROB: "float32", SAMPLED_LOGPROB: "float32", FUSED_SOURCE: "int16"}
+        if by_reference:
+            # The sampler's log-probabilities are in no store.
+            own = {FUSED_TEXT: "uint8"} | ({SAMPLED_LOGPROB: "float32"} if fuser.chunks else {})
         self._types = _TOKENS | {name: Value(kind) for name, kind in own.items()}
 
     @property
@@ -346,7 +358,7 @@ class _Prepare:
             first = min(errors)
             raise MismatchError(f"{rows[first][NAME]}: {errors[first]}") from errors[first]
         reasons |= {number: str(error) for number, error in errors.items()}
-        distributions = dict(zip(counted, fused, strict=True))
+        distributions: dict[int, Fused | TokenChunks] = dict(zip(counted, fused, strict=True))
         made = [
             dict.fromkeys(self._types, ())
             if number in reasons
@@ -363,13 +375,16 @@ class _Prepare:
         columns[COUNTERS] = [json.dumps(asdict(report)), *[""] * (len(rows) - 1)]
         return columns
 
-    def _columns(self, id: str, text: EncodedText, route: Route, fused: Fused | None) -> dict[str, Any]:
-        own: Any = (
-            {FUSED_TEXT: pack_text(id, text, route)} if self._by_reference else zip(COLUMNS, fused or (), strict=False)
-        )
+    def _columns(self, id: str, text: EncodedText, route: Route, fused: Fused | TokenChunks | None) -> dict[str, Any]:
+        own: dict[str, Any] = {FUSED_TEXT: pack_text(id, text, route)}
+        if self._by_reference and self._fuser.chunks:
+            unknown = np.full(len(text.labels), np.nan, np.float32)
+            own[SAMPLED_LOGPROB] = unknown if text.sampled is None else text.sampled
+        elif fused is not None and not self._by_reference:
+            own = dict(zip(FILLS[type(fused)], fused, strict=True))
         return {
             "input_ids": text.tokens.input_ids,
             "attention_mask": np.ones(len(text.labels), np.int8),
             "labels": text.labels,
-            **dict(own),
+            **own,
         }

@@ -20,6 +20,7 @@ from fusion_plugins.axolotl.args import (
     fusion_block,
 )
 from fusion_plugins.axolotl.dataset_keys import problems_of, problems_of_scored
+from fusion_plugins.axolotl.fusion_losses import problems_of_fusion_loss
 from fusion_plugins.axolotl.losses import OWN_TRAINERS, PAIR_TRAINERS, problems_of_losses
 from fusion_plugins.axolotl.prepared import remembered_store
 from fusion_plugins.core.fusion.vocabulary_map import COUNTED
@@ -93,6 +94,7 @@ def check_config(cfg: Any) -> FusionBlock:
         _rows(cfg),
         _settings(cfg, block),
         _losses(cfg, block),
+        problems_of_fusion_loss(block) if block.sources else (),
         _other_trainers(cfg, block),
     )
     problems = [problem for part in parts for problem in part]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fusion_plugins.axolotl.supervision import DEFAULT, Supervision
-from fusion_plugins.core.arrays import IntArray
+from fusion_plugins.core.arrays import FloatArray, IntArray
 from fusion_plugins.core.fusion.record import supervised_bytes
 from fusion_plugins.core.text.chat import generated_spans
 from fusion_plugins.core.text.messages import as_messages
@@ -33,12 +33,35 @@ class EncodedText:
         labels: (T,) int32 token ids, :data:`IGNORED` where nothing is supervised.
         trained: (R, 2) int32 byte ranges of the assistant's turns that are trained on; None for all spans.
         how: how a sampled answer became tokens; None for other texts.
+        sampled: (T,) float32 log-probability that the sampler gave the next token, nats; NaN where that is unknown, and
+            None where nothing is known.
     """
 
     tokens: TokenizedText
     labels: IntArray
     trained: IntArray | None = None
     how: How | None = None
+    sampled: FloatArray | None = None
+
+    def with_sampled(self, ids: Sequence[int], logprobs: Sequence[float]) -> "EncodedText":
+        """Return the text with the sampler's log-probabilities, if its tokens are those that were drawn.
+
+        The token that ends the turn may be another one: the template decides about it.
+
+        Args:
+            ids: tokens that were drawn, those of the last turn.
+            logprobs: their log-probabilities, nats.
+        """
+        places = np.flatnonzero(self.labels != IGNORED)
+        if not places.size or places[0] == 0:
+            return self
+        first, size = int(places[0]), min(int(places[-1]) + 1 - int(places[0]), len(ids), len(logprobs))
+        same = self.tokens.input_ids[first : first + size] == np.asarray(ids[:size])
+        if not size or not same[:-1].all():
+            return self
+        sampled = np.full(len(self.labels), np.nan, np.float32)
+        sampled[first - 1 : first - 1 + size] = np.where(same, np.asarray(logprobs[:size], np.float32), np.nan)
+        return replace(self, sampled=sampled)
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,18 @@ import numpy as np
 import numpy.typing as npt
 
 from fusion_plugins.axolotl.args import FusionBlock
-from fusion_plugins.axolotl.collator import Fused
+from fusion_plugins.axolotl.collator import SAMPLED_LOGPROB, Fused, TokenChunks
+from fusion_plugins.axolotl.fusion_losses import cuts_chunks
 from fusion_plugins.axolotl.plan import make_plan
 from fusion_plugins.axolotl.target_tokenizer import IGNORED, EncodedText, TargetTokenizer
+from fusion_plugins.core.arrays import BoolArray
 from fusion_plugins.core.fusion.accounting import FusionReport
+from fusion_plugins.core.fusion.chunk_routing import as_taught, cut_routed
 from fusion_plugins.core.fusion.common_text import common_text
 from fusion_plugins.core.fusion.counts import AlignmentCounts
 from fusion_plugins.core.fusion.pipeline import FusionPlan, warm_up
 from fusion_plugins.core.fusion.routing import Route, fuse_routed, taught_positions
-from fusion_plugins.core.fusion.types import Record, TopK
+from fusion_plugins.core.fusion.types import FusedTexts, Record, TopK
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, MismatchError
 from fusion_plugins.store import Store, open_store
@@ -91,15 +94,17 @@ class TextFuser:
     Attributes:
         plan: core's plan.
         stores: one per source, in the order of the plan.
+        chunks: the loss is one of chunks: texts are cut into them, and nothing is fused.
     """
 
     plan: FusionPlan
     stores: Sequence[Store]
+    chunks: bool = False
 
     def fuse(
         self, ids: Sequence[str], texts: Sequence[EncodedText], routes: Sequence[Route], *, on_unusable: str = "raise"
-    ) -> tuple[list[Fused], dict[int, AlignmentError], FusionReport]:
-        """Fuse texts.
+    ) -> tuple[list[Fused] | list[TokenChunks], dict[int, AlignmentError], FusionReport]:
+        """Fuse texts, or cut them into chunks.
 
         Args:
             ids: of the texts, in the stores.
@@ -108,7 +113,8 @@ class TextFuser:
             on_unusable: ``raise``, or ``skip`` a text that a store was captured from another version of.
 
         Returns:
-            The distributions, empty where nothing is trained on; number of a skipped text -> why; and the counters.
+            The distributions or chunks, empty where nothing is trained on; number of a skipped text -> why; and the
+            counters.
 
         Raises:
             AlignmentError: a store was captured from another text.
@@ -117,6 +123,10 @@ class TextFuser:
             [store[id] if number in route.sources else None for id, route in zip(ids, routes, strict=True)]
             for number, store in enumerate(self.stores)
         ]
+        # A label that is not trained on (a masked end of turn) has no distribution either.
+        trained = [np.append(text.labels[1:] != IGNORED, False)[: len(text.labels)] for text in texts]
+        if self.chunks:
+            return self._cut(texts, records, trained, routes, on_unusable)
         found, report = fuse_routed(
             self.plan,
             [text.tokens for text in texts],
@@ -125,19 +135,55 @@ class TextFuser:
             routes,
             on_unusable=on_unusable,
         )
-        # A label that is not trained on (a masked end of turn) has no distribution either.
-        trained = [np.append(text.labels[1:] != IGNORED, False)[: len(text.labels)] for text in texts]
         supervised = np.concatenate([np.empty(0, np.bool_), *trained])
         found.ids[~supervised], found.logprobs[~supervised] = -1, -np.inf
-        names = [source.name for source in self.plan.sources]
-        # Of a text that is left out no position is trained on.
-        used = np.repeat([b not in found.unusable for b in range(len(texts))], np.diff(found.offsets))
-        taught = taught_positions(found, supervised & used, names, [route.domain for route in routes])
-        report = replace(report, taught=taught)
+        report = replace(report, taught=self._taught(found, supervised, routes))
         stops = found.offsets[1:-1]
         columns = (found.ids, found.logprobs, found.kept.astype(np.float16), found.source)
         parts = zip(*(np.split(column, stops) for column in columns), strict=True)
         return [Fused(*part) for part in parts][: len(texts)], dict(found.unusable), report
+
+    def _taught(self, found: FusedTexts, supervised: BoolArray, routes: Sequence[Route]) -> dict[str, dict[str, int]]:
+        names = [source.name for source in self.plan.sources]
+        # Of a text that is left out no position is trained on.
+        used = np.repeat([b not in found.unusable for b in range(len(routes))], np.diff(found.offsets))
+        return taught_positions(found, supervised & used, names, [route.domain for route in routes])
+
+    def _cut(
+        self,
+        texts: Sequence[EncodedText],
+        records: Sequence[Sequence[Record | None]],
+        labelled: Sequence[BoolArray],
+        routes: Sequence[Route],
+        on_unusable: str,
+    ) -> tuple[list[TokenChunks], dict[int, AlignmentError], FusionReport]:
+        found, counted = cut_routed(
+            self.plan,
+            [text.tokens for text in texts],
+            records,
+            labelled,
+            [text.trained for text in texts],
+            routes,
+            on_unusable=on_unusable,
+        )
+        sampled = [
+            np.full(len(text.labels), np.nan, np.float32) if text.sampled is None else text.sampled for text in texts
+        ]
+        known = int((np.isfinite(np.concatenate([np.empty(0), *sampled])) & (found.place > 0)).sum())
+        counted = replace(counted, sampled=known)
+        supervised = np.concatenate([np.empty(0, np.bool_), *labelled])
+        report = FusionReport(
+            texts=counted.texts,
+            positions=counted.positions,
+            fused_positions=counted.chunk_positions,
+            taught=self._taught(replace(as_taught(found), unusable=found.unusable), supervised, routes),
+            untaught=sum(not route.sources for route in routes),
+            chunks=counted,
+        )
+        columns = (np.split(column, found.offsets[1:-1]) for column in (found.place, found.logprobs, found.source))
+        rows = zip(*columns, strict=True)
+        made = [TokenChunks(place, said, own, by) for (place, said, by), own in zip(rows, sampled, strict=False)]
+        return made, dict(found.unusable), report
 
     def compare(self, id: str, text: EncodedText, route: Route) -> None:
         """Compare a text with what the stores of its route were captured from.
@@ -157,8 +203,10 @@ class TextFuser:
             except AlignmentError as error:
                 raise AlignmentError(f"source {source.name!r}: {error}") from error
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]], packed: Sequence[npt.ArrayLike]) -> list[Fused]:
-        """Return the distributions of prepared rows.
+    def __call__(
+        self, rows: Sequence[Mapping[str, Any]], packed: Sequence[npt.ArrayLike]
+    ) -> list[Fused] | list[TokenChunks]:
+        """Return the distributions or chunks of prepared rows.
 
         Raises:
             MismatchError: a store has changed since the rows were prepared.
@@ -166,11 +214,17 @@ class TextFuser:
         named = [unpack_text(data, row["input_ids"], row["labels"]) for row, data in zip(rows, packed, strict=True)]
         try:
             ids, texts, routes = zip(*named, strict=True)
+            if self.chunks:
+                texts = tuple(map(_with_sampled, texts, rows))
             return self.fuse(ids, texts, routes)[0]
         except (AlignmentError, KeyError) as error:
             raise MismatchError(
                 f"{error}. The rows were prepared from other stores than these: prepare the dataset again."
             ) from error
+
+
+def _with_sampled(text: EncodedText, row: Mapping[str, Any]) -> EncodedText:
+    return replace(text, sampled=np.asarray(row[SAMPLED_LOGPROB], np.float32))
 
 
 def _without_entries(id: str, text: TokenizedText) -> Record:
@@ -196,7 +250,8 @@ def _text_fuser(tokenizer: Any, block_json: str) -> TextFuser:
     stores = [open_store(source.store) for source in block.sources]
     warm_up()
     warm_up_store()
-    return TextFuser(make_plan(block, stores, TargetTokenizer.of(tokenizer, {}), _no_counts), stores)
+    plan = make_plan(block, stores, TargetTokenizer.of(tokenizer, {}), _no_counts)
+    return TextFuser(plan, stores, cuts_chunks(block))
 
 
 def _no_counts(stores: list[Store]) -> list[AlignmentCounts]:

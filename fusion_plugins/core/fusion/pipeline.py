@@ -15,8 +15,9 @@ import numpy.typing as npt
 from fusion_plugins.core.arrays import BoolArray, FloatArray, IntArray
 from fusion_plugins.core.fusion.accounting import FusionReport, ProjectionReport
 from fusion_plugins.core.fusion.align import TextAligner, align_by_tokens, align_dtw, align_many, align_texts
+from fusion_plugins.core.fusion.chunks import ChunkReport, ChunkSide, TextChunks, common_chunks
 from fusion_plugins.core.fusion.common_text import common_texts, comparable, narrowed
-from fusion_plugins.core.fusion.flat import Entries, Texts
+from fusion_plugins.core.fusion.flat import Entries, Texts, joined
 from fusion_plugins.core.fusion.fuse import (
     FusionRule,
     avg_ce,
@@ -202,6 +203,64 @@ def fuse_texts(
     ), report
 
 
+def chunk_texts(
+    plan: FusionPlan,
+    targets: Sequence[TokenizedText],
+    records: Sequence[Sequence[Record]],
+    labelled: Sequence[BoolArray],
+    trained: Sequence[IntArray | None] | None = None,
+    *,
+    weights: Sequence[float],
+    on_unusable: str = "raise",
+) -> tuple[TextChunks, ChunkReport]:
+    """Cut B texts into minimal common chunks; see :mod:`fusion_plugins.core.fusion.chunks`.
+
+    Nothing is aligned but ends of tokens, and nothing is projected: of the plan only the sources count.
+
+    Args:
+        plan: the sources.
+        targets: B texts in the target's tokens.
+        records: per source, in the plan's order, its records of the B texts.
+        labelled: per text, (T,) bool, whether the next token of a position is trained on.
+        trained: as in :func:`fuse_texts`.
+        weights: of the sources in the mixture.
+        on_unusable: as in :func:`fuse_texts`.
+
+    Raises:
+        MismatchError, AlignmentError, ConfigError: as in :func:`fuse_texts`.
+    """
+    if on_unusable not in ("raise", "skip"):
+        raise ConfigError(f"on_unusable: expected 'raise' or 'skip', got {on_unusable!r}")
+    _check_records(plan, targets, records)
+    if not targets:
+        none, zeros = np.empty(0, np.int32), np.empty(0, np.float32)
+        return TextChunks(none, zeros, np.zeros(1, np.int64), none.astype(np.int16)), ChunkReport()
+    wanted = Texts.of(targets)
+    sides, unusable = _common_sides(plan, wanted, targets, records)
+    if trained is not None:
+        sides = [side.narrowed(trained) for side in sides]
+    if unusable and on_unusable == "raise":
+        raise unusable[min(unusable)]
+    wanted_positions = np.concatenate(labelled)
+    if unusable:
+        sides = [side.narrowed([_NO_RANGES if b in unusable else None for b in range(len(targets))]) for side in sides]
+        wanted_positions &= np.repeat([b not in unusable for b in range(len(targets))], np.diff(wanted.starts))
+    chunks, report = common_chunks(
+        [
+            ChunkSide(
+                side.source,
+                side.target,
+                joined([record.topk.token_logprobs for record in side.records], np.float32),
+                (source.projector.source_bytes, source.projector.target_bytes),
+            )
+            for source, side in zip(plan.sources, sides, strict=True)
+        ],
+        weights,
+        wanted_positions,
+    )
+    return replace(chunks, unusable=unusable), replace(report, texts=len(targets) - len(unusable))
+
+
 @dataclass(frozen=True)
 class _Side:
     """One source's records of B texts, and the part of the texts that it has in common with the target.
@@ -375,4 +434,6 @@ def warm_up() -> None:
     align_texts(target, target).ranges()
     for rule, align in ((avg_ce, dtw), (token_min_ce, align_texts)):
         source = FusionSource("a", projector, align)
-        fuse_text(FusionPlan((source, source), rule=rule), target, [record, record])
+        plan = FusionPlan((source, source), rule=rule)
+        fuse_text(plan, target, [record, record])
+    chunk_texts(plan, [target], [[record], [record]], [np.ones(3, np.bool_)], weights=[0.5, 0.5])

@@ -75,7 +75,7 @@ def fuse_routed(
         groups.setdefault(route, []).append(b)
     every = tuple(range(len(plan.sources)))
     if len(groups) == 1 and routes[0].sources == every:  # nothing is to be put together
-        whole = [_records(plan, records, number, range(len(targets))) for number in every]
+        whole = [records_of_route(plan, records, number, range(len(targets))) for number in every]
         return fuse_texts(routed_plan(plan, routes[0]), targets, whole, trained, on_unusable=on_unusable)
     starts = starts_of([text.input_ids for text in targets])
     found = _Joined(plan.width, starts)
@@ -88,7 +88,7 @@ def fuse_routed(
         fused, counted = fuse_texts(
             routed_plan(plan, route),
             own,
-            [_records(plan, records, number, members) for number in route.sources],
+            [records_of_route(plan, records, number, members) for number in route.sources],
             [trained[b] for b in members],
             on_unusable=on_unusable,
         )
@@ -156,9 +156,10 @@ class _Joined:
         return FusedTexts(*parts, unusable=self._unusable)
 
 
-def _records(
+def records_of_route(
     plan: FusionPlan, records: Sequence[Sequence[Record | None]], number: int, members: Sequence[int]
 ) -> list[Record]:
+    """Return the records of a source of some texts; raises MismatchError where one is missing."""
     found = []
     for b in members:
         record = records[number][b]

@@ -186,6 +186,9 @@ class Source(Protocol):
         facts: what the manifest records. Required: engine, engine_version, dtype. Optional: logits_width, revision,
             options (settings that change numbers), seeded (False if the server ignores seeds); other keys are kept as
             notes.
+
+    A source whose attribute ``asks_ids`` is true also says what it gives the ids that an
+    :class:`~fusion_plugins.core.fusion.asked.AskedText` asks for, among its entries.
     """
 
     tokenizer: Any
