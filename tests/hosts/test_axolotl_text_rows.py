@@ -17,6 +17,7 @@ from fusion_plugins.axolotl.collator import FusionCollator
 from fusion_plugins.axolotl.guards import check_ready
 from fusion_plugins.axolotl.target_tokenizer import EncodedText
 from fusion_plugins.axolotl.text_rows import pack_text, text_fuser, unpack_text
+from fusion_plugins.core.fusion.routing import Route
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import ConfigError, FusionError, MismatchError, StoreError
 
@@ -204,10 +205,11 @@ def test_a_packed_text_comes_back(trained, widths, id):
         np.arange(n) % 3 != 1,
     )
     text = EncodedText(tokens, tokens.input_ids + 1, trained)
-    packed = pack_text(id, text)
+    route = Route(tuple(range(n % 5)) + (300,), "数学" * (n % 3))
+    packed = pack_text(id, text, route)
     for form in (packed, packed.tolist(), packed.astype(np.int64)):
-        got, found = unpack_text(form, tokens.input_ids.tolist(), text.labels.astype(np.int64))
-        assert got == id
+        got, found, same = unpack_text(form, tokens.input_ids.tolist(), text.labels.astype(np.int64))
+        assert (got, same) == (id, route)
         for name in vars(tokens):
             np.testing.assert_array_equal(getattr(found.tokens, name), getattr(tokens, name))
             assert getattr(found.tokens, name).dtype == getattr(tokens, name).dtype
