@@ -175,6 +175,9 @@ def _make_data(lab: Lab, work: Any) -> None:
     # By halves, so that pieces of one file are not on both sides.
     middle = len(docs["heldout"]) // 2
     docs["validation"], docs["heldout"] = docs["heldout"][:middle], docs["heldout"][middle:]
+    # No more than is used, from all over the files: every source reads all of the common rows.
+    docs["validation"] = _spread(docs["validation"], settings["validation_problems"])
+    docs["common"] = _spread(docs["common"], max(settings["amounts"].values()))
     digest = hashlib.sha256()
     for split in SEEDS:
         rows = [{"id": f"docs-{split}-{n}", "domain": "docs", "text": text} for n, text in enumerate(docs[split])]
@@ -186,6 +189,11 @@ def _make_data(lab: Lab, work: Any) -> None:
         digest.update(lab.data(split).read_bytes())
     work.record("data", sha256=digest.hexdigest(), **{split: len(docs[split]) for split in docs})
     work.record("versions", **versions())
+
+
+def _spread(texts: list[str], count: int) -> list[str]:
+    """Return ``count`` of the texts, evenly spread; all where there are no more."""
+    return [texts[n * len(texts) // count] for n in range(count)] if len(texts) > count else texts
 
 
 def _texts(chunks: list[str], limit: int) -> list[str]:

@@ -1,6 +1,6 @@
 """FuseLLM against training without it: a target continued on a corpus, measured along the way.
 
-A run saves ten checkpoints. Validation chooses one (early stopping); the held-out split is looked at only there.
+A run saves checkpoints. Validation chooses one (early stopping); the held-out split is looked at only there.
 """
 
 import json
@@ -16,7 +16,7 @@ from fusion_lab.world import DOMAINS, SOURCES, Lab, Stage
 __all__ = ["config", "needs", "run", "tidy", "with_plugin", "write_corpus"]
 
 #: checkpoints per run
-POINTS = 10
+POINTS = 4
 #: entries of the stores that all runs share
 TOP_K = 64
 #: factors that are keys of the `fusion:` block, and those of its groups
