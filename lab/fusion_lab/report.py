@@ -21,7 +21,7 @@ __all__ = ["SECTIONS", "figure", "fill", "hypotheses", "markdown", "read", "save
 
 PAGE = ROOT / "docs" / "evidence.md"
 IMAGES = ROOT / "docs" / "images"
-SECTIONS = ("world", "fusellm", "settings", "cliff", "choice")
+SECTIONS = ("world", "fusellm", "settings", "cliff", "choice", "merges", "preferences")
 _MARKED = re.compile(r"(<!-- lab:([\w-]+) -->\n).*?(<!-- /lab -->)", re.DOTALL)
 
 

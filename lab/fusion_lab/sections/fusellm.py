@@ -124,8 +124,8 @@ def _sentence(best: pandas.DataFrame, curves: pandas.DataFrame) -> str:
     turned = ["{} in {} of {}".format(run, *_turns(curves, "scarce", run)) for run in present]
     return (
         f"Fusion at lambda 0.5 minus training without it (CLM), best against best, in bits per byte (negative: fusion "
-        f"is better; bold: the 95 % interval leaves out 0): {'; '.join(parts)}. At the scarce amount the lowest point is "
-        f"before the last epoch for {', '.join(turned)} seeds.\n"
+        f"is better; bold: the 95 % interval leaves out 0): {'; '.join(parts)}. At the scarce amount the lowest point "
+        f"is before the last epoch for {', '.join(turned)} seeds.\n"
     )
 
 
