@@ -82,7 +82,7 @@ def responses(lab: Lab, seed: int) -> Stage:
             work.record("doctor", **{key: each[key] for key in ("name", "value", "difference", "dealt", "verdict")})
 
     needs = tuple(f"model:{model}" for model in ANSWERING.values())
-    return Stage(f"responses:{seed}", run, needs, [seed, lab.settings["preference_prompts"], SAMPLES])
+    return Stage(f"responses:{seed}", run, needs, [seed, SEED_OF_PROBLEMS, lab.settings["preference_prompts"], SAMPLES])
 
 
 def scored(lab: Lab, seed: int) -> Path:
