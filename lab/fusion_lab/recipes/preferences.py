@@ -155,7 +155,9 @@ def run(lab: Lab, cell: Cell, work: Work) -> None:
     rate, beta = cell["learning_rate"], cell["beta"]
     if rate == "tuned":
         keys = ("learning_rate",) if method == "sft" else ("learning_rate", "beta")
-        found = tuned("d_pilot_preferences", {"method": method, "pairs": cell["pairs"]}, keys)
+        # Fine-tuning has one rate, whatever it is trained on.
+        tried = {"method": method} if method == "sft" else {"method": method, "pairs": cell["pairs"]}
+        found = tuned("d_pilot_preferences", tried, keys)
         rate, beta = found["learning_rate"], found.get("beta", 0.1)
     rows = work.call(_rows, lab, cell)
     world.write_rows(work.folder / "scored.jsonl", rows)
