@@ -19,6 +19,7 @@ COMMANDS = [
     "clean",
     "cut",
     "doctor",
+    "init",
     "keys",
     "merge-check",
     "plugins",
