@@ -28,7 +28,7 @@ FOR_SOURCES = frozenset(
     }
 )
 #: keys of the block that say which scored responses are used
-FOR_RESPONSES = frozenset({"pairs", "sft", "split", "keep_truncated", "wrpo", "reference"})
+FOR_RESPONSES = frozenset({"pairs", "sft", "split", "keep_truncated", "leave_out_sources", "wrpo", "reference"})
 
 
 class BlockSettings(Settings):
@@ -455,6 +455,11 @@ class FusionBlock(BlockSettings):
     sft: SftArgs | None = Field(default=None, description="rule of the best answer; that of FuseChat-3.0 if absent")
     keep_truncated: bool = Field(
         default=False, description="use responses that stopped only at the length limit (finish_reason length)"
+    )
+    leave_out_sources: list[str] = Field(
+        default_factory=list,
+        description="sources of scored responses that are not trained on, such as those that `fusion doctor` finds to "
+        "be worse than the target",
     )
     split: SplitArgs | None = Field(default=None, description="division of the prompts between SFT and DPO")
     wrpo: WRPOArgs | None = Field(

@@ -36,9 +36,10 @@ from fusion_plugins.sources.batches import LazyBatches, commit_batches, missing_
 from fusion_plugins.sources.context import ContextSettings
 from fusion_plugins.sources.fingerprints import revision_of
 from fusion_plugins.sources.loading import capture_tokenizer, chat_template_hash, embedding_rows
+from fusion_plugins.sources.parts import Shard, chosen, require_part
 from fusion_plugins.store import Manifest, StoreWriter
 from fusion_plugins.store.files import FolderLock
-from fusion_plugins.store.manifest import MANIFEST_NAME
+from fusion_plugins.store.manifest import MANIFEST_NAME, PART
 from fusion_plugins.store.schema import RecordCodec
 from fusion_plugins.store.shards import read_keys
 from fusion_plugins.where import Where, checked_where
@@ -83,6 +84,9 @@ class CaptureConfig(SourceSettings):
         "top k too, where these are tokens of the source; as many entries per position are added",
     )
     limit: int | None = Field(None, ge=1, description="capture only this many texts, from the start")
+    shard: Shard | None = Field(
+        None, description="capture only part i of n of the texts, such as 2/3; `fusion store merge` joins the parts"
+    )
     batch_bytes: int = Field(262_144, ge=1, description="bytes of text that are captured and committed together")
     on_unusable: Literal["raise", "skip"] = Field(
         "raise",
@@ -153,10 +157,10 @@ def capture_texts(config: CaptureConfig) -> CaptureReport:
     texts = open_texts(config.texts, unusable=unusable, selection=config.selection)
     out = Path(config.out)
     with _opened(config, texts, out) as opened:
-        skipped = _unusable(config, opened, islice(texts, config.limit), _held(out))
+        skipped = _unusable(config, opened, _asked(config, texts), _held(out))
 
         def usable() -> Iterator[Text]:
-            return (text for text in islice(texts, config.limit) if text.id not in refused)
+            return (text for text in _asked(config, texts) if text.id not in refused)
 
         refused = frozenset(skipped)
         with StoreWriter(out, opened.manifest, opened.table) as store:
@@ -168,6 +172,11 @@ def capture_texts(config: CaptureConfig) -> CaptureReport:
     return CaptureReport(
         out, captured, present, skipped, opened.changes, progress.tokens, progress.seconds, opened.tokenize.answers
     )
+
+
+def _asked(config: CaptureConfig, texts: Iterable[Text]) -> Iterator[Text]:
+    """The texts of this run."""
+    return chosen(texts, config.limit, config.shard)
 
 
 def _held(folder: Path) -> KeySet:
@@ -195,8 +204,9 @@ def estimate_capture(config: CaptureConfig) -> dict[str, float]:
     unusable: Unusable | None = None if config.on_unusable == "raise" else {}
     texts = open_texts(config.texts, unusable=unusable, selection=config.selection)
     skipped = dict(unusable or {})
-    total = texts.n_bytes if config.limit is None else sum(map(_n_bytes, islice(texts, config.limit)))
-    first = list(islice(texts, min(config.limit or PROBE_TEXTS, PROBE_TEXTS)))
+    whole = config.limit is None and config.shard is None
+    total = texts.n_bytes if whole else sum(map(_n_bytes, _asked(config, texts)))
+    first = list(islice(_asked(config, texts), PROBE_TEXTS))
     with tempfile.TemporaryDirectory() as folder:
         with (
             _opened(config, texts, Path(folder)) as opened,
@@ -210,7 +220,7 @@ def estimate_capture(config: CaptureConfig) -> dict[str, float]:
     tokens = n_tokens * total / n_bytes
     largest = max(shards, key=lambda shard: shard.tokens)  # every file has a part that does not grow
     return {
-        "texts": len(texts) if config.limit is None else min(config.limit, len(texts)),
+        "texts": len(texts) if whole else sum(1 for _ in _asked(config, texts)),
         "tokens": tokens,
         "bytes": tokens * largest.bytes / largest.tokens,
         "hours": tokens / speed / 3600,
@@ -293,6 +303,7 @@ def _opened(config: CaptureConfig, texts: InputSet[Text], out: Path) -> Iterator
     if asked is not None:
         identity["top_k"] = min(identity["top_k"] + asked.width, table.vocab_size)
     _check_folder(out, identity)
+    require_part(out, config.shard)
 
     tokenize = _Tokenizer(config, tokenizer, table, asked)
     rows = embedding_rows(config)
@@ -301,7 +312,7 @@ def _opened(config: CaptureConfig, texts: InputSet[Text], out: Path) -> Iterator
         beyond = partial(beyond_the_model, tokenizer, rows=rows)
         if config.on_unusable == "raise":
             held = _held(out)
-            missing = (text for text in islice(texts, config.limit) if text.id not in held)
+            missing = (text for text in _asked(config, texts) if text.id not in held)
             for part in plan_batches(missing, _n_bytes, config.batch_bytes):
                 for text, problem in zip(part, _problems(config, part, tokenize, None, beyond), strict=True):
                     _require(text, problem)
@@ -394,11 +405,17 @@ def _manifest(config: CaptureConfig, identity: Mapping[str, Any], facts: Mapping
         dtype=" ".join([facts.pop("dtype"), *options]),
         engine=facts.pop("engine"),
         engine_version=facts.pop("engine_version"),
-        provenance={"source": config.source_name, "texts": config.texts, **_asked(config), **facts},
+        provenance={
+            "source": config.source_name,
+            "texts": config.texts,
+            **({PART: config.shard} if config.shard else {}),
+            **_conditions(config),
+            **facts,
+        },
     )
 
 
-def _asked(config: CaptureConfig) -> dict[str, Any]:
+def _conditions(config: CaptureConfig) -> dict[str, Any]:
     """Return what the notes of a store say about which rows were captured, and what the source read before them."""
     context = None if config.context is None else config.context.model_dump(exclude_defaults=True)
     return {key: value for key, value in (("where", config.where), ("context", context)) if value}

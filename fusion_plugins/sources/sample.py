@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -35,8 +35,10 @@ from fusion_plugins.sources.background import Background
 from fusion_plugins.sources.batches import LazyBatches, commit_batches, missing_batches, plan_batches
 from fusion_plugins.sources.fingerprints import sampling_fingerprint
 from fusion_plugins.sources.loading import load_tokenizer, split_prompts
+from fusion_plugins.sources.parts import Shard, chosen, require_part
 from fusion_plugins.sources.presets import DEFAULT_SAMPLES, PRESETS, SAMPLES_PER_PROMPT
 from fusion_plugins.store import ColumnKind, RowManifest, RowWriter
+from fusion_plugins.store.manifest import PART
 
 #: prompts that are tokenized at a time before a source begins, to see whether they fit
 CHECKED_AT_ONCE = 256
@@ -97,6 +99,9 @@ class SampleConfig(Settings):
     )
     seed: int = Field(0, description="of the whole run")
     limit: int | None = Field(None, ge=1, description="answer only this many prompts, from the start")
+    shard: Shard | None = Field(
+        None, description="answer only part i of n of the prompts, such as 2/3; `fusion store merge` joins the parts"
+    )
     only: list[str] | None = Field(None, description="names of the sources to ask in this run; default: all")
     batch_requests: int = Field(256, ge=1, description="responses that are drawn and committed together")
     on_unusable: Literal["raise", "skip"] = Field(
@@ -218,8 +223,9 @@ def sample_prompts(config: SampleConfig) -> SampleReport:
         columns=COLUMNS,
         key=KEY,
         facts={"prompts_fingerprint": prompts.fingerprint, "seed": config.seed},
-        provenance={"prompts": config.prompts},
+        provenance={"prompts": config.prompts, **({PART: config.shard} if config.shard else {})},
     )
+    require_part(Path(config.out), config.shard)
     skipped = {("all sources", name): reason for name, reason in (unusable or {}).items()}
     repaired: list[tuple[str, str]] = []
     present = tokens = 0
@@ -286,7 +292,8 @@ class _Job:
 
     def draws(self, refused: Container[str] = ()) -> Iterator[Draw]:
         """Start to yield all responses to draw, but of prompts that are refused."""
-        prompts = (prompt for prompt in islice(self.prompts, self.config.limit) if prompt.text.id not in refused)
+        asked = chosen(self.prompts, self.config.limit, self.config.shard)
+        prompts = (prompt for prompt in asked if prompt.text.id not in refused)
         return planned_draws(self.config, self.settings, prompts)
 
     def is_done(self, draw: Draw) -> bool:

@@ -53,7 +53,7 @@ def everything():
 
 
 def test_of_a_hundred_thousand_texts_none_is_taught_by_a_source_that_was_not_meant(everything):
-    """Each source predicts a token of its own everywhere, so what a position is taught says who teaches it."""
+    """Each source predicts a token of its own, besides the text's next one: what is taught says who teaches it."""
     count, random = 100_000, np.random.default_rng(5)
     domains = random.choice(["math", "code", "chat", "law"], count).tolist()
     levels = random.integers(0, 5, count).tolist()
@@ -79,16 +79,14 @@ def test_of_a_hundred_thousand_texts_none_is_taught_by_a_source_that_was_not_mea
     text = tokenize(tokenizer, tokens, "a")
     size = len(text.input_ids)
     own = [100 + number for number in range(3)]
-    records = [
-        [build_record("t", text, TopK(np.full((size, 1), own[s], np.int32), np.full((size, 1), -0.1, np.float32), np.full(size, -3.0, np.float32)))] * count
-        for s in range(3)
-    ]  # fmt: skip
+    values = np.full((size, 1), -0.1, np.float32), np.full(size, -3.0, np.float32)
+    said = [build_record("t", text, TopK(np.full((size, 1), token, np.int32), *values)) for token in own]
     plan = FusionPlan(tuple(FusionSource(f"s{s}", projector) for s in range(3)), width=4)
     wanted = [routes.distinct[number] for number in routes.numbers]
     seen = 0
     for start in range(0, count, 20_000):
         part = slice(start, start + 20_000)
-        fused, _ = fuse_routed(plan, [text] * 20_000, [r[part] for r in records], [None] * 20_000, wanted[part])
+        fused, _ = fuse_routed(plan, [text] * 20_000, [[one] * 20_000 for one in said], [None] * 20_000, wanted[part])
         for b in range(20_000):
             n = start + b
             meant = [
@@ -96,7 +94,10 @@ def test_of_a_hundred_thousand_texts_none_is_taught_by_a_source_that_was_not_mea
                 domains[n] in ("math", "code") and levels[n] >= 2 and n % 2 == 0,
                 levels[n] < 2,
             ]
-            taught = set(fused.ids[fused.offsets[b] : fused.offsets[b + 1]].ravel().tolist()) - {-1}
+            taught = set(fused.ids[fused.offsets[b] : fused.offsets[b + 1]].ravel().tolist()) - {
+                -1,
+                int(text.input_ids[-1]),
+            }
             assert taught <= {token for token, is_meant in zip(own, meant, strict=True) if is_meant}
             assert bool(taught) == any(meant)
             seen += bool(taught)
@@ -314,7 +315,8 @@ def test_rows_that_refer_to_their_texts_are_taught_alike_and_another_rule_needs_
         settings = fused_config(material, answers, tmp_path / prepared, fusion | {"prepared": prepared})
         trainer = train(settings, tmp_path / prepared)
         found.append([logged(trainer, name) for name in ("loss", "fusion_coverage", "share_digits", "share_bytes")])
-    assert found[0] == [pytest.approx(values, rel=1e-5) for values in found[1]]
+    # Rows hold log-probabilities in float16.
+    assert found[0] == [pytest.approx(values, rel=2e-4) for values in found[1]]
     from fusion_plugins.axolotl.args import fusion_block
     from fusion_plugins.axolotl.fingerprint import content_hash
 
