@@ -172,8 +172,8 @@ class ShardWriter(Generic[T, M]):
         # version says how to read it.
         if older := sum(shard.version < self._codec.version for shard in found.shards):
             _say(
-                f"{self.path}: {older} of {len(found.shards)} shards are of an earlier layout, and are read as they are; "
-                f"`fusion store compact {self.path}` rewrites them."
+                f"{self.path}: {older} of {len(found.shards)} shards are of an earlier layout, and are read as they "
+                f"are; `fusion store compact {self.path}` rewrites them."
             )
         missing = {name: content for name, content in companions.items() if name not in found.files}
         files = found.files | self._write_companions(missing)
@@ -305,7 +305,7 @@ class ShardWriter(Generic[T, M]):
         self._join(self.manifest.shards)
 
     def _join(self, shards: Sequence[ShardInfo], *, older: bool = True) -> None:
-        """Join small shards; those of an older version, of which every record is packed anew, only if that is wanted."""
+        """Join small shards; pack those of an older version anew, which takes long, only if that is wanted."""
         for group in self._groups(shards, older=older):
             self._commit([item for shard in group for item in read_packed(self.path, shard, self._codec)], group)
 

@@ -283,11 +283,14 @@ def wandb_history(file):
 
 
 def mlflow_history(folder):
-    """Name -> values of the one run in a folder of MLflow's."""
-    files = [file for file in folder.rglob("*") if "metrics" in file.parts and file.is_file()]
+    """Name -> values of the one run in a folder of MLflow's, with the names that the others use."""
+    values = {
+        file.name: [float(line.split()[1]) for line in file.read_text().splitlines()]
+        for file in folder.glob("*/*/metrics/*")
+    }
     return {
-        file.as_posix().partition("/metrics/")[2]: [float(line.split()[1]) for line in file.read_text().splitlines()]
-        for file in files
+        f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": found
+        for name, found in values.items()
     }
 
 

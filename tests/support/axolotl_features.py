@@ -329,6 +329,14 @@ FEATURES: dict[str, list[Feature]] = {
             "`deepspeed`",
         ),
         Feature(
+            "FSDP2",
+            {"fsdp_version": 2, "fsdp_config": {}},
+            "tested",
+            "equal to whole weights; the output layer runs once, and its weight is gathered as often as by the model "
+            "alone",
+            f"{HOSTS}/test_axolotl_distributed.py::test_weights_that_fsdp2_shards_train_as_whole_ones",
+        ),
+        Feature(
             "context parallel", {"context_parallel_size": 2}, "refused", "it splits tokens but not their distributions"
         ),
         Feature("the same, by its old name", {"sequence_parallel_degree": 2}, "refused", "the same"),
