@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pyarrow.compute as pc
@@ -45,6 +46,7 @@ from fusion_plugins.axolotl.supervision import Supervision
 from fusion_plugins.axolotl.target_tokenizer import IGNORED, EncodedText, TargetTokenizer
 from fusion_plugins.axolotl.text_rows import TextFuser, pack_text
 from fusion_plugins.core.fusion.pipeline import warm_up
+from fusion_plugins.core.text.content_id import content_id
 from fusion_plugins.core.text.round_trip import text_changes
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, DataError, MismatchError, TokenizerError
@@ -53,11 +55,14 @@ from fusion_plugins.store.packed import warm_up as warm_up_store
 
 LOG = get_logger(__name__)
 COUNTERS, REASON, NAME, ID = "fusion_counters", "fusion_reason", "fusion_name", "fusion_id"
+CONTENT = "fusion_content"
 _TOKENS = {"input_ids": Value("int32"), "attention_mask": Value("int8"), "labels": Value("int32")}
 #: with `prepared: stores`, texts that are fused for the report
 REPORTED = 1000
 #: rows per call; bounds the memory of a worker
 BATCH = 32
+#: with axolotl's deduplication, tokenizer of a run -> stores -> content of a text -> id of the first row that holds it
+_FIRST_IDS: WeakKeyDictionary[Any, dict[tuple[str, ...], dict[str, str]]] = WeakKeyDictionary()
 
 
 class FusedStrategy(DatasetWrappingStrategy):
@@ -71,6 +76,8 @@ class FusedStrategy(DatasetWrappingStrategy):
     """
 
     def __init__(self, tokenizer: Any, cfg: Any, ds_cfg: Any, block: FusionBlock) -> None:
+        names = tuple(source.store for source in block.sources)
+        self._first_ids = _FIRST_IDS.setdefault(tokenizer, {}).setdefault(names, {})
         tokenizer = _with_template(tokenizer, cfg, ds_cfg)
         target, supervision = TargetTokenizer.of(tokenizer, cfg), Supervision.of(tokenizer, cfg, ds_cfg)
         self._path = str(ds_cfg.get("path"))
@@ -94,6 +101,7 @@ class FusedStrategy(DatasetWrappingStrategy):
         total = len(dataset)
         dataset, unusable = self._readable(with_written_ids(dataset, stores, self._path))
         dataset, missing = self._joined(dataset, stores)
+        dataset = self._with_first_ids(dataset)
         warm_up()
         warm_up_store()
         target = self._reader.target
@@ -142,23 +150,38 @@ class FusedStrategy(DatasetWrappingStrategy):
 
     def _readable(self, dataset: Any) -> tuple[Any, list[Unusable]]:
         """Return the rows that hold a text or a chat, with their ids and names, and those that do not."""
-        ids, names, kept = [], [], []
+        ids, names, contents, kept = [], [], [], []
         unusable: list[Unusable] = []
         for place, row in enumerate(dataset):
             name = f"{self._path}: row {place + 1}"
             try:
-                id = self._reader.content(row).id
+                content = self._reader.content(row)
             except (DataError, UnicodeEncodeError) as error:
                 given = "" if row.get("id") is None else f", id {row['id']!r}"
                 unusable.append(Unusable(name + given, str(error)))
                 continue
-            ids.append(id)
-            names.append(f"{name}, id {id!r}")
+            ids.append(content.id)
+            names.append(f"{name}, id {content.id!r}")
+            if self._cfg.get("dataset_exact_deduplication"):
+                contents.append(content_id(content.messages if content.text is None else content.text, content.tools))
             kept.append(place)
         if unusable:
             leave_out(unusable, len(dataset), self._block.on_unusable)
             dataset = dataset.select(kept)
-        return dataset.add_column(NAME, names).add_column(ID, ids), unusable
+        dataset = dataset.add_column(NAME, names).add_column(ID, ids)
+        return dataset.add_column(CONTENT, contents) if contents else dataset, unusable
+
+    def _with_first_ids(self, dataset: Any) -> Any:
+        """With axolotl's deduplication: every text under the id of the first row of the run that holds it.
+
+        axolotl compares whole prepared rows. A row that refers to the stores holds its id, and two captures of one text
+        may differ in the last bits.
+        """
+        if CONTENT not in dataset.column_names:
+            return dataset
+        pairs = zip(dataset[CONTENT][:], dataset[ID][:], strict=True)
+        ids = [self._first_ids.setdefault(content, id) for content, id in pairs]
+        return dataset.remove_columns([ID, CONTENT]).add_column(ID, ids)
 
     def _joined(self, dataset: Any, stores: list[Store]) -> tuple[Any, list[Unusable]]:
         """Return the rows that all stores have, and those that one lacks."""
