@@ -9,6 +9,9 @@ Assignments = Annotated[
     list[str] | None, typer.Option("--set", help="KEY=VALUE for any key of the YAML file; dots for nested keys.")
 ]
 Limit = Annotated[int | None, typer.Option(help="Take only this many rows, from the start.")]
+Shard = Annotated[
+    str | None, typer.Option(help="Do only part i of n, such as 2/3; `fusion store merge` joins the parts.")
+]
 Out = Annotated[str | None, typer.Option(help="Folder to write into; an unfinished one is resumed.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Run a small part, write nothing, and estimate what everything will take.")

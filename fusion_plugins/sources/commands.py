@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fusion_plugins.command_options import Assignments, ConfigFile, DryRun, Limit, Out
+from fusion_plugins.command_options import Assignments, ConfigFile, DryRun, Limit, Out, Shard
 from fusion_plugins.config import load_config
 from fusion_plugins.progress import duration
 from fusion_plugins.terminal import console
@@ -23,6 +23,7 @@ def capture(
     ] = None,
     top_k: Annotated[str | None, typer.Option(help="Entries per position, or 'all'.", show_default="64")] = None,
     limit: Limit = None,
+    shard: Shard = None,
     dry_run: DryRun = False,
     assign: Assignments = None,
 ) -> None:
@@ -40,6 +41,7 @@ def capture(
         "backend": backend,
         "top_k": int(top_k) if top_k is not None and top_k.isdigit() else top_k,
         "limit": limit,
+        "shard": shard,
     }
     settings = load_config(CaptureConfig, config, flags, assign)
     messages = console(stderr=True)
@@ -54,6 +56,8 @@ def capture(
     )
     if report.text_changes:
         messages.print(f"the tokenizer changes texts, which is known: {'; '.join(report.text_changes)}")
+    if answers := report.answers.described():
+        messages.print(answers)
     for text_id, reason in report.skipped.items():
         messages.print(f"left out {text_id}: {reason}")
 
@@ -64,6 +68,7 @@ def sample(
     out: Out = None,
     only: Annotated[list[str] | None, typer.Option(help="Ask only this source (may be given several times).")] = None,
     limit: Limit = None,
+    shard: Shard = None,
     dry_run: DryRun = False,
     assign: Assignments = None,
 ) -> None:
@@ -75,7 +80,7 @@ def sample(
     from fusion_plugins.sources.estimate import estimate_samples
     from fusion_plugins.sources.sample import SampleConfig, sample_prompts
 
-    flags = {"prompts": prompts, "out": out, "only": only or None, "limit": limit}
+    flags = {"prompts": prompts, "out": out, "only": only or None, "limit": limit, "shard": shard}
     settings = load_config(SampleConfig, config, flags, assign)
     messages = console(stderr=True)
     if dry_run:

@@ -4,13 +4,13 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from statistics import fmean
 
 from fusion_plugins.errors import SourceError
 from fusion_plugins.inputs import Unusable, open_prompts
 from fusion_plugins.progress import meter
 from fusion_plugins.sources.backends.base import Refusal, Response, SampleRequest, Source, open_source
+from fusion_plugins.sources.parts import chosen
 from fusion_plugins.sources.sample import Draw, SampleConfig, SampledSource, planned_draws
 
 #: responses of the first round, and their longest length in tokens, so that it ends soon even where a source is slow;
@@ -48,7 +48,7 @@ def estimate_samples(config: SampleConfig) -> dict[str, dict[str, float]]:
     for settings in config.chosen_sources:
 
         def draws(settings: SampledSource = settings) -> Iterator[Draw]:
-            return planned_draws(config, settings, islice(prompts, config.limit))
+            return planned_draws(config, settings, chosen(prompts, config.limit, config.shard))
 
         domains = Counter(draw.prompt.domain for draw in draws())
         if not domains:

@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from fusion_plugins.config import Settings, with_preset
+from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.errors import MismatchError, SourceError
 from fusion_plugins.inputs import InputSet, Prompt, Unusable, open_prompts
 from fusion_plugins.progress import Meter, meter
@@ -34,8 +35,10 @@ from fusion_plugins.sources.background import Background
 from fusion_plugins.sources.batches import LazyBatches, commit_batches, missing_batches, plan_batches
 from fusion_plugins.sources.fingerprints import sampling_fingerprint
 from fusion_plugins.sources.loading import load_tokenizer, split_prompts
+from fusion_plugins.sources.parts import Shard, chosen, require_part
 from fusion_plugins.sources.presets import DEFAULT_SAMPLES, PRESETS, SAMPLES_PER_PROMPT
 from fusion_plugins.store import ColumnKind, RowManifest, RowWriter
+from fusion_plugins.store.manifest import PART
 
 #: prompts that are tokenized at a time before a source begins, to see whether they fit
 CHECKED_AT_ONCE = 256
@@ -52,6 +55,10 @@ COLUMNS: dict[str, ColumnKind] = {
     "finish_reason": "string",
     "n_tokens": "int64",
     "n_prompt_tokens": "int64",
+    "system": "string",
+    "token_ids": "int32s",
+    "token_logprobs": "float32s",
+    "tokenizer": "string",
     "seed": "int64",
     "model": "string",
     "fingerprint": "string",
@@ -92,6 +99,9 @@ class SampleConfig(Settings):
     )
     seed: int = Field(0, description="of the whole run")
     limit: int | None = Field(None, ge=1, description="answer only this many prompts, from the start")
+    shard: Shard | None = Field(
+        None, description="answer only part i of n of the prompts, such as 2/3; `fusion store merge` joins the parts"
+    )
     only: list[str] | None = Field(None, description="names of the sources to ask in this run; default: all")
     batch_requests: int = Field(256, ge=1, description="responses that are drawn and committed together")
     on_unusable: Literal["raise", "skip"] = Field(
@@ -213,8 +223,9 @@ def sample_prompts(config: SampleConfig) -> SampleReport:
         columns=COLUMNS,
         key=KEY,
         facts={"prompts_fingerprint": prompts.fingerprint, "seed": config.seed},
-        provenance={"prompts": config.prompts},
+        provenance={"prompts": config.prompts, **({PART: config.shard} if config.shard else {})},
     )
+    require_part(Path(config.out), config.shard)
     skipped = {("all sources", name): reason for name, reason in (unusable or {}).items()}
     repaired: list[tuple[str, str]] = []
     present = tokens = 0
@@ -281,7 +292,8 @@ class _Job:
 
     def draws(self, refused: Container[str] = ()) -> Iterator[Draw]:
         """Start to yield all responses to draw, but of prompts that are refused."""
-        prompts = (prompt for prompt in islice(self.prompts, self.config.limit) if prompt.text.id not in refused)
+        asked = chosen(self.prompts, self.config.limit, self.config.shard)
+        prompts = (prompt for prompt in asked if prompt.text.id not in refused)
         return planned_draws(self.config, self.settings, prompts)
 
     def is_done(self, draw: Draw) -> bool:
@@ -316,7 +328,7 @@ class _Job:
             asked = LazyBatches(
                 sum(1 for _ in batches()), batches(), lambda number, batch: [draw.request for draw in batch]
             )
-            seeded = source.facts.get("seeded", True)
+            facts = _Facts.of(self.settings, source)
 
             def responses() -> Iterator[tuple[Place, Response | Refusal]]:
                 for (number, index), response in source.sample(asked) if missing else ():
@@ -328,7 +340,7 @@ class _Job:
                     yield (number, index), response
 
             def commit(batch: Sequence[Draw], found: Mapping[int, Response | Refusal]) -> None:
-                writing.submit(partial(self._write, batch, found, seeded))
+                writing.submit(partial(self._write, batch, found, facts))
 
             title = f"sample {self.name}"
             with meter(title, present + missing, present, unit="responses") as progress, Background() as writing:
@@ -337,12 +349,12 @@ class _Job:
         finally:
             source.close()
 
-    def _write(self, batch: Sequence[Draw], found: Mapping[int, Response | Refusal], seeded: bool) -> None:
+    def _write(self, batch: Sequence[Draw], found: Mapping[int, Response | Refusal], facts: "_Facts") -> None:
         for index, response in found.items():
             draw = batch[index]
             # A batch that is done again has some of the responses already.
             if isinstance(response, Response) and not self.is_done(draw):
-                self.rows.write(_row(draw, response, self.settings, self.fingerprint, seeded))
+                self.rows.write(_row(draw, response, self.settings, self.fingerprint, facts))
                 self.repaired.extend([(self.name, draw.prompt.text.id)] * response.repaired)
         self.rows.flush()
 
@@ -365,8 +377,36 @@ class _Job:
         return frozenset(refused)
 
 
-def _row(draw: Draw, response: Response, settings: SampledSource, fingerprint: str, seeded: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Facts:
+    """What the rows of one source say about it.
+
+    Attributes:
+        seeded: it obeys seeds.
+        system: the system prompt that it reads before prompts without one of their own.
+        tokenizer: fingerprint of its tokenizer, of which the ids of its responses are; None for a server.
+    """
+
+    seeded: bool
+    system: str | None
+    tokenizer: str | None
+
+    @classmethod
+    def of(cls, settings: SampledSource, source: Source) -> "_Facts":
+        own = source.tokenizer
+        plain = settings.template == "plain" or (own is not None and not own.chat_template)
+        fingerprint = None if own is None else TokenTable.from_tokenizer(own, check=False).fingerprint
+        return cls(source.facts.get("seeded", True), None if plain else settings.system, fingerprint)
+
+    def system_of(self, content: str | list[dict[str, Any]]) -> str | None:
+        """Return the system prompt that was put before a prompt."""
+        own = not isinstance(content, str) and content[0]["role"] == "system"
+        return None if own else self.system
+
+
+def _row(draw: Draw, response: Response, settings: SampledSource, fingerprint: str, facts: _Facts) -> dict[str, Any]:
     prompt = draw.prompt
+    ids, logprobs = response.token_ids, response.token_logprobs
     return {
         "prompt_id": prompt.text.id,
         "source": settings.source_name,
@@ -379,7 +419,11 @@ def _row(draw: Draw, response: Response, settings: SampledSource, fingerprint: s
         "finish_reason": response.finish_reason,
         "n_tokens": response.n_tokens,
         "n_prompt_tokens": response.n_prompt_tokens,
-        "seed": draw.seed if seeded else None,
+        "system": facts.system_of(prompt.text.content),
+        "token_ids": None if ids is None else list(ids),
+        "token_logprobs": None if logprobs is None else list(logprobs),
+        "tokenizer": None if ids is None else facts.tokenizer,
+        "seed": draw.seed if facts.seeded else None,
         "model": settings.model,
         "fingerprint": fingerprint,
     }

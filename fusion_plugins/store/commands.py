@@ -86,9 +86,14 @@ def merge(
     For example: `fusion store merge stores/part-0 stores/part-1 --out stores/mpt`.
     """
     from fusion_plugins.store.maintain import merge as run
+    from fusion_plugins.store.maintain import missing_parts
+    from fusion_plugins.store.manifest import load_manifest
 
     manifest = run(parts, out)
     _say(f"{out}: {manifest.rows:,} {manifest.NOUN} in {len(manifest.shards)} shards")
+    if missing := missing_parts(map(load_manifest, parts)):
+        shown = ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
+        _say(f"not complete: {len(missing)} parts are missing ({shown}). Merge all of them, into the same folder.")
 
 
 def compact(folder: Folder) -> None:

@@ -1,7 +1,8 @@
 """Verify, merge and compact folders that exist: stores and folders of rows alike."""
 
 import hashlib
-from collections.abc import Callable, Hashable, Sequence
+import re
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from fusion_plugins.core.key_set import KeySet
 from fusion_plugins.core.text.content_id import texts_fingerprint
 from fusion_plugins.errors import ConfigError, FusionError, MismatchError, StoreError
 from fusion_plugins.store.files import FolderLock
-from fusion_plugins.store.manifest import TABLE_NAME, Manifest, RowManifest, ShardInfo, load_manifest
+from fusion_plugins.store.manifest import PART, TABLE_NAME, Manifest, RowManifest, ShardInfo, load_manifest
 from fusion_plugins.store.reader import Store
 from fusion_plugins.store.rows import RowCodec
 from fusion_plugins.store.schema import RecordCodec
@@ -142,7 +143,8 @@ def merge(parts: Sequence[str | Path], out: str | Path) -> AnyManifest:
     An interrupted merge is continued. A shard none of whose records or rows is there yet is linked, or copied to
     another file system; small shards, and what is left of others, are written anew, with the bytes of the records that
     are there. A record or row that appears in several parts must be the same in all of them, and is taken once. Parts
-    that cover different texts get a text fingerprint made of theirs.
+    that cover different texts get a text fingerprint made of theirs. The result is complete if every part is, and if
+    all parts of a division (`--shard i/n`) are there.
 
     Raises:
         ConfigError: there are no parts, or the folder to write is one of them.
@@ -162,11 +164,28 @@ def merge(parts: Sequence[str | Path], out: str | Path) -> AnyManifest:
         for folder, manifest in zip(folders, manifests, strict=True):
             for shard in manifest.shards:
                 _take_shard(folder, manifest, shard, writer)
-        if all(manifest.complete for manifest in manifests):
+        if all(manifest.complete for manifest in manifests) and not missing_parts(manifests):
             writer.finish()
         writer.flush()
         writer.compact()
         return writer.manifest
+
+
+def missing_parts(manifests: Iterable[AnyManifest]) -> list[str]:
+    """Return the parts `i/n` that are not among folders, of which others are; see `fusion capture --shard`."""
+    found = {part for manifest in manifests for part in _parts(manifest.provenance)}
+    counts = {int(part.partition("/")[2]) for part in found}
+    wanted = {f"{index}/{count}" for count in counts for index in range(1, count + 1)}
+    return sorted(wanted - found)
+
+
+def _parts(provenance: Mapping[str, Any]) -> Iterator[str]:
+    if re.fullmatch(r"[1-9][0-9]{0,8}/[1-9][0-9]{0,8}", part := str(provenance.get(PART, ""))):
+        yield part
+    merged = provenance.get("merged")
+    for inner in merged if isinstance(merged, list) else ():
+        if isinstance(inner, dict) and isinstance(inner.get("provenance"), dict):
+            yield from _parts(inner["provenance"])
 
 
 def _take_shard(folder: Path, manifest: AnyManifest, shard: ShardInfo, writer: ShardWriter[Any, AnyManifest]) -> None:

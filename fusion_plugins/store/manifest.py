@@ -29,12 +29,14 @@ MANIFEST_NAME = "manifest.json"
 MANIFEST_BYTES = 1 << 26
 #: how deep values may lie in each other; only the notes nest, three levels more for each merge of merged stores
 MANIFEST_DEPTH = 128
+#: key of `provenance`: which part of the texts or prompts a run was for, as `i/n`
+PART = "part"
 #: the source tokenizer's tokens, in a store of log-probabilities
 TABLE_NAME: Literal["tokens.parquet"] = "tokens.parquet"
 _KINDS = {"logprobs": "a store of log-probabilities", "rows": "a folder of responses or scored responses"}
 
 #: what a column of a row folder holds
-ColumnKind = Literal["string", "int64", "float64", "bool", "json"]
+ColumnKind = Literal["string", "int64", "float64", "bool", "json", "int32s", "float32s"]
 Size = Annotated[int, Field(ge=1, lt=1 << 31)]
 
 

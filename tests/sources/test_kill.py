@@ -12,6 +12,7 @@ import source_checks
 import tiny
 
 from fusion_plugins.store import open_rows, open_store
+from fusion_plugins.store.maintain import merge
 
 pytestmark = pytest.mark.slow
 KILLS = 20
@@ -114,3 +115,20 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_resume(jobs, kind, tmp_path):
     assert jobs.run(0, log, *command(jobs, kind, out))[0] == 0
     jobs.run(0, tmp_path / "log2", *command(jobs, kind, tmp_path / "whole"))
     assert contents(kind, out) == contents(kind, tmp_path / "whole")
+
+
+def test_three_processes_capture_a_part_each_and_one_that_is_killed_goes_on(jobs, tmp_path):
+    flags = ["capture", "--model", str(jobs.folder / "model"), "--texts", str(jobs.folder / "texts.jsonl")]
+    flags += ["--top-k", "8", "--set", "batch_bytes=200"]
+
+    def run(kill_at, out, *more):
+        return jobs.run(kill_at, tmp_path / f"{out}.log", *flags, *more, "--out", str(tmp_path / out))
+
+    assert run(0, "whole")[0] == 0
+    status, calls = run(0, "2", "--shard", "2/3")
+    assert status == 0
+    assert run(calls // 2, "1", "--shard", "1/3")[0] == -signal.SIGKILL
+    assert [run(0, part, "--shard", f"{part}/3")[0] for part in ("1", "3")] == [0, 0]
+    joined = merge([tmp_path / part for part in ("1", "2", "3")], tmp_path / "joined")
+    assert joined.complete
+    assert {record.id for record in open_store(tmp_path / "joined")} == {r.id for r in open_store(tmp_path / "whole")}

@@ -39,6 +39,18 @@ def _by_position(rule: FusionRule) -> FusionRule:
     return rule
 
 
+def by_cross_entropy(rule: FusionRule) -> FusionRule:
+    """Mark a rule that prefers the source that finds the text most likely."""
+    rule.by_cross_entropy = True  # type: ignore[attr-defined]
+    return rule
+
+
+def weighted(rule: FusionRule) -> FusionRule:
+    """Mark a rule that takes the weights of the sources, its option ``weights``, from their entries."""
+    rule.weighted = True  # type: ignore[attr-defined]
+    return rule
+
+
 def fuse(
     distributions: Sequence[SparseDistributions],
     cross_entropies: CrossEntropies,
@@ -73,6 +85,7 @@ def fuse(
     return rule([_padded(d, width) for d in distributions], cross_entropies, **options)
 
 
+@by_cross_entropy
 @_by_position
 def min_ce(
     distributions: Sequence[SparseDistributions], cross_entropies: CrossEntropies, *, missing: str = "mask"
@@ -99,6 +112,7 @@ def min_ce(
     return _select(distributions, min_ce_choice(costs))
 
 
+@by_cross_entropy
 @_by_position
 @per_token
 def token_min_ce(distributions: Sequence[SparseDistributions], cross_entropies: CrossEntropies) -> SparseDistributions:
@@ -119,6 +133,7 @@ def token_min_ce(distributions: Sequence[SparseDistributions], cross_entropies: 
     return min_ce(distributions, cross_entropies, missing="next_best")
 
 
+@by_cross_entropy
 @_by_position
 def avg_ce(
     distributions: Sequence[SparseDistributions],
@@ -139,7 +154,42 @@ def avg_ce(
         compat: ``"fusellm"`` for the published weights.
     """
     costs = _per_position(distributions, cross_entropies)
-    weights = avg_ce_weights(costs, temperature=temperature, compat=compat)
+    return _mixture(distributions, avg_ce_weights(costs, temperature=temperature, compat=compat))
+
+
+@weighted
+@_by_position
+def fixed_weights(
+    distributions: Sequence[SparseDistributions],
+    cross_entropies: CrossEntropies,
+    *,
+    weights: Sequence[float] | None = None,
+) -> SparseDistributions:
+    """Mix the sources' probabilities by weights that do not depend on the text.
+
+    A source without a distribution at a position does not take part there; the weights of the others are scaled to sum
+    to 1.
+
+    Args:
+        distributions: as in :func:`min_ce`.
+        cross_entropies: as in :func:`fuse`; only their shape counts.
+        weights: (S,) not negative, not all 0; None for equal ones.
+
+    Raises:
+        ConfigError: weights of another number or kind.
+    """
+    given = np.asarray([1.0] * len(distributions) if weights is None else weights, np.float64)
+    if given.shape != (len(distributions),) or not (np.isfinite(given) & (given >= 0)).all() or not given.any():
+        raise ConfigError(
+            f"fixed_weights: expected {len(distributions)} weights, one per source, not negative and not all 0, got "
+            f"{given.tolist()}. Give each source a `weight`."
+        )
+    shape = _per_position(distributions, cross_entropies).shape
+    return _mixture(distributions, np.broadcast_to(given.reshape(-1, *[1] * (len(shape) - 1)), shape))
+
+
+def _mixture(distributions: Sequence[SparseDistributions], weights: npt.NDArray[np.float64]) -> SparseDistributions:
+    """Mix the sources that have a distribution at a position, by weights (S, ..., T)."""
     weights = np.where(np.stack([d.present for d in distributions]), weights, 0.0)
     total = weights.sum(axis=0)
     weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
@@ -214,7 +264,12 @@ def truncate(distributions: SparseDistributions, width: int, *, renormalize: boo
     return SparseDistributions(ids, logprobs - log_held[..., None], leftover, kept, distributions.source)
 
 
-RULES: dict[str, FusionRule] = {"min_ce": min_ce, "avg_ce": avg_ce, "token_min_ce": token_min_ce}
+RULES: dict[str, FusionRule] = {
+    "min_ce": min_ce,
+    "avg_ce": avg_ce,
+    "token_min_ce": token_min_ce,
+    "fixed_weights": fixed_weights,
+}
 """Name -> rule(distributions, cross_entropies, **options)."""
 
 

@@ -15,8 +15,9 @@ import numpy.typing as npt
 from fusion_plugins.core.arrays import BoolArray, FloatArray, IntArray
 from fusion_plugins.core.fusion.accounting import FusionReport, ProjectionReport
 from fusion_plugins.core.fusion.align import TextAligner, align_by_tokens, align_dtw, align_many, align_texts
+from fusion_plugins.core.fusion.chunks import ChunkReport, ChunkSide, TextChunks, common_chunks
 from fusion_plugins.core.fusion.common_text import common_texts, comparable, narrowed
-from fusion_plugins.core.fusion.flat import Entries, Texts
+from fusion_plugins.core.fusion.flat import Entries, Texts, joined
 from fusion_plugins.core.fusion.fuse import (
     FusionRule,
     avg_ce,
@@ -48,11 +49,19 @@ class FusionSource:
         name: as in the configuration and in reports.
         projector: rewrites its distributions over the target's vocabulary.
         align: finds its position for each position of the target.
+        weight: in a mixture by fixed weights.
+        weights: domain -> weight there, where it is another one.
     """
 
     name: str
     projector: Projector
     align: TextAligner = align_texts
+    weight: float = 1.0
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    def weight_in(self, domain: str) -> float:
+        """Return the weight of the source in a domain."""
+        return self.weights.get(domain, self.weight)
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,7 @@ class FusionPlan:
         metric: cross-entropy of a record by which the rule ranks the sources of one text; see :data:`METRICS`.
         width: entries per fused distribution.
         label_fallback: put probability 1 on the label where no source has a distribution.
+        rules: domain -> rule and its options, for texts of domains with a rule of their own.
     """
 
     sources: tuple[FusionSource, ...]
@@ -74,6 +84,11 @@ class FusionPlan:
     metric: Callable[[Record], float] = METRICS["byte"]
     width: int = 10
     label_fallback: bool = False
+    rules: Mapping[str, tuple[FusionRule, Mapping[str, Any]]] = field(default_factory=dict)
+
+    def rule_of(self, domain: str) -> tuple[FusionRule, Mapping[str, Any]]:
+        """Return the rule of the texts of a domain, and its options."""
+        return self.rules.get(domain, (self.rule, self.rule_options))
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -186,6 +201,64 @@ def fuse_texts(
         best=best,
         unusable=unusable,
     ), report
+
+
+def chunk_texts(
+    plan: FusionPlan,
+    targets: Sequence[TokenizedText],
+    records: Sequence[Sequence[Record]],
+    labelled: Sequence[BoolArray],
+    trained: Sequence[IntArray | None] | None = None,
+    *,
+    weights: Sequence[float],
+    on_unusable: str = "raise",
+) -> tuple[TextChunks, ChunkReport]:
+    """Cut B texts into minimal common chunks; see :mod:`fusion_plugins.core.fusion.chunks`.
+
+    Nothing is aligned but ends of tokens, and nothing is projected: of the plan only the sources count.
+
+    Args:
+        plan: the sources.
+        targets: B texts in the target's tokens.
+        records: per source, in the plan's order, its records of the B texts.
+        labelled: per text, (T,) bool, whether the next token of a position is trained on.
+        trained: as in :func:`fuse_texts`.
+        weights: of the sources in the mixture.
+        on_unusable: as in :func:`fuse_texts`.
+
+    Raises:
+        MismatchError, AlignmentError, ConfigError: as in :func:`fuse_texts`.
+    """
+    if on_unusable not in ("raise", "skip"):
+        raise ConfigError(f"on_unusable: expected 'raise' or 'skip', got {on_unusable!r}")
+    _check_records(plan, targets, records)
+    if not targets:
+        none, zeros = np.empty(0, np.int32), np.empty(0, np.float32)
+        return TextChunks(none, zeros, np.zeros(1, np.int64), none.astype(np.int16)), ChunkReport()
+    wanted = Texts.of(targets)
+    sides, unusable = _common_sides(plan, wanted, targets, records)
+    if trained is not None:
+        sides = [side.narrowed(trained) for side in sides]
+    if unusable and on_unusable == "raise":
+        raise unusable[min(unusable)]
+    wanted_positions = np.concatenate(labelled)
+    if unusable:
+        sides = [side.narrowed([_NO_RANGES if b in unusable else None for b in range(len(targets))]) for side in sides]
+        wanted_positions &= np.repeat([b not in unusable for b in range(len(targets))], np.diff(wanted.starts))
+    chunks, report = common_chunks(
+        [
+            ChunkSide(
+                side.source,
+                side.target,
+                joined([record.topk.token_logprobs for record in side.records], np.float32),
+                (source.projector.source_bytes, source.projector.target_bytes),
+            )
+            for source, side in zip(plan.sources, sides, strict=True)
+        ],
+        weights,
+        wanted_positions,
+    )
+    return replace(chunks, unusable=unusable), replace(report, texts=len(targets) - len(unusable))
 
 
 @dataclass(frozen=True)
@@ -361,4 +434,6 @@ def warm_up() -> None:
     align_texts(target, target).ranges()
     for rule, align in ((avg_ce, dtw), (token_min_ce, align_texts)):
         source = FusionSource("a", projector, align)
-        fuse_text(FusionPlan((source, source), rule=rule), target, [record, record])
+        plan = FusionPlan((source, source), rule=rule)
+        fuse_text(plan, target, [record, record])
+    chunk_texts(plan, [target], [[record], [record]], [np.ones(3, np.bool_)], weights=[0.5, 0.5])

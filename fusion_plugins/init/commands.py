@@ -1,0 +1,178 @@
+"""The command ``fusion init``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from fusion_plugins.errors import ConfigError
+from fusion_plugins.terminal import console, say
+
+# The modules that read models load torch and transformers. They are imported inside, so that `fusion --help` is fast.
+
+_PAIRS = "may be given several times"
+
+
+def init(
+    method: Annotated[
+        str | None, typer.Argument(help="fusellm, fusechat or fusechat3; without it everything is asked for.")
+    ] = None,
+    more_sources: Annotated[
+        list[str] | None, typer.Argument(help="Further sources, so that `--sources A B` works.", metavar="[SOURCE]...")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="Folder or hub name of the model to train.")] = None,
+    sources: Annotated[list[str] | None, typer.Option(help="Folders or hub names of the models to learn from.")] = None,
+    texts: Annotated[
+        str | None, typer.Option("--texts", "--prompts", help="JSONL or Parquet file or folder, or hf:ORG/NAME.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="Folder to write.", show_default="the method's name")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="What runs the sources: transformers or vllm.", show_default="transformers")
+    ] = None,
+    vllm: Annotated[str | None, typer.Option(help="Environment with vLLM, where the sources run.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of the machine that trains.", show_default="as here")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="Memory of a GPU in GB.", show_default="as here")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="none, lora or qlora.", show_default="what the GPUs have room for")
+    ] = None,
+    sequence_len: Annotated[int | None, typer.Option(help="Tokens of a training row.")] = None,
+    lm_loss_weight: Annotated[float | None, typer.Option(help="Lambda, the weight of the language-model loss.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Entries per position in the stores.")] = None,
+    rule: Annotated[str | None, typer.Option(help="Fusion rule.", show_default="min_ce")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences per step, over all GPUs.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the texts.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the (first) training.")] = None,
+    pad_token: Annotated[str | None, typer.Option(help="Token of the target to pad with.")] = None,
+    own: Annotated[bool, typer.Option("--own/--no-own", help="Capture the target itself, too.")] = True,
+    merge: Annotated[str | None, typer.Option(help="fusechat: varm or fusechat_sce.", show_default="varm")] = None,
+    samples: Annotated[int | None, typer.Option(help="fusechat3: answers per prompt and source.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="fusechat3: longest answer in tokens.")] = None,
+    reward_model: Annotated[
+        str | None, typer.Option(help="fusechat3: reward model of the prompts that cannot be verified.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the reward model.")
+    ] = False,
+    chat_template: Annotated[
+        list[str] | None, typer.Option(help=f"MODEL=FILE with its chat template ({_PAIRS}).")
+    ] = None,
+    facts: Annotated[
+        list[str] | None, typer.Option(help=f"MODEL={{window: N, parameters: N, ...}}, said by hand ({_PAIRS}).")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write the files although something cannot work.")] = False,
+) -> None:
+    """Plan a whole run: read the models and the texts, choose what depends on them, and write every file.
+
+    For example: `fusion init fusellm --target meta-llama/Llama-2-7b-hf --sources mosaicml/mpt-7b --texts corpus.jsonl`,
+    or `fusion init` to be asked.
+    """
+    from fusion_plugins.config import validate
+    from fusion_plugins.init.plan import InitConfig, make_plan
+    from fusion_plugins.init.write import files_of, write_files
+
+    named = [*(sources or []), *(more_sources or [])]
+    values: dict[str, Any] = {
+        "method": method,
+        "target": target,
+        "sources": named or None,
+        "texts": texts,
+        "out": out,
+        "backend": backend,
+        "vllm": vllm,
+        "gpus": gpus,
+        "gpu_memory": gpu_memory,
+        "adapter": adapter,
+        "sequence_len": sequence_len,
+        "lm_loss_weight": lm_loss_weight,
+        "top_k": top_k,
+        "rule": rule,
+        "batch": batch,
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "pad_token": pad_token,
+        "own": own,
+        "merge": merge,
+        "samples": samples,
+        "max_tokens": max_tokens,
+        "reward_model": reward_model,
+        "trust_remote_code": trust_remote_code,
+        "chat_templates": _pairs("--chat-template", chat_template),
+        "facts": {name: _facts(name, text) for name, text in _pairs("--facts", facts).items()},
+    }
+    asked = method is None
+    if asked:
+        values |= _ask(values)
+    given = {name: value for name, value in values.items() if value is not None}
+    given.setdefault("out", given.get("method", ""))
+    plan = make_plan(validate(InitConfig, given, where="the command line"))
+    _show(plan)
+    stops = [finding for finding in plan.findings if finding.stops]
+    if stops and not force:
+        raise ConfigError(
+            f"{len(stops)} of the things above cannot work; nothing was written. Change what they name, or add --force."
+        )
+    files = files_of(plan)
+    if asked and not typer.confirm(f"Write {len(files)} files into {plan.config.out}?", default=True):
+        raise typer.Abort
+    write_files(files, Path(plan.config.out))
+    folder = plan.config.out
+    say(f"{len(files)} files written into {folder}. Read its README.md, then: cd {folder} && fusion run")
+
+
+def _ask(values: dict[str, Any]) -> dict[str, Any]:
+    """Ask for what was not given."""
+    from fusion_plugins.init.plan import METHODS
+
+    for name, about in METHODS.items():
+        say(f"{name}: {about}")
+    answers: dict[str, Any] = {"method": typer.prompt("Method", default="fusellm")}
+    if values["target"] is None:
+        answers["target"] = typer.prompt("Target (folder or hub name of the model to train)")
+    if values["sources"] is None:
+        answers["sources"] = typer.prompt("Sources (folders or hub names, with spaces between)").split()
+    if values["texts"] is None:
+        what = "Prompts" if answers["method"] == "fusechat3" else "Texts"
+        answers["texts"] = typer.prompt(f"{what} (.jsonl or .parquet file or folder)")
+    if values["out"] is None:
+        answers["out"] = typer.prompt("Folder to write", default=answers["method"])
+    if values["gpus"] is None:
+        from fusion_plugins.init.machine import this_machine
+
+        answers["gpus"] = typer.prompt("GPUs of the machine that trains", default=this_machine().gpus, type=int)
+    return answers
+
+
+def _pairs(flag: str, given: list[str] | None) -> dict[str, str]:
+    pairs = {}
+    for text in given or []:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise ConfigError(f"{flag}: expected MODEL=VALUE, got {text!r}")
+        pairs[name] = value
+    return pairs
+
+
+def _facts(name: str, text: str) -> Any:
+    from fusion_plugins.config import parse_yaml, validate
+    from fusion_plugins.init.models import ModelFacts
+
+    try:
+        values = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"--facts {name}: expected YAML such as {{window: 4096}}, got an error: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"--facts {name}: expected YAML such as {{window: 4096}}, got {text!r}")
+    return validate(ModelFacts, values, where=f"--facts {name}").model_dump()
+
+
+def _show(plan: Any) -> None:
+    from fusion_plugins.init.write import chosen_settings
+
+    table = Table("setting", "value", "why")
+    for name, value, why in chosen_settings(plan):
+        table.add_row(name, value, why)
+    messages = console(stderr=True)
+    messages.print(table)
+    for finding in sorted(plan.findings, key=lambda finding: not finding.stops):
+        messages.print(f"{'cannot work' if finding.stops else 'look'}: {finding.about}: {finding.text}")
