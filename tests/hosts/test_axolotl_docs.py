@@ -48,7 +48,19 @@ def table(model):
 
 @pytest.mark.parametrize(
     "model",
-    [FusionBlock, FusedSourceArgs, RuleArgs, SourceArgs, AlignmentArgs, PairArgs, ProjectionArgs, SftArgs, SplitArgs, WRPOArgs, ReferenceArgs],
+    [
+        FusionBlock,
+        FusedSourceArgs,
+        RuleArgs,
+        SourceArgs,
+        AlignmentArgs,
+        PairArgs,
+        ProjectionArgs,
+        SftArgs,
+        SplitArgs,
+        WRPOArgs,
+        ReferenceArgs,
+    ],
 )
 def test_the_page_has_the_table_of_every_block(model):
     assert table(model) in PAGE, f"docs/axolotl.md should contain:\n{table(model)}"
