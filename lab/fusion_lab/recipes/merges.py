@@ -6,7 +6,6 @@ weights) are what they are. The held-out split is looked at once per method.
 
 import shutil
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,16 @@ __all__ = ["METHODS", "needs", "run"]
 
 #: what the targets are fused with, in the order in which they are added; `none`: trained on the texts alone
 PARENTS = ("numbers", "docs", "digits", "none")
-SCALES, FEW_SCALES, DENSITIES = (0.4, 0.7, 1.0), (0.5, 1.0), (0.3, 0.7)
-#: method -> the settings that are tried: parameters of the merge, and of every model
+SCALES, DENSITIES = (0.5, 1.0), (0.3, 0.7)
+#: method -> the settings that are tried: parameters of every model, or of the merge
 METHODS: dict[str, list[dict[str, Any]]] = {
     "linear": [{"weight": 1.0}],
     "task_arithmetic": [{"weight": scale} for scale in SCALES],
-    **{
-        method: [{"weight": scale, "density": density} for scale, density in product(FEW_SCALES, DENSITIES)]
-        for method in ("ties", "dare_linear")
-    },
-    **{f"varm:{unit}": [{"granularity": unit}] for unit in ("matrix", "row", "module", "layer", "model", "element")},
-    "fusechat_sce": [{"select_topk": share} for share in (0.1, 0.5, 1.0)],
+    **{method: [{"weight": 1.0, "density": density} for density in DENSITIES] for method in ("ties", "dare_linear")},
+    **{f"varm:{unit}": [{"granularity": unit}] for unit in ("matrix", "row", "layer", "element")},
+    "fusechat_sce": [{"select_topk": share} for share in (0.1, 1.0)],
 }
-#: methods that have a base model, and those whose parameters are the merge's own
+#: methods that have no base model, and those whose parameters are the merge's own
 WITHOUT_BASE = ("linear",)
 OF_MERGE = ("varm", "fusechat_sce")
 
