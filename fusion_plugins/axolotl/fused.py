@@ -69,7 +69,7 @@ COUNTERS, REASON, NAME, ID = "fusion_counters", "fusion_reason", "fusion_name", 
 ROUTE, HOW = "fusion_route", "fusion_how"
 CONTENT = "fusion_content"
 _TOKENS = {"input_ids": Value("int32"), "attention_mask": Value("int8"), "labels": Value("int32")}
-#: with `prepared: stores`, texts that are fused for the report
+#: texts of which all sources are projected for the report
 REPORTED = 1000
 #: rows per call; bounds the memory of a worker
 BATCH = 32
@@ -130,8 +130,7 @@ class FusedStrategy(DatasetWrappingStrategy):
         )
         fuser = TextFuser(make_plan(self._block, stores, target, count), stores, cuts_chunks(self._block))
         by_reference = self._block.prepared == "stores"
-        # Where the rows are fused anew while training, a part of them is enough for the report.
-        step = -(-len(dataset) // REPORTED) if by_reference else 1
+        step = -(-len(dataset) // REPORTED)
         strict = self._block.on_unusable == "raise"
         make = _Prepare(self._reader, fuser, routes.distinct, strict=strict, by_reference=by_reference, step=step)
         rows = dataset.map(
@@ -156,7 +155,7 @@ class FusedStrategy(DatasetWrappingStrategy):
             rows = rows.select([place for place, reason in enumerate(reasons) if not reason])
         too_long = _longer_than(rows, self._sequence_len)
         if step > 1:
-            LOG.info(f"fusion: the report counts {report.texts} of {len(rows)} texts; all are fused while training")
+            LOG.info(_counted_part(by_reference, report.texts, len(rows), step))
         show_report(report, too_long, self._sequence_len, left_out)
         if described := answers.described():
             LOG.info(f"fusion: {self._path}: {described}")
@@ -317,6 +316,15 @@ def _longer_than(rows: Any, length: int) -> int:
     return sum(int((pc.list_value_length(part["input_ids"]).to_numpy() > length).sum()) for part in parts)
 
 
+def _counted_part(by_reference: bool, counted: int, total: int, step: int) -> str:
+    if by_reference:
+        return f"fusion: the report counts {counted} of {total} texts; all are fused while training"
+    return (
+        f"fusion: the figures of each source are of one text in {step} where the rule takes one source per text; all "
+        "others are of all texts"
+    )
+
+
 class _Prepare:
     """What runs in each worker: a batch of rows in, columns out.
 
@@ -326,7 +334,8 @@ class _Prepare:
         routes: the routes that the numbers in the rows mean.
         strict: a text that differs from that of a store is an error.
         by_reference: rows get the reference to their text in place of its fused distributions.
-        step: every how many-th text is fused, and counted in the report; the others are only compared.
+        step: every how many-th text is counted in the report. With references, the others are only compared; without,
+            only the source that is taken is projected.
     """
 
     def __init__(
@@ -341,8 +350,8 @@ class _Prepare:
     ) -> None:
         self._reader, self._fuser, self._routes, self._strict = reader, fuser, routes, strict
         self._by_reference, self._step = by_reference, step
-        ids = "int16" if reader.target.table.vocab_size <= np.iinfo(np.int16).max else "int32"
-        own = {FUSED_IDS: ids, FUSED_LOGPROBS: LOGPROB_TYPE, FUSED_KEPT: "float16", FUSED_SOURCE: "int16"}
+        self._ids = "int16" if reader.target.table.vocab_size <= np.iinfo(np.int16).max else "int32"
+        own = {FUSED_IDS: self._ids, FUSED_LOGPROBS: LOGPROB_TYPE, FUSED_KEPT: "float16", FUSED_SOURCE: "int16"}
         if fuser.chunks:
             # Not in fewer bits: an advantage is the difference of two log-probabilities.
             own = {CHUNK_PLACE: "int32", CHUNK_LOGPROB: "float32", SAMPLED_LOGPROB: "float32", FUSED_SOURCE: "int16"}
@@ -367,15 +376,18 @@ class _Prepare:
             except DataError as error:
                 reasons[number] = str(error)
         counted = [number for number in texts if places[number] % self._step == 0]
+        chosen = counted if self._by_reference else list(texts)
         ids, routes = [str(row[ID]) for row in rows], [self._routes[row[ROUTE]] for row in rows]
         fused, unusable, report = self._fuser.fuse(
-            [ids[number] for number in counted],
-            [texts[number] for number in counted],
-            [routes[number] for number in counted],
+            [ids[number] for number in chosen],
+            [texts[number] for number in chosen],
+            [routes[number] for number in chosen],
+            counted=[places[number] % self._step == 0 for number in chosen],
             on_unusable="skip",
+            types=(self._ids, LOGPROB_TYPE),
         )
-        errors = {counted[place]: error for place, error in unusable.items()}
-        for number in texts.keys() - set(counted):
+        errors = {chosen[place]: error for place, error in unusable.items()}
+        for number in texts.keys() - set(chosen):
             try:
                 self._fuser.compare(ids[number], texts[number], routes[number])
             except AlignmentError as error:
@@ -384,7 +396,7 @@ class _Prepare:
             first = min(errors)
             raise MismatchError(f"{rows[first][NAME]}: {errors[first]}") from errors[first]
         reasons |= {number: str(error) for number, error in errors.items()}
-        distributions: dict[int, Fused | TokenChunks] = dict(zip(counted, fused, strict=True))
+        distributions: dict[int, Fused | TokenChunks] = dict(zip(chosen, fused, strict=True))
         made = [
             dict.fromkeys(self._types, ())
             if number in reasons
@@ -392,8 +404,7 @@ class _Prepare:
             for number in range(len(rows))
         ]
         columns: dict[str, list[Any]] = {
-            name: [np.asarray(row[name]).astype(kind.dtype).ravel() for row in made]
-            for name, kind in self._types.items()
+            name: [np.asarray(row[name], kind.dtype).ravel() for row in made] for name, kind in self._types.items()
         }
         columns[HOW] = [texts[number].how or "" if number in texts else "" for number in range(len(rows))]
         columns[REASON] = [reasons.get(number, "") for number in range(len(rows))]

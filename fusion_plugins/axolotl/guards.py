@@ -194,6 +194,8 @@ def _idle(block: FusionBlock) -> Iterator[str]:
         )
     if block.sources and (idle := sorted(FOR_RESPONSES & given)):
         yield f"{_keys(idle)}: for scored responses alone, which a run with fusion.sources does not read; remove it"
+    if block.reference is not None and block.on_missing_text == "skip_source":
+        yield "fusion.on_missing_text: skip_source is for fusion.sources; with fusion.reference set raise or skip"
     if "tie_order" in _changed(block.alignment) and block.alignment.method != "dtw":
         yield f"fusion.alignment.tie_order: for dtw alone, and the method is {block.alignment.method}; remove it"
     if block.prepared == "stores" and block.projection.vocabulary_map in COUNTED:

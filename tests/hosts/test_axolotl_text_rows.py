@@ -17,6 +17,7 @@ from fusion_plugins.axolotl.collator import FusionCollator
 from fusion_plugins.axolotl.guards import check_ready
 from fusion_plugins.axolotl.target_tokenizer import EncodedText
 from fusion_plugins.axolotl.text_rows import pack_text, text_fuser, unpack_text
+from fusion_plugins.core.fusion.routing import Route
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import ConfigError, FusionError, MismatchError, StoreError
 
@@ -167,6 +168,28 @@ def test_the_report_counts_a_part_of_many_texts_and_every_text_is_compared(mater
         prepare(settings | {"fusion": settings["fusion"] | {"on_unusable": "raise"}}, run_folder)
 
 
+def test_rows_count_the_sources_of_a_part_of_many_texts_and_everything_else_of_all(
+    material, run_folder, monkeypatch, caplog
+):
+    settings = config(material, run_folder, fusion={"prepared": "rows", "on_unusable": "skip"})
+
+    def prepared(name):
+        _, rows = prepare({**settings, "dataset_prepared_path": str(run_folder / name)}, run_folder)
+        (report,) = json.loads((run_folder / "model" / "fusion_report.json").read_text()).values()
+        return rows, report
+
+    every, whole = prepared("every")
+    monkeypatch.setattr(fused, "REPORTED", 7)
+    some, part = prepared("some")
+    assert every.data.to_pydict() == some.data.to_pydict(), "the rows are the same"
+    assert "the figures of each source are of one text in 4" in caplog.text
+    for key in ("texts", "positions", "fused_positions", "chosen"):
+        assert part[key] == whole[key]
+    for name, source in part["sources"].items():
+        assert 0 < source["positions"] < whole["sources"][name]["positions"] == whole["positions"]
+        assert 0 < source["exact_mass"] < whole["sources"][name]["exact_mass"]
+
+
 TRAINED = [None, np.zeros((0, 2), np.int32), np.array([[1, 4], [7, 70_000]], np.int32)]
 
 
@@ -182,10 +205,11 @@ def test_a_packed_text_comes_back(trained, widths, id):
         np.arange(n) % 3 != 1,
     )
     text = EncodedText(tokens, tokens.input_ids + 1, trained)
-    packed = pack_text(id, text)
+    route = Route(tuple(range(n % 5)) + (300,), "数学" * (n % 3))
+    packed = pack_text(id, text, route)
     for form in (packed, packed.tolist(), packed.astype(np.int64)):
-        got, found = unpack_text(form, tokens.input_ids.tolist(), text.labels.astype(np.int64))
-        assert got == id
+        got, found, same = unpack_text(form, tokens.input_ids.tolist(), text.labels.astype(np.int64))
+        assert (got, same) == (id, route)
         for name in vars(tokens):
             np.testing.assert_array_equal(getattr(found.tokens, name), getattr(tokens, name))
             assert getattr(found.tokens, name).dtype == getattr(tokens, name).dtype
