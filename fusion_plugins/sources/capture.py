@@ -58,7 +58,9 @@ class CaptureConfig(SourceSettings):
         "unusable": "now on_unusable, with the values raise (was: stop) and skip",
     }
 
-    texts: str | list[str] = Field(description=".jsonl or .parquet files, or folders of them")
+    texts: str | list[str] = Field(
+        description=".jsonl or .parquet files, folders of them, hf:ORG/NAME[:SPLIT][:COLUMN]"
+    )
     out: str = Field(description="folder of the store")
     top_k: int | Literal["all"] = Field(64, description="entries per position; all: the whole vocabulary")
     limit: int | None = Field(None, ge=1, description="capture only this many texts, from the start")
