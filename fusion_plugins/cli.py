@@ -14,6 +14,7 @@ import typer
 from rich.table import Table
 
 import fusion_plugins
+from fusion_plugins.chain.commands import rounds, run
 from fusion_plugins.doctor.commands import doctor
 from fusion_plugins.errors import FusionError
 from fusion_plugins.init.commands import init
@@ -75,7 +76,7 @@ def plugins() -> None:
     console().print(table)
 
 
-for _command in (init, clean, cut, capture, sample, score, doctor, report, merge_check, recipes, keys):
+for _command in (init, clean, cut, capture, sample, score, doctor, report, merge_check, rounds, run, recipes, keys):
     app.command()(_command)
 for _store_command in (info, verify, merge, compact, push, pull, export):
     store_app.command()(_store_command)

@@ -13,6 +13,7 @@ how to fix it::
     ├── SourceError          a source model, engine or server
     ├── ScoringError         a scorer or the sandbox
     ├── MergeError           checkpoints that cannot be merged
+    ├── ChainError           a step of a chain failed, or the chain is already being run
     └── PluginError          a plugin or a name that it registers
 
 None derives from ``ImportError``: axolotl logs that one and then trains without the plugin.
@@ -20,6 +21,7 @@ None derives from ``ImportError``: axolotl logs that one and then trains without
 
 __all__ = [
     "AlignmentError",
+    "ChainError",
     "ConfigError",
     "DataError",
     "FusionError",
@@ -71,6 +73,10 @@ class ScoringError(FusionError):
 
 class MergeError(FusionError):
     """Checkpoints cannot be merged as asked."""
+
+
+class ChainError(FusionError):
+    """A step of a chain failed, or the chain is already being run."""
 
 
 class PluginError(FusionError):

@@ -16,7 +16,7 @@ import math
 import os
 from array import array
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -28,9 +28,11 @@ import pyarrow.parquet as pq
 
 from fusion_plugins.core.text.content_id import content_id, sorted_fingerprint, texts_fingerprint
 from fusion_plugins.core.text.messages import REASONING_KEYS, as_messages, as_tools
+from fusion_plugins.core.text.sampled import SampledAnswer
 from fusion_plugins.errors import DataError
 from fusion_plugins.hub import hub_rows, is_hub
-from fusion_plugins.response_texts import ANSWER_COLUMNS, answers_as_texts, is_response_folder, response_rows
+from fusion_plugins.response_texts import ANSWER, ANSWER_COLUMNS, answers_as_texts, is_response_folder, response_rows
+from fusion_plugins.where import Where, columns_of, require_columns, selects
 
 #: ends of the names of files that can be read
 SUFFIXES = (".jsonl", ".parquet")
@@ -49,6 +51,31 @@ Row = dict[str, Any]
 #: place or id of a row that cannot be used -> why
 Unusable = dict[str, str]
 Item = TypeVar("Item")
+#: messages of a chat and its row -> the messages that a source reads
+Context = Callable[[list[dict[str, Any]], Row], list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows of a set of texts are read, and how.
+
+    Attributes:
+        where: conditions that they meet; None for all rows.
+        context: puts other messages before the answers of a chat.
+        columns: that the context looks at.
+    """
+
+    where: Where | None = None
+    context: Context | None = None
+    columns: tuple[str, ...] = ()
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """Columns that are read besides those of every text."""
+        return (*columns_of(self.where), *self.columns)
+
+
+EVERYTHING = Selection()
 
 
 @dataclass(frozen=True)
@@ -61,6 +88,10 @@ class Text:
         content_id: sha256 (hex) of the content and the tools.
         tools: schemas of the tools that the chat may call, or None.
         where: file and row that it was read from.
+        answer: how the last message of a chat was sampled, which alone is supervised then; None where every message of
+            the assistant is.
+        read_as: the messages that a source reads in place of the chat (see
+            :mod:`fusion_plugins.sources.context`); None for the chat itself.
     """
 
     id: str
@@ -68,6 +99,25 @@ class Text:
     content_id: str
     tools: list[dict[str, Any]] | None = None
     where: str = field(default="", compare=False)
+    answer: SampledAnswer | None = None
+    read_as: list[dict[str, Any]] | None = None
+
+    @property
+    def turns(self) -> int:
+        """How many turns of a chat are supervised, from the last one back."""
+        return 1 if self.answer else sum(message["role"] == "assistant" for message in self.content)  # type: ignore[index]
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of all that decides what is captured of the text; the content's where that is all."""
+        parts: list[Any] = []
+        if self.answer and (self.answer.token_ids or not self.answer.finished):
+            parts.append([self.answer.finished, self.answer.token_ids, self.answer.tokenizer])
+        if self.read_as is not None:
+            parts.append(content_id(self.read_as))
+        if not parts:
+            return self.content_id
+        return hashlib.sha256(json.dumps([self.content_id, *parts]).encode()).hexdigest()
 
     @property
     def n_bytes(self) -> int:
@@ -108,9 +158,11 @@ class InputSet(Generic[Item]):
         make: turns place, row and text of a row into an item.
         pair: item -> its text, and the sha256 (hex) that stands for it in the fingerprint.
         unusable: takes the rows that cannot be used; without it, the first of them is an error.
+        selection: which rows are read.
 
     Raises:
         DataError: as for :func:`read_texts`; while iterating: a file has changed since.
+        ConfigError: no row has a column that the selection names.
     """
 
     def __init__(
@@ -119,8 +171,9 @@ class InputSet(Generic[Item]):
         make: Callable[[str, Row, Text], Item],
         pair: Callable[[Item], tuple[Text, str]],
         unusable: Unusable | None = None,
+        selection: Selection = EVERYTHING,
     ) -> None:
-        self._path, self._make, self._pair = path, make, pair
+        self._path, self._make, self._pair, self._selection = path, make, pair, selection
         self._stamps = {file: _stamp(file) for file in row_files(path)}
         # A dict of all ids and their places would be larger than all the rest. Only ids that turn out to appear twice,
         # or that rows which cannot be used have, are looked for by place, in a second pass.
@@ -153,7 +206,7 @@ class InputSet(Generic[Item]):
         return _items(self._open(), unusable, self._make, self._watched)
 
     def _open(self) -> Iterator[tuple[str, Row | DataError]]:
-        for number, row in enumerate(_rows(self._path)):
+        for number, row in enumerate(_rows(self._path, self._selection)):
             if number % ROWS_BETWEEN_LOOKS == 0:
                 self._require_unchanged()
             yield row
@@ -169,13 +222,29 @@ class InputSet(Generic[Item]):
                 )
 
 
-def open_texts(path: str | Path | Sequence[str | Path], *, unusable: Unusable | None = None) -> InputSet[Text]:
+def open_texts(
+    path: str | Path | Sequence[str | Path], *, unusable: Unusable | None = None, selection: Selection = EVERYTHING
+) -> InputSet[Text]:
     """Check texts as :func:`read_texts` does, and return them as a set that is read anew by every iteration.
 
     Raises:
         DataError: as for :func:`read_texts`.
+        ConfigError: no row has a column that the selection names.
     """
-    return InputSet(path, lambda where, row, text: text, lambda text: (text, text.content_id), unusable)
+
+    def make(where: str, row: Row, text: Text) -> Text:
+        if selection.context is None:
+            return text
+        if isinstance(text.content, str):
+            raise DataError(
+                f"{where}: context: expected a chat, got a plain text, which has nothing before it. Give messages."
+            )
+        try:
+            return replace(text, read_as=selection.context(text.content, row))
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+
+    return InputSet(path, make, lambda text: (text, text.digest), unusable, selection)
 
 
 def open_prompts(path: str | Path | Sequence[str | Path], *, unusable: Unusable | None = None) -> InputSet[Prompt]:
@@ -275,18 +344,45 @@ def readable_rows(path: str | Path, columns: Sequence[str] | None = None) -> Ite
         raise DataError(f"{path} cannot be read: {error}. Repair the permission or the disk.") from error
 
 
-def _rows(path: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, Row | DataError]]:
-    """Yield place and content of every row of files, folders of files and folders of responses."""
-    yield from answers_as_texts(_plain_rows(path))
+def _rows(
+    path: str | Path | Sequence[str | Path], selection: Selection = EVERYTHING
+) -> Iterator[tuple[str, Row | DataError]]:
+    """Yield place and content of the selected rows of files, folders of files and folders of responses."""
+    rows = _plain_rows(path, selection.read)
+    yield from answers_as_texts(_selected(rows, selection.where, str(path)) if selection.where else rows)
 
 
-def _plain_rows(path: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, Row | DataError]]:
+def _plain_rows(
+    path: str | Path | Sequence[str | Path], more: Sequence[str] = ()
+) -> Iterator[tuple[str, Row | DataError]]:
     for part in [path] if isinstance(path, str | Path) else path:
         if is_response_folder(part):
             yield from response_rows(part)
         else:
             for file in row_files(part):
-                yield from readable_rows(file, (*COLUMNS, *ANSWER_COLUMNS))
+                yield from readable_rows(file, (*COLUMNS, *ANSWER_COLUMNS, *more))
+
+
+def _selected(
+    rows: Iterable[tuple[str, Row | DataError]], where: Where, path: str
+) -> Iterator[tuple[str, Row | DataError]]:
+    """Yield the rows that meet conditions, and those that cannot be read; every column must be in some row."""
+    found: set[str] = set()
+    kept = False
+    for place, row in rows:
+        if not isinstance(row, DataError):
+            found |= row.keys()
+            try:
+                if not selects(where, row):
+                    continue
+            except DataError as error:
+                row = DataError(f"{place}: {error}")
+        kept = True
+        yield place, row
+    require_columns(where, found, path)
+    if not kept:
+        conditions = "; ".join(f"{column}: {condition}" for column, condition in where.items())
+        raise DataError(f"{path}: where: expected some rows with {conditions}, got none. Change the conditions.")
 
 
 def _items(
@@ -507,7 +603,7 @@ def _text(row: Row, where: str) -> Text:
         raise DataError(
             f"{where}: expected an id that UTF-8 can encode, got one with a lone surrogate: {name!r:.80}. Rename it."
         )
-    return Text(name, content, digest, tools, where)
+    return Text(name, content, digest, tools, where, row.get(ANSWER))
 
 
 def _prompt(where: str, row: Row, text: Text) -> Prompt:

@@ -34,6 +34,8 @@ READERS: tuple[tuple[str | None, str, str, tuple[str, ...]], ...] = (
     ("cut", "fusion cut", "", ("fusion_plugins.sources.cut:CutConfig",)),
     ("doctor", "fusion doctor", "", ("fusion_plugins.doctor.examine:DoctorConfig",)),
     ("report", "fusion report", "", ("fusion_plugins.report:ReportConfig",)),
+    ("run", "fusion run", "", ("fusion_plugins.chain.settings:ChainSettings",)),
+    ("rounds", "fusion rounds", "", ("fusion_plugins.chain.rounds:RoundsConfig",)),
     (
         "transformers",
         "Backend `transformers`",

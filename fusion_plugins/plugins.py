@@ -140,9 +140,10 @@ class _BuiltIns:
 
     @hookimpl
     def register_losses(self, register: Register) -> None:
+        from fusion_plugins.core.fusion.chunk_losses import CHUNK_LOSSES
         from fusion_plugins.core.fusion.divergences import LOSSES
 
-        _register_all(register, LOSSES)
+        _register_all(register, {**LOSSES, **CHUNK_LOSSES})
 
     @hookimpl
     def register_scorers(self, register: Register) -> None:

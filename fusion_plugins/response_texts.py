@@ -1,26 +1,57 @@
 """Responses, scored or not, as texts: each is the chat of its prompt and of the response.
 
-So `fusion capture` can say how probable a source finds the answers of any model. Equal answers to one prompt are one
-text, and an answer without a word is none. The id of a text is the sha256 of its chat, which
-:func:`~fusion_plugins.core.preferences.candidates.answer_id` gives for a candidate.
+So a source can say what it thinks of the answers of any model, and a model can learn on its own answers. The messages
+are those that the model read: with the system prompt that it was sampled with. Equal answers to one prompt are one text
+of a store, however often they were sampled; an answer without a word is none. The id of a text is the response's own:
+the sha256 of its chat, which :func:`~fusion_plugins.core.preferences.candidates.answer_id` gives for a candidate, and
+of the fact that it stopped at a length limit, where it did.
 """
 
-from collections.abc import Iterable, Iterator
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fusion_plugins.core.preferences.candidates import as_candidate, chat_of
 from fusion_plugins.core.text.content_id import content_id
+from fusion_plugins.core.text.finish_reason import ending
 from fusion_plugins.core.text.messages import REASONING_KEYS
+from fusion_plugins.core.text.sampled import SampledAnswer, as_answer
 from fusion_plugins.errors import DataError
 from fusion_plugins.store.manifest import MANIFEST_NAME, RowManifest, load_manifest
 from fusion_plugins.store.rows import open_rows
 
 Row = dict[str, Any]
 
-#: columns of a response that are part of its text, or name it
-ANSWER_COLUMNS = ("prompt_id", "source", "index", "prompt", "response", "tool_calls", *REASONING_KEYS)
+#: columns of a response that are part of its text, name it, or say how it was sampled
+ANSWER_COLUMNS = (
+    *("prompt_id", "source", "index", "prompt", "response", "tool_calls", *REASONING_KEYS),
+    *("system", "finish_reason", "token_ids", "tokenizer", "model", "n_tokens", "correct", "reward", "domain"),
+)
+#: key of a row of :func:`answers_as_texts` that holds how its last message was sampled
+ANSWER = "fusion_answer"
 _NEEDED = ("prompt", "response")
+
+
+@dataclass(frozen=True)
+class AnswerText:
+    """One response as a text.
+
+    Attributes:
+        id: see the module.
+        messages: of the prompt and of the answer.
+        tools: schemas of the tools that may be called, or None.
+        answer: how the last message was sampled.
+        empty: it says nothing.
+    """
+
+    id: str
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    answer: SampledAnswer
+    empty: bool
 
 
 def is_response_folder(path: str | Path) -> bool:
@@ -33,6 +64,13 @@ def is_response_folder(path: str | Path) -> bool:
         return False
     manifest = load_manifest(Path(path))
     return isinstance(manifest, RowManifest) and manifest.columns.keys() >= set(_NEEDED)
+
+
+def json_columns(path: str | Path) -> tuple[str, ...]:
+    """Return which columns of the files of a folder of responses hold JSON text; none for another path."""
+    if not is_response_folder(path):
+        return ()
+    return tuple(name for name, kind in RowManifest.load(Path(path)).columns.items() if kind == "json")
 
 
 def response_rows(folder: str | Path) -> Iterator[tuple[str, Row]]:
@@ -51,23 +89,51 @@ def answers_as_texts(rows: Iterable[tuple[str, Row | DataError]]) -> Iterator[tu
     """Yield rows with ``messages`` in the place of responses; rows of another kind as they are."""
     seen: set[str] = set()
     for number, (where, row) in enumerate(rows):
-        if isinstance(row, DataError) or not _is_response(row):
+        if isinstance(row, DataError) or not is_response(row):
             yield where, row
             continue
         try:
-            candidate = as_candidate(row, number)
-            messages, tools = chat_of(candidate)
-            digest = content_id(messages, tools)
+            text = answer_text(row, number)
         except (DataError, UnicodeEncodeError) as error:
             yield where, DataError(f"{where}: {error}")
             continue
-        if digest in seen or not (candidate.response.strip() or candidate.extra.get("tool_calls")):
+        if text.id in seen or text.empty:
             continue
-        seen.add(digest)
-        yield where, {"messages": messages, "tools": tools}
+        seen.add(text.id)
+        yield where, row | {"id": text.id, "messages": text.messages, "tools": text.tools, ANSWER: text.answer}
 
 
-def _is_response(row: Row) -> bool:
+def answer_text(row: Mapping[str, Any], number: int) -> AnswerText:
+    """Return the text that a response is.
+
+    Args:
+        row: the response; ``system`` is the system prompt that was put before a prompt without one of its own.
+        number: its position in the file or table, counted from 0; for the error message.
+
+    Raises:
+        DataError: a required value is missing, or a value has the wrong type.
+        UnicodeEncodeError: it holds a lone surrogate.
+    """
+    candidate = as_candidate(row, number)
+    messages, tools = chat_of(candidate)
+    system = row.get("system")
+    if isinstance(system, str) and messages[0].get("role") != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    finished = ending(row.get("finish_reason")) != "length"
+    digest = content_id(messages, tools)
+    if not finished:
+        digest = hashlib.sha256(json.dumps([digest, "length"]).encode()).hexdigest()
+    empty = not (candidate.response.strip() or candidate.extra.get("tool_calls"))
+    return AnswerText(digest, messages, tools, as_answer(row, finished), empty)
+
+
+def is_response(row: Mapping[str, Any]) -> bool:
+    """Return whether a row holds a prompt and a response, and neither a text nor messages."""
     other = row.get("text") is not None or row.get("messages") is not None
     answered = row.get("response") is not None or row.get("tool_calls") is not None
     return not other and row.get("prompt") is not None and answered
+
+
+def is_table_of_responses(columns: Collection[str]) -> bool:
+    """Return whether the rows of a table with these columns are responses."""
+    return {"prompt", "response"} <= {*columns} and not {"text", "messages"} & {*columns}

@@ -25,6 +25,8 @@ COMMANDS = [
     "plugins",
     "recipes",
     "report",
+    "rounds",
+    "run",
     "sample",
     "score",
 ]

@@ -38,7 +38,7 @@ PUBLIC = ("", ".core", ".store", ".scoring", ".axolotl", ".hookspecs", ".errors"
 def test_there_are_documents_and_core_modules():
     assert len(DOCUMENTS) >= 4
     assert len(CORE) >= 8
-    assert len(TUTORIALS) == 3
+    assert len(TUTORIALS) == 4
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -112,6 +112,7 @@ def test_every_block_of_a_tutorial_runs_in_order(path, material, tmp_path):
             *("sft/fusion_sft.json", "dpo/fusion_pairs.json", "dpo/model.safetensors", "pairs.jsonl"),
             *("infifpo/model.safetensors", "wrpo/model.safetensors", "wrpo/fusion_pairs.json"),
         ),
+        "rounds": ("rounds/01/model/model.safetensors", "rounds/rounds.svg", "rounds/01/model/fusion_report.json"),
     }[path.stem]
     assert all((tmp_path / "tutorial" / name).is_file() for name in made)
 

@@ -152,7 +152,7 @@ def encode(tokenizer: Any, chat: list[dict[str, str]], as_chat: bool) -> tuple[l
 
 
 @torch.no_grad()
-def measure(path: Path, chats: bool) -> str:
+def measure(path: Path, chats: bool) -> dict[str, float]:
     """Bits per byte of held-out texts (or answers) of each subject, and the share of sums that the model solves."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -167,7 +167,7 @@ def measure(path: Path, chats: bool) -> str:
             total += size
         found[subject] = nats / math.log(2) / total
     solved = sum(_solves(model, tokenizer, *make_sum(random.Random(seed))) for seed in range(60)) / 60
-    return f"{path}: {found['sums']:.3f} bits/byte sums, {found['sentences']:.3f} sentences, {solved:.0%} solved"
+    return {**found, "solved": solved}
 
 
 def _solves(model: Any, tokenizer: Any, question: str, answer: str, gold: str) -> bool:
@@ -182,6 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("make", "measure"))
     parser.add_argument("--chats", action="store_true", help="measure the answers of chats, not plain texts")
+    parser.add_argument("--json", action="store_true", help="print what is measured as JSON")
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # models this small lose more to a second thread than they gain
@@ -189,7 +190,11 @@ def main() -> None:
         if arguments.command == "make":
             make(path)
         else:
-            print(measure(path, arguments.chats))
+            found = measure(path, arguments.chats)
+            said = (
+                f"{found['sums']:.3f} bits/byte sums, {found['sentences']:.3f} sentences, {found['solved']:.0%} solved"
+            )
+            print(json.dumps(found) if arguments.json else f"{path}: {said}")
 
 
 if __name__ == "__main__":

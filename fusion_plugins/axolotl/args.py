@@ -4,7 +4,8 @@
 an unknown key there is an error: axolotl drops unknown keys of its own level silently.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType
 from typing import Any, Literal, get_args
 
@@ -15,16 +16,19 @@ from fusion_plugins.core.fusion.project import ProjectionOptions
 from fusion_plugins.core.preferences.pairs import GapWindow
 from fusion_plugins.core.preferences.split import SplitRule
 from fusion_plugins.errors import ConfigError
+from fusion_plugins.where import Where, checked_where
 
 #: keys of the block that say how distributions are fused
 FOR_SOURCES = frozenset(
     {
         *("on_missing_text", "prepared", "alignment", "projection", "rule", "rule_options", "metric", "top_k", "loss"),
+        "loss_options",
         *("lm_loss_weight", "lm_loss_schedule", "temperature", "loss_chunk"),
+        *("where", "on_no_source", "own_source", "rule_by_domain", "weights_from"),
     }
 )
 #: keys of the block that say which scored responses are used
-FOR_RESPONSES = frozenset({"pairs", "sft", "split", "keep_truncated", "wrpo", "reference"})
+FOR_RESPONSES = frozenset({"pairs", "sft", "split", "keep_truncated", "leave_out_sources", "wrpo", "reference"})
 
 
 class BlockSettings(Settings):
@@ -57,6 +61,52 @@ class SourceArgs(BlockSettings):
         description="the store is the target model's own; then another tokenizer is an error (equal tokenizers need no "
         "vocabulary map in any case)",
     )
+
+
+class FusedSourceArgs(SourceArgs):
+    """One source of fused distributions, and which texts it teaches."""
+
+    domains: list[str] | None = Field(
+        default=None,
+        description="values of the column domain: the source takes part in these texts alone; none for all",
+    )
+    where: Where | None = Field(
+        default=None,
+        description="column -> a value, a list of values, or {min, max}: the source takes part in the texts that meet "
+        "all conditions; none for all",
+    )
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="weight in the rule fixed_weights")
+    weight_by_domain: dict[str, float] = Field(
+        default_factory=dict, description="domain -> weight there, in place of weight"
+    )
+
+    _check_where = field_validator("where")(checked_where)
+
+    @field_validator("weight_by_domain")
+    @classmethod
+    def _check_weights(cls, weights: dict[str, float]) -> dict[str, float]:
+        if wrong := [domain for domain, weight in weights.items() if not 0 <= weight < math.inf]:
+            raise ValueError(f"{wrong[0]}: expected a weight that is not negative, got {weights[wrong[0]]}")
+        return weights
+
+    @property
+    def conditions(self) -> Where:
+        """All conditions of the texts that the source takes part in."""
+        return {**(self.where or {}), **({} if self.domains is None else {"domain": self.domains})}
+
+    def problems(self) -> Iterator[str]:
+        """Yield what does not belong together."""
+        if self.domains is not None and not self.domains:
+            yield f"source {self.name!r}: domains is empty, so the source would teach nothing; name some, or remove it"
+        if self.domains is not None and "domain" in (self.where or {}):
+            yield f"source {self.name!r}: domains and where.domain are two conditions on one column; give one of them"
+
+
+class RuleArgs(BlockSettings):
+    """The fusion rule of one domain."""
+
+    rule: str = Field(min_length=1, description="name of the rule")
+    rule_options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the rule")
 
 
 class AlignmentArgs(BlockSettings):
@@ -275,7 +325,7 @@ class ReferenceArgs(BlockSettings):
             )
 
 
-def _problems_of_names(sources: list[SourceArgs]) -> Iterator[str]:
+def _problems_of_names(sources: Sequence[SourceArgs]) -> Iterator[str]:
     names = [source.name for source in sources]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"source name {name!r} is given twice; reports go by names, so give each source its own"
@@ -312,11 +362,28 @@ class FusionBlock(BlockSettings):
 
     MOVED = {"missing_texts": "now fusion.on_missing_text, with the values raise (was: stop) and skip (was: drop)"}
 
-    sources: list[SourceArgs] = Field(
+    sources: list[FusedSourceArgs] = Field(
         default_factory=list, description="source models, for datasets of type fusion_plugins.axolotl.fused"
     )
-    on_missing_text: Literal["raise", "skip"] = Field(
-        default="raise", description="rows of the dataset that a store lacks: stop with an error, or train without them"
+    where: Where | None = Field(
+        default=None,
+        description="column -> a value, a list of values, or {min, max}: only rows that meet all conditions are used; "
+        "verdict is correct, incorrect or unknown",
+    )
+    own_source: str | None = Field(
+        default=None,
+        description="source of a folder of responses whose answers are the target's own; besides it, the answers of "
+        "base_model and of the source with is_target are",
+    )
+    on_missing_text: Literal["raise", "skip", "skip_source"] = Field(
+        default="raise",
+        description="rows of the dataset that the store of a source which teaches them lacks: stop with an error, "
+        "train without the row, or teach it without the source",
+    )
+    on_no_source: Literal["raise", "skip", "lm_loss"] = Field(
+        default="raise",
+        description="rows that no source teaches: stop with an error, leave them out, or train on them with the "
+        "language-model loss alone",
     )
     on_unusable: Literal["raise", "skip"] = Field(
         default="raise",
@@ -335,15 +402,36 @@ class FusionBlock(BlockSettings):
     projection: ProjectionArgs = Field(
         default_factory=ProjectionArgs, description="how distributions reach the target's vocabulary"
     )
-    rule: str = Field(default="min_ce", description="min_ce, avg_ce, token_min_ce, or a registered fusion rule")
+    rule: str = Field(
+        default="min_ce", description="min_ce, avg_ce, token_min_ce, fixed_weights, or a registered fusion rule"
+    )
     rule_options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the rule")
+    rule_by_domain: dict[str, RuleArgs] = Field(
+        default_factory=dict,
+        description="domain -> the rule of its texts, or {rule, rule_options}, in place of rule and rule_options",
+    )
+    weights_from: str | None = Field(
+        default=None,
+        description="folder of scored responses: the weight of a source in a domain, for the rule fixed_weights, is "
+        "how likely its answers there are right by the verdicts, (right + 1) / (judged + 2); none for the weights of "
+        "the sources",
+    )
     metric: Literal["byte", "token"] = Field(
         default="byte", description="cross-entropy per byte of the text, or per token of the source (FuseLLM's code)"
     )
     top_k: int | None = Field(
         default=None, ge=1, description="entries kept per fused distribution; none for as many as the stores hold"
     )
-    loss: str = Field(default="ce", description="ce, kl, reverse_kl, jsd, or a registered loss")
+    loss: str = Field(
+        default="ce",
+        description="ce, kl, reverse_kl, jsd, advantage (for the target's own answers), or a registered loss",
+    )
+    loss_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="keyword arguments of the loss. jsd: beta (0.5), from 0, forward KL, to 1, reverse KL. advantage: "
+        "clip (10), the largest advantage in nats, and ratio_clip (0.2), how far the importance ratio may be from 1, "
+        "null for a ratio of 1",
+    )
     lm_loss_weight: float = Field(
         default=0.9, ge=0, le=1, description="weight of the language-model loss; the fusion loss has the rest"
     )
@@ -368,6 +456,11 @@ class FusionBlock(BlockSettings):
     keep_truncated: bool = Field(
         default=False, description="use responses that stopped only at the length limit (finish_reason length)"
     )
+    leave_out_sources: list[str] = Field(
+        default_factory=list,
+        description="sources of scored responses that are not trained on, such as those that `fusion doctor` finds to "
+        "be worse than the target",
+    )
     split: SplitArgs | None = Field(default=None, description="division of the prompts between SFT and DPO")
     wrpo: WRPOArgs | None = Field(
         default=None, description="loss of trainer_cls: fusion_plugins.axolotl.preference_trainers.WRPOTrainer"
@@ -377,6 +470,15 @@ class FusionBlock(BlockSettings):
         description="the sources as reference, for trainer_cls: "
         "fusion_plugins.axolotl.preference_trainers.InfiFPOTrainer",
     )
+
+    _check_where = field_validator("where")(checked_where)
+
+    @field_validator("rule_by_domain", mode="before")
+    @classmethod
+    def _read_rules(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {domain: {"rule": rule} if isinstance(rule, str) else rule for domain, rule in value.items()}
 
     @field_validator("lm_loss_schedule", mode="before")
     @classmethod
@@ -394,6 +496,9 @@ class FusionBlock(BlockSettings):
 
     def _problems(self) -> Iterator[str]:
         yield from _problems_of_names(self.sources)
+        for source in self.sources:
+            yield from source.problems()
+        yield from self._problems_of_weights()
         if self.reference is not None:
             yield from (f"reference: {problem}" for problem in self.reference.problems())
         divided_by = self.split.pairs if self.split is not None else None
@@ -402,6 +507,24 @@ class FusionBlock(BlockSettings):
                 yield from (f"{key}: {problem}" for problem in pairs.problems())
         if not self.sources and self.pairs is None and self.sft is None and self.split is None:
             yield "nothing to do: give sources (type fusion_plugins.axolotl.fused), sft or pairs"
+
+    @property
+    def rules(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Key of the block -> rule and options, of the rule of all texts and those of domains."""
+        own = {
+            f"rule_by_domain.{domain}": (rule.rule, rule.rule_options) for domain, rule in self.rule_by_domain.items()
+        }
+        return {"rule": (self.rule, self.rule_options), **own}
+
+    def _problems_of_weights(self) -> Iterator[str]:
+        weighs = any(rule == "fixed_weights" for rule, _ in self.rules.values())
+        given = [source.name for source in self.sources if source.weight != 1 or source.weight_by_domain]
+        if (given or self.weights_from) and not weighs:
+            yield "weight, weight_by_domain and weights_from are for the rule fixed_weights; set it, or remove them"
+        if given and self.weights_from:
+            yield f"weights_from measures the weights of all sources, and {given[0]!r} has one already; remove one"
+        if any(rule == "fixed_weights" and "weights" in options for rule, options in self.rules.values()):
+            yield "rule_options.weights: the sources differ from text to text; give each entry of sources a weight"
 
 
 class FusionArgs(BaseModel):

@@ -7,7 +7,9 @@ from typing import Any
 
 from fusion_plugins.core.text.content_id import content_id
 from fusion_plugins.core.text.messages import as_messages, as_tools, text_of
+from fusion_plugins.core.text.sampled import SampledAnswer
 from fusion_plugins.errors import DataError
+from fusion_plugins.response_texts import answer_text, is_response, json_columns
 
 Row = Mapping[str, Any]
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -24,12 +26,16 @@ class Content:
         text: a plain text; None for a chat.
         messages: of a chat.
         tools: schemas of the tools that the chat may call.
+        answer: how the last message was sampled, where the row is a response.
+        empty: it is a response that says nothing.
     """
 
     id: str
     text: str | None
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
+    answer: SampledAnswer | None = None
+    empty: bool = False
 
 
 def role_names(entry: Any) -> dict[str, str]:
@@ -50,6 +56,7 @@ class RowReader:
         roles: role in the dataset -> role in the template.
         drop_system: leave the system message out.
         split_thinking: reasoning is between tags in the content.
+        json_columns: columns that hold JSON, as the folders of `fusion sample` and `fusion score` have them.
     """
 
     text: str
@@ -59,6 +66,7 @@ class RowReader:
     roles: Mapping[str, str]
     drop_system: bool
     split_thinking: bool
+    json_columns: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, entry: Any) -> "RowReader":
@@ -74,6 +82,7 @@ class RowReader:
             roles=role_names(entry),
             drop_system=bool(entry.get("drop_system_message")),
             split_thinking=bool(entry.get("split_thinking")),
+            json_columns=json_columns(str(entry.get("path"))),
         )
 
     def content(self, row: Row) -> Content:
@@ -83,6 +92,8 @@ class RowReader:
             DataError: it holds no text and no chat, both, or messages of another form.
         """
         text, messages = row.get(self.text), row.get(self.messages)
+        if text is None and messages is None and is_response(row):
+            return self._answer(row)
         if isinstance(text, str) and text and messages is None:
             return Content(_id(row, content_id(text)), text, [], None)
         if not messages or text is not None:
@@ -100,6 +111,11 @@ class RowReader:
                 "Rewrite it before `fusion capture`, so that sources and target read the same."
             )
         return Content(identity, None, chat, tools)
+
+    def _answer(self, row: Row) -> Content:
+        read = {name: json.loads(row[name]) for name in self.json_columns if row.get(name) is not None}
+        found = answer_text({**row, **read}, 0)
+        return Content(found.id, None, found.messages, found.tools, found.answer, found.empty)
 
     def _mapped(self, messages: Any) -> list[dict[str, Any]]:
         if isinstance(messages, str):

@@ -1,8 +1,9 @@
 """Batches with fused distributions: axolotl's own collator for its columns, and (B, T, K) tensors for ours.
 
 A row of the prepared dataset holds its fused distributions flattened, T*K numbers each, because Arrow turns nested
-lists into Python objects one by one. K is the same in all rows. Or it holds only which text it is (see
-:mod:`~fusion_plugins.axolotl.text_rows`), and the distributions are made here.
+lists into Python objects one by one. K is the same in all rows. For a loss of chunks it holds the chunks of its tokens
+in their place. Or it holds only which text it is (see :mod:`~fusion_plugins.axolotl.text_rows`), and the distributions
+or chunks are made here.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fusion_plugins.core.fusion.chunk_losses import Chunks
 from fusion_plugins.errors import DataError
 
 FUSED_IDS = "fused_ids"
@@ -21,15 +23,24 @@ FUSED_LOGPROBS = "fused_logprobs"
 FUSED_KEPT = "fused_kept"
 FUSED_SOURCE = "fused_source"
 FUSED_TEXT = "fused_text"
+CHUNK_PLACE = "chunk_place"
+CHUNK_LOGPROB = "chunk_logprob"
+SAMPLED_LOGPROB = "sampled_logprob"
 #: all columns of ours that a prepared dataset may have
-COLUMNS = (FUSED_IDS, FUSED_LOGPROBS, FUSED_KEPT, FUSED_SOURCE, FUSED_TEXT)
+COLUMNS = (
+    *(FUSED_IDS, FUSED_LOGPROBS, FUSED_KEPT, FUSED_SOURCE, FUSED_TEXT),
+    *(CHUNK_PLACE, CHUNK_LOGPROB, SAMPLED_LOGPROB),
+)
 #: A log-probability has 11 significant bits, as in the stores.
 LOGPROB_TYPE = "float16"
 #: how many positions of a batch have a label: a number, not a tensor, so that no GPU has to be asked for it
 POSITIONS = "supervised_positions"
+#: how many positions its longest chunk has, likewise
+LONGEST = "longest_chunk"
 Array = npt.NDArray[Any]
 Row = Mapping[str, Any]
-Fuse = Callable[[Sequence[Row], Sequence[Any]], Sequence["Fused"]]
+Fuse = Callable[[Sequence[Row], Sequence[Any]], Sequence["Fused | TokenChunks"]]
+_AS_INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16}
 CURE = (
     "Every dataset of the run must have `type: fusion_plugins.axolotl.fused` (a run with other datasets among them "
     "would train on those without fusion)."
@@ -50,6 +61,29 @@ class Fused(NamedTuple):
     logprobs: Array
     kept: Array
     source: Array
+
+
+class TokenChunks(NamedTuple):
+    """The chunks of one row, for a loss of chunks; see :class:`fusion_plugins.core.fusion.chunk_losses.Chunks`.
+
+    Attributes:
+        place: (T,) int32 place of the position in its chunk, from 1 on; 0 for none.
+        logprobs: (T,) float32 log-probability of the position's whole chunk under the sources.
+        sampled: (T,) float32 log-probability that the sampler gave the next token; NaN where unknown.
+        source: (T,) int16 as in :class:`Fused`.
+    """
+
+    place: Array
+    logprobs: Array
+    sampled: Array
+    source: Array
+
+
+#: the columns of the fields, and what stands in them where there is no token
+FILLS: Mapping[type, Mapping[str, float]] = {
+    Fused: {FUSED_IDS: -1, FUSED_LOGPROBS: -np.inf, FUSED_KEPT: 0, FUSED_SOURCE: -1},
+    TokenChunks: {CHUNK_PLACE: 0, CHUNK_LOGPROB: 0, SAMPLED_LOGPROB: np.nan, FUSED_SOURCE: -1},
+}
 
 
 class FusionCollator:
@@ -78,26 +112,29 @@ class FusionCollator:
         batch = self._inner(stripped, return_tensors=return_tensors)
         shape = batch["input_ids"].shape
         left = self.tokenizer.padding_side == "left"
-        of_groups = iter(fused)
-        sequences = [Fused(*map(np.concatenate, zip(*islice(of_groups, len(group)), strict=True))) for group in groups]
-        ids, logprobs, kept, source = (
-            _pad(list(rows), shape, fill, left)
-            for rows, fill in zip(zip(*sequences, strict=True), (-1, -np.inf, 0, -1), strict=True)
-        )
-        # As integers with the same bits: DeepSpeed casts floating-point inputs to the model's dtype, and bfloat16 keeps
-        # only three digits of a log-probability.
-        batch |= {FUSED_IDS: ids, FUSED_LOGPROBS: logprobs.view(torch.int32)}
-        batch |= {FUSED_KEPT: kept.view(torch.int16), FUSED_SOURCE: source}
+        of_groups, kind = iter(fused), type(fused[0])
+        sequences: list[Any] = [
+            kind(*map(np.concatenate, zip(*islice(of_groups, len(group)), strict=True))) for group in groups
+        ]
+        for (name, fill), rows in zip(FILLS[kind].items(), zip(*sequences, strict=True), strict=True):
+            values = _pad(list(rows), shape, fill, left)
+            # As integers with the same bits: DeepSpeed casts floating-point inputs to the model's dtype, and bfloat16
+            # keeps only three digits of a log-probability.
+            batch[name] = values.view(_AS_INTEGERS[values.dtype]) if values.is_floating_point() else values
+        if kind is TokenChunks:
+            batch[LONGEST] = max(1, int(batch[CHUNK_PLACE].max()))
         batch[POSITIONS] = int((batch["labels"][:, 1:] != -100).sum())
         return batch
 
     def width(self, row: Row) -> int:
-        """Return K, of which a row is an example."""
-        return int(self._fused([row])[0].ids.shape[1])
+        """Return K, of which a row is an example; chunks take as much memory as two entries."""
+        (found,) = self._fused([row])
+        return 2 if isinstance(found, TokenChunks) else int(found.ids.shape[1])
 
-    def _fused(self, rows: Sequence[Row]) -> Sequence[Fused]:
+    def _fused(self, rows: Sequence[Row]) -> Sequence[Fused | TokenChunks]:
         if self._fuse is None:
-            return [_stored(row) for row in rows]
+            read = _stored_chunks if rows[0].get(CHUNK_PLACE) is not None else _stored
+            return [read(row) for row in rows]
         if any(row.get(FUSED_TEXT) is None for row in rows):
             raise DataError(f"expected rows that refer to their texts, got the columns {sorted(rows[0])}. {CURE}")
         return self._fuse(rows, [row[FUSED_TEXT] for row in rows])
@@ -117,6 +154,19 @@ def take_fused(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return inputs.pop(FUSED_IDS), inputs.pop(FUSED_LOGPROBS).view(torch.float32)
 
 
+def take_chunks(inputs: dict[str, Any]) -> Chunks:
+    """Remove the chunks from a batch and return them, (B, T).
+
+    Raises:
+        DataError: the batch has none.
+    """
+    if CHUNK_PLACE not in inputs:
+        raise DataError(f"expected a batch with chunks, got one with {sorted(inputs)}. {CURE}")
+    place, longest = inputs.pop(CHUNK_PLACE), inputs.pop(LONGEST, None)
+    logprobs, sampled = (inputs.pop(name).view(torch.float32) for name in (CHUNK_LOGPROB, SAMPLED_LOGPROB))
+    return Chunks(place, logprobs, sampled, max(1, int(place.max())) if longest is None else longest)
+
+
 def take_origin(inputs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
     """Remove from a batch where its distributions come from, and return it; None where it does not say.
 
@@ -124,6 +174,8 @@ def take_origin(inputs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
         (B, T) float16 kept mass, and (B, T) int16 number of the source.
     """
     kept, source = inputs.pop(FUSED_KEPT, None), inputs.pop(FUSED_SOURCE, None)
+    if source is not None and kept is None:  # chunks, which are of whole probabilities
+        kept = torch.full_like(source, torch.nan, dtype=torch.float16).view(torch.int16)
     return None if kept is None or source is None else (kept.view(torch.float16), source)
 
 
@@ -134,13 +186,21 @@ def take_positions(inputs: dict[str, Any]) -> int | None:
 
 def _stored(row: Row) -> Fused:
     """Return the distributions that a row holds."""
-    if any(row.get(name) is None for name in COLUMNS[:-1]):
+    if any(row.get(name) is None for name in FILLS[Fused]):
         raise DataError(f"expected a row with fused distributions, got the columns {sorted(row)}. {CURE}")
     ids, logprobs = _shaped(row, FUSED_IDS, np.int32), _shaped(row, FUSED_LOGPROBS, np.float32)
     # A probability that is too small for the type of the column is none.
     ids[np.isneginf(logprobs)] = -1
     kept, source = np.asarray(row[FUSED_KEPT], np.float16), np.asarray(row[FUSED_SOURCE], np.int16)
     return Fused(ids, logprobs, kept, source)
+
+
+def _stored_chunks(row: Row) -> TokenChunks:
+    """Return the chunks that a row holds."""
+    if any(row.get(name) is None for name in FILLS[TokenChunks]):
+        raise DataError(f"expected a row with chunks, got the columns {sorted(row)}. {CURE}")
+    types = (np.int32, np.float32, np.float32, np.int16)
+    return TokenChunks(*(_shaped(row, name, kind)[:, 0] for name, kind in zip(FILLS[TokenChunks], types, strict=True)))
 
 
 def _shaped(row: Row, name: str, dtype: type) -> Array:

@@ -40,7 +40,7 @@ def count_alignments(
     """Count over the rows of a dataset, in ``process_count`` processes.
 
     Args:
-        dataset: rows that every store has.
+        dataset: rows; those that a store lacks are not counted for it.
         read: row -> its id and the target's tokens; None for a row that is left out.
         target_bytes: the target's vocabulary.
         stores: the sources.
@@ -78,9 +78,12 @@ def count_texts(
     source_bytes = [store.table.packed for store in stores]
     for id, tokens in texts:
         for store, own_bytes, found in zip(stores, source_bytes, counts, strict=True):
+            said = store.get(id)
+            if said is None:  # a text that other sources teach
+                continue
             try:
                 # What only one side's template or maximum length left out is not counted.
-                record, text = common_text(store[id], tokens, own_bytes, target_bytes)
+                record, text = common_text(said, tokens, own_bytes, target_bytes)
             except AlignmentError as error:
                 if not strict:
                     continue

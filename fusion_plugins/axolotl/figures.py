@@ -60,7 +60,7 @@ class Figures:
             ``ppl`` (exp of ``lm_loss``), ``fusion_loss`` and ``fused_entropy`` (nats per position with a fused
             distribution), ``top1_agreement`` (share of these positions at which the model's most probable token is that
             of the fused distribution), what was named besides, and ``router_loss`` (where the model has one). What no
-            position has is left out.
+            position has is left out, and what is NaN (chunks have no entropy, and no most probable token).
         """
         names = (*SUMS, *VALUES, "loss", *self._of_fused)
         sums = torch.zeros(len(names), device=device, dtype=_dtype(device)) if self._sums is None else self._sums
@@ -78,9 +78,8 @@ class Figures:
         }
         if fused:
             figures["fusion_loss"] = total["fusion"] / fused
-            figures["fused_entropy"] = total["entropy"] / fused
-            figures["top1_agreement"] = total["agreed"] / fused
-            figures |= {name: total[name] / fused for name in self._of_fused if not math.isnan(total[name])}
+            means = {"fused_entropy": "entropy", "top1_agreement": "agreed", **{name: name for name in self._of_fused}}
+            figures |= {name: total[key] / fused for name, key in means.items() if not math.isnan(total[key])}
         if total["router"]:
             figures["router_loss"] = total["router"] / positions
         return figures

@@ -8,7 +8,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from glob import glob
 from importlib.metadata import version
 from pathlib import Path
@@ -16,16 +16,19 @@ from typing import Any
 
 import fusion_plugins
 from fusion_plugins.axolotl.args import FusionBlock, SourceArgs
+from fusion_plugins.axolotl.fusion_losses import cuts_chunks
 from fusion_plugins.axolotl.guards import TYPES, registered_names
 from fusion_plugins.axolotl.prepared import remembered_store
 from fusion_plugins.errors import FusionError
 from fusion_plugins.plugins import get_registry
-from fusion_plugins.store import open_store
+from fusion_plugins.store import open_rows, open_store
 
 #: settings of the block that change the training but not the prepared rows
-_NOT_IN_ROWS = {"loss", "lm_loss_weight", "lm_loss_schedule", "loss_chunk", "temperature", "wrpo"}
+_NOT_IN_ROWS = {"loss", "loss_options", "lm_loss_weight", "lm_loss_schedule", "loss_chunk", "temperature", "wrpo"}
 #: settings that change only distributions, so not the rows that `prepared: stores` makes
-_NOT_IN_REFERENCES = {"rule", "rule_options", "metric", "top_k", "projection", "alignment"}
+_NOT_IN_REFERENCES = {"rule", "rule_options", "rule_by_domain", "metric", "top_k", "projection", "alignment"}
+#: the same of a source
+_NOT_IN_REFERENCES_OF_A_SOURCE = {"weight", "weight_by_domain"}
 #: Keys of the dataset entry for the stamp. Each kind of run keeps one of them (rl: dpo the second, others the first).
 _STAMPED = ("input_format", "field_rejected")
 #: axolotl's own settings that change rows: their tokens, their order, or which of them are kept
@@ -74,15 +77,24 @@ def content_hash(cfg: Any, block: FusionBlock, entry: Any, *, place: str = "") -
     """
     own = {key: value for key, value in entry.items() if key not in _STAMPED}
     settings = {key: cfg[key] for key in cfg if key in _ROW_KEYS or str(key).startswith(_ROW_PREFIXES)}
-    unused = _NOT_IN_ROWS | {"sources"} | (_NOT_IN_REFERENCES if block.prepared == "stores" else set())
-    parts = {
+    unused = (
+        _NOT_IN_ROWS | {"sources"} | (_NOT_IN_REFERENCES | {"weights_from"} if block.prepared == "stores" else set())
+    )
+    parts: dict[str, Any] = {
         "versions": [fusion_plugins.__version__, *map(version, _PACKAGES)],
         "place": place,
         "entry": own,
         "settings": settings,
         "block": block.model_dump(mode="json", exclude=unused | {"reference"}),
-        "sources": [_source(cfg, source) for source in block.sources],
+        "sources": [
+            _source(cfg, source, _NOT_IN_REFERENCES_OF_A_SOURCE if block.prepared == "stores" else set())
+            for source in block.sources
+        ],
     }
+    if cuts_chunks(block):
+        parts["chunks"] = True
+    if block.weights_from is not None and block.prepared == "rows":
+        parts["weights_from"] = rows_content(block.weights_from)
     if block.reference is not None:
         parts["reference"] = block.reference.model_dump(exclude={"sources"}) | {
             "sources": [_source(cfg, source) for source in block.reference.sources]
@@ -97,8 +109,16 @@ def content_hash(cfg: Any, block: FusionBlock, entry: Any, *, place: str = "") -
     return digest.hexdigest()
 
 
-def _source(cfg: Any, source: SourceArgs) -> dict[str, Any]:
-    return source.model_dump(exclude={"store"}) | {"content": store_content(cfg, source.store)}
+def _source(cfg: Any, source: SourceArgs, unused: Collection[str] = ()) -> dict[str, Any]:
+    return source.model_dump(exclude={"store", *unused}) | {"content": store_content(cfg, source.store)}
+
+
+def rows_content(folder: str) -> str | None:
+    """Return the sha256 (hex) of what a folder of rows holds; None where it is gone."""
+    try:
+        return open_rows(folder).manifest.fingerprint
+    except FusionError:
+        return None
 
 
 def store_content(cfg: Any, store: str) -> str | None:

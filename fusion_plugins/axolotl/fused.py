@@ -1,7 +1,8 @@
 """Dataset type ``fusion_plugins.axolotl.fused``: texts or chats with fused distributions, as axolotl prepares datasets.
 
 axolotl imports this module by the name of the type and calls :func:`load`. A row has ``text``, or ``messages`` and
-perhaps ``tools`` (rendered with the target's own chat template), and usually ``id``. Stores are joined by id, and every
+perhaps ``tools`` (rendered with the target's own chat template), and usually ``id``; or it is a response, scored or
+not, of which the answer is trained on. Stores are joined by id, and every
 text is compared with what the store was captured from. A row that cannot be used (the template refuses it, it is of
 another text, nothing in it is supervised) is an error that names it, or is left out and counted. A prepared row has
 ``input_ids``, ``attention_mask``, ``labels`` and either the two flat columns of :mod:`fusion_plugins.axolotl.collator`
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pyarrow.compute as pc
@@ -24,40 +26,55 @@ from datasets import Dataset, Features, List, Value
 from fusion_plugins.axolotl.args import FusionBlock
 from fusion_plugins.axolotl.chat_rows import Content, RowReader
 from fusion_plugins.axolotl.collator import (
-    COLUMNS,
+    CHUNK_LOGPROB,
+    CHUNK_PLACE,
+    FILLS,
     FUSED_IDS,
     FUSED_KEPT,
     FUSED_LOGPROBS,
     FUSED_SOURCE,
     FUSED_TEXT,
     LOGPROB_TYPE,
+    SAMPLED_LOGPROB,
     Fused,
+    TokenChunks,
 )
 from fusion_plugins.axolotl.counting import Row, count_alignments, rows_of
 from fusion_plugins.axolotl.fingerprint import store_content
+from fusion_plugins.axolotl.fusion_losses import cuts_chunks
 from fusion_plugins.axolotl.guards import FUSED, require_plugin
 from fusion_plugins.axolotl.plan import make_plan
 from fusion_plugins.axolotl.preference_rows import Unusable, leave_out
 from fusion_plugins.axolotl.prepared import keep_report
 from fusion_plugins.axolotl.report import read_counters, report_content, show_report
+from fusion_plugins.axolotl.routes import Routes, Table, columns_needed, make_routes
 from fusion_plugins.axolotl.row_ids import with_written_ids
 from fusion_plugins.axolotl.supervision import Supervision
 from fusion_plugins.axolotl.target_tokenizer import IGNORED, EncodedText, TargetTokenizer
 from fusion_plugins.axolotl.text_rows import TextFuser, pack_text
 from fusion_plugins.core.fusion.pipeline import warm_up
+from fusion_plugins.core.fusion.routing import Route
+from fusion_plugins.core.text.content_id import content_id
 from fusion_plugins.core.text.round_trip import text_changes
+from fusion_plugins.core.text.sampled import AnswerCounts
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, DataError, MismatchError, TokenizerError
+from fusion_plugins.response_texts import is_table_of_responses
 from fusion_plugins.store import Store, open_store
 from fusion_plugins.store.packed import warm_up as warm_up_store
+from fusion_plugins.where import columns_of, require_columns, selected
 
 LOG = get_logger(__name__)
 COUNTERS, REASON, NAME, ID = "fusion_counters", "fusion_reason", "fusion_name", "fusion_id"
+ROUTE, HOW = "fusion_route", "fusion_how"
+CONTENT = "fusion_content"
 _TOKENS = {"input_ids": Value("int32"), "attention_mask": Value("int8"), "labels": Value("int32")}
-#: with `prepared: stores`, texts that are fused for the report
+#: texts of which all sources are projected for the report
 REPORTED = 1000
 #: rows per call; bounds the memory of a worker
 BATCH = 32
+#: with axolotl's deduplication, tokenizer of a run -> stores -> a text and its route -> id of the first such row
+_FIRST_IDS: WeakKeyDictionary[Any, dict[tuple[str, ...], dict[tuple[str, Route], str]]] = WeakKeyDictionary()
 
 
 class FusedStrategy(DatasetWrappingStrategy):
@@ -71,10 +88,12 @@ class FusedStrategy(DatasetWrappingStrategy):
     """
 
     def __init__(self, tokenizer: Any, cfg: Any, ds_cfg: Any, block: FusionBlock) -> None:
+        names = tuple(source.store for source in block.sources)
+        self._first_ids = _FIRST_IDS.setdefault(tokenizer, {}).setdefault(names, {})
         tokenizer = _with_template(tokenizer, cfg, ds_cfg)
         target, supervision = TargetTokenizer.of(tokenizer, cfg), Supervision.of(tokenizer, cfg, ds_cfg)
-        self._path = str(ds_cfg.get("path"))
-        self._reader = _Reader(target, RowReader.of(ds_cfg), supervision)
+        self._path, self._base_model = str(ds_cfg.get("path")), str(cfg.get("base_model"))
+        self._reader = _Reader(target, RowReader.of(ds_cfg), supervision, self._base_model)
         self._block = block
         self._sequence_len = int(cfg.sequence_len)
         self._cfg, self._entry = cfg, ds_cfg
@@ -91,9 +110,11 @@ class FusedStrategy(DatasetWrappingStrategy):
             DataError: a row cannot be used (with ``on_unusable: raise``), or no row is left.
         """
         stores = [open_store(source.store) for source in self._block.sources]
+        dataset = self._selected(dataset)
         total = len(dataset)
-        dataset, unusable = self._readable(with_written_ids(dataset, stores, self._path))
-        dataset, missing = self._joined(dataset, stores)
+        dataset, unusable, empty = self._readable(with_written_ids(dataset, stores, self._path))
+        dataset, routes = self._routed(dataset, stores)
+        dataset = self._with_first_ids(dataset, routes)
         warm_up()
         warm_up_store()
         target = self._reader.target
@@ -107,11 +128,11 @@ class FusedStrategy(DatasetWrappingStrategy):
             process_count=process_count,
             strict=self._block.on_unusable == "raise",
         )
-        fuser = TextFuser(make_plan(self._block, stores, target, count), stores)
+        fuser = TextFuser(make_plan(self._block, stores, target, count), stores, cuts_chunks(self._block))
         by_reference = self._block.prepared == "stores"
-        # Where the rows are fused anew while training, a part of them is enough for the report.
-        step = -(-len(dataset) // REPORTED) if by_reference else 1
-        make = _Prepare(self._reader, fuser, self._block.on_unusable == "raise", by_reference, step)
+        step = -(-len(dataset) // REPORTED)
+        strict = self._block.on_unusable == "raise"
+        make = _Prepare(self._reader, fuser, routes.distinct, strict=strict, by_reference=by_reference, step=step)
         rows = dataset.map(
             make,
             with_indices=True,
@@ -126,6 +147,7 @@ class FusedStrategy(DatasetWrappingStrategy):
             desc="Fusing sources",
         )
         report, reasons, names = read_counters(rows[COUNTERS][:]), rows[REASON][:], dataset[NAME][:]
+        answers = sum((AnswerCounts.of(how) for how in rows[HOW][:] if how), AnswerCounts())
         unusable += [Unusable(name, reason) for name, reason in zip(names, reasons, strict=True) if reason]
         left_out = leave_out(unusable, total, self._block.on_unusable)
         if left_out:
@@ -133,57 +155,93 @@ class FusedStrategy(DatasetWrappingStrategy):
             rows = rows.select([place for place, reason in enumerate(reasons) if not reason])
         too_long = _longer_than(rows, self._sequence_len)
         if step > 1:
-            LOG.info(f"fusion: the report counts {report.texts} of {len(rows)} texts; all are fused while training")
+            LOG.info(_counted_part(by_reference, report.texts, len(rows), step))
         show_report(report, too_long, self._sequence_len, left_out)
+        if described := answers.described():
+            LOG.info(f"fusion: {self._path}: {described}")
         contents = {source.store: store_content(self._cfg, source.store) for source in self._block.sources}
-        content = report_content(report, too_long, left_out, [asdict(each) for each in missing])
+        content = report_content(report, too_long, left_out, [asdict(each) for each in routes.missing])
+        content |= {
+            "without_source": [asdict(each) for each in routes.untaught],
+            "texts_of_sources": routes.texts,
+            "sources_left_out": routes.without,
+            "empty_answers": empty,
+            "answers": asdict(answers),
+        }
         keep_report(self._cfg, self._entry, "fusion_report.json", content, contents)
-        return rows.remove_columns([COUNTERS, REASON])
+        return rows.remove_columns([COUNTERS, REASON, HOW])
 
-    def _readable(self, dataset: Any) -> tuple[Any, list[Unusable]]:
-        """Return the rows that hold a text or a chat, with their ids and names, and those that do not."""
-        ids, names, kept = [], [], []
+    def _selected(self, dataset: Any) -> Any:
+        """Return the rows that meet ``fusion.where``."""
+        where = self._block.where
+        if not where:
+            return dataset
+        require_columns(where, dataset.column_names, self._path)
+        columns = {name: dataset[name][:] for name in columns_of(where)}
+        kept = np.flatnonzero(selected(where, columns, len(dataset)))
+        if not kept.size:
+            raise DataError(
+                f"fusion.where: expected some rows of {self._path} with {where}, got none. Change the conditions."
+            )
+        LOG.info(f"fusion: {len(kept)} of {len(dataset)} rows of {self._path} meet fusion.where")
+        return dataset.select(kept)
+
+    def _readable(self, dataset: Any) -> tuple[Any, list[Unusable], int]:
+        """Return the rows that hold a text or a chat, with ids and names, those that do not, and the empty answers."""
+        ids, names, contents, kept, empty = [], [], [], [], 0
         unusable: list[Unusable] = []
         for place, row in enumerate(dataset):
             name = f"{self._path}: row {place + 1}"
             try:
-                id = self._reader.content(row).id
+                content = self._reader.content(row)
             except (DataError, UnicodeEncodeError) as error:
                 given = "" if row.get("id") is None else f", id {row['id']!r}"
                 unusable.append(Unusable(name + given, str(error)))
                 continue
-            ids.append(id)
-            names.append(f"{name}, id {id!r}")
+            if content.empty:
+                empty += 1
+                continue
+            ids.append(content.id)
+            names.append(f"{name}, id {content.id!r}")
+            if self._cfg.get("dataset_exact_deduplication"):
+                contents.append(content_id(content.messages if content.text is None else content.text, content.tools))
             kept.append(place)
-        if unusable:
-            leave_out(unusable, len(dataset), self._block.on_unusable)
+        if empty:
+            LOG.info(f"fusion: {empty} of {len(dataset)} responses of {self._path} say nothing and are left out")
+        leave_out(unusable, len(dataset), self._block.on_unusable)
+        if len(kept) < len(dataset):
             dataset = dataset.select(kept)
-        return dataset.add_column(NAME, names).add_column(ID, ids), unusable
+        dataset = dataset.add_column(NAME, names).add_column(ID, ids)
+        return dataset.add_column(CONTENT, contents) if contents else dataset, unusable, empty
 
-    def _joined(self, dataset: Any, stores: list[Store]) -> tuple[Any, list[Unusable]]:
-        """Return the rows that all stores have, and those that one lacks."""
-        ids = dataset[ID]
-        kept = set(range(len(ids)))
-        missing: dict[int, str] = {}
-        for store in stores:
-            absent = [index for index, id in enumerate(ids) if id not in store]
-            kept -= set(absent)
-            for index in absent:
-                missing.setdefault(index, f"missing in the store {store.path}")
-            if absent and (self._block.on_missing_text == "raise" or not kept):
-                raise MismatchError(
-                    f"expected every row of {self._path} in the store {store.path}; {len(absent)} of {len(ids)} are "
-                    f"missing, the first of them {ids[absent[0]]!r}. The store ({len(store)} texts) was captured from "
-                    f"other texts, or not to the end (complete: {store.manifest.complete}). Capture it from the texts "
-                    "that you train on, or set fusion.on_missing_text: skip."
-                )
-        if not missing:
-            return dataset, []
-        LOG.warning(f"fusion: skipped {len(missing)} of {len(ids)} rows, which are missing in a store")
-        places = sorted(missing)
-        names = dataset.select(places)[NAME]
-        left_out = [Unusable(name, missing[place]) for name, place in zip(names, places, strict=True)]
-        return dataset.select(sorted(kept)), left_out
+    def _with_first_ids(self, dataset: Any, routes: Routes) -> Any:
+        """With axolotl's deduplication: a text under the id of the first row of the run that holds it, of one route.
+
+        axolotl compares whole prepared rows. A row that refers to the stores holds its id, and two captures of one text
+        may differ in the last bits.
+        """
+        if CONTENT not in dataset.column_names:
+            return dataset
+        columns = (dataset[name][:] for name in (CONTENT, ROUTE, ID))
+        ids = [
+            self._first_ids.setdefault((content, routes.distinct[route]), id)
+            for content, route, id in zip(*columns, strict=True)
+        ]
+        return dataset.remove_columns([ID, CONTENT]).add_column(ID, ids)
+
+    def _routed(self, dataset: Any, stores: list[Store]) -> tuple[Any, Routes]:
+        """Return the rows that are used, with the numbers of their routes, and the routes."""
+        columns = {name: dataset[name][:] for name in columns_needed(self._block, dataset.column_names)}
+        answers = is_table_of_responses(dataset.column_names)
+        table = Table(self._path, dataset[ID][:], dataset[NAME][:], columns, answers)
+        routes = make_routes(table, self._block, stores, self._base_model)
+        dataset = dataset.add_column(ROUTE, routes.numbers.tolist())
+        if routes.missing:
+            LOG.warning(f"fusion: skipped {len(routes.missing)} of {len(dataset)} rows, which are missing in a store")
+        for name, count in routes.without.items():
+            LOG.warning(f"fusion: {count} of {len(dataset)} rows are taught without {name}, whose store lacks them")
+        kept = np.flatnonzero(routes.numbers >= 0)
+        return dataset if len(kept) == len(dataset) else dataset.select(kept), routes
 
 
 def load(tokenizer: Any, cfg: Any, ds_cfg: Any = None) -> FusedStrategy:
@@ -210,8 +268,8 @@ def _with_template(tokenizer: Any, cfg: Any, entry: Any) -> Any:
 class _Reader:
     """Reads the rows of the dataset: id, content, and the content in the target's tokens."""
 
-    def __init__(self, target: TargetTokenizer, rows: RowReader, supervision: Supervision) -> None:
-        self.target, self._rows, self._supervision = target, rows, supervision
+    def __init__(self, target: TargetTokenizer, rows: RowReader, supervision: Supervision, base_model: str) -> None:
+        self.target, self._rows, self._supervision, self._base_model = target, rows, supervision, base_model
 
     def content(self, row: Row) -> Content:
         """Return the id and the text or chat of a row."""
@@ -229,6 +287,8 @@ class _Reader:
                 content.messages if content.text is None else content.text,
                 tools=content.tools,
                 supervision=self._supervision,
+                answer=content.answer,
+                own=content.answer is not None and content.answer.model == self._base_model,
             )
         except TokenizerError as error:
             raise DataError(str(error)) from error
@@ -237,7 +297,10 @@ class _Reader:
                 "expected at least one supervised token, got none: the turns are empty, or roles_to_train, "
                 "message_field_training or the like leave them all out. Leave the row out."
             )
-        return found
+        ids, logprobs = row.get("token_ids"), row.get("token_logprobs")
+        if content.answer is None or ids is None or logprobs is None:
+            return found
+        return found.with_sampled(ids, logprobs)
 
     def tokens(self, row: Row) -> tuple[str, TokenizedText] | None:
         """Return the id of a row and its tokens; None for a row that cannot be used."""
@@ -253,31 +316,55 @@ def _longer_than(rows: Any, length: int) -> int:
     return sum(int((pc.list_value_length(part["input_ids"]).to_numpy() > length).sum()) for part in parts)
 
 
+def _counted_part(by_reference: bool, counted: int, total: int, step: int) -> str:
+    if by_reference:
+        return f"fusion: the report counts {counted} of {total} texts; all are fused while training"
+    return (
+        f"fusion: the figures of each source are of one text in {step} where the rule takes one source per text; all "
+        "others are of all texts"
+    )
+
+
 class _Prepare:
     """What runs in each worker: a batch of rows in, columns out.
 
     Args:
         reader: reads rows.
         fuser: fuses texts.
+        routes: the routes that the numbers in the rows mean.
         strict: a text that differs from that of a store is an error.
         by_reference: rows get the reference to their text in place of its fused distributions.
-        step: every how many-th text is fused, and counted in the report; the others are only compared.
+        step: every how many-th text is counted in the report. With references, the others are only compared; without,
+            only the source that is taken is projected.
     """
 
-    def __init__(self, reader: _Reader, fuser: TextFuser, strict: bool, by_reference: bool, step: int) -> None:
-        self._reader, self._fuser, self._strict = reader, fuser, strict
+    def __init__(
+        self,
+        reader: _Reader,
+        fuser: TextFuser,
+        routes: Sequence[Route],
+        *,
+        strict: bool,
+        by_reference: bool,
+        step: int,
+    ) -> None:
+        self._reader, self._fuser, self._routes, self._strict = reader, fuser, routes, strict
         self._by_reference, self._step = by_reference, step
-        ids = "int16" if reader.target.table.vocab_size <= np.iinfo(np.int16).max else "int32"
-        own = {FUSED_TEXT: "uint8"}
-        if not by_reference:
-            own = {FUSED_IDS: ids, FUSED_LOGPROBS: LOGPROB_TYPE, FUSED_KEPT: "float16", FUSED_SOURCE: "int16"}
+        self._ids = "int16" if reader.target.table.vocab_size <= np.iinfo(np.int16).max else "int32"
+        own = {FUSED_IDS: self._ids, FUSED_LOGPROBS: LOGPROB_TYPE, FUSED_KEPT: "float16", FUSED_SOURCE: "int16"}
+        if fuser.chunks:
+            # Not in fewer bits: an advantage is the difference of two log-probabilities.
+            own = {CHUNK_PLACE: "int32", CHUNK_LOGPROB: "float32", SAMPLED_LOGPROB: "float32", FUSED_SOURCE: "int16"}
+        if by_reference:
+            # The sampler's log-probabilities are in no store.
+            own = {FUSED_TEXT: "uint8"} | ({SAMPLED_LOGPROB: "float32"} if fuser.chunks else {})
         self._types = _TOKENS | {name: Value(kind) for name, kind in own.items()}
 
     @property
     def features(self) -> Features:
         """The columns that a call returns."""
         lists = {name: List(kind) for name, kind in self._types.items()}
-        return Features({**lists, COUNTERS: Value("string"), REASON: Value("string")})
+        return Features({**lists, **dict.fromkeys((COUNTERS, REASON, HOW), Value("string"))})
 
     def __call__(self, batch: Mapping[str, list[Any]], places: Sequence[int]) -> dict[str, list[Any]]:
         rows = rows_of(batch)
@@ -289,41 +376,52 @@ class _Prepare:
             except DataError as error:
                 reasons[number] = str(error)
         counted = [number for number in texts if places[number] % self._step == 0]
-        ids = [str(row[ID]) for row in rows]
+        chosen = counted if self._by_reference else list(texts)
+        ids, routes = [str(row[ID]) for row in rows], [self._routes[row[ROUTE]] for row in rows]
         fused, unusable, report = self._fuser.fuse(
-            [ids[number] for number in counted], [texts[number] for number in counted], on_unusable="skip"
+            [ids[number] for number in chosen],
+            [texts[number] for number in chosen],
+            [routes[number] for number in chosen],
+            counted=[places[number] % self._step == 0 for number in chosen],
+            on_unusable="skip",
+            types=(self._ids, LOGPROB_TYPE),
         )
-        errors = {counted[place]: error for place, error in unusable.items()}
-        for number in texts.keys() - set(counted):
+        errors = {chosen[place]: error for place, error in unusable.items()}
+        for number in texts.keys() - set(chosen):
             try:
-                self._fuser.compare(ids[number], texts[number])
+                self._fuser.compare(ids[number], texts[number], routes[number])
             except AlignmentError as error:
                 errors[number] = error
         if errors and self._strict:
             first = min(errors)
             raise MismatchError(f"{rows[first][NAME]}: {errors[first]}") from errors[first]
         reasons |= {number: str(error) for number, error in errors.items()}
-        distributions = dict(zip(counted, fused, strict=True))
+        distributions: dict[int, Fused | TokenChunks] = dict(zip(chosen, fused, strict=True))
         made = [
             dict.fromkeys(self._types, ())
             if number in reasons
-            else self._columns(ids[number], texts[number], distributions.get(number))
+            else self._columns(ids[number], texts[number], routes[number], distributions.get(number))
             for number in range(len(rows))
         ]
         columns: dict[str, list[Any]] = {
-            name: [np.asarray(row[name]).astype(kind.dtype).ravel() for row in made]
-            for name, kind in self._types.items()
+            name: [np.asarray(row[name], kind.dtype).ravel() for row in made] for name, kind in self._types.items()
         }
+        columns[HOW] = [texts[number].how or "" if number in texts else "" for number in range(len(rows))]
         columns[REASON] = [reasons.get(number, "") for number in range(len(rows))]
         # One report per batch, on its first row: a string per row would be larger than the distributions.
         columns[COUNTERS] = [json.dumps(asdict(report)), *[""] * (len(rows) - 1)]
         return columns
 
-    def _columns(self, id: str, text: EncodedText, fused: Fused | None) -> dict[str, Any]:
-        own: Any = {FUSED_TEXT: pack_text(id, text)} if self._by_reference else zip(COLUMNS, fused or (), strict=False)
+    def _columns(self, id: str, text: EncodedText, route: Route, fused: Fused | TokenChunks | None) -> dict[str, Any]:
+        own: dict[str, Any] = {FUSED_TEXT: pack_text(id, text, route)}
+        if self._by_reference and self._fuser.chunks:
+            unknown = np.full(len(text.labels), np.nan, np.float32)
+            own[SAMPLED_LOGPROB] = unknown if text.sampled is None else text.sampled
+        elif fused is not None and not self._by_reference:
+            own = dict(zip(FILLS[type(fused)], fused, strict=True))
         return {
             "input_ids": text.tokens.input_ids,
             "attention_mask": np.ones(len(text.labels), np.int8),
             "labels": text.labels,
-            **dict(own),
+            **own,
         }

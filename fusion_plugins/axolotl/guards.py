@@ -20,6 +20,7 @@ from fusion_plugins.axolotl.args import (
     fusion_block,
 )
 from fusion_plugins.axolotl.dataset_keys import problems_of, problems_of_scored
+from fusion_plugins.axolotl.fusion_losses import problems_of_fusion_loss
 from fusion_plugins.axolotl.losses import OWN_TRAINERS, PAIR_TRAINERS, problems_of_losses
 from fusion_plugins.axolotl.prepared import remembered_store
 from fusion_plugins.core.fusion.vocabulary_map import COUNTED
@@ -93,6 +94,7 @@ def check_config(cfg: Any) -> FusionBlock:
         _rows(cfg),
         _settings(cfg, block),
         _losses(cfg, block),
+        problems_of_fusion_loss(block) if block.sources else (),
         _other_trainers(cfg, block),
     )
     problems = [problem for part in parts for problem in part]
@@ -160,7 +162,8 @@ def dataset_types(cfg: Any, key: str = "datasets") -> list[str]:
 
 def registered_names(block: FusionBlock) -> dict[str, tuple[str, str]]:
     """Return key of the block -> kind of extension and the name that the key gives."""
-    names = {"rule": ("fusion_rules", block.rule), "loss": ("losses", block.loss)}
+    names = {key: ("fusion_rules", rule) for key, (rule, _) in block.rules.items()}
+    names["loss"] = ("losses", block.loss)
     names["alignment.method"] = ("aligners", block.alignment.method)
     if block.pairs is not None:
         names["pairs.rule"] = ("pair_rules", block.pairs.rule)
@@ -188,6 +191,8 @@ def _idle(block: FusionBlock) -> Iterator[str]:
         )
     if block.sources and (idle := sorted(FOR_RESPONSES & given)):
         yield f"{_keys(idle)}: for scored responses alone, which a run with fusion.sources does not read; remove it"
+    if block.reference is not None and block.on_missing_text == "skip_source":
+        yield "fusion.on_missing_text: skip_source is for fusion.sources; with fusion.reference set raise or skip"
     if "tie_order" in _changed(block.alignment) and block.alignment.method != "dtw":
         yield f"fusion.alignment.tie_order: for dtw alone, and the method is {block.alignment.method}; remove it"
     if block.prepared == "stores" and block.projection.vocabulary_map in COUNTED:
@@ -216,7 +221,10 @@ def _keys(names: Sequence[str], group: str = "fusion") -> str:
 
 def _unknown_options(block: FusionBlock) -> Iterator[str]:
     """Options that a rule does not take; where the rule is unknown, that is said elsewhere."""
-    given = {"rule_options": ("fusion_rules", block.rule, block.rule_options)}
+    given = {
+        "rule_options" if key == "rule" else f"{key}.rule_options": ("fusion_rules", rule, options)
+        for key, (rule, options) in block.rules.items()
+    }
     if block.pairs is not None:
         given["pairs.options"] = ("pair_rules", block.pairs.rule, block.pairs.options)
     for key, (kind, name, options) in given.items():

@@ -3,7 +3,8 @@
 Every name of the configuration is resolved here; core gets functions and prepared objects.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from fusion_plugins.axolotl.args import FusionBlock, SourceArgs
@@ -13,10 +14,12 @@ from fusion_plugins.core.fusion.counts import AlignmentCounts
 from fusion_plugins.core.fusion.pipeline import METRICS, FusionPlan, FusionSource
 from fusion_plugins.core.fusion.project import Projector
 from fusion_plugins.core.fusion.vocabulary_map import COUNTED, identity_map, same_ids
-from fusion_plugins.errors import MismatchError
+from fusion_plugins.core.preferences.verdict import as_verdict
+from fusion_plugins.errors import ConfigError, MismatchError
 from fusion_plugins.map_cache import cached_map
 from fusion_plugins.plugins import lookup
-from fusion_plugins.store import Store
+from fusion_plugins.store import Store, open_rows
+from fusion_plugins.where import value_of
 
 #: stores -> how often their tokens are aligned with the target's, for the maps that need counts
 Count = Callable[[list[Store]], list[AlignmentCounts]]
@@ -39,6 +42,8 @@ def make_plan(block: FusionBlock, stores: list[Store], target: TargetTokenizer, 
     identical = [same_tokens(source, store, target) for source, store in zip(block.sources, stores, strict=True)]
     mapped = [store for store, same in zip(stores, identical, strict=True) if not same]
     counts = iter(count(mapped) if mapped and options.vocabulary_map in COUNTED else [None] * len(mapped))
+    names = [source.name for source in block.sources]
+    measured = None if block.weights_from is None else measured_weights(block.weights_from, names)
     sources = []
     for source, store, same in zip(block.sources, stores, identical, strict=True):
         vocabulary = (
@@ -54,7 +59,12 @@ def make_plan(block: FusionBlock, stores: list[Store], target: TargetTokenizer, 
             )
         )
         projector = Projector.of(store.table, target.table, vocabulary, options.options())
-        sources.append(FusionSource(source.name, projector, _text_aligner(block, projector)))
+        weights = source.weight_by_domain if measured is None else measured[source.name]
+        aligner = _text_aligner(block, projector)
+        sources.append(FusionSource(source.name, projector, aligner, source.weight, weights))
+    rules = {
+        domain: (lookup("fusion_rules", own.rule), own.rule_options) for domain, own in block.rule_by_domain.items()
+    }
     return FusionPlan(
         sources=tuple(sources),
         rule=lookup("fusion_rules", block.rule),
@@ -62,7 +72,36 @@ def make_plan(block: FusionBlock, stores: list[Store], target: TargetTokenizer, 
         metric=METRICS[block.metric],
         width=block.top_k or max(store.manifest.top_k for store in stores),
         label_fallback=options.fallback == "next_label",
+        rules=rules,
     )
+
+
+def measured_weights(folder: str, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return source -> domain -> how likely its answers there are right, by the verdicts of scored responses.
+
+    Raises:
+        ConfigError: a source has no answer with a verdict.
+        StoreError: the folder is damaged.
+        DataError: a verdict is none.
+    """
+    right: Counter[tuple[str, str]] = Counter()
+    judged: Counter[tuple[str, str]] = Counter()
+    for row in open_rows(folder):
+        verdict = as_verdict(row.get("correct"))
+        if verdict is not None and row.get("source") in names:
+            key = row["source"], value_of("domain", row)
+            judged[key] += 1
+            right[key] += verdict
+    found: dict[str, dict[str, float]] = {name: {} for name in names}
+    for name, domain in sorted(judged):
+        found[name][domain] = (right[name, domain] + 1) / (judged[name, domain] + 2)
+    if unjudged := [name for name, weights in found.items() if not weights]:
+        raise ConfigError(
+            f"fusion.weights_from: expected answers with a verdict of every source in {folder}, got none of "
+            f"{', '.join(unjudged)}. The names must be those under which the responses were sampled; score them, or "
+            "give weights."
+        )
+    return found
 
 
 def _text_aligner(block: FusionBlock, projector: Projector) -> TextAligner:

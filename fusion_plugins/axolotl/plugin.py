@@ -12,7 +12,8 @@ from fusion_plugins.axolotl.fingerprint import stamp_datasets
 from fusion_plugins.axolotl.guards import BEST, DPO, check_config, check_ready, dataset_types
 from fusion_plugins.axolotl.losses import INFIFPO, PAIR_TRAINERS, WRPO
 from fusion_plugins.axolotl.overrides import apply_overrides
-from fusion_plugins.axolotl.prepared import remove_leftovers, write_reports
+from fusion_plugins.axolotl.prepared import kept_reports, remove_leftovers, write_reports
+from fusion_plugins.axolotl.report import taught_lines
 from fusion_plugins.errors import PluginError
 
 LOG = get_logger(__name__)
@@ -61,6 +62,9 @@ class FusionPlugin(BasePlugin):
         if cfg.trainer_cls == WRPO:
             trainer.settings = fusion_block(cfg).wrpo or WRPOArgs()
         if _is_fused(cfg):
+            for name, report in kept_reports(cfg):
+                for line in taught_lines(report):
+                    LOG.info(f"{name}: {line}")
             limit_prefetch(trainer, positions=cfg.micro_batch_size * cfg.sequence_len)
         if _has_pairs(cfg) and type(trainer).__name__ != str(cfg.trainer_cls).rpartition(".")[2]:
             raise PluginError(

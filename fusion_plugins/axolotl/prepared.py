@@ -71,6 +71,16 @@ def write_reports(cfg: Any) -> None:
         write_atomic(Path(cfg.output_dir, file), (json.dumps(content, indent=1) + "\n").encode())
 
 
+def kept_reports(cfg: Any) -> Iterator[tuple[str, Report]]:
+    """Yield name and report of every fused dataset of a run."""
+    for name, entry in _named_entries(cfg):
+        path = _path(cfg, entry)
+        if path.is_file():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["file"] == "fusion_report.json":
+                yield name, kept["report"]
+
+
 def remembered_store(cfg: Any, store: str) -> str | None:
     """Return the sha256 of the content that a store had when rows were last prepared from it; None if it is unknown."""
     reports = sorted(_folder(cfg).glob(f"{PREFIX}*.json"), key=lambda path: path.stat().st_mtime, reverse=True)

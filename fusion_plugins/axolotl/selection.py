@@ -37,6 +37,7 @@ from fusion_plugins.core.preferences.pairs import (
     resolve_rule,
 )
 from fusion_plugins.core.preferences.split import Split, split_prompts
+from fusion_plugins.core.preferences.worth import Response, examine_worth, response_of, warnings_of
 from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.plugins import lookup
 from fusion_plugins.terminal import console, say
@@ -72,6 +73,7 @@ def choose_pairs(columns: Columns, block: FusionBlock) -> tuple[list[Pair], Repo
         pairs = [pair for pair in pairs if pair.chosen.prompt_id in dpo]
     report = _report(found, scored.unusable, split) | {
         "pairs": len(pairs),
+        "warnings": _warnings(scored, [pair.chosen for pair in pairs]),
         "lengths": {
             "/".join(key): {"count": lengths.count, "mean": round(lengths.mean, 1), "median": lengths.median}
             for key, lengths in length_statistics(pairs).items()
@@ -135,6 +137,7 @@ def choose_best(columns: Columns, block: FusionBlock) -> tuple[list[Candidate], 
         chosen = [candidate for prompt_id, candidate in best.items() if candidate is not None and prompt_id in wanted]
     by_source = Counter(sorted(candidate.source for candidate in chosen))
     report = _report(found, scored.unusable, split) | {"answers": len(chosen), "by_source": dict(by_source)}
+    report |= {"warnings": _warnings(scored, chosen)}
     if not chosen:
         raise DataError(
             f"expected best answers in the scored responses, got none: {json.dumps(report)}. The rule `reward` needs "
@@ -182,11 +185,14 @@ class _Scored:
 
     Apart, because the first stage has no own answers yet: whatever follows from the sources' answers, such as which
     prompts train which stage, must not change when own answers are added.
+
+    ``responses`` are those of both, as they were sampled: with repetitions and what was cut.
     """
 
     sources: CandidateGroups
     own: CandidateGroups
     unusable: list[Row]
+    responses: list[Response]
 
 
 def _pairs(scored: _Scored, block: FusionBlock) -> tuple[list[Pair], SelectionReport]:
@@ -266,10 +272,42 @@ def _scored(columns: Columns, block: FusionBlock) -> _Scored:
     candidates, unusable = candidates_of(columns)
     left_out = leave_out(unusable, len(candidates) + len(unusable), block.on_unusable)
     own_source = (block.pairs or PairArgs()).own_source
+    candidates = _without_sources(candidates, block.leave_out_sources)
     own = [candidate for candidate in candidates if is_own(candidate, own_source)]
     others = [candidate for candidate in candidates if not is_own(candidate, own_source)] if own else candidates
     sources, targets = (clean(each, keep_truncated=block.keep_truncated) for each in (others, own))
-    return _Scored(sources, targets, left_out)
+    return _Scored(sources, targets, left_out, [response_of(candidate, own_source) for candidate in candidates])
+
+
+def _without_sources(candidates: list[Candidate], names: Sequence[str]) -> list[Candidate]:
+    present = {candidate.source for candidate in candidates}
+    if unknown := sorted(set(names) - present):
+        raise ConfigError(
+            f"fusion.leave_out_sources: expected sources of the responses ({', '.join(sorted(present))}), got "
+            f"{', '.join(unknown)}. Correct or remove them."
+        )
+    left = [candidate for candidate in candidates if candidate.source not in names] if names else candidates
+    if candidates and not left:
+        raise ConfigError(
+            f"fusion.leave_out_sources: expected at least one source to stay, got all of {', '.join(sorted(present))}. "
+            "Remove one that is worth training on; `fusion doctor` compares them with the target."
+        )
+    return left
+
+
+def _warnings(scored: _Scored, chosen: Sequence[Candidate]) -> list[str]:
+    """Say and return what speaks against the answers that are trained on."""
+    worth = examine_worth(scored.responses)
+    told = warnings_of(worth, Counter((candidate.domain, candidate.source) for candidate in chosen))
+    for line in told:
+        say(f"warning: {line}", stderr=True)
+    if blind := [domain.domain for domain in worth if domain.target is None]:
+        say(
+            f"{', '.join(blind)}: there are no answers of the target itself, so it is not known whether these sources "
+            "are better than it. Sample it too, name it in fusion.pairs.own_source, and see `fusion doctor`.",
+            stderr=True,
+        )
+    return told
 
 
 def _check_rules(scored: _Scored, block: FusionBlock, *, best: bool, pairs: bool) -> None:

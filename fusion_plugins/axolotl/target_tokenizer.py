@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from fusion_plugins.axolotl.supervision import DEFAULT, Supervision
-from fusion_plugins.core.arrays import IntArray
+from fusion_plugins.core.arrays import FloatArray, IntArray
 from fusion_plugins.core.fusion.record import supervised_bytes
 from fusion_plugins.core.text.chat import generated_spans
 from fusion_plugins.core.text.messages import as_messages
 from fusion_plugins.core.text.rendering import Render
+from fusion_plugins.core.text.sampled import How, SampledAnswer, tokenize_answer
 from fusion_plugins.core.text.token_table import Role, TokenTable
 from fusion_plugins.core.text.tokenize import TURN_ENDS, chat_renderer, generated_stop, tokenize, tokenize_chat
 from fusion_plugins.core.text.turns import RenderedChat
@@ -31,11 +32,36 @@ class EncodedText:
         tokens: T tokens; the spans of a chat are those of all turns of the assistant.
         labels: (T,) int32 token ids, :data:`IGNORED` where nothing is supervised.
         trained: (R, 2) int32 byte ranges of the assistant's turns that are trained on; None for all spans.
+        how: how a sampled answer became tokens; None for other texts.
+        sampled: (T,) float32 log-probability that the sampler gave the next token, nats; NaN where that is unknown, and
+            None where nothing is known.
     """
 
     tokens: TokenizedText
     labels: IntArray
     trained: IntArray | None = None
+    how: How | None = None
+    sampled: FloatArray | None = None
+
+    def with_sampled(self, ids: Sequence[int], logprobs: Sequence[float]) -> "EncodedText":
+        """Return the text with the sampler's log-probabilities, if its tokens are those that were drawn.
+
+        The token that ends the turn may be another one: the template decides about it.
+
+        Args:
+            ids: tokens that were drawn, those of the last turn.
+            logprobs: their log-probabilities, nats.
+        """
+        places = np.flatnonzero(self.labels != IGNORED)
+        if not places.size or places[0] == 0:
+            return self
+        first, size = int(places[0]), min(int(places[-1]) + 1 - int(places[0]), len(ids), len(logprobs))
+        same = self.tokens.input_ids[first : first + size] == np.asarray(ids[:size])
+        if not size or not same[:-1].all():
+            return self
+        sampled = np.full(len(self.labels), np.nan, np.float32)
+        sampled[first - 1 : first - 1 + size] = np.where(same, np.asarray(logprobs[:size], np.float32), np.nan)
+        return replace(self, sampled=sampled)
 
 
 @dataclass(frozen=True)
@@ -91,6 +117,8 @@ class TargetTokenizer:
         *,
         tools: Sequence[Message] | None = None,
         supervision: Supervision = DEFAULT,
+        answer: SampledAnswer | None = None,
+        own: bool = False,
     ) -> EncodedText:
         """Tokenize a text or a chat.
 
@@ -102,6 +130,8 @@ class TargetTokenizer:
             content: the text, or the messages.
             tools: schemas of the tools that a chat may call.
             supervision: which turns of a chat are trained on.
+            answer: how the last message was sampled; no other one is trained on then.
+            own: the model that is trained has sampled it.
 
         Raises:
             DataError: there is no template, or the chat cannot be rendered; see :func:`generated_spans`.
@@ -115,11 +145,18 @@ class TargetTokenizer:
         self._require_template()
         chat = generated_spans(self.renderer(tools), content, roles=supervision.roles_to_find(content))
         answers = replace(chat, turns=tuple(turn for turn in chat.turns if turn.role == "assistant"))
-        tokens = tokenize_chat(self.tokenizer, self.table, answers, supervision.eot_ids)
+        how: How | None = None
+        if answer is None:
+            tokens = tokenize_chat(self.tokenizer, self.table, answers, supervision.eot_ids)
+        else:
+            tokens, answers, how = tokenize_answer(
+                self.tokenizer, self.table, answers, answer, own=own, turn_ends=supervision.eot_ids
+            )
+            chat = answers
         labels, ranges = self._chat_labels(tokens, chat, content, supervision)
         trained = [ranges[turn.message] for turn in answers.turns if supervision.trains(content[turn.message])]
         whole = len(trained) == len(answers.turns)
-        return EncodedText(tokens, labels, None if whole else np.array(trained, np.int32).reshape(-1, 2))
+        return EncodedText(tokens, labels, None if whole else np.array(trained, np.int32).reshape(-1, 2), how)
 
     def _chat_labels(
         self, tokens: TokenizedText, chat: RenderedChat, messages: Sequence[Message], supervision: Supervision

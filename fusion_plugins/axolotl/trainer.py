@@ -7,7 +7,7 @@ the layer: soft-capping and scaling go into the losses; after any other change t
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,30 +21,44 @@ from torch import Tensor
 from transformers import Trainer
 
 from fusion_plugins.axolotl.args import FusionBlock, fusion_block
-from fusion_plugins.axolotl.collator import COLUMNS, take_fused, take_origin, take_positions
+from fusion_plugins.axolotl.collator import COLUMNS, take_chunks, take_fused, take_origin, take_positions
 from fusion_plugins.axolotl.figures import Figures, perplexity
-from fusion_plugins.axolotl.output_layer import Probe, carried, innermost, linear_factors, received, replaced
+from fusion_plugins.axolotl.fusion_losses import bound_loss
+from fusion_plugins.axolotl.output_layer import (
+    BehindModel,
+    Part,
+    Probe,
+    carried,
+    innermost,
+    linear_parts,
+    received,
+    replaced,
+    with_weights,
+)
+from fusion_plugins.core.fusion.chunk_losses import ChunkLoss, Chunks, is_per_chunk
 from fusion_plugins.core.fusion.divergences import Divergence
 from fusion_plugins.core.fusion.logit_change import LogitChange
 from fusion_plugins.core.fusion.losses import token_losses
 from fusion_plugins.core.fusion.one_pass import Sums, chunk_rows, weighted_losses
 from fusion_plugins.errors import ConfigError, DataError
-from fusion_plugins.plugins import lookup
 
 LOG = get_logger(__name__)
+#: means over the positions in a chunk: whether one begins there, is one token, is known to the sampler
+CHUNK_FIGURES = ("chunks_begun", "one_token_chunks", "sampled_known")
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Labels (B, T) and fused ids and log-probabilities (B, T, K) of the running forward pass.
+    """Labels (B, T) of the running forward pass, and what the model is compared with.
 
     Attributes:
+        fused: ids and log-probabilities (B, T, K), or chunks (B, T).
         origin: (B, T) kept mass and number of the source of each position; None where that is unknown.
         at_most: positions that have a label, or more: a number of the host, which no GPU has to be waited for.
     """
 
     labels: Tensor
-    fused: tuple[Tensor, Tensor]
+    fused: tuple[Tensor, Tensor] | Chunks
     origin: tuple[Tensor, Tensor] | None
     at_most: int
 
@@ -52,21 +66,38 @@ class _Batch:
     def counts(self) -> tuple[Tensor, Tensor, Tensor]:
         """() positions with a label, () those of them with a fused distribution, and () the sum of its entropy, nats.
 
-        The entropy is that of the stored entries.
+        The entropy is that of the stored entries; chunks have none.
         """
         positions = self.labels[:, 1:] != -100
+        if isinstance(self.fused, Chunks):
+            nothing = torch.full((), torch.nan, device=self.labels.device)
+            return positions.sum(), self._fused_positions.sum(), nothing
         ids, logprobs = (values[:, :-1] for values in self.fused)
         entries = (ids >= 0) & torch.isfinite(logprobs) & positions.unsqueeze(-1)
         own = logprobs.masked_fill(~entries, 0.0)
         entropy = -(own.exp() * own).sum()
         return positions.sum(), entries.any(-1).sum(), entropy
 
+    @property
+    def _fused_positions(self) -> Tensor:
+        """(B, T - 1) bool, the positions with a label and a fused distribution or a chunk."""
+        found = self.fused.present if isinstance(self.fused, Chunks) else (self.fused[0] >= 0).any(-1)
+        return (self.labels[:, 1:] != -100) & found[:, :-1]
+
+    def of_chunks(self) -> Tensor:
+        """(3,) sums over the positions in a chunk: 1 where one begins, is one token, is known to the sampler."""
+        assert isinstance(self.fused, Chunks)
+        first = self.fused.place[:, :-1] == 1
+        alone = first & (self.fused.place[:, 1:] != 2)
+        known = torch.isfinite(self.fused.sampled[:, :-1])
+        return torch.stack([(found & self._fused_positions).sum() for found in (first, alone, known)]).float()
+
     def of_fused(self, sources: int) -> Tensor:
         """(1 + S,) sums over the positions with a fused distribution: kept mass, and 1 where a source teaches."""
         if self.origin is None:
             return torch.full((1 + sources,), torch.nan, device=self.labels.device)
         kept, source = (values[:, :-1] for values in self.origin)
-        fused = (self.labels[:, 1:] != -100) & (self.fused[0][:, :-1] >= 0).any(-1)
+        fused = self._fused_positions
         numbers = torch.arange(sources, device=source.device)
         taught = (source.unsqueeze(-1) == numbers) & fused.unsqueeze(-1)
         return torch.cat([(kept.float() * fused).sum().view(1), taught.sum((0, 1)).float()])
@@ -91,6 +122,7 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
         # With a loss function of its own the Trainer counts the tokens of the global batch and scales nothing itself.
         self.compute_loss_func = self._weighted_loss
         self._batch: _Batch | None = None
+        self._behind_model = BehindModel()
         self._losses_in_head: bool | None = None
         #: what the model does to the output of its output layer, and the width of that
         self._change = LogitChange()
@@ -106,9 +138,8 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
         return fusion_block(self.axolotl_cfg)
 
     @cached_property
-    def _kind(self) -> Divergence:
-        kind: Divergence = lookup("losses", self._fusion.loss)
-        return kind
+    def _kind(self) -> Divergence | ChunkLoss:
+        return bound_loss(self._fusion)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -129,13 +160,15 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
             DataError: the batch has no fused distributions.
         """
         inputs = dict(inputs)
-        fused, origin, at_most = take_fused(inputs), take_origin(inputs), take_positions(inputs)
+        take = take_chunks if is_per_chunk(self._kind) else take_fused
+        fused, origin, at_most = take(inputs), take_origin(inputs), take_positions(inputs)
         if "labels" not in inputs:
             raise DataError(
                 f"expected a batch with labels, got one with {sorted(inputs)}. Use datasets of `type: "
                 "fusion_plugins.axolotl.fused`, whose rows have labels."
             )
         if self._losses_in_head is None:
+            self._behind_model.watch(self._head_owner(model))
             self._losses_in_head = self._head_is_last(model, inputs)
         labels = inputs["labels"]
         self._batch = _Batch(labels, fused, origin, labels.numel() if at_most is None else at_most)
@@ -183,10 +216,14 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
         return super()._inner_training_loop(*args, **kwargs)
 
     def _new_figures(self) -> Figures:
-        return Figures(("kept_mass", *(f"share_{source.name}" for source in self._fusion.sources)))
+        of_chunks = CHUNK_FIGURES if is_per_chunk(self._kind) else ()
+        return Figures((*of_chunks, "kept_mass", *(f"share_{source.name}" for source in self._fusion.sources)))
 
     def _figures(self, figures: Figures) -> dict[str, float]:
-        return figures.take(partial(self.accelerator.reduce, reduction="sum"), self.args.device)
+        found = figures.take(partial(self.accelerator.reduce, reduction="sum"), self.args.device)
+        if begun := found.pop(CHUNK_FIGURES[0], None):
+            found["tokens_per_chunk"] = 1 / begun
+        return found
 
     def _without_repeated_rows(self, inputs: Any) -> Any:
         """Without labels in the rows that fill the last batches of an evaluation: other processes have them already."""
@@ -214,17 +251,20 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
         positions, fused_positions, entropy = self._batch.counts
         weight, router = self.lm_weight, self._router_loss(outputs)
         if self._in_head:
-            found = Sums(*received(outputs["logits"], self._change))
+            found = Sums(*received(self._behind_model.taken(outputs), self._change))
         else:
-            found = self._one_pass(outputs["logits"], None, None)
+            found = self._one_pass(self._behind_model.taken(outputs), None, None)
         figures = self._training_figures if self.model.training else self._evaluation_figures
         if figures is not None:
+            of_fused, agreed = self._batch.of_fused(len(self._fusion.sources)), found.agreed
+            if isinstance(self._batch.fused, Chunks):
+                of_fused, agreed = torch.cat([self._batch.of_chunks(), of_fused]), entropy
             figures.add(
                 lm=found.lm,
                 fusion=found.fusion,
-                agreed=found.agreed,
+                agreed=agreed,
                 entropy=entropy,
-                of_fused=self._batch.of_fused(len(self._fusion.sources)),
+                of_fused=of_fused,
                 positions=positions,
                 fused_positions=fused_positions,
                 weight=weight,
@@ -290,15 +330,20 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
         forward = layer.forward
 
         def losses(hidden: Tensor) -> Tensor:
-            factors = None if own else linear_factors(layer, hidden)
-            if factors is None:
+            parts = None if own else linear_parts(layer, hidden)
+            if parts is None:
                 self._say_once(
                     f"the output layer is a {type(layer).__name__} with more than a product in it: it runs once more "
                     "in the backward pass"
                 )
                 return carried(self._losses_of_any_head(forward, hidden), self._change)
-            (weight, bias), low_rank = factors
-            return carried(self._one_pass(hidden, weight, bias, low_rank=low_rank, change=self._change), self._change)
+            return with_weights(layer, parts, sums)
+
+        def sums(parts: Sequence[Part]) -> Tensor:
+            (first, states), *others = parts
+            low_rank = [(inputs, layer.weight) for layer, inputs in others]
+            found = self._one_pass(states, first.weight, first.bias, low_rank=low_rank, change=self._change)
+            return carried(found, self._change)
 
         # A compiled model leaves its graph for this one call: the loss makes its gradients itself.
         return torch.compiler.disable(losses)
@@ -347,8 +392,8 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
         found = []
 
         def keep(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
-            found.append(outputs["logits"])
-            return outputs["logits"].new_zeros(())
+            found.append(self._behind_model.taken(outputs))
+            return found[0].new_zeros(())
 
         # A resumed run probes too, at another step: the probe must not take random numbers (dropout, NEFTune) from the
         # training, and the batch is counted once.

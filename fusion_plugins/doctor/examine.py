@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from fusion_plugins.config import Settings
 from fusion_plugins.core.fusion.project import ProjectionOptions
@@ -24,6 +24,7 @@ from fusion_plugins.core.text.tokenize import tokenize_content
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.doctor.advice import advice, verdict
 from fusion_plugins.doctor.diagnosis import Diagnosis, diagnose, figures
+from fusion_plugins.doctor.responses import holds_responses
 from fusion_plugins.errors import ConfigError, FusionError, MismatchError
 from fusion_plugins.inputs import InputSet, Text
 from fusion_plugins.map_cache import cached_map
@@ -46,8 +47,14 @@ class DoctorConfig(Settings):
 
     MOVED = {"vocabulary": "now vocabulary_map"}
 
-    sources: list[str] = Field(min_length=1, description="stores of the sources, or their tokenizers")
-    target: str | None = Field(None, description="store of the target, or its tokenizer; null for the last of sources")
+    sources: list[str] = Field(
+        min_length=1, description="stores of the sources, or their tokenizers; or one folder of scored responses"
+    )
+    target: str | None = Field(
+        None,
+        description="store of the target, or its tokenizer; null for the last of sources. With scored responses the "
+        "source that is the target; null for the one whose rows have is_target",
+    )
     texts: str | list[str] | None = Field(
         None, description=".jsonl or .parquet files, or folders of them, where tokenizers take the place of stores"
     )
@@ -63,17 +70,42 @@ class DoctorConfig(Settings):
     limit: int = Field(200, ge=1, description="texts of the sample")
     out: str = Field("doctor", description="folder for doctor.json, doctor.html and doctor.png")
 
-    @model_validator(mode="after")
-    def _two_sides(self) -> "DoctorConfig":
-        if self.target is None and len(self.sources) == 1:
-            raise ValueError(f"expected a target and at least one source, got {self.sources[0]!r} alone; give both")
-        return self
+    def of_responses(self) -> bool:
+        """Return whether scored responses are examined, and not stores.
+
+        Raises:
+            ConfigError: there are other sources beside them, or keys that are of no use with them.
+            StoreError: a folder is damaged.
+        """
+        folders = [path for path in self.sources if holds_responses(path)]
+        if not folders:
+            return False
+        if len(self.sources) > 1:
+            raise ConfigError(
+                f"expected stores and tokenizers, or one folder of scored responses, got the folder of responses "
+                f"{folders[0]} among {len(self.sources)} sources; give it alone"
+            )
+        if useless := sorted(self.model_fields_set - {"sources", "target", "out"}):
+            raise ConfigError(
+                f"{', '.join(useless)}: expected only target and out with scored responses ({folders[0]}); remove "
+                f"{'it' if len(useless) == 1 else 'them'}"
+            )
+        return True
 
     def sides(self) -> tuple[str, list[str]]:
-        """Return the target and the sources."""
-        if self.target is None:
-            return self.sources[-1], self.sources[:-1]
-        return self.target, self.sources
+        """Return the target and the sources.
+
+        Raises:
+            ConfigError: there is one side only.
+        """
+        if self.target is not None:
+            return self.target, self.sources
+        if len(self.sources) == 1:
+            raise ConfigError(
+                f"expected a target and at least one source, or a folder of scored responses; got {self.sources[0]!r} "
+                "alone. Give both sides."
+            )
+        return self.sources[-1], self.sources[:-1]
 
 
 class Side:

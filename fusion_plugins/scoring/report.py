@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fusion_plugins.core.preferences.candidates import Candidate, as_candidate, clean
 from fusion_plugins.core.preferences.gaps import PUBLISHED_SCALE, Proposal, propose_window, reward_scales
 from fusion_plugins.core.preferences.pairs import GapWindow, pairs_per_prompt, same_source
+from fusion_plugins.core.preferences.worth import wilson
 from fusion_plugins.core.text.messages import conversation_text
 from fusion_plugins.errors import DataError
 from fusion_plugins.page import COLOURS, new_figure, plot_name, render_page, svg
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 PROMPT_SHOWN, START_SHOWN, END_SHOWN, DETAIL_SHOWN = 1500, 500, 1500, 400
 #: sources that a picture has a line for
 MOST_LINES = len(COLOURS)
-#: two-sided 95 %
-_Z = 1.959964
 #: name in a scorer's details -> what the page calls it, in the order of the page
 _DETAILS = {
     "answer": "extracted",
@@ -139,20 +138,6 @@ def gaps_of(candidates: Iterable[Candidate]) -> list[float]:
     return [pair.gap for pair in pairs if pair.gap is not None and pair.chosen.domain not in window.exempt]
 
 
-def interval(right: int, judged: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share (Wilson's), both ends in [0, 1].
-
-    Example:
-        >>> [round(end, 3) for end in interval(8, 10)], [round(end, 3) for end in interval(0, 4)]
-        ([0.49, 0.943], [0.0, 0.49])
-    """
-    share, n = right / judged, judged
-    middle = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
-    # At the ends the formula gives 0 and 1, but for rounding.
-    return (middle - half if right else 0.0), (middle + half if right < judged else 1.0)
-
-
 def render_scored_report(folder: Path, *, seed: int = 0, verdicts: int = 50) -> str:
     """Return the page for a folder of scored responses; see :func:`examine_scored`.
 
@@ -236,7 +221,7 @@ def _cut(text: str, start: int, end: int) -> str:
 
 def _line(domain: str, source: str, group: GroupSummary) -> dict[str, Any]:
     """Return the texts of one line of the table."""
-    low, high = interval(group.correct, group.judged) if group.judged else (math.nan, math.nan)
+    low, high = wilson(group.correct / group.judged, group.judged) if group.judged else (math.nan, math.nan)
     return {
         "domain": domain,
         "source": source,

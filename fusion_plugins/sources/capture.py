@@ -19,17 +19,21 @@ from pydantic import Field, field_validator
 from fusion_plugins.core.fusion.record import build_record
 from fusion_plugins.core.fusion.types import TopK
 from fusion_plugins.core.key_set import KeySet
+from fusion_plugins.core.text.chat import generated_spans
 from fusion_plugins.core.text.model_rows import beyond_the_model
 from fusion_plugins.core.text.round_trip import text_changes
+from fusion_plugins.core.text.sampled import AnswerCounts, How, last_turns, tokenize_answer
 from fusion_plugins.core.text.token_table import TokenTable
-from fusion_plugins.core.text.tokenize import tokenize_content, tokenize_many
+from fusion_plugins.core.text.tokenize import chat_renderer, tokenize_chat, tokenize_many
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import ConfigError, DataError, SourceError, TokenizerError
-from fusion_plugins.inputs import InputSet, Text, Unusable, open_texts
+from fusion_plugins.inputs import InputSet, Selection, Text, Unusable, open_texts
 from fusion_plugins.progress import Meter, meter
+from fusion_plugins.sources.asked import Asked, require_answers
 from fusion_plugins.sources.backends.base import Place, Refusal, Source, SourceSettings, least, open_source
 from fusion_plugins.sources.background import Background
 from fusion_plugins.sources.batches import LazyBatches, commit_batches, missing_batches, plan_batches
+from fusion_plugins.sources.context import ContextSettings
 from fusion_plugins.sources.fingerprints import revision_of
 from fusion_plugins.sources.loading import capture_tokenizer, chat_template_hash, embedding_rows
 from fusion_plugins.sources.parts import Shard, chosen, require_part
@@ -38,6 +42,7 @@ from fusion_plugins.store.files import FolderLock
 from fusion_plugins.store.manifest import MANIFEST_NAME, PART
 from fusion_plugins.store.schema import RecordCodec
 from fusion_plugins.store.shards import read_keys
+from fusion_plugins.where import Where, checked_where
 
 #: what a dry run captures to measure speed and size: bytes in one round, of the first texts, in about this time
 PROBE_BYTES = 32_768
@@ -59,10 +64,26 @@ class CaptureConfig(SourceSettings):
     }
 
     texts: str | list[str] = Field(
-        description=".jsonl or .parquet files, folders of them, hf:ORG/NAME[:SPLIT][:COLUMN]"
+        description=".jsonl or .parquet files, folders of them, hf:ORG/NAME[:SPLIT][:COLUMN], or folders of responses, "
+        "whose answers are captured"
+    )
+    where: Where | None = Field(
+        None,
+        description="column -> a value, a list of values, or {min, max}: only rows that meet all conditions are "
+        "captured; verdict is correct, incorrect or unknown",
+    )
+    context: ContextSettings | None = Field(
+        None,
+        description="what this source reads before the answers in place of the texts' own messages: system, examples, "
+        "question",
     )
     out: str = Field(description="folder of the store")
     top_k: int | Literal["all"] = Field(64, description="entries per position; all: the whole vocabulary")
+    ask_ids: str | None = Field(
+        None,
+        description="store of the target model, captured from the same texts: the source is asked for the target's own "
+        "top k too, where these are tokens of the source; as many entries per position are added",
+    )
     limit: int | None = Field(None, ge=1, description="capture only this many texts, from the start")
     shard: Shard | None = Field(
         None, description="capture only part i of n of the texts, such as 2/3; `fusion store merge` joins the parts"
@@ -76,6 +97,21 @@ class CaptureConfig(SourceSettings):
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="arguments of the chat template, such as enable_thinking or a date"
     )
+
+    _check_where = field_validator("where")(checked_where)
+
+    @property
+    def selection(self) -> Selection:
+        """Which rows of the texts are read, and how."""
+        if self.context is None:
+            return Selection(self.where)
+        return Selection(self.where, self.context.applied, self.context.columns)
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """What decides, besides the chat template, how a chat is written."""
+        context = {} if self.context is None else {"context": self.context.model_dump(exclude_defaults=True)}
+        return {**self.chat_template_kwargs, **context}
 
     @field_validator("top_k")
     @classmethod
@@ -97,6 +133,7 @@ class CaptureReport:
         text_changes: what the tokenizer does to texts before it cuts them (NFC, a space before the text, ...).
         tokens: tokens captured by this run.
         seconds: time of the capture, without loading the model.
+        answers: how the answers among them became tokens.
     """
 
     out: Path
@@ -106,6 +143,7 @@ class CaptureReport:
     text_changes: tuple[str, ...]
     tokens: int
     seconds: float
+    answers: AnswerCounts = AnswerCounts()
 
 
 def capture_texts(config: CaptureConfig) -> CaptureReport:
@@ -117,7 +155,7 @@ def capture_texts(config: CaptureConfig) -> CaptureReport:
         SourceError: the model cannot be loaded or fails.
     """
     unusable: Unusable | None = None if config.on_unusable == "raise" else {}
-    texts = open_texts(config.texts, unusable=unusable)
+    texts = open_texts(config.texts, unusable=unusable, selection=config.selection)
     out = Path(config.out)
     with _opened(config, texts, out) as opened:
         skipped = _unusable(config, opened, _asked(config, texts), _held(out))
@@ -131,8 +169,9 @@ def capture_texts(config: CaptureConfig) -> CaptureReport:
             captured = store.manifest.rows - present
             if config.limit is None:
                 store.finish()
+    skipped = {**(unusable or {}), **skipped}
     return CaptureReport(
-        out, captured, present, {**(unusable or {}), **skipped}, opened.changes, progress.tokens, progress.seconds
+        out, captured, present, skipped, opened.changes, progress.tokens, progress.seconds, opened.tokenize.answers
     )
 
 
@@ -164,7 +203,7 @@ def estimate_capture(config: CaptureConfig) -> dict[str, float]:
         DataError, SourceError: as :func:`capture_texts`; or no text can be captured.
     """
     unusable: Unusable | None = None if config.on_unusable == "raise" else {}
-    texts = open_texts(config.texts, unusable=unusable)
+    texts = open_texts(config.texts, unusable=unusable, selection=config.selection)
     skipped = dict(unusable or {})
     whole = config.limit is None and config.shard is None
     total = texts.n_bytes if whole else sum(map(_n_bytes, _asked(config, texts)))
@@ -197,14 +236,60 @@ class _Opened:
     Attributes:
         beyond: says which of the token ids of a text the model has no row for; None where it has one for all.
         changes: what the tokenizer does to texts.
+        top_k: how many of the most probable entries the source is asked for; a store that holds others too has more.
     """
 
     source: Source
-    tokenize: Tokenize
+    tokenize: "_Tokenizer"
     manifest: Manifest
     table: TokenTable
     beyond: Beyond | None
     changes: tuple[str, ...]
+    top_k: int
+
+
+class _Tokenizer:
+    """Turns texts into the source's tokens.
+
+    Attributes:
+        answers: how the answers that were captured became tokens.
+    """
+
+    def __init__(self, config: CaptureConfig, tokenizer: Any, table: TokenTable, asked: Asked | None) -> None:
+        self._config, self._tokenizer, self._table, self._asked = config, tokenizer, table, asked
+        self.answers = AnswerCounts()
+
+    def __call__(self, texts: Sequence[Text]) -> list[TokenizedText]:
+        """Return the tokens of texts and chats.
+
+        Raises:
+            DataError, TokenizerError: one of them cannot be tokenized.
+        """
+        return [tokens for tokens, _ in self._made(texts)]
+
+    def counted(self, texts: Sequence[Text]) -> list[TokenizedText]:
+        """Return the same, of texts that are captured now, with the ids that are asked for."""
+        made = list(self._made(texts))
+        for _, how in made:
+            if how is not None:
+                self.answers += AnswerCounts.of(how)
+        tokenized = [tokens for tokens, _ in made]
+        return tokenized if self._asked is None else self._asked.of_texts(texts, tokenized)
+
+    def _made(self, texts: Sequence[Text]) -> Iterator[tuple[TokenizedText, How | None]]:
+        plain = [text.content for text in texts if isinstance(text.content, str)]
+        of_plain = iter(tokenize_many(self._tokenizer, self._table, plain))
+        for text in texts:
+            yield (next(of_plain), None) if isinstance(text.content, str) else self._chat(text)
+
+    def _chat(self, text: Text) -> tuple[TokenizedText, How | None]:
+        messages: Any = text.content if text.read_as is None else text.read_as
+        chat = generated_spans(chat_renderer(self._tokenizer, text.tools, self._config.chat_template_kwargs), messages)
+        if text.answer is None:
+            return tokenize_chat(self._tokenizer, self._table, last_turns(chat, text.turns)), None
+        own = text.answer.model == self._config.model
+        tokens, _, how = tokenize_answer(self._tokenizer, self._table, chat, text.answer, own=own)
+        return tokens, how
 
 
 @contextmanager
@@ -213,22 +298,17 @@ def _opened(config: CaptureConfig, texts: InputSet[Text], out: Path) -> Iterator
     tokenizer = capture_tokenizer(config)
     table = TokenTable.from_tokenizer(tokenizer)
     changes = text_changes(tokenizer, table.spell).known
+    asked = None if config.ask_ids is None else Asked.of(config.ask_ids, table, config.backend)
     identity = _identity(config, texts, tokenizer, table)
+    top_k: int = identity["top_k"]
+    if asked is not None:
+        identity["top_k"] = min(identity["top_k"] + asked.width, table.vocab_size)
     _check_folder(out, identity)
     require_part(out, config.shard)
 
-    def tokenize(texts: Sequence[Text]) -> list[TokenizedText]:
-        options = config.chat_template_kwargs
-        plain = iter(tokenize_many(tokenizer, table, [text.content for text in texts if isinstance(text.content, str)]))
-        return [
-            next(plain)
-            if isinstance(text.content, str)
-            else tokenize_content(tokenizer, table, text.content, tools=text.tools, template_options=options)[0]
-            for text in texts
-        ]
-
+    tokenize = _Tokenizer(config, tokenizer, table, asked)
     rows = embedding_rows(config)
-    beyond = None
+    beyond: Beyond | None = None
     if rows is not None and rows < table.vocab_size:
         beyond = partial(beyond_the_model, tokenizer, rows=rows)
         if config.on_unusable == "raise":
@@ -239,7 +319,12 @@ def _opened(config: CaptureConfig, texts: InputSet[Text], out: Path) -> Iterator
                     _require(text, problem)
     source = open_source(config, "capture")
     try:
-        yield _Opened(source, tokenize, _manifest(config, identity, source.facts), table, beyond, changes)
+        facts = dict(source.facts)
+        if asked is not None:
+            require_answers(source, config.source_name)
+            # Beside the dtype, with what else changes the numbers.
+            facts["options"] = {**facts.get("options", {}), "ask_ids": asked.store.manifest.identity_digest[:16]}
+        yield _Opened(source, tokenize, _manifest(config, identity, facts), table, beyond, changes, top_k)
     finally:
         source.close()
 
@@ -270,6 +355,13 @@ def _probe(
     return n_bytes, n_tokens, speed
 
 
+def _first_entries(topk: TopK, width: int) -> TopK:
+    """Return the first entries; those that were asked for may be more than the vocabulary has tokens."""
+    if topk.ids.shape[1] <= width:
+        return topk
+    return TopK(topk.ids[:, :width], topk.logprobs[:, :width], topk.token_logprobs)
+
+
 def _n_bytes(text: Text) -> int:
     return text.n_bytes
 
@@ -288,7 +380,7 @@ def _identity(config: CaptureConfig, texts: InputSet[Text], tokenizer: Any, tabl
         "vocab_size": size,
         "top_k": size if config.top_k == "all" else min(config.top_k, size),
         "texts_fingerprint": texts.fingerprint,
-        "template_hash": chat_template_hash(tokenizer, config.chat_template_kwargs) if texts.has_chats else None,
+        "template_hash": chat_template_hash(tokenizer, config.template_options) if texts.has_chats else None,
     }
 
 
@@ -318,9 +410,16 @@ def _manifest(config: CaptureConfig, identity: Mapping[str, Any], facts: Mapping
             "source": config.source_name,
             "texts": config.texts,
             **({PART: config.shard} if config.shard else {}),
+            **_conditions(config),
             **facts,
         },
     )
+
+
+def _conditions(config: CaptureConfig) -> dict[str, Any]:
+    """Return what the notes of a store say about which rows were captured, and what the source read before them."""
+    context = None if config.context is None else config.context.model_dump(exclude_defaults=True)
+    return {key: value for key, value in (("where", config.where), ("context", context)) if value}
 
 
 def _unusable(config: CaptureConfig, opened: _Opened, texts: Iterable[Text], held: KeySet) -> dict[str, str]:
@@ -401,7 +500,7 @@ class _Job:
         waiting: dict[Place, TokenizedText] = {}
 
         def tokenize(number: int, batch: Sequence[Text]) -> list[TokenizedText]:
-            tokenized = self.opened.tokenize(batch)
+            tokenized = self.opened.tokenize.counted(batch)
             waiting.update({(number, index): tokens for index, tokens in enumerate(tokenized)})
             return tokenized
 
@@ -416,7 +515,7 @@ class _Job:
                     yield (number, index), None
                 else:
                     progress.advance(text.n_bytes, len(tokens.input_ids))
-                    yield (number, index), (tokens, topk)
+                    yield (number, index), (tokens, _first_entries(topk, self.store.manifest.top_k))
 
         def commit(batch: Sequence[Text], answers: Mapping[int, Answer]) -> None:
             writing.submit(partial(self._write, batch, answers))
@@ -448,7 +547,7 @@ class _Job:
         return present, ready, total, count
 
     def _asked(self, batches: LazyBatches[Text, TokenizedText]) -> Iterator[tuple[Place, TopK | Refusal]]:
-        return self.opened.source.capture(batches, self.store.manifest.top_k) if len(batches) else iter(())
+        return self.opened.source.capture(batches, self.opened.top_k) if len(batches) else iter(())
 
     def _refuse(self, text: Text, reason: str) -> None:
         if self.config.on_unusable == "raise":

@@ -56,6 +56,8 @@ def capture(
     )
     if report.text_changes:
         messages.print(f"the tokenizer changes texts, which is known: {'; '.join(report.text_changes)}")
+    if answers := report.answers.described():
+        messages.print(answers)
     for text_id, reason in report.skipped.items():
         messages.print(f"left out {text_id}: {reason}")
 

@@ -181,7 +181,14 @@ def response_text(tokenizer: Any, token_ids: Sequence[int], stop: tuple[str, ...
 
 
 def local_response(
-    tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int], stop: tuple[str, ...], *, ended: bool, n_tokens: int
+    tokenizer: Any,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    stop: tuple[str, ...],
+    *,
+    ended: bool,
+    generated: Sequence[int],
+    logprobs: Sequence[float],
 ) -> Response | Refusal:
     """Return the response that generated tokens are.
 
@@ -193,7 +200,8 @@ def local_response(
         tokens: generated ids, without the one that ended the response.
         stop: strings that end a response; it is cut before the first.
         ended: the model ended the response itself.
-        n_tokens: tokens generated, the one that ended the response included.
+        generated: all generated ids, the one that ended the response included.
+        logprobs: log-probability of each of them.
     """
     text, stopped = response_text(tokenizer, tokens, stop)
     said = channels(text)
@@ -203,7 +211,10 @@ def local_response(
         text = with_reasoning(said.reasoning, said.answer)
     elif tokenizer.decode(list(prompt[-8:])).rstrip().endswith(OPEN):
         text = f"{OPEN}\n{text.lstrip()}"
-    return Response(text, "stop" if ended or stopped else "length", n_tokens, len(prompt))
+    kept: dict[str, Any] = {}
+    if said is None and not stopped:
+        kept = {"token_ids": tuple(map(int, generated)), "token_logprobs": tuple(map(float, logprobs))}
+    return Response(text, "stop" if ended or stopped else "length", len(generated), len(prompt), **kept)
 
 
 def _decoded(tokenizer: Any, tokens: Sequence[int]) -> str:

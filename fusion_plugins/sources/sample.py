@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from fusion_plugins.config import Settings, with_preset
+from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.errors import MismatchError, SourceError
 from fusion_plugins.inputs import InputSet, Prompt, Unusable, open_prompts
 from fusion_plugins.progress import Meter, meter
@@ -54,6 +55,10 @@ COLUMNS: dict[str, ColumnKind] = {
     "finish_reason": "string",
     "n_tokens": "int64",
     "n_prompt_tokens": "int64",
+    "system": "string",
+    "token_ids": "int32s",
+    "token_logprobs": "float32s",
+    "tokenizer": "string",
     "seed": "int64",
     "model": "string",
     "fingerprint": "string",
@@ -325,7 +330,7 @@ class _Job:
             asked = LazyBatches(
                 sum(1 for _ in batches()), batches(), lambda number, batch: [draw.request for draw in batch]
             )
-            seeded = source.facts.get("seeded", True)
+            facts = _Facts.of(self.settings, source)
 
             def responses() -> Iterator[tuple[Place, Response | Refusal]]:
                 for (number, index), response in source.sample(asked) if missing else ():
@@ -337,7 +342,7 @@ class _Job:
                     yield (number, index), response
 
             def commit(batch: Sequence[Draw], found: Mapping[int, Response | Refusal]) -> None:
-                writing.submit(partial(self._write, batch, found, seeded))
+                writing.submit(partial(self._write, batch, found, facts))
 
             title = f"sample {self.name}"
             with meter(title, present + missing, present, unit="responses") as progress, Background() as writing:
@@ -346,12 +351,12 @@ class _Job:
         finally:
             source.close()
 
-    def _write(self, batch: Sequence[Draw], found: Mapping[int, Response | Refusal], seeded: bool) -> None:
+    def _write(self, batch: Sequence[Draw], found: Mapping[int, Response | Refusal], facts: "_Facts") -> None:
         for index, response in found.items():
             draw = batch[index]
             # A batch that is done again has some of the responses already.
             if isinstance(response, Response) and not self.is_done(draw):
-                self.rows.write(_row(draw, response, self.settings, self.fingerprint, seeded))
+                self.rows.write(_row(draw, response, self.settings, self.fingerprint, facts))
                 self.repaired.extend([(self.name, draw.prompt.text.id)] * response.repaired)
         self.rows.flush()
 
@@ -374,8 +379,36 @@ class _Job:
         return frozenset(refused)
 
 
-def _row(draw: Draw, response: Response, settings: SampledSource, fingerprint: str, seeded: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Facts:
+    """What the rows of one source say about it.
+
+    Attributes:
+        seeded: it obeys seeds.
+        system: the system prompt that it reads before prompts without one of their own.
+        tokenizer: fingerprint of its tokenizer, of which the ids of its responses are; None for a server.
+    """
+
+    seeded: bool
+    system: str | None
+    tokenizer: str | None
+
+    @classmethod
+    def of(cls, settings: SampledSource, source: Source) -> "_Facts":
+        own = source.tokenizer
+        plain = settings.template == "plain" or (own is not None and not own.chat_template)
+        fingerprint = None if own is None else TokenTable.from_tokenizer(own, check=False).fingerprint
+        return cls(source.facts.get("seeded", True), None if plain else settings.system, fingerprint)
+
+    def system_of(self, content: str | list[dict[str, Any]]) -> str | None:
+        """Return the system prompt that was put before a prompt."""
+        own = not isinstance(content, str) and content[0]["role"] == "system"
+        return None if own else self.system
+
+
+def _row(draw: Draw, response: Response, settings: SampledSource, fingerprint: str, facts: _Facts) -> dict[str, Any]:
     prompt = draw.prompt
+    ids, logprobs = response.token_ids, response.token_logprobs
     return {
         "prompt_id": prompt.text.id,
         "source": settings.source_name,
@@ -388,7 +421,11 @@ def _row(draw: Draw, response: Response, settings: SampledSource, fingerprint: s
         "finish_reason": response.finish_reason,
         "n_tokens": response.n_tokens,
         "n_prompt_tokens": response.n_prompt_tokens,
-        "seed": draw.seed if seeded else None,
+        "system": facts.system_of(prompt.text.content),
+        "token_ids": None if ids is None else list(ids),
+        "token_logprobs": None if logprobs is None else list(logprobs),
+        "tokenizer": None if ids is None else facts.tokenizer,
+        "seed": draw.seed if facts.seeded else None,
         "model": settings.model,
         "fingerprint": fingerprint,
     }

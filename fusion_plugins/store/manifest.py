@@ -36,7 +36,7 @@ TABLE_NAME: Literal["tokens.parquet"] = "tokens.parquet"
 _KINDS = {"logprobs": "a store of log-probabilities", "rows": "a folder of responses or scored responses"}
 
 #: what a column of a row folder holds
-ColumnKind = Literal["string", "int64", "float64", "bool", "json"]
+ColumnKind = Literal["string", "int64", "float64", "bool", "json", "int32s", "float32s"]
 Size = Annotated[int, Field(ge=1, lt=1 << 31)]
 
 

@@ -26,8 +26,14 @@ _ARROW = {
     "float64": pa.float64(),
     "bool": pa.bool_(),
     "json": pa.string(),
+    # Parquet calls the items of a list so.
+    "int32s": pa.list_(pa.field("element", pa.int32())),
+    "float32s": pa.list_(pa.field("element", pa.float32())),
 }
-_PYTHON: dict[str, tuple[type, ...]] = {"string": (str,), "int64": (int,), "float64": (float, int), "bool": (bool,)}
+_PYTHON: dict[str, tuple[type, ...]] = {
+    **{"string": (str,), "int64": (int,), "float64": (float, int), "bool": (bool,)},
+    **dict.fromkeys(("int32s", "float32s"), (list, tuple)),
+}
 
 
 class RowCodec:

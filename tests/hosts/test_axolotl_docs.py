@@ -7,10 +7,12 @@ from axolotl_runs import ROOT
 
 from fusion_plugins.axolotl.args import (
     AlignmentArgs,
+    FusedSourceArgs,
     FusionBlock,
     PairArgs,
     ProjectionArgs,
     ReferenceArgs,
+    RuleArgs,
     SftArgs,
     SourceArgs,
     SplitArgs,
@@ -46,7 +48,19 @@ def table(model):
 
 @pytest.mark.parametrize(
     "model",
-    [FusionBlock, SourceArgs, AlignmentArgs, PairArgs, ProjectionArgs, SftArgs, SplitArgs, WRPOArgs, ReferenceArgs],
+    [
+        FusionBlock,
+        FusedSourceArgs,
+        RuleArgs,
+        SourceArgs,
+        AlignmentArgs,
+        PairArgs,
+        ProjectionArgs,
+        SftArgs,
+        SplitArgs,
+        WRPOArgs,
+        ReferenceArgs,
+    ],
 )
 def test_the_page_has_the_table_of_every_block(model):
     assert table(model) in PAGE, f"docs/axolotl.md should contain:\n{table(model)}"

@@ -205,3 +205,64 @@ def test_the_first_stage_asks_only_the_pairs_that_divide_the_prompts():
         assert choose_best(table(rows), alone) == choose_best(table(rows), with_pairs)
         with pytest.raises(ConfigError, match="ArmoRM|expected rewards"):
             choose_best(table(rows), FusionBlock(sft=sft, split={}))
+
+
+def answers_of(skills, prompts=60, samples=3):
+    """Scored answers to sums: of each source, the share ``skill`` of the prompts is right."""
+    return [
+        {
+            "prompt_id": f"p{prompt}",
+            "source": source,
+            "index": index,
+            "prompt": f"Sum {prompt}?",
+            "response": f"It is {answer}, {index}",
+            "correct": answer == gold,
+            "domain": "math",
+            "scores": {"math": {"correct": answer == gold, "answer": answer, "gold": gold}},
+        }
+        for prompt in range(prompts)
+        for source, skill in skills.items()
+        for index in range(samples)
+        for gold in [str(prompt * 7 % 11)]
+        for answer in [skill if isinstance(skill, str) else gold if (prompt % 10 + index) / 10 < skill else "no"]
+    ]
+
+
+VERDICTS = {"sft": {"rule": "verdict"}, "pairs": {"rule": "verdict", "own_source": "own"}}
+
+
+@pytest.mark.parametrize("choose", [choose_best, choose_pairs])
+def test_answers_of_sources_that_are_worse_than_the_target_or_lucky_are_warned_of(choose, capsys):
+    rows = table(answers_of({"weak": 0.2, "constant": "7", "strong": 0.8, "own": 0.5}))
+    _, report = choose(rows, FusionBlock(**VERDICTS))
+    told = capsys.readouterr().err
+    if choose is choose_best:
+        assert len(report["warnings"]) == 1  # of the constant answers; the strong source solves the others
+    chosen = "weak" if choose is choose_pairs else "constant"
+    sources = table(answers_of({chosen: 0.2 if chosen == "weak" else "7", "own": 0.5}))
+    _, report = choose(sources, FusionBlock(**VERDICTS))
+    (warning,) = report["warnings"]
+    assert re.search(rf"math: \d+ of the answers .* are those of {chosen}, which is right in .* worse than", warning)
+    assert f"fusion.leave_out_sources: [{chosen}]" in warning
+    assert warning in capsys.readouterr().err
+    assert "no answers of the target" not in told
+
+
+def test_a_better_source_gives_no_warning_and_no_own_answers_give_a_note(capsys):
+    _, report = choose_best(table(answers_of({"strong": 0.8, "own": 0.5})), FusionBlock(**VERDICTS))
+    assert report["warnings"] == []
+    assert capsys.readouterr().err == ""
+    _, report = choose_best(table(answers_of({"strong": 0.8, "constant": "7"})), FusionBlock(sft={"rule": "verdict"}))
+    (warning,) = report["warnings"]
+    assert re.search("constant, which is right in .*, and in .* where its answers are dealt .* is luck", warning)
+    assert "math: there are no answers of the target itself" in capsys.readouterr().err
+
+
+def test_sources_can_be_left_out_by_name():
+    rows = table(answers_of({"weak": 0.9, "strong": 0.8}))
+    _, report = choose_best(rows, FusionBlock(sft={"rule": "verdict"}, leave_out_sources=["weak"]))
+    assert report["by_source"] == {"strong": 48}
+    with pytest.raises(ConfigError, match=r"expected sources of the responses \(strong, weak\), got wek"):
+        choose_best(rows, FusionBlock(sft={}, leave_out_sources=["wek"]))
+    with pytest.raises(ConfigError, match="at least one source to stay, got all of strong, weak"):
+        choose_best(rows, FusionBlock(sft={}, leave_out_sources=["weak", "strong"]))

@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 
 from fusion_plugins.cli import app
 from fusion_plugins.core.preferences.pairs import GapWindow, build_pairs
+from fusion_plugins.core.preferences.worth import wilson
 from fusion_plugins.errors import DataError
-from fusion_plugins.scoring.report import examine_scored, interval, render_scored_report
+from fusion_plugins.scoring.report import examine_scored, render_scored_report
 from fusion_plugins.store import RowManifest, RowWriter, open_rows
 
 COLUMNS = {
@@ -98,7 +99,7 @@ def test_counts_intervals_and_gaps_are_those_of_the_rows(folder):
 @pytest.mark.parametrize(("right", "judged"), [(0, 3), (3, 3), (50, 100), (7, 9), (1, 1), (999, 1000)])
 def test_an_interval_is_that_of_wilson(right, judged):
     """Its ends are where the share differs from the interval's end by 1.96 standard errors of that end."""
-    low, high = interval(right, judged)
+    low, high = wilson(right / judged, judged)
     for end in (low, high):
         if 0 < end < 1:
             assert abs(right / judged - end) == pytest.approx(1.959964 * (end * (1 - end) / judged) ** 0.5, rel=1e-6)

@@ -86,6 +86,51 @@ class ProjectionReport:
 
 
 @dataclass(frozen=True)
+class ChunkReport:
+    """Counters of the chunks of whole texts; two reports add up.
+
+    Attributes:
+        texts: texts that were cut into chunks.
+        positions: trained positions of the target.
+        chunk_positions: those of them that are in a chunk.
+        chunks: chunks.
+        single: chunks of one token of the target.
+        bytes: bytes of the trained tokens.
+        chunk_bytes: those of them that are in a chunk.
+        sampled: positions in chunks for which the sampler's log-probability is known.
+    """
+
+    texts: int = 0
+    positions: int = 0
+    chunk_positions: int = 0
+    chunks: int = 0
+    single: int = 0
+    bytes: int = 0
+    chunk_bytes: int = 0
+    sampled: int = 0
+
+    def __add__(self, other: "ChunkReport") -> "ChunkReport":
+        return ChunkReport(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def shares(self) -> dict[str, float]:
+        """Return what says how fine the chunks are, without what there is nothing to say of.
+
+        ``coverage`` is the share of the trained positions in a chunk, ``tokens_per_chunk`` a mean, ``one_token_chunks``
+        the share of the positions in chunks that are a chunk of their own, ``bytes_without_common_end`` the share of
+        the trained bytes that no chunk has, ``sampled`` the share of the positions in chunks with a known
+        log-probability of the sampler.
+        """
+        parts = {
+            "coverage": (self.chunk_positions, self.positions),
+            "tokens_per_chunk": (self.chunk_positions, self.chunks),
+            "one_token_chunks": (self.single, self.chunk_positions),
+            "bytes_without_common_end": (self.bytes - self.chunk_bytes, self.bytes),
+            "sampled": (self.sampled, self.chunk_positions),
+        }
+        return {name: part / whole for name, (part, whole) in parts.items() if whole}
+
+
+@dataclass(frozen=True)
 class FusionReport:
     """Counters of whole texts; two reports add up.
 
@@ -94,7 +139,11 @@ class FusionReport:
         positions: supervised positions of the target.
         fused_positions: positions with a fused distribution.
         chosen: source name -> texts for which it has the lowest cross-entropy; the first of equals.
-        sources: source name -> the counters of its projection.
+        sources: source name -> the counters of its projection, over the texts that it takes part in or over some of
+            them: ``positions`` there says of how many positions.
+        taught: domain -> source name (or that there are several, or none) -> positions that it teaches.
+        untaught: texts that no source takes part in.
+        chunks: of a loss of chunks, whose positions are the fused ones.
     """
 
     texts: int = 0
@@ -102,9 +151,12 @@ class FusionReport:
     fused_positions: int = 0
     chosen: Mapping[str, int] = field(default_factory=dict)
     sources: Mapping[str, ProjectionReport] = field(default_factory=dict)
+    taught: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    untaught: int = 0
+    chunks: ChunkReport = field(default_factory=ChunkReport)
 
     def __add__(self, other: "FusionReport") -> "FusionReport":
-        names = list(dict.fromkeys([*self.sources, *other.sources]))
+        names = list(dict.fromkeys([*self.chosen, *self.sources, *other.chosen, *other.sources]))
         nothing = ProjectionReport()
         return FusionReport(
             self.texts + other.texts,
@@ -112,4 +164,17 @@ class FusionReport:
             self.fused_positions + other.fused_positions,
             {name: self.chosen.get(name, 0) + other.chosen.get(name, 0) for name in names},
             {name: self.sources.get(name, nothing) + other.sources.get(name, nothing) for name in names},
+            _summed(self.taught, other.taught),
+            self.untaught + other.untaught,
+            self.chunks + other.chunks,
         )
+
+
+def _summed(left: Mapping[str, Mapping[str, int]], right: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for domain in dict.fromkeys([*left, *right]):
+        parts = left.get(domain, {}), right.get(domain, {})
+        found[domain] = {
+            name: sum(part.get(name, 0) for part in parts) for name in dict.fromkeys([*parts[0], *parts[1]])
+        }
+    return found

@@ -259,7 +259,7 @@ def _whole_text(tokens: list[bytes]) -> TokenizedText:
 
 
 @compiled
-def _boundaries(ends, exact):  # type: ignore[no-untyped-def]
+def text_boundaries(ends, exact):  # type: ignore[no-untyped-def]
     """(T,) bool, True for the one position at each byte that can be matched."""
     last = len(ends) - 1
     positions = exact.copy()
@@ -274,7 +274,7 @@ def _boundaries(ends, exact):  # type: ignore[no-untyped-def]
 @compiled
 def _match_positions(s_ends, s_exact, s_spans, t_ends, t_exact, t_spans, strict):  # type: ignore[no-untyped-def]
     """Merge the boundaries of both sides, span by span; also count the target's."""
-    s_boundary, t_boundary = _boundaries(s_ends, s_exact), _boundaries(t_ends, t_exact)
+    s_boundary, t_boundary = text_boundaries(s_ends, s_exact), text_boundaries(t_ends, t_exact)
     positions = np.full(len(t_ends), -1, np.int32)
     possible = np.zeros(len(t_ends), np.bool_)
     for m in range(len(t_spans)):

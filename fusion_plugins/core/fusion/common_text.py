@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from fusion_plugins.core.arrays import IntArray, as_array
 from fusion_plugins.core.fusion.flat import Texts, joined, starts_of
 from fusion_plugins.core.fusion.record import cross_entropy
-from fusion_plugins.core.fusion.types import Record
+from fusion_plugins.core.fusion.types import AnyRecord
 from fusion_plugins.core.jit import compiled
 from fusion_plugins.core.text.token_bytes import TokenBytes
 from fusion_plugins.core.text.types import TokenizedText
@@ -26,11 +27,12 @@ from fusion_plugins.errors import AlignmentError
 _UNKNOWN = -1
 _CONTEXT = 24
 Spelling = npt.NDArray[np.int16]
+R = TypeVar("R", bound=AnyRecord)
 
 
 def common_text(
-    record: Record, target: TokenizedText, source_bytes: TokenBytes, target_bytes: TokenBytes
-) -> tuple[Record, TokenizedText]:
+    record: R, target: TokenizedText, source_bytes: TokenBytes, target_bytes: TokenBytes
+) -> tuple[R, TokenizedText]:
     """Narrow the spans of both sides to the text that they have in common.
 
     The spans of a turn are syntax, part, syntax, part, ..., syntax. Syntax that differs is left out on both sides, and
@@ -85,7 +87,7 @@ def common_text(
 def common_texts(
     source: Texts,
     target: Texts,
-    records: Sequence[Record],
+    records: Sequence[AnyRecord],
     targets: Sequence[TokenizedText],
     tokens: tuple[TokenBytes, TokenBytes],
 ) -> tuple[Texts, Texts, dict[int, AlignmentError]]:
@@ -121,7 +123,7 @@ def common_texts(
     )
 
 
-def _corresponding(record: Record, target: TokenizedText) -> tuple[IntArray, IntArray]:
+def _corresponding(record: AnyRecord, target: TokenizedText) -> tuple[IntArray, IntArray]:
     """Return the spans of both sides that have the same numbers."""
     source_spans, target_spans = record.text.spans, target.spans
     if len(source_spans) == len(target_spans):
@@ -149,7 +151,7 @@ def _has_text(spelling: Spelling) -> bool:
     return bool(_text(spelling).strip())
 
 
-def comparable(records: Sequence[Record], common: Sequence[tuple[Record, TokenizedText]]) -> list[Record]:
+def comparable(records: Sequence[AnyRecord], common: Sequence[tuple[AnyRecord, TokenizedText]]) -> list[AnyRecord]:
     """Measure the cross-entropies of several sources over the same bytes.
 
     A source whose record was cut, or whose template leaves a part out, has a cross-entropy over other bytes, and
@@ -193,7 +195,7 @@ def narrowed(source: Texts, target: Texts, ranges: Sequence[IntArray | None]) ->
     return source.with_spans(spans, starts), target.with_spans(t_spans, starts)
 
 
-def within(record: Record, target: TokenizedText, ranges: IntArray) -> tuple[Record, TokenizedText]:
+def within(record: R, target: TokenizedText, ranges: IntArray) -> tuple[R, TokenizedText]:
     """Narrow spans that correspond by their number to some ranges of bytes of the target's text, (R, 2)."""
     own, other = [], []
     for span, t_span in zip(record.text.spans, target.spans, strict=True):
@@ -205,7 +207,7 @@ def within(record: Record, target: TokenizedText, ranges: IntArray) -> tuple[Rec
     return replace(record, text=text), replace(target, spans=np.concatenate([empty, *other]).astype(np.int32))
 
 
-def _measured(record: Record, own: Record, target: TokenizedText, shared: IntArray) -> Record:
+def _measured(record: AnyRecord, own: AnyRecord, target: TokenizedText, shared: IntArray) -> AnyRecord:
     """Measure one source over some ranges of bytes of the target's text."""
     text = within(own, target, shared)[0].text
     if np.diff(text.spans).sum() == np.diff(record.text.spans).sum():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusion_plugins.errors import ConfigError, PluginError
 
-Divergence: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+Divergence: TypeAlias = Callable[..., Tensor]
 
 #: Probability that a bucket holds at least; keeps log(0) and its gradient out of the two-sided divergences.
 FLOOR = 1e-7
@@ -51,19 +51,40 @@ def reverse_kl(student_logprobs: Tensor, fused_logprobs: Tensor, fused_mask: Ten
     return inside + q_rest * (q_rest.log() - p_rest.log())
 
 
-def jensen_shannon(student_logprobs: Tensor, fused_logprobs: Tensor, fused_mask: Tensor) -> Tensor:
-    """``(KL(p | m) + KL(q | m)) / 2`` with ``m = (p + q) / 2``, over the stored entries and one bucket for the rest.
+def jensen_shannon(
+    student_logprobs: Tensor, fused_logprobs: Tensor, fused_mask: Tensor, *, beta: float = 0.5
+) -> Tensor:
+    """``beta KL(p | m) + (1 - beta) KL(q | m)`` with ``m = beta p + (1 - beta) q``, and one bucket for the rest.
 
-    Exact when the fused distribution has no mass outside its entries; at most log 2.
+    Exact when the fused distribution has no mass outside its entries; at most log 2 between the ends. Divided by beta,
+    or by 1 - beta, it tends to ``KL(p | q)`` at 0 and to ``KL(q | p)``, :func:`reverse_kl`, at 1. These are its values
+    there.
+
+    Args:
+        student_logprobs: (..., K), q.
+        fused_logprobs: (..., K), p.
+        fused_mask: (..., K).
+        beta: weight of p in the middle, in [0, 1].
+
+    Raises:
+        ConfigError: another beta.
+
+    References:
+        GKD, arXiv 2306.13649, equation 1.
     """
+    if not 0 <= beta <= 1:
+        raise ConfigError(f"beta: expected a number from 0 to 1, got {beta!r}")
+    if beta == 1:
+        return reverse_kl(student_logprobs, fused_logprobs, fused_mask)
     student_logprobs = student_logprobs.clamp_min(LOWEST)
     p, q = _probabilities(fused_logprobs, fused_mask), _probabilities(student_logprobs, fused_mask)
     p_rest, q_rest = _rest(p), _rest(q)
-    middle = ((p + q) / 2).clamp_min(FLOOR**2).log()
-    middle_rest = ((p_rest + q_rest) / 2).log()
-    inside = (p * (fused_logprobs - middle) + q * (student_logprobs - middle)).sum(-1)
-    rest = p_rest * (p_rest.log() - middle_rest) + q_rest * (q_rest.log() - middle_rest)
-    return (inside + rest) / 2
+    if beta == 0:
+        return (p * (fused_logprobs - student_logprobs)).sum(-1) + p_rest * (p_rest.log() - q_rest.log())
+    middle = (beta * p + (1 - beta) * q).clamp_min(FLOOR**2).log()
+    middle_rest = (beta * p_rest + (1 - beta) * q_rest).log()
+    inside = (beta * p * (fused_logprobs - middle) + (1 - beta) * q * (student_logprobs - middle)).sum(-1)
+    return inside + beta * p_rest * (p_rest.log() - middle_rest) + (1 - beta) * q_rest * (q_rest.log() - middle_rest)
 
 
 LOSSES: dict[str, Divergence] = {

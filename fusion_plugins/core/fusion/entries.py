@@ -31,6 +31,12 @@ class FusedEntries:
             logprobs = _tempered(logprobs, mask, temperature)
         return cls(ids.long().masked_fill(~mask, 0), logprobs, mask)
 
+    @classmethod
+    def none(cls, positions: Tensor) -> "FusedEntries":
+        """Return no entries (N, 0) for N positions, given as any (N,) tensor: for a loss of the labels alone."""
+        ids = positions.new_zeros((len(positions), 0), dtype=torch.long)
+        return cls(ids, ids.float(), ids.bool())
+
     def __getitem__(self, part: slice) -> "FusedEntries":
         return FusedEntries(self.ids[part], self.logprobs[part], self.mask[part])
 
@@ -41,6 +47,8 @@ class FusedEntries:
 
     def most_probable(self) -> Tensor:
         """(N, 1) place of the most probable entry among the K; 0 where there is none."""
+        if not self.ids.shape[-1]:
+            return self.ids.new_zeros((len(self.ids), 1))
         return self.logprobs.masked_fill(~self.mask, float("-inf")).argmax(-1, keepdim=True)
 
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fusion_plugins.core.fusion.divergences import Divergence, divergence, values_of
+from fusion_plugins.core.fusion.chunk_losses import ChunkLoss, Chunks
+from fusion_plugins.core.fusion.divergences import Divergence, cross_entropy, divergence, values_of
 from fusion_plugins.core.fusion.entries import FusedEntries, Positions, check_shapes, next_labels
-from fusion_plugins.core.fusion.one_pass import Factors, Terms, chunk_rows, one_pass
+from fusion_plugins.core.fusion.one_pass import Factors, Terms, chunk_rows, compared, one_pass
 from fusion_plugins.errors import ConfigError
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
@@ -181,9 +182,9 @@ def token_losses(
     hidden: Tensor,
     head: Callable[[Tensor], Tensor] | None,
     labels: Tensor,
-    fused: tuple[Tensor, Tensor],
+    fused: tuple[Tensor, Tensor] | Chunks,
     *,
-    kind: str | Divergence = "ce",
+    kind: str | Divergence | ChunkLoss = "ce",
     temperature: float = 1.0,
     chunk_size: int | None = None,
     at_most: int | None = None,
@@ -198,8 +199,8 @@ def token_losses(
         hidden: (B, T, H) last hidden states, or (B, T, V) logits when ``head`` is None.
         head: maps (n, H) to (n, V).
         labels: (B, T) token ids, -100 where not supervised; not shifted.
-        fused: ids (B, T, K), -1 for an empty entry, and log-probabilities (B, T, K).
-        kind: divergence, as in :func:`fusion_loss`.
+        fused: ids (B, T, K), -1 for an empty entry, and log-probabilities (B, T, K); or chunks (B, T).
+        kind: divergence, as in :func:`fusion_loss`; with chunks a loss of chunks.
         temperature: of the fused distributions.
         chunk_size: positions per chunk.
         at_most: positions that have a label, or more; see :meth:`Positions.of`.
@@ -212,10 +213,8 @@ def token_losses(
         DataError: as in :func:`fusion_loss`.
     """
     following, kept = next_labels(labels)
-    ids, logprobs = fused
-    check_shapes(hidden, ids, logprobs, ids, kept)
     positions = Positions.of(kept, at_most)
-    entries = positions.entries(ids, logprobs, ids >= 0, temperature)
+    entries, chunks, loss = compared(hidden, fused, kept, positions, kind, temperature)
     states = positions.take(hidden)
     dropped = positions.dropped
     if dropped is not None:
@@ -223,10 +222,15 @@ def token_losses(
     if head is None:
         head, chunk_size = _identity, max(1, states.shape[0])
     wanted = positions.take(following).clamp_min(0)
-    lm, fusion, agreed = _in_chunks(states, head, wanted, entries, divergence(kind), chunk_size)
+    # A loss of chunks is one of the labels' log-probabilities, so it needs no entries and no part of the pass.
+    by_position = loss if chunks is None else cross_entropy
+    lm, fusion, agreed = _in_chunks(states, head, wanted, entries, by_position, chunk_size)
+    if chunks is not None:
+        fusion = loss(-lm, chunks)
     if dropped is not None:
         lm, fusion = (term.masked_fill(dropped, 0) for term in (lm, fusion))
-    return TokenLosses(lm.sum(), fusion.sum(), kept.sum(), entries.present.sum(), agreed.sum())
+    present = entries.present if chunks is None else chunks.present
+    return TokenLosses(lm.sum(), fusion.sum(), kept.sum(), present.sum(), agreed.sum())
 
 
 def _in_chunks(
@@ -265,7 +269,7 @@ def _position_terms(
     student = logprobs[:, :width].masked_fill(~fused.mask, 0.0)
     fusion = values_of(loss, student, fused.logprobs.to(logprobs.dtype), fused.mask)
     with torch.no_grad():
-        at = logits.gather(-1, fused.ids.gather(-1, fused.most_probable()))
+        at = logits.gather(-1, ids.gather(-1, fused.most_probable()))
         agreed = (at >= logits.amax(-1, keepdim=True)).squeeze(-1) & fused.present
     return (torch.zeros_like(fusion) if labels is None else -logprobs[:, width]), fusion, agreed
 

@@ -10,6 +10,10 @@ coefficients (autograd on a small leaf, so that a registered loss works too), an
 in the backward pass, which multiplies what the forward pass has made by the incoming scalar. Where the model caps or
 scales the output of the layer (:mod:`~fusion_plugins.core.fusion.logit_change`), the chain rule adds a factor.
 
+A loss of whole chunks of the text (:mod:`~fusion_plugins.core.fusion.chunk_losses`) needs the label alone, K = 0. Its
+chunks may lie across those of the pass; so each of these sees a few more positions on both sides, for their labels'
+log-probabilities alone.
+
 No shape depends on data, so a GPU is not waited for.
 
 Letters as in :mod:`fusion_plugins.core.fusion.losses`: N positions, V vocabulary, H hidden size, K entries, and n the
@@ -24,9 +28,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fusion_plugins.core.fusion.chunk_losses import ChunkLoss, Chunks
 from fusion_plugins.core.fusion.divergences import Divergence, divergence, values_of
 from fusion_plugins.core.fusion.entries import FusedEntries, Positions, check_shapes, next_labels
 from fusion_plugins.core.fusion.logit_change import LogitChange
+from fusion_plugins.errors import ConfigError
 
 #: Logits held at once: 2**28 are 512 MB in bfloat16 and 1 GB in float32; both are there under autocast.
 CHUNK_ELEMENTS = 2**28
@@ -68,15 +74,35 @@ class Terms:
         positions: those that count.
         labels: (N,) token ids, any valid id where a position does not count; None without a language-model term.
         fused: (N, K).
-        loss: divergence from the fused distributions.
+        loss: divergence from the fused distributions, or a loss of chunks.
         weights: of the language-model term and the fusion term.
+        chunks: (N,) of a loss of chunks, with which there are no entries; None for a divergence.
     """
 
     positions: Positions
     labels: Tensor | None
     fused: FusedEntries
-    loss: Divergence
+    loss: Divergence | ChunkLoss
     weights: tuple[float, float]
+    chunks: Chunks | None = None
+
+    @property
+    def around(self) -> int:
+        """Positions before and after some others that their losses depend on."""
+        return 0 if self.chunks is None else self.chunks.longest - 1
+
+    def fusion(self, part: slice, logprobs: Tensor) -> Tensor:
+        """Return the fusion term (n,) of some positions.
+
+        Args:
+            part: which.
+            logprobs: (n, K + 1) of the trained model at the entries and the label.
+        """
+        if self.chunks is not None:
+            return self.loss(logprobs[:, -1], self.chunks[part])
+        fused = self.fused[part]
+        entries = logprobs[:, : fused.ids.shape[-1]].masked_fill(~fused.mask, 0.0)
+        return values_of(self.loss, entries, fused.logprobs.to(logprobs.dtype), fused.mask)
 
 
 def chunk_rows(vocabulary: int) -> int:
@@ -89,10 +115,10 @@ def weighted_losses(
     weight: Tensor | None,
     bias: Tensor | None,
     labels: Tensor,
-    fused: tuple[Tensor, Tensor],
+    fused: tuple[Tensor, Tensor] | Chunks,
     *,
     lm_weight: float,
-    kind: str | Divergence = "ce",
+    kind: str | Divergence | ChunkLoss = "ce",
     temperature: float = 1.0,
     chunk_size: int | None = None,
     change: LogitChange | None = None,
@@ -110,9 +136,9 @@ def weighted_losses(
         weight: (V, H) of the output layer; None where ``hidden`` are the logits (B, T, V).
         bias: (V,) or None.
         labels: (B, T) token ids, -100 where not supervised; not shifted.
-        fused: ids (B, T, K), -1 for an empty entry, and log-probabilities (B, T, K).
+        fused: ids (B, T, K), -1 for an empty entry, and log-probabilities (B, T, K); or chunks (B, T).
         lm_weight: weight of the language-model loss, in [0, 1].
-        kind: divergence, a name or a function of that form.
+        kind: divergence, a name or a function of that form; with chunks a loss of chunks.
         temperature: of the fused distributions.
         chunk_size: positions per chunk; by default :func:`chunk_rows`.
         change: what the model does to the output of the layer.
@@ -127,19 +153,36 @@ def weighted_losses(
         DataError: shapes that do not belong together.
     """
     following, kept = next_labels(labels)
-    ids, logprobs = fused
-    check_shapes(hidden, ids, logprobs, ids, kept)
     positions = Positions.of(kept, at_most)
     following = positions.take(following)
-    terms = Terms(
-        positions,
-        following if positions.dropped is None else following.masked_fill(positions.dropped, 0),
-        positions.entries(ids, logprobs, ids >= 0, temperature),
-        divergence(kind),
-        (lm_weight, 1 - lm_weight),
-    )
+    labels = following if positions.dropped is None else following.masked_fill(positions.dropped, 0)
+    entries, chunks, loss = compared(hidden, fused, kept, positions, kind, temperature)
+    terms = Terms(positions, labels, entries, loss, (lm_weight, 1 - lm_weight), chunks)
     factors = [Factors(hidden, weight), *(Factors(*pair) for pair in low_rank)]
     return one_pass(factors, bias, terms, chunk_size=chunk_size, change=change)
+
+
+def compared(
+    hidden: Tensor,
+    fused: tuple[Tensor, Tensor] | Chunks,
+    kept: Tensor,
+    positions: Positions,
+    kind: str | Divergence | ChunkLoss,
+    temperature: float,
+) -> tuple[FusedEntries, Chunks | None, Divergence | ChunkLoss]:
+    """Return what the model is compared with at the positions that count, and the loss as a function.
+
+    Raises:
+        ConfigError, DataError: as in :func:`weighted_losses`.
+    """
+    if isinstance(fused, Chunks):
+        fused.check(hidden)
+        if not callable(kind):
+            raise ConfigError(f"chunks: expected a loss of chunks, a function, got {kind!r}")
+        return FusedEntries.none(positions.rows), fused.taken(positions), kind
+    ids, logprobs = fused
+    check_shapes(hidden, ids, logprobs, ids, kept)
+    return positions.entries(ids, logprobs, ids >= 0, temperature), None, divergence(kind)
 
 
 def one_pass(
@@ -209,13 +252,21 @@ class _OnePass(torch.autograd.Function):
         with torch.autocast(rows.device.type, enabled=False):
             for start in range(0, rows.shape[0], settings.rows):
                 part = slice(start, start + settings.rows)
-                inputs = [_taken(one, terms.positions, part).to(dtype) for one in states]
+                # With the positions around it, which belong to other chunks.
+                wide = slice(max(0, start - terms.around), start + settings.rows + terms.around)
+                inputs = [_taken(one, terms.positions, wide).to(dtype) for one in states]
                 raw = _logits(inputs, products, offsets, settings.change.factor)
-                chunk, slope = _chunk(raw, terms, part, settings.change, sums, any(wanted))
-                found.append(chunk)
+                chunk, slope = _chunk(raw, terms, wide, settings.change, sums, any(wanted))
                 if slope is not None:
                     # In the place of the logits, which are no longer needed.
-                    gradients.add(slope if slope.dtype == dtype else raw.copy_(slope), inputs, products, rows[part])
+                    slope = slope if slope.dtype == dtype else raw.copy_(slope)
+                if terms.around:
+                    own = slice(start - wide.start, start - wide.start + settings.rows)
+                    chunk, inputs = _Chunk(*(one[own] for one in chunk)), [one[own] for one in inputs]
+                    slope = None if slope is None else slope[own]
+                found.append(chunk)
+                if slope is not None:
+                    gradients.add(slope, inputs, products, rows[part])
         lm, fusion, agreed = (torch.cat(parts) for parts in zip(*found, strict=True))
         total = fusion if terms.labels is None else terms.weights[0] * lm + terms.weights[1] * fusion
         ctx.save_for_backward(*gradients.made())
@@ -291,7 +342,7 @@ def _chunk(
     # One exponential per logit, in place: that is most of the time beside the products.
     mass = shifted.exp_().sum(-1, keepdim=True)
     dropped = None if terms.positions.dropped is None else terms.positions.dropped[part]
-    lm, fusion, slopes = _terms(at - mass.log(), fused, terms, dropped, with_slope)
+    lm, fusion, slopes = _terms(at - mass.log(), terms, part, dropped, with_slope)
     # 0 is the highest; of equally probable tokens each agrees.
     agreed = (at.gather(-1, fused.most_probable()).squeeze(-1) >= 0) & fused.present
     chunk = _Chunk(lm, fusion, agreed.to(dtype))
@@ -319,13 +370,12 @@ def _below_highest(raw: Tensor, change: LogitChange, dtype: torch.dtype) -> tupl
 
 
 def _terms(
-    logprobs: Tensor, fused: FusedEntries, terms: Terms, dropped: Tensor | None, with_slopes: bool
+    logprobs: Tensor, terms: Terms, part: slice, dropped: Tensor | None, with_slopes: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return both terms (n,), and the slopes dL/dl (n, K + 1)."""
     with torch.enable_grad():
         leaf = logprobs.requires_grad_(with_slopes)
-        entries = leaf[:, : fused.ids.shape[-1]].masked_fill(~fused.mask, 0.0)
-        fusion = values_of(terms.loss, entries, fused.logprobs.to(leaf.dtype), fused.mask)
+        fusion = terms.fusion(part, leaf)
         lm = torch.zeros_like(fusion) if terms.labels is None else -leaf[:, -1]
         if dropped is not None:
             lm, fusion = (term.masked_fill(dropped, 0) for term in (lm, fusion))

@@ -1,7 +1,7 @@
 """The byte of a text at which each token ends: by the tokens' bytes, or by offsets where a normaliser changed text."""
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -41,6 +41,31 @@ def token_ends(
             found.by_segments(first, last)
     ends = np.maximum.accumulate(np.array(found.ends, np.int32))
     return ends, np.array(found.exact, np.bool_)
+
+
+def spelled_ends(
+    table: TokenTable, ids: Sequence[int], raw: bytes, start: int, least: int
+) -> npt.NDArray[np.int32] | None:
+    """Return where tokens end that spell the bytes from ``start`` on, perhaps after one space of the tokenizer.
+
+    Args:
+        table: the tokenizer's table.
+        ids: T token ids.
+        raw: the bytes of the text.
+        start: the first byte that they spell.
+        least: the byte that the last one ends at, or behind.
+
+    Returns:
+        (T,) int32; None where they spell other bytes, or end before ``least``.
+    """
+    lengths = [len(table.tokens[index]) for index in ids]
+    spelled = b"".join([table.tokens[index] for index in ids])
+    for extra in (0, 1) if table.prefix_space and spelled.startswith(b" ") else (0,):
+        stop = start + len(spelled) - extra
+        if stop >= least and raw[start:stop] == spelled[extra:]:
+            ends = np.cumsum(lengths, dtype=np.int32) + np.int32(start - extra)
+            return np.maximum(ends, start).astype(np.int32)
+    return None
 
 
 def _char_to_byte(text: str, raw: bytes) -> Positions:

@@ -228,7 +228,12 @@ def chat_renderer(
 
 
 def tokenize_chat(
-    tokenizer: Any, table: TokenTable, chat: RenderedChat, turn_ends: Collection[int] = ()
+    tokenizer: Any,
+    table: TokenTable,
+    chat: RenderedChat,
+    turn_ends: Collection[int] = (),
+    *,
+    tokens: TokenizedText | None = None,
 ) -> TokenizedText:
     """Tokenize a rendered chat; its spans are the tiles of its turns, without the tokens that end a turn.
 
@@ -240,11 +245,13 @@ def tokenize_chat(
         table: its token table.
         chat: the chat.
         turn_ends: ids of tokens that end a turn besides those that the table knows.
+        tokens: of the text of the chat, where they are known already; their spans do not count.
 
     Raises:
         TokenizerError: the tokenizer does not fit its table.
     """
-    tokens = tokenize(tokenizer, table, chat.text, special_tokens=False, append_eos=False)
+    if tokens is None:
+        tokens = tokenize(tokenizer, table, chat.text, special_tokens=False, append_eos=False)
     spans = []
     for turn in chat.turns:
         *inner, (start, _) = tiles(turn)

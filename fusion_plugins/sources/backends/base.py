@@ -137,6 +137,10 @@ class Response:
         n_tokens: tokens generated; 0 where the server does not tell.
         n_prompt_tokens: tokens of the prompt; likewise.
         repaired: half characters were replaced, or a count that cannot be was left out.
+        token_ids: the generated tokens, with the one that ended the response; None where the engine does not give them,
+            and where the text is not what they spell (a stop string was cut off, reasoning got another form).
+        token_logprobs: natural log-probability of each of them under the model itself, before temperature, penalties
+            and top-p; None likewise.
     """
 
     text: str
@@ -144,6 +148,8 @@ class Response:
     n_tokens: int
     n_prompt_tokens: int
     repaired: bool = False
+    token_ids: tuple[int, ...] | None = None
+    token_logprobs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -180,6 +186,9 @@ class Source(Protocol):
         facts: what the manifest records. Required: engine, engine_version, dtype. Optional: logits_width, revision,
             options (settings that change numbers), seeded (False if the server ignores seeds); other keys are kept as
             notes.
+
+    A source whose attribute ``asks_ids`` is true also says what it gives the ids that an
+    :class:`~fusion_plugins.core.fusion.asked.AskedText` asks for, among its entries.
     """
 
     tokenizer: Any

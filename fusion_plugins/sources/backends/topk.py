@@ -48,6 +48,35 @@ def topk_of_entries(ids: IntArray, logprobs: FloatArray, token_logprobs: FloatAr
     return with_last_position(topk_ids, topk_logprobs, token_logprobs.astype(np.float32))
 
 
+def topk_and_asked(
+    ids: IntArray,
+    logprobs: FloatArray,
+    token_logprobs: FloatArray,
+    asked: tuple[IntArray, FloatArray],
+    k: int,
+    vocab_size: int,
+) -> TopK:
+    """As :func:`topk_of_entries`, with entries that were asked for.
+
+    Args:
+        ids: (T - 1, J) int32.
+        logprobs: (T - 1, J) float32 nats.
+        token_logprobs: (T - 1,) float32 nats.
+        asked: ids (T - 1, A) int32, -1 for none, and what they have, float32 nats.
+        k: entries to keep per position, J + A or fewer.
+        vocab_size: ids that the tokenizer knows.
+    """
+    # One entry per id: what is among the most probable ones is not asked for a second time.
+    wanted = np.where((asked[0][:, :, None] == ids[:, None, :]).any(-1), -1, asked[0])
+    return topk_of_entries(
+        np.concatenate([ids, wanted], -1).astype(np.int32),
+        np.concatenate([logprobs, asked[1]], -1).astype(np.float32),
+        token_logprobs,
+        k,
+        vocab_size,
+    )
+
+
 def with_last_position(ids: IntArray, logprobs: FloatArray, token_logprobs: FloatArray) -> TopK:
     """Add the last position of a text, which is empty: no token follows that could be compared with a distribution.
 

@@ -20,6 +20,8 @@ from transformers.generation.logits_process import (
 )
 
 from fusion_plugins.config import Settings, validate
+from fusion_plugins.core.arrays import IntArray
+from fusion_plugins.core.fusion.asked import AskedText
 from fusion_plugins.core.fusion.types import TopK
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import SourceError
@@ -36,7 +38,7 @@ from fusion_plugins.sources.backends.base import (
     in_turn,
     least,
 )
-from fusion_plugins.sources.backends.topk import with_last_position
+from fusion_plugins.sources.backends.topk import topk_and_asked, with_last_position
 from fusion_plugins.sources.loading import load_tokenizer, local_response, split_prompts, vocabulary_size
 
 #: logits that are normalised at a time, in float32 and float64: few enough to stay in a CPU's cache
@@ -61,6 +63,7 @@ class TransformersSource:
     """One causal language model in this process."""
 
     whole_batches = True
+    asks_ids = True
 
     def __init__(self, settings: SourceSettings) -> None:
         where = f"options of source {settings.source_name!r}"
@@ -130,7 +133,9 @@ class TransformersSource:
             topk_of_logits(logits[row, : length - 1], ids[row, 1:length], top_k, self._vocab_size)
             for row, length in enumerate(lengths)
         ]
-        return _OnItsWay(found, [length - 1 for length in lengths])
+        asked = [text.asked[:-1] for text in texts if isinstance(text, AskedText)]
+        said = [_logprobs_at(logits[row, : len(wanted)], wanted) for row, wanted in enumerate(asked)]
+        return _OnItsWay(found, [length - 1 for length in lengths], asked, said, self._vocab_size)
 
     @torch.inference_mode()
     def _generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Response | Refusal]:
@@ -151,19 +156,23 @@ class TransformersSource:
             ids.to(self._model.device),
             attention_mask=mask.to(self._model.device),
             generation_config=config,
-            logits_processor=_processors(sampling, seeds),
+            logits_processor=LogitsProcessorList([drawn := _Drawn(), *_processors(sampling, seeds)]),
             tokenizer=self.tokenizer if sampling.stop else None,
         )
         generated = output[:, width:].tolist()
+        logprobs = drawn.logprobs(output[:, -1]).tolist()
         return [
-            self._response(prompt, tokens, sampling.stop) for tokens, prompt in zip(generated, prompts, strict=True)
+            self._response(prompt, tokens, own, sampling.stop)
+            for prompt, tokens, own in zip(prompts, generated, logprobs, strict=True)
         ]
 
-    def _response(self, prompt: list[int], tokens: list[int], stop: tuple[str, ...]) -> Response | Refusal:
+    def _response(
+        self, prompt: list[int], tokens: list[int], logprobs: list[float], stop: tuple[str, ...]
+    ) -> Response | Refusal:
         # Responses that end before the longest of their group are padded. The end token itself was generated.
         end = next((position for position, token in enumerate(tokens) if token in self._stop_ids), len(tokens))
-        n_tokens = min(end + 1, len(tokens))
-        return local_response(self.tokenizer, prompt, tokens[:end], stop, ended=end < len(tokens), n_tokens=n_tokens)
+        given: dict[str, Any] = {"generated": tokens[: end + 1], "logprobs": logprobs[: end + 1]}
+        return local_response(self.tokenizer, prompt, tokens[:end], stop, ended=end < len(tokens), **given)
 
 
 def topk_of_logits(
@@ -207,20 +216,41 @@ def _topk_of_chunk(
     return pad(ids.to(torch.int32), empty, value=-1), pad(values, empty, value=-torch.inf), token_logprobs
 
 
+def _logprobs_at(logits: torch.Tensor, ids: IntArray) -> torch.Tensor:
+    """Return the (N, J) float32 log-probabilities of given ids, any value where an id is below 0."""
+    wanted = torch.from_numpy(np.maximum(ids, 0)).long().to(logits.device)
+    step = max(1, SCRATCH // logits.shape[-1])
+    parts = zip(logits.split(step), wanted.split(step), strict=True)
+    return torch.cat([torch.log_softmax(part.float(), dim=-1).gather(-1, at) for part, at in parts])
+
+
 class _OnItsWay:
     """The results of one forward pass, on their way from the device to this machine's memory as one array.
 
     Args:
         found: ids, log-probabilities and next tokens' log-probabilities of each text, as :func:`topk_of_logits` gives.
         lengths: positions of each text.
+        asked: (N, J) ids that were asked for, of each text; empty where none were.
+        said: (N, J) their log-probabilities.
+        vocab_size: ids that the tokenizer knows.
     """
 
-    def __init__(self, found: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], lengths: list[int]) -> None:
+    def __init__(
+        self,
+        found: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+        lengths: list[int],
+        asked: Sequence[IntArray],
+        said: Sequence[torch.Tensor],
+        vocab_size: int,
+    ) -> None:
         rows = [
             torch.cat([ids, logprobs.view(torch.int32), token_logprobs[:, None].view(torch.int32)], dim=-1)
             for ids, logprobs, token_logprobs in found
         ]
-        packed = torch.cat(rows)  # (N, 2 K + 1)
+        if said:
+            rows = [torch.cat([row, own.view(torch.int32)], dim=-1) for row, own in zip(rows, said, strict=True)]
+        packed = torch.cat(rows)  # (N, 2 K + 1 + J)
+        self._asked, self._vocab_size = asked, vocab_size
         self._lengths, self._arrived = lengths, None
         if packed.device.type == "cuda":
             # A copy in the order of the kernels: it ends before the next forward pass, which is started meanwhile.
@@ -235,13 +265,44 @@ class _OnItsWay:
         if self._arrived is not None:
             self._arrived.synchronize()
         packed = self._packed.numpy()
-        k = packed.shape[1] // 2
+        width = self._asked[0].shape[1] if self._asked else 0
+        k = (packed.shape[1] - width) // 2
         start = 0
-        for length in self._lengths:
+        for number, length in enumerate(self._lengths):
             rows = packed[start : start + length]
             floats = rows[:, k:].view(np.float32)
-            yield with_last_position(rows[:, :k], floats[:, :k], floats[:, k])
+            entries = rows[:, :k], floats[:, :k], floats[:, k]
+            if self._asked:
+                asked = self._asked[number], floats[:, k + 1 :]
+                yield topk_and_asked(*entries, asked, k + width, self._vocab_size)
+            else:
+                yield with_last_position(*entries)
             start += length
+
+
+class _Drawn(LogitsProcessor):
+    """Keeps how probable the model itself finds each token that is drawn; the first processor, which changes nothing.
+
+    A step learns from the next one what was drawn. To keep the logits of all steps would take gigabytes.
+    """
+
+    def __init__(self) -> None:
+        self._before: torch.Tensor | None = None
+        self._found: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self._take(input_ids[:, -1])
+        self._before = torch.log_softmax(scores.float(), dim=-1)
+        return scores
+
+    def logprobs(self, last: torch.Tensor) -> torch.Tensor:
+        """Return (B, T) log-probabilities of all T drawn tokens; ``last`` are the (B,) last ones."""
+        self._take(last)
+        return torch.stack(self._found, dim=1)
+
+    def _take(self, drawn: torch.Tensor) -> None:
+        if self._before is not None:
+            self._found.append(self._before.gather(-1, drawn[:, None].to(self._before.device))[:, 0])
 
 
 class _SeededNoise(LogitsProcessor):

@@ -3,6 +3,7 @@
 It imports nothing of the training hosts, so that it runs in an environment of its own (``make vllm-env``).
 """
 
+import inspect
 import os
 from array import array
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from fusion_plugins.config import Settings, validate
+from fusion_plugins.core.fusion.asked import AskedText
 from fusion_plugins.core.fusion.types import TopK
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import SourceError
@@ -33,7 +35,7 @@ from fusion_plugins.sources.backends.base import (
     SourceSettings,
     in_turn,
 )
-from fusion_plugins.sources.backends.topk import spare_entries, topk_of_entries
+from fusion_plugins.sources.backends.topk import spare_entries, topk_and_asked, topk_of_entries
 from fusion_plugins.sources.batches import plan_batches
 from fusion_plugins.sources.fingerprints import numeric_options, stored_dtype
 from fusion_plugins.sources.loading import load_config, load_tokenizer, local_response, split_prompts, vocabulary_size
@@ -95,6 +97,7 @@ class VllmSource:
         # vLLM needs room for one generated token after every prompt, also when only the prompt is asked for.
         self.max_length: int | None = model.max_model_len - (purpose == "capture")
         self._width = model.get_vocab_size()
+        self.asks_ids = _asks_ids(self._llm)
         self.facts: dict[str, Any] = {
             "engine": "vllm",
             "engine_version": vllm.__version__,
@@ -120,9 +123,11 @@ class VllmSource:
     def _capture(self, texts: Sequence[TokenizedText], top_k: int) -> Iterator[tuple[int, TopK | Refusal]]:
         asked = min(top_k + spare_entries(self._width, self._vocab_size), self._width)
         # The cheapest request: flat lists of ids and numbers instead of a dict per position, and no text for any entry.
-        params = SamplingParams(
-            max_tokens=1, temperature=0.0, prompt_logprobs=asked, flat_logprobs=True, detokenize=False
-        )
+        plain = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": asked} | {
+            "flat_logprobs": True,
+            "detokenize": False,
+        }
+        params = [SamplingParams(**plain, **_wanted(text)) for text in texts]
         sizes = [len(text.input_ids) * (asked + 1) for text in texts]
         for index, size in enumerate(sizes):
             if size > MOST_ENTRIES:
@@ -130,11 +135,11 @@ class VllmSource:
         possible = [index for index, size in enumerate(sizes) if size <= MOST_ENTRIES]
         for group in plan_batches(possible, sizes.__getitem__, ENTRIES_IN_FLIGHT):
             prompts = [texts[index].input_ids.tolist() for index in group]
-            for index, output in zip(group, self._generate(prompts, [params] * len(group)), strict=True):
+            for index, output in zip(group, self._generate(prompts, [params[index] for index in group]), strict=True):
                 if isinstance(output, Refusal):
                     yield index, output
                 else:
-                    yield index, self._topk(output.prompt_logprobs, len(texts[index].input_ids), top_k)
+                    yield index, self._topk(output, texts[index], top_k)
 
     def _sample(self, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, Response | Refusal]]:
         prompts, refused = split_prompts(self.tokenizer, requests, self.max_length)
@@ -145,6 +150,7 @@ class VllmSource:
                 yield index, output
                 continue
             answer = output.outputs[0]
+            of_drawn = zip(answer.logprobs, answer.token_ids, strict=True)
             if answer.finish_reason not in ("stop", "length"):
                 raise SourceError(
                     f"source {self._name!r}: expected vLLM to end a response with 'stop' or 'length', got "
@@ -158,7 +164,8 @@ class VllmSource:
                     answer.token_ids,
                     requests[index].sampling.stop,
                     ended=answer.finish_reason == "stop",
-                    n_tokens=len(answer.token_ids),
+                    generated=answer.token_ids,
+                    logprobs=[place[token].logprob for place, token in of_drawn],
                 ),
             )
 
@@ -180,7 +187,8 @@ class VllmSource:
                 return [Refusal(f"vLLM refuses it: {error}")]
         return [self._generate([ids], [param])[0] for ids, param in zip(prompts, params, strict=True)]
 
-    def _topk(self, logprobs: Any, n_tokens: int, top_k: int) -> TopK:
+    def _topk(self, output: Any, text: TokenizedText, top_k: int) -> TopK:
+        logprobs, n_tokens = output.prompt_logprobs, len(text.input_ids)
         # vLLM lists the distribution over token t at position t, so the first is empty. Every other one begins with the
         # token itself, whatever its rank, and continues with the most probable ones.
         shape = (n_tokens - 1, len(logprobs.token_ids) // max(n_tokens - 1, 1))
@@ -188,7 +196,23 @@ class VllmSource:
         ids = np.frombuffer(array("i", logprobs.token_ids), np.int32).reshape(shape)
         values = np.frombuffer(array("f", logprobs.logprobs), np.float32).reshape(shape)
         token_logprobs = values[:, 0] if n_tokens > 1 else np.empty(0, np.float32)
-        return topk_of_entries(ids[:, 1:], values[:, 1:], token_logprobs, top_k, self._vocab_size)
+        if not isinstance(text, AskedText):
+            return topk_of_entries(ids[:, 1:], values[:, 1:], token_logprobs, top_k, self._vocab_size)
+        said = np.asarray(output.prompt_token_id_logprobs, np.float32).reshape(n_tokens - 1, -1)
+        own = topk_of_entries(ids[:, 1:], values[:, 1:], token_logprobs, top_k, self._vocab_size)
+        asked, k = (text.asked[:-1], said), top_k + text.asked.shape[1]
+        return topk_and_asked(own.ids[:-1], own.logprobs[:-1], token_logprobs, asked, k, self._vocab_size)
+
+
+def _asks_ids(llm: LLM) -> bool:
+    """Whether this vLLM says what it gives to given ids at each position of a prompt: later versions, on a GPU."""
+    known = "prompt_logprob_token_ids" in inspect.signature(SamplingParams).parameters
+    return known and bool(getattr(llm.llm_engine.vllm_config, "use_v2_model_runner", False))
+
+
+def _wanted(text: TokenizedText) -> dict[str, Any]:
+    """Return what a request asks for besides the top k: the row of a position is about its next token."""
+    return {"prompt_logprob_token_ids": text.asked[:-1]} if isinstance(text, AskedText) else {}
 
 
 def _too_large(n_tokens: int, asked: int) -> str:
@@ -207,6 +231,7 @@ def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
         repetition_penalty=sampling.repetition_penalty,
         max_tokens=sampling.max_tokens,
         stop=list(sampling.stop) or None,
+        logprobs=0,  # of the drawn tokens alone
         detokenize=bool(sampling.stop),  # only to find the stop strings
         seed=seed,
     )

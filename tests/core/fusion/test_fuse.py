@@ -169,6 +169,30 @@ def test_avg_ce_equals_the_weighted_sum(positions, first, second):
         assert found == pytest.approx(wanted, rel=1e-5)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(distribution, distribution), min_size=1, max_size=4),
+    st.sampled_from([0, 0.01, 1]),
+    st.sampled_from([0.5, 1, 30]),
+)
+def test_fixed_weights_equal_the_weighted_sum_whatever_the_cross_entropies(positions, first, second):
+    sources = [rows(*column) for column in zip(*positions, strict=True)]
+    for costs in ([5.0, 0.1], [0.1, np.nan]):
+        fused = fuse(sources, costs, rule="fixed_weights", weights=[first, second])
+        for found, (a, b) in zip(as_dicts(fused), positions, strict=True):
+            w = np.array([first * bool(a), second * bool(b)])
+            w = w / w.sum() if w.sum() else w
+            wanted = {i: w[0] * a.get(i, 0) + w[1] * b.get(i, 0) for i in {*a, *b}}
+            wanted = {i: value for i, value in wanted.items() if value > 0}
+            assert {i: value for i, value in found.items() if value > 0} == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.0, 0.0], [1.0, -0.1], [1.0, np.nan], [1.0, 1.0, 1.0]])
+def test_weights_that_are_no_mixture_are_refused(weights):
+    with pytest.raises(ConfigError, match="expected 2 weights, one per source, not negative and not all 0"):
+        fuse([A, B], [1.0, 2.0], rule="fixed_weights", weights=weights)
+
+
 def test_truncation_keeps_the_most_probable_entries():
     kept = truncate(A, 1, renormalize=False)
     assert as_dicts(kept) == [{1: pytest.approx(0.5)}, {3: pytest.approx(0.9)}, {}]
@@ -184,7 +208,7 @@ def test_any_function_of_the_same_form_is_a_rule():
 
 
 def test_wrong_input_is_refused_with_its_shape():
-    with pytest.raises(ConfigError, match="expected one of avg_ce, min_ce, token_min_ce"):
+    with pytest.raises(ConfigError, match="expected one of avg_ce, fixed_weights, min_ce, token_min_ce"):
         fuse([A, B], [1.0, 2.0], rule="maxce")
     with pytest.raises(ConfigError, match=r"got \(3,\)"):
         fuse([A, B], [1.0, 2.0, 3.0])

@@ -1,0 +1,233 @@
+"""Which source teaches which row: the conditions of ``fusion.sources``, what the stores lack, and own answers.
+
+Everything is decided here, before anything is fused, for all rows of a dataset at once.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from axolotl.utils.logging import get_logger
+
+from fusion_plugins.axolotl.args import FusionBlock
+from fusion_plugins.axolotl.preference_rows import Unusable
+from fusion_plugins.core.arrays import BoolArray
+from fusion_plugins.core.fusion.routing import Route
+from fusion_plugins.errors import ConfigError, MismatchError
+from fusion_plugins.plugins import lookup
+from fusion_plugins.store import Store
+from fusion_plugins.where import require_columns, selected, value_of
+
+LOG = get_logger(__name__)
+Columns = Mapping[str, Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a dataset, as far as routes depend on them.
+
+    Attributes:
+        path: of the dataset, for messages.
+        ids: N ids of the texts.
+        names: what the rows are called in messages.
+        columns: name -> N values, of the columns that conditions name, and of those that say whose an answer is.
+        answers: the rows are responses.
+    """
+
+    path: str
+    ids: Sequence[str]
+    names: Sequence[str]
+    columns: Columns
+    answers: bool = False
+
+
+@dataclass(frozen=True)
+class Routes:
+    """The routes of the rows of a dataset.
+
+    Attributes:
+        distinct: the routes.
+        numbers: (N,) number of each row's route; -1 for a row that is left out.
+        missing: rows that are left out because a store lacks them.
+        untaught: rows that are left out because no source takes part in them.
+        texts: domain -> source, or that there is none -> rows.
+        without: source -> rows that it would teach and that its store lacks.
+    """
+
+    distinct: list[Route]
+    numbers: np.ndarray
+    missing: list[Unusable] = field(default_factory=list)
+    untaught: list[Unusable] = field(default_factory=list)
+    texts: dict[str, dict[str, int]] = field(default_factory=dict)
+    without: dict[str, int] = field(default_factory=dict)
+
+
+def columns_needed(block: FusionBlock, names: Sequence[str]) -> list[str]:
+    """Return which of a dataset's columns routes depend on."""
+    wanted = {"domain", "correct", "source", "model", "is_target"}
+    wanted.update(*(source.conditions for source in block.sources))
+    return [name for name in names if name in wanted]
+
+
+def make_routes(table: Table, block: FusionBlock, stores: Sequence[Store], base_model: str) -> Routes:
+    """Decide which sources teach each row.
+
+    Raises:
+        ConfigError: a condition names a column that the rows lack; or a rule would choose by cross-entropy on the
+            target's own answers.
+        MismatchError: a store lacks a row that its source is to teach (with ``on_missing_text: raise``), or no source
+            takes part in a row (with ``on_no_source: raise``).
+    """
+    domains = _domains(table)
+    part = _meant(table, block)
+    _warn_of_unknown_domains(block, domains, table.path)
+    kept = np.ones(len(table.ids), np.bool_)
+    missing: dict[int, str] = {}
+    without: dict[str, int] = {}
+    for number, store in enumerate(stores):
+        absent = np.array([id not in store for id in table.ids], np.bool_) & part[number]
+        if not absent.any():
+            continue
+        if block.on_missing_text == "skip_source":
+            part[number] &= ~absent
+            without[block.sources[number].name] = int(absent.sum())
+        else:
+            kept &= ~absent
+            for place in np.flatnonzero(absent).tolist():
+                missing.setdefault(place, f"missing in the store {store.path}")
+        nothing_left = not (part[number] & kept).any()
+        if block.on_missing_text == "raise" or nothing_left:
+            _refuse_missing(table, store, np.flatnonzero(absent), int((part[number] | absent).sum()))
+    bare = kept & ~part.any(axis=0)
+    untaught = _untaught(table, block, domains, np.flatnonzero(bare))
+    if untaught:
+        kept &= ~bare
+    routes: dict[Route, int] = {}
+    numbers = np.full(len(table.ids), -1, np.int64)
+    for place in np.flatnonzero(kept).tolist():
+        route = Route(tuple(np.flatnonzero(part[:, place]).tolist()), domains[place])
+        numbers[place] = routes.setdefault(route, len(routes))
+    distinct = list(routes)
+    _refuse_own_answers(table, block, distinct, numbers, base_model)
+    left_out = [Unusable(table.names[place], missing[place]) for place in sorted(missing)]
+    return Routes(distinct, numbers, left_out, untaught, _texts(block, distinct, numbers), without)
+
+
+def _domains(table: Table) -> list[str]:
+    if "domain" not in table.columns:
+        return [""] * len(table.ids)
+    return [str(value_of("domain", {"domain": value})) for value in table.columns["domain"]]
+
+
+def _meant(table: Table, block: FusionBlock) -> BoolArray:
+    """Return (S, N), which source is meant for which row."""
+    part = np.ones((len(block.sources), len(table.ids)), np.bool_)
+    for number, source in enumerate(block.sources):
+        if not source.conditions:
+            continue
+        try:
+            require_columns(source.conditions, table.columns, table.path)
+        except ConfigError as error:
+            raise ConfigError(f"fusion.sources, source {source.name!r}: {error}") from error
+        part[number] = selected(source.conditions, table.columns, len(table.ids))
+        if not part[number].any():
+            LOG.warning(f"fusion: source {source.name!r} takes part in no row of {table.path}: {source.conditions}")
+    return part
+
+
+def _warn_of_unknown_domains(block: FusionBlock, domains: Sequence[str], path: str) -> None:
+    found = set(domains)
+    named = {f"rule_by_domain.{domain}": domain for domain in block.rule_by_domain}
+    for source in block.sources:
+        named |= {f"weight_by_domain.{domain} of {source.name!r}": domain for domain in source.weight_by_domain}
+        named |= {f"domains of {source.name!r}": domain for domain in source.domains or () if domain not in found}
+    for key, domain in named.items():
+        if domain not in found:
+            LOG.warning(f"fusion: {key}: no row of {path} has the domain {domain!r}, only {', '.join(sorted(found))}")
+
+
+def _refuse_missing(table: Table, store: Store, absent: np.ndarray, meant: int) -> None:
+    raise MismatchError(
+        f"expected every row of {table.path} in the store {store.path} that its source is to teach; {len(absent)} of "
+        f"{meant} are missing, the first of them {table.ids[absent[0]]!r}. The store ({len(store)} texts) was captured "
+        f"from other texts, or not to the end (complete: {store.manifest.complete}). Capture it from the texts that "
+        "you train on, or set fusion.on_missing_text: skip, or skip_source to train on these rows without this source."
+    )
+
+
+def _untaught(table: Table, block: FusionBlock, domains: Sequence[str], bare: np.ndarray) -> list[Unusable]:
+    """Return the rows without a source that are left out."""
+    if not bare.size:
+        return []
+    if block.on_no_source == "raise":
+        place = int(bare[0])
+        raise MismatchError(
+            f"{len(bare)} of {len(table.ids)} rows of {table.path} have no source that takes part in them. The first: "
+            f"{table.names[place]}, domain {domains[place]!r}. Name their domain in one of fusion.sources, or set "
+            "fusion.on_no_source: skip (leave them out) or lm_loss (train on them without fusion)."
+        )
+    if len(bare) == len(table.ids):
+        raise MismatchError(
+            f"no source takes part in any row of {table.path}. Correct domains and where of the sources."
+        )
+    what = "are left out" if block.on_no_source == "skip" else "have the language-model loss alone"
+    LOG.warning(f"fusion: no source takes part in {len(bare)} of {len(table.ids)} rows of {table.path}; they {what}")
+    if block.on_no_source == "lm_loss":
+        return []
+    return [Unusable(table.names[place], "no source takes part in it") for place in bare.tolist()]
+
+
+def _texts(block: FusionBlock, distinct: Sequence[Route], numbers: np.ndarray) -> dict[str, dict[str, int]]:
+    counts = np.bincount(numbers[numbers >= 0], minlength=len(distinct))
+    found: dict[str, dict[str, int]] = {}
+    for route, count in zip(distinct, counts.tolist(), strict=True):
+        own = found.setdefault(route.domain, {})
+        for name in [block.sources[number].name for number in route.sources] or ["(no source)"]:
+            own[name] = own.get(name, 0) + count
+    return found
+
+
+def _refuse_own_answers(
+    table: Table, block: FusionBlock, distinct: Sequence[Route], numbers: np.ndarray, base_model: str
+) -> None:
+    """Refuse to let the sources' cross-entropies decide who teaches the target's own answers."""
+    if not table.answers:
+        return
+    own = _own_answers(table, block, base_model)
+    if block.own_source is not None and not own.any():
+        LOG.warning(f"fusion: no answer in {table.path} is of fusion.own_source {block.own_source!r}")
+    for number, route in enumerate(distinct):
+        places = np.flatnonzero(own & (numbers == number))
+        domain_rule = block.rule_by_domain.get(route.domain)
+        rule = block.rule if domain_rule is None else domain_rule.rule
+        if places.size and len(route.sources) > 1 and getattr(lookup("fusion_rules", rule), "by_cross_entropy", False):
+            raise ConfigError(
+                f"fusion.rule: {rule} cannot choose between sources on the target's own answers, and {len(places)} "
+                f"rows of {table.path} are such (the first: {table.names[int(places[0])]}): the source that finds such "
+                "an answer most likely is the one that shares the target's mistakes. Give each domain one source "
+                "(domains in fusion.sources), or set rule: fixed_weights with a weight for each source or with "
+                "weights_from: SCORED_RESPONSES, which weighs them by how often they are right."
+            )
+
+
+def _own_answers(table: Table, block: FusionBlock, base_model: str) -> BoolArray:
+    """Return (N,) bool, which answers are the target's own."""
+    names = {source.name for source in block.sources if source.is_target} | {block.own_source} - {None}
+    own = np.zeros(len(table.ids), np.bool_)
+    if "source" in table.columns:
+        own |= np.array([source in names for source in table.columns["source"]], np.bool_)
+    if "model" in table.columns:
+        same = {model: _is_model(model, base_model) for model in set(table.columns["model"])}
+        own |= np.array([same[model] for model in table.columns["model"]], np.bool_)
+    if "is_target" in table.columns:
+        own |= np.array([value is True for value in table.columns["is_target"]], np.bool_)
+    return own
+
+
+def _is_model(name: str | None, base_model: str) -> bool:
+    """Whether two names mean one model; two spellings of one folder do."""
+    if name is None or name == base_model:
+        return name == base_model
+    return Path(name).is_dir() and Path(base_model).is_dir() and Path(name).resolve() == Path(base_model).resolve()

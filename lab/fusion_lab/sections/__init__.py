@@ -1,0 +1,1 @@
+"""One module per question: its tables, plots and sentence, from the results."""

@@ -1,0 +1,187 @@
+"""Question d: fine-tuning on the answers of sources, and what preference losses add to it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+
+from fusion_lab.report import figure, hypotheses, markdown, read, save
+from fusion_lab.statistics import Mean, difference, holm, mean, pm, signed
+
+ANSWERS = {
+    "gold": "gold solutions",
+    "strong": "strong source",
+    "weak": "weak source",
+    "both": "both sources",
+    "own": "the target itself",
+}
+STARTS = {"target": "the target", "better": "a better target"}
+LOSSES = {
+    "none": "none: the first stage",
+    "sft": "SFT",
+    "dpo": "DPO",
+    "dpo_nll": "DPO + NLL",
+    "ln_dpo": "LN-DPO",
+    "wrpo": "WRPO",
+    "infifpo": "InfiFPO",
+}
+PAIRS = {
+    "both": "best answers of the sources",
+    "own": "own answers, right before wrong",
+    "source": "one source, right before wrong",
+    "delta": "own wrong answers, more right sums before fewer",
+}
+
+
+def make(results: Path, images: Path) -> dict[str, str]:
+    """Return the tables, the plot and the sentences of both stages."""
+    texts: dict[str, str] = {}
+    answers, preferences = read(results, "d_answers"), read(results, "d_preferences")
+    if answers is not None:
+        texts |= _first(answers[answers["of"] == "heldout"], results)
+        texts["answers-hypotheses"] = hypotheses("d_answers")
+    if preferences is not None:
+        texts |= _second(preferences[preferences["of"] == "heldout"], images / "lab_preferences.svg")
+        texts["preferences-hypotheses"] = hypotheses("d_preferences")
+        texts["preferences-pilot"] = _pilot(results)
+    return texts
+
+
+def _cells(table: pandas.DataFrame, keys: list[str]) -> list[tuple[dict[str, Any], pandas.Series]]:
+    """Return the factors of every cell, in the order of the table, and where its rows are."""
+    found = []
+    for factors in table[keys].drop_duplicates().to_dict("records"):
+        mask = np.logical_and.reduce([table[key] == value for key, value in factors.items()])
+        found.append((factors, pandas.Series(mask, table.index)))
+    return found
+
+
+def _chance(table: pandas.DataFrame) -> str:
+    return f"The best constant answer solves {table['constant'].iloc[0]:.1%} of the held-out problems.\n"
+
+
+def _before(results: Path, column: str) -> float:
+    world = read(results, "world")
+    assert world is not None  # a world is measured before anything is asked in it
+    return float(world[world["of"] == "target"][column].iloc[0])
+
+
+def _first(table: pandas.DataFrame, results: Path) -> dict[str, str]:
+    keys = ["start", "teacher", "per_prompt", "prompts", "samples"]
+    cells = _cells(table, keys)
+    strong = next(mask for factors, mask in cells if list(factors.values()) == ["target", "strong", "best", 1.0, 4])
+    rows, gains = [], {}
+    for factors, mask in cells:
+        here = table[mask]
+        more = "" if factors["per_prompt"] == "best" else ", best of each"
+        gains[tuple(factors.values())] = difference(table, mask, strong, "chains")
+        rows.append(
+            [
+                f"{STARTS[factors['start']]}, {ANSWERS[factors['answers']]}{more}",
+                f"{factors['prompts']:.0%}",
+                factors["samples"],
+                f"{here['rows'].mean():.0f}",
+                pm(mean(here["chains"].to_list()), 1, 100),
+                pm(mean(here["answers"].to_list()), 1, 100),
+                signed(gains[tuple(factors.values())], 1, 100),
+                pm(mean(here["bpb_docs"].to_list())),
+            ]
+        )
+    header = ["trained on answers of", "prompts", "samples", "answers", "right sums, %", "right answer, %"]
+    header += ["minus the strong source", "docs, bits per byte"]
+    before = (
+        f"Before: the target has {_before(results, 'chains'):.1%} right sums, {_before(results, 'answers'):.1%} right "
+        f"answers, and {_before(results, 'bpb_docs'):.3f} bits per byte of documentation.\n"
+    )
+    return {
+        "answers": markdown(header, rows) + "\n" + before + _chance(table),
+        "answers-sentence": _first_sentence(table, cells),
+    }
+
+
+def _first_sentence(table: pandas.DataFrame, cells: list[tuple[dict[str, Any], pandas.Series]]) -> str:
+    told = []
+    for factors, mask in cells:
+        if (factors["per_prompt"], factors["prompts"], factors["samples"]) == ("best", 1.0, 4):
+            share = pm(mean(table[mask]["chains"].to_list()), 1, 100)
+            told.append(f"{STARTS[factors['start']]} on {ANSWERS[factors['answers']]} {share}")
+    return f"Held-out problems with right sums, %: {', '.join(told)}.\n"
+
+
+def _second(table: pandas.DataFrame, path: Path) -> dict[str, str]:
+    cells = _cells(table, ["method", "pairs"])
+    none = table["method"] == "none"
+    found = [
+        (factors, mask, difference(table, mask, none, "chains"))
+        for factors, mask in cells
+        if factors["method"] != "none"
+    ]
+    corrected = holm([gain for *_, gain in found])
+    rows = [
+        [LOSSES["none"], "", pm(mean(table[none]["chains"].to_list()), 1, 100), "", "", *_more(table[none])],
+        *(
+            [
+                f"{LOSSES[factors['method']]}, {PAIRS[factors['pairs']]}",
+                f"{table[mask]['pairs_trained'].mean():.0f}" if factors["method"] != "sft" else "",
+                pm(mean(table[mask]["chains"].to_list()), 1, 100),
+                signed(gain, 1, 100),
+                "?" if np.isnan(p) else f"{p:.3f}",
+                *_more(table[mask]),
+            ]
+            for (factors, mask, gain), p in zip(found, corrected, strict=True)
+        ),
+    ]
+    header = ["second stage", "pairs", "right sums, %", "minus none", "p (Holm)", "docs, bits per byte"]
+    header += ["chosen, nats", "rejected, nats", "rate", "beta"]
+    _plot([(f"{LOSSES[f['method']]}: {PAIRS[f['pairs']]}", gain) for f, _, gain in found], path)
+    best = [f"{LOSSES[f['method']]} on {PAIRS[f['pairs']]} {signed(gain, 1, 100)}" for f, _, gain in found]
+    return {
+        "preferences": markdown(header, rows) + "\n" + _chance(table),
+        "preferences-sentence": f"Points of right sums against the first stage alone: {'; '.join(best)}.\n",
+    }
+
+
+def _more(here: pandas.DataFrame) -> list[str]:
+    """Return forgetting, what became of the log-probabilities, and the settings."""
+    cells = [pm(mean(here["bpb_docs"].to_list()))]
+    for side in ("chosen", "rejected"):
+        known = f"{side}_before" in here and here[f"{side}_before"].notna().any()
+        if known:
+            cells.append(f"{here[f'{side}_before'].mean():.1f} to {here[f'{side}_after'].mean():.1f}")
+        else:
+            cells.append("")
+    for name in ("rate", "beta"):
+        known = name in here and here[name].notna().any() and not (name == "beta" and (here["method"] == "sft").all())
+        cells.append(f"{here[name].iloc[0]:g}" if known else "")
+    return cells
+
+
+def _plot(found: list[tuple[str, Mean]], path: Path) -> None:
+    picture, axes = figure(width=7, height=0.26 * len(found) + 0.8)
+    places = range(len(found), 0, -1)
+    halves = [0 if np.isnan(gain.half) else 100 * gain.half for _, gain in found]
+    axes.errorbar([100 * gain.value for _, gain in found], places, xerr=halves, fmt="o", capsize=2)
+    axes.axvline(0, color="grey", linewidth=0.8)
+    axes.set_yticks(list(places), [name for name, _ in found])
+    axes.set_xlabel("right sums, points against the first stage alone")
+    save(picture, path)
+
+
+def _pilot(results: Path) -> str:
+    """Return every setting that the pilot tried: one seed, validation problems."""
+    table = read(results, "d_pilot_preferences")
+    if table is None:
+        return "no pilot\n"
+    table = table[(table["of"] == "validation")]
+    start = table[table["method"] == "none"]["chains"]
+    rows = []
+    for (method, pairs), here in table[table["method"] != "none"].groupby(["method", "pairs"], sort=False):
+        best = here.sort_values("chains", ascending=False)
+        tried = ", ".join(
+            f"{row['learning_rate']:g}" + ("" if method == "sft" else f" / {row['beta']:g}") + f": {row['chains']:.1%}"
+            for row in best.to_dict("records")
+        )
+        rows.append([f"{LOSSES[str(method)]}, {PAIRS[str(pairs)]}", tried])
+    head = f"Without a second stage: {start.iloc[0]:.1%}.\n\n" if len(start) else ""
+    return head + markdown(["second stage", "rate / beta: right sums on validation problems"], rows)

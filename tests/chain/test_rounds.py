@@ -1,0 +1,292 @@
+"""`fusion rounds`: the configurations and steps that it writes, what it refuses, and what it says of the outcome."""
+
+import json
+import re
+import shutil
+
+import pytest
+import yaml
+from axolotl_runs import ROOT, row_folder, scored
+from typer.testing import CliRunner
+
+from fusion_plugins.chain.outcome import outcomes, table_of, write_outcomes
+from fusion_plugins.chain.records import Records
+from fusion_plugins.chain.rounds import (
+    RoundsConfig,
+    consistency,
+    load_rounds,
+    remove_broken_checkpoints,
+    write_rounds,
+)
+from fusion_plugins.chain.settings import load_chain
+from fusion_plugins.cli import app
+from fusion_plugins.config import validate
+from fusion_plugins.errors import ChainError, ConfigError, FusionError
+
+TRAIN = {
+    "base_model": "x",
+    "datasets": [
+        {"path": "y", "type": "fusion_plugins.axolotl.fused"},
+        {"path": "replay.jsonl", "type": "chat_template"},
+    ],
+    "fusion": {"sources": [{"name": "a", "store": "z"}, {"name": "b", "store": "z"}], "loss": "reverse_kl"},
+    "learning_rate": 0.1,
+    "output_dir": "w",
+}
+ROUNDS = {
+    "target": "target",
+    "rounds": 2,
+    "out": "made",
+    "sample": {"prompts": "prompts.jsonl", "n": 3, "max_tokens": 8, "seed": 5},
+    "capture": {"top_k": 9},
+    "sources": [{"name": "a", "model": "org/a"}, {"name": "b", "model": "b", "top_k": 7}],
+    "train": {"config": "train.yml"},
+}
+
+
+@pytest.fixture
+def load(tmp_path):
+    for name in ("target", "b"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    rows = [{"id": f"p{i}", "text": f"Say {i}!", "domain": "math", "reference": str(i)} for i in range(5)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def loaded(training=None, flags=None, **keys):
+        (tmp_path / "train.yml").write_text(yaml.safe_dump(TRAIN | (training or {})))
+        (tmp_path / "rounds.yml").write_text(yaml.safe_dump(ROUNDS | keys))
+        return load_rounds(tmp_path / "rounds.yml", flags or {})
+
+    return loaded
+
+
+def _read(folder, *names):
+    return [yaml.safe_load((folder / name).read_text()) for name in names]
+
+
+def test_each_round_starts_from_the_checkpoint_of_the_one_before(load, tmp_path):
+    chain = write_rounds(load())
+    assert list(chain.sorter().static_order()) == [
+        *("01-sample", "01-capture-a", "01-capture-b", "01-train"),
+        *("02-sample", "02-capture-a", "02-capture-b", "02-train"),
+    ]
+    assert load_chain(tmp_path / "made" / "fusion.yml").settings == chain.settings
+    first, second = _read(tmp_path / "made", "01/sample.yml", "02/sample.yml")
+    assert first == {
+        **{"prompts": "prompts.jsonl", "n": 3, "seed": 5, "out": "made/01/responses"},
+        "sources": [{"max_tokens": 8, "name": "target", "model": "target"}],
+    }
+    assert (second["seed"], second["sources"][0]["model"]) == (6, "made/01/model")
+    a, b, train = _read(tmp_path / "made", "02/capture-a.yml", "02/capture-b.yml", "02/train.yml")
+    assert a == {"top_k": 9, "name": "a", "model": "org/a", "texts": "made/02/responses", "out": "made/02/stores/a"}
+    assert (b["top_k"], b["out"]) == (7, "made/02/stores/b")
+    assert train == TRAIN | {
+        "base_model": "made/01/model",
+        "output_dir": "made/02/model",
+        "dataset_prepared_path": "made/02/prepared",
+        "datasets": [TRAIN["datasets"][0] | {"path": "made/02/responses"}, TRAIN["datasets"][1]],
+        "fusion": {
+            "sources": [{"name": name, "store": f"made/02/stores/{name}"} for name in "ab"],
+            "loss": "reverse_kl",
+        },
+        "auto_resume_from_checkpoints": True,
+    }
+    step = chain.steps["02-train"]
+    assert step.words == ["axolotl", "train", "made/02/train.yml"]
+    assert str(tmp_path / "made/02/responses") in chain.reads(step)
+    assert str(tmp_path / "made/02/train.yml") in chain.reads(step)
+    # A name of the hub is no file.
+    assert not any("org" in path for path in chain.reads(chain.steps["01-capture-a"]))
+    assert str(tmp_path / "b") in chain.reads(chain.steps["01-capture-b"])
+    sources = [{"name": "a", "model": "made-by/a"}, {"name": "b", "model": str(tmp_path / "b")}]
+    chain = write_rounds(load(sources=sources))
+    assert chain.reads(chain.steps["02-capture-a"]) == [
+        str(tmp_path / "made/02" / name) for name in ("responses", "capture-a.yml")
+    ]
+    assert str(tmp_path / "b") in chain.reads(chain.steps["02-capture-b"])
+
+
+def test_more_rounds_leave_the_first_ones_as_they_are(load, tmp_path):
+    few = write_rounds(load())
+    before = {name: Records(few).planned(step) for name, step in few.steps.items()}
+    many = write_rounds(load(flags={"rounds": 3}))
+    assert len(many.steps) == 12
+    assert {name: Records(many).planned(many.steps[name]) for name in before} == before
+
+
+def test_scores_and_the_target_itself_take_part_where_they_are_asked_for(load, tmp_path):
+    sources = [*TRAIN["fusion"]["sources"], {"name": "own", "store": "z", "is_target": True}]
+    target = {"top_k": 3}
+    chain = write_rounds(load({"fusion": {"sources": sources}}, score={"scorers": {"math": {}}}, target_capture=target))
+    assert [name for name in chain.steps if name.startswith("02")] == [
+        *("02-sample", "02-score", "02-capture-a", "02-capture-b", "02-capture-own", "02-train")
+    ]
+    own, score, train = _read(tmp_path / "made", "02/capture-own.yml", "02/score.yml", "02/train.yml")
+    assert own == {
+        **{"top_k": 3, "name": "own", "model": "made/01/model", "texts": "made/02/scored"},
+        "out": "made/02/stores/own",
+    }
+    assert score == {"scorers": {"math": {}}, "responses": "made/02/responses", "out": "made/02/scored"}
+    assert train["datasets"][0]["path"] == "made/02/scored"
+    assert train["fusion"]["sources"][2] == {"name": "own", "store": "made/02/stores/own", "is_target": True}
+    assert _read(tmp_path / "made", "02/sample.yml")[0]["sources"][0]["name"] == "own"
+
+
+def test_engines_and_environments_are_passed_on(load, tmp_path):
+    here = {"env": "vllm", "variables": {"CUDA_VISIBLE_DEVICES": 1}}
+    sample = ROUNDS["sample"] | {"backend": "vllm", "options": {"tensor_parallel_size": 2}, **here}
+    sources = [
+        {"name": "a", "model": "org/a", "backend": "openai", "options": {"urls": ["http://host/v1"]}},
+        {"name": "b", "model": "b", "backend": "ray", "env": "vllm"},
+    ]
+    settings = {"sample": sample, "sources": sources, "environments": {"vllm": ".venv-vllm"}}
+    chain = write_rounds(load(**settings))
+    (step, a, b) = (chain.steps[f"01-{name}"] for name in ("sample", "capture-a", "capture-b"))
+    assert (step.env, step.variables, a.env, b.env) == ("vllm", {"CUDA_VISIBLE_DEVICES": 1}, None, "vllm")
+    assert chain.where(step) == str(tmp_path / ".venv-vllm")
+    (source,) = _read(tmp_path / "made", "01/sample.yml")[0]["sources"]
+    assert (source["backend"], source["options"]) == ("vllm", {"tensor_parallel_size": 2})
+    assert _read(tmp_path / "made", "01/capture-a.yml")[0]["options"] == {"urls": ["http://host/v1"]}
+    assert "env" not in _read(tmp_path / "made", "01/capture-b.yml")[0]
+
+
+def test_a_lora_is_merged_before_the_next_round(load, tmp_path):
+    chain = write_rounds(load({"adapter": "lora"}))
+    assert chain.steps["01-merge"].words == ["axolotl", "merge-lora", "made/01/merge.yml"]
+    merge, sample = _read(tmp_path / "made", "01/merge.yml", "02/sample.yml")
+    assert (merge["lora_model_dir"], merge["output_dir"]) == ("made/01/model", "made/01")
+    assert sample["sources"][0]["model"] == "made/01/merged"
+    assert list(chain.sorter().static_order()).index("01-merge") == 4
+
+
+def test_each_round_takes_the_next_prompts(load, tmp_path):
+    write_rounds(load(prompts_per_round=3, rounds=3))
+    made = [
+        [json.loads(line) for line in (tmp_path / "made" / name / "prompts.jsonl").read_text().splitlines()]
+        for name in ("01", "02", "03")
+    ]
+    assert [" ".join(row["id"] for row in rows) for rows in made] == ["p0 p1 p2", "p3 p4 p0", "p1 p2 p3"]
+    assert made[0][1] == {"id": "p1", "text": "Say 1!", "domain": "math", "reference": "1"}
+    assert _read(tmp_path / "made", "03/sample.yml")[0]["prompts"] == "made/03/prompts.jsonl"
+    with pytest.raises(ConfigError, match="at least 6 prompts"):
+        write_rounds(load(prompts_per_round=6))
+
+
+@pytest.mark.parametrize(
+    ("keys", "train", "said"),
+    [
+        ({"sample": {"prompts": "p", "backend": "openai"}}, {}, "would go on with the checkpoint"),
+        ({"capture": {"backend": "openai"}}, {}, "would go on with the checkpoint"),
+        ({"sample": {"prompts": "p", "temperatur": 1}}, {}, "temperatur: unknown key"),
+        ({"sample": {}}, {}, "prompts: missing"),
+        ({"capture": {"top_k": 0}}, {}, "capture of a: 1 wrong setting(s): top_k"),
+        ({"sources": [{"name": "a", "model": "a"}, {"name": "b", "model": "b", "backnd": 1}]}, {}, "backnd: unknown"),
+        ({"score": {"scorers": {"math": {}}, "out_": 1}}, {}, "out_: unknown key"),
+        ({"sources": [{"name": "a", "model": "a"}]}, {}, "a, b, got a"),
+        ({"sources": [{"name": "a", "model": "a"}, {"name": "a", "model": "b"}]}, {}, "expected different names"),
+        ({"sources": [{"name": "../a", "model": "a"}]}, {}, "sources.0: expected a name"),
+        ({"sources": [{"name": "a"}]}, {}, "and a model"),
+        ({"rounds": 0}, {}, "rounds"),
+        ({"train": {"config": "none.yml"}}, {}, "cannot read the config file"),
+        ({"held_out": {}}, {}, "either command or texts"),
+        ({"held_out": {"command": "measure"}}, {}, "expected {model} in it"),
+        ({}, {"datasets": []}, "expected one dataset of the type"),
+        ({}, {"datasets": TRAIN["datasets"] * 2}, "got 2"),
+        ({}, {"fusion": {}}, "expected `fusion.sources`"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_written(keys, train, said, load, tmp_path):
+    with pytest.raises(ConfigError) as refused:
+        load(train, **keys)
+    assert said in str(refused.value)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("report", "known", "said"),
+    [
+        (None, None, "is not known: there is no target/fusion_sft.json"),
+        ({"by_source": {"a": 3, "b": 1}}, None, "the sources are among those"),
+        ({"one": {"by_source": {"a": 3}}, "more": {"by_source": {"b": 3}}}, None, "the sources are among those"),
+        ({"by_source": {"a": 3, "c": 1}}, None, "WARNING: the target was tuned on answers of a, c"),
+        ({"by_source": {"a": 3}}, ["org/a", "b"], "those that the target was tuned on (sft_sources)"),
+        (None, ["c"], "not of a, b"),
+    ],
+)
+def test_sources_that_are_not_those_of_the_sft_stage_are_named(report, known, said, load, tmp_path):
+    rounds = load(**({"sft_sources": known} if known else {}))
+    if report is not None:
+        (tmp_path / "target" / "fusion_sft.json").write_text(json.dumps(report))
+    assert said in consistency(rounds)
+
+
+def test_only_checkpoints_that_a_kill_left_incomplete_are_removed(load, tmp_path):
+    rounds = load()
+    for name, state in (("4", "{}"), ("8", '{"step'), ("12", None)):
+        folder = tmp_path / "made" / "01" / "model" / f"checkpoint-{name}"
+        folder.mkdir(parents=True)
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    remove_broken_checkpoints(rounds)
+    assert [path.name for path in (tmp_path / "made" / "01" / "model").iterdir()] == ["checkpoint-4"]
+
+
+def test_the_outcome_is_a_table_a_file_and_a_plot(load, tmp_path):
+    rounds = load(held_out={"command": "measure {model}"}, score={"scorers": {"math": {}}}, rounds=1)
+    chain = write_rounds(rounds)
+    assert chain.steps["00-measure"].words == ["measure", "target"]
+    assert chain.steps["01-measure"].words == ["measure", "made/01/model"]
+    rows = [row | {"correct": row["index"] == 0} for row in scored(4)]
+    row_folder(tmp_path / "made" / "01" / "responses", rows)
+    row_folder(tmp_path / "made" / "01" / "scored", rows)
+    (tmp_path / "made" / "00").mkdir()
+    (tmp_path / "made" / "00" / "held_out").write_text('loading\n{"$loss$": 2, "share": 0.25, "name": "x"}\n\n')
+    found = outcomes(rounds, ["00-measure", "01-sample", "01-score"])
+    assert [(each.round, each.answers, each.measured) for each in found] == [
+        (0, None, {"$loss$": 2.0, "share": 0.25}),
+        (1, 36, {}),
+    ]
+    assert found[1].correct == pytest.approx(1 / 3)
+    assert len(table_of(found).columns) == 5
+    (tmp_path / "made" / "01" / "held_out").write_text('{"$loss$": 1.5, "share": 0.5}')
+    data, plot = write_outcomes(rounds, outcomes(rounds, ["00-measure", "01-measure"]))
+    assert [row["measured"]["share"] for row in json.loads(data.read_text())] == [0.25, 0.5]
+    picture = plot.read_text()
+    assert picture.startswith("<?xml")
+    assert "$loss$" in picture
+    (tmp_path / "made" / "00" / "held_out").write_text("nothing measured")
+    with pytest.raises(ChainError, match=r"`measure \{model\}` prints, got 'nothing measured'"):
+        outcomes(rounds, ["00-measure"])
+
+
+def test_held_out_texts_are_measured_by_a_capture(load):
+    chain = write_rounds(load(held_out={"texts": "prompts.jsonl"}))
+    words = chain.steps["01-measure"].words
+    assert words[:6] == ["fusion", "capture", "--model", "made/01/model", "--texts", "prompts.jsonl"]
+    assert chain.needs(chain.steps["01-measure"]) == ["01-train"]
+
+
+def test_without_a_file_or_with_a_step_that_fails_the_command_says_so(load, tmp_path):
+    assert isinstance(CliRunner().invoke(app, ["rounds"]).exception, ConfigError)
+    load(sample=ROUNDS["sample"] | {"prompts": "none.jsonl"})
+    failed = CliRunner().invoke(app, ["rounds", "-c", str(tmp_path / "rounds.yml")])
+    assert isinstance(failed.exception, FusionError)
+    assert "none.jsonl" in str(failed.exception)
+    assert "is not known: there is no target/fusion_sft.json" in failed.output
+
+
+def test_the_examples_of_the_documents_and_of_the_folder_are_valid(tmp_path):
+    page = (ROOT / "docs" / "running.md").read_text()
+    chain, rounds = re.findall(r"^```yaml\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+    (tmp_path / "fusion.yml").write_text(chain)
+    made = load_chain(tmp_path / "fusion.yml")
+    assert made.needs(made.steps["measure"]) == ["train"]
+    validate(RoundsConfig, yaml.safe_load(rounds), where="docs/running.md")
+    example = write_rounds(load_rounds(_copied(tmp_path) / "rounds.yml", {}))
+    assert "01-score" in example.steps
+
+
+def _copied(folder):
+    for file in (ROOT / "examples" / "rounds").iterdir():
+        shutil.copy(file, folder)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"text": f"Say {i}!"}) + "\n" for i in range(60)))
+    return folder
