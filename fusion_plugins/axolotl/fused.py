@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pyarrow.compute as pc
@@ -53,6 +54,7 @@ from fusion_plugins.axolotl.target_tokenizer import IGNORED, EncodedText, Target
 from fusion_plugins.axolotl.text_rows import TextFuser, pack_text
 from fusion_plugins.core.fusion.pipeline import warm_up
 from fusion_plugins.core.fusion.routing import Route
+from fusion_plugins.core.text.content_id import content_id
 from fusion_plugins.core.text.round_trip import text_changes
 from fusion_plugins.core.text.sampled import AnswerCounts
 from fusion_plugins.core.text.types import TokenizedText
@@ -65,11 +67,14 @@ from fusion_plugins.where import columns_of, require_columns, selected
 LOG = get_logger(__name__)
 COUNTERS, REASON, NAME, ID = "fusion_counters", "fusion_reason", "fusion_name", "fusion_id"
 ROUTE, HOW = "fusion_route", "fusion_how"
+CONTENT = "fusion_content"
 _TOKENS = {"input_ids": Value("int32"), "attention_mask": Value("int8"), "labels": Value("int32")}
 #: texts of which all sources are projected for the report
 REPORTED = 1000
 #: rows per call; bounds the memory of a worker
 BATCH = 32
+#: with axolotl's deduplication, tokenizer of a run -> stores -> a text and its route -> id of the first such row
+_FIRST_IDS: WeakKeyDictionary[Any, dict[tuple[str, ...], dict[tuple[str, Route], str]]] = WeakKeyDictionary()
 
 
 class FusedStrategy(DatasetWrappingStrategy):
@@ -83,6 +88,8 @@ class FusedStrategy(DatasetWrappingStrategy):
     """
 
     def __init__(self, tokenizer: Any, cfg: Any, ds_cfg: Any, block: FusionBlock) -> None:
+        names = tuple(source.store for source in block.sources)
+        self._first_ids = _FIRST_IDS.setdefault(tokenizer, {}).setdefault(names, {})
         tokenizer = _with_template(tokenizer, cfg, ds_cfg)
         target, supervision = TargetTokenizer.of(tokenizer, cfg), Supervision.of(tokenizer, cfg, ds_cfg)
         self._path, self._base_model = str(ds_cfg.get("path")), str(cfg.get("base_model"))
@@ -107,6 +114,7 @@ class FusedStrategy(DatasetWrappingStrategy):
         total = len(dataset)
         dataset, unusable, empty = self._readable(with_written_ids(dataset, stores, self._path))
         dataset, routes = self._routed(dataset, stores)
+        dataset = self._with_first_ids(dataset, routes)
         warm_up()
         warm_up_store()
         target = self._reader.target
@@ -180,7 +188,7 @@ class FusedStrategy(DatasetWrappingStrategy):
 
     def _readable(self, dataset: Any) -> tuple[Any, list[Unusable], int]:
         """Return the rows that hold a text or a chat, with ids and names, those that do not, and the empty answers."""
-        ids, names, kept, empty = [], [], [], 0
+        ids, names, contents, kept, empty = [], [], [], [], 0
         unusable: list[Unusable] = []
         for place, row in enumerate(dataset):
             name = f"{self._path}: row {place + 1}"
@@ -195,13 +203,31 @@ class FusedStrategy(DatasetWrappingStrategy):
                 continue
             ids.append(content.id)
             names.append(f"{name}, id {content.id!r}")
+            if self._cfg.get("dataset_exact_deduplication"):
+                contents.append(content_id(content.messages if content.text is None else content.text, content.tools))
             kept.append(place)
         if empty:
             LOG.info(f"fusion: {empty} of {len(dataset)} responses of {self._path} say nothing and are left out")
         leave_out(unusable, len(dataset), self._block.on_unusable)
         if len(kept) < len(dataset):
             dataset = dataset.select(kept)
-        return dataset.add_column(NAME, names).add_column(ID, ids), unusable, empty
+        dataset = dataset.add_column(NAME, names).add_column(ID, ids)
+        return dataset.add_column(CONTENT, contents) if contents else dataset, unusable, empty
+
+    def _with_first_ids(self, dataset: Any, routes: Routes) -> Any:
+        """With axolotl's deduplication: a text under the id of the first row of the run that holds it, of one route.
+
+        axolotl compares whole prepared rows. A row that refers to the stores holds its id, and two captures of one text
+        may differ in the last bits.
+        """
+        if CONTENT not in dataset.column_names:
+            return dataset
+        columns = (dataset[name][:] for name in (CONTENT, ROUTE, ID))
+        ids = [
+            self._first_ids.setdefault((content, routes.distinct[route]), id)
+            for content, route, id in zip(*columns, strict=True)
+        ]
+        return dataset.remove_columns([ID, CONTENT]).add_column(ID, ids)
 
     def _routed(self, dataset: Any, stores: list[Store]) -> tuple[Any, Routes]:
         """Return the rows that are used, with the numbers of their routes, and the routes."""
