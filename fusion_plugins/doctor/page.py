@@ -23,6 +23,7 @@ PARTS = {
     "positions of the target": ("coverage", "without a distribution", "positions"),
     "probability mass": ("mass",),
     "label (the next token)": ("label",),
+    "chunks that both tokenize": ("chunks",),
     "vocabularies": ("vocabulary",),
     "whole texts": ("CE", "texts", "bytes"),
 }
@@ -210,4 +211,5 @@ def _size(source: SourceVerdict, value: float) -> str:
 def _text(name: str, value: float) -> str:
     if math.isnan(value):
         return NOTHING
-    return f"{value:.3f}" if name.startswith(("CE", "bytes")) or "probability" in name else f"{value:.1%}"
+    numbers = ("CE", "bytes", "chunks, tokens in each")
+    return f"{value:.3f}" if name.startswith(numbers) or "probability" in name else f"{value:.1%}"

@@ -11,7 +11,7 @@ import vllm_checks
 
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize
-from fusion_plugins.errors import DataError, SourceError
+from fusion_plugins.errors import ConfigError, DataError, SourceError
 from fusion_plugins.sources import capture, sample
 from fusion_plugins.sources.backends import base
 from fusion_plugins.sources.backends.base import SampleRequest, Sampling, SourceSettings
@@ -105,6 +105,19 @@ def test_vllm_and_transformers_fill_the_same_store(model, shared, tmp_path, kind
         differ = record.topk.ids != expected.topk.ids
         assert differ.mean() < 0.02
         assert record.topk.ids.max() < ours.manifest.vocab_size
+
+
+def test_a_source_is_asked_for_the_targets_ids_or_says_that_it_cannot_be_asked(model, shared, engines, tmp_path):
+    texts = source_checks.texts(tmp_path / "texts.jsonl")
+    captured(model, texts, tmp_path / "target", "transformers", top_k=5)
+    asked = {"top_k": 4, "ask_ids": str(tmp_path / "target")}
+    if not engines.get("capture").asks_ids:
+        with pytest.raises(ConfigError, match="got vllm .*prompt_logprob_token_ids"):
+            captured(model, texts, tmp_path / "vllm", "vllm", **asked)
+        return
+    ours = captured(model, texts, tmp_path / "vllm", "vllm", **asked)
+    for record, expected in zip(ours, captured(model, texts, tmp_path / "own", "transformers", **asked), strict=True):
+        np.testing.assert_allclose(record.topk.logprobs, expected.topk.logprobs, rtol=1.5e-3, atol=1e-3)
 
 
 def test_nothing_of_the_training_hosts_is_imported(engines):
