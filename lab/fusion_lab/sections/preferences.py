@@ -136,8 +136,8 @@ def _second(table: pandas.DataFrame, results: Path, path: Path) -> dict[str, str
     told = [f"{LOSSES[f['method']]} on {PAIRS[f['pairs']]} {signed(gain, 1, 100)}" for f, _, gain in found]
     first = pm(mean(table[none]["chains"].to_list()), 1, 100)
     sentence = (
-        f"The first stage brings the target from {_before(results, 'chains'):.1%} to {first} % right sums. Second stages "
-        f"against it, in points: {'; '.join(told)}. {none.sum()} seeds.\n"
+        f"The first stage brings the target from {_before(results, 'chains'):.1%} to {first} % right sums. Second "
+        f"stages against it, in points: {'; '.join(told)}. {none.sum()} seeds.\n"
     )
     picture = "![Preference losses against the first stage alone](images/lab_preferences.svg)\n\n"
     return {
@@ -156,8 +156,11 @@ def _more(here: pandas.DataFrame) -> list[str]:
         else:
             cells.append("")
     for name in ("rate", "beta"):
-        known = name in here and here[name].notna().any() and not (name == "beta" and (here["method"] == "sft").all())
-        cells.append(f"{here[name].iloc[0]:g}" if known else "")
+        # Where nothing was tuned, the table has the word of the question's file.
+        values = pandas.to_numeric(here[name], errors="coerce").dropna() if name in here else ()
+        cells.append(
+            "" if not len(values) or (name == "beta" and (here["method"] == "sft").all()) else f"{values.iloc[0]:g}"
+        )
     return cells
 
 
