@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -208,7 +207,8 @@ def _task(name: str, folder: Path, key: str, what: dict[str, Any], run: Any, nee
     }
 
 
-def _tasks(lab: Lab, question: Question) -> Iterator[Any]:
+def _tasks(lab: Lab, question: Question, folders: list[Path]) -> Iterator[Any]:
+    """Yield the tasks; the folders of the cells are added to ``folders``."""
     recipe = importlib.import_module(f"fusion_lab.recipes.{question.recipe}")
     cells = [Cell(question, factors, seed) for factors in question.choices() for seed in question.seeds]
     stages = world.stages(lab)
@@ -221,43 +221,43 @@ def _tasks(lab: Lab, question: Question) -> Iterator[Any]:
     for stage in stages.values():
         folder = lab.folder / "stages" / stage.name.replace(":", "-")
         yield _task(stage.name, folder, keys[stage.name], {"stage": stage.name}, stage.run, stage.needs, lambda: None)
-    collect = partial(write_results, lab, question, cells)
-    # Seed by seed, so that a run that ends early has whole pairs.
-    for cell, names in sorted(zip(cells, wanted, strict=True), key=lambda pair: pair[0].seed):
-        folder = cell_folder(lab, cell)
+    # All seeds of a choice, then the next one: a run that ends early has whole comparisons.
+    collect = partial(write_results, lab, question, folders)
+    for cell, names in zip(cells, wanted, strict=True):
         key = _key(lab.size, dict(cell.factors), cell.seed, [keys[name] for name in names])
+        # Questions of one recipe share the cells that are the same.
+        folder = lab.folder / "cells" / question.recipe / f"{cell.name}-{key[:6]}"
+        folders.append(folder)
         what = {"factors": dict(cell.factors), "seed": cell.seed}
         name = f"{question.name}:{cell.name}"
         yield _task(name, folder, key, what, partial(recipe.run, lab, cell), names, collect)
 
 
-def cell_folder(lab: Lab, cell: Cell) -> Path:
-    """Return the folder of a cell."""
-    return lab.folder / "cells" / cell.question.name / cell.name
-
-
-def write_results(lab: Lab, question: Question, cells: Sequence[Cell]) -> None:
+def write_results(lab: Lab, question: Question, folders: Sequence[Path]) -> None:
     """Write the rows of all finished cells to the question's CSV, and what they took to another one."""
     rows, times = [], []
-    for cell in cells:
-        path = cell_folder(lab, cell) / "result.json"
+    for folder in folders:
+        path = folder / "result.json"
         if not path.exists():
             continue
         result = json.loads(path.read_text())
         asked = {**result["factors"], "seed": result["seed"]}
         rows += [asked | row for row in result["rows"]]
         times += [asked | {"command": name, "cpu_seconds": cpu} for name, cpu in result["cpu"].items()]
-    folder = RESULTS if lab.size != "quick" else lab.folder / "results"
-    suffix = "" if lab.size in ("cpu", "quick") else f".{lab.size}"
-    _write_csv(rows, folder / f"{question.name}{suffix}.csv")
-    _write_csv(times, folder / f"{question.name}{suffix}.seconds.csv")
+    out, suffix = _results(lab)
+    _write_csv(rows, out / f"{question.name}{suffix}.csv")
+    _write_csv(times, out / f"{question.name}{suffix}.seconds.csv")
+
+
+def _results(lab: Lab) -> tuple[Path, str]:
+    """Return the folder of the CSV files, and what their names end with; a quick run leaves the repository alone."""
+    return RESULTS if lab.size != "quick" else lab.folder / "results", f".{lab.size}" if lab.size == "gpu" else ""
 
 
 def write_world(lab: Lab) -> None:
     """Write the figures of the world's models to ``world.csv``."""
     path = lab.folder / "stages" / "world" / "result.json"
-    folder = RESULTS if lab.size != "quick" else lab.folder / "results"
-    suffix = "" if lab.size in ("cpu", "quick") else f".{lab.size}"
+    folder, suffix = _results(lab)
     _write_csv(json.loads(path.read_text())["rows"], folder / f"world{suffix}.csv")
 
 
@@ -298,9 +298,11 @@ def run_question(name: str, lab: Lab, *, quick: bool, arguments: Sequence[str] =
     """
     question = read_question(name, quick=quick)
     lab.folder.mkdir(parents=True, exist_ok=True)
-    tasks = list(_tasks(lab, question))
+    folders: list[Path] = []
+    tasks = list(_tasks(lab, question, folders))
     loader = _Loader(tasks, lab.folder / "doit.json")
     status = DoitMain(loader).run(list(arguments) or ["run"])
+    write_results(lab, question, folders)
     if _world_is_there(lab):
         write_world(lab)
     return int(status or 0)
@@ -308,16 +310,3 @@ def run_question(name: str, lab: Lab, *, quick: bool, arguments: Sequence[str] =
 
 def _world_is_there(lab: Lab) -> bool:
     return (lab.folder / "stages" / "world" / "result.json").exists()
-
-
-def main_message(error: BaseException) -> str:
-    """Return the last line of an error for the terminal."""
-    return str(error).splitlines()[-1] if str(error) else type(error).__name__
-
-
-def status_of(error: SystemExit) -> int:
-    """Return the exit status that a SystemExit stands for."""
-    if isinstance(error.code, int):
-        return error.code
-    sys.stderr.write(f"{error.code}\n")
-    return 1

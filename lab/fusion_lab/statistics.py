@@ -10,12 +10,15 @@ from statsmodels.stats.multitest import multipletests
 
 __all__ = ["Mean", "difference", "holm", "mean", "pm", "signed"]
 
+#: what a table shows where there is no seed
+NOTHING = "\N{EN DASH}"
+
 
 class Mean(NamedTuple):
     """A mean over seeds.
 
     Attributes:
-        value: the mean.
+        value: the mean; nan without any seed.
         half: half of the 95 % interval of the mean (Student's t); nan with fewer than two seeds.
         p: two-sided p-value of the mean being 0; nan with fewer than two seeds.
         n: seeds.
@@ -37,7 +40,7 @@ def mean(values: Sequence[float]) -> Mean:
     array = np.asarray(values, float)
     n = len(array)
     if n < 2:
-        return Mean(float(array.mean()), float("nan"), float("nan"), n)
+        return Mean(float(array[0]) if n else float("nan"), float("nan"), float("nan"), n)
     error = float(stats.sem(array))
     if error == 0.0:
         return Mean(float(array.mean()), 0.0, 1.0 if array.mean() == 0 else 0.0, n)
@@ -70,12 +73,16 @@ def holm(values: Sequence[Mean]) -> list[float]:
 
 def pm(value: Mean, digits: int = 3, factor: float = 1.0) -> str:
     """Write a mean and half of its interval."""
+    if not value.n:
+        return NOTHING
     half = "?" if np.isnan(value.half) else f"{value.half * factor:.{digits}f}"
     return f"{value.value * factor:.{digits}f} ± {half}"
 
 
 def signed(value: Mean, digits: int = 3, factor: float = 1.0) -> str:
     """Write a difference with its sign; in bold where the interval leaves out 0."""
+    if not value.n:
+        return NOTHING
     text = f"{value.value * factor:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
     text += " ± ?" if np.isnan(value.half) else f" ± {value.half * factor:.{digits}f}"
     return f"**{text}**" if value.clear else text

@@ -19,6 +19,8 @@ SOURCES = ("numbers", "digits", "docs")
 DOMAINS = ("sums", "docs")
 #: sources of the target's architecture: with its own tokenizer, and with the same vocabulary but every digit alone
 TWINS = ("same", "split")
+#: sources that are not made here but fetched, by `make real-assets`
+FETCHED = {"smollm2": ROOT / ".cache" / "real" / "smollm2"}
 #: model -> domain -> share of its training batches
 SHARES = {
     "target": {"sums": 0.5, "docs": 0.5},
@@ -64,8 +66,8 @@ class Lab:
         return self.folder / "world" / "data" / f"{name}.jsonl"
 
     def model(self, name: str) -> Path:
-        """The folder of a model of the world."""
-        return self.folder / "world" / "models" / name
+        """The folder of a model of the world, or of one that was fetched."""
+        return FETCHED.get(name) or self.folder / "world" / "models" / name
 
     def store(self, source: str, texts: str = "common") -> Path:
         """The folder of a store."""
@@ -146,7 +148,7 @@ def store(lab: Lab, source: str, texts: str = "common", top_k: str = "64", needs
             *("--out", str(lab.store(source, texts)), "--top-k", top_k),
         )
 
-    needs = (f"model:{source}", *needs)
+    needs = ("data" if source in FETCHED else f"model:{source}", *needs)
     return Stage(f"store:{texts}:{source}", run, needs, {"top_k": top_k, "texts": texts})
 
 
@@ -175,6 +177,9 @@ def _make_data(lab: Lab, work: Any) -> None:
     # By halves, so that pieces of one file are not on both sides.
     middle = len(docs["heldout"]) // 2
     docs["validation"], docs["heldout"] = docs["heldout"][:middle], docs["heldout"][middle:]
+    # No more than is used, from all over the files: every source reads all of the common rows.
+    docs["validation"] = _spread(docs["validation"], settings["validation_problems"])
+    docs["common"] = _spread(docs["common"], max(settings["amounts"].values()))
     digest = hashlib.sha256()
     for split in SEEDS:
         rows = [{"id": f"docs-{split}-{n}", "domain": "docs", "text": text} for n, text in enumerate(docs[split])]
@@ -183,9 +188,16 @@ def _make_data(lab: Lab, work: Any) -> None:
             for n, problem in enumerate(lab.problems(split))
         ]
         write_rows(lab.data(split), rows)
+        if split == "common":  # a source that is slow reads the documentation alone
+            write_rows(lab.data("common-docs"), [row for row in rows if row["domain"] == "docs"])
         digest.update(lab.data(split).read_bytes())
     work.record("data", sha256=digest.hexdigest(), **{split: len(docs[split]) for split in docs})
     work.record("versions", **versions())
+
+
+def _spread(texts: list[str], count: int) -> list[str]:
+    """Return ``count`` of the texts, evenly spread; all where there are no more."""
+    return [texts[n * len(texts) // count] for n in range(count)] if len(texts) > count else texts
 
 
 def _texts(chunks: list[str], limit: int) -> list[str]:

@@ -1,6 +1,6 @@
 """FuseLLM against training without it: a target continued on a corpus, measured along the way.
 
-A run saves ten checkpoints. Validation chooses one (early stopping); the held-out split is looked at only there.
+A run saves checkpoints. Validation chooses one (early stopping); the held-out split is looked at only there.
 """
 
 import json
@@ -16,7 +16,7 @@ from fusion_lab.world import DOMAINS, SOURCES, Lab, Stage
 __all__ = ["config", "needs", "run", "tidy", "with_plugin", "write_corpus"]
 
 #: checkpoints per run
-POINTS = 10
+POINTS = 4
 #: entries of the stores that all runs share
 TOP_K = 64
 #: factors that are keys of the `fusion:` block, and those of its groups
@@ -44,14 +44,23 @@ def teachers(cell: Cell) -> tuple[str, ...]:
 
 def needs(lab: Lab, cell: Cell) -> list[Stage]:
     """Return the shared stores; a cell of another top_k captures its own."""
-    return [world.store(lab, name) for name in teachers(cell)] if cell["top_k"] == TOP_K else []
+    return [world.store(lab, name, _texts(cell)) for name in teachers(cell)] if cell["top_k"] == TOP_K else []
+
+
+def _domains(cell: Cell) -> tuple[str, ...]:
+    domain = cell.factors.get("domains", "both")
+    return DOMAINS if domain == "both" else (domain,)
+
+
+def _texts(cell: Cell) -> str:
+    return "common" if _domains(cell) == DOMAINS else f"common-{cell['domains']}"
 
 
 def write_corpus(lab: Lab, cell: Cell, folder: Path) -> dict[str, Path]:
     """Write the cell's sample of the common rows, one file per domain; the seed decides which rows."""
     rows = world.read_rows(lab.data("common"))
     rng, files = random.Random(cell.seed), {}
-    for domain in DOMAINS:
+    for domain in _domains(cell):
         pool = [row for row in rows if row["domain"] == domain]
         rng.shuffle(pool)  # the larger amounts of a seed hold its smaller ones
         files[domain] = folder / "corpus" / f"{domain}.jsonl"
@@ -130,20 +139,24 @@ def run(lab: Lab, cell: Cell, work: Work) -> None:
     trained = work.axolotl("train", settings)
     checkpoints = sorted((work.folder / "model").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     best, lowest = None, float("inf")
-    for checkpoint, figures in zip(checkpoints, work.call(_validate, lab, checkpoints), strict=True):
+    for checkpoint, figures in zip(checkpoints, work.call(_validate, lab, checkpoints, _domains(cell)), strict=True):
         step = int(checkpoint.name.split("-")[1])
         work.record("validation", epoch=step / per_epoch, seconds=trained * step / steps, captured=captured, **figures)
         if figures["bpb"] < lowest:
             best, lowest = checkpoint, figures["bpb"]
     assert best is not None  # a run saves at least one
     step = int(best.name.split("-")[1])
-    figures = work.call(world.measure_model, lab, best)
+    figures = work.call(_measure, lab, best, _domains(cell))
     work.record("heldout", epoch=step / per_epoch, seconds=trained * step / steps, captured=captured, **figures)
     tidy(work)
 
 
-def _validate(lab: Lab, checkpoints: list[Path]) -> list[dict[str, float]]:
-    return [world.measure_model(lab, path, "validation", solved=False) for path in checkpoints]
+def _validate(lab: Lab, checkpoints: list[Path], domains: tuple[str, ...]) -> list[dict[str, float]]:
+    return [world.measure_model(lab, path, "validation", domains=domains, solved=False) for path in checkpoints]
+
+
+def _measure(lab: Lab, folder: Path, domains: tuple[str, ...]) -> dict[str, float]:
+    return world.measure_model(lab, folder, domains=domains, solved="sums" in domains)
 
 
 def _stores(
@@ -151,9 +164,10 @@ def _stores(
 ) -> tuple[dict[str, str], float]:
     """Return the stores of a run and the CPU seconds of capture that its rows took, the models' start left out."""
     if cell["top_k"] == TOP_K:
-        share = rows / len(world.read_rows(lab.data("common")))
-        seconds = sum(capture_seconds(lab, name) for name in names)
-        return {name: str(lab.store(name)) for name in names}, share * seconds
+        texts = _texts(cell)
+        share = rows / len(world.read_rows(lab.data(texts)))
+        seconds = sum(capture_seconds(lab, name, texts) for name in names)
+        return {name: str(lab.store(name, texts)) for name in names}, share * seconds
     seconds = 0.0
     for name in names:
         seconds += work.command(
@@ -163,7 +177,7 @@ def _stores(
     return {name: f"./stores/{name}" for name in names}, seconds
 
 
-def capture_seconds(lab: Lab, name: str) -> float:
-    """Return the CPU seconds that capturing all common rows from a model took."""
-    path = lab.folder / "stages" / f"store-common-{name}" / "result.json"
+def capture_seconds(lab: Lab, name: str, texts: str) -> float:
+    """Return the CPU seconds that capturing all rows of a file from a model took."""
+    path = lab.folder / "stages" / f"store-{texts}-{name}" / "result.json"
     return float(sum(json.loads(path.read_text())["cpu"].values()))
