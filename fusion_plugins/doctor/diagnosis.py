@@ -110,6 +110,7 @@ def diagnose(
     vocabulary: VocabularyMap,
     options: ProjectionOptions = ProjectionOptions(),
     advance: Callable[[int, int], None] = lambda items, tokens: None,
+    seen: Callable[[Record, Projection], None] = lambda record, projection: None,
 ) -> Diagnosis:
     """Align and project a sample of texts, and return the counts.
 
@@ -120,6 +121,7 @@ def diagnose(
         vocabulary: source id -> target id.
         options: options of the projection.
         advance: called after each text with 1 and the number of its source tokens.
+        seen: called after each text with the source's record and its projection.
 
     Raises:
         AlignmentError: two records are not of the same text.
@@ -127,12 +129,14 @@ def diagnose(
     source_table, target_table = tables
     projector = Projector.of(source_table, target_table, vocabulary, options)
     by_token, tally = token_classes(target_table), _Tally()
-    for source, target_record in pairs:
+    for said, target_record in pairs:
+        source = said
         tally.compare(source, target_record)
         source, target = common_text(source, target_record.text, projector.source_bytes, projector.target_bytes)
         tally.cut(source, target, target_record, (projector.source_bytes, projector.target_bytes))
         projection = projector(source, align_texts(source.text, target), target)
         tally.count(projection, target, target_record, label_classes(target, target_table, by_token))
+        seen(said, projection)
         advance(1, len(source.text.input_ids))
     return Diagnosis(
         name=name,

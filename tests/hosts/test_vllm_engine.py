@@ -217,6 +217,27 @@ def test_draws_follow_the_models_distribution(model, engines):
         assert abs(counts[tokenizer.decode([token])] / 600 - share) < 5 * deviation
 
 
+def test_drawn_tokens_and_their_log_probabilities_are_kept_as_the_model_has_them_before_temperature(model, engines):
+    sampling = Sampling(temperature=0.7, top_p=0.9, max_tokens=5, template="plain")
+    stopped = Sampling(temperature=0.7, max_tokens=30, template="plain", stop=("e", " ", "a"))
+    requests = [SampleRequest("The quick brown", sampling, seed) for seed in range(4)]
+    requests += [SampleRequest("The quick brown", stopped, seed) for seed in range(4)]
+    found = dict(engines.get("sample").sample([requests]))
+    tokenizer = tiny.sentencepiece_bpe()
+    prompt = tokenizer("The quick brown")["input_ids"]
+    for number in range(4):
+        response = found[0, number]
+        assert len(response.token_ids) == len(response.token_logprobs) == response.n_tokens
+        assert tokenizer.decode(response.token_ids, skip_special_tokens=True) == response.text
+        ids = np.array([*prompt, *response.token_ids])
+        expected = source_checks.reference_logprobs(model, ids)[len(prompt) - 1 : -1]
+        expected = np.take_along_axis(expected, np.array(response.token_ids)[:, None], axis=-1)[:, 0]
+        np.testing.assert_allclose(response.token_logprobs, expected, rtol=2e-3, atol=2e-3)
+    cut = [found[0, number] for number in range(4, 8) if found[0, number].finish_reason == "stop"]
+    # What was cut off with a stop string was drawn: the tokens do not spell the text.
+    assert any(response.token_ids is None for response in cut)
+
+
 def test_an_argument_that_the_engine_does_not_know_is_an_error_with_a_cure(model):
     settings = SourceSettings(model=str(model), backend="vllm", options={"engine": {"tensor_parallel": 2}})
     with pytest.raises(SourceError, match="tensor_parallel.*arguments of the engine under `options: {engine: {...}}`"):
