@@ -92,6 +92,7 @@ class Text:
             the assistant is.
         read_as: the messages that a source reads in place of the chat (see
             :mod:`fusion_plugins.sources.context`); None for the chat itself.
+        domain: what the row says that it is about; None where it does not.
     """
 
     id: str
@@ -101,6 +102,7 @@ class Text:
     where: str = field(default="", compare=False)
     answer: SampledAnswer | None = None
     read_as: list[dict[str, Any]] | None = None
+    domain: str | None = field(default=None, compare=False)
 
     @property
     def turns(self) -> int:
@@ -603,7 +605,9 @@ def _text(row: Row, where: str) -> Text:
         raise DataError(
             f"{where}: expected an id that UTF-8 can encode, got one with a lone surrogate: {name!r:.80}. Rename it."
         )
-    return Text(name, content, digest, tools, where, row.get(ANSWER))
+    domain = _given(row, "domain")
+    about = None if domain in (None, "") else str(domain)
+    return Text(name, content, digest, tools, where, row.get(ANSWER), domain=about)
 
 
 def _prompt(where: str, row: Row, text: Text) -> Prompt:

@@ -37,6 +37,8 @@ PRELOADED = (
     *("axolotl.cli.main", "axolotl.cli.train", "axolotl.common.datasets", "axolotl.core.builders", "axolotl.train"),
     *("axolotl.cli.config", "axolotl.utils.trainer", "deepspeed", "einops", "mergekit.scripts.run_yaml"),
     *("fusion_plugins.axolotl.plugin", "fusion_plugins.axolotl.trainer", "fusion_plugins.sources.capture"),
+    *("fusion_plugins.axolotl.fused", "fusion_plugins.axolotl.best_of_sources", "fusion_plugins.axolotl.collator"),
+    *("fusion_plugins.axolotl.multi_source_dpo", "fusion_plugins.axolotl.preference_trainers"),
     *("fusion_plugins.sources.backends.transformers_local", "fusion_plugins.sources.sample"),
     *(f"transformers.models.{name}.modeling_{name}" for name in ("gpt_neox", "llama", "mistral", "qwen2")),
 )

@@ -282,7 +282,10 @@ def test_the_examples_of_the_documents_and_of_the_folder_are_valid(tmp_path):
     assert made.needs(made.steps["measure"]) == ["train"]
     validate(RoundsConfig, yaml.safe_load(rounds), where="docs/running.md")
     example = write_rounds(load_rounds(_copied(tmp_path) / "rounds.yml", {}))
-    assert "01-score" in example.steps
+    assert example.needs(example.steps["02-sample"]) == ["01-train"]
+    before = load_chain(tmp_path / "fusion.yml")
+    assert before.settings.steps[-1].name == "tune"
+    assert before.needs(before.steps["score"]) == ["sample"]
 
 
 def _copied(folder):

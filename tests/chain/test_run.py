@@ -348,8 +348,9 @@ def test_the_state_of_a_folder_is_that_of_its_contents(tmp_path, monkeypatch):
     (folder / "in" / "x").write_text("1")
     before = state_of(folder)
     (folder / ".lock").write_text("process 1")
-    (folder / ".cache").mkdir()
-    (folder / ".cache" / "y").write_text("1")
+    for name in (".cache", "__pycache__"):
+        (folder / name).mkdir()
+        (folder / name / "y").write_text("1")
     os.utime(folder / "in" / "x", (5, 5))
     assert state_of(folder) == before != empty
     (folder / "link").symlink_to("nowhere")

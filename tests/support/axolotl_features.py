@@ -165,6 +165,7 @@ FEATURES: dict[str, list[Feature]] = {
         ),
         Feature("added tokens", {"tokens": ["<extra>"]}),
         Feature("vocabulary of a multiple of 32", {"tokens": ["<extra>"], "resize_token_embeddings_to_32x": True}),
+        Feature("vocabulary as small as the tokenizer's", {"shrink_embeddings": True}),
         Feature("untrained tokens repaired", {"fix_untrained_tokens": [5]}),
         Feature("weights drawn anew", {"reinit_weights": True}),
         Feature(
@@ -190,6 +191,19 @@ FEATURES: dict[str, list[Feature]] = {
             {"liger_fused_linear_cross_entropy": True},
             note="the order of the plugins does not matter",
             besides={"plugins": ["FUSION", LIGER]},
+        ),
+        Feature(
+            "Liger's cross-entropy",
+            {"liger_cross_entropy": True},
+            note="replaced by ours",
+            besides={"plugins": [LIGER, "FUSION"]},
+        ),
+        Feature(
+            "Liger's token scaling",
+            {"liger_use_token_scaling": True},
+            "refused",
+            "it weighs the positions of a loss that fusion replaces",
+            besides={"liger_fused_linear_cross_entropy": True, "plugins": [LIGER, "FUSION"]},
         ),
         Feature(
             "cut cross-entropy",
@@ -219,6 +233,7 @@ FEATURES: dict[str, list[Feature]] = {
             "gradient checkpointing, not reentrant",
             {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
         ),
+        Feature("selective checkpointing", {"gradient_checkpointing": True, "selective_checkpointing": True}),
         Feature("layers kept in main memory", {"layer_offloading": True}),
         Feature(
             "activations kept in main memory", {"gradient_checkpointing": True, "activation_offloading": True}, "gpu"
@@ -233,6 +248,11 @@ FEATURES: dict[str, list[Feature]] = {
         ),
         Feature("Liger's rotary positions", {"liger_rope": True}, besides={"plugins": [LIGER, "FUSION"]}),
         Feature("Liger's gated layers", {"liger_glu_activation": True}, besides={"plugins": [LIGER, "FUSION"]}),
+        Feature(
+            "Liger's layers, behind our plugin",
+            {"liger_rope": True, "liger_glu_activation": True, "liger_layer_norm": True},
+            besides={"plugins": ["FUSION", LIGER]},
+        ),
         Feature("Liger's norm", {"liger_rms_norm": True}, "gpu", besides={"plugins": [LIGER, "FUSION"]}),
         Feature("plain attention", {"attn_implementation": "eager"}),
         Feature("FlexAttention", {"attn_implementation": "flex_attention"}, "gpu"),

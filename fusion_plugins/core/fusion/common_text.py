@@ -91,7 +91,7 @@ def common_texts(
     targets: Sequence[TokenizedText],
     tokens: tuple[TokenBytes, TokenBytes],
 ) -> tuple[Texts, Texts, dict[int, AlignmentError]]:
-    """Narrow the spans of B texts as :func:`common_text` does; texts that are plainly the same take no Python.
+    """Narrow the spans of B texts as :func:`common_text` does; texts whose parts are plainly the same take no Python.
 
     Args:
         source: the texts in the source's tokens.
@@ -270,10 +270,10 @@ def _narrow(spans, t_spans, span_starts, ranges, range_starts):  # type: ignore[
 
 @compiled
 def _same_texts(source, target, s_tokens, t_tokens):  # type: ignore[no-untyped-def]
-    """Compare the spans of each text byte by byte, and join those that touch on both sides.
+    """Compare the spans of each text byte by byte, leave out syntax that differs, join spans that touch on both sides.
 
     Returns:
-        (B,) bool, whether all spans are the same as they are; the spans of these texts, (M, 4) int32, of both sides;
+        (B,) bool, whether all parts are the same as they are; the spans of these texts, (M, 4) int32, of both sides;
         and where those of each text begin, (B + 1,).
     """
     n_texts = len(source.starts) - 1
@@ -288,11 +288,16 @@ def _same_texts(source, target, s_tokens, t_tokens):  # type: ignore[no-untyped-
         if same[b]:
             left = _spelled(source.ids[own], source.ends[own], source.exact[own], s_spans, s_tokens)
             right = _spelled(target.ids[other], target.ends[other], target.exact[other], t_spans, t_tokens)
+            at = 0
             for m in range(len(s_spans)):
                 (start, stop), (t_start, t_stop) = s_spans[m], t_spans[m]
-                # A span without bytes may be syntax that is left out.
-                empty = stop == start and len(s_spans) > 1
-                if empty or stop - start != t_stop - t_start or _differ(left[start:stop], right[t_start:t_stop]):
+                at = at + 1 if _touch(s_spans, t_spans, m) else 0
+                syntax = at % 2 == 0 and (at > 0 or _touch(s_spans, t_spans, m + 1))  # as in `_is_syntax`
+                if syntax and stop == start:
+                    continue
+                if stop - start != t_stop - t_start or _differ(left[start:stop], right[t_start:t_stop]):
+                    if syntax:
+                        continue
                     same[b] = False
                     n = first
                     break
@@ -303,6 +308,14 @@ def _same_texts(source, target, s_tokens, t_tokens):  # type: ignore[no-untyped-
                 n += 1
         starts[b + 1] = n
     return same, pairs[:n], starts
+
+
+@compiled
+def _touch(spans, t_spans, m):  # type: ignore[no-untyped-def]
+    """Whether span ``m`` begins where the one before it ends, on both sides."""
+    if not 0 < m < len(spans):
+        return False
+    return spans[m, 0] == spans[m - 1, 1] and t_spans[m, 0] == t_spans[m - 1, 1]
 
 
 @compiled

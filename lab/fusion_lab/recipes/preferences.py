@@ -154,11 +154,12 @@ def run(lab: Lab, cell: Cell, work: Work) -> None:
         return
     rate, beta = cell["learning_rate"], cell["beta"]
     if rate == "tuned":
-        keys = ("learning_rate",) if method == "sft" else ("learning_rate", "beta")
-        # Fine-tuning has one rate, whatever it is trained on.
-        tried = {"method": method} if method == "sft" else {"method": method, "pairs": cell["pairs"]}
-        found = tuned("d_pilot_preferences", tried, keys)
-        rate, beta = found["learning_rate"], found.get("beta", 0.1)
+        if method == "sft":  # fine-tuning has one rate, whatever it is trained on
+            rate = tuned("d_pilot_answers", {}, ("learning_rate",))["learning_rate"]
+        else:
+            tried = {"method": method, "pairs": cell["pairs"]}
+            found = tuned("d_pilot_preferences", tried, ("learning_rate", "beta"))
+            rate, beta = found["learning_rate"], found["beta"]
     rows = work.call(_rows, lab, cell)
     world.write_rows(work.folder / "scored.jsonl", rows)
     settings = _settings(lab, cell, rows, rate, beta)

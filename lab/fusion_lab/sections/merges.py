@@ -39,7 +39,7 @@ def make(results: Path, images: Path) -> dict[str, str]:
 
 
 def _gains(table: pandas.DataFrame) -> pandas.DataFrame:
-    """Return one row per merge: bits per byte minus those of what it is compared with, and the share of right sums."""
+    """Return one row per merge: its bits per byte minus those of what it is compared with."""
     rows = []
     for (targets, seed), cell in table.groupby(["targets", "seed"]):
         parents = cell[cell["of"] == "parent"]["bpb"]
@@ -51,8 +51,7 @@ def _gains(table: pandas.DataFrame) -> pandas.DataFrame:
         }
         for merge in cell[cell["of"] == "merge"].to_dict("records"):
             gains = {name: merge["bpb"] - other for name, other in others.items()}
-            chains = merge["chains"]
-            rows.append({"targets": targets, "seed": seed, "method": merge["method"], "chains": chains, **gains})
+            rows.append({"targets": targets, "seed": seed, "method": merge["method"], **gains})
     return pandas.DataFrame(rows)
 
 
@@ -64,8 +63,8 @@ def _levels(table: pandas.DataFrame) -> str:
         named = {"base": "base", "together": f"one target, {method}"}
         name = named.get(str(of), f"parent, {method}")
         figures = [pm(mean(group[column].to_list())) for column in ("bpb", "bpb_docs", "bpb_sums")]
-        rows.append([name, *figures, pm(mean(group["chains"].to_list()), 1, 100)])
-    return markdown(["model", "bits per byte", "docs", "sums", "right sums, %"], rows)
+        rows.append([name, *figures])
+    return markdown(["model", "bits per byte", "docs", "sums"], rows)
 
 
 def _by_targets(found: pandas.DataFrame) -> str:
@@ -75,8 +74,8 @@ def _by_targets(found: pandas.DataFrame) -> str:
             here = some[some["method"] == method]
             if len(here):
                 gains = [signed(mean(here[other].to_list())) for other in AGAINST]
-                rows.append([f"{targets} targets, {name}", *gains, pm(mean(here["chains"].to_list()), 1, 100)])
-    return markdown(["merge", *(f"minus {other}" for other in AGAINST), "right sums, %"], rows)
+                rows.append([f"{targets} targets, {name}", *gains])
+    return markdown(["merge", *(f"minus {other}" for other in AGAINST)], rows)
 
 
 def _odds(found: pandas.DataFrame) -> str:
