@@ -299,6 +299,16 @@ def test_an_interrupt_ends_the_steps_and_their_children(number, write, tmp_path)
         time.sleep(0.05)
 
 
+def test_a_run_under_nohup_survives_a_hangup(write, tmp_path):
+    path = write(bash("a", "touch started; while [ ! -e go ]; do sleep 0.05; done"))
+    process = subprocess.Popen(["nohup", FUSION, "run", path], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _wait_for(tmp_path / "started")
+    os.kill(process.pid, signal.SIGHUP)
+    time.sleep(0.3)
+    (tmp_path / "go").touch()
+    assert process.wait(30) == 0
+
+
 def test_a_second_run_is_kept_out_also_by_a_step_that_outlives_the_first(write, ran, tmp_path):
     path = write(bash("a", "touch started; while [ ! -e go ]; do sleep 0.05; done; echo 1 >> out", writes=["out"]))
     first = _start(path)

@@ -10,7 +10,11 @@ import torch
 from axolotl_runs import config, logged, prepare, train
 from transformers import AutoModelForCausalLM
 
+from fusion_plugins.axolotl.collator import FusionCollator, take_chunks
+from fusion_plugins.axolotl.target_tokenizer import EncodedText
 from fusion_plugins.core.text.token_table import TokenTable
+from fusion_plugins.core.text.types import TokenizedText
+from fusion_plugins.errors import DataError
 from fusion_plugins.store import RowManifest, RowWriter, open_store
 
 IN_ORDER = {"curriculum_sampling": True, "shuffle_merged_datasets": False}
@@ -146,6 +150,38 @@ def test_the_same_training_however_rows_are_prepared_packed_and_accumulated(mate
     for trainer in others:
         assert logged(trainer, "grad_norm") == pytest.approx(expected, rel=1e-3)
         assert logged(trainer, "fusion_loss") == pytest.approx(logged(whole, "fusion_loss"), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "expected"),
+    [
+        ([5, 6, 2], [None, -0.1, -0.2, -0.3, None]),
+        ([5, 6, 3], [None, -0.1, -0.2, None, None]),  # the template ends the turn with another token
+        ([5, 6], [None, -0.1, -0.2, None, None]),
+        ([5, 7, 2], None),
+        ([9], [None, None, None, None, None]),
+        ([], None),
+    ],
+)
+def test_the_samplers_log_probabilities_belong_to_the_tokens_that_were_drawn(drawn, expected):
+    """Tokens: two of the prompt, 5 and 6 of the answer, 2 that ends its turn. Position t is about token t + 1."""
+    ids = np.array([1, 4, 5, 6, 2], np.int32)
+    labels = np.array([-100, -100, 5, 6, 2], np.int32)
+    text = EncodedText(TokenizedText(ids, ids, np.empty((0, 2), np.int32), ids > 0), labels)
+    found = text.with_sampled(drawn, [-0.1, -0.2, -0.3][: len(drawn)]).sampled
+    if expected is None:
+        assert found is None
+    else:
+        assert [None if np.isnan(one) else round(float(one), 6) for one in found] == expected
+
+
+def test_rows_that_were_prepared_for_another_loss_are_refused_with_the_cure():
+    chunks = {"input_ids": [1, 2], "chunk_place": [1, 0], "chunk_logprob": [-1.0, 0.0], "labels": [-100, 2]}
+    collate = FusionCollator(tiny.sentencepiece_bpe(), inner=lambda *_, **__: None)
+    with pytest.raises(DataError, match="expected a row with chunks, got the columns"):
+        collate.width(chunks)
+    with pytest.raises(DataError, match="expected a batch with chunks, got one with .*fused_ids"):
+        take_chunks({"fused_ids": 0})
 
 
 def test_packed_answers_are_trained_on_as_apart_and_so_are_adapters(material, answers, run_folder):

@@ -1,6 +1,6 @@
 """Question a: curves over epochs, best against best by amount of text, and by compute."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,10 @@ def _best(best: pandas.DataFrame) -> str:
         here = best[best["amount"] == amount]
         clm = mean(here[here["run"] == "CLM"]["bpb"].to_list())
         gains = [signed(_gain(best, amount, run)) for run in RUNS if run != "CLM"]
+        gains.append(signed(_gain(best, amount, "lambda 0.5", "chains"), 1, 100))
         rows.append([_named(amount), pm(clm), *gains, clm.n])
-    return markdown(["texts", "CLM", *(f"{run} minus CLM" for run in RUNS if run != "CLM"), "seeds"], rows)
+    compared = [f"{run} minus CLM" for run in RUNS if run != "CLM"]
+    return markdown(["texts", "CLM", *compared, "right sums, points, lambda 0.5 minus CLM", "seeds"], rows)
 
 
 def _domains(best: pandas.DataFrame) -> str:
@@ -77,10 +79,15 @@ def _domains(best: pandas.DataFrame) -> str:
     return markdown(["run", "docs", "sums", "mean", "right sums, %", "best epoch"], rows)
 
 
-def _reached(curve: pandas.DataFrame, budget: float, shared: int) -> float:
-    """Return the lowest validation figure of a run within a budget of CPU seconds; nan for none."""
-    spent = curve["seconds"] + curve["captured"] / shared
-    within = curve[spent <= budget + 1e-9]
+def _reached(curve: pandas.DataFrame, budget: float) -> float:
+    """Return the lowest validation figure of a run within a budget of CPU seconds; nan where that is not known.
+
+    A run that ended earlier says what it would have reached only if it had turned before its end.
+    """
+    turned = curve["bpb"].idxmin() != curve["epoch"].idxmax()
+    if budget > curve["seconds"].max() and not turned:
+        return float("nan")
+    within = curve[curve["seconds"] <= budget + 1e-9]
     return float(within["bpb"].min()) if len(within) else float("nan")
 
 
@@ -88,27 +95,30 @@ def _compute(curves: pandas.DataFrame) -> str:
     """Compare at the seconds that fusion needs up to its best checkpoint, capture counted; CLM may take as many."""
     rows = []
     for amount in _present(curves):
-        here = curves[curves["amount"] == amount]
         for run in list(RUNS)[1:]:
-            cells: list[Any] = []
-            for shared in SHARED:
-                gains, budgets = [], []
-                for seed in sorted(set(here["seed"])):
-                    ours = here[(here["run"] == run) & (here["seed"] == seed)]
-                    clm = here[(here["run"] == "CLM") & (here["seed"] == seed)]
-                    if len(ours) and len(clm):
-                        at = ours.loc[ours["bpb"].idxmin()]
-                        budget = float(at["seconds"] + at["captured"] / shared)
-                        budgets.append(budget)
-                        gains.append(float(at["bpb"]) - _reached(clm, budget, 1))
-                gains = [gain for gain in gains if not np.isnan(gain)]
-                if not gains:
-                    break
-                cells += [f"{np.mean(budgets):.1f}", signed(mean(gains))]
-            if cells:
+            pairs = list(_pairs(curves[curves["amount"] == amount], run))
+            if pairs:
+                cells = [cell for shared in SHARED for cell in _at_equal_compute(pairs, shared)]
                 rows.append([f"{amount}, {run}", *cells])
     header = [word for n in SHARED for word in (f"seconds, capture / {n}", f"minus CLM, capture / {n}")]
     return markdown(["run", *header], rows)
+
+
+def _pairs(curves: pandas.DataFrame, run: str) -> Iterator[tuple[pandas.DataFrame, pandas.DataFrame]]:
+    """Yield the curves of a run and of CLM for every seed that has both."""
+    for _, group in curves.groupby("seed"):
+        ours, clm = group[group["run"] == run], group[group["run"] == "CLM"]
+        if len(ours) and len(clm):
+            yield ours, clm
+
+
+def _at_equal_compute(pairs: Sequence[tuple[pandas.DataFrame, pandas.DataFrame]], shared: int) -> tuple[str, str]:
+    best = [ours.loc[ours["bpb"].idxmin()] for ours, _ in pairs]
+    budgets = [float(at["seconds"] + at["captured"] / shared) for at in best]
+    reached = [_reached(clm, budget) for (_, clm), budget in zip(pairs, budgets, strict=True)]
+    gains = [float(at["bpb"]) - value for at, value in zip(best, reached, strict=True) if not np.isnan(value)]
+    text = signed(mean(gains)) + ("" if len(gains) == len(pairs) else f" ({len(gains)} of {len(pairs)} seeds)")
+    return f"{np.mean(budgets):.1f}", text
 
 
 def _turns(curves: pandas.DataFrame, amount: str, run: str) -> tuple[int, int]:

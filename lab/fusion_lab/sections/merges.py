@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas
 from statsmodels.stats.proportion import proportion_confint
 
-from fusion_lab.report import figure, hypotheses, markdown, read, save
+from fusion_lab.report import NOT_RUN, figure, hypotheses, markdown, read, save
 from fusion_lab.statistics import Mean, mean, pm, signed
 
 NAMES = {
@@ -27,15 +27,16 @@ AGAINST = ("base", "best parent", "mean of parents", "one target, all sources")
 def make(results: Path, images: Path) -> dict[str, str]:
     """Return the tables and the sentence of the question."""
     table = read(results, "c_merges")
+    declared = {"merges-hypotheses": hypotheses("c_merges")}
     if table is None:
-        return {}
+        return declared | dict.fromkeys(("merges-sentence", "merges", "merges-odds"), NOT_RUN)
     found = _gains(table)
-    return {
-        "merges-sentence": _sentence(found),
+    _plot(found, images / "lab_merges.svg")
+    return declared | {
+        "merges-sentence": "![Merges against their parents](images/lab_merges.svg)\n\n" + _sentence(found),
         "merges": _levels(table) + "\n" + _by_targets(found),
         "merges-odds": _odds(found),
-        "merges-hypotheses": hypotheses("c_merges"),
-    } | _plot(found, images / "lab_merges.svg")
+    }
 
 
 def _gains(table: pandas.DataFrame) -> pandas.DataFrame:
@@ -112,7 +113,7 @@ def _sentence(found: pandas.DataFrame) -> str:
     )
 
 
-def _plot(found: pandas.DataFrame, path: Path) -> dict[str, str]:
+def _plot(found: pandas.DataFrame, path: Path) -> None:
     shown = ("mean of parents", "best parent", "one target, all sources")
     picture, axes = figure(len(shown), width=9, height=3.2, sharey=True)
     for panel, other in zip(axes, shown, strict=True):
@@ -125,4 +126,3 @@ def _plot(found: pandas.DataFrame, path: Path) -> dict[str, str]:
         panel.set_title(f"minus {other}", fontsize=9)
         panel.set_xlabel("bits per byte")
     save(picture, path)
-    return {}
