@@ -25,7 +25,7 @@ from fusion_plugins.recipes import recipes
 from fusion_plugins.report import report
 from fusion_plugins.scoring.commands import clean, score
 from fusion_plugins.sources.commands import capture, cut, sample
-from fusion_plugins.store.commands import compact, export, info, merge, verify
+from fusion_plugins.store.commands import compact, export, import_, info, merge, pull, push, verify
 from fusion_plugins.terminal import console, say
 
 #: set it to see where an unexpected error comes from
@@ -40,7 +40,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="LLM fusion inside axolotl and mergekit.",
 )
-store_app = typer.Typer(no_args_is_help=True, help="Inspect, verify, merge, compact and export stores.")
+store_app = typer.Typer(no_args_is_help=True, help="Inspect, verify, merge, compact, push, pull and export stores.")
 
 
 def _version(value: bool) -> None:
@@ -78,8 +78,9 @@ def plugins() -> None:
 
 for _command in (init, clean, cut, capture, sample, score, doctor, report, merge_check, rounds, run, recipes, keys):
     app.command()(_command)
-for _store_command in (info, verify, merge, compact, export):
+for _store_command in (info, verify, merge, compact, push, pull, export):
     store_app.command()(_store_command)
+store_app.command("import")(import_)
 app.add_typer(store_app, name="store")
 
 

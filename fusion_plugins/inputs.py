@@ -30,6 +30,7 @@ from fusion_plugins.core.text.content_id import content_id, sorted_fingerprint, 
 from fusion_plugins.core.text.messages import REASONING_KEYS, as_messages, as_tools
 from fusion_plugins.core.text.sampled import SampledAnswer
 from fusion_plugins.errors import DataError
+from fusion_plugins.hub import hub_rows, is_hub
 from fusion_plugins.response_texts import ANSWER, ANSWER_COLUMNS, answers_as_texts, is_response_folder, response_rows
 from fusion_plugins.where import Where, columns_of, require_columns, selects
 
@@ -91,6 +92,7 @@ class Text:
             the assistant is.
         read_as: the messages that a source reads in place of the chat (see
             :mod:`fusion_plugins.sources.context`); None for the chat itself.
+        domain: what the row says that it is about; None where it does not.
     """
 
     id: str
@@ -100,6 +102,7 @@ class Text:
     where: str = field(default="", compare=False)
     answer: SampledAnswer | None = None
     read_as: list[dict[str, Any]] | None = None
+    domain: str | None = field(default=None, compare=False)
 
     @property
     def turns(self) -> int:
@@ -262,7 +265,7 @@ def read_texts(
 
     Args:
         path: ``.jsonl`` or ``.parquet`` files, or folders of such files (read in the order of their names), or folders
-            of responses, whose texts are the chats of prompt and response.
+            of responses, whose texts are the chats of prompt and response, or datasets of the hub (``hf:ORG/NAME``).
         limit: stop after this many texts.
         unusable: takes the rows that cannot be used; without it, the first of them is an error.
 
@@ -312,7 +315,7 @@ def read_row_file(path: str | Path, columns: Sequence[str] | None = None) -> Ite
     """Yield ``file:number`` and content of every row; lines of JSONL are counted from 1, empty lines are left out.
 
     Args:
-        path: a file that ends in one of :data:`SUFFIXES`.
+        path: a file that ends in one of :data:`SUFFIXES`, or a dataset of the hub.
         columns: what to read of a Parquet file; the others are None. Default: all.
 
     Raises:
@@ -330,6 +333,9 @@ def readable_rows(path: str | Path, columns: Sequence[str] | None = None) -> Ite
     Raises:
         DataError: the file is missing, of another kind, or broken as a whole.
     """
+    if is_hub(path):
+        yield from hub_rows(path, columns)
+        return
     path = Path(path)
     if path.suffix not in SUFFIXES or not path.is_file():
         got = f"a file with the ending {path.suffix!r}" if path.is_file() else "none"
@@ -487,7 +493,7 @@ def _name(row: Row | DataError, where: str, seen: Mapping[str, str]) -> str:
 
 
 def row_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Return the files that :func:`read_texts` reads, in order.
+    """Return the files that :func:`read_texts` reads, in order; names of datasets on the hub as they are.
 
     Raises:
         DataError: one of them is missing or of another kind, or a folder holds none.
@@ -495,6 +501,9 @@ def row_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
     files: list[Path] = []
     for part in [path] if isinstance(path, str | Path) else path:
         path = Path(part)
+        if is_hub(path):
+            files.append(path)
+            continue
         found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
         if not found or not all(file.is_file() and file.suffix in SUFFIXES for file in found):
             raise DataError(
@@ -596,7 +605,9 @@ def _text(row: Row, where: str) -> Text:
         raise DataError(
             f"{where}: expected an id that UTF-8 can encode, got one with a lone surrogate: {name!r:.80}. Rename it."
         )
-    return Text(name, content, digest, tools, where, row.get(ANSWER))
+    domain = _given(row, "domain")
+    about = None if domain in (None, "") else str(domain)
+    return Text(name, content, digest, tools, where, row.get(ANSWER), domain=about)
 
 
 def _prompt(where: str, row: Row, text: Text) -> Prompt:

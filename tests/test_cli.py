@@ -30,7 +30,7 @@ COMMANDS = [
     "sample",
     "score",
 ]
-STORE_COMMANDS = ["compact", "export", "info", "merge", "verify"]
+STORE_COMMANDS = ["compact", "export", "import", "info", "merge", "pull", "push", "verify"]
 
 
 def _fusion(*arguments):

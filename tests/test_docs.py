@@ -112,7 +112,7 @@ def test_every_block_of_a_tutorial_runs_in_order(path, material, tmp_path):
             *("sft/fusion_sft.json", "dpo/fusion_pairs.json", "dpo/model.safetensors", "pairs.jsonl"),
             *("infifpo/model.safetensors", "wrpo/model.safetensors", "wrpo/fusion_pairs.json"),
         ),
-        "rounds": ("rounds/01/model/model.safetensors", "rounds/rounds.svg", "rounds/01/model/fusion_report.json"),
+        "rounds": ("tuned/fusion_sft.json", "rounds/rounds.svg", "rounds/01/model/fusion_report.json"),
     }[path.stem]
     assert all((tmp_path / "tutorial" / name).is_file() for name in made)
 

@@ -36,10 +36,11 @@ def test_wheel_has_every_module_and_the_type_marker(wheel):
     assert "fusion_plugins/py.typed" in names
 
 
-def test_wheel_has_the_templates_of_the_html_reports(wheel):
+def test_wheel_has_the_templates(wheel):
     """They are no Python modules, so the build has to take them along."""
-    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "fusion_plugins").rglob("*.html")}
-    assert {"doctor.html", "merge.html", "page.html"} <= {Path(name).name for name in templates}
+    files = [path for path in (ROOT / "fusion_plugins" / "templates").rglob("*") if path.is_file()]
+    templates = {str(path.relative_to(ROOT)) for path in files}
+    assert {"doctor.html", "merge.html", "page.html", "training.yml"} <= {Path(name).name for name in templates}
     assert templates <= set(wheel.namelist())
     for name in templates:
         assert wheel.read(name) == (ROOT / name).read_bytes() != b""

@@ -499,8 +499,6 @@ class FusionBlock(BlockSettings):
         for source in self.sources:
             yield from source.problems()
         yield from self._problems_of_weights()
-        if self.reference is not None and self.on_missing_text == "skip_source":
-            yield "on_missing_text: skip_source is for fusion.sources; with reference it is raise or skip"
         if self.reference is not None:
             yield from (f"reference: {problem}" for problem in self.reference.problems())
         divided_by = self.split.pairs if self.split is not None else None

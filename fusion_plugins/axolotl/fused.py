@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pyarrow.compute as pc
@@ -53,6 +54,7 @@ from fusion_plugins.axolotl.target_tokenizer import IGNORED, EncodedText, Target
 from fusion_plugins.axolotl.text_rows import TextFuser, pack_text
 from fusion_plugins.core.fusion.pipeline import warm_up
 from fusion_plugins.core.fusion.routing import Route
+from fusion_plugins.core.text.content_id import content_id
 from fusion_plugins.core.text.round_trip import text_changes
 from fusion_plugins.core.text.sampled import AnswerCounts
 from fusion_plugins.core.text.types import TokenizedText
@@ -65,11 +67,14 @@ from fusion_plugins.where import columns_of, require_columns, selected
 LOG = get_logger(__name__)
 COUNTERS, REASON, NAME, ID = "fusion_counters", "fusion_reason", "fusion_name", "fusion_id"
 ROUTE, HOW = "fusion_route", "fusion_how"
+CONTENT = "fusion_content"
 _TOKENS = {"input_ids": Value("int32"), "attention_mask": Value("int8"), "labels": Value("int32")}
-#: with `prepared: stores`, texts that are fused for the report
+#: texts of which all sources are projected for the report
 REPORTED = 1000
 #: rows per call; bounds the memory of a worker
 BATCH = 32
+#: with axolotl's deduplication, tokenizer of a run -> stores -> a text and its route -> id of the first such row
+_FIRST_IDS: WeakKeyDictionary[Any, dict[tuple[str, ...], dict[tuple[str, Route], str]]] = WeakKeyDictionary()
 
 
 class FusedStrategy(DatasetWrappingStrategy):
@@ -83,6 +88,8 @@ class FusedStrategy(DatasetWrappingStrategy):
     """
 
     def __init__(self, tokenizer: Any, cfg: Any, ds_cfg: Any, block: FusionBlock) -> None:
+        names = tuple(source.store for source in block.sources)
+        self._first_ids = _FIRST_IDS.setdefault(tokenizer, {}).setdefault(names, {})
         tokenizer = _with_template(tokenizer, cfg, ds_cfg)
         target, supervision = TargetTokenizer.of(tokenizer, cfg), Supervision.of(tokenizer, cfg, ds_cfg)
         self._path, self._base_model = str(ds_cfg.get("path")), str(cfg.get("base_model"))
@@ -107,6 +114,7 @@ class FusedStrategy(DatasetWrappingStrategy):
         total = len(dataset)
         dataset, unusable, empty = self._readable(with_written_ids(dataset, stores, self._path))
         dataset, routes = self._routed(dataset, stores)
+        dataset = self._with_first_ids(dataset, routes)
         warm_up()
         warm_up_store()
         target = self._reader.target
@@ -122,8 +130,7 @@ class FusedStrategy(DatasetWrappingStrategy):
         )
         fuser = TextFuser(make_plan(self._block, stores, target, count), stores, cuts_chunks(self._block))
         by_reference = self._block.prepared == "stores"
-        # Where the rows are fused anew while training, a part of them is enough for the report.
-        step = -(-len(dataset) // REPORTED) if by_reference else 1
+        step = -(-len(dataset) // REPORTED)
         strict = self._block.on_unusable == "raise"
         make = _Prepare(self._reader, fuser, routes.distinct, strict=strict, by_reference=by_reference, step=step)
         rows = dataset.map(
@@ -148,7 +155,7 @@ class FusedStrategy(DatasetWrappingStrategy):
             rows = rows.select([place for place, reason in enumerate(reasons) if not reason])
         too_long = _longer_than(rows, self._sequence_len)
         if step > 1:
-            LOG.info(f"fusion: the report counts {report.texts} of {len(rows)} texts; all are fused while training")
+            LOG.info(_counted_part(by_reference, report.texts, len(rows), step))
         show_report(report, too_long, self._sequence_len, left_out)
         if described := answers.described():
             LOG.info(f"fusion: {self._path}: {described}")
@@ -181,7 +188,7 @@ class FusedStrategy(DatasetWrappingStrategy):
 
     def _readable(self, dataset: Any) -> tuple[Any, list[Unusable], int]:
         """Return the rows that hold a text or a chat, with ids and names, those that do not, and the empty answers."""
-        ids, names, kept, empty = [], [], [], 0
+        ids, names, contents, kept, empty = [], [], [], [], 0
         unusable: list[Unusable] = []
         for place, row in enumerate(dataset):
             name = f"{self._path}: row {place + 1}"
@@ -196,13 +203,31 @@ class FusedStrategy(DatasetWrappingStrategy):
                 continue
             ids.append(content.id)
             names.append(f"{name}, id {content.id!r}")
+            if self._cfg.get("dataset_exact_deduplication"):
+                contents.append(content_id(content.messages if content.text is None else content.text, content.tools))
             kept.append(place)
         if empty:
             LOG.info(f"fusion: {empty} of {len(dataset)} responses of {self._path} say nothing and are left out")
         leave_out(unusable, len(dataset), self._block.on_unusable)
         if len(kept) < len(dataset):
             dataset = dataset.select(kept)
-        return dataset.add_column(NAME, names).add_column(ID, ids), unusable, empty
+        dataset = dataset.add_column(NAME, names).add_column(ID, ids)
+        return dataset.add_column(CONTENT, contents) if contents else dataset, unusable, empty
+
+    def _with_first_ids(self, dataset: Any, routes: Routes) -> Any:
+        """With axolotl's deduplication: a text under the id of the first row of the run that holds it, of one route.
+
+        axolotl compares whole prepared rows. A row that refers to the stores holds its id, and two captures of one text
+        may differ in the last bits.
+        """
+        if CONTENT not in dataset.column_names:
+            return dataset
+        columns = (dataset[name][:] for name in (CONTENT, ROUTE, ID))
+        ids = [
+            self._first_ids.setdefault((content, routes.distinct[route]), id)
+            for content, route, id in zip(*columns, strict=True)
+        ]
+        return dataset.remove_columns([ID, CONTENT]).add_column(ID, ids)
 
     def _routed(self, dataset: Any, stores: list[Store]) -> tuple[Any, Routes]:
         """Return the rows that are used, with the numbers of their routes, and the routes."""
@@ -291,6 +316,15 @@ def _longer_than(rows: Any, length: int) -> int:
     return sum(int((pc.list_value_length(part["input_ids"]).to_numpy() > length).sum()) for part in parts)
 
 
+def _counted_part(by_reference: bool, counted: int, total: int, step: int) -> str:
+    if by_reference:
+        return f"fusion: the report counts {counted} of {total} texts; all are fused while training"
+    return (
+        f"fusion: the figures of each source are of one text in {step} where the rule takes one source per text; all "
+        "others are of all texts"
+    )
+
+
 class _Prepare:
     """What runs in each worker: a batch of rows in, columns out.
 
@@ -300,7 +334,8 @@ class _Prepare:
         routes: the routes that the numbers in the rows mean.
         strict: a text that differs from that of a store is an error.
         by_reference: rows get the reference to their text in place of its fused distributions.
-        step: every how many-th text is fused, and counted in the report; the others are only compared.
+        step: every how many-th text is counted in the report. With references, the others are only compared; without,
+            only the source that is taken is projected.
     """
 
     def __init__(
@@ -315,8 +350,8 @@ class _Prepare:
     ) -> None:
         self._reader, self._fuser, self._routes, self._strict = reader, fuser, routes, strict
         self._by_reference, self._step = by_reference, step
-        ids = "int16" if reader.target.table.vocab_size <= np.iinfo(np.int16).max else "int32"
-        own = {FUSED_IDS: ids, FUSED_LOGPROBS: LOGPROB_TYPE, FUSED_KEPT: "float16", FUSED_SOURCE: "int16"}
+        self._ids = "int16" if reader.target.table.vocab_size <= np.iinfo(np.int16).max else "int32"
+        own = {FUSED_IDS: self._ids, FUSED_LOGPROBS: LOGPROB_TYPE, FUSED_KEPT: "float16", FUSED_SOURCE: "int16"}
         if fuser.chunks:
             # Not in fewer bits: an advantage is the difference of two log-probabilities.
             own = {CHUNK_PLACE: "int32", CHUNK_LOGPROB: "float32", SAMPLED_LOGPROB: "float32", FUSED_SOURCE: "int16"}
@@ -341,15 +376,18 @@ class _Prepare:
             except DataError as error:
                 reasons[number] = str(error)
         counted = [number for number in texts if places[number] % self._step == 0]
+        chosen = counted if self._by_reference else list(texts)
         ids, routes = [str(row[ID]) for row in rows], [self._routes[row[ROUTE]] for row in rows]
         fused, unusable, report = self._fuser.fuse(
-            [ids[number] for number in counted],
-            [texts[number] for number in counted],
-            [routes[number] for number in counted],
+            [ids[number] for number in chosen],
+            [texts[number] for number in chosen],
+            [routes[number] for number in chosen],
+            counted=[places[number] % self._step == 0 for number in chosen],
             on_unusable="skip",
+            types=(self._ids, LOGPROB_TYPE),
         )
-        errors = {counted[place]: error for place, error in unusable.items()}
-        for number in texts.keys() - set(counted):
+        errors = {chosen[place]: error for place, error in unusable.items()}
+        for number in texts.keys() - set(chosen):
             try:
                 self._fuser.compare(ids[number], texts[number], routes[number])
             except AlignmentError as error:
@@ -358,7 +396,7 @@ class _Prepare:
             first = min(errors)
             raise MismatchError(f"{rows[first][NAME]}: {errors[first]}") from errors[first]
         reasons |= {number: str(error) for number, error in errors.items()}
-        distributions: dict[int, Fused | TokenChunks] = dict(zip(counted, fused, strict=True))
+        distributions: dict[int, Fused | TokenChunks] = dict(zip(chosen, fused, strict=True))
         made = [
             dict.fromkeys(self._types, ())
             if number in reasons
@@ -366,8 +404,7 @@ class _Prepare:
             for number in range(len(rows))
         ]
         columns: dict[str, list[Any]] = {
-            name: [np.asarray(row[name]).astype(kind.dtype).ravel() for row in made]
-            for name, kind in self._types.items()
+            name: [np.asarray(row[name], kind.dtype).ravel() for row in made] for name, kind in self._types.items()
         }
         columns[HOW] = [texts[number].how or "" if number in texts else "" for number in range(len(rows))]
         columns[REASON] = [reasons.get(number, "") for number in range(len(rows))]

@@ -38,6 +38,7 @@ DPO = "fusion_plugins.multi_source_dpo"
 TYPES = (FUSED, BEST, DPO)
 
 _WHEN_PREPARED = "the rows are made when the dataset is prepared"
+_TOKEN_SCALING = "it weighs the positions of Liger's loss, which is replaced; remove it"
 _OTHER_LOSS = "it has another loss; train the reward model without fusion"
 #: axolotl settings that cannot be combined with our supervised datasets: key -> why not and what to do
 _REFUSED = {
@@ -53,6 +54,7 @@ _REFUSED_WITH_BEST = _REFUSED | {"train_on_inputs": "the answers alone are train
 _REFUSED_WITH_WEIGHTS = _REFUSED_WITH_BEST | {
     "use_eaft": "it replaces the loss; remove it",
     "label_smoothing_factor": "the weighted loss has none; remove it",
+    "liger_use_token_scaling": _TOKEN_SCALING,
     "trainer_cls": "weighted answers have a trainer of their own, and axolotl would ignore yours; remove it",
     "batch_flattening": "weighted answers have a collator of their own, and axolotl would ignore the setting; use "
     "sample_packing",
@@ -64,6 +66,7 @@ _REFUSED_WITH_WEIGHTS = _REFUSED_WITH_BEST | {
 _REFUSED_WITH_SOURCES = _REFUSED | {
     "use_eaft": "it replaces the loss; remove it",
     "label_smoothing_factor": "it would apply to only one of the two losses; remove it",
+    "liger_use_token_scaling": _TOKEN_SCALING,
     "do_bench_eval": "the rows of the benchmark have no fused distributions; evaluate the trained model instead",
     "trainer_cls": "fusion has a trainer of its own, and axolotl would ignore yours; remove it",
     "batch_flattening": "fusion has a collator of its own, and axolotl would ignore the setting; use sample_packing",
@@ -191,6 +194,8 @@ def _idle(block: FusionBlock) -> Iterator[str]:
         )
     if block.sources and (idle := sorted(FOR_RESPONSES & given)):
         yield f"{_keys(idle)}: for scored responses alone, which a run with fusion.sources does not read; remove it"
+    if block.reference is not None and block.on_missing_text == "skip_source":
+        yield "fusion.on_missing_text: skip_source is for fusion.sources; with fusion.reference set raise or skip"
     if "tie_order" in _changed(block.alignment) and block.alignment.method != "dtw":
         yield f"fusion.alignment.tie_order: for dtw alone, and the method is {block.alignment.method}; remove it"
     if block.prepared == "stores" and block.projection.vocabulary_map in COUNTED:

@@ -5,14 +5,15 @@ batch are never held, and sharded weights (ZeRO-3, FSDP) are present. The few nu
 does to its logits. A probe measures that before the first step.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fusion_plugins.core.fusion.logit_change import LogitChange, measured_change, probe_values
@@ -77,7 +78,8 @@ class Probe:
 
 def carried(sums: Sequence[Tensor], change: LogitChange) -> Tensor:
     """Return sums (each ()) as logits (1, 1, n) that the change of a model leaves whole."""
-    values = torch.stack([one.to(sums[0].dtype) for one in sums]).view(1, 1, -1)
+    # No view: FSDP2 hangs its hooks on what a model returns.
+    values = torch.cat([one.to(sums[0].dtype).view(1, 1, 1) for one in sums], -1)
     return values if change.is_none else values * NEAR_ZERO
 
 
@@ -87,34 +89,66 @@ def received(logits: Tensor, change: LogitChange) -> Tensor:
     return values if change.is_none else values / (NEAR_ZERO * change.scale)
 
 
-def linear_factors(
-    layer: Any, hidden: Tensor
-) -> tuple[tuple[Tensor, Tensor | None], list[tuple[Tensor, Tensor]]] | None:
-    """Return weight and bias of a linear layer, and states and matrix of each adapter of low rank on it.
+class Part(NamedTuple):
+    """A linear layer and its input (B, T, H): one of those whose products add up to the logits."""
 
-    None where the layer computes anything else (a quantised or a split layer, DoRA): its own forward pass must run.
+    layer: nn.Linear
+    states: Tensor
+
+
+def linear_parts(layer: Any, hidden: Tensor) -> list[Part] | None:
+    """Return the linear layers that an output layer is made of: itself, or its base and its adapters of low rank.
+
+    None where it computes anything else (a quantised or a split layer, DoRA): its own forward pass must run.
 
     Args:
-        layer: as :func:`innermost` returns it.
+        layer: as :func:`innermost` returns it; its forward pass runs.
         hidden: (B, T, H) its input.
     """
     if not isinstance(layer, LoraLinear):
-        alone = _plain(layer)
-        return (alone, []) if alone else None
+        return [Part(layer, hidden)] if _is_linear(layer) else None
     base = layer.base_layer
     # Merged weights need no adapter; switched off, PEFT would first take the adapter out of them.
     adapters = ([] if not layer.disable_adapters else None) if layer.merged else _adapters(layer)
-    # An adapter's layers gather sharded weights in forward passes of their own, which would not run.
-    if type(layer) is not LoraLinear or adapters is None or "forward" in vars(base) or hasattr(base.weight, "ds_id"):
+    # ZeRO-3 gathers the parts of a layer in hooks that are no different from others.
+    if _kind(layer) is not LoraLinear or adapters is None or "forward" in vars(base) or hasattr(base.weight, "ds_id"):
         return None
-    whole = _plain(base)
-    return (whole, [_low_rank(layer, name, hidden) for name in adapters]) if whole else None
+    return [Part(base, hidden), *(_low_rank(layer, name, hidden) for name in adapters)] if _is_linear(base) else None
 
 
-def _plain(layer: Any) -> tuple[Tensor, Tensor | None] | None:
-    if type(layer) is not nn.Linear or isinstance(layer.weight, DTensor):
-        return None
-    return layer.weight, layer.bias
+def with_weights(layer: Any, parts: Sequence[Part], compute: Callable[[Sequence[Part]], Tensor]) -> Tensor:
+    """Return what ``compute`` makes of the parts of a layer, called where their weights are whole.
+
+    FSDP gathers a weight that it has sharded by itself in the forward pass of its layer alone, and reduces its gradient
+    when that has gone through the input of the layer. So the forward passes of all parts run, one within the other.
+
+    Args:
+        layer: the output layer, whose forward pass runs already.
+        parts: of it, as :func:`linear_parts` returns them.
+        compute: gets the parts with their inputs as the layers got them.
+    """
+    return compute(parts) if parts[0].layer is layer else _inside(parts, compute, ())
+
+
+def _inside(rest: Sequence[Part], compute: Callable[[Sequence[Part]], Tensor], entered: tuple[Part, ...]) -> Tensor:
+    if not rest:
+        return compute(entered)
+    layer, states = rest[0]
+    with replaced(layer, lambda given: _inside(rest[1:], compute, (*entered, Part(layer, given)))):
+        found: Tensor = layer(states)
+    return found
+
+
+def _kind(layer: Any) -> type:
+    """The class of a layer; FSDP2 puts one of its own before it."""
+    bases = [base for base in type(layer).__bases__ if base is not FSDPModule]
+    return bases[0] if isinstance(layer, FSDPModule) else type(layer)
+
+
+def _is_linear(layer: Any) -> bool:
+    """Whether a layer is a product and a bias, of tensors that are whole in its forward pass."""
+    whole = isinstance(layer, FSDPModule) or not isinstance(getattr(layer, "weight", None), DTensor)
+    return _kind(layer) is nn.Linear and whole
 
 
 def _adapters(layer: Any) -> list[str] | None:
@@ -124,17 +158,45 @@ def _adapters(layer: Any) -> list[str] | None:
         return None
     for name in names:
         parts = (layer.lora_A[name], layer.lora_B[name])
-        plain = all(type(part) is nn.Linear and not _hooks(part) for part in parts)
-        if not plain or name in layer.lora_variant or layer.lora_bias.get(name) or isinstance(parts[1].weight, DTensor):
+        plain = all(_is_linear(part) and not _hooks(part) for part in parts)
+        if not plain or name in layer.lora_variant or layer.lora_bias.get(name):
             return None
     return names
 
 
-def _low_rank(layer: Any, name: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _low_rank(layer: Any, name: str, hidden: Tensor) -> Part:
     inputs = layer._cast_input_dtype(hidden, layer.lora_A[name].weight.dtype)
-    states = layer.lora_A[name](layer.lora_dropout[name](inputs)) * layer.scaling[name]
-    return states, layer.lora_B[name].weight
+    return Part(layer.lora_B[name], layer.lora_A[name](layer.lora_dropout[name](inputs)) * layer.scaling[name])
 
 
 def _hooks(layer: Any) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+    """Whether something may change what goes into a layer or comes out; FSDP2 gathers the weights there."""
+    hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
+    return any(not str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp") for hook in hooks)
+
+
+class BehindModel:
+    """Keeps the logits as a model returns them, before FSDP2 rounds its outputs to the dtype of the products.
+
+    Attributes:
+        logits: of the last forward pass; None for a model that FSDP2 has not sharded.
+    """
+
+    def __init__(self) -> None:
+        self.logits: Tensor | None = None
+        self._watched: Any = None
+
+    def watch(self, model: nn.Module) -> None:
+        """Look at what a model returns from now on, if FSDP2 has sharded it."""
+        if isinstance(model, FSDPModule) and model is not self._watched:
+            model.register_forward_hook(self._keep, prepend=True)
+            self._watched = model
+
+    def _keep(self, _model: Any, _inputs: Any, outputs: Any) -> None:
+        self.logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+
+    def taken(self, outputs: Any) -> Tensor:
+        """Return the logits of the forward pass that has returned ``outputs``, and keep them no longer."""
+        kept, self.logits = self.logits, None
+        found: Tensor = outputs["logits"] if kept is None else kept
+        return found

@@ -85,9 +85,21 @@ def _both(pair: Pair, stores: Sequence[Store]) -> list[list[float]] | str:
         means = [_mean(answer, store) for answer in (pair.chosen, pair.rejected)]
         if None in means:
             side = ("chosen", "rejected")[means.index(None)]
-            return f"{store.path} has no record of the {side} answer"
+            answer = (pair.chosen, pair.rejected)[means.index(None)]
+            return f"{store.path} has no record of the {side} answer{_other_text(answer)}"
         values.append([mean for mean in means if mean is not None])
     return values
+
+
+def _other_text(answer: Candidate) -> str:
+    """Return why `fusion capture` of the folder itself gives this answer another id than a pair needs."""
+    other = []
+    if answer.extra.get("system"):
+        other.append("it was sampled with a system prompt")
+    if answer.extra.get("finish_reason") == "length":
+        other.append("it stopped at the length limit")
+    # The trained model sees neither, so the sources must not either.
+    return f" ({' and '.join(other)}: capture the file of fusion.pairs.texts in its place)" if other else ""
 
 
 def _mean(answer: Candidate, store: Store) -> float | None:

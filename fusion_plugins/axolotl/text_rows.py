@@ -6,7 +6,7 @@ stores by that id and fuse them when a batch is made. Another rule, map or width
 """
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -24,14 +24,17 @@ from fusion_plugins.core.fusion.accounting import FusionReport
 from fusion_plugins.core.fusion.chunk_routing import as_taught, cut_routed
 from fusion_plugins.core.fusion.common_text import common_text
 from fusion_plugins.core.fusion.counts import AlignmentCounts
+from fusion_plugins.core.fusion.fuse import min_ce_choice
 from fusion_plugins.core.fusion.pipeline import FusionPlan, warm_up
-from fusion_plugins.core.fusion.routing import Route, fuse_routed, taught_positions
-from fusion_plugins.core.fusion.types import FusedTexts, Record, TopK
+from fusion_plugins.core.fusion.routing import Route, fuse_routed, routed_plan, taught_positions
+from fusion_plugins.core.fusion.types import AnyRecord, FusedTexts, Record, TopK
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, MismatchError
 from fusion_plugins.store import Store, open_store
 from fusion_plugins.store.packed import warm_up as warm_up_store
 
+#: most tokens of texts that are fused together, unless one alone has more
+GROUP_TOKENS = 4096
 #: bytes of the id, spans, trained ranges and one (0: all spans are), bytes per width, bytes of the domain, sources
 _HEADER = struct.Struct("<IIIBHH")
 
@@ -102,7 +105,14 @@ class TextFuser:
     chunks: bool = False
 
     def fuse(
-        self, ids: Sequence[str], texts: Sequence[EncodedText], routes: Sequence[Route], *, on_unusable: str = "raise"
+        self,
+        ids: Sequence[str],
+        texts: Sequence[EncodedText],
+        routes: Sequence[Route],
+        *,
+        counted: Sequence[bool] | None = None,
+        on_unusable: str = "raise",
+        types: tuple[npt.DTypeLike, npt.DTypeLike] = (np.int32, np.float32),
     ) -> tuple[list[Fused] | list[TokenChunks], dict[int, AlignmentError], FusionReport]:
         """Fuse texts, or cut them into chunks.
 
@@ -110,7 +120,10 @@ class TextFuser:
             ids: of the texts, in the stores.
             texts: as the target reads them.
             routes: which sources teach each of them; only their stores are read.
+            counted: texts of which all sources are counted in the report; all by default. Of the others, only what is
+                needed is read and projected.
             on_unusable: ``raise``, or ``skip`` a text that a store was captured from another version of.
+            types: of the ids and the log-probabilities that are returned.
 
         Returns:
             The distributions or chunks, empty where nothing is trained on; number of a skipped text -> why; and the
@@ -119,10 +132,27 @@ class TextFuser:
         Raises:
             AlignmentError: a store was captured from another text.
         """
-        records = [
-            [store[id] if number in route.sources else None for id, route in zip(ids, routes, strict=True)]
-            for number, store in enumerate(self.stores)
-        ]
+        count = [True] * len(ids) if counted is None else list(counted)
+        made: list[Any] = []
+        unusable: dict[int, AlignmentError] = {}
+        report = FusionReport()
+        for own in _groups([len(text.labels) for text in texts]):
+            parts, errors, counters = self._fuse(ids[own], texts[own], routes[own], count[own], on_unusable, types)
+            unusable |= {len(made) + number: error for number, error in errors.items()}
+            made += parts
+            report = report + counters
+        return made, unusable, report
+
+    def _fuse(
+        self,
+        ids: Sequence[str],
+        texts: Sequence[EncodedText],
+        routes: Sequence[Route],
+        counted: Sequence[bool],
+        on_unusable: str,
+        types: tuple[npt.DTypeLike, npt.DTypeLike],
+    ) -> tuple[list[Fused] | list[TokenChunks], dict[int, AlignmentError], FusionReport]:
+        records = list(zip(*map(self._records, ids, routes, counted), strict=True))
         # A label that is not trained on (a masked end of turn) has no distribution either.
         trained = [np.append(text.labels[1:] != IGNORED, False)[: len(text.labels)] for text in texts]
         if self.chunks:
@@ -133,15 +163,29 @@ class TextFuser:
             records,
             [text.trained for text in texts],
             routes,
+            counted=counted,
             on_unusable=on_unusable,
         )
-        supervised = np.concatenate([np.empty(0, np.bool_), *trained])
+        supervised = np.concatenate(trained)
         found.ids[~supervised], found.logprobs[~supervised] = -1, -np.inf
         report = replace(report, taught=self._taught(found, supervised, routes))
-        stops = found.offsets[1:-1]
-        columns = (found.ids, found.logprobs, found.kept.astype(np.float16), found.source)
-        parts = zip(*(np.split(column, stops) for column in columns), strict=True)
-        return [Fused(*part) for part in parts][: len(texts)], dict(found.unusable), report
+        numbers = found.ids.astype(types[0], copy=False), found.logprobs.astype(types[1], copy=False)
+        columns = (*numbers, found.kept.astype(np.float16), found.source)
+        parts = zip(*(np.split(column, found.offsets[1:-1]) for column in columns), strict=True)
+        return [Fused(*part) for part in parts], dict(found.unusable), report
+
+    def _records(self, id: str, route: Route, counted: bool) -> list[AnyRecord | None]:
+        """Return what each source of a route says about a text; of those that will not be taken, only its text."""
+        stores = {number: self.stores[number] for number in route.sources}
+        taken: int | None = None
+        if len(stores) > 1 and not (counted or self.chunks) and routed_plan(self.plan, route).chooses_by_text:
+            # Where sources have read different parts of the text they are measured anew, and another one may be taken.
+            costs = [self.plan.metric(store.cross_entropies(id)) for store in stores.values()]
+            taken = route.sources[int(min_ce_choice(costs))]
+        found: list[AnyRecord | None] = [None] * len(self.stores)
+        for number, store in stores.items():
+            found[number] = store[id] if taken in (None, number) else store.lazy(id)
+        return found
 
     def _taught(self, found: FusedTexts, supervised: BoolArray, routes: Sequence[Route]) -> dict[str, dict[str, int]]:
         names = [source.name for source in self.plan.sources]
@@ -152,7 +196,7 @@ class TextFuser:
     def _cut(
         self,
         texts: Sequence[EncodedText],
-        records: Sequence[Sequence[Record | None]],
+        records: Sequence[Sequence[Any]],
         labelled: Sequence[BoolArray],
         routes: Sequence[Route],
         on_unusable: str,
@@ -216,11 +260,23 @@ class TextFuser:
             ids, texts, routes = zip(*named, strict=True)
             if self.chunks:
                 texts = tuple(map(_with_sampled, texts, rows))
-            return self.fuse(ids, texts, routes)[0]
+            return self.fuse(ids, texts, routes, counted=[False] * len(ids))[0]
         except (AlignmentError, KeyError) as error:
             raise MismatchError(
                 f"{error}. The rows were prepared from other stores than these: prepare the dataset again."
             ) from error
+
+
+def _groups(lengths: Sequence[int]) -> Iterator[slice]:
+    """Cut texts into groups of some thousand tokens, so that their arrays stay in the processor's cache."""
+    first, tokens = 0, 0
+    for number, length in enumerate(lengths):
+        if tokens and tokens + length > GROUP_TOKENS:
+            yield slice(first, number)
+            first, tokens = number, 0
+        tokens += length
+    if first < len(lengths):
+        yield slice(first, len(lengths))
 
 
 def _with_sampled(text: EncodedText, row: Mapping[str, Any]) -> EncodedText:

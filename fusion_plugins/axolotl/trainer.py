@@ -7,7 +7,7 @@ the layer: soft-capping and scaling go into the losses; after any other change t
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -24,7 +24,17 @@ from fusion_plugins.axolotl.args import FusionBlock, fusion_block
 from fusion_plugins.axolotl.collator import COLUMNS, take_chunks, take_fused, take_origin, take_positions
 from fusion_plugins.axolotl.figures import Figures, perplexity
 from fusion_plugins.axolotl.fusion_losses import bound_loss
-from fusion_plugins.axolotl.output_layer import Probe, carried, innermost, linear_factors, received, replaced
+from fusion_plugins.axolotl.output_layer import (
+    BehindModel,
+    Part,
+    Probe,
+    carried,
+    innermost,
+    linear_parts,
+    received,
+    replaced,
+    with_weights,
+)
 from fusion_plugins.core.fusion.chunk_losses import ChunkLoss, Chunks, is_per_chunk
 from fusion_plugins.core.fusion.divergences import Divergence
 from fusion_plugins.core.fusion.logit_change import LogitChange
@@ -112,6 +122,7 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
         # With a loss function of its own the Trainer counts the tokens of the global batch and scales nothing itself.
         self.compute_loss_func = self._weighted_loss
         self._batch: _Batch | None = None
+        self._behind_model = BehindModel()
         self._losses_in_head: bool | None = None
         #: what the model does to the output of its output layer, and the width of that
         self._change = LogitChange()
@@ -157,6 +168,7 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
                 "fusion_plugins.axolotl.fused`, whose rows have labels."
             )
         if self._losses_in_head is None:
+            self._behind_model.watch(self._head_owner(model))
             self._losses_in_head = self._head_is_last(model, inputs)
         labels = inputs["labels"]
         self._batch = _Batch(labels, fused, origin, labels.numel() if at_most is None else at_most)
@@ -239,9 +251,9 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
         positions, fused_positions, entropy = self._batch.counts
         weight, router = self.lm_weight, self._router_loss(outputs)
         if self._in_head:
-            found = Sums(*received(outputs["logits"], self._change))
+            found = Sums(*received(self._behind_model.taken(outputs), self._change))
         else:
-            found = self._one_pass(outputs["logits"], None, None)
+            found = self._one_pass(self._behind_model.taken(outputs), None, None)
         figures = self._training_figures if self.model.training else self._evaluation_figures
         if figures is not None:
             of_fused, agreed = self._batch.of_fused(len(self._fusion.sources)), found.agreed
@@ -318,15 +330,20 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
         forward = layer.forward
 
         def losses(hidden: Tensor) -> Tensor:
-            factors = None if own else linear_factors(layer, hidden)
-            if factors is None:
+            parts = None if own else linear_parts(layer, hidden)
+            if parts is None:
                 self._say_once(
                     f"the output layer is a {type(layer).__name__} with more than a product in it: it runs once more "
                     "in the backward pass"
                 )
                 return carried(self._losses_of_any_head(forward, hidden), self._change)
-            (weight, bias), low_rank = factors
-            return carried(self._one_pass(hidden, weight, bias, low_rank=low_rank, change=self._change), self._change)
+            return with_weights(layer, parts, sums)
+
+        def sums(parts: Sequence[Part]) -> Tensor:
+            (first, states), *others = parts
+            low_rank = [(inputs, layer.weight) for layer, inputs in others]
+            found = self._one_pass(states, first.weight, first.bias, low_rank=low_rank, change=self._change)
+            return carried(found, self._change)
 
         # A compiled model leaves its graph for this one call: the loss makes its gradients itself.
         return torch.compiler.disable(losses)
@@ -375,8 +392,8 @@ class FusionTrainer(AxolotlTrainer, _OwnPerplexity):
         found = []
 
         def keep(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
-            found.append(outputs["logits"])
-            return outputs["logits"].new_zeros(())
+            found.append(self._behind_model.taken(outputs))
+            return found[0].new_zeros(())
 
         # A resumed run probes too, at another step: the probe must not take random numbers (dropout, NEFTune) from the
         # training, and the batch is counted once.

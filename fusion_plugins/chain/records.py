@@ -144,7 +144,7 @@ class Records:
 def state_of(path: Path) -> str | None:
     """Return a digest of a file or folder: of its content up to :data:`READ_BYTES`, else of sizes and times.
 
-    Files whose names begin with a dot (locks, caches) do not count. A link in a folder counts as what it names.
+    Names that begin with a dot (locks, caches) and ``__pycache__`` do not count. A link counts as what it names.
 
     Returns:
         Hex digits; None where there is nothing.
@@ -168,7 +168,7 @@ def _files(path: Path) -> Iterator[tuple[str, Path, int, int]]:
         yield "", path, found.st_size, found.st_mtime_ns
         return
     for folder, folders, names in os.walk(path):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
         for name in sorted(name for name in names if not name.startswith(".")):
             file = Path(folder, name)
             with suppress(FileNotFoundError):  # a link to nothing

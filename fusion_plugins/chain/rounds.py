@@ -158,8 +158,8 @@ class Rounds:
         return Path(os.path.normpath(self.folder / self.config.out))
 
     def name(self, number: int) -> str:
-        """Return the name of a round, which sorts as the numbers do."""
-        return f"{number:0{max(2, len(str(self.config.rounds)))}d}"
+        """Return the name of a round; it does not depend on how many there are, so that more can be added."""
+        return f"{number:02d}"
 
     def place(self, number: int, *parts: str) -> str:
         """Return a path of a round, from where the steps run."""
@@ -319,6 +319,10 @@ def write_rounds(rounds: Rounds) -> Chain:
 
 def _steps(rounds: Rounds) -> Iterator[Step]:
     config = rounds.config
+
+    def exists(place: str) -> bool:
+        return (rounds.folder / place).exists()
+
     yield from _measuring(rounds, 0)
     for number in range(1, config.rounds + 1):
         name, configs = rounds.name(number), _configurations(rounds, number)
@@ -327,10 +331,10 @@ def _steps(rounds: Rounds) -> Iterator[Step]:
             """Paths that a configuration names; a model may be a name of the hub."""
             places = (configs[file][key] for key in keys)
             flat = [place for each in places for place in (each if isinstance(each, list) else [each])]
-            return [place for place in flat if place.startswith(config.out) or os.path.exists(rounds.folder / place)]
+            return [place for place in flat if Path(config.out) in Path(place).parents or exists(place)]
 
         model = rounds.checkpoint(number - 1)
-        own = [model] if number > 1 or os.path.exists(rounds.folder / model) else []
+        own = [model] if number > 1 or exists(model) else []
         yield Step(
             name=f"{name}-sample",
             command=["fusion", "sample", "--config", rounds.place(number, "sample.yml")],

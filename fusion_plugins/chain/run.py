@@ -211,7 +211,8 @@ def _ended_by_signals() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    numbers = (signal.SIGTERM, signal.SIGHUP)
+    # What is ignored stays so: `nohup` asks for that.
+    numbers = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is not signal.SIG_IGN]
     before: Mapping[signal.Signals, object] = {number: signal.signal(number, end) for number in numbers}
     try:
         yield

@@ -30,7 +30,11 @@ def doctor(
         ),
     ] = None,
     texts: Annotated[
-        str | None, typer.Option(help="JSONL or Parquet texts; needed where a tokenizer takes the place of a store.")
+        str | None,
+        typer.Option(
+            help="JSONL or Parquet texts, or a folder of responses: needed where a tokenizer takes the place of a "
+            "store, and for figures by domain."
+        ),
     ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Tokenizer of the target's store, if its model's folder no longer exists.")
@@ -108,6 +112,7 @@ def _stores(settings: "DoctorConfig") -> _Examined:
         vocabulary_map=settings.vocabulary_map,
         options=ProjectionOptions(chain=settings.chain),
         limit=settings.limit,
+        texts=contents,
     )
     return report, show, {"doctor.html": render_doctor_page, "doctor.png": picture_png}
 

@@ -10,12 +10,15 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 import numpy.typing as npt
 
-from fusion_plugins.core.fusion.accounting import ProjectionReport
+from fusion_plugins.core.fusion.accounting import ChunkReport, ProjectionReport
 from fusion_plugins.core.fusion.align import align_texts
+from fusion_plugins.core.fusion.chunks import ChunkSide, common_chunks
 from fusion_plugins.core.fusion.common_text import common_text
+from fusion_plugins.core.fusion.flat import Texts
 from fusion_plugins.core.fusion.project import Projection, ProjectionOptions, Projector
 from fusion_plugins.core.fusion.record import supervised_positions
 from fusion_plugins.core.fusion.types import Record, VocabularyMap
+from fusion_plugins.core.text.token_bytes import TokenBytes
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.doctor.label_classes import CLASSES, label_classes, token_classes
@@ -69,6 +72,7 @@ class Diagnosis:
         tokens: the source's tokens of the sample.
         n_bytes: bytes of the sample, with what the source's template adds.
         is_target: the source's distributions are the target's own.
+        chunks: the minimal common chunks, which the loss of advantages compares.
     """
 
     name: str
@@ -86,6 +90,7 @@ class Diagnosis:
     tokens: int = 0
     n_bytes: int = 0
     is_target: bool = False
+    chunks: ChunkReport = field(default_factory=ChunkReport)
 
     @property
     def compared(self) -> bool:
@@ -105,6 +110,7 @@ def diagnose(
     vocabulary: VocabularyMap,
     options: ProjectionOptions = ProjectionOptions(),
     advance: Callable[[int, int], None] = lambda items, tokens: None,
+    seen: Callable[[Record, Projection], None] = lambda record, projection: None,
 ) -> Diagnosis:
     """Align and project a sample of texts, and return the counts.
 
@@ -115,6 +121,7 @@ def diagnose(
         vocabulary: source id -> target id.
         options: options of the projection.
         advance: called after each text with 1 and the number of its source tokens.
+        seen: called after each text with the source's record and its projection.
 
     Raises:
         AlignmentError: two records are not of the same text.
@@ -122,11 +129,14 @@ def diagnose(
     source_table, target_table = tables
     projector = Projector.of(source_table, target_table, vocabulary, options)
     by_token, tally = token_classes(target_table), _Tally()
-    for source, target_record in pairs:
+    for said, target_record in pairs:
+        source = said
         tally.compare(source, target_record)
         source, target = common_text(source, target_record.text, projector.source_bytes, projector.target_bytes)
+        tally.cut(source, target, target_record, (projector.source_bytes, projector.target_bytes))
         projection = projector(source, align_texts(source.text, target), target)
         tally.count(projection, target, target_record, label_classes(target, target_table, by_token))
+        seen(said, projection)
         advance(1, len(source.text.input_ids))
     return Diagnosis(
         name=name,
@@ -144,6 +154,7 @@ def diagnose(
         tokens=tally.tokens,
         n_bytes=tally.n_bytes,
         is_target=source_table.fingerprint == target_table.fingerprint and tally.same_distributions,
+        chunks=tally.chunks,
     )
 
 
@@ -154,7 +165,7 @@ def figures(diagnosis: Diagnosis) -> dict[str, float]:
     distributions are nan where there is only a tokenizer.
     """
     report, total = diagnosis.projection, diagnosis.total
-    positions, used = max(report.positions, 1), max(report.used, 1)
+    positions, used, chunks = max(report.positions, 1), max(report.used, 1), diagnosis.chunks.shares()
     return {
         "coverage": report.coverage,
         "without a distribution": 1.0 - report.coverage,
@@ -174,6 +185,9 @@ def figures(diagnosis: Diagnosis) -> dict[str, float]:
         "vocabulary overlap": diagnosis.overlap,
         "CE per byte": diagnosis.ce_per_byte,
         "CE per byte, target": diagnosis.target_ce_per_byte,
+        "chunks, tokens in each": chunks.get("tokens_per_chunk", float("nan")),
+        "chunks, tokens that are one": chunks.get("one_token_chunks", float("nan")),
+        "chunks, bytes in none": chunks.get("bytes_without_common_end", float("nan")),
         "texts won": diagnosis.wins / max(diagnosis.texts, 1) if diagnosis.compared else float("nan"),
         "bytes of text per token": diagnosis.n_bytes / max(diagnosis.tokens, 1),
     }
@@ -183,7 +197,7 @@ class _Tally:
     """The sums over the texts so far."""
 
     def __init__(self) -> None:
-        self.report = ProjectionReport()
+        self.report, self.chunks = ProjectionReport(), ChunkReport()
         self.classes = {label_class: ClassCount() for label_class in CLASSES}
         self.ces: list[tuple[float, float]] = []
         self.top_k = self.tokens = self.n_bytes = self._positions = 0
@@ -207,6 +221,14 @@ class _Tally:
         else:
             # Other tokens anywhere mean another tokenizer or template, so the stores are not of one model.
             self._difference = float("inf")
+
+    def cut(
+        self, source: Record, target: TokenizedText, target_record: Record, tokens: tuple[TokenBytes, TokenBytes]
+    ) -> None:
+        """Add the chunks of one text, as the spans of both sides have them in common."""
+        texts = Texts.of([source.text]), Texts.of([target])
+        side = ChunkSide(*texts, source.topk.token_logprobs.astype(np.float32), tokens)
+        self.chunks += common_chunks([side], [1.0], supervised_positions(target_record.text))[1]
 
     def count(
         self, projection: Projection, target: TokenizedText, target_record: Record, classes: npt.NDArray[np.uint8]

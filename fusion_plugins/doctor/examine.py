@@ -6,7 +6,9 @@ vocabulary), on texts that are given separately.
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +16,15 @@ import numpy as np
 from pydantic import Field
 
 from fusion_plugins.config import Settings
-from fusion_plugins.core.fusion.project import ProjectionOptions
+from fusion_plugins.core.fusion.project import Projection, ProjectionOptions
 from fusion_plugins.core.fusion.record import build_record
 from fusion_plugins.core.fusion.types import Record, TopK
 from fusion_plugins.core.key_set import KeySet
+from fusion_plugins.core.text.chat import generated_spans
 from fusion_plugins.core.text.round_trip import PREFIX_SPACE, text_changes
+from fusion_plugins.core.text.sampled import tokenize_answer
 from fusion_plugins.core.text.token_table import TokenTable
-from fusion_plugins.core.text.tokenize import tokenize_content
+from fusion_plugins.core.text.tokenize import chat_renderer, tokenize_content
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.doctor.advice import advice, verdict
 from fusion_plugins.doctor.diagnosis import Diagnosis, diagnose, figures
@@ -33,6 +37,7 @@ from fusion_plugins.progress import meter
 from fusion_plugins.store import Store, open_store
 from fusion_plugins.store.schema import RecordCodec
 from fusion_plugins.store.shards import read_keys
+from fusion_plugins.where import DOMAIN
 
 #: id -> text or messages, or files of them
 Texts = Mapping[str, Any] | InputSet[Text]
@@ -40,6 +45,11 @@ Texts = Mapping[str, Any] | InputSet[Text]
 BATCH, TOKENS, ENTRIES = 1, 2048, 64
 #: bytes on disk per token that `fusion capture` can be expected to write at its default top_k of 64
 EXPECTED_BYTES = 165.0
+NOTHING = "(no source)"
+_APART = (
+    "The sources have no text in common: each is examined on the texts that it shares with the target, so that their "
+    "columns are about different texts."
+)
 
 
 class DoctorConfig(Settings):
@@ -56,7 +66,9 @@ class DoctorConfig(Settings):
         "source that is the target; null for the one whose rows have is_target",
     )
     texts: str | list[str] | None = Field(
-        None, description=".jsonl or .parquet files, or folders of them, where tokenizers take the place of stores"
+        None,
+        description=".jsonl or .parquet files, folders of them or of responses: needed where tokenizers take the place "
+        "of stores, and for figures by domain",
     )
     tokenizer: str | None = Field(None, description="tokenizer of the target's store; null for that of its model")
     vocabulary_map: Literal["first_token", "min_edit", "exact"] = Field(
@@ -137,15 +149,20 @@ class Side:
         """Read the contents of some texts, the only ones of which records are asked for, where files hold them."""
         if not isinstance(self._texts, Mapping):
             chosen = frozenset(ids)
-            self._texts = {text.id: text.content for text in self._texts if text.id in chosen}
+            self._texts = {text.id: text for text in self._texts if text.id in chosen}
 
     def record(self, id: str) -> Record:
         """Return the stored record; without a store, that of a source that is certain of every next token."""
         if self.store:
             return self.store[id]
         assert isinstance(self._texts, Mapping)  # see `choose`
-        text, _ = tokenize_content(self.tokenizer, self.table, self._texts[id])
-        return _certain_record(id, text)
+        given = self._texts[id]
+        if isinstance(given, Text) and given.answer is not None:
+            messages: Any = given.content
+            chat = generated_spans(chat_renderer(self.tokenizer, given.tools), messages)
+            return _certain_record(id, tokenize_answer(self.tokenizer, self.table, chat, given.answer)[0])
+        content, tools = (given.content, given.tools) if isinstance(given, Text) else (given, None)
+        return _certain_record(id, tokenize_content(self.tokenizer, self.table, content, tools=tools)[0])
 
 
 @dataclass(frozen=True)
@@ -184,6 +201,8 @@ class DoctorReport:
         sparse_bytes: memory of the fused distributions of one step of 1 x 2048 tokens with 64 entries per position.
         dense_bytes: memory of the same distributions as a dense float32 tensor.
         notes: what makes the figures inexact.
+        taught: domain -> source, or that there is none -> positions of the sample that it would teach: in each text
+            those of the source with the lowest cross-entropy among the ones that have it.
     """
 
     target: str
@@ -193,6 +212,7 @@ class DoctorReport:
     sparse_bytes: int
     dense_bytes: int
     notes: list[str]
+    taught: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return everything as JSON, with the figures of the table per source; null for what cannot be measured."""
@@ -260,8 +280,11 @@ def examine(
     vocabulary_map: str = "first_token",
     options: ProjectionOptions = ProjectionOptions(),
     limit: int = 200,
+    texts: Texts | None = None,
 ) -> DoctorReport:
     """Examine every source against the target on a sample of the texts that all of them have; shows a progress bar.
+
+    Where the sources have been captured from different texts, each is examined on those that it shares with the target.
 
     Args:
         target: the model to train.
@@ -269,31 +292,72 @@ def examine(
         vocabulary_map: method of the vocabulary maps, one that needs no counts.
         options: options of the projection.
         limit: texts of the sample, spread evenly over the set.
+        texts: files of the texts, whose rows have a domain; None where the domains do not matter.
 
     Raises:
         MismatchError: the sides have no text in common.
     """
-    ids = _sample(target, sources, limit)
+    samples = _samples(target, sources, limit)
+    every = dict.fromkeys(id for ids in samples for id in ids)
     for side in (target, *sources):
-        side.choose(ids)
-    verdicts = []
-    with meter("examine", len(ids) * len(sources), unit="records") as progress:
-        for source in sources:
+        side.choose(every)
+    verdicts, taught = [], _Taught(_domains(texts, every))
+    with meter("examine", sum(map(len, samples)), unit="records") as progress:
+        for source, ids in zip(sources, samples, strict=True):
             tables = source.table, target.table
             vocabulary = cached_map(*tables, method=vocabulary_map, tokenizer=target.tokenizer)
             pairs = ((source.record(id), target.record(id)) for id in ids)
-            found = diagnose(source.name, pairs, tables, vocabulary, options, progress.advance)
+            seen = partial(taught.add, source.name)
+            found = diagnose(source.name, pairs, tables, vocabulary, options, progress.advance, seen)
             problems, captured = advice(found, options), source.store is not None
             verdicts.append(SourceVerdict(found, verdict(found, problems), problems, captured, source.bytes_per_token))
+    apart = any(ids != samples[0] for ids in samples)
     return DoctorReport(
         target=target.name,
-        texts=len(ids),
+        texts=len(every),
         vocabulary_map=vocabulary_map,
         sources=verdicts,
         sparse_bytes=BATCH * TOKENS * ENTRIES * (np.dtype(np.int32).itemsize + np.dtype(np.float32).itemsize),
         dense_bytes=BATCH * TOKENS * target.table.vocab_size * np.dtype(np.float32).itemsize,
-        notes=[*_notes(verdicts, target), *_text_changes([target, *sources])],
+        notes=[*_notes(verdicts, target), *_text_changes([target, *sources]), *[_APART] * apart],
+        taught=taught.positions(),
     )
+
+
+class _Taught:
+    """Which source would teach how many positions, by domain.
+
+    Args:
+        domains: id -> domain.
+    """
+
+    def __init__(self, domains: Mapping[str, str]) -> None:
+        self._domains = domains
+        self._texts: dict[str, list[tuple[float, str, int, int]]] = {}
+
+    def add(self, name: str, record: Record, projection: Projection) -> None:
+        """Add what one source says of one text."""
+        cost = record.ce_per_byte if np.isfinite(record.ce_per_byte) else np.inf
+        counts = projection.report
+        self._texts.setdefault(record.id, []).append((cost, name, counts.used, counts.positions))
+
+    def positions(self) -> dict[str, dict[str, int]]:
+        """Return domain -> source -> positions; the first of sources with equal cross-entropies teaches a text."""
+        found: dict[str, dict[str, int]] = {}
+        for id, said in self._texts.items():
+            _, name, used, _ = min(said, key=itemgetter(0))
+            total = max(positions for *_, positions in said)
+            own = found.setdefault(self._domains.get(id, ""), {})
+            for key, count in ((name, used), (NOTHING, total - used)):
+                if count:
+                    own[key] = own.get(key, 0) + count
+        return found
+
+
+def _domains(texts: Texts | None, ids: Collection[str]) -> dict[str, str]:
+    if texts is None or isinstance(texts, Mapping):
+        return {}
+    return {text.id: text.domain or DOMAIN for text in texts if text.id in ids}
 
 
 def _notes(verdicts: Sequence[SourceVerdict], target: Side) -> list[str]:
@@ -322,19 +386,27 @@ def _text_changes(sides: Sequence[Side]) -> list[str]:
     return notes
 
 
-def _sample(target: Side, sources: Sequence[Side], limit: int) -> list[str]:
+def _samples(target: Side, sources: Sequence[Side], limit: int) -> list[list[str]]:
+    """Return the ids that each source is examined on: the same ones, or its own where not all have a text in common."""
     held = [KeySet(side.ids()) for side in sources]
+    common = _sample(target, held, limit)
+    samples = [common] * len(sources) if common else [_sample(target, [own], limit) for own in held]
+    if not all(samples):
+        without = [side.name for side, ids in zip(sources, samples, strict=True) if not ids]
+        raise MismatchError(
+            f"expected texts that {', '.join([target.name, *without])} have; they have none in common. "
+            "Capture every store from the texts that you train on, because records are joined by id."
+        )
+    return samples
+
+
+def _sample(target: Side, held: Sequence[KeySet], limit: int) -> list[str]:
+    """Return ids, spread evenly over those that the target and all sources have."""
 
     def common() -> Iterator[str]:
         return (id for id in target.ids() if all(id in ids for ids in held))
 
     count = sum(1 for _ in common())
-    if not count:
-        names = ", ".join(side.name for side in (target, *sources))
-        raise MismatchError(
-            f"expected texts that all of {names} have; they have none in common. Capture every store from the same "
-            "texts, because records are joined by id."
-        )
     size = min(limit, count)
     places = {index * count // size for index in range(size)}
     return [id for place, id in enumerate(common()) if place in places]

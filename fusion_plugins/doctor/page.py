@@ -1,7 +1,7 @@
 """The output of ``fusion doctor``: a table in the terminal, and a self-contained HTML page with a picture."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ PARTS = {
     "positions of the target": ("coverage", "without a distribution", "positions"),
     "probability mass": ("mass",),
     "label (the next token)": ("label",),
+    "chunks that both tokenize": ("chunks",),
     "vocabularies": ("vocabulary",),
     "whole texts": ("CE", "texts", "bytes"),
 }
@@ -67,13 +68,21 @@ def show(report: DoctorReport, console: Console) -> None:
             table.add_row(f"  {name}", *values)
         table.add_section()
     console.print(table)
-    for line in (_memory_line(report), *report.notes):
+    for line in (_memory_line(report), *taught_lines(report), *report.notes):
         console.print(line)
     for source in report.sources:
         verdict = f"{source.diagnosis.name}: {source.verdict}" + ("" if source.advice else ", no problems found")
         console.print(verdict, style="bold")
         for line in source.advice:
             console.print(f"  - {line}")
+
+
+def taught_lines(report: DoctorReport) -> Iterator[str]:
+    """Yield, per domain, which source would teach how many positions of the sample."""
+    for domain, counts in report.taught.items():
+        total = max(1, sum(counts.values()))
+        parts = ", ".join(f"{name} {count} ({count / total:.1%})" for name, count in counts.items())
+        yield f"{domain or 'all texts'}: of {total} positions, min_ce would let teach {parts}"
 
 
 def render_doctor_page(report: DoctorReport) -> str:
@@ -202,4 +211,5 @@ def _size(source: SourceVerdict, value: float) -> str:
 def _text(name: str, value: float) -> str:
     if math.isnan(value):
         return NOTHING
-    return f"{value:.3f}" if name.startswith(("CE", "bytes")) or "probability" in name else f"{value:.1%}"
+    numbers = ("CE", "bytes", "chunks, tokens in each")
+    return f"{value:.3f}" if name.startswith(numbers) or "probability" in name else f"{value:.1%}"

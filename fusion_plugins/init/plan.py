@@ -11,6 +11,7 @@ from pydantic import Field
 
 from fusion_plugins.config import Settings
 from fusion_plugins.errors import ConfigError
+from fusion_plugins.hub import hub_dataset, is_hub
 from fusion_plugins.init import choices, findings
 from fusion_plugins.init.choices import Choice
 from fusion_plugins.init.findings import Finding
@@ -147,6 +148,16 @@ class Plan:
         return "pieces.jsonl" if self.cut else self.seen(self.texts.path)
 
     @property
+    def entry(self) -> dict[str, str]:
+        """Axolotl's keys that say where the texts are."""
+        if self.cut or not is_hub(self.texts.path):
+            return {"path": self.data}
+        found = hub_dataset(self.texts.path)
+        column = {"field_messages" if self.texts.chats else "field": found.column}
+        keys = {"path": self.seen(found.name), "name": found.config, "revision": found.revision, "split": found.split}
+        return {key: value for key, value in (keys | column).items() if value is not None}
+
+    @property
     def skips(self) -> str:
         """``on_unusable`` of the files."""
         refused = any(found is not None and found.refused for found in self.lengths.values())
@@ -247,6 +258,8 @@ def seen_from(folder: str, path: str) -> str:
         >>> seen_from("runs/one", "org/name"), seen_from("one", "/data/a.jsonl")
         ('org/name', '/data/a.jsonl')
     """
+    if is_hub(path) and (place := hub_dataset(path).name) != (seen := seen_from(folder, place)):
+        return path.replace(place, seen, 1)
     if os.path.isabs(path) or not Path(path).exists():
         return path
     seen = Path(os.path.relpath(path, folder)).as_posix()

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 import fusion_plugins
 from fusion_plugins.axolotl.args import FusionBlock
+from fusion_plugins.chain.settings import Chain, ChainSettings
 from fusion_plugins.config import parse_yaml, validate
 from fusion_plugins.errors import ConfigError
 from fusion_plugins.escape import for_terminal
@@ -24,6 +25,8 @@ from fusion_plugins.sources.capture import CaptureConfig
 from fusion_plugins.sources.presets import SAMPLES_PER_PROMPT
 from fusion_plugins.sources.sample import SampleConfig
 
+#: the steps, where `fusion run` looks for them
+RUN_FILE = "fusion.yml"
 #: beginning of a file's name -> who reads it
 _READERS: dict[str, type[BaseModel]] = {"capture-": CaptureConfig, "sample": SampleConfig, "score": ScoreConfig}
 
@@ -35,8 +38,10 @@ def files_of(plan: Plan) -> dict[str, str]:
         ConfigError: jinja2 is not installed; or a file would be refused by the command that reads it.
     """
     files = dict(_files(plan))
+    # Refuses steps that write the same place, or wait for each other.
+    Chain(Path(plan.config.out) / RUN_FILE, validate(ChainSettings, parse_yaml(files[RUN_FILE]), where=RUN_FILE))
     for name, content in files.items():
-        if name.endswith(".yml") and not name.startswith("fusion."):
+        if name.endswith(".yml") and name != RUN_FILE:
             _check(name, parse_yaml(content))
     return files
 
@@ -93,7 +98,7 @@ def _files(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.memory.stage:
         name = f"deepspeed/zero{plan.memory.stage}.json"
         yield name, recipe_files()[f"axolotl_configs/{name}"].read_text(encoding="utf-8")
-    yield "fusion.yml", run_file(plan)
+    yield RUN_FILE, run_file(plan)
     yield "README.md", render("README.md")
 
 

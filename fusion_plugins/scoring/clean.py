@@ -20,6 +20,7 @@ from fusion_plugins.config import Settings
 from fusion_plugins.core.text.hygiene import KnownTexts, jaccard, numbers, refusal_of, same_text, shingles
 from fusion_plugins.core.text.reasoning import final_answer
 from fusion_plugins.errors import ConfigError, DataError
+from fusion_plugins.hub import hub_fingerprint, is_hub
 from fusion_plugins.inputs import Prompt, prompt_rows, read_row_file, row_files
 from fusion_plugins.install import missing_package_error
 from fusion_plugins.progress import meter
@@ -396,7 +397,8 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _file_hashes(files: Sequence[str]) -> list[str]:
-    return [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in row_files(files)]
+    contents = (hub_fingerprint(file).encode() if is_hub(file) else file.read_bytes() for file in row_files(files))
+    return [hashlib.sha256(content).hexdigest()[:16] for content in contents]
 
 
 def _language_filter(wanted: Iterable[str]) -> Callable[[str], str | None]:

@@ -15,6 +15,7 @@ from fusion_plugins.core.text.finish_reason import ending
 from fusion_plugins.core.text.messages import REASONING_KEYS, as_messages
 from fusion_plugins.core.text.reasoning import with_reasoning
 from fusion_plugins.errors import ConfigError, DataError
+from fusion_plugins.hub import is_hub
 from fusion_plugins.inputs import SUFFIXES, readable_rows
 from fusion_plugins.scoring.base import Row
 from fusion_plugins.store.manifest import ColumnKind, RowManifest
@@ -120,7 +121,7 @@ def open_responses(where: str | Sequence[str], on_unusable: Literal["raise", "sk
     """
     paths = [where] if isinstance(where, str) else list(where)
     path = Path(paths[0])
-    if len(paths) > 1 or path.is_file() or (path.suffix in SUFFIXES and not path.is_dir()):
+    if len(paths) > 1 or is_hub(path) or path.is_file() or (path.suffix in SUFFIXES and not path.is_dir()):
         return ResponseFiles(paths, on_unusable)
     responses = open_rows(path)
     missing = [name for name in FOLDER_COLUMNS if name not in responses.manifest.columns]

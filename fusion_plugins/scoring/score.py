@@ -49,7 +49,8 @@ class ScoreConfig(Settings):
 
     responses: str | list[str] = Field(
         min_length=1,
-        description="folder of responses, or of responses that other scorers have scored; or .jsonl or .parquet files",
+        description="folder of responses, also of scored ones for other scorers; or .jsonl or .parquet files, or "
+        "hf:ORG/NAME",
     )
     out: str = Field(description="folder of the scored responses")
     scorers: dict[str, ScorerSettings] = Field(min_length=1, description="name of a scorer -> domains and its options")

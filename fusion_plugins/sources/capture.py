@@ -64,7 +64,8 @@ class CaptureConfig(SourceSettings):
     }
 
     texts: str | list[str] = Field(
-        description=".jsonl or .parquet files, or folders of them, or folders of responses, whose answers are captured"
+        description=".jsonl or .parquet files, folders of them, hf:ORG/NAME[:SPLIT][:COLUMN], or folders of responses, "
+        "whose answers are captured"
     )
     where: Where | None = Field(
         None,

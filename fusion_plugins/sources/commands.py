@@ -15,7 +15,7 @@ from fusion_plugins.terminal import console
 
 def capture(
     config: ConfigFile = None,
-    texts: Annotated[str | None, typer.Option(help="JSONL or Parquet file or folder with the texts.")] = None,
+    texts: Annotated[str | None, typer.Option(help="JSONL or Parquet file or folder, or hf:ORG/NAME.")] = None,
     model: Annotated[str | None, typer.Option(help="Folder or hub name of the source model.")] = None,
     out: Out = None,
     backend: Annotated[
@@ -64,7 +64,7 @@ def capture(
 
 def sample(
     config: ConfigFile = None,
-    prompts: Annotated[str | None, typer.Option(help="JSONL or Parquet file or folder with the prompts.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="JSONL or Parquet file or folder, or hf:ORG/NAME.")] = None,
     out: Out = None,
     only: Annotated[list[str] | None, typer.Option(help="Ask only this source (may be given several times).")] = None,
     limit: Limit = None,
@@ -102,7 +102,7 @@ def sample(
 
 def cut(
     config: ConfigFile = None,
-    texts: Annotated[str | None, typer.Option(help="JSONL or Parquet file or folder with the texts.")] = None,
+    texts: Annotated[str | None, typer.Option(help="JSONL or Parquet file or folder, or hf:ORG/NAME.")] = None,
     out: Annotated[str | None, typer.Option(help="JSONL file to write.")] = None,
     tokenizer: Annotated[
         list[str] | None, typer.Option(help="Folder or hub name of a tokenizer (several: of all sources and targets).")

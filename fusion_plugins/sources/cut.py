@@ -38,7 +38,9 @@ CHARACTERS_PER_TOKEN = 8
 class CutConfig(Settings):
     """Keys of the YAML file of ``fusion cut``."""
 
-    texts: str | list[str] = Field(description=".jsonl or .parquet files, or folders of them")
+    texts: str | list[str] = Field(
+        description=".jsonl or .parquet files, folders of them, hf:ORG/NAME[:SPLIT][:COLUMN]"
+    )
     out: str = Field(description=".jsonl file to write")
     tokenizers: list[str] = Field(min_length=1, description="folders or hub names of all sources and targets")
     max_length: int = Field(ge=16, description="longest piece in tokens, begin and end tokens included")
@@ -80,7 +82,7 @@ def cut_texts(config: CutConfig) -> CutReport:
     out = Path(config.out)
     if out.is_dir() or not out.parent.is_dir():
         raise ConfigError(f"out: expected a file in a folder that exists, got {config.out!r}. Name another or make it.")
-    if out.exists() and any(out.samefile(file) for file in row_files(config.texts)):
+    if out.exists() and any(file.exists() and out.samefile(file) for file in row_files(config.texts)):
         raise ConfigError(f"out: expected another file than the texts, got {config.out!r}. Name a new one.")
     pieces = 0
     with closing(FolderLock(out.parent, out.name)):

@@ -91,7 +91,9 @@ class SampleConfig(Settings):
         "unusable": "now on_unusable, with the values raise (was: stop) and skip",
     }
 
-    prompts: str | list[str] = Field(description=".jsonl or .parquet files, or folders of them")
+    prompts: str | list[str] = Field(
+        description=".jsonl or .parquet files, folders of them, hf:ORG/NAME[:SPLIT][:COLUMN]"
+    )
     out: str = Field(description="folder of the responses")
     sources: list[SampledSource] = Field(min_length=1, description="the models to ask, each with its own settings")
     n: int | dict[str, int] = Field(

@@ -1,4 +1,4 @@
-"""The commands ``fusion store info | verify | merge | compact | export``."""
+"""The commands ``fusion store info | verify | merge | compact | push | pull | export``."""
 
 import json
 from pathlib import Path
@@ -108,6 +108,68 @@ def compact(folder: Folder) -> None:
     after = run(folder)
     sizes = f"{before.bytes:,} bytes became {after.bytes:,}"
     _say(f"{folder}: {len(before.shards)} shards became {len(after.shards)}, {sizes}")
+
+
+def push(
+    folder: Folder,
+    repo: Annotated[str, typer.Argument(help="ORG/NAME of a dataset repository; it is made if it is not there.")],
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public; else it is private.")] = False,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+) -> None:
+    """Upload a store, or a folder of responses, to the Hugging Face hub.
+
+    For example: `fusion store push stores/mpt my-org/mpt-minipile`.
+    """
+    from fusion_plugins.store.remote import push as run
+
+    _say(f"{folder} is at {run(folder, repo, private=not public, message=message)}")
+
+
+def pull(
+    repo: Annotated[str, typer.Argument(help="ORG/NAME of a dataset repository that was pushed.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; an interrupted download is continued.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default="main")] = None,
+) -> None:
+    """Download a store, or a folder of responses, from the Hugging Face hub, and verify it.
+
+    For example: `fusion store pull my-org/mpt-minipile --out stores/mpt`.
+    """
+    from fusion_plugins.store.remote import pull as run
+
+    manifest = run(repo, out, revision=revision)
+    _say(f"{out}: {manifest.rows:,} {manifest.NOUN} in {len(manifest.shards)} shards, no problems found")
+
+
+def import_(
+    source: Annotated[str, typer.Argument(help="Parquet file or folder, or hf:ORG/NAME.")],
+    out: Annotated[Path, typer.Option(help="Store to write; an import that was stopped is continued.")],
+    texts: Annotated[Path, typer.Option(help=".jsonl file to write: the texts, for other sources and the training.")],
+    tokenizer: Annotated[str, typer.Option(help="Folder or hub name of the teacher's tokenizer.")],
+    format: Annotated[str, typer.Option(help="distillkit.")] = "distillkit",
+    compression: Annotated[
+        Path | None, typer.Option(help="YAML file with `logprob_compressor`; default: the one in the folder.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Name of the teacher.", show_default="the tokenizer's")] = None,
+    on_unusable: Annotated[str, typer.Option(help="Rows that cannot be used: raise, or skip and report.")] = "raise",
+) -> None:
+    """Make a store of teacher outputs that another program has published.
+
+    For example: `fusion store import hf:arcee-ai/Qwen3-235B-Logits-Packed-8192 --tokenizer Qwen/Qwen3-235B-A22B
+    --compression compression.yml --out stores/qwen3 --texts data/qwen3.jsonl`.
+    """
+    from fusion_plugins.errors import ConfigError
+    from fusion_plugins.store.distillkit import import_distillkit
+
+    if format != "distillkit" or on_unusable not in ("raise", "skip"):
+        raise ConfigError(
+            f"expected --format distillkit and --on-unusable raise or skip, got {format!r} and {on_unusable!r}"
+        )
+    options = {"tokenizer": tokenizer, "compression": compression, "model": model, "on_unusable": on_unusable}
+    report = import_distillkit(source, out, texts, **options)  # type: ignore[arg-type]
+    share = report.outside / max(report.tokens - report.records, 1)
+    _say(f"{out}: {report.records:,} records of {report.tokens:,} tokens; {share:.2%} of them outside the entries")
+    for where, reason in report.skipped.items():
+        _say(f"left out {where}: {reason}")
 
 
 def export(

@@ -42,7 +42,7 @@ class RecordTable:
     span_starts: Array
     columns: dict[str, Array]
 
-    def record(self, row: int) -> Record:
+    def item(self, row: int) -> Record:
         """Return one record; its arrays are read-only copies, which do not keep the table in memory."""
         tokens, column = slice(self.starts[row], self.starts[row + 1]), self.columns
         own = {name: _copy(column[name][tokens]) for name in _PER_TOKEN}
@@ -56,13 +56,9 @@ class RecordTable:
             ce_per_byte=float(column["ce_per_byte"][row]),
         )
 
-    def text(self, row: int) -> TokenizedText:
-        """Return the text of one record."""
-        return self.record(row).text
-
     def records(self) -> Iterator[Record]:
         """Return all records, in order."""
-        return (self.record(row) for row in range(len(self.ids)))
+        return (self.item(row) for row in range(len(self.ids)))
 
 
 def _types(version: int, top_k: int) -> dict[str, tuple[str, ...]]:

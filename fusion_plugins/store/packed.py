@@ -95,6 +95,16 @@ class PackedRecord:
         return found
 
     @property
+    def ce_per_token(self) -> float:
+        """Mean cross-entropy, nats/token."""
+        return self.header[3]
+
+    @property
+    def ce_per_byte(self) -> float:
+        """Mean cross-entropy, nats/byte."""
+        return self.header[4]
+
+    @property
     def size(self) -> int:
         """Bytes that the record takes unpacked."""
         tokens, spans, id_bytes, *_ = self.header

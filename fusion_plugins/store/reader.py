@@ -9,17 +9,18 @@ import hashlib
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fusion_plugins.core.fusion.types import Record
+from fusion_plugins.core.fusion.types import LazyRecord, Record
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import MismatchError, StoreError
 from fusion_plugins.store.files import plain_file
@@ -48,6 +49,18 @@ def open_store(path: str | Path) -> "Store":
         StoreError: the folder is no store, or it is damaged.
     """
     return Store(path)
+
+
+class CrossEntropies(NamedTuple):
+    """Mean cross-entropies of a record over what is supervised, named as in it; nan without anything.
+
+    Attributes:
+        ce_per_token: nats/token.
+        ce_per_byte: nats/byte.
+    """
+
+    ce_per_token: float
+    ce_per_byte: float
 
 
 class Store:
@@ -167,13 +180,21 @@ class Store:
     def _read(self, number: int, id: str | None = None) -> Record:
         """Return the record with that number; faster with its id, once a record of its row group has been read."""
         shard, row = self._locate(number)
+        with self._reading(shard):
+            found = self._found(shard, row, id)
+            return found.unpack() if isinstance(found, PackedRecord) else found
+
+    def _found(self, shard: int, row: int, id: str | None) -> PackedRecord | Record:
+        """Return a record as its bytes where they are; a record of an old layout as it is."""
         opened = self._file(shard)
         start, stop = opened.places[row].tolist()
-        with reading(self.path, self.manifest.shards[shard]):
-            if stop and id is not None:
-                return PackedRecord(id, opened.data.slice(start, stop - start), self.manifest.top_k).unpack()
-            group = opened.group(row)
-            return self._group(shard, group).record(row - opened.starts[group])
+        if stop and id is not None:
+            return PackedRecord(id, opened.data.slice(start, stop - start), self.manifest.top_k)
+        group = opened.group(row)
+        return self._group(shard, group).item(row - opened.starts[group])
+
+    def _reading(self, shard: int) -> AbstractContextManager[None]:
+        return reading(self.path, self.manifest.shards[shard])
 
     def _locate(self, number: int) -> tuple[int, int]:
         """Return the shard of a record and its row there."""
@@ -188,14 +209,36 @@ class Store:
         Raises:
             KeyError: there is none.
         """
-        number = self._index.find(id)
-        if number is None:
-            raise KeyError(f"{self.path} holds no record {id!r}")
+        shard, row = self._locate(self._number(id))
+        with self._reading(shard):
+            found = self._found(shard, row, str(id))
+            return found.text() if isinstance(found, PackedRecord) else found.text
+
+    def cross_entropies(self, id: str) -> CrossEntropies:
+        """Return those of the record of that id, of which nothing is unpacked.
+
+        Raises:
+            KeyError: there is none.
+        """
+        shard, row = self._locate(self._number(id))
+        with self._reading(shard):
+            found = self._found(shard, row, str(id))
+            return CrossEntropies(found.ce_per_token, found.ce_per_byte)
+
+    def lazy(self, id: str) -> LazyRecord:
+        """Return the record of that id; its distributions are unpacked when they are asked for.
+
+        Raises:
+            KeyError: there is none.
+        """
+        number = self._number(id)
         shard, row = self._locate(number)
-        opened = self._file(shard)
-        group = opened.group(row)
-        with reading(self.path, self.manifest.shards[shard]):
-            return self._group(shard, group).text(row - opened.starts[group])
+        with self._reading(shard):
+            found = self._found(shard, row, str(id))
+            text = found.text() if isinstance(found, PackedRecord) else found.text
+            return LazyRecord(
+                str(id), text, found.ce_per_token, found.ce_per_byte, lambda: self._read(number, str(id)).topk
+            )
 
     def ids(self) -> list[str]:
         """Return all ids, in the order of the shards."""
@@ -207,10 +250,13 @@ class Store:
         return default if number is None else self._read(number, str(id))
 
     def __getitem__(self, id: str) -> Record:
+        return self._read(self._number(id), str(id))
+
+    def _number(self, id: str) -> int:
         number = self._index.find(id)
         if number is None:
             raise KeyError(f"{self.path} holds no record {id!r}")
-        return self._read(number, str(id))
+        return number
 
     def __contains__(self, id: object) -> bool:
         return self._index.find(id) is not None

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 
 from fusion_plugins.core.fusion.types import Record
-from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.store import shards
 from fusion_plugins.store.manifest import Manifest
 from fusion_plugins.store.old_layouts import decode_table
@@ -31,11 +30,8 @@ RECORD_COLUMN = 1
 class RecordTable(Protocol):
     """Some records of a shard."""
 
-    def record(self, row: int) -> Record:
-        """Return one record; its arrays are read-only and belong to it alone."""
-
-    def text(self, row: int) -> TokenizedText:
-        """Return the text of one record."""
+    def item(self, row: int) -> Record | PackedRecord:
+        """Return one record, as bytes where the layout allows it; its arrays are read-only and belong to it alone."""
 
     def records(self) -> Iterator[Record]:
         """Return all records, in order."""
@@ -111,17 +107,10 @@ class PackedTable:
             raise ValueError("expected an id and a record in every row")
         self._table, self._top_k = table.combine_chunks(), top_k
 
-    def _packed(self, row: int) -> PackedRecord:
+    def item(self, row: int) -> PackedRecord:
+        """Return one record as bytes."""
         id, data = (self._table[name][row] for name in _COLUMNS.names)
         return PackedRecord(id.as_py(), data.as_buffer(), self._top_k)
-
-    def record(self, row: int) -> Record:
-        """Return one record; its arrays are read-only and belong to it alone."""
-        return self._packed(row).unpack()
-
-    def text(self, row: int) -> TokenizedText:
-        """Return the text of one record."""
-        return self._packed(row).text()
 
     def places(self, shard: pa.Buffer, stop: int) -> Array | None:
         """Return (N, 2) uint32, where the bytes of each record start and end in the shard.
@@ -164,7 +153,7 @@ class PackedTable:
         Raises:
             ValueError: they would take more memory than anything that was written by us.
         """
-        packed = [self._packed(row) for row in range(self._table.num_rows)]
+        packed = [self.item(row) for row in range(self._table.num_rows)]
         size = sum(record.size for record in packed)
         if size > shards.MOST_BYTES:
             raise ValueError(f"expected at most {shards.MOST_BYTES} bytes, got {size}")

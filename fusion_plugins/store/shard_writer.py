@@ -170,6 +170,11 @@ class ShardWriter(Generic[T, M]):
         )
         # The folder may have been written by an older version, which noted no checksums of companions; each shard's own
         # version says how to read it.
+        if older := sum(shard.version < self._codec.version for shard in found.shards):
+            _say(
+                f"{self.path}: {older} of {len(found.shards)} shards are of an earlier layout, and are read as they "
+                f"are; `fusion store compact {self.path}` rewrites them."
+            )
         missing = {name: content for name, content in companions.items() if name not in found.files}
         files = found.files | self._write_companions(missing)
         joined = sorted({*found.joined, *wanted.joined})
@@ -299,8 +304,9 @@ class ShardWriter(Generic[T, M]):
         """Join neighbouring small shards, and rewrite those of an older version; a group at a time, each atomically."""
         self._join(self.manifest.shards)
 
-    def _join(self, shards: Sequence[ShardInfo]) -> None:
-        for group in self._groups(shards):
+    def _join(self, shards: Sequence[ShardInfo], *, older: bool = True) -> None:
+        """Join small shards; pack those of an older version anew, which takes long, only if that is wanted."""
+        for group in self._groups(shards, older=older):
             self._commit([item for shard in group for item in read_packed(self.path, shard, self._codec)], group)
 
     def drop(self, keys: Collection[Hashable]) -> None:
@@ -322,14 +328,17 @@ class ShardWriter(Generic[T, M]):
         return 2 * shard.rows < self._limits[0] and 2 * shard.tokens < self._limits[1]
 
     def _small_tail(self) -> list[ShardInfo]:
-        """Return the small shards at the end."""
-        return list(takewhile(self.is_small, reversed(self.manifest.shards)))[::-1]
+        """Return the small shards at the end that are not of an older version."""
+        return list(takewhile(self._is_joined, reversed(self.manifest.shards)))[::-1]
 
-    def _groups(self, shards: Sequence[ShardInfo]) -> list[list[ShardInfo]]:
+    def _is_joined(self, shard: ShardInfo) -> bool:
+        return self.is_small(shard) and shard.version >= self._codec.version
+
+    def _groups(self, shards: Sequence[ShardInfo], *, older: bool) -> list[list[ShardInfo]]:
         """Return runs of neighbouring shards that fit into one, and shards of an older version, alone if need be."""
         groups: list[list[ShardInfo]] = [[]]
         for shard in shards:
-            if shard.version >= self._codec.version and not self.is_small(shard):
+            if not (self._is_joined(shard) or (older and shard.version < self._codec.version)):
                 groups.append([])
                 continue
             together = [*groups[-1], shard]
@@ -400,9 +409,12 @@ class ShardWriter(Generic[T, M]):
         self._entries, self._saved, self.manifest = 0, len(manifest.shards), manifest
 
     def finish(self) -> None:
-        """Commit, join small shards, and mark the folder complete."""
+        """Commit, join small shards, and mark the folder complete.
+
+        Shards of an older version stay as they are: :meth:`compact` takes as long as writing the folder did.
+        """
         self.flush()
-        self.compact()
+        self._join(self.manifest.shards, older=False)
         if not self.manifest.complete:
             with self._committing():
                 self._save(self.manifest.model_copy(update={"complete": True}))

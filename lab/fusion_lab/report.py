@@ -17,11 +17,13 @@ import yaml
 from fusion_lab import ROOT
 from fusion_lab.runner import QUESTIONS, RESULTS
 
-__all__ = ["SECTIONS", "figure", "fill", "hypotheses", "markdown", "read", "save", "write_page"]
+__all__ = ["NOT_RUN", "SECTIONS", "figure", "fill", "hypotheses", "markdown", "read", "save", "write_page"]
 
 PAGE = ROOT / "docs" / "evidence.md"
 IMAGES = ROOT / "docs" / "images"
 SECTIONS = ("world", "fusellm", "settings", "cliff", "choice", "merges", "preferences")
+#: what stands where a question has no results yet
+NOT_RUN = "Declared, not run yet.\n"
 _MARKED = re.compile(r"(<!-- lab:([\w-]+) -->\n).*?(<!-- /lab -->)", re.DOTALL)
 
 

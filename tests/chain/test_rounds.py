@@ -97,6 +97,12 @@ def test_each_round_starts_from_the_checkpoint_of_the_one_before(load, tmp_path)
     # A name of the hub is no file.
     assert not any("org" in path for path in chain.reads(chain.steps["01-capture-a"]))
     assert str(tmp_path / "b") in chain.reads(chain.steps["01-capture-b"])
+    sources = [{"name": "a", "model": "made-by/a"}, {"name": "b", "model": str(tmp_path / "b")}]
+    chain = write_rounds(load(sources=sources))
+    assert chain.reads(chain.steps["02-capture-a"]) == [
+        str(tmp_path / "made/02" / name) for name in ("responses", "capture-a.yml")
+    ]
+    assert str(tmp_path / "b") in chain.reads(chain.steps["02-capture-b"])
 
 
 def test_more_rounds_leave_the_first_ones_as_they_are(load, tmp_path):
@@ -276,7 +282,10 @@ def test_the_examples_of_the_documents_and_of_the_folder_are_valid(tmp_path):
     assert made.needs(made.steps["measure"]) == ["train"]
     validate(RoundsConfig, yaml.safe_load(rounds), where="docs/running.md")
     example = write_rounds(load_rounds(_copied(tmp_path) / "rounds.yml", {}))
-    assert "01-score" in example.steps
+    assert example.needs(example.steps["02-sample"]) == ["01-train"]
+    before = load_chain(tmp_path / "fusion.yml")
+    assert before.settings.steps[-1].name == "tune"
+    assert before.needs(before.steps["score"]) == ["sample"]
 
 
 def _copied(folder):

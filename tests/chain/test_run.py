@@ -299,6 +299,16 @@ def test_an_interrupt_ends_the_steps_and_their_children(number, write, tmp_path)
         time.sleep(0.05)
 
 
+def test_a_run_under_nohup_survives_a_hangup(write, tmp_path):
+    path = write(bash("a", "touch started; while [ ! -e go ]; do sleep 0.05; done"))
+    process = subprocess.Popen(["nohup", FUSION, "run", path], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _wait_for(tmp_path / "started")
+    os.kill(process.pid, signal.SIGHUP)
+    time.sleep(0.3)
+    (tmp_path / "go").touch()
+    assert process.wait(30) == 0
+
+
 def test_a_second_run_is_kept_out_also_by_a_step_that_outlives_the_first(write, ran, tmp_path):
     path = write(bash("a", "touch started; while [ ! -e go ]; do sleep 0.05; done; echo 1 >> out", writes=["out"]))
     first = _start(path)
@@ -348,8 +358,9 @@ def test_the_state_of_a_folder_is_that_of_its_contents(tmp_path, monkeypatch):
     (folder / "in" / "x").write_text("1")
     before = state_of(folder)
     (folder / ".lock").write_text("process 1")
-    (folder / ".cache").mkdir()
-    (folder / ".cache" / "y").write_text("1")
+    for name in (".cache", "__pycache__"):
+        (folder / name).mkdir()
+        (folder / name / "y").write_text("1")
     os.utime(folder / "in" / "x", (5, 5))
     assert state_of(folder) == before != empty
     (folder / "link").symlink_to("nowhere")

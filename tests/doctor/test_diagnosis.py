@@ -47,6 +47,10 @@ def test_figures_of_known_probabilities():
     kinds = ("one-to-one", "one-to-many", "many-to-one", "crossing", "special")
     assert sum(values[f"positions {kind}"] for kind in kinds) == pytest.approx(1.0)
     assert values["mass kept"] + values["mass outside top k"] == pytest.approx(1.0)
+    # With one tokenizer every token is a chunk.
+    assert values["chunks, tokens in each"] == values["chunks, tokens that are one"] == 1.0
+    assert values["chunks, bytes in none"] == 0.0
+    assert found.chunks.positions == found.chunks.chunks
 
 
 def test_a_target_that_knows_the_labels_better_is_reported_at_a_top_k_of_one():

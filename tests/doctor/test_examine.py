@@ -1,5 +1,6 @@
 """Sides, samples and reports, on real stores and on tokenizers alone."""
 
+import json
 import math
 import shutil
 
@@ -11,7 +12,9 @@ from fusion_plugins.core.fusion.project import ProjectionOptions
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.doctor.diagnosis import figures
 from fusion_plugins.doctor.examine import Side, examine, open_side, open_target
+from fusion_plugins.doctor.page import taught_lines
 from fusion_plugins.errors import ConfigError, MismatchError
+from fusion_plugins.inputs import open_texts
 from fusion_plugins.sources.capture import CaptureConfig, capture_texts
 
 
@@ -139,3 +142,41 @@ def test_no_distribution_means_no_score(work, contents):
     record = side.record("0")
     assert math.isnan(record.ce_per_byte)
     assert np.isnan(record.topk.token_logprobs).all()
+
+
+def test_sources_of_different_domains_are_examined_on_their_own_texts_and_counted_by_domain(work, tmp_path):
+    rows = [
+        {
+            "id": f"{domain}{n}",
+            "text": f"{domain}: {n} apples and {n} more.",
+            **({"domain": domain} if domain != "instruction" else {}),
+        }
+        for domain in ("math", "code", "instruction")
+        for n in range(4)
+    ]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wheres = {"target": None, "a": {"domain": "math"}, "b": {"domain": ["code", "instruction"]}}
+    for name, where in wheres.items():
+        settings = {"model": str(work / "models" / name), "texts": str(texts), "top_k": 16, "where": where}
+        capture_texts(CaptureConfig(**settings, out=str(tmp_path / name)))
+    target, *sources = [open_side(str(tmp_path / name), None) for name in wheres]
+    report = examine(target, sources, texts=open_texts(texts))
+    assert [source.diagnosis.texts for source in report.sources] == [4, 8]
+    assert report.texts == 12
+    assert any("no text in common" in note for note in report.notes)
+    assert {domain: set(counts) - {"(no source)"} for domain, counts in report.taught.items()} == {
+        "math": {"a"}, "code": {"b"}, "instruction": {"b"},
+    }  # fmt: skip
+    for source in report.sources:
+        taught = sum(counts.get(source.diagnosis.name, 0) for counts in report.taught.values())
+        assert taught == source.diagnosis.projection.used
+    # Both have these texts: in each the one with the lower cross-entropy would teach.
+    both = examine(target, [target, sources[0]], texts=open_texts(texts))
+    assert set(both.taught) == {"math"}
+    costs = [[side.store[f"math{n}"].ce_per_byte for side in (target, sources[0])] for n in range(4)]
+    best = sum(target_ce <= own for target_ce, own in costs)
+    lines = list(taught_lines(both))
+    assert len(lines) == 1
+    assert lines[0].startswith("math: of ")
+    assert ("target" in lines[0], "a " in lines[0].partition("teach ")[2]) == (best > 0, best < 4)

@@ -56,6 +56,9 @@ def workplace(material, tmp_path_factory):
             runs.capture(folder / "data" / "scored", material.folder / "digits", store, top_k=1)
         else:
             shutil.copytree(folder / "stores" / "pairs-gemma", store)
+    shutil.copytree(folder / "data" / "scored", folder / "data" / "own_scored")
+    for source in ("gemma", "qwen-math", "qwen"):
+        shutil.copytree(folder / "stores" / "pairs-gemma", folder / "stores" / f"own-{source}")
     return folder
 
 

@@ -69,6 +69,32 @@ def test_sharded_weights_train_as_whole_ones(material, run_folder):
     assert norms == pytest.approx(logged(single, "grad_norm"), rel=2e-3)
 
 
+def test_weights_that_fsdp2_shards_train_as_whole_ones(material, run_folder):
+    """Two processes with half of every weight train as one with twice the batch; the first saves the whole model."""
+    from safetensors.torch import load_file
+
+    plugins = [PLUGIN, "averaging_plugin.AveragingPlugin", "cpu_mesh_plugin.CpuMeshPlugin"]
+    sharding = {
+        "fsdp_version": 2,
+        "fsdp_config": {
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+            "state_dict_type": "FULL_STATE_DICT",
+            "reshard_after_forward": True,
+        },
+    }
+    settings = config(material, run_folder, micro_batch_size=1, plugins=plugins, **sharding, **IN_ORDER)
+    entries, _ = two_processes(settings, run_folder, ACCELERATE_USE_CPU="true")
+    sharded = load_file(run_folder / "model" / "model.safetensors")
+    single = train(config(material, run_folder, micro_batch_size=2, **IN_ORDER), run_folder)
+    for name in ("loss", "grad_norm", "lm_loss", "fusion_loss", "kept_mass", "fused_entropy", "top1_agreement"):
+        assert [float(entry[name]) for entry in entries] == pytest.approx(logged(single, name), rel=2e-3), name
+    trained = single.model.state_dict()
+    assert sharded.keys() <= trained.keys()
+    for name, weight in sharded.items():
+        assert (weight - trained[name]).abs().max() < 1e-5, name
+
+
 def test_two_workers_prepare_the_rows_that_one_prepares(material, run_folder):
     settings = config(material, run_folder)
     _, alone = prepare(settings, run_folder)

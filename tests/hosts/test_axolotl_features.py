@@ -49,8 +49,8 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("feature", [Feature("nothing", {}), *pairs()], ids=by_name)
 def test_a_run_with_the_plugin_equals_one_without(trained, feature):
     plain, fused = trained[feature.name]["plain"], trained[feature.name]["fused"]
-    if feature.verdict == "gpu" and not torch.cuda.is_available():
-        assert isinstance(plain, str), "it runs without a GPU after all: the table should say more"
+    if feature.verdict == "host" or (feature.verdict == "gpu" and not torch.cuda.is_available()):
+        assert isinstance(plain, str), "it runs after all: the table should say more"
         assert isinstance(fused, str)
         assert fused.split(":")[0] == plain.split(":")[0]
         return

@@ -1,7 +1,10 @@
 """Logged and evaluated figures against an independent computation: sums over positions, divided once."""
 
 import csv
+import json
 import math
+import struct
+from importlib.util import find_spec
 
 import axolotl_runs as runs
 import numpy as np
@@ -257,3 +260,67 @@ def test_a_run_without_any_fused_position_has_no_fusion_loss(material, run_folde
 def test_the_table_of_the_target_is_that_of_the_store(material, gappy):
     table = TokenTable.from_tokenizer(tiny.sentencepiece_bpe())
     assert table.fingerprint == open_store(gappy[0]["store"]).manifest.tokenizer_fingerprint
+
+
+def wandb_history(file):
+    """Name -> values of a run that Weights & Biases has kept offline: protobuf records in a LevelDB log."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, parts = file.read_bytes(), 7, b""
+    found: dict[str, list[float]] = {}
+    while place + 7 <= len(data):
+        if (left := 32_768 - place % 32_768) < 7:
+            place += left
+            continue
+        size, kind = struct.unpack_from("<HB", data, place + 4)
+        parts += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # a whole record, or its last part
+            for item in Record.FromString(parts).history.item:
+                found.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
+            parts = b""
+    return found
+
+
+def mlflow_history(folder):
+    """Name -> values of the one run in a folder of MLflow's, with the names that the others use."""
+    values = {
+        file.name: [float(line.split()[1]) for line in file.read_text().splitlines()]
+        for file in folder.glob("*/*/metrics/*")
+    }
+    return {
+        f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": found
+        for name, found in values.items()
+    }
+
+
+def test_every_figure_reaches_the_trackers(material, run_folder, monkeypatch):
+    """tensorboard, Weights & Biases (offline) and, where it is installed, MLflow (in a folder)."""
+    import wandb
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trackers = {"use_tensorboard": True, "wandb_project": "fusion", "wandb_mode": "offline"}
+    monkeypatch.setenv("WANDB_DIR", str(run_folder))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("WANDB_MODE", "WANDB_PROJECT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.setenv(name, "")  # axolotl sets them for good
+    with_mlflow = find_spec("mlflow") is not None
+    if with_mlflow:
+        monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+        trackers |= {"mlflow_tracking_uri": f"file:{run_folder / 'mlflow'}", "mlflow_experiment_name": "fusion"}
+    settings = config(material, run_folder, val_set_size=4, eval_steps=1, max_steps=2, **trackers)
+    trainer = train(settings, run_folder)
+    wandb.finish()
+    events = EventAccumulator(str(next(run_folder.rglob("events.out.tfevents*")).parent)).Reload()
+    found = {
+        "tensorboard": {name: [one.value for one in events.Scalars(name)] for name in events.Tags()["scalars"]},
+        "wandb": wandb_history(next(run_folder.rglob("run-*.wandb"))),
+    }
+    if with_mlflow:
+        found["mlflow"] = mlflow_history(run_folder / "mlflow")
+    ours = ("lm_loss", "fusion_loss", "fusion_coverage", "lm_weight", "kept_mass", "fused_entropy", "top1_agreement")
+    for name in (*ours, "share_digits", "share_target", "ppl", "loss"):
+        for shown, key in ((f"train/{name}", name), (f"eval/{name}", f"eval_{name}")):
+            for tracker, values in found.items():
+                assert values.get(shown) == pytest.approx(logged(trainer, key), rel=1e-6), (tracker, shown)
+    assert len(logged(trainer, "share_digits")) == 2

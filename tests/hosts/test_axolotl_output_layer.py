@@ -385,47 +385,98 @@ def test_no_step_waits_for_the_device(name, tmp_path, monkeypatch):
         trainer.compute_loss(trainer.model, dict(batch))
 
 
-def sharded_steps(rank, name, folder, port, results):
+#: case -> model, and what is sharded by itself beside the layers and the model
+SHARDED = {
+    "capped": ("Gemma2", []),
+    "an adapter": ("Granite", []),
+    "the output layer by itself": ("Llama", ["lm_head"]),
+    "an adapter by itself": ("Granite", ["lm_head.lora_A.default", "lm_head.lora_B.default"]),
+    "outputs in 16 bits": ("Gemma2", []),
+}
+
+
+def sharded_model(case):
+    name, _ = SHARDED[case]
+    return adapted(model_of(name), target_modules=["lm_head"]) if name == "Granite" else model_of(name)
+
+
+class Gathers(TorchDispatchMode):
+    """Counts how many times weights are gathered."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "allgather" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+def sharded_steps(rank, folder, port, results):
     """One of two processes that hold half of every weight; both get the same batch."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
-    model = adapted(model_of(name), target_modules=["lm_head"]) if name == "Granite" else model_of(name)
-    base = model.get_base_model() if name == "Granite" else model
-    for layer in base.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy())
-    fully_shard(model, mesh=mesh)
-    trainer = trainer_of(model_of("Llama"), folder, loss_chunk=4)
-    trainer.model = model
-    for _ in range(2):  # what is gathered is freed, and gathered again
-        loss, gradients, _ = step(trainer, batch_of())
-    whole = {key: gradient.full_tensor() for key, gradient in gradients.items()}
+    found = {}
+    for case, (_, alone) in SHARDED.items():
+        model = sharded_model(case)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        low = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.bfloat16)  # what accelerate makes of `bf16`
+        policy = {"mesh": mesh, "mp_policy": low if case == "outputs in 16 bits" else MixedPrecisionPolicy()}
+        for layer in [*map(base.get_submodule, alone), *base.model.layers, model]:
+            fully_shard(layer, **policy)
+        trainer, batch = trainer_of(model_of("Llama"), folder, loss_chunk=4), batch_of()
+        trainer.model = model
+        step(trainer, batch)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        with Gathers() as plain:
+            model(**inputs).logits.float().sum().backward()
+        with Gathers() as ours:
+            step(trainer, batch)
+        loss, gradients, figures = step(trainer, batch)  # what is gathered is freed, and gathered again
+        whole = {key: gradient.full_tensor() for key, gradient in gradients.items()}
+        found[case] = (loss, whole, figures, trainer._losses_in_head, trainer._said, (ours.count, plain.count))
     if rank == 0:
-        torch.save((loss, whole, trainer._losses_in_head), results)
+        torch.save(found, results)
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["Gemma2", "Granite"])
-def test_weights_that_two_processes_share_are_trained_as_whole_ones(name, tmp_path):
-    """FSDP2, on the CPU."""
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """Case -> what a step of two processes gave."""
+    folder = tmp_path_factory.mktemp("sharded")
     context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
-    port, results = free_port(), tmp_path / "results"
+    port, results = free_port(), folder / "results"
     processes = [
-        context.Process(target=sharded_steps, args=(rank, name, tmp_path, port, results), daemon=True)
-        for rank in range(2)
+        context.Process(target=sharded_steps, args=(rank, folder, port, results), daemon=True) for rank in range(2)
     ]
     for process in processes:
         process.start()
     for process in processes:
         process.join(240)
     assert [process.exitcode for process in processes] == [0, 0]
-    loss, gradients, in_head = torch.load(results)
-    model = adapted(model_of(name), target_modules=["lm_head"]) if name == "Granite" else model_of(name)
-    expected, _ = by_hand(model, batch_of())
+    return torch.load(results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SHARDED)
+def test_weights_that_two_processes_share_are_trained_as_whole_ones(sharded, case):
+    """FSDP2, on the CPU. The output layer runs once, and each weight is gathered as often as the model alone does."""
+    loss, gradients, found, in_head, said, (ours, plain) = sharded[case]
+    model = sharded_model(case)
+    expected, figures = by_hand(model, batch_of())
     expected.backward()
     assert in_head
+    assert not [message for message in said if "once more" in message], said
+    assert ours == plain > 0
+    if case == "outputs in 16 bits":
+        assert loss.item() == pytest.approx(expected.item(), rel=0.02)
+        assert loss.item() != loss.bfloat16().float().item(), "the sums are not rounded"
+        assert found["fusion_coverage"] == figures["fusion_coverage"]
+        for key, parameter in model.named_parameters():
+            assert (gradients[key] - parameter.grad).norm() <= 0.05 * parameter.grad.norm() + 1e-4, key
+        return
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-6)
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:

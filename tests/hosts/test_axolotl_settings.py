@@ -18,6 +18,14 @@ from fusion_plugins.plugins import get_registry
 OPEN = {
     "sources.name": ["a", "ä b"],
     "sources.store": ["stores/a"],
+    "sources.domains": [["math"], None, "none", ["a", "数学"]],
+    "sources.where": [{"level": {"min": 1}}, None, {"verdict": ["correct", "unknown"], "x": None}],
+    "sources.weight": [1, 0, 2.5],
+    "sources.weight_by_domain": [{}, {"math": 0, "code": 0.5}],
+    "where": [{"reward": {"min": 0.1, "max": 1}}, None, {"verdict": "incorrect", "index": [0, True]}],
+    "own_source": ["target", None, "none"],
+    "rule_by_domain": [{"math": {"rule": "fixed_weights", "rule_options": {"x": None}}}],
+    "weights_from": ["data/scored", None, "none"],
     "rule": list(get_registry("fusion_rules")),
     "rule_options": [{}, {"x": None, "y": [1, None], "z": False}],
     "loss": list(get_registry("losses")),
@@ -60,10 +68,10 @@ def keys(model=FusionBlock, prefix=()):
     for name, field in model.model_fields.items():
         path, kinds = (*prefix, name), [field.annotation, *get_args(field.annotation)]
         group = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BlockSettings)), None)
-        if group is not None:
-            yield from keys(group, path)
-        elif ".".join(path) in OPEN:
+        if ".".join(path) in OPEN:
             yield path, OPEN[".".join(path)]
+        elif group is not None:
+            yield from keys(group, path)
         elif get_origin(field.annotation) is Literal:
             yield path, list(get_args(field.annotation))
         elif field.annotation is bool:
@@ -87,6 +95,8 @@ def read(block, path):
     for key in path:
         value = value[0] if isinstance(value, list) else value
         value = getattr(value, key)
+    if isinstance(value, dict):
+        return {key: own.model_dump() if isinstance(own, BlockSettings) else own for key, own in value.items()}
     return value
 
 
@@ -130,6 +140,7 @@ def test_a_null_arrives_or_is_refused(material, run_folder, monkeypatch):
             taken.append(".".join(path))
             assert read(block, path) is None
     nullable = ["top_k", "loss_chunk", "projection.max_distance", "pairs", "sft", "split"]
+    nullable += ["sources.domains", "sources.where", "where", "own_source", "weights_from"]
     nullable += [f"{group}.{key}" for group in ("pairs", "split.pairs") for key in NULLABLE_OF_PAIRS]
     assert sorted(taken) == sorted(nullable)
     assert len(messages) > 20

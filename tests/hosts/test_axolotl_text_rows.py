@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from axolotl.utils.collators import DataCollatorForSeq2Seq
-from axolotl_runs import FUSED, config, logged, prepare, train, write_rows
+from axolotl_runs import FUSED, capture, config, logged, prepare, train, write_rows
 
 from fusion_plugins.axolotl import fused, plugin
 from fusion_plugins.axolotl.args import FusionBlock
@@ -17,6 +17,7 @@ from fusion_plugins.axolotl.collator import FusionCollator
 from fusion_plugins.axolotl.guards import check_ready
 from fusion_plugins.axolotl.target_tokenizer import EncodedText
 from fusion_plugins.axolotl.text_rows import pack_text, text_fuser, unpack_text
+from fusion_plugins.core.fusion.routing import Route
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import ConfigError, FusionError, MismatchError, StoreError
 
@@ -167,6 +168,28 @@ def test_the_report_counts_a_part_of_many_texts_and_every_text_is_compared(mater
         prepare(settings | {"fusion": settings["fusion"] | {"on_unusable": "raise"}}, run_folder)
 
 
+def test_rows_count_the_sources_of_a_part_of_many_texts_and_everything_else_of_all(
+    material, run_folder, monkeypatch, caplog
+):
+    settings = config(material, run_folder, fusion={"prepared": "rows", "on_unusable": "skip"})
+
+    def prepared(name):
+        _, rows = prepare({**settings, "dataset_prepared_path": str(run_folder / name)}, run_folder)
+        (report,) = json.loads((run_folder / "model" / "fusion_report.json").read_text()).values()
+        return rows, report
+
+    every, whole = prepared("every")
+    monkeypatch.setattr(fused, "REPORTED", 7)
+    some, part = prepared("some")
+    assert every.data.to_pydict() == some.data.to_pydict(), "the rows are the same"
+    assert "the figures of each source are of one text in 4" in caplog.text
+    for key in ("texts", "positions", "fused_positions", "chosen"):
+        assert part[key] == whole[key]
+    for name, source in part["sources"].items():
+        assert 0 < source["positions"] < whole["sources"][name]["positions"] == whole["positions"]
+        assert 0 < source["exact_mass"] < whole["sources"][name]["exact_mass"]
+
+
 TRAINED = [None, np.zeros((0, 2), np.int32), np.array([[1, 4], [7, 70_000]], np.int32)]
 
 
@@ -182,10 +205,11 @@ def test_a_packed_text_comes_back(trained, widths, id):
         np.arange(n) % 3 != 1,
     )
     text = EncodedText(tokens, tokens.input_ids + 1, trained)
-    packed = pack_text(id, text)
+    route = Route(tuple(range(n % 5)) + (300,), "数学" * (n % 3))
+    packed = pack_text(id, text, route)
     for form in (packed, packed.tolist(), packed.astype(np.int64)):
-        got, found = unpack_text(form, tokens.input_ids.tolist(), text.labels.astype(np.int64))
-        assert got == id
+        got, found, same = unpack_text(form, tokens.input_ids.tolist(), text.labels.astype(np.int64))
+        assert (got, same) == (id, route)
         for name in vars(tokens):
             np.testing.assert_array_equal(getattr(found.tokens, name), getattr(tokens, name))
             assert getattr(found.tokens, name).dtype == getattr(tokens, name).dtype
@@ -214,3 +238,33 @@ def test_the_collator_can_be_sent_to_a_spawned_worker(material, run_folder):
     assert one.keys() == other.keys()
     for name in one:
         np.testing.assert_array_equal(np.asarray(one[name]), np.asarray(other[name]))
+
+
+@pytest.mark.parametrize("prepared", ["rows", "stores"])
+def test_the_same_text_under_several_ids_is_one_row_with_deduplication(material, run_folder, prepared):
+    """In one dataset and in two, texts and chats; what differs in one letter, or is trained in another way, stays."""
+    hello = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello, 12 cats."}]
+    asked = [{"role": "user", "content": "Hello!"}, hello[1]]
+    files = {
+        "a": [("a", "The 12 cats."), ("b", "The 12 cats."), ("c", "The 12 cats!")],
+        "b": [("d", "The 12 cats."), ("e", "Other cats."), ("f", "Other cats.")],
+        "c": [("g", hello), ("h", asked), ("i", hello)],
+    }
+    (run_folder / "texts").mkdir()
+    for name, rows in files.items():
+        key = "messages" if name == "c" else "text"
+        write_rows(run_folder / "texts" / f"{name}.jsonl", [{"id": id, key: content} for id, content in rows])
+    store = capture(run_folder / "texts", material.target, run_folder / "store")
+    data = [{"path": str(run_folder / "texts" / f"{name}.jsonl"), "type": FUSED} for name in files]
+    data.append(data[2] | {"roles_to_train": ["user", "assistant"]})
+    settings = config(
+        material,
+        run_folder,
+        datasets=data,
+        fusion={"sources": [{"name": "target", "store": str(store), "is_target": True}], "prepared": prepared},
+        **IN_ORDER,
+    )
+    assert len(prepare(settings, run_folder)[1]) == 12
+    cfg, found = prepare(settings | {"dataset_exact_deduplication": True}, run_folder)
+    seen = [(tuple(row["input_ids"]), tuple(row["labels"])) for row in found]
+    assert len(seen) == len(set(seen)) == 7, "3 texts, 2 chats, and these with both roles"

@@ -11,7 +11,7 @@ import vllm_checks
 
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize
-from fusion_plugins.errors import DataError, SourceError
+from fusion_plugins.errors import ConfigError, DataError, SourceError
 from fusion_plugins.sources import capture, sample
 from fusion_plugins.sources.backends import base
 from fusion_plugins.sources.backends.base import SampleRequest, Sampling, SourceSettings
@@ -105,6 +105,19 @@ def test_vllm_and_transformers_fill_the_same_store(model, shared, tmp_path, kind
         differ = record.topk.ids != expected.topk.ids
         assert differ.mean() < 0.02
         assert record.topk.ids.max() < ours.manifest.vocab_size
+
+
+def test_a_source_is_asked_for_the_targets_ids_or_says_that_it_cannot_be_asked(model, shared, engines, tmp_path):
+    texts = source_checks.texts(tmp_path / "texts.jsonl")
+    captured(model, texts, tmp_path / "target", "transformers", top_k=5)
+    asked = {"top_k": 4, "ask_ids": str(tmp_path / "target")}
+    if not engines.get("capture").asks_ids:
+        with pytest.raises(ConfigError, match="got vllm .*prompt_logprob_token_ids"):
+            captured(model, texts, tmp_path / "vllm", "vllm", **asked)
+        return
+    ours = captured(model, texts, tmp_path / "vllm", "vllm", **asked)
+    for record, expected in zip(ours, captured(model, texts, tmp_path / "own", "transformers", **asked), strict=True):
+        np.testing.assert_allclose(record.topk.logprobs, expected.topk.logprobs, rtol=1.5e-3, atol=1e-3)
 
 
 def test_nothing_of_the_training_hosts_is_imported(engines):
@@ -202,6 +215,27 @@ def test_draws_follow_the_models_distribution(model, engines):
     for token, share in zip(best, shares, strict=True):
         deviation = (share * (1 - share) / 600) ** 0.5
         assert abs(counts[tokenizer.decode([token])] / 600 - share) < 5 * deviation
+
+
+def test_drawn_tokens_and_their_log_probabilities_are_kept_as_the_model_has_them_before_temperature(model, engines):
+    sampling = Sampling(temperature=0.7, top_p=0.9, max_tokens=5, template="plain")
+    stopped = Sampling(temperature=0.7, max_tokens=30, template="plain", stop=("e", " ", "a"))
+    requests = [SampleRequest("The quick brown", sampling, seed) for seed in range(4)]
+    requests += [SampleRequest("The quick brown", stopped, seed) for seed in range(4)]
+    found = dict(engines.get("sample").sample([requests]))
+    tokenizer = tiny.sentencepiece_bpe()
+    prompt = tokenizer("The quick brown")["input_ids"]
+    for number in range(4):
+        response = found[0, number]
+        assert len(response.token_ids) == len(response.token_logprobs) == response.n_tokens
+        assert tokenizer.decode(response.token_ids, skip_special_tokens=True) == response.text
+        ids = np.array([*prompt, *response.token_ids])
+        expected = source_checks.reference_logprobs(model, ids)[len(prompt) - 1 : -1]
+        expected = np.take_along_axis(expected, np.array(response.token_ids)[:, None], axis=-1)[:, 0]
+        np.testing.assert_allclose(response.token_logprobs, expected, rtol=2e-3, atol=2e-3)
+    cut = [found[0, number] for number in range(4, 8) if found[0, number].finish_reason == "stop"]
+    # What was cut off with a stop string was drawn: the tokens do not spell the text.
+    assert any(response.token_ids is None for response in cut)
 
 
 def test_an_argument_that_the_engine_does_not_know_is_an_error_with_a_cure(model):

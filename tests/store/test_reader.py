@@ -177,6 +177,23 @@ def test_the_text_alone_is_that_of_the_record(tmp_path: Path) -> None:
             store.text("x")
 
 
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_a_lazy_record_and_the_cross_entropies_are_those_of_the_record(version: int) -> None:
+    store = Store(Path(__file__).parents[1] / "golden" / f"store_v{version}")
+    for id in store.ids():
+        record, lazy = store[id], Store(store.path).lazy(id)
+        assert "topk" not in vars(lazy), "read when it is asked for"
+        np.testing.assert_array_equal(lazy.text.input_ids, record.text.input_ids)
+        np.testing.assert_array_equal(lazy.text.spans, record.text.spans)
+        for name, values in vars(record.topk).items():
+            np.testing.assert_array_equal(getattr(lazy.topk, name), values)
+        found = np.array([store.cross_entropies(id), (lazy.ce_per_token, lazy.ce_per_byte)])
+        np.testing.assert_array_equal(found, [(record.ce_per_token, record.ce_per_byte)] * 2)
+    for read in (store.lazy, store.cross_entropies, store.text):
+        with pytest.raises(KeyError, match="holds no record 'none of them'"):
+            read("none of them")
+
+
 def test_threads_read_one_store(tmp_path: Path) -> None:
     made = [record(number, n_tokens=40) for number in range(12)]
     store = write_records(tmp_path, made)

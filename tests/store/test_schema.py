@@ -12,6 +12,7 @@ from store_contents import assert_same_record, write_records
 from store_samples import changed, columns_of, manifest, record, table
 
 from fusion_plugins.store import StoreWriter, open_store
+from fusion_plugins.store.maintain import compact
 from fusion_plugins.store.packed import PackedRecord
 
 
@@ -91,21 +92,34 @@ def test_shards_and_settings_of_version_3_are_written_as_before(tmp_path: Path) 
     }
 
 
-def test_a_store_of_version_1_is_continued_and_then_rewritten(tmp_path: Path) -> None:
-    shutil.copytree(V1, tmp_path / "store")
-    with StoreWriter(tmp_path / "store", manifest(), table()) as writer:
-        writer.write(record(4))
-        writer.flush()
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_store_of_an_older_version_is_continued_and_rewritten_only_on_request(
+    tmp_path: Path, version: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = {1: V1, 2: V2}[version]
+    vocabularies = V2_VOCABULARIES if version == 2 else (300,) * 4
+    folder = tmp_path / "store"
+    shutil.copytree(older, folder)
+    settings = {"logits_width": open_store(older).manifest.logits_width}
+    before = {path.name: path.read_bytes() for path in folder.glob("shard-*")}
+    with StoreWriter(folder, manifest(**settings), table()) as writer:
+        for number in (4, 5):
+            writer.write(record(number))
+            writer.flush()
+        assert "2 of 2 shards are of an earlier layout, and are read as they are" in capsys.readouterr().err
         versions = [shard.version for shard in writer.manifest.shards]
-        mixed = open_store(tmp_path / "store")
-        assert [item.id for item in mixed] == [f"text-{number:04d}" for number in range(5)]
+        assert [item.id for item in open_store(folder)] == [f"text-{number:04d}" for number in range(6)]
         writer.finish()
-    assert versions == [1, 1, 3]
-    rewritten = open_store(tmp_path / "store")
+        assert [shard.version for shard in writer.manifest.shards] == [*versions[:2], 3], "the new ones are joined"
+    assert versions == [version, version, 3, 3]
+    assert open_store(folder).manifest.complete
+    assert {name: (folder / name).read_bytes() for name in before} == before, "nothing old was written again"
+    compact(folder)
+    rewritten = open_store(folder)
     assert [shard.version for shard in rewritten.manifest.shards] == [3]
     assert rewritten.manifest.schema_version == 4
-    for number in range(5):
-        assert_same_record(rewritten[f"text-{number:04d}"], record(number))
+    for number, vocabulary in enumerate((*vocabularies, 300, 300)):
+        assert_same_record(rewritten[f"text-{number:04d}"], record(number, vocabulary=vocabulary))
 
 
 @pytest.mark.parametrize("vocabulary", [70_000, 65_536, 65_535])

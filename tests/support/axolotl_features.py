@@ -24,7 +24,7 @@ class Feature:
         name: what it is called in the table.
         keys: axolotl's settings; `plugins` are the other plugins, "FUSION" is where ours stands among them.
         verdict: equal; refused (by us, with a reason that names the key); gpu (plain axolotl fails here without one,
-            and ours in the same way); tested (in ways of its own); host (axolotl refuses the setting itself).
+            and ours in the same way); host (the same, for another reason); tested (in ways of its own).
         note: what there is to say.
         test: where it is tested, for `tested`.
         shown: the settings as the table shows them, where that is not `keys`.
@@ -50,6 +50,8 @@ PACKED = {"sequence_len": 256, "pad_to_sequence_len": True}
 #: the whole evaluation set is one batch: plain axolotl's eval_loss is a mean over batches
 EVALUATED = {"val_set_size": 8, "eval_steps": 1, "eval_batch_size": 8}
 HOSTS = "tests/hosts"
+LOGGED = "our figures are logged as all others"
+TRACKERS = f"{HOSTS}/test_axolotl_figures.py::test_every_figure_reaches_the_trackers"
 
 FEATURES: dict[str, list[Feature]] = {
     "Batches": [
@@ -163,6 +165,7 @@ FEATURES: dict[str, list[Feature]] = {
         ),
         Feature("added tokens", {"tokens": ["<extra>"]}),
         Feature("vocabulary of a multiple of 32", {"tokens": ["<extra>"], "resize_token_embeddings_to_32x": True}),
+        Feature("vocabulary as small as the tokenizer's", {"shrink_embeddings": True}),
         Feature("untrained tokens repaired", {"fix_untrained_tokens": [5]}),
         Feature("weights drawn anew", {"reinit_weights": True}),
         Feature(
@@ -188,6 +191,19 @@ FEATURES: dict[str, list[Feature]] = {
             {"liger_fused_linear_cross_entropy": True},
             note="the order of the plugins does not matter",
             besides={"plugins": ["FUSION", LIGER]},
+        ),
+        Feature(
+            "Liger's cross-entropy",
+            {"liger_cross_entropy": True},
+            note="replaced by ours",
+            besides={"plugins": [LIGER, "FUSION"]},
+        ),
+        Feature(
+            "Liger's token scaling",
+            {"liger_use_token_scaling": True},
+            "refused",
+            "it weighs the positions of a loss that fusion replaces",
+            besides={"liger_fused_linear_cross_entropy": True, "plugins": [LIGER, "FUSION"]},
         ),
         Feature(
             "cut cross-entropy",
@@ -217,6 +233,7 @@ FEATURES: dict[str, list[Feature]] = {
             "gradient checkpointing, not reentrant",
             {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
         ),
+        Feature("selective checkpointing", {"gradient_checkpointing": True, "selective_checkpointing": True}),
         Feature("layers kept in main memory", {"layer_offloading": True}),
         Feature(
             "activations kept in main memory", {"gradient_checkpointing": True, "activation_offloading": True}, "gpu"
@@ -231,6 +248,11 @@ FEATURES: dict[str, list[Feature]] = {
         ),
         Feature("Liger's rotary positions", {"liger_rope": True}, besides={"plugins": [LIGER, "FUSION"]}),
         Feature("Liger's gated layers", {"liger_glu_activation": True}, besides={"plugins": [LIGER, "FUSION"]}),
+        Feature(
+            "Liger's layers, behind our plugin",
+            {"liger_rope": True, "liger_glu_activation": True, "liger_layer_norm": True},
+            besides={"plugins": ["FUSION", LIGER]},
+        ),
         Feature("Liger's norm", {"liger_rms_norm": True}, "gpu", besides={"plugins": [LIGER, "FUSION"]}),
         Feature("plain attention", {"attn_implementation": "eager"}),
         Feature("FlexAttention", {"attn_implementation": "flex_attention"}, "gpu"),
@@ -274,7 +296,15 @@ FEATURES: dict[str, list[Feature]] = {
         Feature(
             "benchmarks during training", {"do_bench_eval": True}, "refused", "its rows have no fused distributions"
         ),
-        Feature("tensorboard", {"use_tensorboard": True}, note="our figures are logged as all others"),
+        Feature("tensorboard", {"use_tensorboard": True}, "tested", LOGGED, TRACKERS),
+        Feature("Weights & Biases", {"wandb_project": "fusion", "wandb_mode": "offline"}, "tested", LOGGED, TRACKERS),
+        Feature("MLflow", {"use_mlflow": True}, "tested", f"{LOGGED}; where MLflow is installed", TRACKERS),
+        Feature(
+            "Trackio",
+            {"use_trackio": True},
+            "host",
+            "axolotl 0.19 brings trackio 0.19, which does not know an argument that transformers 5 gives it",
+        ),
         Feature("tokens per second", {"include_tkps": True}),
         Feature(
             "resuming",
@@ -319,6 +349,14 @@ FEATURES: dict[str, list[Feature]] = {
             "`deepspeed`",
         ),
         Feature(
+            "FSDP2",
+            {"fsdp_version": 2, "fsdp_config": {}},
+            "tested",
+            "equal to whole weights; the output layer runs once, and its weight is gathered as often as by the model "
+            "alone",
+            f"{HOSTS}/test_axolotl_distributed.py::test_weights_that_fsdp2_shards_train_as_whole_ones",
+        ),
+        Feature(
             "context parallel", {"context_parallel_size": 2}, "refused", "it splits tokens but not their distributions"
         ),
         Feature("the same, by its old name", {"sequence_parallel_degree": 2}, "refused", "the same"),
@@ -330,13 +368,14 @@ FEATURES: dict[str, list[Feature]] = {
 def pairs() -> Iterator[Feature]:
     """The features that are trained with and without the plugin."""
     for features in FEATURES.values():
-        yield from (feature for feature in features if feature.verdict in ("equal", "gpu"))
+        yield from (feature for feature in features if feature.verdict in ("equal", "gpu", "host"))
 
 
 WORDS = {
     "equal": "equal",
     "refused": "refused",
     "gpu": "not tested: needs a GPU",
+    "host": "fails without the plugin, too",
     "tested": "tested",
 }
 

@@ -139,7 +139,8 @@ class FusionReport:
         positions: supervised positions of the target.
         fused_positions: positions with a fused distribution.
         chosen: source name -> texts for which it has the lowest cross-entropy; the first of equals.
-        sources: source name -> the counters of its projection, over the texts that it takes part in.
+        sources: source name -> the counters of its projection, over the texts that it takes part in or over some of
+            them: ``positions`` there says of how many positions.
         taught: domain -> source name (or that there are several, or none) -> positions that it teaches.
         untaught: texts that no source takes part in.
         chunks: of a loss of chunks, whose positions are the fused ones.
@@ -155,7 +156,7 @@ class FusionReport:
     chunks: ChunkReport = field(default_factory=ChunkReport)
 
     def __add__(self, other: "FusionReport") -> "FusionReport":
-        names = list(dict.fromkeys([*self.sources, *other.sources]))
+        names = list(dict.fromkeys([*self.chosen, *self.sources, *other.chosen, *other.sources]))
         nothing = ProjectionReport()
         return FusionReport(
             self.texts + other.texts,

@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from fusion_plugins.core.arrays import IntArray, as_array
 from fusion_plugins.core.fusion.flat import Texts, joined, starts_of
 from fusion_plugins.core.fusion.record import cross_entropy
-from fusion_plugins.core.fusion.types import Record
+from fusion_plugins.core.fusion.types import AnyRecord
 from fusion_plugins.core.jit import compiled
 from fusion_plugins.core.text.token_bytes import TokenBytes
 from fusion_plugins.core.text.types import TokenizedText
@@ -26,11 +27,12 @@ from fusion_plugins.errors import AlignmentError
 _UNKNOWN = -1
 _CONTEXT = 24
 Spelling = npt.NDArray[np.int16]
+R = TypeVar("R", bound=AnyRecord)
 
 
 def common_text(
-    record: Record, target: TokenizedText, source_bytes: TokenBytes, target_bytes: TokenBytes
-) -> tuple[Record, TokenizedText]:
+    record: R, target: TokenizedText, source_bytes: TokenBytes, target_bytes: TokenBytes
+) -> tuple[R, TokenizedText]:
     """Narrow the spans of both sides to the text that they have in common.
 
     The spans of a turn are syntax, part, syntax, part, ..., syntax. Syntax that differs is left out on both sides, and
@@ -85,11 +87,11 @@ def common_text(
 def common_texts(
     source: Texts,
     target: Texts,
-    records: Sequence[Record],
+    records: Sequence[AnyRecord],
     targets: Sequence[TokenizedText],
     tokens: tuple[TokenBytes, TokenBytes],
 ) -> tuple[Texts, Texts, dict[int, AlignmentError]]:
-    """Narrow the spans of B texts as :func:`common_text` does; texts that are plainly the same take no Python.
+    """Narrow the spans of B texts as :func:`common_text` does; texts whose parts are plainly the same take no Python.
 
     Args:
         source: the texts in the source's tokens.
@@ -121,7 +123,7 @@ def common_texts(
     )
 
 
-def _corresponding(record: Record, target: TokenizedText) -> tuple[IntArray, IntArray]:
+def _corresponding(record: AnyRecord, target: TokenizedText) -> tuple[IntArray, IntArray]:
     """Return the spans of both sides that have the same numbers."""
     source_spans, target_spans = record.text.spans, target.spans
     if len(source_spans) == len(target_spans):
@@ -149,7 +151,7 @@ def _has_text(spelling: Spelling) -> bool:
     return bool(_text(spelling).strip())
 
 
-def comparable(records: Sequence[Record], common: Sequence[tuple[Record, TokenizedText]]) -> list[Record]:
+def comparable(records: Sequence[AnyRecord], common: Sequence[tuple[AnyRecord, TokenizedText]]) -> list[AnyRecord]:
     """Measure the cross-entropies of several sources over the same bytes.
 
     A source whose record was cut, or whose template leaves a part out, has a cross-entropy over other bytes, and
@@ -193,7 +195,7 @@ def narrowed(source: Texts, target: Texts, ranges: Sequence[IntArray | None]) ->
     return source.with_spans(spans, starts), target.with_spans(t_spans, starts)
 
 
-def within(record: Record, target: TokenizedText, ranges: IntArray) -> tuple[Record, TokenizedText]:
+def within(record: R, target: TokenizedText, ranges: IntArray) -> tuple[R, TokenizedText]:
     """Narrow spans that correspond by their number to some ranges of bytes of the target's text, (R, 2)."""
     own, other = [], []
     for span, t_span in zip(record.text.spans, target.spans, strict=True):
@@ -205,7 +207,7 @@ def within(record: Record, target: TokenizedText, ranges: IntArray) -> tuple[Rec
     return replace(record, text=text), replace(target, spans=np.concatenate([empty, *other]).astype(np.int32))
 
 
-def _measured(record: Record, own: Record, target: TokenizedText, shared: IntArray) -> Record:
+def _measured(record: AnyRecord, own: AnyRecord, target: TokenizedText, shared: IntArray) -> AnyRecord:
     """Measure one source over some ranges of bytes of the target's text."""
     text = within(own, target, shared)[0].text
     if np.diff(text.spans).sum() == np.diff(record.text.spans).sum():
@@ -268,10 +270,10 @@ def _narrow(spans, t_spans, span_starts, ranges, range_starts):  # type: ignore[
 
 @compiled
 def _same_texts(source, target, s_tokens, t_tokens):  # type: ignore[no-untyped-def]
-    """Compare the spans of each text byte by byte, and join those that touch on both sides.
+    """Compare the spans of each text byte by byte, leave out syntax that differs, join spans that touch on both sides.
 
     Returns:
-        (B,) bool, whether all spans are the same as they are; the spans of these texts, (M, 4) int32, of both sides;
+        (B,) bool, whether all parts are the same as they are; the spans of these texts, (M, 4) int32, of both sides;
         and where those of each text begin, (B + 1,).
     """
     n_texts = len(source.starts) - 1
@@ -286,11 +288,16 @@ def _same_texts(source, target, s_tokens, t_tokens):  # type: ignore[no-untyped-
         if same[b]:
             left = _spelled(source.ids[own], source.ends[own], source.exact[own], s_spans, s_tokens)
             right = _spelled(target.ids[other], target.ends[other], target.exact[other], t_spans, t_tokens)
+            at = 0
             for m in range(len(s_spans)):
                 (start, stop), (t_start, t_stop) = s_spans[m], t_spans[m]
-                # A span without bytes may be syntax that is left out.
-                empty = stop == start and len(s_spans) > 1
-                if empty or stop - start != t_stop - t_start or _differ(left[start:stop], right[t_start:t_stop]):
+                at = at + 1 if _touch(s_spans, t_spans, m) else 0
+                syntax = at % 2 == 0 and (at > 0 or _touch(s_spans, t_spans, m + 1))  # as in `_is_syntax`
+                if syntax and stop == start:
+                    continue
+                if stop - start != t_stop - t_start or _differ(left[start:stop], right[t_start:t_stop]):
+                    if syntax:
+                        continue
                     same[b] = False
                     n = first
                     break
@@ -301,6 +308,14 @@ def _same_texts(source, target, s_tokens, t_tokens):  # type: ignore[no-untyped-
                 n += 1
         starts[b + 1] = n
     return same, pairs[:n], starts
+
+
+@compiled
+def _touch(spans, t_spans, m):  # type: ignore[no-untyped-def]
+    """Whether span ``m`` begins where the one before it ends, on both sides."""
+    if not 0 < m < len(spans):
+        return False
+    return spans[m, 0] == spans[m - 1, 1] and t_spans[m, 0] == t_spans[m - 1, 1]
 
 
 @compiled

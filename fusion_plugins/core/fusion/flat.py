@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusion_plugins.core.arrays import BoolArray, FloatArray, IntArray, as_array
-from fusion_plugins.core.fusion.types import Record, TopK
+from fusion_plugins.core.fusion.types import AnyRecord, TopK
 from fusion_plugins.core.text.types import TokenizedText
 
 Starts = npt.NDArray[np.int64]
@@ -55,6 +55,20 @@ class Texts(NamedTuple):
             starts_of(spans),
         )
 
+    def take(self, numbers: npt.NDArray[np.intp]) -> "Texts":
+        """Return some of the texts, by ascending numbers."""
+        if len(numbers) == len(self.starts) - 1:
+            return self
+        tokens, spans = places_of(self.starts, numbers), places_of(self.span_starts, numbers)
+        return Texts(
+            self.ids[tokens],
+            self.ends[tokens],
+            self.exact[tokens],
+            self.spans[spans],
+            _starts(np.diff(self.starts)[numbers]),
+            _starts(np.diff(self.span_starts)[numbers]),
+        )
+
     def spans_of(self, b: int) -> IntArray:
         """Return the spans of one text."""
         return self.spans[self.span_starts[b] : self.span_starts[b + 1]]
@@ -96,7 +110,7 @@ class Entries(NamedTuple):
     next: FloatArray
 
     @classmethod
-    def of(cls, records: Sequence[Record]) -> "Entries":
+    def of(cls, records: Sequence[AnyRecord]) -> "Entries":
         """Put what a source says about several texts one after the other."""
         topk = [record.topk for record in records]
         if len({said.ids.shape[1] for said in topk}) > 1:
@@ -128,4 +142,14 @@ def joined(arrays: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDAr
 
 def starts_of(parts: Sequence[Any]) -> Starts:
     """Return (B + 1,) where each part begins, and where the last ends."""
-    return np.cumsum([0, *map(len, parts)], dtype=np.int64)
+    return _starts(np.array([*map(len, parts)], np.int64))
+
+
+def places_of(starts: Starts, numbers: npt.NDArray[np.intp]) -> Starts:
+    """Return the places, in flat arrays, of some parts one after the other."""
+    parts = [np.arange(starts[b], starts[b + 1]) for b in numbers.tolist()]
+    return np.concatenate([np.empty(0, np.int64), *parts])
+
+
+def _starts(lengths: Starts) -> Starts:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])

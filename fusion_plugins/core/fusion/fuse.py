@@ -8,14 +8,14 @@ References: FuseLLM (arXiv 2401.10491), section 3.3; the published AvgCE weights
 ``compat="fusellm"``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fusion_plugins.core.arrays import FloatArray
+from fusion_plugins.core.arrays import FloatArray, as_array
 from fusion_plugins.core.fusion.types import SparseDistributions
 from fusion_plugins.core.jit import compiled
 from fusion_plugins.errors import ConfigError
@@ -36,6 +36,12 @@ def per_token(rule: FusionRule) -> FusionRule:
 def _by_position(rule: FusionRule) -> FusionRule:
     """Mark a rule that treats every position alone, so that many texts can be given to it one after the other."""
     rule.by_position = True  # type: ignore[attr-defined]
+    return rule
+
+
+def _selects(rule: FusionRule) -> FusionRule:
+    """Mark a rule that takes distributions as they are, so that they can be truncated before it."""
+    rule.selects = True  # type: ignore[attr-defined]
     return rule
 
 
@@ -82,11 +88,12 @@ def fuse(
             raise ConfigError(f"unknown fusion rule {rule!r}; expected one of {', '.join(sorted(RULES))}")
         rule = RULES[rule]
     width = max((d.ids.shape[-1] for d in distributions), default=0)
-    return rule([_padded(d, width) for d in distributions], cross_entropies, **options)
+    return rule([padded(d, width) for d in distributions], cross_entropies, **options)
 
 
 @by_cross_entropy
 @_by_position
+@_selects
 def min_ce(
     distributions: Sequence[SparseDistributions], cross_entropies: CrossEntropies, *, missing: str = "mask"
 ) -> SparseDistributions:
@@ -114,6 +121,7 @@ def min_ce(
 
 @by_cross_entropy
 @_by_position
+@_selects
 @per_token
 def token_min_ce(distributions: Sequence[SparseDistributions], cross_entropies: CrossEntropies) -> SparseDistributions:
     """Take each position from the source with the lowest cross-entropy there, among those that have a distribution.
@@ -207,6 +215,11 @@ def _mixture(distributions: Sequence[SparseDistributions], weights: npt.NDArray[
     return SparseDistributions(out_ids.reshape(*lead, -1), out_logprobs.reshape(*lead, -1), leftover, kept, source)
 
 
+def chooses_by_text(rule: FusionRule, options: Mapping[str, Any]) -> bool:
+    """Whether a rule takes all of a text from the source with the lowest cross-entropy, whatever the others say."""
+    return rule is min_ce and options.get("missing", "mask") == "mask"
+
+
 def min_ce_choice(cross_entropies: CrossEntropies) -> npt.NDArray[np.intp]:
     """Return the index of the source with the lowest cross-entropy, over the first axis; the first of equals."""
     costs = np.asarray(cross_entropies, np.float64)
@@ -252,16 +265,21 @@ def truncate(distributions: SparseDistributions, width: int, *, renormalize: boo
         width: entries to keep, at least 1.
         renormalize: scale the kept entries to sum to 1 (leftover 0) instead of moving the rest to ``leftover``.
     """
-    padded = _padded(_descending(distributions), width)
-    ids, logprobs = padded.ids[..., :width], padded.logprobs[..., :width]
-    held = np.exp(logprobs.astype(np.float64)).sum(axis=-1)
+    ids, logprobs = distributions.ids, as_array(distributions.logprobs, np.float32)
+    *lead, entries = ids.shape
+    if not (logprobs[..., 1:] <= logprobs[..., :-1]).all():  # a rule of another package may not sort them
+        order = np.argsort(-logprobs, axis=-1, kind="stable")
+        ids, logprobs = np.take_along_axis(ids, order, axis=-1), np.take_along_axis(logprobs, order, axis=-1)
+    ids, logprobs, held = _cut(
+        as_array(ids, np.int32).reshape(-1, entries), logprobs.reshape(-1, entries), width, renormalize
+    )
+    ids, logprobs, held = ids.reshape(*lead, width), logprobs.reshape(*lead, width), held.reshape(lead)
     if not renormalize:
         leftover = np.clip(1.0 - held, 0.0, 1.0).astype(np.float32)
         return SparseDistributions(ids, logprobs, leftover, held.astype(np.float32), distributions.source)
-    log_held = np.log(np.where(held > 0, held, 1.0)).astype(np.float32)
     leftover = np.where(held > 0, 0.0, 1.0).astype(np.float32)
     kept = None if distributions.kept is None else (distributions.kept * held).astype(np.float32)
-    return SparseDistributions(ids, logprobs - log_held[..., None], leftover, kept, distributions.source)
+    return SparseDistributions(ids, logprobs, leftover, kept, distributions.source)
 
 
 RULES: dict[str, FusionRule] = {
@@ -299,7 +317,9 @@ def _per_position(
 def _select(distributions: Sequence[SparseDistributions], choice: npt.NDArray[np.intp]) -> SparseDistributions:
     """Take each position from the source that ``choice`` (..., T) names."""
     first = distributions[0]
-    ids, logprobs, leftover = first.ids.copy(), first.logprobs.copy(), first.leftover.copy()
+    ids, logprobs, leftover = first.ids, first.logprobs, first.leftover
+    if len(distributions) > 1:
+        ids, logprobs, leftover = ids.copy(), logprobs.copy(), leftover.copy()
     for index, source in enumerate(distributions[1:], start=1):
         chosen = choice == index
         ids[chosen], logprobs[chosen] = source.ids[chosen], source.logprobs[chosen]
@@ -321,17 +341,8 @@ def _own_kept(distributions: SparseDistributions) -> FloatArray:
     return held
 
 
-def _descending(distributions: SparseDistributions) -> SparseDistributions:
-    """Sort entries by descending probability, unless they are sorted: a rule of another package may not do it."""
-    logprobs = distributions.logprobs
-    if (logprobs[..., 1:] <= logprobs[..., :-1]).all():
-        return distributions
-    order = np.argsort(-logprobs, axis=-1, kind="stable")
-    ids = np.take_along_axis(distributions.ids, order, axis=-1)
-    return replace(distributions, ids=ids, logprobs=np.take_along_axis(logprobs, order, axis=-1))
-
-
-def _padded(distributions: SparseDistributions, width: int) -> SparseDistributions:
+def padded(distributions: SparseDistributions, width: int) -> SparseDistributions:
+    """Return distributions with empty entries up to a width."""
     missing = width - distributions.ids.shape[-1]
     if missing <= 0:
         return distributions
@@ -341,6 +352,22 @@ def _padded(distributions: SparseDistributions, width: int) -> SparseDistributio
         ids=np.pad(distributions.ids, pad, constant_values=-1),
         logprobs=np.pad(distributions.logprobs, pad, constant_values=-np.inf),
     )
+
+
+@compiled
+def _cut(ids, logprobs, width, renormalize):  # type: ignore[no-untyped-def]
+    """Keep the first ``width`` entries of each position, perhaps scaled to sum to 1; also return their sum."""
+    n_positions, n_kept = len(ids), min(width, ids.shape[1])
+    out_ids = np.full((n_positions, width), -1, np.int32)
+    out = np.full((n_positions, width), -np.inf, np.float32)
+    held = np.zeros(n_positions)
+    for t in range(n_positions):
+        for k in range(n_kept):
+            held[t] += np.exp(np.float64(logprobs[t, k]))
+        log_held = np.float32(np.log(held[t]) if renormalize and held[t] > 0.0 else 0.0)
+        for k in range(n_kept):
+            out_ids[t, k], out[t, k] = ids[t, k], logprobs[t, k] - log_held
+    return out_ids, out, held
 
 
 @compiled

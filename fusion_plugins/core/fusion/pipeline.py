@@ -17,27 +17,29 @@ from fusion_plugins.core.fusion.accounting import FusionReport, ProjectionReport
 from fusion_plugins.core.fusion.align import TextAligner, align_by_tokens, align_dtw, align_many, align_texts
 from fusion_plugins.core.fusion.chunks import ChunkReport, ChunkSide, TextChunks, common_chunks
 from fusion_plugins.core.fusion.common_text import common_texts, comparable, narrowed
-from fusion_plugins.core.fusion.flat import Entries, Texts, joined
+from fusion_plugins.core.fusion.flat import Entries, Starts, Texts, joined, places_of
 from fusion_plugins.core.fusion.fuse import (
     FusionRule,
     avg_ce,
+    chooses_by_text,
     fuse,
     kept_mass,
     min_ce,
     min_ce_choice,
+    padded,
     token_min_ce,
     truncate,
 )
 from fusion_plugins.core.fusion.project import Projection, Projector
 from fusion_plugins.core.fusion.projection_kernel import supervised_texts
 from fusion_plugins.core.fusion.record import build_record
-from fusion_plugins.core.fusion.types import FusedTexts, Record, SparseDistributions, TopK, VocabularyMap
+from fusion_plugins.core.fusion.types import AnyRecord, FusedTexts, Record, SparseDistributions, TopK, VocabularyMap
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, ConfigError, MismatchError
 
 #: name -> cross-entropy of a record: nats per byte, comparable across tokenizers, or per source token, as published
-METRICS: dict[str, Callable[[Record], float]] = {"byte": attrgetter("ce_per_byte"), "token": attrgetter("ce_per_token")}
+METRICS: dict[str, Callable[[Any], float]] = {"byte": attrgetter("ce_per_byte"), "token": attrgetter("ce_per_token")}
 _NO_RANGES = np.empty((0, 2), np.int32)
 
 
@@ -81,7 +83,7 @@ class FusionPlan:
     sources: tuple[FusionSource, ...]
     rule: FusionRule = min_ce
     rule_options: Mapping[str, Any] = field(default_factory=dict)
-    metric: Callable[[Record], float] = METRICS["byte"]
+    metric: Callable[[Any], float] = METRICS["byte"]
     width: int = 10
     label_fallback: bool = False
     rules: Mapping[str, tuple[FusionRule, Mapping[str, Any]]] = field(default_factory=dict)
@@ -95,6 +97,11 @@ class FusionPlan:
             raise ConfigError("expected at least one source to fuse, got none. Name stores in fusion.sources.")
         if self.width < 1:
             raise ConfigError(f"expected a width of at least 1 entry, got {self.width}. Raise fusion.top_k.")
+
+    @property
+    def chooses_by_text(self) -> bool:
+        """Whether all of a text is from one source, which the cross-entropies alone tell."""
+        return chooses_by_text(self.rule, self.rule_options)
 
 
 def fuse_text(
@@ -122,9 +129,10 @@ def fuse_text(
 def fuse_texts(
     plan: FusionPlan,
     targets: Sequence[TokenizedText],
-    records: Sequence[Sequence[Record]],
+    records: Sequence[Sequence[AnyRecord]],
     trained: Sequence[IntArray | None] | None = None,
     *,
+    counted: Sequence[bool] | BoolArray | None = None,
     on_unusable: str = "raise",
 ) -> tuple[FusedTexts, FusionReport]:
     """Fuse the sources' records of B texts into flat arrays.
@@ -135,6 +143,9 @@ def fuse_texts(
         records: per source, in the plan's order, its records of the B texts.
         trained: per text, (R, 2) byte ranges of the target's text that are trained on, ascending, or None for all
             spans; None for all spans of all texts.
+        counted: (B,) texts of which all sources are projected and counted; all by default. Where the cross-entropies
+            alone tell which source is taken, the others of a text that is not counted are not projected, and the
+            distributions of a :class:`~fusion_plugins.core.fusion.types.LazyRecord` are not read.
         on_unusable: what happens to a text that a source has not read as the target does. ``raise``, or ``skip``: its
             positions stay empty, and ``unusable`` has the error.
 
@@ -142,7 +153,7 @@ def fuse_texts(
 
     Returns:
         (N, width) fused distributions of all positions, empty where nothing can be taught (the last position of a text
-        always), and the counters of the texts that were used.
+        always), and the counters of the texts that were used; those of each source are of the counted texts.
 
     Raises:
         MismatchError: the records are not one per source and text, or not of one text.
@@ -169,28 +180,14 @@ def fuse_texts(
         sides = [side.narrowed(ranges) for side in sides]
         left_out = np.repeat([b in unusable for b in range(len(targets))], np.diff(wanted.starts))
         matched = [np.where(left_out, np.int32(-1), positions) for positions in matched]
-    projections = [
-        source.projector.project(side.source, Entries.of(side.records), positions, side.target)
-        for source, side, positions in zip(plan.sources, sides, matched, strict=True)
-    ]
     costs = _cross_entropies(plan, sides)
-    fused = _fused(plan, projections, costs, wanted)
-    supervised = supervised_texts(wanted)
-    # Labels are filled in after fusion, so that no rule mixes one into, or prefers it to, a source's distribution.
-    labelled = supervised & ~fused.present & plan.label_fallback
-    fused = _with_labels(fused, labelled, wanted.ids)
     best = min_ce_choice(costs).astype(np.int16)
+    parts = _parts(plan, best, counted)
+    fused_parts, reports = zip(*(_fuse_part(plan, part, wanted, sides, matched, costs) for part in parts), strict=True)
+    fused = _in_place(wanted.starts, parts, fused_parts)
     best[list(unusable)] = -1
-    report = FusionReport(
-        texts=len(targets) - len(unusable),
-        positions=int(supervised.sum()),
-        fused_positions=int(fused.present.sum()),
-        chosen={source.name: int((best == s).sum()) for s, source in enumerate(plan.sources)},
-        sources={
-            source.name: _source_report(projection, supervised, labelled)
-            for source, projection in zip(plan.sources, projections, strict=True)
-        },
-    )
+    chosen = {source.name: int((best == s).sum()) for s, source in enumerate(plan.sources)}
+    report = sum(reports, FusionReport(texts=len(targets) - len(unusable), chosen=chosen))
     return FusedTexts(
         fused.ids,
         fused.logprobs,
@@ -268,16 +265,23 @@ class _Side:
     ``source`` and ``target`` are both tokenizations, with spans that correspond by their number.
     """
 
-    records: Sequence[Record]
+    records: Sequence[AnyRecord]
     targets: Sequence[TokenizedText]
     source: Texts
     target: Texts
+
+    def take(self, numbers: npt.NDArray[np.intp]) -> "_Side":
+        """Return some of the texts, by ascending numbers."""
+        if len(numbers) == len(self.records):
+            return self
+        records, targets = [self.records[b] for b in numbers], [self.targets[b] for b in numbers]
+        return _Side(records, targets, self.source.take(numbers), self.target.take(numbers))
 
     def narrowed(self, ranges: Sequence[IntArray | None]) -> "_Side":
         source, target = narrowed(self.source, self.target, ranges)
         return replace(self, source=source, target=target)
 
-    def pair(self, b: int) -> tuple[Record, TokenizedText]:
+    def pair(self, b: int) -> tuple[AnyRecord, TokenizedText]:
         """Return both sides of one text with the spans that they have in common."""
         record = self.records[b]
         return (
@@ -303,7 +307,7 @@ def _nothing(width: int) -> FusedTexts:
 
 
 def _common_sides(
-    plan: FusionPlan, wanted: Texts, targets: Sequence[TokenizedText], records: Sequence[Sequence[Record]]
+    plan: FusionPlan, wanted: Texts, targets: Sequence[TokenizedText], records: Sequence[Sequence[AnyRecord]]
 ) -> tuple[list[_Side], dict[int, AlignmentError]]:
     """Find what each source's texts have in common with the target's, and the texts that are not the same."""
     sides: list[_Side] = []
@@ -343,6 +347,82 @@ def _cross_entropies(plan: FusionPlan, sides: Sequence[_Side]) -> npt.NDArray[np
     return costs
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Some texts of a call, and the sources that are projected for them.
+
+    Attributes:
+        texts: ascending numbers.
+        sources: numbers, in the plan's order.
+        counted: whether the sources are counted in the report.
+    """
+
+    texts: npt.NDArray[np.intp]
+    sources: Sequence[int]
+    counted: bool = False
+
+
+def _parts(plan: FusionPlan, best: npt.NDArray[np.int16], counted: Sequence[bool] | BoolArray | None) -> list[_Part]:
+    """Divide the texts into those that need all sources, and those that need only their best one."""
+    every = np.ones(len(best), np.bool_)
+    if counted is not None and plan.chooses_by_text:
+        every = np.asarray(counted, np.bool_)
+    numbers = range(len(plan.sources))
+    parts = [_Part(np.flatnonzero(every), numbers, counted=True)]
+    parts += [_Part(np.flatnonzero(~every & (best == s)), [s]) for s in numbers]
+    return [part for part in parts if part.texts.size]
+
+
+def _fuse_part(
+    plan: FusionPlan,
+    part: _Part,
+    wanted: Texts,
+    sides: Sequence[_Side],
+    matched: Sequence[IntArray],
+    costs: npt.NDArray[np.float64],
+) -> tuple[SparseDistributions, FusionReport]:
+    """Project and fuse some of the texts; the report has the counters of positions and sources."""
+    positions, wanted = places_of(wanted.starts, part.texts), wanted.take(part.texts)
+    # Such a rule takes whole distributions, so it makes no difference that they are cut and scaled before it.
+    most = plan.width if getattr(plan.rule, "selects", False) else None
+    projections = []
+    for s in part.sources:
+        side = sides[s].take(part.texts)
+        projector, entries = plan.sources[s].projector, Entries.of(side.records)
+        projections.append(projector.project(side.source, entries, matched[s][positions], side.target, most=most))
+    fused = _fused(plan, projections, costs[list(part.sources)][:, part.texts], wanted)
+    supervised, present = supervised_texts(wanted), fused.present
+    # Labels are filled in after fusion, so that no rule mixes one into, or prefers it to, a source's distribution.
+    labelled = supervised & ~present & plan.label_fallback
+    fused = _with_labels(fused, labelled, wanted.ids)
+    if not part.counted:  # the rule has seen one source, which was number 0 to it
+        fused = replace(fused, source=np.where(fused.source == 0, part.sources[0], -1).astype(np.int16))
+    names = [plan.sources[s].name for s in part.sources] if part.counted else []
+    return fused, FusionReport(
+        positions=int(supervised.sum()),
+        fused_positions=int((present | labelled).sum()),
+        sources={
+            name: _source_report(projection, supervised, labelled)
+            for name, projection in zip(names, projections, strict=False)
+        },
+    )
+
+
+def _in_place(starts: Starts, parts: Sequence[_Part], fused: Sequence[SparseDistributions]) -> SparseDistributions:
+    """Put the texts of all parts into their order."""
+    if len(parts) == 1:
+        return fused[0]
+    found = {}
+    for name in ("ids", "logprobs", "leftover", "kept", "source"):
+        first = getattr(fused[0], name)
+        found[name] = np.empty((starts[-1], *first.shape[1:]), first.dtype)
+    for part, own in zip(parts, fused, strict=True):
+        positions = places_of(starts, part.texts)
+        for name, values in found.items():
+            values[positions] = getattr(own, name)
+    return SparseDistributions(**found)
+
+
 def _fused(
     plan: FusionPlan, projections: Sequence[Projection], costs: npt.NDArray[np.float64], wanted: Texts
 ) -> SparseDistributions:
@@ -355,7 +435,9 @@ def _fused(
 
     def apply(given: Sequence[SparseDistributions], costs: npt.NDArray[np.float64]) -> SparseDistributions:
         fused = fuse(given, costs, rule=plan.rule, **plan.rule_options)
-        return _described(truncate(fused, plan.width, renormalize=renormalize), given)
+        cut = getattr(plan.rule, "selects", False)
+        fused = padded(fused, plan.width) if cut else truncate(fused, plan.width, renormalize=renormalize)
+        return _described(fused, given)
 
     if getattr(plan.rule, "by_position", False):
         return apply(distributions, costs if per_token else np.repeat(costs, np.diff(wanted.starts), axis=1))
@@ -374,12 +456,8 @@ def _fused(
 def _source_report(projection: Projection, supervised: BoolArray, labelled: BoolArray) -> ProjectionReport:
     """Complete the counters of a source by what it has no text for."""
     report, total = projection.report, int(supervised.sum())
-    return replace(
-        report,
-        positions=total,
-        left_out=total - report.positions,
-        fallback=int((labelled & ~projection.distributions.present).sum()),
-    )
+    fallback = int((~projection.distributions.present[labelled]).sum())
+    return replace(report, positions=total, left_out=total - report.positions, fallback=fallback)
 
 
 def _described(fused: SparseDistributions, distributions: Sequence[SparseDistributions]) -> SparseDistributions:
@@ -395,7 +473,7 @@ def _described(fused: SparseDistributions, distributions: Sequence[SparseDistrib
     return replace(fused, kept=np.where(present, kept, np.float32(0)), source=np.where(present, source, np.int16(-1)))
 
 
-def _check_records(plan: FusionPlan, targets: Sequence[TokenizedText], records: Sequence[Sequence[Record]]) -> None:
+def _check_records(plan: FusionPlan, targets: Sequence[TokenizedText], records: Sequence[Sequence[AnyRecord]]) -> None:
     if len(records) != len(plan.sources) or any(len(own) != len(targets) for own in records):
         names = ", ".join(source.name for source in plan.sources)
         got = ", ".join(str(len(own)) for own in records) or "none"

@@ -155,7 +155,9 @@ class Projector:
         matched = checked_positions(alignment, record.text, target)
         return self.project(Texts.of([record.text]), Entries.of([record]), matched, Texts.of([target]))
 
-    def project(self, source: Texts, entries: Entries, matched: IntArray, target: Texts) -> Projection:
+    def project(
+        self, source: Texts, entries: Entries, matched: IntArray, target: Texts, *, most: int | None = None
+    ) -> Projection:
         """Rewrite a source's distributions of B texts at once.
 
         Args:
@@ -164,6 +166,8 @@ class Projector:
             matched: (N,) int32 source position, counted from the start of its text, of each position of the target; -1
                 for none.
             target: the texts in the target's tokens, N in all.
+            most: entries per position that are kept, the most probable ones; all by default. The others are left out
+                before the entries are scaled, and are no part of the kept mass.
         """
         ids, logprobs, leftover, kept, label_logprobs, counts, masses = project_texts(
             matched,
@@ -174,6 +178,7 @@ class Projector:
             self.options.chain,
             self.options.renormalize,
             float(self.options.min_mass),
+            np.iinfo(np.int32).max if most is None else most,
         )
         return Projection(SparseDistributions(ids, logprobs, leftover, kept), label_logprobs, _report(counts, masses))
 

@@ -6,7 +6,7 @@
 2. :func:`_overlaps` compares the next tokens of both sides at each position of the target: a *kind*, and the mass that
    the chain gives the label.
 3. :func:`_project` goes once through the entries of each position, sums their masses per target token, sorts the sums
-   and writes their logarithms.
+   and writes the logarithms of the largest.
 
 The functions that are called for each entry use each of their arrays on one path, from beginning to end. For an array
 that one branch uses last and another does not, numba counts references, atomically, which costs more than an entry.
@@ -66,7 +66,7 @@ class Tables(NamedTuple):
 
 
 @compiled
-def project_texts(matched, source, entries, target, tables, chain, renormalize, min_mass):  # type: ignore[no-untyped-def]
+def project_texts(matched, source, entries, target, tables, chain, renormalize, min_mass, most):  # type: ignore[no-untyped-def]
     """Project every position of B texts that has a source position.
 
     Args:
@@ -78,15 +78,17 @@ def project_texts(matched, source, entries, target, tables, chain, renormalize, 
         chain: whether the text decides where both split it differently.
         renormalize: whether entries are scaled to sum to 1.
         min_mass: least share of the stored probability that a position must keep.
+        most: entries per position that are written, the most probable ones.
 
     Returns:
         ids (N, L), logprobs (N, L), leftover (N,), kept mass (N,), log-probability of the label (N,), counts, masses.
-        L is K + 1; for a one-to-many map K + 1 times the number of shares that a source token has at most, and 1 for
-        the label.
+        L is ``most``, but never more than a position can have: K + 1; for a one-to-many map K + 1 times the number of
+        shares that a source token has at most, and 1 for the label.
     """
     n, many = len(target.ids), len(tables.share_ids) > 0
     width = (entries.ids.shape[1] + 1) * tables.most + many
-    ids, logprobs = np.full((n, width), -1, np.int32), np.full((n, width), -np.inf, np.float32)
+    n_out = min(width, most)
+    ids, logprobs = np.full((n, n_out), -1, np.int32), np.full((n, n_out), -np.inf, np.float32)
     leftover, kept = np.ones(n, np.float32), np.zeros(n, np.float32)
     gold = np.full(n, -np.inf, np.float32)
     counts, masses = np.zeros(len(COUNTS), np.int64), np.zeros(len(MASSES))
@@ -95,7 +97,8 @@ def project_texts(matched, source, entries, target, tables, chain, renormalize, 
         n_slots *= 2
     n_given = entries.ids.shape[1] + 2
     scratch = (
-        np.empty(n_given, np.int32), np.empty(n_given), np.empty(width, np.int32), np.empty(width),
+        np.empty(n_given, np.int32), np.empty(n_given), np.empty(n_given, np.float32),
+        np.empty(width, np.int32), np.empty(width), np.empty(width, np.float32),
         np.empty(n_slots, np.int32), np.empty(len(MASSES)),
     )  # fmt: skip
     for b in range(len(target.starts) - 1):
@@ -256,7 +259,8 @@ def _project(positions, s_ids, said, t_ids, tables, options, scratch, out):  # t
     share_starts, share_ids, share_weights = tables.share_starts, tables.share_ids, tables.share_weights
     t_bytes, t_starts, n_source, many = tables.t_bytes, tables.t_starts, len(mapped), len(share_ids) > 0
     chain, renormalize, min_mass = options
-    given_ids, given, held_ids, held, slots, sums = scratch
+    given_ids, given, given_logs, held_ids, held, held_logs, slots, sums = scratch
+    unknown = np.float32(np.nan)
     out_ids, out_logprobs, out_leftover, out_kept, out_gold, counts, masses = out
     for t in range(len(t_ids) - 1):
         u, label, kind, chained = np.int64(matched[t]), t_ids[t + 1], kinds[t], chain_masses[t]
@@ -269,7 +273,15 @@ def _project(positions, s_ids, said, t_ids, tables, options, scratch, out):  # t
         splits = by_bytes and (kind == ONE_TO_MANY or kind == CROSSING)
         # 1. What the source says.
         n_given, outside = _gather(
-            given_ids, given, topk_ids, topk_logprobs, u, first, following[u], chain, by_bytes, chained
+            (given_ids, given, given_logs),
+            topk_ids,
+            topk_logprobs,
+            u,
+            first,
+            following[u],
+            chain,
+            by_bytes,
+            chained,
         )
         # 2. What that is for the target.
         slots[:] = -1
@@ -278,7 +290,7 @@ def _project(positions, s_ids, said, t_ids, tables, options, scratch, out):  # t
         if by_bytes:
             sums[GOLD_MASS] = chained
             if chained > 0.0:
-                size = _add(held_ids, held, slots, size, label, chained)
+                size = _add(held_ids, held, held_logs, slots, size, label, chained, unknown)
         for n in range(n_given):
             z, mass = given_ids[n], given[n]
             rest = by_bytes and z == first
@@ -295,11 +307,11 @@ def _project(positions, s_ids, said, t_ids, tables, options, scratch, out):  # t
                     if share_ids[e] != left_out:
                         part = mass * share_weights[e] / weight
                         if part > 0.0:
-                            size = _add(held_ids, held, slots, size, share_ids[e], part)
+                            size = _add(held_ids, held, held_logs, slots, size, share_ids[e], part, unknown)
                 if prefix:
                     share = EDITED_MASS
             elif to >= 0 and mass > 0.0:
-                size = _add(held_ids, held, slots, size, to, mass)
+                size = _add(held_ids, held, held_logs, slots, size, to, mass, given_logs[n])
             sums[share] += mass
             if EXACT_MASS <= share <= UNMAPPED_MASS and not rest:
                 counts[EXACT + share - EXACT_MASS] += 1
@@ -313,31 +325,38 @@ def _project(positions, s_ids, said, t_ids, tables, options, scratch, out):  # t
         counts[kind] += 1
         sums[OUTSIDE_MASS] = outside
         masses += sums
-        # 4. Write it.
-        _sort(held_ids, held, size)
-        out_gold[t] = _write(out_ids, out_logprobs, t, held_ids, held, size, label, total if renormalize else 1.0)
+        # 4. Write the largest.
+        _sort(held_ids, held, held_logs, size)
+        if size > out_ids.shape[1]:
+            total = 0.0
+            for n in range(out_ids.shape[1]):
+                total += held[n]
+        divisor = total if renormalize else 1.0
+        out_gold[t] = _write(out_ids, out_logprobs, t, held_ids, held, held_logs, size, label, divisor)
         out_kept[t], out_leftover[t] = total, 0.0 if renormalize else max(1.0 - total, 0.0)
 
 
 @compiled
-def _gather(ids, masses, topk_ids, topk_logprobs, u, first, first_logprob, chain, by_bytes, chained):  # type: ignore[no-untyped-def]
+def _gather(given, topk_ids, topk_logprobs, u, first, first_logprob, chain, by_bytes, chained):  # type: ignore[no-untyped-def]
     """Collect the source tokens that have mass at a position: their number, and the mass that none of them has.
 
-    Where the text decides, the next token of the text comes first, with the mass that the chain leaves of it.
+    Where the text decides, the next token of the text comes first, with the mass that the chain leaves of it; the
+    logarithm of that is not known.
     """
+    ids, masses, logs = given
     first_mass, seen = np.exp(np.float64(first_logprob)), by_bytes
     n, inside = (1, first_mass) if by_bytes else (0, 0.0)
-    ids[0], masses[0] = first, max(first_mass - chained, 0.0)
+    ids[0], masses[0], logs[0] = first, max(first_mass - chained, 0.0), np.nan
     for k in range(topk_ids.shape[1]):
         z = topk_ids[u, k]
         if z >= 0 and not (by_bytes and z == first):
             seen |= z == first
-            ids[n], masses[n] = z, np.exp(np.float64(topk_logprobs[u, k]))
+            ids[n], masses[n], logs[n] = z, np.exp(np.float64(topk_logprobs[u, k])), topk_logprobs[u, k]
             inside += masses[n]
             n += 1
     # A next token that the top k missed: its probability is stored all the same.
     missed = chain and not seen and not np.isnan(first_mass)
-    ids[n], masses[n] = first, first_mass if missed else 0.0
+    ids[n], masses[n], logs[n] = first, first_mass if missed else 0.0, first_logprob
     return n + missed, max(1.0 - (inside + masses[n]), 0.0)
 
 
@@ -391,10 +410,11 @@ def _weight(share_starts, share_ids, share_weights, z, left_out):  # type: ignor
 
 
 @compiled
-def _add(held_ids, held, slots, size, token, mass):  # type: ignore[no-untyped-def]
-    """Add mass to a target token; return how many tokens have any.
+def _add(held_ids, held, held_logs, slots, size, token, mass, log):  # type: ignore[no-untyped-def]
+    """Add mass, of which perhaps the logarithm is known, to a target token; return how many tokens have any.
 
-    ``held_ids`` and ``held`` have the tokens and their masses in order of arrival. ``slots`` finds a token among them
+    ``held_ids``, ``held`` and ``held_logs`` have the tokens, their masses and the logarithms of these, NaN where they
+    are not known, in order of arrival. ``slots`` finds a token among them
     by open addressing, -1 for none: unlike an array over the vocabulary it stays in the first-level cache, and it is
     cleared in no time.
     """
@@ -406,11 +426,12 @@ def _add(held_ids, held, slots, size, token, mass):  # type: ignore[no-untyped-d
     is_new = slots[slot] < 0
     at = size if is_new else np.int64(slots[slot])
     slots[slot], held_ids[at], held[at] = at, token, mass + (0.0 if is_new else held[at])
+    held_logs[at] = log if is_new else np.nan
     return size + is_new
 
 
 @compiled
-def _sort(ids, mass, size):  # type: ignore[no-untyped-def]
+def _sort(ids, mass, logs, size):  # type: ignore[no-untyped-def]
     """Sort by descending mass, equal masses by id.
 
     Insertion sort: the entries of a source are sorted, so what is made of them nearly is. Many shares are not: for them
@@ -421,24 +442,37 @@ def _sort(ids, mass, size):  # type: ignore[no-untyped-def]
         step = 3 * step + 1
     while step > 0:
         for n in range(step, size):
-            token, own, k = ids[n], mass[n], n
+            token, own, log, k = ids[n], mass[n], logs[n], n
             while k >= step and (mass[k - step] < own or (mass[k - step] == own and ids[k - step] > token)):
-                ids[k], mass[k] = ids[k - step], mass[k - step]
+                ids[k], mass[k], logs[k] = ids[k - step], mass[k - step], logs[k - step]
                 k -= step
-            ids[k], mass[k] = token, own
+            ids[k], mass[k], logs[k] = token, own, log
         step //= 3
 
 
 @compiled
-def _write(out_ids, out_logprobs, t, ids, mass, size, label, total):  # type: ignore[no-untyped-def]
-    """Write the logarithms of the masses, divided by their total; return that of the label's mass."""
-    log_total, label_logprob = np.float32(np.log(total)), np.float32(-np.inf)
-    for n in range(size):
-        logprob = np.float32(np.log(mass[n]))
+def _write(out_ids, out_logprobs, t, ids, mass, logs, size, label, total):  # type: ignore[no-untyped-def]
+    """Write the logarithms of the masses that have room, divided by a total; return that of the label's mass."""
+    log_total, label_logprob, room = np.float32(np.log(total)), np.float32(-np.inf), out_ids.shape[1]
+    for n in range(min(size, room)):
+        logprob = _logarithm(mass[n], logs[n])
         out_ids[t, n], out_logprobs[t, n] = ids[n], logprob - log_total
         if ids[n] == label:
             label_logprob = logprob
+    for n in range(room, size):
+        if ids[n] == label:
+            label_logprob = _logarithm(mass[n], logs[n])
     return label_logprob
+
+
+@compiled
+def _logarithm(mass, log):  # type: ignore[no-untyped-def]
+    """Logarithm of a mass, float32; ``log`` is what the mass is the exponential of, or NaN.
+
+    Most masses are one entry's alone. Between the bounds, the logarithm of the exponential is again the number itself:
+    both are right to about 1e-16 of 1, much less than half of a float32's last digit.
+    """
+    return log if -600.0 < log < -1e-6 else np.float32(np.log(mass))
 
 
 @compiled

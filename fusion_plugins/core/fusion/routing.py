@@ -5,6 +5,7 @@ Texts of one route are fused together. A source that takes no part in a text nee
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +15,11 @@ from fusion_plugins.core.fusion.accounting import FusionReport, ProjectionReport
 from fusion_plugins.core.fusion.flat import starts_of
 from fusion_plugins.core.fusion.pipeline import FusionPlan, fuse_texts
 from fusion_plugins.core.fusion.record import supervised_positions
-from fusion_plugins.core.fusion.types import FusedTexts, Record
+from fusion_plugins.core.fusion.types import AnyRecord, FusedTexts
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, MismatchError
 
+R = TypeVar("R", bound=AnyRecord)
 #: in the counts of :func:`taught_positions`, besides the names of the sources
 SEVERAL, LABEL, NOTHING = "(several sources)", "(the label)", "(no source)"
 
@@ -47,10 +49,11 @@ def routed_plan(plan: FusionPlan, route: Route) -> FusionPlan:
 def fuse_routed(
     plan: FusionPlan,
     targets: Sequence[TokenizedText],
-    records: Sequence[Sequence[Record | None]],
+    records: Sequence[Sequence[AnyRecord | None]],
     trained: Sequence[IntArray | None],
     routes: Sequence[Route],
     *,
+    counted: Sequence[bool] | None = None,
     on_unusable: str = "raise",
 ) -> tuple[FusedTexts, FusionReport]:
     """Fuse the records of B texts, each along its route; see :func:`~fusion_plugins.core.fusion.pipeline.fuse_texts`.
@@ -62,6 +65,7 @@ def fuse_routed(
             looked at, and may be None.
         trained: per text, the byte ranges that are trained on, or None for all spans.
         routes: per text, its route.
+        counted: as for ``fuse_texts``.
         on_unusable: as for ``fuse_texts``.
 
     Returns:
@@ -76,7 +80,8 @@ def fuse_routed(
     every = tuple(range(len(plan.sources)))
     if len(groups) == 1 and routes[0].sources == every:  # nothing is to be put together
         whole = [records_of_route(plan, records, number, range(len(targets))) for number in every]
-        return fuse_texts(routed_plan(plan, routes[0]), targets, whole, trained, on_unusable=on_unusable)
+        own_plan = routed_plan(plan, routes[0])
+        return fuse_texts(own_plan, targets, whole, trained, counted=counted, on_unusable=on_unusable)
     starts = starts_of([text.input_ids for text in targets])
     found = _Joined(plan.width, starts)
     report = FusionReport(sources={source.name: ProjectionReport() for source in plan.sources})
@@ -85,15 +90,16 @@ def fuse_routed(
         if not route.sources:
             report += _untaught([_narrowed(targets[b], trained[b]) for b in members])
             continue
-        fused, counted = fuse_texts(
+        fused, counters = fuse_texts(
             routed_plan(plan, route),
             own,
             [records_of_route(plan, records, number, members) for number in route.sources],
             [trained[b] for b in members],
+            counted=None if counted is None else [counted[b] for b in members],
             on_unusable=on_unusable,
         )
         found.add(fused, members, route.sources)
-        report += counted
+        report += counters
     names = [source.name for source in plan.sources]
     ordered = {name: report.sources[name] for name in names}
     return found.texts(), replace(report, sources=ordered, chosen={name: report.chosen.get(name, 0) for name in names})
@@ -157,8 +163,8 @@ class _Joined:
 
 
 def records_of_route(
-    plan: FusionPlan, records: Sequence[Sequence[Record | None]], number: int, members: Sequence[int]
-) -> list[Record]:
+    plan: FusionPlan, records: Sequence[Sequence[R | None]], number: int, members: Sequence[int]
+) -> list[R]:
     """Return the records of a source of some texts; raises MismatchError where one is missing."""
     found = []
     for b in members:

@@ -8,8 +8,10 @@
 Shape letters: T target tokens, U source tokens, K entries, V and W target and source vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +56,33 @@ class Record:
     tail: FloatArray
     ce_per_token: float
     ce_per_byte: float
+
+
+@dataclass(frozen=True)
+class LazyRecord:
+    """A record of which the distributions are read when they are asked for: often another source is chosen.
+
+    Attributes:
+        id: as in :class:`Record`, like all others.
+        text: the source's U tokens.
+        ce_per_token: nats/token.
+        ce_per_byte: nats/byte.
+        read: returns the distributions.
+    """
+
+    id: str
+    text: TokenizedText
+    ce_per_token: float
+    ce_per_byte: float
+    read: Callable[[], TopK]
+
+    @cached_property
+    def topk(self) -> TopK:
+        """The distributions."""
+        return self.read()
+
+
+AnyRecord: TypeAlias = Record | LazyRecord
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,34 @@ def spelled_ends(
     return None
 
 
+def ends_by_bytes(table: TokenTable, ids: IntArray, raw: bytes) -> tuple[IntArray, BoolArray] | None:
+    """Return what :func:`token_ends` does where the tokens spell the whole text; None where offsets have to say it.
+
+    Special tokens before and after all others are those that the tokenizer added: if they were of the text, the others
+    would not spell all of it.
+    """
+    content = np.flatnonzero(~table.special[ids])
+    if not content.size:
+        return None
+    first, last = int(content[0]), int(content[-1]) + 1
+    tokens = table.tokens
+    spelled = b"".join([tokens[index] for index in ids[first:last].tolist()])
+    extra = _extra_bytes(table, spelled, raw)
+    if extra is None:
+        return None
+    ends = np.zeros(len(ids), np.int32)
+    ends[first:last] = np.cumsum(table.lengths[ids[first:last]]) - extra
+    return np.maximum.accumulate(ends), np.ones(len(ids), np.bool_)
+
+
+def _extra_bytes(table: TokenTable, spelled: bytes, raw: bytes) -> int | None:
+    """Return how many bytes tokens spell before a text: 0, or 1 for a space that the tokenizer added, or None."""
+    extra = len(spelled) - len(raw)
+    if extra not in (0, 1) or not spelled.endswith(raw):
+        return None
+    return None if extra == 1 and not (table.prefix_space and spelled.startswith(b" ")) else extra
+
+
 def _char_to_byte(text: str, raw: bytes) -> Positions:
     if len(text) == len(raw):
         return np.arange(len(text) + 1)
@@ -93,11 +121,8 @@ class _Found:
 
     def by_bytes(self, first: int, last: int, start: int, stop: int) -> bool:
         """Take running sums, if the tokens spell the bytes, perhaps after one space that the tokenizer added."""
-        spelled = self._spelled(first, last)
-        extra = len(spelled) - (stop - start)
-        if extra not in (0, 1) or not spelled.endswith(self.raw[start:stop]):
-            return False
-        if extra == 1 and not (self.table.prefix_space and spelled.startswith(b" ")):
+        extra = _extra_bytes(self.table, self._spelled(first, last), self.raw[start:stop])
+        if extra is None:
             return False
         lengths = [len(self.table.tokens[index]) for index in self.ids[first:last]]
         self.ends[first:last] = list(accumulate(lengths, initial=start - extra))[1:]

@@ -15,7 +15,7 @@ import numpy as np
 from fusion_plugins.core.arrays import BoolArray, IntArray
 from fusion_plugins.core.text.chat import generated_spans
 from fusion_plugins.core.text.rendering import Messages, Render
-from fusion_plugins.core.text.token_ends import token_ends
+from fusion_plugins.core.text.token_ends import ends_by_bytes, token_ends
 from fusion_plugins.core.text.token_table import Role, TokenTable
 from fusion_plugins.core.text.turns import RenderedChat, Turn, tiles
 from fusion_plugins.core.text.types import TokenizedText
@@ -57,8 +57,8 @@ def tokenize(
         TokenizerError: the tokenizer gives no offsets.
     """
     raw = _encode_utf8(text)
-    encoding = _call(tokenizer, text, special_tokens)
-    ids, ends, exact = _tokens(table, encoding["input_ids"], encoding["offset_mapping"], text, raw, append_eos)
+    (found,) = _encodings(tokenizer, text, special_tokens)
+    ids, ends, exact = _tokens(table, found, text, raw, append_eos)
     return _finish(ids, ends, exact, _check_spans(spans, len(raw)), max_length)
 
 
@@ -71,39 +71,43 @@ def tokenize_many(tokenizer: Any, table: TokenTable, texts: Sequence[str]) -> li
     raws = [_encode_utf8(text) for text in texts]
     if not texts:
         return []
-    encoding = _call(tokenizer, list(texts), True)
+    encodings = _encodings(tokenizer, list(texts), True)
     found = []
-    for text, raw, token_ids, offsets in zip(
-        texts, raws, encoding["input_ids"], encoding["offset_mapping"], strict=True
-    ):
-        ids, ends, exact = _tokens(table, token_ids, offsets, text, raw, append_eos=True)
+    for text, raw, own in zip(texts, raws, encodings, strict=True):
+        ids, ends, exact = _tokens(table, own, text, raw, append_eos=True)
         found.append(_finish(ids, ends, exact, _check_spans(None, len(raw)), None))
     return found
 
 
-def _call(tokenizer: Any, texts: str | list[str], special_tokens: bool) -> Any:
-    return tokenizer(
+def _encodings(tokenizer: Any, texts: str | list[str], special_tokens: bool) -> Sequence[Any]:
+    """Return what the compiled tokenizer says about each text."""
+    found: Sequence[Any] | None = tokenizer(
         texts,
         add_special_tokens=special_tokens,
         split_special_tokens=special_tokens,
-        return_offsets_mapping=True,
         return_attention_mask=False,
         verbose=False,
-    )
+    ).encodings
+    if found is None:
+        raise TokenizerError(f"expected a fast tokenizer, which gives offsets, got {type(tokenizer).__name__}.")
+    return found
 
 
 def _tokens(
-    table: TokenTable, token_ids: Sequence[int], offset_mapping: Any, text: str, raw: bytes, append_eos: bool
+    table: TokenTable, encoding: Any, text: str, raw: bytes, append_eos: bool
 ) -> tuple[IntArray, IntArray, BoolArray]:
     """Return ids, ends and exactness of one encoding."""
-    ids = np.asarray(token_ids, np.int32)
+    ids = np.array(encoding.ids, np.int32)
     if ids.size and int(ids.max()) >= table.vocab_size:
         raise TokenizerError(
             f"expected ids up to {table.vocab_size - 1}, the last of the token table; the tokenizer gave "
             f"{int(ids.max())}: tokens were added after the table was made. Make the table again."
         )
-    offsets = np.asarray(offset_mapping, np.int64).reshape(-1, 2)
-    ends, exact = token_ends(table, ids, offsets, text, raw)
+    # Python objects for all offsets cost as much as the rest here, and most texts do not need them.
+    found = ends_by_bytes(table, ids, raw)
+    if found is None:
+        found = token_ends(table, ids, np.array(encoding.offsets, np.int64).reshape(-1, 2), text, raw)
+    ends, exact = found
     eos = table.id_of_role(Role.EOS) if append_eos else None
     if eos is not None and (not ids.size or ids[-1] != eos):
         ids, ends, exact = np.append(ids, np.int32(eos)), np.append(ends, len(raw)), np.append(exact, True)

@@ -22,7 +22,7 @@ __all__ = ["better", "block", "config", "measured", "needs", "responses", "run",
 
 #: name in the responses -> model of the world; the third is the target itself
 ANSWERING = {"strong": "numbers", "weak": "docs", "own": "target"}
-SAMPLES, EPOCHS = 4, 6
+SAMPLES, EPOCHS = 4, 12
 #: seeds that have problems of their own, and the seed by which the problems are drawn
 SEEDS, SEED_OF_PROBLEMS = tuple(range(5)), 5
 #: seed of the pilots, whose prompts no other seed has
@@ -82,7 +82,7 @@ def responses(lab: Lab, seed: int) -> Stage:
             work.record("doctor", **{key: each[key] for key in ("name", "value", "difference", "dealt", "verdict")})
 
     needs = tuple(f"model:{model}" for model in ANSWERING.values())
-    return Stage(f"responses:{seed}", run, needs, [seed, lab.settings["preference_prompts"], SAMPLES])
+    return Stage(f"responses:{seed}", run, needs, [seed, SEED_OF_PROBLEMS, lab.settings["preference_prompts"], SAMPLES])
 
 
 def scored(lab: Lab, seed: int) -> Path:
@@ -166,12 +166,11 @@ def tuned(question: str, factors: dict[str, Any], keys: tuple[str, ...]) -> dict
     return {key: float(best[key]) for key in keys}
 
 
-def measured(lab: Lab, folder: Path) -> dict[str, dict[str, float]]:
-    """Return the figures of a model on the problems that choose settings, and on the held-out split."""
-    return {
-        "validation": world.measure_model(lab, folder, "validation", domains=("sums",)),
-        "heldout": world.measure_model(lab, folder),
-    }
+def measured(lab: Lab, folder: Path, seed: int) -> dict[str, dict[str, float]]:
+    """Return the figures of a model: on the problems that choose settings for a pilot, else on the held-out split."""
+    if seed == PILOT:
+        return {"validation": world.measure_model(lab, folder, "validation", domains=("sums",))}
+    return {"heldout": world.measure_model(lab, folder)}
 
 
 def chosen_rows(lab: Lab, cell: Cell) -> list[dict[str, Any]]:
@@ -200,7 +199,8 @@ def run(lab: Lab, cell: Cell, work: Work) -> None:
     base = lab.folder / "better" / str(cell.seed) if cell["start"] == "better" else lab.model("target")
     rate = cell["learning_rate"]
     if rate == "tuned":
-        rate = tuned("d_pilot_answers", {"teacher": cell["teacher"]}, ("learning_rate",))["learning_rate"]
+        # One rate for all teachers, so that none is tuned better than another.
+        rate = tuned("d_pilot_answers", {}, ("learning_rate",))["learning_rate"]
     rows = part(lab, cell.seed, cell["prompts"])
     if cell["teacher"] == "gold":
         world.write_rows(work.folder / "gold.jsonl", _gold_rows(rows))
@@ -220,6 +220,6 @@ def run(lab: Lab, cell: Cell, work: Work) -> None:
             "fusion": {"sft": {"rule": cell["rule"], "per_prompt": cell["per_prompt"]}},
         }
     work.axolotl("train", settings)
-    for split, figures in work.call(measured, lab, work.folder / "model").items():
+    for split, figures in work.call(measured, lab, work.folder / "model", cell.seed).items():
         work.record(split, rows=trained, rate=rate, **figures)
     fusellm.tidy(work)

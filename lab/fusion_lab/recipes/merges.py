@@ -6,7 +6,6 @@ weights) are what they are. The held-out split is looked at once per method.
 
 import shutil
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,16 @@ __all__ = ["METHODS", "needs", "run"]
 
 #: what the targets are fused with, in the order in which they are added; `none`: trained on the texts alone
 PARENTS = ("numbers", "docs", "digits", "none")
-SCALES, FEW_SCALES, DENSITIES = (0.4, 0.7, 1.0), (0.5, 1.0), (0.3, 0.7)
-#: method -> the settings that are tried: parameters of the merge, and of every model
+SCALES, DENSITIES = (0.5, 1.0), (0.3, 0.7)
+#: method -> the settings that are tried: parameters of every model, or of the merge
 METHODS: dict[str, list[dict[str, Any]]] = {
     "linear": [{"weight": 1.0}],
     "task_arithmetic": [{"weight": scale} for scale in SCALES],
-    **{
-        method: [{"weight": scale, "density": density} for scale, density in product(FEW_SCALES, DENSITIES)]
-        for method in ("ties", "dare_linear")
-    },
-    **{f"varm:{unit}": [{"granularity": unit}] for unit in ("matrix", "row", "module", "layer", "model", "element")},
-    "fusechat_sce": [{"select_topk": share} for share in (0.1, 0.5, 1.0)],
+    **{method: [{"weight": 1.0, "density": density} for density in DENSITIES] for method in ("ties", "dare_linear")},
+    **{f"varm:{unit}": [{"granularity": unit}] for unit in ("matrix", "row", "element")},
+    "fusechat_sce": [{"select_topk": share} for share in (0.1, 1.0)],
 }
-#: methods that have a base model, and those whose parameters are the merge's own
+#: methods that have no base model, and those whose parameters are the merge's own
 WITHOUT_BASE = ("linear",)
 OF_MERGE = ("varm", "fusechat_sce")
 
@@ -73,7 +69,6 @@ def _train(lab: Lab, cell: Cell, name: str, sources: tuple[str, ...], work: Work
     folder = _folder(lab, name, cell.seed)
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(work.folder / "model", folder)
-    work.record("heldout", **work.call(world.measure_model, lab, folder))
     fusellm.tidy(work)
 
 
@@ -81,11 +76,11 @@ def run(lab: Lab, cell: Cell, work: Work) -> None:
     """Merge by every method with every setting, and measure what validation chose."""
     names = PARENTS[: cell["targets"]]
     base = lab.model("target")
-    work.record("base", method="base", **work.call(world.measure_model, lab, base))
+    work.record("base", method="base", **work.call(_measured, lab, base, "heldout"))
     for name in names:
-        work.record("parent", method=name, **work.call(world.measure_model, lab, _folder(lab, name, cell.seed)))
+        work.record("parent", method=name, **work.call(_measured, lab, _folder(lab, name, cell.seed), "heldout"))
     together = "+".join(name for name in names if name != "none")
-    work.record("together", method=together, **work.call(world.measure_model, lab, _folder(lab, together, cell.seed)))
+    work.record("together", method=together, **work.call(_measured, lab, _folder(lab, together, cell.seed), "heldout"))
     parents = [str(_folder(lab, name, cell.seed)) for name in names]
     for method, settings in METHODS.items():
         found = []
@@ -94,11 +89,11 @@ def run(lab: Lab, cell: Cell, work: Work) -> None:
             file = f"{merged.name}.yml"
             work.write(file, _config(method, values, str(base), parents))
             work.command("mergekit-yaml", file, f"merges/{merged.name}", "--random-seed", str(cell.seed))
-            lowest = work.call(_validated, lab, merged) if len(settings) > 1 else 0.0
+            lowest = work.call(_measured, lab, merged, "validation")["bpb"] if len(settings) > 1 else 0.0
             found.append((lowest, number, merged))
         _, number, merged = min(found)
         tuned = {key: value for key, value in settings[number].items() if key != "granularity"}
-        work.record("merge", method=method, **tuned, **work.call(world.measure_model, lab, merged))
+        work.record("merge", method=method, **tuned, **work.call(_measured, lab, merged, "heldout"))
         shutil.rmtree(work.folder / "merges")
     fusellm.tidy(work)
 
@@ -111,5 +106,5 @@ def _config(method: str, values: dict[str, Any], base: str, parents: list[str]) 
     return config | ({"parameters": values} if name in OF_MERGE else {})
 
 
-def _validated(lab: Lab, folder: Path) -> float:
-    return world.measure_model(lab, folder, "validation", solved=False)["bpb"]
+def _measured(lab: Lab, folder: Path, split: str) -> dict[str, float]:
+    return world.measure_model(lab, folder, split, solved=False)

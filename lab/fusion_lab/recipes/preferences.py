@@ -24,7 +24,7 @@ _TRAINERS = "fusion_plugins.axolotl.preference_trainers"
 #: share of a seed's problems that the first stage has; the others are those of the second one
 FIRST = 0.5
 #: own answers per problem, and epochs of this stage
-OWN_SAMPLES, EPOCHS, SFT_EPOCHS = 8, 3, 6
+OWN_SAMPLES, EPOCHS, SFT_EPOCHS = 8, 3, 12
 #: loss -> what it needs in the configuration
 LOSSES: dict[str, dict[str, Any]] = {
     "dpo": {"dpo_loss_type": ["sigmoid"]},
@@ -132,7 +132,10 @@ def _settings(lab: Lab, cell: Cell, rows: list[dict[str, Any]], rate: float, bet
     if cell["pairs"] == "delta":
         pairs |= NO_WINDOW
         del pairs["own_source"]
-    return config(lab, base, len(prompts), cell.seed, rate=rate, epochs=EPOCHS) | {
+    training = config(lab, base, len(prompts), cell.seed, rate=rate)
+    del training["max_steps"]  # how many pairs there are is known when they are chosen
+    return training | {
+        "num_epochs": EPOCHS,
         "rl": "dpo",
         "rl_beta": beta,
         "plugins": ["fusion_plugins.axolotl.FusionPlugin"],
@@ -146,33 +149,34 @@ def run(lab: Lab, cell: Cell, work: Work) -> None:
     """Train the second stage of a cell, and measure it and what became of the pairs."""
     method = cell["method"]
     if method == "none":
-        for split, figures in work.call(measured, lab, _start(lab, cell.seed)).items():
+        for split, figures in work.call(measured, lab, _start(lab, cell.seed), cell.seed).items():
             work.record(split, **figures)
         return
     rate, beta = cell["learning_rate"], cell["beta"]
     if rate == "tuned":
-        keys = ("learning_rate",) if method == "sft" else ("learning_rate", "beta")
-        found = tuned("d_pilot_preferences", {"method": method, "pairs": cell["pairs"]}, keys)
-        rate, beta = found["learning_rate"], found.get("beta", 0.1)
+        if method == "sft":  # fine-tuning has one rate, whatever it is trained on
+            rate = tuned("d_pilot_answers", {}, ("learning_rate",))["learning_rate"]
+        else:
+            tried = {"method": method, "pairs": cell["pairs"]}
+            found = tuned("d_pilot_preferences", tried, ("learning_rate", "beta"))
+            rate, beta = found["learning_rate"], found["beta"]
     rows = work.call(_rows, lab, cell)
     world.write_rows(work.folder / "scored.jsonl", rows)
     settings = _settings(lab, cell, rows, rate, beta)
-    if method != "sft":
-        # The number of pairs, and so of steps, is known once they are chosen.
+    if method == "infifpo":
+        # Its reference is captured from the pairs, so they are chosen before.
         work.write("pairs.yml", settings)
         work.command("axolotl", "preprocess", "pairs.yml")
-        pairs = len(world.read_rows(work.folder / "pairs.jsonl")) // 2
-        settings["max_steps"] = max(1, -(-pairs // lab.settings["batch"]) * EPOCHS)
-    if method == "infifpo":
         settings["fusion"]["reference"] = _reference(lab, cell, work)
     work.axolotl("train", settings)
     more: dict[str, Any] = {"rate": rate, "beta": beta}
     if method != "sft":
         before = work.call(_logprobs, _start(lab, cell.seed), work.folder / "pairs.jsonl")
         after = work.call(_logprobs, work.folder / "model", work.folder / "pairs.jsonl")
+        pairs = len(world.read_rows(work.folder / "pairs.jsonl")) // 2
         more |= {"pairs_trained": pairs, **{f"{name}_before": value for name, value in before.items()}}
         more |= {f"{name}_after": value for name, value in after.items()}
-    for split, figures in work.call(measured, lab, work.folder / "model").items():
+    for split, figures in work.call(measured, lab, work.folder / "model", cell.seed).items():
         work.record(split, **more, **figures)
     fusellm.tidy(work)
 

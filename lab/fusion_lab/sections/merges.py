@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas
 from statsmodels.stats.proportion import proportion_confint
 
-from fusion_lab.report import figure, hypotheses, markdown, read, save
+from fusion_lab.report import NOT_RUN, figure, hypotheses, markdown, read, save
 from fusion_lab.statistics import Mean, mean, pm, signed
 
 NAMES = {
@@ -27,19 +27,20 @@ AGAINST = ("base", "best parent", "mean of parents", "one target, all sources")
 def make(results: Path, images: Path) -> dict[str, str]:
     """Return the tables and the sentence of the question."""
     table = read(results, "c_merges")
+    declared = {"merges-hypotheses": hypotheses("c_merges")}
     if table is None:
-        return {}
+        return declared | dict.fromkeys(("merges-sentence", "merges", "merges-odds"), NOT_RUN)
     found = _gains(table)
-    return {
-        "merges-sentence": _sentence(found),
+    _plot(found, images / "lab_merges.svg")
+    return declared | {
+        "merges-sentence": "![Merges against their parents](images/lab_merges.svg)\n\n" + _sentence(found),
         "merges": _levels(table) + "\n" + _by_targets(found),
         "merges-odds": _odds(found),
-        "merges-hypotheses": hypotheses("c_merges"),
-    } | _plot(found, images / "lab_merges.svg")
+    }
 
 
 def _gains(table: pandas.DataFrame) -> pandas.DataFrame:
-    """Return one row per merge: bits per byte minus those of what it is compared with, and the share of right sums."""
+    """Return one row per merge: its bits per byte minus those of what it is compared with."""
     rows = []
     for (targets, seed), cell in table.groupby(["targets", "seed"]):
         parents = cell[cell["of"] == "parent"]["bpb"]
@@ -51,8 +52,7 @@ def _gains(table: pandas.DataFrame) -> pandas.DataFrame:
         }
         for merge in cell[cell["of"] == "merge"].to_dict("records"):
             gains = {name: merge["bpb"] - other for name, other in others.items()}
-            chains = merge["chains"]
-            rows.append({"targets": targets, "seed": seed, "method": merge["method"], "chains": chains, **gains})
+            rows.append({"targets": targets, "seed": seed, "method": merge["method"], **gains})
     return pandas.DataFrame(rows)
 
 
@@ -64,8 +64,8 @@ def _levels(table: pandas.DataFrame) -> str:
         named = {"base": "base", "together": f"one target, {method}"}
         name = named.get(str(of), f"parent, {method}")
         figures = [pm(mean(group[column].to_list())) for column in ("bpb", "bpb_docs", "bpb_sums")]
-        rows.append([name, *figures, pm(mean(group["chains"].to_list()), 1, 100)])
-    return markdown(["model", "bits per byte", "docs", "sums", "right sums, %"], rows)
+        rows.append([name, *figures])
+    return markdown(["model", "bits per byte", "docs", "sums"], rows)
 
 
 def _by_targets(found: pandas.DataFrame) -> str:
@@ -75,8 +75,8 @@ def _by_targets(found: pandas.DataFrame) -> str:
             here = some[some["method"] == method]
             if len(here):
                 gains = [signed(mean(here[other].to_list())) for other in AGAINST]
-                rows.append([f"{targets} targets, {name}", *gains, pm(mean(here["chains"].to_list()), 1, 100)])
-    return markdown(["merge", *(f"minus {other}" for other in AGAINST), "right sums, %"], rows)
+                rows.append([f"{targets} targets, {name}", *gains])
+    return markdown(["merge", *(f"minus {other}" for other in AGAINST)], rows)
 
 
 def _odds(found: pandas.DataFrame) -> str:
@@ -113,7 +113,7 @@ def _sentence(found: pandas.DataFrame) -> str:
     )
 
 
-def _plot(found: pandas.DataFrame, path: Path) -> dict[str, str]:
+def _plot(found: pandas.DataFrame, path: Path) -> None:
     shown = ("mean of parents", "best parent", "one target, all sources")
     picture, axes = figure(len(shown), width=9, height=3.2, sharey=True)
     for panel, other in zip(axes, shown, strict=True):
@@ -126,4 +126,3 @@ def _plot(found: pandas.DataFrame, path: Path) -> dict[str, str]:
         panel.set_title(f"minus {other}", fontsize=9)
         panel.set_xlabel("bits per byte")
     save(picture, path)
-    return {}

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas
 
-from fusion_lab.report import figure, hypotheses, markdown, read, save
+from fusion_lab.report import NOT_RUN, figure, hypotheses, markdown, read, save
 from fusion_lab.statistics import Mean, difference, holm, mean, pm, signed
 
 ANSWERS = {
@@ -36,16 +36,14 @@ PAIRS = {
 
 def make(results: Path, images: Path) -> dict[str, str]:
     """Return the tables, the plot and the sentences of both stages."""
-    texts: dict[str, str] = {}
+    texts = dict.fromkeys(("answers", "answers-sentence", "preferences", "preferences-sentence"), NOT_RUN)
+    texts |= {f"{name}-hypotheses": hypotheses(f"d_{name}") for name in ("answers", "preferences")}
     answers, preferences = read(results, "d_answers"), read(results, "d_preferences")
     if answers is not None:
         texts |= _first(answers[answers["of"] == "heldout"], results)
-        texts["answers-hypotheses"] = hypotheses("d_answers")
     if preferences is not None:
-        texts |= _second(preferences[preferences["of"] == "heldout"], images / "lab_preferences.svg")
-        texts["preferences-hypotheses"] = hypotheses("d_preferences")
-        texts["preferences-pilot"] = _pilot(results)
-    return texts
+        texts |= _second(preferences[preferences["of"] == "heldout"], results, images / "lab_preferences.svg")
+    return texts | {"preferences-pilot": _pilot(results)}
 
 
 def _cells(table: pandas.DataFrame, keys: list[str]) -> list[tuple[dict[str, Any], pandas.Series]]:
@@ -109,7 +107,7 @@ def _first_sentence(table: pandas.DataFrame, cells: list[tuple[dict[str, Any], p
     return f"Held-out problems with right sums, %: {', '.join(told)}.\n"
 
 
-def _second(table: pandas.DataFrame, path: Path) -> dict[str, str]:
+def _second(table: pandas.DataFrame, results: Path, path: Path) -> dict[str, str]:
     cells = _cells(table, ["method", "pairs"])
     none = table["method"] == "none"
     found = [
@@ -135,10 +133,16 @@ def _second(table: pandas.DataFrame, path: Path) -> dict[str, str]:
     header = ["second stage", "pairs", "right sums, %", "minus none", "p (Holm)", "docs, bits per byte"]
     header += ["chosen, nats", "rejected, nats", "rate", "beta"]
     _plot([(f"{LOSSES[f['method']]}: {PAIRS[f['pairs']]}", gain) for f, _, gain in found], path)
-    best = [f"{LOSSES[f['method']]} on {PAIRS[f['pairs']]} {signed(gain, 1, 100)}" for f, _, gain in found]
+    told = [f"{LOSSES[f['method']]} on {PAIRS[f['pairs']]} {signed(gain, 1, 100)}" for f, _, gain in found]
+    first = pm(mean(table[none]["chains"].to_list()), 1, 100)
+    sentence = (
+        f"The first stage brings the target from {_before(results, 'chains'):.1%} to {first} % right sums. Second "
+        f"stages against it, in points: {'; '.join(told)}. {none.sum()} seeds.\n"
+    )
+    picture = "![Preference losses against the first stage alone](images/lab_preferences.svg)\n\n"
     return {
         "preferences": markdown(header, rows) + "\n" + _chance(table),
-        "preferences-sentence": f"Points of right sums against the first stage alone: {'; '.join(best)}.\n",
+        "preferences-sentence": picture + sentence,
     }
 
 
@@ -152,8 +156,11 @@ def _more(here: pandas.DataFrame) -> list[str]:
         else:
             cells.append("")
     for name in ("rate", "beta"):
-        known = name in here and here[name].notna().any() and not (name == "beta" and (here["method"] == "sft").all())
-        cells.append(f"{here[name].iloc[0]:g}" if known else "")
+        # Where nothing was tuned, the table has the word of the question's file.
+        values = pandas.to_numeric(here[name], errors="coerce").dropna() if name in here else ()
+        cells.append(
+            "" if not len(values) or (name == "beta" and (here["method"] == "sft").all()) else f"{values.iloc[0]:g}"
+        )
     return cells
 
 
@@ -172,7 +179,7 @@ def _pilot(results: Path) -> str:
     """Return every setting that the pilot tried: one seed, validation problems."""
     table = read(results, "d_pilot_preferences")
     if table is None:
-        return "no pilot\n"
+        return NOT_RUN
     table = table[(table["of"] == "validation")]
     start = table[table["method"] == "none"]["chains"]
     rows = []

@@ -6,7 +6,8 @@ import pytest
 import tiny
 from records import record_of
 
-from fusion_plugins.core.fusion.common_text import common_text, comparable
+from fusion_plugins.core.fusion.common_text import _same_texts, common_text, common_texts, comparable
+from fusion_plugins.core.fusion.flat import Texts
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize, tokenize_content
 from fusion_plugins.errors import AlignmentError
@@ -208,3 +209,64 @@ def test_a_store_that_holds_the_answers_alone_is_still_used():
     _, other = common_text(record, target, table.packed, target_table.packed)
     answers = [message["content"] for message in tiny.CHAT if message["role"] == "assistant"]
     assert [text[start:stop].decode() for start, stop in other.spans] == answers
+
+
+def random_chats(count, seed):
+    """Turns of syntax and parts on both sides: the same, another, empty, apart, or without a counterpart."""
+    rng = np.random.default_rng(seed)
+
+    def piece(*given):
+        return str(rng.choice(given))
+
+    for _ in range(count):
+        texts, spans = ["", ""], [[], []]
+        for _ in range(int(rng.integers(1, 4))):
+            question = piece("Q", "12 cats?", "")
+            texts = [text + question for text in texts]
+            for place in range(int(rng.choice([1, 3, 5]))):
+                own = (
+                    piece("The 12 cats.", "数学", " it is", "", "  x  ")
+                    if place % 2
+                    else piece("<a>", "\n", "", "</a>\n")
+                )
+                likely = 0.6 if place % 2 == 0 else 0.15
+                other = own if rng.random() > likely else piece("<b>", own.strip(), "", "</a>", f" {own}", "cats")
+                for side, written in enumerate((own, other)):
+                    start = len(texts[side].encode())
+                    texts[side] += written
+                    spans[side].append((start, len(texts[side].encode())))
+                if rng.random() < 0.1:
+                    texts[int(rng.integers(2))] += "|"
+        yield texts, spans
+
+
+def test_a_batch_is_narrowed_as_its_texts_are_one_by_one():
+    tables = {}
+    for name in ("byte_level", "sentencepiece_bpe"):
+        tokenizer = getattr(tiny, name)()
+        tables[name] = tokenizer, TokenTable.from_tokenizer(tokenizer)
+    records, targets = [], []
+    for texts, spans in random_chats(400, seed=3):
+        source, target = (
+            tokenize(*tables[name], text, spans=span) for name, text, span in zip(tables, texts, spans, strict=True)
+        )
+        zeros = np.zeros(len(source.input_ids), np.float32)
+        records.append(record_of("r", source, np.zeros((len(zeros), 1), np.int32), zeros[:, None], zeros))
+        targets.append(target)
+    vocabularies = [table.packed for _, table in tables.values()]
+    batch = Texts.of([record.text for record in records]), Texts.of(targets)
+    source, target, errors = common_texts(*batch, records, targets, tuple(vocabularies))
+    settled, _, _ = _same_texts(*batch, *vocabularies)
+    seen, expected = {"parts": 0, "syntax left out": 0}, {}
+    for b, (record, text) in enumerate(zip(records, targets, strict=True)):
+        try:
+            narrow, narrow_text = common_text(record, text, *vocabularies)
+        except AlignmentError as error:
+            expected[b] = str(error)
+            continue
+        assert source.spans_of(b).tolist() == narrow.text.spans.tolist()
+        assert target.spans_of(b).tolist() == narrow_text.spans.tolist()
+        less = np.diff(narrow_text.spans).sum() < np.diff(text.spans).sum()
+        seen["syntax left out" if settled[b] and less else "parts"] += 1
+    assert {b: str(error) for b, error in errors.items()} == expected
+    assert min(*seen.values(), len(expected)) > 40, (seen, len(expected))

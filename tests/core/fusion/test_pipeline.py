@@ -19,7 +19,7 @@ from fusion_plugins.core.fusion.align import align_by_tokens, align_dtw, align_t
 from fusion_plugins.core.fusion.fuse import RULES
 from fusion_plugins.core.fusion.pipeline import METRICS, FusionPlan, FusionSource, fuse_text, fuse_texts, warm_up
 from fusion_plugins.core.fusion.project import ProjectionOptions, Projector
-from fusion_plugins.core.fusion.types import VocabularyMap
+from fusion_plugins.core.fusion.types import LazyRecord, VocabularyMap
 from fusion_plugins.core.fusion.vocabulary_map import map_vocabulary
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize, tokenize_content
@@ -468,6 +468,41 @@ def test_many_texts_in_one_call_give_what_each_gives_alone(rule, trained, monkey
     assert total.fused_positions > 20
     assert len(fused.ids) == fused.offsets[-1] == sum(len(target.ends) for target in targets)
     assert fused.best.dtype == fused.source.dtype == np.int16
+
+
+def lazily(record, read):
+    """The record without its distributions; ``read`` notes that they were asked for."""
+    return LazyRecord(
+        record.id, record.text, record.ce_per_token, record.ce_per_byte, lambda: (read.append(record), record.topk)[1]
+    )
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+@pytest.mark.parametrize("rule", ["min_ce", "avg_ce", "token_min_ce"])
+@pytest.mark.parametrize("counted", [(), (0, 3), (1,), (0, 1, 2, 3)], ids=str)
+def test_texts_that_are_not_counted_are_fused_alike_and_what_is_not_needed_is_not_read(rule, counted, fallback):
+    targets, records = several_texts()
+    plan = plan_of("byte_level", "sentencepiece_bpe", "digit_splitting", rule=rule, width=5, label_fallback=fallback)
+    whole, total = fuse_texts(plan, targets, records)
+    read, flags = [], [b in counted for b in range(4)]
+    lazy = [[lazily(record, read) for record in own] for own in records]
+    fused, report = fuse_texts(plan, targets, lazy, counted=flags)
+    for name in ("ids", "logprobs", "leftover", "kept", "source", "best"):
+        np.testing.assert_array_equal(getattr(fused, name), getattr(whole, name), err_msg=name)
+    by_text = rule == "min_ce"
+    assert dataclasses.replace(report, sources=total.sources) == total
+    assert set(report.sources) == set(total.sources)
+    if not by_text:
+        assert report == total
+        return
+    _, part = fuse_texts(plan, [targets[b] for b in counted], [[own[b] for b in counted] for own in records])
+    assert {name: report.sources[name] for name in part.sources} == part.sources
+    assert all(report.sources[name].positions == part.positions for name in report.sources)
+    needed = {id(records[s][b].topk) for b in range(4) for s in range(2) if flags[b] or s == whole.best[b]}
+    cut = {id(own[1].topk) for own in records}  # measured anew, over the part that both have read
+    assert needed <= {id(record.topk) for record in read} <= needed | cut
+    if 1 not in counted:
+        assert len({id(record) for record in read}) < 8
 
 
 def test_each_position_says_which_source_taught_it_and_how_much_of_it_was_kept():

@@ -13,6 +13,7 @@ from fusion_plugins.core.fusion.projection_kernel import (
     _add,
     _destination,
     _is_strict_prefix,
+    _logarithm,
     _sort,
     _walk,
     _write,
@@ -254,32 +255,58 @@ def test_masses_add_up_per_token_whatever_the_collisions(seed):
     rng, width, n_target = np.random.default_rng(seed), 40, 200_000
     tokens = np.concatenate([rng.integers(0, n_target, 20), np.arange(20) + rng.integers(0, n_target - 20)])
     ids, mass, slots = np.empty(width, np.int32), np.empty(width), np.full(128, -1, np.int32)
-    size, expected = 0, {}
+    logs, size, expected, counts = np.empty(width, np.float32), 0, {}, {}
     for token in rng.choice(tokens, 150).tolist():
         own = float(rng.random())
-        size = _add(ids, mass, slots, size, token, own)
+        size = _add(ids, mass, logs, slots, size, token, own, np.float32(np.log(own)))
         expected[token] = expected.get(token, 0.0) + own
+        counts[token] = counts.get(token, 0) + 1
     assert dict(zip(ids[:size].tolist(), mass[:size].tolist(), strict=True)) == expected
     assert sorted(slots[slots >= 0].tolist()) == list(range(size))
+    alone = [counts[token] == 1 for token in ids[:size].tolist()]
+    assert np.isnan(logs[:size]).tolist() == [not one for one in alone], "the logarithm of a sum is not known"
+    np.testing.assert_allclose(logs[:size][alone], np.log(mass[:size][alone]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1, 5, 128, 129, 1000])
 def test_entries_are_sorted_by_descending_mass_and_then_by_id(size):
     rng = np.random.default_rng(size)
     ids, mass = rng.permutation(size).astype(np.int32), rng.integers(0, 9, size).astype(np.float64)
-    expected = sorted(zip(ids.tolist(), mass.tolist(), strict=True), key=lambda pair: (-pair[1], pair[0]))
-    _sort(ids, mass, size)
-    assert list(zip(ids.tolist(), mass.tolist(), strict=True)) == expected
+    logs = rng.random(size).astype(np.float32)
+    expected = sorted(
+        zip(ids.tolist(), mass.tolist(), logs.tolist(), strict=True), key=lambda entry: (-entry[1], entry[0])
+    )
+    _sort(ids, mass, logs, size)
+    assert list(zip(ids.tolist(), mass.tolist(), logs.tolist(), strict=True)) == expected
 
 
 def test_entries_are_written_as_logarithms_of_their_share():
     ids, mass = np.array([3, 4, 7, 0], np.int32), np.array([0.5, 0.3, 0.2, 9.0])
     out_ids, out = np.full((2, 6), -1, np.int32), np.full((2, 6), -np.inf, np.float32)
-    label = _write(out_ids, out, 1, ids, mass, 3, 4, 2.0)
+    unknown = np.full(4, np.nan, np.float32)
+    label = _write(out_ids, out, 1, ids, mass, unknown, 3, 4, 2.0)
     assert out_ids.tolist() == [[-1] * 6, [3, 4, 7, -1, -1, -1]]
     np.testing.assert_allclose(np.exp(out[1]), [0.25, 0.15, 0.1, 0, 0, 0], rtol=1e-6)
     assert np.exp(label) == pytest.approx(0.3)
-    assert _write(out_ids, out, 0, ids, mass, 3, 9, 1.0) == -np.inf
+    assert _write(out_ids, out, 0, ids, mass, unknown, 3, 9, 1.0) == -np.inf
+    # Where there is room for two, the label's probability is known all the same.
+    narrow_ids, narrow = np.full((1, 2), -1, np.int32), np.full((1, 2), -np.inf, np.float32)
+    assert np.exp(_write(narrow_ids, narrow, 0, ids, mass, unknown, 3, 7, 1.0)) == pytest.approx(0.2)
+    assert narrow_ids.tolist() == [[3, 4]]
+
+
+def test_the_logarithm_of_an_exponential_need_not_be_taken():
+    """Bit by bit, also at the bounds; and outside of them it is taken."""
+    rng = np.random.default_rng(0)
+    logs = np.concatenate(
+        [-np.exp(rng.uniform(-16, 7, 100_000)), -np.arange(1 << 15, dtype=np.uint16).view(np.float16)]
+    )
+    logs = np.append(logs[np.isfinite(logs)], [-1e-6, -600.0, -1e-9, 0.0, -740.0]).astype(np.float32)
+    for log in logs:
+        mass = np.exp(np.float64(log))
+        if mass > 0:
+            assert _logarithm(mass, log) == _logarithm(mass, np.float32(np.nan))
+    assert np.isnan(_logarithm(np.nan, np.float32(np.nan)))
 
 
 def test_a_prefix_and_the_same_special_token_come_before_the_map():

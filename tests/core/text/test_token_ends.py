@@ -8,7 +8,7 @@ from tokenizer_cases import SPECIAL_TEXT, content, table_of
 from tokenizers import AddedToken, Tokenizer, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from fusion_plugins.core.text.token_ends import token_ends
+from fusion_plugins.core.text.token_ends import ends_by_bytes, token_ends
 from fusion_plugins.core.text.token_table import Role, TokenTable
 from fusion_plugins.core.text.tokenize import tokenize
 
@@ -22,6 +22,10 @@ def ends_of(text, tokens, *, prefix_space=False):
     offsets = np.array([offset for _, *offset in tokens], np.int64).reshape(-1, 2)
     ends, exact = token_ends(table, np.arange(len(tokens), dtype=np.int32), offsets, text, text.encode())
     assert (ends.dtype, exact.dtype) == (np.int32, np.bool_)
+    by_bytes = ends_by_bytes(table, np.arange(len(tokens), dtype=np.int32), text.encode())
+    if by_bytes is not None:  # without the offsets, never something else
+        assert [found.tolist() for found in by_bytes] == [ends.tolist(), exact.tolist()]
+        assert (by_bytes[0].dtype, by_bytes[1].dtype) == (np.int32, np.bool_)
     return ends.tolist(), exact.tolist()
 
 
@@ -33,6 +37,19 @@ def test_tokens_that_spell_the_text_end_where_their_bytes_end():
 def test_a_space_that_the_tokenizer_added_has_no_width():
     assert ends_of("fox!", [(b" fox", 0, 3), (b"!", 3, 4)], prefix_space=True) == ([3, 4], [True] * 2)
     assert ends_of("fox", [(b" ", 0, 1), (b"fox", 0, 3)], prefix_space=True) == ([0, 3], [True] * 2)
+
+
+def test_most_texts_need_no_offsets_and_those_that_do_are_left_to_them():
+    table = TokenTable([b"<s>", b" fox", b"fox", b"!"], [Role.BOS, None, None, None], {}, True, "sentencepiece")
+
+    def ends(text, *ids):
+        found = ends_by_bytes(table, np.array(ids, np.int32), text.encode())
+        return found and found[0].tolist()
+
+    assert ends("fox!", 0, 1, 3, 0) == ends("fox!", 0, 2, 3, 0) == [0, 3, 4, 4]
+    assert ends("fox fox", 1, 1) == [3, 7]
+    assert ends("<s>fox", 0, 2) is None, "the special token is of the text"
+    assert ends("fox?", 2, 3) is ends("fo", 2) is ends("fox", 1, 1) is ends("", 0) is ends("") is None
 
 
 def test_special_tokens_have_a_width_only_inside_the_text():

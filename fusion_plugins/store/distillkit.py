@@ -1,0 +1,366 @@
+"""``fusion store import --format distillkit``: teacher outputs that DistillKit has packed -> a store and its texts.
+
+A row has ``input_ids`` and, per position, the bytes ``compressed_logprobs`` and ``bytepacked_indices``: the K most
+probable next tokens after reading the tokens so far, which is this package's own convention. A file
+``compression_config.yaml`` says how the bytes are laid out. In packed rows, ``attention_mask`` numbers the documents.
+
+Bytes of one position: ``exact_k`` values; the coefficients of a polynomial for the others; then bins of quantized
+residuals, each a scale and its elements, packed from the highest bit on. With ``delta_encoding`` values are differences
+from the one before. Indices are packed from the highest bit on, in ceil(log2(d)) bits each.
+
+What DistillKit does not store: the log-probability of the text's own token where it is not among the K. It is taken as
+that of the least entry, or as the mass that is left if that is less; both are upper bounds.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, model_validator
+
+from fusion_plugins.config import Settings, load_config
+from fusion_plugins.core.arrays import FloatArray, IntArray
+from fusion_plugins.core.fusion.record import build_record
+from fusion_plugins.core.fusion.types import TopK
+from fusion_plugins.core.text.content_id import content_id, texts_fingerprint
+from fusion_plugins.core.text.token_table import TokenTable
+from fusion_plugins.core.text.types import TokenizedText
+from fusion_plugins.errors import ConfigError, DataError
+from fusion_plugins.hub import hub_rows, is_hub
+from fusion_plugins.inputs import readable_rows, row_files
+from fusion_plugins.store.files import FolderLock, new_file
+from fusion_plugins.store.manifest import Manifest
+from fusion_plugins.store.writer import StoreWriter
+
+Bytes = npt.NDArray[np.uint8]
+Dtype = Literal["float16", "bfloat16", "float32", "float64"]
+COLUMNS = ("input_ids", "compressed_logprobs", "bytepacked_indices", "attention_mask")
+CONFIG_NAME = "compression_config.yaml"
+_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+class ResidualBin(Settings):
+    """One group of quantized residuals."""
+
+    scale_dtype: Dtype = Field(description="type of the scale")
+    element_bits: int = Field(ge=1, le=64, description="bits of an element")
+    num_elements: int = Field(ge=1, description="number of elements")
+
+
+class Compression(Settings):
+    """DistillKit's ``logprob_compressor``."""
+
+    d: int = Field(ge=2, description="size of the vocabulary")
+    k: int = Field(ge=1, description="entries per position")
+    exact_k: int = Field(ge=0, description="entries that are stored as numbers")
+    exact_dtype: Dtype = Field("float32", description="their type")
+    polynomial_terms: list[int | Literal["sqrt", "exp"]] | None = Field(None, description="terms of the approximation")
+    term_dtype: Dtype = Field("float32", description="type of their coefficients")
+    residual_bins: list[ResidualBin] = Field(description="quantized residuals, in the order of the entries")
+    delta_encoding: bool = Field(True, description="whether values are differences from the one before")
+    error_diffusion: bool = Field(False, description="how they were rounded; of no matter here")
+    normalize_t: bool = Field(False, description="whether the argument of the polynomial is mapped to 0 to 1")
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> "Compression":
+        if self.exact_k + sum(each.num_elements for each in self.residual_bins) > self.k:
+            raise ValueError("expected exact_k and the elements of all bins to be at most k together")
+        return self
+
+    @property
+    def index_bits(self) -> int:
+        """Bits of one packed index."""
+        return int(np.ceil(np.log2(np.float32(self.d))))
+
+    @property
+    def logprob_bytes(self) -> int:
+        """Bytes of the log-probabilities of one position."""
+        terms = len(self.polynomial_terms or ())
+        bins = sum(_SIZES[e.scale_dtype] + -(-e.num_elements * e.element_bits // 8) for e in self.residual_bins)
+        return self.exact_k * _SIZES[self.exact_dtype] + terms * _SIZES[self.term_dtype] + bins
+
+
+def unpack_bits(packed: Bytes, bits: int, count: int) -> npt.NDArray[np.int64]:
+    """Return (..., count) integers of that many bits each, out of (..., M) bytes, from the highest bit on.
+
+    Example:
+        >>> unpack_bits(np.array([[0b10100111, 0b10000000]], np.uint8), 3, 3).tolist()
+        [[5, 1, 7]]
+    """
+    single = np.unpackbits(packed, axis=-1)[..., : count * bits].reshape(*packed.shape[:-1], count, bits)
+    found = np.zeros(single.shape[:-1], np.int64)
+    for place in range(bits):
+        found = found << 1 | single[..., place]
+    return found
+
+
+def decode_logprobs(packed: Bytes, compression: Compression) -> FloatArray:
+    """Return (T, K) float32 log-probabilities of (T, B) bytes, as they were packed, in the order of the entries.
+
+    Raises:
+        DataError: the number of bytes is not that of the settings.
+    """
+    _require_bytes(packed, compression.logprob_bytes, "compressed_logprobs")
+    place, rows = 0, len(packed)
+
+    def take(count: int, dtype: str) -> npt.NDArray[np.float64]:
+        nonlocal place
+        size = count * _SIZES[dtype]
+        part = np.ascontiguousarray(packed[:, place : place + size])
+        place += size
+        return _numbers(part, dtype)
+
+    exact = take(compression.exact_k, compression.exact_dtype)
+    others = np.zeros((rows, compression.k - compression.exact_k))
+    if compression.polynomial_terms:
+        coefficients = take(len(compression.polynomial_terms), compression.term_dtype)
+        others += coefficients @ _terms(compression, others.shape[1]).T
+    start = 0
+    for each in compression.residual_bins:
+        scale = take(1, each.scale_dtype)
+        size = -(-each.num_elements * each.element_bits // 8)
+        levels = unpack_bits(packed[:, place : place + size], each.element_bits, each.num_elements)
+        place += size
+        signed = 2 * levels - 1 if each.element_bits == 1 else levels - (1 << (each.element_bits - 1))
+        others[:, start : start + each.num_elements] += signed * scale
+        start += each.num_elements
+    values = np.concatenate([exact, others], axis=1)
+    return (np.cumsum(values, axis=1) if compression.delta_encoding else values).astype(np.float32)
+
+
+def decode(logprobs: Bytes, indices: Bytes, compression: Compression, vocab_size: int) -> tuple[IntArray, FloatArray]:
+    """Return (T, K) ids and log-probabilities, by descending probability; -1 and -inf where there is no entry.
+
+    The approximation may make entries sum to more than 1, or change their order: they are scaled down and sorted.
+
+    Raises:
+        DataError: the number of bytes is not that of the settings.
+    """
+    _require_bytes(indices, -(-compression.k * compression.index_bits // 8), "bytepacked_indices")
+    ids = unpack_bits(indices, compression.index_bits, compression.k)
+    values = decode_logprobs(logprobs, compression).astype(np.float64)
+    there = np.isfinite(values) & (ids < vocab_size)
+    values = np.where(there, values, -np.inf)
+    with np.errstate(divide="ignore"):
+        total = np.log(np.exp(values).sum(axis=1, keepdims=True))
+    values = values - np.maximum(total, 0.0)
+    ids = np.where(there, ids, -1)
+    order = np.lexsort((ids, -values), axis=1)
+    ids, values = np.take_along_axis(ids, order, 1), np.take_along_axis(values, order, 1)
+    return ids.astype(np.int32), values.astype(np.float32)
+
+
+def _require_bytes(packed: Bytes, expected: int, column: str) -> None:
+    if packed.ndim != 2 or packed.shape[1] != expected:
+        got = packed.shape[1] if packed.ndim == 2 else "rows of different lengths"
+        raise DataError(
+            f"{column}: expected {expected} bytes per position by the settings of the compression, got {got}. Give the "
+            f"{CONFIG_NAME} that the set was made with."
+        )
+
+
+def _numbers(packed: Bytes, dtype: str) -> npt.NDArray[np.float64]:
+    if dtype == "bfloat16":  # the upper half of a float32
+        return (packed.view("<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return packed.view(f"<f{_SIZES[dtype]}").astype(np.float64)
+
+
+def _terms(compression: Compression, count: int) -> npt.NDArray[np.float64]:
+    """(count, terms): each term at every entry that is approximated."""
+    points = np.linspace(0, 1, count) if compression.normalize_t else np.arange(count, dtype=np.float64)
+    functions = {"sqrt": np.sqrt, "exp": np.exp}
+    terms = compression.polynomial_terms or []
+    return np.stack([functions[t](points) if isinstance(t, str) else points**t for t in terms], axis=1)
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What was imported.
+
+    Attributes:
+        records: records written by this run.
+        tokens: their tokens.
+        outside: positions whose own token was not among the entries.
+        skipped: place -> why it was left out (``on_unusable="skip"`` only).
+    """
+
+    records: int
+    tokens: int
+    outside: int
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def import_distillkit(
+    path: str,
+    out: str | Path,
+    texts: str | Path,
+    *,
+    tokenizer: str,
+    compression: str | Path | None = None,
+    model: str | None = None,
+    on_unusable: Literal["raise", "skip"] = "raise",
+) -> ImportReport:
+    """Write a store of what a set says, and the texts that it is of, one JSON object a line.
+
+    Args:
+        path: Parquet files, a folder of them, or ``hf:ORG/NAME``.
+        out: the store; an import that was stopped is continued.
+        texts: .jsonl file to write, for the other sources and for the training.
+        tokenizer: folder or hub name of the teacher's tokenizer.
+        compression: YAML file with the settings; None for the one in the folder.
+        model: name of the teacher; None for that of the tokenizer.
+        on_unusable: what becomes of documents that cannot be used: bytes that are no UTF-8, ids that the tokenizer
+            lacks.
+
+    Raises:
+        ConfigError: settings are missing or wrong.
+        DataError: a row is broken (with ``on_unusable="raise"``), or the set has another form.
+    """
+    from transformers import AutoTokenizer
+
+    settings = _settings(path, compression)
+    table = TokenTable.from_tokenizer(AutoTokenizer.from_pretrained(tokenizer))
+    skipped: dict[str, str] = {}
+    records = tokens = outside = 0
+    texts, name = Path(texts), model or tokenizer
+
+    def documents() -> Iterator[tuple[str, str, TokenizedText, TopK]]:
+        for where, row in _rows(path):
+            try:
+                yield from _documents(where, row, settings, table)
+            except DataError as error:
+                if on_unusable == "raise":
+                    raise
+                skipped[where] = str(error)
+
+    seen: dict[str, str] = {}
+    with closing(FolderLock(texts.parent, texts.name)), new_file(texts) as file:
+        for _, text, _, _ in documents():
+            id = content_id(text)
+            if id in seen:
+                continue
+            seen[id] = id
+            file.write((json.dumps({"id": id, "text": text}, ensure_ascii=False) + "\n").encode())
+    manifest = Manifest(
+        model=name,
+        tokenizer_fingerprint=table.fingerprint,
+        vocab_size=table.vocab_size,
+        logits_width=max(settings.d, table.vocab_size),
+        top_k=min(settings.k, table.vocab_size),
+        dtype=f"distillkit {settings.exact_dtype}",
+        texts_fingerprint=texts_fingerprint(seen.items()),
+        engine="distillkit",
+        engine_version=json.dumps(settings.model_dump(mode="json"), sort_keys=True),
+        provenance={"imported": path, "gold": "of a token outside the entries: an upper bound"},
+    )
+    with StoreWriter(out, manifest, table) as store:
+        for _, text, tokenized, topk in documents():
+            id = content_id(text)
+            if store.holds(id):
+                continue
+            store.write(build_record(id, tokenized, topk))
+            records, tokens = records + 1, tokens + len(tokenized.input_ids)
+            outside += _outside(tokenized, topk)
+        store.finish()
+    return ImportReport(records, tokens, outside, skipped)
+
+
+def _settings(path: str, compression: str | Path | None) -> Compression:
+    found = compression if compression is not None else Path(path) / CONFIG_NAME
+    if not Path(found).is_file():
+        raise ConfigError(
+            f"expected the settings of the compression in {str(found)!r}, got no file. They are "
+            "`logprob_compressor` on the page of the set: write them into a YAML file and name it with --compression."
+        )
+    return load_config(Compression, found, {})
+
+
+def _rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if is_hub(path):
+        yield from hub_rows(path, COLUMNS, needed=("compressed_logprobs",))
+        return
+    for file in row_files(path):
+        for where, row in readable_rows(file, COLUMNS):
+            if isinstance(row, DataError):
+                raise row
+            yield where, row
+
+
+def _documents(
+    where: str, row: Mapping[str, Any], settings: Compression, table: TokenTable
+) -> Iterator[tuple[str, str, TokenizedText, TopK]]:
+    """Yield place, text, tokens and distributions of each document of a row."""
+    missing = [name for name in COLUMNS[:3] if row.get(name) is None]
+    if missing:
+        raise DataError(
+            f"{where}: expected the columns {', '.join(COLUMNS[:3])}, got none in {', '.join(missing)}. Sets in "
+            "DistillKit's older form (packed_indices, exact_values, coeffs) hold centred logits and cannot be imported."
+        )
+    ids = np.asarray(row["input_ids"], np.int64)
+    try:
+        packed, indices = (np.array(row[name], np.uint8).reshape(len(row[name]), -1) for name in COLUMNS[1:3])
+    except (ValueError, OverflowError, TypeError) as error:
+        raise DataError(f"{where}: expected as many bytes at every position, got others: {error}.") from None
+    # The last token has no distribution, or it was cut off with packing.
+    if len(packed) != len(indices) or not len(packed) <= len(ids) <= len(packed) + 1:
+        raise DataError(
+            f"{where}: expected a distribution for every token but the last, got {len(ids)} tokens, {len(packed)} and "
+            f"{len(indices)} distributions."
+        )
+    if ids.size and (ids.min() < 0 or ids.max() >= table.vocab_size):
+        raise DataError(
+            f"{where}: expected ids up to {table.vocab_size - 1}, got {ids.max()}. Name the teacher's tokenizer."
+        )
+    try:
+        entries, logprobs = decode(packed, indices, settings, table.vocab_size)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    marks = np.asarray(row.get("attention_mask") if row.get("attention_mask") is not None else np.ones(len(ids)))
+    borders = np.flatnonzero(np.diff(marks[: len(ids)])) + 1
+    for start, stop in zip([0, *borders.tolist()], [*borders.tolist(), len(ids)], strict=True):
+        if stop - start < 2 or marks[start] == 0:  # padding
+            continue
+        try:
+            text, tokenized = _text(ids[start:stop].astype(np.int32), table)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: expected tokens that spell UTF-8, got other bytes: {error}.") from error
+        if text:
+            part = slice(start, min(stop, len(packed)))
+            yield where, text, tokenized, _topk(tokenized, entries[part], logprobs[part])
+
+
+def _text(ids: IntArray, table: TokenTable) -> tuple[str, TokenizedText]:
+    """The text that tokens spell, without special ones, and where each of them ends."""
+    pieces = [b"" if table.special[id] else table.tokens[id] for id in ids.tolist()]
+    raw = b"".join(pieces)
+    widths = np.array([len(piece) for piece in pieces], np.int32)
+    if table.prefix_space and raw.startswith(b" "):  # the tokenizer's own, which is not in the text
+        widths[int(np.flatnonzero(widths)[0])] -= 1
+        raw = raw[1:]
+    ends = np.cumsum(widths, dtype=np.int32)
+    spans = np.array([[0, len(raw)]], np.int32)
+    return raw.decode(), TokenizedText(ids, ends, spans, np.ones(len(ids), np.bool_))
+
+
+def _topk(text: TokenizedText, ids: IntArray, logprobs: FloatArray) -> TopK:
+    size, k = len(text.input_ids), ids.shape[1]
+    if len(ids) < size:  # the last token has no distribution
+        ids = np.concatenate([ids, np.full((1, k), -1, np.int32)])
+        logprobs = np.concatenate([logprobs, np.full((1, k), -np.inf, np.float32)])
+    following = np.append(text.input_ids[1:], -2)
+    own = ids == following[:, None]
+    with np.errstate(divide="ignore"):
+        left = np.log(np.clip(1.0 - np.exp(logprobs.astype(np.float64)).sum(axis=1), 1e-8, 1.0))
+    least = np.where(ids >= 0, logprobs, np.inf).min(axis=1, initial=0.0)
+    gold = np.where(own.any(axis=1), np.where(own, logprobs, -np.inf).max(axis=1), np.minimum(least, left))
+    gold[-1] = np.nan
+    return TopK(ids, logprobs, gold.astype(np.float32))
+
+
+def _outside(text: TokenizedText, topk: TopK) -> int:
+    return int((~(topk.ids[:-1] == text.input_ids[1:, None]).any(axis=1)).sum())
