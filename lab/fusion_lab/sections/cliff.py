@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fusion_lab.report import figure, hypotheses, markdown, read, save
+from fusion_lab.report import NOT_RUN, figure, hypotheses, markdown, read, save
 from fusion_lab.statistics import difference, mean, pm, signed
 
 NAMES = {
@@ -22,8 +22,9 @@ NAMES = {
 def make(results: Path, images: Path) -> dict[str, str]:
     """Return the table and the sentence."""
     table = read(results, "cliff")
+    told = {"cliff-hypotheses": hypotheses("cliff")}
     if table is None:
-        return {}
+        return told | {"cliff": NOT_RUN, "cliff-sentence": NOT_RUN}
     names = [name for name in NAMES if (table["method"] == name).any()]
     means = {name: mean(table[table["method"] == name]["chains"].to_list()) for name in names}
 
@@ -57,7 +58,7 @@ def make(results: Path, images: Path) -> dict[str, str]:
         for name in ("ours", "one_to_many")
         if {name, "same"} <= set(means)
     }
-    sentence = "".join(
+    sentence = "![Problems solved by alignment](images/lab_cliff.svg)\n\n" + "".join(
         [
             f"Right sums, minus CLM, in points: twin with the target's own tokenizer {against('same', 'clm')}, "
             f"published strict alignment {against('published_hard', 'clm')}, published soft alignment "
@@ -71,11 +72,7 @@ def make(results: Path, images: Path) -> dict[str, str]:
         f"\nThe best constant answer solves {table['constant'].iloc[0]:.1%}, the target before training "
         + _before(results)
     )
-    return {
-        "cliff": markdown(header, rows) + chance,
-        "cliff-sentence": sentence,
-        "cliff-hypotheses": hypotheses("cliff"),
-    }
+    return told | {"cliff": markdown(header, rows) + chance, "cliff-sentence": sentence}
 
 
 def _before(results: Path) -> str:

@@ -28,7 +28,7 @@ def make(results: Path, images: Path) -> dict[str, str]:
     _plot(curves, images / "lab_fusellm.svg")
     return {
         "fusellm-sentence": _sentence(best, curves),
-        "fusellm-best": _best(best),
+        "fusellm-best": _best(best) + _before(results),
         "fusellm-domains": _domains(best),
         "fusellm-compute": _compute(curves),
         "fusellm-hypotheses": hypotheses("a_fusellm"),
@@ -65,6 +65,12 @@ def _best(best: pandas.DataFrame) -> str:
         rows.append([_named(amount), pm(clm), *gains, clm.n])
     compared = [f"{run} minus CLM" for run in RUNS if run != "CLM"]
     return markdown(["texts", "CLM", *compared, "right sums, points, lambda 0.5 minus CLM", "seeds"], rows)
+
+
+def _before(results: Path) -> str:
+    world = read(results, "world")
+    assert world is not None  # a world is measured before anything is asked in it
+    return f"\nThe target before any of these trainings: {world[world['of'] == 'target']['bpb'].iloc[0]:.3f}.\n"
 
 
 def _domains(best: pandas.DataFrame) -> str:

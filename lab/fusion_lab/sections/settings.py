@@ -6,7 +6,7 @@ import numpy as np
 import pandas
 import yaml
 
-from fusion_lab.report import figure, hypotheses, markdown, read, save
+from fusion_lab.report import NOT_RUN, figure, hypotheses, markdown, read, save
 from fusion_lab.runner import QUESTIONS
 from fusion_lab.statistics import Mean, difference, holm, mean, pm, signed
 
@@ -29,15 +29,14 @@ KEYS = {
 def make(results: Path, images: Path) -> dict[str, str]:
     """Return the table and the sentence of the question."""
     table = read(results, "b_settings")
+    told = {"settings-hypotheses": hypotheses("b_settings")}
     if table is None:
-        return {}
+        return told | {"settings": NOT_RUN, "settings-sentence": NOT_RUN}
     best = table[table["of"] == "heldout"]
     values = yaml.safe_load((QUESTIONS / "b_settings.yml").read_text(encoding="utf-8"))
     base = {key: str(value) for key, value in values["base"].items()}
     text = best.astype({key: str for key in base})
     found = _compare(text, base)
-    if not found:
-        return {}
     corrected = holm([gain for *_, gain, _, _ in found])
     _plot([(f"{key}: {level}", gain) for key, level, gain, _, _ in found], images / "lab_settings.svg")
     rows = [
@@ -63,14 +62,13 @@ def make(results: Path, images: Path) -> dict[str, str]:
         for (k, v, g, _, _), p in zip(found, corrected, strict=True)
         if g.value > 0 and p < 0.05
     ]
-    sentence = (
+    sentence = "![Differences from the default](images/lab_settings.svg)\n\n" + (
         f"After Holm's correction, better than the default: {'; '.join(better) or 'no level of any key'}. "
         f"Worse: {'; '.join(worse) or 'none'}. All other levels: no difference shown.\n"
     )
-    return {
+    return told | {
         "settings": head + markdown(header, rows),
         "settings-sentence": sentence,
-        "settings-hypotheses": hypotheses("b_settings"),
     }
 
 
