@@ -109,7 +109,7 @@ def _sentence(found: pandas.DataFrame) -> str:
         f"The best merge on average is {NAMES[best]}: in bits per byte (negative: the merge is better) {told}. Of all "
         f"{len(found)} merges, {wins['base']} are better than the base, {wins['mean of parents']} than the mean of "
         f"their parents, {best_parent} than their best parent, and {together} than one target fused with all "
-        f"sources.\n"
+        f"sources. {found['seed'].nunique()} seeds.\n"
     )
 
 
