@@ -11,8 +11,8 @@ from fusion_lab.statistics import Mean, mean, pm, signed
 NAMES = {
     "linear": "linear",
     "task_arithmetic": "task arithmetic",
-    "ties": "TIES",
-    "dare_linear": "DARE",
+    "ties": "TIES, weight 1",
+    "dare_linear": "DARE, weight 1",
     "fusechat_sce": "SCE",
     "varm:matrix": "VaRM, matrix (the default)",
     "varm:row": "VaRM, row",
@@ -109,7 +109,7 @@ def _sentence(found: pandas.DataFrame) -> str:
         f"The best merge on average is {NAMES[best]}: in bits per byte (negative: the merge is better) {told}. Of all "
         f"{len(found)} merges, {wins['base']} are better than the base, {wins['mean of parents']} than the mean of "
         f"their parents, {best_parent} than their best parent, and {together} than one target fused with all "
-        f"sources.\n"
+        f"sources. {found['seed'].nunique()} seeds.\n"
     )
 
 
