@@ -279,7 +279,7 @@ def _training(rounds: Rounds, number: int, answers: str) -> dict[str, Any]:
         source | {"store": rounds.place(number, "stores", source["name"])} for source in train["fusion"]["sources"]
     ]
     train["fusion"] = train["fusion"] | {"sources": sources}
-    # A training that was killed goes on from its last checkpoint, if it makes any; without a seed, axolotl would shuffle
+    # A training that was killed goes on from its last checkpoint, if it makes any. Without a seed axolotl would shuffle
     # the rows anew.
     train.setdefault("auto_resume_from_checkpoints", True)
     train.setdefault("seed", SEED)
