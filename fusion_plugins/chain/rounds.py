@@ -29,6 +29,8 @@ from fusion_plugins.store.files import make_folder, write_atomic
 #: dataset type whose path becomes the answers of the round
 FUSED = "fusion_plugins.axolotl.fused"
 CHAIN_FILE = "fusion.yml"
+#: of a training whose configuration has none
+SEED = 42
 HELD_OUT = "held_out"
 #: keys of a group of settings that are of the step, not of the command
 OF_THE_STEP = ("env", "variables")
@@ -277,8 +279,10 @@ def _training(rounds: Rounds, number: int, answers: str) -> dict[str, Any]:
         source | {"store": rounds.place(number, "stores", source["name"])} for source in train["fusion"]["sources"]
     ]
     train["fusion"] = train["fusion"] | {"sources": sources}
-    # A training that was killed goes on from its last checkpoint, if it makes any.
+    # A training that was killed goes on from its last checkpoint, if it makes any. Without a seed axolotl would shuffle
+    # the rows anew.
     train.setdefault("auto_resume_from_checkpoints", True)
+    train.setdefault("seed", SEED)
     return train
 
 

@@ -89,6 +89,7 @@ def test_each_round_starts_from_the_checkpoint_of_the_one_before(load, tmp_path)
             "loss": "reverse_kl",
         },
         "auto_resume_from_checkpoints": True,
+        "seed": 42,
     }
     step = chain.steps["02-train"]
     assert step.words == ["axolotl", "train", "made/02/train.yml"]
