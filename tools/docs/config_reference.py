@@ -33,7 +33,8 @@ def _line(section: Section, key: Key) -> str:
         raise LookupError(
             f"{section.title}: {key.path}: expected a description or a line of a docstring, found neither"
         )
-    meaning = re.sub(r"(?<!\.)\.$", "", key.meaning)
+    # Two brackets in a row would be a link.
+    meaning = re.sub(r"(?<!\.)\.$", "", key.meaning).replace("][", "]\\[")
     anchor = re.sub(r"[^a-z0-9]+", "-", f"{section.title.partition(':')[0]}-{key.path}".lower()).strip("-")
     cells = (f"`{key.path}`{{ #{anchor} }}", key.values, key.default, meaning)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
