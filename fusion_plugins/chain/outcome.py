@@ -74,7 +74,8 @@ def _measured(rounds: Rounds, place: Path) -> dict[str, float]:
     if not numbers:
         raise ChainError(
             f"{place}: expected a JSON object with numbers as the last line that `{rounds.config.held_out.command}` "  # type: ignore[union-attr]
-            f"prints, got {lines[-1][:200] if lines else 'nothing'!r}. Correct the command, then run the same again."
+            f"prints, got {lines[-1][:200] if lines else 'nothing'!r}. Correct the command, remove that file, then run "
+            "the same again."
         )
     return numbers
 

@@ -263,6 +263,29 @@ def test_held_out_texts_are_measured_by_a_capture(load):
     words = chain.steps["01-measure"].words
     assert words[:6] == ["fusion", "capture", "--model", "made/01/model", "--texts", "prompts.jsonl"]
     assert chain.needs(chain.steps["01-measure"]) == ["01-train"]
+    chain = write_rounds(load(held_out={"texts": "hf:org/texts:test"}))
+    assert chain.steps["01-measure"].reads == ["made/01/model"]
+
+
+def test_prompts_of_the_hub_are_dealt_to_the_rounds(load, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("fusion_plugins.chain.rounds.open_prompts", lambda paths: asked.extend(paths) or [])
+    with pytest.raises(ConfigError, match="at least 2 prompts"):
+        write_rounds(load(sample={"prompts": ["hf:org/prompts", "prompts.jsonl"]}, prompts_per_round=2))
+    assert asked == ["hf:org/prompts", str(tmp_path / "prompts.jsonl")]
+
+
+def test_a_failure_is_told_also_where_the_outcome_cannot_be_shown(load, tmp_path, monkeypatch):
+    load(held_out={"command": "measure {model}"})
+    monkeypatch.setattr("fusion_plugins.chain.run.run_chain", _fails)
+    monkeypatch.setattr("fusion_plugins.chain.outcome.outcomes", lambda *_: (tmp_path / "none").read_text())
+    failed = CliRunner().invoke(app, ["rounds", "-c", str(tmp_path / "rounds.yml")])
+    assert str(failed.exception) == "step 01-train failed"
+    assert "the outcome cannot be shown: " in failed.output
+
+
+def _fails(*_, **__):
+    raise ChainError("step 01-train failed")
 
 
 def test_without_a_file_or_with_a_step_that_fails_the_command_says_so(load, tmp_path):
