@@ -156,9 +156,7 @@ class _Renderer:
 
     def _of_the_plan(self, plan: Plan) -> dict[str, Any]:
         config, models = plan.config, [plan.target, *plan.sources]
-        given = config.chat_templates
-        templates = {model.short: given.get(model.name, given.get(model.short)) for model in models}
-        templates = {name: path and plan.seen(path) for name, path in templates.items()}
+        templates = {model.short: plan.template_of(model) for model in models}
         unverified = plan.texts.verifiable < plan.texts.count
         rewards = config.method == "fusechat3" and (unverified or config.reward_model is not None)
         parallel = {
