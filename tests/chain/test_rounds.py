@@ -7,6 +7,7 @@ import shutil
 import pytest
 import yaml
 from axolotl_runs import ROOT, row_folder, scored
+from store_contents import make_store
 from typer.testing import CliRunner
 
 from fusion_plugins.chain.outcome import outcomes, table_of, write_outcomes
@@ -21,7 +22,9 @@ from fusion_plugins.chain.rounds import (
 from fusion_plugins.chain.settings import load_chain
 from fusion_plugins.cli import app
 from fusion_plugins.config import validate
+from fusion_plugins.core.fusion.record import supervised_bytes
 from fusion_plugins.errors import ChainError, ConfigError, FusionError
+from fusion_plugins.store import open_store
 
 TRAIN = {
     "base_model": "x",
@@ -253,6 +256,14 @@ def test_the_outcome_is_a_table_a_file_and_a_plot(load, tmp_path):
     picture = plot.read_text()
     assert picture.startswith("<?xml")
     assert "$loss$" in picture
+    # Of texts, every byte counts the same.
+    (tmp_path / "made" / "00" / "held_out").unlink()
+    store = open_store(make_store(tmp_path / "made" / "00" / "held_out", range(12)))
+    sizes = [int(supervised_bytes(record.text).sum()) for record in store]
+    assert len(set(sizes)) > 1
+    nats = sum(record.ce_per_byte * size for record, size in zip(store, sizes, strict=True))
+    assert outcomes(rounds, ["00-measure"])[0].measured == {"nats per byte": pytest.approx(nats / sum(sizes))}
+    shutil.rmtree(store.path)
     (tmp_path / "made" / "00" / "held_out").write_text("nothing measured")
     with pytest.raises(ChainError, match=r"`measure \{model\}` prints, got 'nothing measured'"):
         outcomes(rounds, ["00-measure"])

@@ -8,7 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from fusion_plugins.cli import app
-from fusion_plugins.errors import ConfigError, DataError
+from fusion_plugins.errors import ConfigError, DataError, StoreError
 from fusion_plugins.init.plan import InitConfig, Plan, make_plan, seen_from
 from fusion_plugins.init.write import files_of, run_file, write_files
 
@@ -296,10 +296,13 @@ def test_what_the_user_has_changed_is_not_overwritten(models, tmp_path):
     out = tmp_path / "out"
     write_files(files, out)
     write_files(files, out)
-    (out / "train.yml").write_text("mine")
+    (out / "train.yml").write_bytes(b"mine\xff")
     with pytest.raises(ConfigError, match="train.yml in .* not overwritten"):
         write_files(files, out)
-    assert (out / "train.yml").read_text() == "mine"
+    assert (out / "train.yml").read_bytes() == b"mine\xff"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StoreError, match="expected a folder"):
+        write_files(files, tmp_path / "file")
 
 
 def test_the_command_writes_the_folder_with_flags_or_with_answers(models, tmp_path, monkeypatch):
