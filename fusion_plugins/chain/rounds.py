@@ -150,8 +150,8 @@ class Rounds:
 
     @property
     def folder(self) -> Path:
-        """Where paths begin."""
-        return Path(os.path.abspath(self.path)).parent
+        """Where paths begin, without links, as the steps see it."""
+        return Path(os.path.realpath(Path(os.path.abspath(self.path)).parent))
 
     @property
     def out(self) -> Path:

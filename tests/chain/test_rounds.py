@@ -278,6 +278,18 @@ def test_held_out_texts_are_measured_by_a_capture(load):
     assert chain.steps["01-measure"].reads == ["made/01/model"]
 
 
+def test_what_is_written_behind_a_link_is_where_the_steps_look(load, tmp_path):
+    load(out="../made")
+    (tmp_path / "disk" / "runs").mkdir(parents=True)
+    for name in ("rounds.yml", "train.yml", "prompts.jsonl"):
+        shutil.move(tmp_path / name, tmp_path / "disk" / "runs" / name)
+    (tmp_path / "runs").symlink_to(tmp_path / "disk" / "runs")
+    chain = write_rounds(load_rounds(tmp_path / "runs" / "rounds.yml", {}))
+    words = chain.steps["01-sample"].words
+    assert (chain.folder / words[-1]).is_file()
+    assert load_chain(tmp_path / "disk" / "made" / "fusion.yml").folder == chain.folder == tmp_path / "disk" / "runs"
+
+
 def test_prompts_of_the_hub_are_dealt_to_the_rounds(load, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("fusion_plugins.chain.rounds.open_prompts", lambda paths: asked.extend(paths) or [])
