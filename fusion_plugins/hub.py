@@ -15,6 +15,7 @@ from typing import Any
 from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.install import missing_package_error
 from fusion_plugins.model_names import reason_of
+from fusion_plugins.redaction import without_credentials
 
 PREFIX = "hf:"
 #: bytes of a dataset beyond which it is streamed
@@ -170,7 +171,8 @@ def _opened(wanted: HubDataset) -> Any:
 
 def _reason(error: Exception) -> str:
     # `datasets` says that something failed, and only in the cause what.
-    return reason_of(error.__cause__ if error.__cause__ is not None else error)
+    # Addresses of files are signed: their queries are as good as a token.
+    return without_credentials(reason_of(error.__cause__ if error.__cause__ is not None else error))
 
 
 def _not_loaded(wanted: HubDataset, error: Exception) -> DataError:

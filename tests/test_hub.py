@@ -88,6 +88,16 @@ def test_a_name_that_cannot_be_reached_is_said():
         read_texts("hf:nobody/nothing")
 
 
+def test_a_signed_address_is_in_no_message(monkeypatch):
+    def refused(*_, **__):
+        raise OSError("403 Forbidden for url: https://host/file.parquet?X-Amz-Signature=secret")
+
+    monkeypatch.setattr("datasets.load_dataset_builder", refused)
+    with pytest.raises(DataError, match="403 Forbidden") as failed:
+        read_texts("hf:some/signed")
+    assert "secret" not in str(failed.value)
+
+
 def test_one_bad_row_is_named_and_can_be_left_out(way, tmp_path):
     name = dataset(tmp_path / "set", [{"text": "a"}, {"text": ""}, {"text": "b"}])
     with pytest.raises(DataError, match=r"set:2: expected a string that is not empty"):

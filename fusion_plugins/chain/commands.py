@@ -55,7 +55,7 @@ def rounds(
     """
     from fusion_plugins.chain.rounds import consistency, load_rounds, remove_broken_checkpoints, write_rounds
     from fusion_plugins.chain.run import run_chain
-    from fusion_plugins.errors import ConfigError
+    from fusion_plugins.errors import ConfigError, FusionError
 
     if config is None:
         raise ConfigError("expected --config with the file of the rounds, got none")
@@ -67,8 +67,14 @@ def rounds(
         return
     try:
         run_chain(chain, jobs=jobs, prepare=lambda: remove_broken_checkpoints(loaded))
-    finally:
-        show_outcomes(loaded, chain)
+    except (FusionError, KeyboardInterrupt, SystemExit):
+        # Why the run failed is more than why its outcome cannot be shown.
+        try:
+            show_outcomes(loaded, chain)
+        except (FusionError, OSError) as error:
+            console(stderr=True).print(f"the outcome cannot be shown: {error}")
+        raise
+    show_outcomes(loaded, chain)
 
 
 def show_outcomes(rounds: "Rounds", chain: "Chain") -> None:

@@ -28,14 +28,17 @@ def estimates(chain: Chain, plan: "Sequence[Planned]") -> Iterator[tuple[str, st
 
 
 def _estimate(chain: Chain, step: Step) -> str:
-    done = subprocess.run(
-        [*step.words, "--dry-run"],
-        cwd=chain.folder,
-        env=environment_of(chain, step),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    try:
+        done = subprocess.run(
+            [*step.words, "--dry-run"],
+            cwd=chain.folder,
+            env=environment_of(chain, step),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+    except OSError as error:  # no such program, or no such folder
+        return for_terminal(f"no estimate: {step.words[0]}: {error.strerror or error}")
     lines = [line.strip() for line in done.stdout.decode(errors="replace").replace("\r", "\n").split("\n")]
     said = [line for line in lines if " tokens, " in line and " at the measured " in line]
     if done.returncode == 0 and said:

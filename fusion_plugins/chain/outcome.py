@@ -10,9 +10,10 @@ from pathlib import Path
 from rich.table import Table
 
 from fusion_plugins.chain.rounds import HELD_OUT, Rounds
+from fusion_plugins.core.fusion.record import supervised_bytes
 from fusion_plugins.errors import ChainError
 from fusion_plugins.page import COLOURS, new_figure, plot_name
-from fusion_plugins.store import open_rows, open_store
+from fusion_plugins.store import Store, open_rows, open_store
 from fusion_plugins.store.files import write_atomic
 from fusion_plugins.store.manifest import MANIFEST_NAME
 
@@ -63,8 +64,7 @@ def outcomes(rounds: Rounds, done: Sequence[str]) -> list[Outcome]:
 
 def _measured(rounds: Rounds, place: Path) -> dict[str, float]:
     if place.is_dir() and (place / MANIFEST_NAME).exists():
-        values = [record.ce_per_byte for record in open_store(place) if not math.isnan(record.ce_per_byte)]
-        return {CROSS_ENTROPY: sum(values) / len(values)} if values else {}
+        return _cross_entropy(open_store(place))
     lines = [line for line in place.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     try:
         values = json.loads(lines[-1])
@@ -74,9 +74,21 @@ def _measured(rounds: Rounds, place: Path) -> dict[str, float]:
     if not numbers:
         raise ChainError(
             f"{place}: expected a JSON object with numbers as the last line that `{rounds.config.held_out.command}` "  # type: ignore[union-attr]
-            f"prints, got {lines[-1][:200] if lines else 'nothing'!r}. Correct the command, then run the same again."
+            f"prints, got {lines[-1][:200] if lines else 'nothing'!r}. Correct the command, remove that file, then run "
+            "the same again."
         )
     return numbers
+
+
+def _cross_entropy(store: Store) -> dict[str, float]:
+    """Return the nats of all texts over their bytes; a long text counts as much as it is long."""
+    nats = n_bytes = 0.0
+    for id in store.ids():
+        cost = store.cross_entropies(id).ce_per_byte
+        if not math.isnan(cost):
+            size = int(supervised_bytes(store.text(id)).sum())
+            nats, n_bytes = nats + cost * size, n_bytes + size
+    return {CROSS_ENTROPY: nats / n_bytes} if n_bytes else {}
 
 
 def table_of(found: Sequence[Outcome]) -> Table:

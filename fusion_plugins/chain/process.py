@@ -1,5 +1,6 @@
 """The program of a step: where it runs, how it starts and ends, and how a person repeats it."""
 
+import http.client
 import os
 import shlex
 import shutil
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from fusion_plugins.chain.settings import Chain, Step, is_url
+from fusion_plugins.chain.settings import SECRET, Chain, Step, is_url
 from fusion_plugins.errors import ChainError, ConfigError
 from fusion_plugins.escape import for_terminal
 from fusion_plugins.redaction import without_credentials
@@ -148,20 +149,22 @@ def _require_answer(step: Step, url: str) -> None:
             return
     except urllib.error.HTTPError:
         return  # it answers, if only to ask for a key
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        # What is wrong with a URL is told with its parts, which may be a password.
+        reason = "no URL" if isinstance(error, http.client.InvalidURL) else getattr(error, "reason", error)
         raise ChainError(
             f"step {step.name}: expected an answer of the server {without_credentials(url)}, got: "
-            f"{getattr(error, 'reason', error)}. Start the server, then run the same command again."
+            f"{reason}. Start the server, then run the same command again."
         ) from None
 
 
 def stop(running: Iterable[Running]) -> None:
-    """End programs and all that they started: ask them, and after :data:`GRACE_SECONDS` or a Ctrl-C, force them."""
+    """End programs and all that they started: ask them; force them after :data:`GRACE_SECONDS`, or asked once more."""
     left = list(running)
     for each in left:
         _signal(each, signal.SIGTERM)
     until = time.monotonic() + GRACE_SECONDS
-    with suppress(KeyboardInterrupt):
+    with suppress(KeyboardInterrupt, SystemExit):
         while time.monotonic() < until and any(each.process.poll() is None for each in left):
             time.sleep(POLL_SECONDS)
     for each in left:
@@ -193,9 +196,9 @@ def tail(running: Running, lines: int) -> list[str]:
 
 
 def by_hand(chain: Chain, step: Step) -> str:
-    """Return the line of a shell that repeats a step alone."""
-    variables = dict(chain.variables(step))
-    parts = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+    """Return the line of a shell that repeats a step alone; a token, a key or a password is left to the shell."""
+    given = chain.variables(step).items()
+    parts = [f'{name}="${name}"' if SECRET.search(name) else f"{name}={shlex.quote(value)}" for name, value in given]
     where = chain.where(step)
     if where is not None and not is_url(where):
         parts.append(f"PATH={shlex.quote(str(Path(where, 'bin')))}:$PATH")

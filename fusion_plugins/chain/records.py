@@ -30,7 +30,7 @@ class Record:
     Attributes:
         done: whether it has ended well.
         command: program and arguments.
-        variables: environment variables that the file gave it.
+        variables: environment variables that the file gave it; of secrets a digest.
         inputs: path -> state of what it read, when it started; see :func:`state_of`.
         pid: its process, which leads a group of its own.
         started: when, in seconds since 1970.
@@ -78,7 +78,7 @@ class Records:
             if not self._chain.writes(self._chain.steps[name]):
                 record = self.load(name)
                 inputs[f"step {name}"] = None if record is None else str(record.started)
-        return Record(False, step.words, dict(self._chain.variables(step)), inputs)
+        return Record(False, step.words, dict(self._chain.known_variables(step)), inputs)
 
     def load(self, name: str) -> Record | None:
         """Return the last run of a step; None where there is none."""
@@ -167,7 +167,15 @@ def _files(path: Path) -> Iterator[tuple[str, Path, int, int]]:
         found = path.stat()
         yield "", path, found.st_size, found.st_mtime_ns
         return
-    for folder, folders, names in os.walk(path):
+    seen: set[tuple[int, int]] = set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        # A link may lead to a folder that has been looked at, or to one above it.
+        with suppress(FileNotFoundError):
+            there = os.stat(folder)
+            if (there.st_dev, there.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((there.st_dev, there.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
         for name in sorted(name for name in names if not name.startswith(".")):
             file = Path(folder, name)

@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 from fusion_plugins.chain.settings import NAME, Chain, ChainSettings, Step
 from fusion_plugins.config import Settings, load_config, validate
 from fusion_plugins.errors import ConfigError
+from fusion_plugins.hub import is_hub
 from fusion_plugins.inputs import open_prompts
 from fusion_plugins.scoring.score import ScoreConfig
 from fusion_plugins.sources.capture import CaptureConfig
@@ -151,8 +152,8 @@ class Rounds:
 
     @property
     def folder(self) -> Path:
-        """Where paths begin."""
-        return Path(os.path.abspath(self.path)).parent
+        """Where paths begin, without links, as the steps see it."""
+        return Path(os.path.realpath(Path(os.path.abspath(self.path)).parent))
 
     @property
     def out(self) -> Path:
@@ -406,10 +407,11 @@ def _measuring(rounds: Rounds, number: int) -> Iterator[Step]:
         words = [word.replace(PLACE_OF_MODEL, model) for word in Step(name="x", command=held_out.command).words]
         yield Step(command=words, reads=[*held_out.reads, *read], stdout=place, on_change="keep", **common)
         return
-    options = ["--model", model, "--texts", str(held_out.texts), "--out", place, "--top-k", "1"]
+    texts = str(held_out.texts)
+    options = ["--model", model, "--texts", texts, "--out", place, "--top-k", "1"]
     yield Step(
         command=["fusion", "capture", *options],
-        reads=[*read, str(held_out.texts)],
+        reads=[*read, *([] if is_hub(texts) else [texts])],
         writes=[place],
         on_change="move",
         **common,
@@ -418,7 +420,8 @@ def _measuring(rounds: Rounds, number: int) -> Iterator[Step]:
 
 def _write_prompts(rounds: Rounds, count: int) -> None:
     """Give every round the next prompts of the file; after the last one the first comes again."""
-    prompts = open_prompts([str(rounds.folder / path) for path in _listed(rounds.config.sample.get("prompts"))])
+    paths = _listed(rounds.config.sample.get("prompts"))
+    prompts = open_prompts([path if is_hub(path) else str(rounds.folder / path) for path in paths])
     total = len(prompts)
     if total < count:
         raise ConfigError(

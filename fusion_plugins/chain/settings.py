@@ -1,5 +1,6 @@
 """The file of ``fusion run``: steps, and what each of them reads and writes."""
 
+import hashlib
 import os
 import re
 import shlex
@@ -22,6 +23,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 OPERATORS = {"|", "||", "&", "&&", ";", "<", ">", ">>", "2>", "2>&1", "&>"}
 #: files of these kinds that a command names decide its result
 READ_SUFFIXES = (".yml", ".yaml", ".toml", ".py", ".sh")
+#: names that a shell takes for a variable, and those of variables that are not shown
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+SECRET = re.compile(r"TOKEN$|SECRET|PASSWORD|KEY$", re.IGNORECASE)
 _URL = re.compile(r"https?://")
 
 
@@ -75,7 +79,14 @@ class Step(Settings):
             raise ValueError("expected a program and its arguments, got nothing")
         if isinstance(command, str) and (found := next((word for word in words if word in OPERATORS), None)):
             raise ValueError(f"a step has no shell, so {found!r} would be an argument; write `bash -c '...'`")
+        if any("\0" in word for word in words):
+            raise ValueError("expected words that a program can take, got a NUL in one of them")
         return command
+
+    @field_validator("variables")
+    @classmethod
+    def _check_variables(cls, variables: dict[str, str | int | float]) -> dict[str, str | int | float]:
+        return check_variables(variables)
 
     @property
     def words(self) -> list[str]:
@@ -101,6 +112,11 @@ class ChainSettings(Settings):
         default_factory=dict, description="environment variables of all steps"
     )
     steps: list[Step] = Field(min_length=1, description="what to do; the order follows from what they need and read")
+
+    @field_validator("variables")
+    @classmethod
+    def _check_variables(cls, variables: dict[str, str | int | float]) -> dict[str, str | int | float]:
+        return check_variables(variables)
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
@@ -160,10 +176,14 @@ class Chain:
         """Folder of the file, and of the logs and records."""
         return Path(os.path.abspath(self.path)).parent
 
-    @property
+    @cached_property
     def folder(self) -> Path:
-        """Where all steps run."""
-        return Path(os.path.normpath(self.home / Path(self.settings.folder).expanduser()))
+        """Where all steps run, without links: the programs know none above them, so that ".." means the same here."""
+        return Path(os.path.realpath(self._named_folder))
+
+    @cached_property
+    def _named_folder(self) -> str:
+        return os.path.normpath(self.home / os.path.expanduser(self.settings.folder))
 
     @cached_property
     def steps(self) -> dict[str, Step]:
@@ -172,7 +192,9 @@ class Chain:
 
     def place(self, path: str) -> str:
         """Return a path of the file as an absolute one."""
-        return os.path.normpath(self.folder / Path(path).expanduser())
+        place = os.path.normpath(self.folder / os.path.expanduser(path))
+        inside = os.path.isabs(path) and _inside(place, self._named_folder)
+        return os.path.normpath(self.folder / os.path.relpath(place, self._named_folder)) if inside else place
 
     def writes(self, step: Step) -> list[str]:
         """Return what a step writes."""
@@ -182,7 +204,9 @@ class Chain:
         """Return what decides the result of a step: what it reads, and what the steps that it names write."""
         own = [self.place(path) for path in step.reads]
         made = [path for other in self.steps.values() if other is not step for path in self.writes(other)]
-        for path in map(self.place, step.words):
+        # A path may also stand behind the name of its option, as in --config=FILE.
+        named = (part for word in step.words for part in (word, word.partition("=")[2]) if part)
+        for path in map(self.place, named):
             is_made = any(_inside(path, other) for other in made)
             is_config = path.endswith(READ_SUFFIXES) and os.path.isfile(path)
             if is_made or is_config and not any(_inside(path, mine) for mine in self.writes(step)):
@@ -232,6 +256,13 @@ class Chain:
         """Return the environment variables that the file gives a step."""
         return {name: str(value) for name, value in (self.settings.variables | step.variables).items()}
 
+    def known_variables(self, step: Step) -> Mapping[str, str]:
+        """Return the same for a record: of a token, a key or a password only a digest."""
+        return {
+            name: hashlib.sha256(value.encode()).hexdigest() if SECRET.search(name) else value
+            for name, value in self.variables(step).items()
+        }
+
 
 def load_chain(path: str | Path) -> Chain:
     """Return the chain of a YAML file.
@@ -248,7 +279,35 @@ def is_url(text: str) -> bool:
 
 
 def _split(command: str | list[str]) -> list[str]:
-    return shlex.split(command, comments=True) if isinstance(command, str) else command
+    return list(_Words(command)) if isinstance(command, str) else command
+
+
+class _Words(shlex.shlex):
+    """The words of a command. As in a shell, ``#`` begins a comment only where a word would begin."""
+
+    def __init__(self, command: str) -> None:
+        super().__init__(command, posix=True, punctuation_chars=False)
+        self.whitespace_split = True
+
+    @property
+    def commenters(self) -> str:  # type: ignore[override]
+        return "#" if self.state == " " else ""  # type: ignore[attr-defined]
+
+    @commenters.setter
+    def commenters(self, value: str) -> None:
+        """What the base class sets stays unused."""
+
+
+def check_variables(variables: dict[str, str | int | float]) -> dict[str, str | int | float]:
+    """Return environment variables if a program can get them.
+
+    Raises:
+        ValueError: a name or a value is of no variable.
+    """
+    for name, value in variables.items():
+        if not VARIABLE.fullmatch(name) or "\0" in str(value):
+            raise ValueError(f"expected names of letters, digits and underscores, and values without NUL, got {name!r}")
+    return variables
 
 
 def _inside(path: str, folder: str) -> bool:

@@ -175,7 +175,7 @@ class Plan:
         for model in self.captured:
             name = f"capture-{model.short}"
             command, why = ["fusion", "capture", "--config", f"{name}.yml"], f"store what {model.short} says"
-            reads = (*self._files(self.data), *self._files(self.seen(model.name)))
+            reads = (*self._files(self.data), *self._model_files(model))
             yield Step(name, command, why, reads, (f"stores/{model.short}",), samples=True)
         if self.config.own:
             stores = [f"stores/{source.short}" for source in self.sources]
@@ -202,14 +202,18 @@ class Plan:
         command += [part for name in names for part in ("--tokenizer", name)]
         command += ["--set", "on_unusable=skip"] if self.skips == "skip" else []
         why = "cut long texts into pieces that fit every model"
-        return Step("cut", command, why, tuple(self._files(texts)), ("pieces.jsonl",))
+        reads = [path for place in (texts, *names) for path in self._files(place)]
+        return Step("cut", command, why, tuple(reads), ("pieces.jsonl",))
 
     def _scored_steps(self) -> Iterator[Step]:
         why = "every source answers every prompt several times"
-        prompts = tuple(self._files(self.seen(self.texts.path)))
-        yield Step("sample", ["fusion", "sample", "--config", "sample.yml"], why, prompts, ("responses",), samples=True)
+        reads = self._files(self.seen(self.texts.path))
+        reads += [path for source in self.sources for path in self._model_files(source)]
+        command = ["fusion", "sample", "--config", "sample.yml"]
+        yield Step("sample", command, why, tuple(reads), ("responses",), samples=True)
+        reward = self._files(self.seen(self.config.reward_model)) if self.config.reward_model else []
         command = ["fusion", "score", "--config", "score.yml"]
-        yield Step("score", command, "score the answers", ("responses",), ("scored",))
+        yield Step("score", command, "score the answers", ("responses", *reward), ("scored",))
         yield self._report_step("scored", "see how good the sources are")
         yield from self._training("sft", "learn the best answers")
         yield from self._training("dpo", "prefer the better of two answers")
@@ -222,7 +226,7 @@ class Plan:
         made = made or name
         reads = [f"stores/{model.short}" for model in learnt]
         reads += self._files(self.data) if learnt else ["scored"]
-        reads += [self.trained_first] if name == "dpo" else self._files(self.seen(self.target.name))
+        reads += [self.trained_first] if name == "dpo" else self._model_files(self.target)
         needs = ("doctor",) if learnt and self.config.own else ()
         yield Step(name, ["axolotl", "train", f"{name}.yml", *single], why, tuple(reads), (made,), needs)
         if self.memory.adapter and self.config.method != "fusechat":
@@ -236,10 +240,21 @@ class Plan:
         """The model of the first of two trainings."""
         return "sft-full/merged" if self.memory.adapter else "sft"
 
+    def template_of(self, model: Model) -> str | None:
+        """The file with the chat template that takes the place of a model's, as the folder of the run sees it."""
+        given = self.config.chat_templates
+        path = given.get(model.name, given.get(model.short))
+        return path and self.seen(path)
+
+    def _model_files(self, model: Model) -> list[str]:
+        """The folder of a model, and the file of its chat template."""
+        template = self.template_of(model)
+        return [*self._files(self.seen(model.name)), *(self._files(template) if template else [])]
+
     def _files(self, seen: str) -> list[str]:
         """A path that a step reads, where it is one and no name on the hub."""
         # The folder is not there yet, so ".." in a path is taken off by hand.
-        place = os.path.normpath(os.path.join(self.config.out, seen))
+        place = os.path.normpath(os.path.join(os.path.realpath(self.config.out), seen))
         return [seen] if seen == "pieces.jsonl" or os.path.exists(place) else []
 
 
@@ -262,7 +277,8 @@ def seen_from(folder: str, path: str) -> str:
         return path.replace(place, seen, 1)
     if os.path.isabs(path) or not Path(path).exists():
         return path
-    seen = Path(os.path.relpath(path, folder)).as_posix()
+    # Programs that run there know no links above them.
+    seen = Path(os.path.relpath(path, os.path.realpath(folder))).as_posix()
     return seen if seen.startswith("..") else f"./{seen}"
 
 
@@ -323,8 +339,9 @@ def _short_names(names: list[str]) -> dict[str, str]:
     short: dict[str, str] = {}
     for name in names:
         last = Path(name.rstrip("/")).name if Path(name).is_dir() else name.rstrip("/").rsplit("/", 1)[-1]
-        last = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in last.lower()).strip(".-")
-        candidate, number = last or "model", 2
+        last = "".join(letter if letter.isascii() and letter.isalnum() or letter in "._-" else "-" for letter in last)
+        last = last.lower().strip(".-") or "model"
+        candidate, number = last, 2
         while candidate in short.values():
             candidate, number = f"{last}-{number}", number + 1
         short[name] = candidate

@@ -24,6 +24,7 @@ from fusion_plugins.scoring.score import ScoreConfig
 from fusion_plugins.sources.capture import CaptureConfig
 from fusion_plugins.sources.presets import SAMPLES_PER_PROMPT
 from fusion_plugins.sources.sample import SampleConfig
+from fusion_plugins.store.files import make_folder, write_atomic
 
 #: the steps, where `fusion run` looks for them
 RUN_FILE = "fusion.yml"
@@ -52,15 +53,15 @@ def write_files(files: dict[str, str], out: Path) -> None:
     Raises:
         ConfigError: a file of that name has another content.
     """
-    changed = [name for name in files if (out / name).exists() and (out / name).read_text("utf-8") != files[name]]
+    changed = [name for name in files if (out / name).exists() and (out / name).read_bytes() != files[name].encode()]
     if changed:
         raise ConfigError(
             f"{', '.join(changed)} in {out} differ from what would be written and are not overwritten. Move them away, "
             "or give another --out."
         )
     for name, content in files.items():
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).write_text(content, encoding="utf-8")
+        make_folder((out / name).parent)
+        write_atomic(out / name, content)
 
 
 def _check(name: str, values: Any) -> None:
@@ -156,9 +157,7 @@ class _Renderer:
 
     def _of_the_plan(self, plan: Plan) -> dict[str, Any]:
         config, models = plan.config, [plan.target, *plan.sources]
-        given = config.chat_templates
-        templates = {model.short: given.get(model.name, given.get(model.short)) for model in models}
-        templates = {name: path and plan.seen(path) for name, path in templates.items()}
+        templates = {model.short: plan.template_of(model) for model in models}
         unverified = plan.texts.verifiable < plan.texts.count
         rewards = config.method == "fusechat3" and (unverified or config.reward_model is not None)
         parallel = {

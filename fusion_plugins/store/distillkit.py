@@ -12,8 +12,9 @@ What DistillKit does not store: the log-probability of the text's own token wher
 that of the least entry, or as the mass that is left if that is less; both are upper bounds.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -210,7 +211,8 @@ def import_distillkit(
     Args:
         path: Parquet files, a folder of them, or ``hf:ORG/NAME``.
         out: the store; an import that was stopped is continued.
-        texts: .jsonl file to write, for the other sources and for the training.
+        texts: .jsonl file to write, for the other sources and for the training; a file of that name with another
+            content is left as it is.
         tokenizer: folder or hub name of the teacher's tokenizer.
         compression: YAML file with the settings; None for the one in the folder.
         model: name of the teacher; None for that of the tokenizer.
@@ -218,7 +220,7 @@ def import_distillkit(
             lacks.
 
     Raises:
-        ConfigError: settings are missing or wrong.
+        ConfigError: settings are missing or wrong, or the file for the texts holds something else.
         DataError: a row is broken (with ``on_unusable="raise"``), or the set has another form.
     """
     from transformers import AutoTokenizer
@@ -229,23 +231,30 @@ def import_distillkit(
     records = tokens = outside = 0
     texts, name = Path(texts), model or tokenizer
 
+    def refuse(where: str, error: DataError) -> None:
+        if on_unusable == "raise":
+            raise error
+        skipped[where] = str(error)
+
     def documents() -> Iterator[tuple[str, str, TokenizedText, TopK]]:
         for where, row in _rows(path):
             try:
-                yield from _documents(where, row, settings, table)
+                yield from _documents(where, row, settings, table, refuse)
             except DataError as error:
-                if on_unusable == "raise":
-                    raise
-                skipped[where] = str(error)
+                refuse(where, error)
 
     seen: dict[str, str] = {}
+    digest = hashlib.sha256()
     with closing(FolderLock(texts.parent, texts.name)), new_file(texts) as file:
         for _, text, _, _ in documents():
             id = content_id(text)
             if id in seen:
                 continue
             seen[id] = id
-            file.write((json.dumps({"id": id, "text": text}, ensure_ascii=False) + "\n").encode())
+            line = (json.dumps({"id": id, "text": text}, ensure_ascii=False) + "\n").encode()
+            digest.update(line)
+            file.write(line)
+        _require_own(texts, digest.hexdigest())
     manifest = Manifest(
         model=name,
         tokenizer_fingerprint=table.fingerprint,
@@ -270,6 +279,19 @@ def import_distillkit(
     return ImportReport(records, tokens, outside, skipped)
 
 
+def _require_own(texts: Path, digest: str) -> None:
+    """Refuse to take the place of a file: most commands read what is named by --texts."""
+    if not texts.exists():
+        return
+    with open(texts, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != digest:
+        raise ConfigError(
+            f"texts: expected the name of a new file, which gets the texts of the set, got {str(texts)!r}, which holds "
+            "something else. Name another file, or remove this one."
+        )
+
+
 def _settings(path: str, compression: str | Path | None) -> Compression:
     found = compression if compression is not None else Path(path) / CONFIG_NAME
     if not Path(found).is_file():
@@ -292,9 +314,13 @@ def _rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _documents(
-    where: str, row: Mapping[str, Any], settings: Compression, table: TokenTable
+    where: str,
+    row: Mapping[str, Any],
+    settings: Compression,
+    table: TokenTable,
+    refuse: Callable[[str, DataError], None],
 ) -> Iterator[tuple[str, str, TokenizedText, TopK]]:
-    """Yield place, text, tokens and distributions of each document of a row."""
+    """Yield place, text, tokens and distributions of each document of a row; one that is no text is refused alone."""
     missing = [name for name in COLUMNS[:3] if row.get(name) is None]
     if missing:
         raise DataError(
@@ -328,7 +354,9 @@ def _documents(
         try:
             text, tokenized = _text(ids[start:stop].astype(np.int32), table)
         except UnicodeDecodeError as error:
-            raise DataError(f"{where}: expected tokens that spell UTF-8, got other bytes: {error}.") from error
+            place = f"{where}, tokens {start} to {stop}"
+            refuse(place, DataError(f"{place}: expected tokens that spell UTF-8, got other bytes: {error}."))
+            continue
         if text:
             part = slice(start, min(stop, len(packed)))
             yield where, text, tokenized, _topk(tokenized, entries[part], logprobs[part])

@@ -45,7 +45,8 @@ def push(folder: str | Path, repo: str, *, private: bool = True, message: str | 
         message: of the commit.
 
     Raises:
-        StoreError: the folder is damaged or being written, or the hub refuses it.
+        StoreError: the folder is damaged or being written, the hub refuses it, or the repository holds something else,
+            which a push would take the place of.
         ConfigError: ``huggingface_hub`` is not installed.
     """
     folder = Path(folder)
@@ -56,6 +57,16 @@ def push(folder: str | Path, repo: str, *, private: bool = True, message: str | 
         card = _card(folder, repo, manifest)
         try:
             api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
+            there = set(api.list_repo_files(repo, repo_type="dataset"))
+        except Exception as error:  # of the network, the hub and its client
+            raise _failed(f"{folder} cannot be pushed to {repo!r}", error) from None
+        # A first push that was stopped has left the card alone.
+        if MANIFEST_NAME not in there and (others := sorted(there - {"README.md", ".gitattributes"})):
+            raise StoreError(
+                f"{repo!r} holds no folder of this package but {', '.join(others[:3])}"
+                f"{' ...' if len(others) > 3 else ''}, and nothing was pushed. Name a new repository."
+            )
+        try:
             api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repo, repo_type="dataset")
             done = api.upload_folder(
                 folder_path=folder,
@@ -63,7 +74,7 @@ def push(folder: str | Path, repo: str, *, private: bool = True, message: str | 
                 repo_type="dataset",
                 allow_patterns=names,
                 # Shards of an earlier push that this folder no longer has would look like lost ones.
-                delete_patterns=["*.parquet", JOURNAL_NAME],
+                delete_patterns=[f"{SHARD_PREFIX}*.parquet", JOURNAL_NAME],
                 commit_message=message or f"{manifest.rows} {manifest.NOUN}",
             )
         except Exception as error:  # of the network, the hub and its client

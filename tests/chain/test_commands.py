@@ -34,6 +34,11 @@ def test_the_file_is_fusion_yml_and_steps_can_be_chosen(run, tmp_path):
     assert isinstance(run([], "nothing.yml").exception, ConfigError)
 
 
+def test_a_dry_run_without_the_program_says_so(run):
+    shown = run([{"name": "a", "command": "fusion capture", "env": "nowhere", "variables": {"PATH": ""}}], "--dry-run")
+    assert (shown.exit_code, "a: no estimate: fusion: No such file" in shown.output) == (0, True)
+
+
 @pytest.mark.slow
 def test_a_dry_run_shows_the_steps_and_what_their_own_dry_runs_say(run, tmp_path):
     tiny.llama_checkpoint(tmp_path / "model", seed=1, tokenizer=tiny.byte_level())

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import yaml
 from axolotl_runs import ROOT, row_folder, scored
+from store_contents import make_store
 from typer.testing import CliRunner
 
 from fusion_plugins.chain.outcome import outcomes, table_of, write_outcomes
@@ -21,7 +22,9 @@ from fusion_plugins.chain.rounds import (
 from fusion_plugins.chain.settings import load_chain
 from fusion_plugins.cli import app
 from fusion_plugins.config import validate
+from fusion_plugins.core.fusion.record import supervised_bytes
 from fusion_plugins.errors import ChainError, ConfigError, FusionError
+from fusion_plugins.store import open_store
 
 TRAIN = {
     "base_model": "x",
@@ -254,6 +257,14 @@ def test_the_outcome_is_a_table_a_file_and_a_plot(load, tmp_path):
     picture = plot.read_text()
     assert picture.startswith("<?xml")
     assert "$loss$" in picture
+    # Of texts, every byte counts the same.
+    (tmp_path / "made" / "00" / "held_out").unlink()
+    store = open_store(make_store(tmp_path / "made" / "00" / "held_out", range(12)))
+    sizes = [int(supervised_bytes(record.text).sum()) for record in store]
+    assert len(set(sizes)) > 1
+    nats = sum(record.ce_per_byte * size for record, size in zip(store, sizes, strict=True))
+    assert outcomes(rounds, ["00-measure"])[0].measured == {"nats per byte": pytest.approx(nats / sum(sizes))}
+    shutil.rmtree(store.path)
     (tmp_path / "made" / "00" / "held_out").write_text("nothing measured")
     with pytest.raises(ChainError, match=r"`measure \{model\}` prints, got 'nothing measured'"):
         outcomes(rounds, ["00-measure"])
@@ -264,6 +275,41 @@ def test_held_out_texts_are_measured_by_a_capture(load):
     words = chain.steps["01-measure"].words
     assert words[:6] == ["fusion", "capture", "--model", "made/01/model", "--texts", "prompts.jsonl"]
     assert chain.needs(chain.steps["01-measure"]) == ["01-train"]
+    chain = write_rounds(load(held_out={"texts": "hf:org/texts:test"}))
+    assert chain.steps["01-measure"].reads == ["made/01/model"]
+
+
+def test_what_is_written_behind_a_link_is_where_the_steps_look(load, tmp_path):
+    load(out="../made")
+    (tmp_path / "disk" / "runs").mkdir(parents=True)
+    for name in ("rounds.yml", "train.yml", "prompts.jsonl"):
+        shutil.move(tmp_path / name, tmp_path / "disk" / "runs" / name)
+    (tmp_path / "runs").symlink_to(tmp_path / "disk" / "runs")
+    chain = write_rounds(load_rounds(tmp_path / "runs" / "rounds.yml", {}))
+    words = chain.steps["01-sample"].words
+    assert (chain.folder / words[-1]).is_file()
+    assert load_chain(tmp_path / "disk" / "made" / "fusion.yml").folder == chain.folder == tmp_path / "disk" / "runs"
+
+
+def test_prompts_of_the_hub_are_dealt_to_the_rounds(load, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("fusion_plugins.chain.rounds.open_prompts", lambda paths: asked.extend(paths) or [])
+    with pytest.raises(ConfigError, match="at least 2 prompts"):
+        write_rounds(load(sample={"prompts": ["hf:org/prompts", "prompts.jsonl"]}, prompts_per_round=2))
+    assert asked == ["hf:org/prompts", str(tmp_path / "prompts.jsonl")]
+
+
+def test_a_failure_is_told_also_where_the_outcome_cannot_be_shown(load, tmp_path, monkeypatch):
+    load(held_out={"command": "measure {model}"})
+    monkeypatch.setattr("fusion_plugins.chain.run.run_chain", _fails)
+    monkeypatch.setattr("fusion_plugins.chain.outcome.outcomes", lambda *_: (tmp_path / "none").read_text())
+    failed = CliRunner().invoke(app, ["rounds", "-c", str(tmp_path / "rounds.yml")])
+    assert str(failed.exception) == "step 01-train failed"
+    assert "the outcome cannot be shown: " in failed.output
+
+
+def _fails(*_, **__):
+    raise ChainError("step 01-train failed")
 
 
 def test_without_a_file_or_with_a_step_that_fails_the_command_says_so(load, tmp_path):

@@ -200,7 +200,24 @@ def test_a_step_waits_for_no_server_that_does_not_answer(write, ran):
     assert ran() == ["a"]
     with pytest.raises(ChainError, match="expected an answer of the server http://127.0.0.1"):
         run_chain(load_chain(write(bash("b", "true", env=url))))
+    with pytest.raises(ChainError, match=r"the server \*\*\*@host/v1, got: no URL") as failed:
+        run_chain(load_chain(write(bash("c", "true", env="http://me:secret@host/v1"))))
+    assert "secret" not in str(failed.value)
     assert ran() == []
+
+
+def test_a_secret_is_in_no_message_and_no_record(write, tmp_path):
+    step = bash("a", "test $HF_TOKEN = hf_secret && exit 3", variables={"HF_TOKEN": "hf_secret"})
+    with pytest.raises(ChainError, match='HF_TOKEN="\\$HF_TOKEN" bash') as failed:
+        run_chain(load_chain(write(step)))
+    assert "status 3" in str(failed.value)
+    # The command of this test names it; nothing else does.
+    step["command"][-1] = "true"
+    run_chain(load_chain(write(step)))
+    for file in (tmp_path / ".fusion_run" / "fusion").glob("*.json"):
+        assert "hf_secret" not in file.read_text()
+    step["variables"]["HF_TOKEN"] = "hf_other"
+    assert "variables have changed" in str(plan_chain(load_chain(write(step)))[0].due)
 
 
 # Runs that are killed or interrupted: in processes of their own.
@@ -366,6 +383,14 @@ def test_the_state_of_a_folder_is_that_of_its_contents(tmp_path, monkeypatch):
     (folder / "link").symlink_to("nowhere")
     assert state_of(folder) == before
     (folder / "in" / "x").write_text("2")
+    assert state_of(folder) != before
+    # Folders behind links count, a circle of them too.
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "up").symlink_to(folder)
+    (folder / "there").symlink_to(other)
+    before = state_of(folder)
+    (other / "y").write_text("1")
     assert state_of(folder) != before
     # Of what is too large to be read, sizes and times count.
     monkeypatch.setattr("fusion_plugins.chain.records.READ_BYTES", 0)

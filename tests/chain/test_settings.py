@@ -29,6 +29,9 @@ def chain(tmp_path):
         ([{"name": "a", "command": "x | y"}], "a step has no shell, so '|' would be an argument"),
         ([{"name": "a", "command": "x && y"}], "bash -c"),
         ([{"name": "a", "command": "x > y"}], "bash -c"),
+        ([{"name": "a", "command": ["x", "a\0b"]}], "NUL"),
+        ([{"name": "a", "command": "x", "variables": {"A; rm -r .": "1"}}], "'A; rm -r .'"),
+        ([{"name": "a", "command": "x", "variables": {"A=B": "1"}}], "'A=B'"),
         ([{"name": "a", "command": "x"}, {"name": "a", "command": "y"}], "a twice"),
         ([{"name": "a", "command": "x", "needs": ["b"]}], "step a needs b, which is no step"),
         ([{"name": "a", "command": "x", "wants": ["b"]}], "unknown key"),
@@ -55,6 +58,28 @@ def test_a_wrong_file_is_refused_with_the_reason(steps, said, chain):
 def test_a_quoted_operator_is_an_argument(chain):
     (step,) = chain({"name": "a", "command": "bash -c 'x | y > z'"}).steps.values()
     assert step.words == ["bash", "-c", "x | y > z"]
+
+
+def test_a_comment_begins_only_where_a_word_would(chain):
+    (step,) = chain({"name": "a", "command": "x --name run#3 '# y' --lr 1  # not this\n--more"}).steps.values()
+    assert step.words == ["x", "--name", "run#3", "# y", "--lr", "1", "--more"]
+
+
+def test_a_configuration_behind_the_name_of_its_option_is_read(chain, tmp_path):
+    (tmp_path / "a.yml").write_text("x: 1")
+    found = chain(
+        {"name": "a", "command": "fusion capture --config=a.yml --out=made ~nobody/x", "writes": ["made"]},
+        {"name": "b", "command": "other --data=made/x"},
+    )
+    assert found.reads(found.steps["a"]) == [str(tmp_path / "a.yml")]
+    assert found.needs(found.steps["b"]) == ["a"]
+
+
+def test_what_is_above_a_folder_is_what_its_programs_see_there(tmp_path):
+    (tmp_path / "disk" / "runs").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(tmp_path / "disk" / "runs")
+    (tmp_path / "runs" / "fusion.yml").write_text(yaml.safe_dump({"steps": [{"name": "a", "command": "x"}]}))
+    assert load_chain(tmp_path / "runs" / "fusion.yml").place("../b") == str(tmp_path / "disk" / "b")
 
 
 def test_steps_wait_for_what_they_read(chain):

@@ -8,7 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from fusion_plugins.cli import app
-from fusion_plugins.errors import ConfigError, DataError
+from fusion_plugins.errors import ConfigError, DataError, StoreError
 from fusion_plugins.init.plan import InitConfig, Plan, make_plan, seen_from
 from fusion_plugins.init.write import files_of, run_file, write_files
 
@@ -222,7 +222,7 @@ def test_models_of_one_name_get_different_folders_and_one_model_twice_is_refused
         plan_of(models, tmp_path, sources=["a/same", "a/same"], facts={"a/same": SEVEN_B})
 
 
-@pytest.mark.parametrize("name", ["a: b", "x #y", "-z", "{w}", "q'\"", "tab\tname"])
+@pytest.mark.parametrize("name", ["a: b", "x #y", "-z", "{w}", "q'\"", "tab\tname", "模型"])
 def test_names_are_data(models, tmp_path, name, monkeypatch):
     """Whatever a folder is called, the files say it, and the shell lines quote it."""
     monkeypatch.chdir(tmp_path)
@@ -246,6 +246,28 @@ def test_paths_are_those_that_the_folder_sees(tmp_path, monkeypatch):
     assert seen_from("run", "run/inner") == "./inner"
     assert seen_from(".", "model") == "./model"
     assert seen_from("run", "owner/name") == "owner/name"
+    # Programs that run behind a link see what is above the folder itself.
+    (tmp_path / "disk" / "runs").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(tmp_path / "disk" / "runs")
+    seen = seen_from("runs/one", "model")
+    (tmp_path / "runs" / "one").mkdir()
+    assert (tmp_path / "runs" / "one" / seen).is_dir()
+
+
+def test_templates_and_models_of_folders_decide_the_steps_that_use_them(models, tmp_path):
+    template = tmp_path / "own.jinja"
+    template.write_text(tiny.CHATML)
+    source = str(models / "digits")
+    prompts = rows(tmp_path / "p.jsonl", [{"text": f"Say {n}", "domain": "math"} for n in range(20)])
+    changes = {"texts": prompts, "chat_templates": {"digits": str(template), "target": str(template)}, "out": "o"}
+    plan = plan_of(models, tmp_path, method="fusechat3", reward_model=str(models / "llama"), **changes)
+    steps = {step.name: step for step in plan.steps()}
+    assert {prompts, source, str(template)} == set(steps["sample"].reads)
+    assert steps["score"].reads == ("responses", str(models / "llama"))
+    assert str(template) in steps["sft"].reads
+    chats = rows(tmp_path / "chats.jsonl", [{"messages": chat} for chat in CHATS])
+    plan = plan_of(models, tmp_path, method="fusechat", **changes | {"texts": chats})
+    assert str(template) in next(plan.steps()).reads
 
 
 def test_the_steps_name_what_they_read_and_write(models, tmp_path):
@@ -274,10 +296,13 @@ def test_what_the_user_has_changed_is_not_overwritten(models, tmp_path):
     out = tmp_path / "out"
     write_files(files, out)
     write_files(files, out)
-    (out / "train.yml").write_text("mine")
+    (out / "train.yml").write_bytes(b"mine\xff")
     with pytest.raises(ConfigError, match="train.yml in .* not overwritten"):
         write_files(files, out)
-    assert (out / "train.yml").read_text() == "mine"
+    assert (out / "train.yml").read_bytes() == b"mine\xff"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StoreError, match="expected a folder"):
+        write_files(files, tmp_path / "file")
 
 
 def test_the_command_writes_the_folder_with_flags_or_with_answers(models, tmp_path, monkeypatch):

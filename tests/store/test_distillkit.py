@@ -154,5 +154,21 @@ def test_what_cannot_be_read_is_named_and_may_be_left_out(captured, tmp_path):
         assert result.exception is None, result.output
         assert "data_0.parquet:2" in result.output
         assert len(open_store(tmp_path / name / "out")) == 1
+    # One document of a packed row that begins within a character costs none of the others.
+    mixed = row_of(records[:3])
+    first = len(records[0].text.input_ids)
+    table = open_store(captured / "store").table
+    mixed["input_ids"][first] = table.tokens.index(b"\xb6")
+    folder = packed_set(tmp_path / "mixed", [mixed])
+    result = importing(folder, captured, tmp_path / "mixed", "--on-unusable", "skip")
+    assert f"data_0.parquet:1, tokens {first} to " in result.output
+    assert len(open_store(tmp_path / "mixed" / "out")) == 2
+    # A file that was there is not written over.
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "texts.jsonl").write_text("mine")
+    failed = importing(folder, captured, kept, "--on-unusable", "skip")
+    assert "which holds something else" in str(failed.exception)
+    assert (kept / "texts.jsonl").read_text() == "mine"
     (tmp_path / "ids" / "compression_config.yaml").unlink()
     assert "logprob_compressor" in str(importing(tmp_path / "ids", captured, tmp_path).exception)

@@ -55,9 +55,11 @@ def test_a_store_comes_back_as_it_was_pushed(hub, sound, tmp_path):
     assert done.returncode == 1
     assert "damaged" in done.stderr
     # A later push takes the place of the earlier one, files that it no longer has included.
-    files["old.parquet"] = b"of an earlier push"
+    files["shard-000099.parquet"] = b"of an earlier push"
+    files["data/train.parquet"] = b"of somebody else"
     assert fusion(hub, "push", sound, "org/pushed", "--public").returncode == 0
-    assert "old.parquet" not in hub.files["org/pushed"]
+    assert "shard-000099.parquet" not in hub.files["org/pushed"]
+    assert hub.files["org/pushed"].pop("data/train.parquet") == b"of somebody else"
     assert fusion(hub, "pull", "org/pushed", "--out", tmp_path / "again").returncode == 0
 
 
@@ -74,3 +76,7 @@ def test_what_cannot_be_transferred_is_said_in_one_message(hub, sound, tmp_path)
     assert "hf auth login" in done.stderr
     done = fusion(hub, "push", tmp_path / "nothing", "org/x")
     assert "StoreError" in done.stderr
+    hub.files["org/corpus"] = kept = {"README.md": b"a corpus", "data/train.parquet": b"its rows"}
+    done = fusion(hub, "push", sound, "org/corpus")
+    assert "'org/corpus' holds no folder of this package but data/train.parquet" in done.stderr
+    assert hub.files["org/corpus"] == kept == {"README.md": b"a corpus", "data/train.parquet": b"its rows"}
