@@ -107,8 +107,9 @@ def tokenize_answer(
 ) -> tuple[TokenizedText, RenderedChat, How]:
     """Tokenize a rendered chat whose last turn was sampled.
 
-    The drawn tokens are used where they are of this tokenizer and spell the turn as the template writes it. What comes
-    before and behind them is tokenized by itself, as it was for the sampler.
+    The drawn tokens are used where they are of this tokenizer and spell the turn as the template writes it. The model
+    that has sampled them may know more tokens by now (a pad token), so that of its own tokens the spelling alone
+    counts. What comes before and behind them is tokenized by itself, as it was for the sampler.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
@@ -123,12 +124,13 @@ def tokenize_answer(
     """
     chat = last_turns(chat, 1)
     chat = chat if answer.finished else unfinished(chat)
-    if answer.token_ids and answer.tokenizer == table.fingerprint:
+    own = own or answer.tokenizer == table.fingerprint
+    if answer.token_ids and own:
         tokens = _with_drawn(tokenizer, table, chat, _without_end(table, answer, turn_ends))
         if tokens is not None:
             return tokenize_chat(tokenizer, table, chat, turn_ends, tokens=tokens), chat, "sampled"
     tokens = tokenize_chat(tokenizer, table, chat, turn_ends)
-    if not answer.n_tokens or not (answer.tokenizer == table.fingerprint or (own and answer.tokenizer is None)):
+    if not answer.n_tokens or not own:
         return tokens, chat, "foreign"
     start, stop = chat.turns[-1].start, int(tokens.spans[-1, 1])
     content = int(((tokens.ends > start) & (tokens.ends <= stop)).sum())
