@@ -298,7 +298,8 @@ def _opened(config: CaptureConfig, texts: InputSet[Text], out: Path) -> Iterator
     tokenizer = capture_tokenizer(config)
     table = TokenTable.from_tokenizer(tokenizer)
     changes = text_changes(tokenizer, table.spell).known
-    asked = None if config.ask_ids is None else Asked.of(config.ask_ids, table, config.backend)
+    rows = embedding_rows(config)
+    asked = None if config.ask_ids is None else Asked.of(config.ask_ids, table, config.backend, rows)
     identity = _identity(config, texts, tokenizer, table)
     top_k: int = identity["top_k"]
     if asked is not None:
@@ -307,7 +308,6 @@ def _opened(config: CaptureConfig, texts: InputSet[Text], out: Path) -> Iterator
     require_part(out, config.shard)
 
     tokenize = _Tokenizer(config, tokenizer, table, asked)
-    rows = embedding_rows(config)
     beyond: Beyond | None = None
     if rows is not None and rows < table.vocab_size:
         beyond = partial(beyond_the_model, tokenizer, rows=rows)
