@@ -204,7 +204,9 @@ class FusedStrategy(DatasetWrappingStrategy):
             ids.append(content.id)
             names.append(f"{name}, id {content.id!r}")
             if self._cfg.get("dataset_exact_deduplication"):
-                contents.append(content_id(content.messages if content.text is None else content.text, content.tools))
+                said = content.messages if content.text is None else content.text
+                # That an answer was cut is in its id alone.
+                contents.append(content_id(said, content.tools) if content.answer is None else content.id)
             kept.append(place)
         if empty:
             LOG.info(f"fusion: {empty} of {len(dataset)} responses of {self._path} say nothing and are left out")

@@ -22,7 +22,7 @@ from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize
 from fusion_plugins.errors import ConfigError, DataError, MismatchError
 from fusion_plugins.sources.sample import COLUMNS
-from fusion_plugins.store import RowManifest, RowWriter
+from fusion_plugins.store import RowManifest, RowWriter, open_store
 
 IN_ORDER = {"curriculum_sampling": True, "shuffle_merged_datasets": False}
 
@@ -368,7 +368,6 @@ def test_weights_measured_on_verified_answers_are_those_of_the_sources(answers, 
 def test_a_source_without_a_verdict_in_a_domain_does_not_outweigh_those_that_were_judged(material, answers):
     from fusion_plugins.axolotl.plan import make_plan
     from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
-    from fusion_plugins.store import open_store
 
     names = {"target": "digits", "teacher": "bytes"}
     sources = [{"name": name, "store": str(answers / store)} for name, store in names.items()]
@@ -406,3 +405,25 @@ def test_rows_that_refer_to_texts_are_looked_at_again_with_a_rule_of_another_kin
     assert len(rows) == 3
     with pytest.raises(ConfigError, match="shares the target's mistakes"):
         prepare(fused_config(material, answers, run_folder, fusion | {"rule": "min_ce"}), run_folder)
+
+
+def test_a_cut_answer_keeps_its_own_record_beside_a_whole_one_of_the_same_words(material, run_folder):
+    from fusion_plugins.axolotl.text_rows import unpack_text
+    from fusion_plugins.sources.capture import CaptureConfig, capture_texts
+
+    manifest = RowManifest(stage="responses", columns=COLUMNS, key=("source", "index"))
+    with RowWriter(run_folder / "responses", manifest) as rows:
+        for n, finish in enumerate(["length", "stop", "stop"]):
+            row = {"prompt_id": "p", "index": n, "prompt": "12 + 30?", "response": "12 + 30 = 42", "source": "a"}
+            rows.write(row | {"finish_reason": finish})
+        rows.finish()
+    texts, out = str(run_folder / "responses"), str(run_folder / "store")
+    capture_texts(CaptureConfig(texts=texts, model=str(material.folder / "digits"), out=out, top_k=4))
+    fusion = {"sources": [{"name": "digits", "store": out}], "prepared": "stores"}
+    settings = fused_config(material, run_folder, run_folder, fusion, dataset_exact_deduplication=True)
+    _, rows = prepare(settings, run_folder)
+    named = [unpack_text(row["fused_text"], row["input_ids"], row["labels"]) for row in rows]
+    assert len(named) == len({id for id, _, _ in named}) == 2
+    store = open_store(out)
+    for id, text, _ in named:
+        assert (2 in text.labels) == (len(store[id].text.input_ids) == max(len(record.text.ends) for record in store))
