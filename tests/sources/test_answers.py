@@ -329,3 +329,10 @@ def test_a_model_that_has_got_a_pad_token_since_reads_its_own_answers_in_the_tok
         tokens, _, found = tokenize_answer(tokenizer, table, chat, answer, own=own)
         assert found == how
         assert (tokens.input_ids[-len(letters) :].tolist() == letters) is own
+
+
+@pytest.mark.parametrize("ids", ["[5, 6]", [5, "6"], [5, None], [5, -1], [5.0], 5])
+def test_token_ids_that_are_none_are_refused_with_their_row(tmp_path, ids):
+    row = {"prompt_id": "p", "source": "a", "prompt": "12 + 30?", "response": "42", "token_ids": ids}
+    with pytest.raises(DataError, match=r"answers.jsonl:1: .*token_ids as a list of ids"):
+        list(read_texts(write_rows(tmp_path / "answers.jsonl", [row])))

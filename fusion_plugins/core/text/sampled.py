@@ -15,6 +15,7 @@ from fusion_plugins.core.text.token_table import Role, TokenTable
 from fusion_plugins.core.text.tokenize import TURN_ENDS, tokenize, tokenize_chat
 from fusion_plugins.core.text.turns import RenderedChat
 from fusion_plugins.core.text.types import TokenizedText
+from fusion_plugins.errors import DataError
 
 #: How an answer became tokens. ``sampled``: as they were drawn. ``same``, ``other``: the text was tokenized anew, and
 #: the tokens (or, where the drawn ones are unknown, their number) are those that were drawn, or not. ``foreign``: of
@@ -168,9 +169,14 @@ def _with_drawn(tokenizer: Any, table: TokenTable, chat: RenderedChat, ids: Sequ
 
 
 def as_answer(row: Mapping[str, Any], finished: bool) -> SampledAnswer:
-    """Return how the response of a row was sampled, as far as its columns say."""
-    ids = row.get("token_ids")
-    number = row.get("n_tokens")
+    """Return how the response of a row was sampled, as far as its columns say.
+
+    Raises:
+        DataError: ``token_ids`` are none.
+    """
+    ids, number = row.get("token_ids"), row.get("n_tokens")
+    if ids is not None and not (isinstance(ids, list | tuple | np.ndarray) and all(map(_is_id, ids))):
+        raise DataError(f"expected token_ids as a list of ids, got {ids!r:.80}. Correct them, or leave them out.")
     return SampledAnswer(
         finished,
         None if ids is None or not len(ids) else tuple(int(token) for token in ids),
@@ -178,3 +184,7 @@ def as_answer(row: Mapping[str, Any], finished: bool) -> SampledAnswer:
         row.get("model"),
         int(number) if isinstance(number, int) else 0,
     )
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 0
