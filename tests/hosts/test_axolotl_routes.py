@@ -427,3 +427,16 @@ def test_a_cut_answer_keeps_its_own_record_beside_a_whole_one_of_the_same_words(
     store = open_store(out)
     for id, text, _ in named:
         assert (2 in text.labels) == (len(store[id].text.input_ids) == max(len(record.text.ends) for record in store))
+
+
+def test_rows_are_called_by_their_place_in_the_dataset_also_where_conditions_leave_some_out(
+    material, answers, run_folder
+):
+    fusion = routed(answers, digits={"domains": ["code"]}, where={"domain": ["code", "chat"]}, on_no_source="skip")
+    fusion["sources"] = fusion["sources"][:1]
+    _, rows = prepare(fused_config(material, answers, run_folder, fusion), run_folder)
+    report = json.loads((run_folder / "model" / "fusion_report.json").read_text())[str(answers / "responses")]
+    assert len(rows) == 2
+    (left_out,) = report["without_source"]
+    place = next(n for n, row in enumerate(RESPONSES) if row[0] == "chat")
+    assert f": row {place + 1}, id" in left_out["row"]
