@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from fusion_plugins.core.fusion.record import build_record
 from fusion_plugins.core.fusion.types import TopK
@@ -119,6 +119,12 @@ class CaptureConfig(SourceSettings):
         if isinstance(value, int) and value < 1:
             raise ValueError("expected a number of entries, at least 1, or 'all'")
         return value
+
+    @model_validator(mode="after")
+    def _check_ask_ids(self) -> "CaptureConfig":
+        if self.ask_ids is not None and self.top_k == "all":
+            raise ValueError("ask_ids: with top_k: all every token is there already; remove one of them")
+        return self
 
 
 @dataclass(frozen=True)

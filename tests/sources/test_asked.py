@@ -104,6 +104,12 @@ def test_a_source_is_not_asked_for_ids_that_its_model_has_no_row_for(stores):
     assert np.array_equal(some[every < 50], every[every < 50])
 
 
+def test_ids_are_not_asked_for_beside_the_whole_vocabulary(stores, padded_model, tmp_path):
+    folder, texts = stores
+    with pytest.raises(ValueError, match="ask_ids: with top_k: all every token is there already"):
+        config(padded_model, texts, tmp_path / "out", top_k="all", ask_ids=str(folder / "target"))
+
+
 def test_entries_hold_each_id_once_in_the_order_of_their_probability():
     ids, said = np.array([[3, 1]], np.int32), np.array([[-0.5, -2.0]], np.float32)
     asked = np.array([[1, 7, -1, 99]], np.int32), np.array([[-2.0, -1.0, -np.inf, -0.1]], np.float32)

@@ -187,4 +187,4 @@ def as_answer(row: Mapping[str, Any], finished: bool) -> SampledAnswer:
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 0
