@@ -93,6 +93,10 @@ def content_hash(cfg: Any, block: FusionBlock, entry: Any, *, place: str = "") -
     }
     if cuts_chunks(block):
         parts["chunks"] = True
+    if block.prepared == "stores" and _may_share_texts(block):
+        # Rules are not in such rows, but whether one suits the texts is looked at when they are made.
+        kinds = {key: _kind(rule) for key, (rule, _) in block.rules.items()}
+        parts["rules"] = {key: kind for key, kind in kinds.items() if key == "rule" or kind != kinds["rule"]}
     if block.weights_from is not None and block.prepared == "rows":
         parts["weights_from"] = rows_content(block.weights_from)
     if block.reference is not None:
@@ -107,6 +111,18 @@ def content_hash(cfg: Any, block: FusionBlock, entry: Any, *, place: str = "") -
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
+
+
+def _may_share_texts(block: FusionBlock) -> bool:
+    """Whether several sources may teach one text; not where each has domains of its own."""
+    named = [domain for source in block.sources for domain in set(source.domains or ())]
+    apart = all(source.domains is not None for source in block.sources) and len(named) == len(set(named))
+    return len(block.sources) > 1 and not apart
+
+
+def _kind(rule: str) -> list[bool]:
+    found = get_registry("fusion_rules").get(rule)
+    return [bool(getattr(found, mark, False)) for mark in ("by_cross_entropy", "weighted")]
 
 
 def _source(cfg: Any, source: SourceArgs, unused: Collection[str] = ()) -> dict[str, Any]:

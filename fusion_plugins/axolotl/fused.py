@@ -110,9 +110,9 @@ class FusedStrategy(DatasetWrappingStrategy):
             DataError: a row cannot be used (with ``on_unusable: raise``), or no row is left.
         """
         stores = [open_store(source.store) for source in self._block.sources]
-        dataset = self._selected(dataset)
+        dataset, places = self._selected(dataset)
         total = len(dataset)
-        dataset, unusable, empty = self._readable(with_written_ids(dataset, stores, self._path))
+        dataset, unusable, empty = self._readable(with_written_ids(dataset, stores, self._path), places)
         dataset, routes = self._routed(dataset, stores)
         dataset = self._with_first_ids(dataset, routes)
         warm_up()
@@ -171,11 +171,11 @@ class FusedStrategy(DatasetWrappingStrategy):
         keep_report(self._cfg, self._entry, "fusion_report.json", content, contents)
         return rows.remove_columns([COUNTERS, REASON, HOW])
 
-    def _selected(self, dataset: Any) -> Any:
-        """Return the rows that meet ``fusion.where``."""
+    def _selected(self, dataset: Any) -> tuple[Any, Sequence[int]]:
+        """Return the rows that meet ``fusion.where``, and their places in the dataset."""
         where = self._block.where
         if not where:
-            return dataset
+            return dataset, range(len(dataset))
         require_columns(where, dataset.column_names, self._path)
         columns = {name: dataset[name][:] for name in columns_of(where)}
         kept = np.flatnonzero(selected(where, columns, len(dataset)))
@@ -184,14 +184,14 @@ class FusedStrategy(DatasetWrappingStrategy):
                 f"fusion.where: expected some rows of {self._path} with {where}, got none. Change the conditions."
             )
         LOG.info(f"fusion: {len(kept)} of {len(dataset)} rows of {self._path} meet fusion.where")
-        return dataset.select(kept)
+        return dataset.select(kept), kept.tolist()
 
-    def _readable(self, dataset: Any) -> tuple[Any, list[Unusable], int]:
+    def _readable(self, dataset: Any, places: Sequence[int]) -> tuple[Any, list[Unusable], int]:
         """Return the rows that hold a text or a chat, with ids and names, those that do not, and the empty answers."""
         ids, names, contents, kept, empty = [], [], [], [], 0
         unusable: list[Unusable] = []
         for place, row in enumerate(dataset):
-            name = f"{self._path}: row {place + 1}"
+            name = f"{self._path}: row {places[place] + 1}"
             try:
                 content = self._reader.content(row)
             except (DataError, UnicodeEncodeError) as error:
@@ -204,7 +204,9 @@ class FusedStrategy(DatasetWrappingStrategy):
             ids.append(content.id)
             names.append(f"{name}, id {content.id!r}")
             if self._cfg.get("dataset_exact_deduplication"):
-                contents.append(content_id(content.messages if content.text is None else content.text, content.tools))
+                said = content.messages if content.text is None else content.text
+                # That an answer was cut is in its id alone.
+                contents.append(content_id(said, content.tools) if content.answer is None else content.id)
             kept.append(place)
         if empty:
             LOG.info(f"fusion: {empty} of {len(dataset)} responses of {self._path} say nothing and are left out")

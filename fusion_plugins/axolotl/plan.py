@@ -23,6 +23,8 @@ from fusion_plugins.where import value_of
 
 #: stores -> how often their tokens are aligned with the target's, for the maps that need counts
 Count = Callable[[list[Store]], list[AlignmentCounts]]
+#: measured weight of a source in a domain where none of its answers has a verdict, by the same formula
+UNJUDGED = 1 / 2
 
 
 def make_plan(block: FusionBlock, stores: list[Store], target: TargetTokenizer, count: Count) -> FusionPlan:
@@ -60,8 +62,8 @@ def make_plan(block: FusionBlock, stores: list[Store], target: TargetTokenizer, 
         )
         projector = Projector.of(store.table, target.table, vocabulary, options.options())
         weights = source.weight_by_domain if measured is None else measured[source.name]
-        aligner = _text_aligner(block, projector)
-        sources.append(FusionSource(source.name, projector, aligner, source.weight, weights))
+        weight = source.weight if measured is None else UNJUDGED
+        sources.append(FusionSource(source.name, projector, _text_aligner(block, projector), weight, weights))
     rules = {
         domain: (lookup("fusion_rules", own.rule), own.rule_options) for domain, own in block.rule_by_domain.items()
     }
@@ -79,6 +81,8 @@ def make_plan(block: FusionBlock, stores: list[Store], target: TargetTokenizer, 
 def measured_weights(folder: str, names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Return source -> domain -> how likely its answers there are right, by the verdicts of scored responses.
 
+    The domain "" is that of texts without a column for it: there, the answers of all domains count.
+
     Raises:
         ConfigError: a source has no answer with a verdict.
         StoreError: the folder is damaged.
@@ -89,9 +93,9 @@ def measured_weights(folder: str, names: Sequence[str]) -> dict[str, dict[str, f
     for row in open_rows(folder):
         verdict = as_verdict(row.get("correct"))
         if verdict is not None and row.get("source") in names:
-            key = row["source"], value_of("domain", row)
-            judged[key] += 1
-            right[key] += verdict
+            for domain in (str(value_of("domain", row)), ""):
+                judged[row["source"], domain] += 1
+                right[row["source"], domain] += verdict
     found: dict[str, dict[str, float]] = {name: {} for name in names}
     for name, domain in sorted(judged):
         found[name][domain] = (right[name, domain] + 1) / (judged[name, domain] + 2)

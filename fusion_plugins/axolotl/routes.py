@@ -12,11 +12,12 @@ import numpy as np
 from axolotl.utils.logging import get_logger
 
 from fusion_plugins.axolotl.args import FusionBlock
+from fusion_plugins.axolotl.fusion_losses import cuts_chunks, problem_of_rule
 from fusion_plugins.axolotl.preference_rows import Unusable
 from fusion_plugins.core.arrays import BoolArray
 from fusion_plugins.core.fusion.routing import Route
 from fusion_plugins.errors import ConfigError, MismatchError
-from fusion_plugins.plugins import lookup
+from fusion_plugins.plugins import get_registry, lookup
 from fusion_plugins.store import Store
 from fusion_plugins.where import require_columns, selected, value_of
 
@@ -75,8 +76,8 @@ def make_routes(table: Table, block: FusionBlock, stores: Sequence[Store], base_
     """Decide which sources teach each row.
 
     Raises:
-        ConfigError: a condition names a column that the rows lack; or a rule would choose by cross-entropy on the
-            target's own answers.
+        ConfigError: a condition names a column that the rows lack; a rule would choose by cross-entropy on the
+            target's own answers, or cannot fuse chunks; or no source of some texts has a weight.
         MismatchError: a store lacks a row that its source is to teach (with ``on_missing_text: raise``), or no source
             takes part in a row (with ``on_no_source: raise``).
     """
@@ -110,6 +111,7 @@ def make_routes(table: Table, block: FusionBlock, stores: Sequence[Store], base_
         route = Route(tuple(np.flatnonzero(part[:, place]).tolist()), domains[place])
         numbers[place] = routes.setdefault(route, len(routes))
     distinct = list(routes)
+    _refuse_rules(table, block, distinct)
     _refuse_own_answers(table, block, distinct, numbers, base_model)
     left_out = [Unusable(table.names[place], missing[place]) for place in sorted(missing)]
     return Routes(distinct, numbers, left_out, untaught, _texts(block, distinct, numbers), without)
@@ -189,6 +191,29 @@ def _texts(block: FusionBlock, distinct: Sequence[Route], numbers: np.ndarray) -
     return found
 
 
+def _refuse_rules(table: Table, block: FusionBlock, distinct: Sequence[Route]) -> None:
+    """Refuse what would fail at the first text of a route, perhaps hours later."""
+    for route in distinct:
+        if not route.sources:
+            continue
+        rule, sources = _rule(block, route), [block.sources[number] for number in route.sources]
+        what = f"{', '.join(source.name for source in sources)} in texts of {table.path}"
+        what += f" of the domain {route.domain!r}" if route.domain else ""
+        if len(sources) > 1 and cuts_chunks(block) and (problem := problem_of_rule(rule, block.loss)):
+            raise ConfigError(f"fusion.rule: {problem}. The sources are {what}.")
+        weighs = block.weights_from is None and getattr(get_registry("fusion_rules").get(rule), "weighted", False)
+        if weighs and not any(source.weight_by_domain.get(route.domain, source.weight) for source in sources):
+            raise ConfigError(
+                f"fusion.sources: expected a weight above 0 of {what}, which no other source teaches, got 0. Give one "
+                "of them a weight, or leave the domain out of its domains or where, and see fusion.on_no_source."
+            )
+
+
+def _rule(block: FusionBlock, route: Route) -> str:
+    own = block.rule_by_domain.get(route.domain)
+    return block.rule if own is None else own.rule
+
+
 def _refuse_own_answers(
     table: Table, block: FusionBlock, distinct: Sequence[Route], numbers: np.ndarray, base_model: str
 ) -> None:
@@ -200,8 +225,7 @@ def _refuse_own_answers(
         LOG.warning(f"fusion: no answer in {table.path} is of fusion.own_source {block.own_source!r}")
     for number, route in enumerate(distinct):
         places = np.flatnonzero(own & (numbers == number))
-        domain_rule = block.rule_by_domain.get(route.domain)
-        rule = block.rule if domain_rule is None else domain_rule.rule
+        rule = _rule(block, route)
         if places.size and len(route.sources) > 1 and getattr(lookup("fusion_rules", rule), "by_cross_entropy", False):
             raise ConfigError(
                 f"fusion.rule: {rule} cannot choose between sources on the target's own answers, and {len(places)} "

@@ -1,7 +1,9 @@
 """``ask_ids`` of `fusion capture`: the target's store says for which tokens a source is asked besides its top k."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from fusion_plugins.core.fusion.asked import IdsOfTarget
 from fusion_plugins.core.text.token_table import TokenTable
@@ -28,8 +30,14 @@ class Asked:
     ids: IdsOfTarget
 
     @classmethod
-    def of(cls, folder: str, own: TokenTable, backend: str) -> "Asked":
+    def of(cls, folder: str, own: TokenTable, backend: str, rows: int | None = None) -> "Asked":
         """Open the target's store.
+
+        Args:
+            folder: the store.
+            own: the source's tokens.
+            backend: what runs the source.
+            rows: ids that the model of the source has; it is not asked for others, which its tokenizer may know.
 
         Raises:
             ConfigError: the backend cannot be asked.
@@ -41,7 +49,10 @@ class Asked:
                 "Choose one of them, or remove ask_ids and capture with a larger top_k."
             )
         store = open_store(folder)
-        return cls(store, IdsOfTarget.of(own, store.table))
+        ids = IdsOfTarget.of(own, store.table)
+        if rows is not None:
+            ids = replace(ids, ids=np.where(ids.ids < rows, ids.ids, -1).astype(np.int32))
+        return cls(store, ids)
 
     @property
     def width(self) -> int:

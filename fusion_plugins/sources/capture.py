@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from fusion_plugins.core.fusion.record import build_record
 from fusion_plugins.core.fusion.types import TopK
@@ -119,6 +119,12 @@ class CaptureConfig(SourceSettings):
         if isinstance(value, int) and value < 1:
             raise ValueError("expected a number of entries, at least 1, or 'all'")
         return value
+
+    @model_validator(mode="after")
+    def _check_ask_ids(self) -> "CaptureConfig":
+        if self.ask_ids is not None and self.top_k == "all":
+            raise ValueError("ask_ids: with top_k: all every token is there already; remove one of them")
+        return self
 
 
 @dataclass(frozen=True)
@@ -298,7 +304,8 @@ def _opened(config: CaptureConfig, texts: InputSet[Text], out: Path) -> Iterator
     tokenizer = capture_tokenizer(config)
     table = TokenTable.from_tokenizer(tokenizer)
     changes = text_changes(tokenizer, table.spell).known
-    asked = None if config.ask_ids is None else Asked.of(config.ask_ids, table, config.backend)
+    rows = embedding_rows(config)
+    asked = None if config.ask_ids is None else Asked.of(config.ask_ids, table, config.backend, rows)
     identity = _identity(config, texts, tokenizer, table)
     top_k: int = identity["top_k"]
     if asked is not None:
@@ -307,7 +314,6 @@ def _opened(config: CaptureConfig, texts: InputSet[Text], out: Path) -> Iterator
     require_part(out, config.shard)
 
     tokenize = _Tokenizer(config, tokenizer, table, asked)
-    rows = embedding_rows(config)
     beyond: Beyond | None = None
     if rows is not None and rows < table.vocab_size:
         beyond = partial(beyond_the_model, tokenizer, rows=rows)

@@ -22,14 +22,14 @@ from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize
 from fusion_plugins.errors import ConfigError, DataError, MismatchError
 from fusion_plugins.sources.sample import COLUMNS
-from fusion_plugins.store import RowManifest, RowWriter
+from fusion_plugins.store import RowManifest, RowWriter, open_store
 
 IN_ORDER = {"curriculum_sampling": True, "shuffle_merged_datasets": False}
 
 
-def block(sources, **changes):
-    entries = [{"name": f"s{n}", "store": f"stores/{n}"} | own for n, own in enumerate(sources)]
-    return validate(FusionBlock, {"sources": entries, **changes}, where="fusion")
+def block(entries, **changes):
+    sources = [{"name": f"s{n}", "store": f"stores/{n}"} | own for n, own in enumerate(entries)]
+    return validate(FusionBlock, {"sources": sources, **changes}, where="fusion")
 
 
 def table(columns, answers=False):
@@ -358,8 +358,85 @@ def test_weights_measured_on_verified_answers_are_those_of_the_sources(answers, 
 
     found = measured_weights(str(answers / "responses"), ["target", "teacher"])
     assert found == {
-        "target": {"math": pytest.approx(2 / 4)},
-        "teacher": {"math": pytest.approx(2 / 3), "code": pytest.approx(2 / 3)},
+        "target": {"math": pytest.approx(2 / 4), "": pytest.approx(2 / 4)},
+        "teacher": {"math": pytest.approx(2 / 3), "code": pytest.approx(2 / 3), "": pytest.approx(3 / 4)},
     }
     with pytest.raises(ConfigError, match="got none of someone"):
         measured_weights(str(answers / "responses"), ["teacher", "someone"])
+
+
+def test_a_source_without_a_verdict_in_a_domain_does_not_outweigh_those_that_were_judged(material, answers):
+    from fusion_plugins.axolotl.plan import make_plan
+    from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
+
+    names = {"target": "digits", "teacher": "bytes"}
+    sources = [{"name": name, "store": str(answers / store)} for name, store in names.items()]
+    settings = block([], rule="fixed_weights", weights_from=str(answers / "responses"), sources=sources)
+    stores = [open_store(source["store"]) for source in sources]
+    plan = make_plan(settings, stores, TargetTokenizer.of(tiny.sentencepiece_bpe(), {}), lambda stores: [])
+    weights = {domain: [source.weight_in(domain) for source in plan.sources] for domain in ("math", "code", "chat", "")}
+    assert weights == {
+        "math": pytest.approx([2 / 4, 2 / 3]),
+        "code": pytest.approx([1 / 2, 2 / 3]),  # of the target no answer there has a verdict
+        "chat": [1 / 2, 1 / 2],
+        "": pytest.approx([2 / 4, 3 / 4]),  # texts without a column for their domain
+    }
+
+
+@pytest.mark.parametrize(
+    ("sources", "changes", "named"),
+    [
+        ([{"weight_by_domain": {"math": 0}}, {"domains": ["code"]}], {}, "above 0 of s0 .*domain 'math'"),
+        ([{"weight": 0}, {"weight": 0, "weight_by_domain": {"math": 1}}], {}, "above 0 of s0, s1 .*domain 'code'"),
+        ([{}, {"domains": ["math"]}], {"rule": "min_ce", "loss": "advantage"}, "min_ce .*s0, s1 .*domain 'math'"),
+        ([{}, {}], {"rule_by_domain": {"code": "avg_ce"}, "loss": "advantage"}, "avg_ce .*s0, s1 .*domain 'code'"),
+    ],
+)
+def test_a_route_that_its_rule_cannot_fuse_is_refused_before_anything_is(sources, changes, named, everything):
+    settings = block(sources, **{"rule": "fixed_weights"} | changes)
+    with pytest.raises(ConfigError, match=named):
+        make_routes(table({"domain": ["math", "code"]}), settings, [everything] * 2, "target")
+
+
+def test_rows_that_refer_to_texts_are_looked_at_again_with_a_rule_of_another_kind(material, answers, run_folder):
+    """Fixed weights suit own answers and cross-entropies do not: rows of the one must not let the other pass."""
+    fusion = routed(answers, where={"domain": "math"}, rule="fixed_weights", prepared="stores")
+    _, rows = prepare(fused_config(material, answers, run_folder, fusion), run_folder)
+    assert len(rows) == 3
+    with pytest.raises(ConfigError, match="shares the target's mistakes"):
+        prepare(fused_config(material, answers, run_folder, fusion | {"rule": "min_ce"}), run_folder)
+
+
+def test_a_cut_answer_keeps_its_own_record_beside_a_whole_one_of_the_same_words(material, run_folder):
+    from fusion_plugins.axolotl.text_rows import unpack_text
+    from fusion_plugins.sources.capture import CaptureConfig, capture_texts
+
+    manifest = RowManifest(stage="responses", columns=COLUMNS, key=("source", "index"))
+    with RowWriter(run_folder / "responses", manifest) as rows:
+        for n, finish in enumerate(["length", "stop", "stop"]):
+            row = {"prompt_id": "p", "index": n, "prompt": "12 + 30?", "response": "12 + 30 = 42", "source": "a"}
+            rows.write(row | {"finish_reason": finish})
+        rows.finish()
+    texts, out = str(run_folder / "responses"), str(run_folder / "store")
+    capture_texts(CaptureConfig(texts=texts, model=str(material.folder / "digits"), out=out, top_k=4))
+    fusion = {"sources": [{"name": "digits", "store": out}], "prepared": "stores"}
+    settings = fused_config(material, run_folder, run_folder, fusion, dataset_exact_deduplication=True)
+    _, rows = prepare(settings, run_folder)
+    named = [unpack_text(row["fused_text"], row["input_ids"], row["labels"]) for row in rows]
+    assert len(named) == len({id for id, _, _ in named}) == 2
+    store = open_store(out)
+    for id, text, _ in named:
+        assert (2 in text.labels) == (len(store[id].text.input_ids) == max(len(record.text.ends) for record in store))
+
+
+def test_rows_are_called_by_their_place_in_the_dataset_also_where_conditions_leave_some_out(
+    material, answers, run_folder
+):
+    fusion = routed(answers, digits={"domains": ["code"]}, where={"domain": ["code", "chat"]}, on_no_source="skip")
+    fusion["sources"] = fusion["sources"][:1]
+    _, rows = prepare(fused_config(material, answers, run_folder, fusion), run_folder)
+    report = json.loads((run_folder / "model" / "fusion_report.json").read_text())[str(answers / "responses")]
+    assert len(rows) == 2
+    (left_out,) = report["without_source"]
+    place = next(n for n, row in enumerate(RESPONSES) if row[0] == "chat")
+    assert f": row {place + 1}, id" in left_out["row"]

@@ -28,6 +28,8 @@ OPEN = {
     "weights_from": ["data/scored", None, "none"],
     "rule": list(get_registry("fusion_rules")),
     "rule_options": [{}, {"x": None, "y": [1, None], "z": False}],
+    "loss_options": [{}, {"beta": 0.25}, {"clip": 5, "ratio_clip": None}],
+    "leave_out_sources": [[], ["a", "数学"]],
     "loss": list(get_registry("losses")),
     "lm_loss_weight": [0, 1, 0.25],
     "temperature": [0.5, 2],
@@ -112,6 +114,7 @@ def loaded(material, folder, block):
 def let_keys_be_together_that_no_run_uses_together(monkeypatch):
     monkeypatch.setattr(guards, "_idle", lambda block: [])
     monkeypatch.setattr(guards, "_losses", lambda cfg, block: [])
+    monkeypatch.setattr(guards, "problems_of_fusion_loss", lambda block: [])
 
 
 def test_every_documented_value_of_every_key_arrives(material, run_folder, monkeypatch):

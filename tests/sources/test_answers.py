@@ -8,7 +8,10 @@ import source_checks
 import tiny
 from source_checks import capture_config, sample_config, write_rows
 
+from fusion_plugins.core.text.chat import generated_spans
+from fusion_plugins.core.text.sampled import SampledAnswer, tokenize_answer
 from fusion_plugins.core.text.token_table import TokenTable
+from fusion_plugins.core.text.tokenize import chat_renderer
 from fusion_plugins.errors import ConfigError, DataError, MismatchError
 from fusion_plugins.inputs import read_texts
 from fusion_plugins.sources.capture import capture_texts
@@ -310,3 +313,26 @@ def test_rows_without_what_the_context_needs_are_refused_or_left_out(model, tmp_
 def test_a_context_that_says_nothing_or_something_else_is_refused(context, tmp_path):
     with pytest.raises(ValueError, match="context"):
         capture_config("m", "x.jsonl", tmp_path, context=context)
+
+
+def test_a_model_that_has_got_a_pad_token_since_reads_its_own_answers_in_the_tokens_that_it_drew():
+    tokenizer = tiny.byte_level()
+    before = TokenTable.from_tokenizer(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<|a new pad|>"})
+    table = TokenTable.from_tokenizer(tokenizer)
+    assert table.fingerprint != before.fingerprint
+    letters = [table.tokens.index(bytes([byte])) for byte in b"the apples"]
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "the apples"}]
+    chat = generated_spans(chat_renderer(tokenizer), messages)
+    answer = SampledAnswer(False, tuple(letters), before.fingerprint, "m", len(letters))
+    for own, how in ((True, "sampled"), (False, "foreign")):
+        tokens, _, found = tokenize_answer(tokenizer, table, chat, answer, own=own)
+        assert found == how
+        assert (tokens.input_ids[-len(letters) :].tolist() == letters) is own
+
+
+@pytest.mark.parametrize("ids", ["[5, 6]", [5, "6"], [5, None], [5, -1], [5.0], 5])
+def test_token_ids_that_are_none_are_refused_with_their_row(tmp_path, ids):
+    row = {"prompt_id": "p", "source": "a", "prompt": "12 + 30?", "response": "42", "token_ids": ids}
+    with pytest.raises(DataError, match=r"answers.jsonl:1: .*token_ids as a list of ids"):
+        list(read_texts(write_rows(tmp_path / "answers.jsonl", [row])))

@@ -8,7 +8,7 @@ from source_checks import capture_config as config
 from fusion_plugins.core.fusion.asked import IdsOfTarget
 from fusion_plugins.core.text.token_table import Role, TokenTable
 from fusion_plugins.errors import ConfigError, MismatchError
-from fusion_plugins.sources.asked import require_answers
+from fusion_plugins.sources.asked import Asked, require_answers
 from fusion_plugins.sources.backends.topk import topk_and_asked
 from fusion_plugins.sources.capture import capture_texts
 from fusion_plugins.store import open_store
@@ -94,6 +94,20 @@ def test_ids_are_mapped_back_one_to_one_by_bytes_and_by_role():
     target = TokenTable([b"a", b"b", b"ab", b"</s>"], [None] * 3 + [Role.EOS], {Role.EOS: 3}, False, "byte_level")
     own = TokenTable([b"<end>", b"ab", b"a"], [Role.EOS, None, None], {Role.EOS: 0}, False, "byte_level")
     assert IdsOfTarget.of(own, target).ids.tolist() == [2, -1, 1, 0]
+
+
+def test_a_source_is_not_asked_for_ids_that_its_model_has_no_row_for(stores):
+    folder, _ = stores
+    own = open_store(folder / "source").table
+    every, some = (Asked.of(str(folder / "target"), own, "transformers", rows).ids.ids for rows in (None, 50))
+    assert every.max() >= 50 > some.max() >= 0
+    assert np.array_equal(some[every < 50], every[every < 50])
+
+
+def test_ids_are_not_asked_for_beside_the_whole_vocabulary(stores, padded_model, tmp_path):
+    folder, texts = stores
+    with pytest.raises(ValueError, match="ask_ids: with top_k: all every token is there already"):
+        config(padded_model, texts, tmp_path / "out", top_k="all", ask_ids=str(folder / "target"))
 
 
 def test_entries_hold_each_id_once_in_the_order_of_their_probability():

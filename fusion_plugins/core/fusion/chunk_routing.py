@@ -81,10 +81,10 @@ def as_taught(chunks: TextChunks) -> FusedTexts:
 
 
 def _weights(plan: FusionPlan, route: Route) -> tuple[float, ...]:
-    if len(route.sources) == 1:
-        return (1.0,)
     rule, _ = plan.rule_of(route.domain)
     if not getattr(rule, "weighted", False):
+        if len(route.sources) == 1:
+            return (1.0,)
         names = ", ".join(plan.sources[number].name for number in route.sources)
         raise ConfigError(
             f"fusion.rule: {getattr(rule, '__name__', rule)} cannot fuse chunks of {names}, which all teach texts of "

@@ -15,6 +15,7 @@ from fusion_plugins.core.text.token_table import Role, TokenTable
 from fusion_plugins.core.text.tokenize import TURN_ENDS, tokenize, tokenize_chat
 from fusion_plugins.core.text.turns import RenderedChat
 from fusion_plugins.core.text.types import TokenizedText
+from fusion_plugins.errors import DataError
 
 #: How an answer became tokens. ``sampled``: as they were drawn. ``same``, ``other``: the text was tokenized anew, and
 #: the tokens (or, where the drawn ones are unknown, their number) are those that were drawn, or not. ``foreign``: of
@@ -107,8 +108,9 @@ def tokenize_answer(
 ) -> tuple[TokenizedText, RenderedChat, How]:
     """Tokenize a rendered chat whose last turn was sampled.
 
-    The drawn tokens are used where they are of this tokenizer and spell the turn as the template writes it. What comes
-    before and behind them is tokenized by itself, as it was for the sampler.
+    The drawn tokens are used where they are of this tokenizer and spell the turn as the template writes it. The model
+    that has sampled them may know more tokens by now (a pad token), so that of its own tokens the spelling alone
+    counts. What comes before and behind them is tokenized by itself, as it was for the sampler.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
@@ -123,12 +125,13 @@ def tokenize_answer(
     """
     chat = last_turns(chat, 1)
     chat = chat if answer.finished else unfinished(chat)
-    if answer.token_ids and answer.tokenizer == table.fingerprint:
+    own = own or answer.tokenizer == table.fingerprint
+    if answer.token_ids and own:
         tokens = _with_drawn(tokenizer, table, chat, _without_end(table, answer, turn_ends))
         if tokens is not None:
             return tokenize_chat(tokenizer, table, chat, turn_ends, tokens=tokens), chat, "sampled"
     tokens = tokenize_chat(tokenizer, table, chat, turn_ends)
-    if not answer.n_tokens or not (answer.tokenizer == table.fingerprint or (own and answer.tokenizer is None)):
+    if not answer.n_tokens or not own:
         return tokens, chat, "foreign"
     start, stop = chat.turns[-1].start, int(tokens.spans[-1, 1])
     content = int(((tokens.ends > start) & (tokens.ends <= stop)).sum())
@@ -166,9 +169,14 @@ def _with_drawn(tokenizer: Any, table: TokenTable, chat: RenderedChat, ids: Sequ
 
 
 def as_answer(row: Mapping[str, Any], finished: bool) -> SampledAnswer:
-    """Return how the response of a row was sampled, as far as its columns say."""
-    ids = row.get("token_ids")
-    number = row.get("n_tokens")
+    """Return how the response of a row was sampled, as far as its columns say.
+
+    Raises:
+        DataError: ``token_ids`` are none.
+    """
+    ids, number = row.get("token_ids"), row.get("n_tokens")
+    if ids is not None and not (isinstance(ids, list | tuple | np.ndarray) and all(map(_is_id, ids))):
+        raise DataError(f"expected token_ids as a list of ids, got {ids!r:.80}. Correct them, or leave them out.")
     return SampledAnswer(
         finished,
         None if ids is None or not len(ids) else tuple(int(token) for token in ids),
@@ -176,3 +184,7 @@ def as_answer(row: Mapping[str, Any], finished: bool) -> SampledAnswer:
         row.get("model"),
         int(number) if isinstance(number, int) else 0,
     )
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 0

@@ -8,10 +8,13 @@ import pytest
 import tiny
 from records import record_of
 
+from fusion_plugins.core.fusion.chunk_routing import cut_routed
 from fusion_plugins.core.fusion.chunks import ChunkReport, ChunkSide, common_chunks
 from fusion_plugins.core.fusion.flat import Texts
+from fusion_plugins.core.fusion.fuse import RULES
 from fusion_plugins.core.fusion.pipeline import FusionPlan, FusionSource, chunk_texts
 from fusion_plugins.core.fusion.project import Projector
+from fusion_plugins.core.fusion.routing import Route
 from fusion_plugins.core.fusion.vocabulary_map import map_vocabulary
 from fusion_plugins.core.text.token_table import Role, TokenTable
 from fusion_plugins.core.text.tokenize import tokenize, tokenize_content
@@ -289,6 +292,11 @@ def test_a_source_without_weight_neither_cuts_nor_teaches():
         assert found.logprobs.tolist() == own[0].logprobs.tolist()
         assert set(found.source.tolist()) == {-1, number}
         assert report == own[1]
+        # Also where it is the only one that takes part in a text.
+        silent = replace(plan.sources[number], weight=0.0)
+        alone = replace(plan, sources=(silent,), rule=RULES["fixed_weights"])
+        with pytest.raises(ConfigError, match="not all of them 0"):
+            cut_routed(alone, [target], [records[number]], [after(target)], [None], [Route((0,))])
 
 
 def test_a_text_of_another_store_is_an_error_or_is_left_out():
