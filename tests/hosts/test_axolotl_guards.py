@@ -154,7 +154,7 @@ def test_all_problems_of_one_configuration_come_together(axolotl_train, material
     refused(
         axolotl_train(fusion={"rule": "best", "loss": "hinge"}, excess_length_strategy="truncate", rl="dpo"),
         ConfigError,
-        "fusion.rule: expected one of avg_ce, min_ce, token_min_ce, got 'best'",
+        "fusion.rule: expected one of avg_ce, fixed_weights, min_ce, token_min_ce, got 'best'",
         "fusion.loss",
         "rl: dpo",
         "truncate",
