@@ -134,7 +134,7 @@ def count_parameters(config: Any) -> float:
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         return float(sum(parameter.numel() for parameter in model.parameters()))
     except Exception:  # models of other packages, and of code that comes with them, fail in many ways
         hidden = int(getattr(config, "hidden_size", 0) or 1)

@@ -226,7 +226,7 @@ def import_distillkit(
     from transformers import AutoTokenizer
 
     settings = _settings(path, compression)
-    table = TokenTable.from_tokenizer(AutoTokenizer.from_pretrained(tokenizer))
+    table = TokenTable.from_tokenizer(AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False))
     skipped: dict[str, str] = {}
     records = tokens = outside = 0
     texts, name = Path(texts), model or tokenizer

@@ -230,7 +230,7 @@ out = Path(sys.argv[1]); source = Path(sys.argv[2]) if sys.argv[2:] else None
 base = int(source.read_text().split()[-1]) if source else 0
 have = len(out.read_text().splitlines()) if out.exists() else 0
 for number in range(have, {LINES}):  # it resumes where it was killed
-    time.sleep(0.02)
+    time.sleep(0.03)
     with out.open("a") as file:
         file.write(f"{{base + number + 1}}\\n")
 """
@@ -262,7 +262,7 @@ def test_kills_at_any_point_of_the_runner_or_of_a_step_change_nothing(write, tmp
     for number in range(40):
         process = _start(path, "--jobs", "2")
         try:
-            process.wait(0.35 + place.random() * 0.8 if number < 12 else 30)
+            process.wait(0.35 + place.random() * (0.3 if kills < 3 else 0.8) if number < 12 else 30)
         except subprocess.TimeoutExpired:
             kills += 1
             groups = _groups(path)

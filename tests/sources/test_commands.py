@@ -24,7 +24,7 @@ def test_the_command_reads_yaml_lets_flags_win_and_refuses_unknown_keys(model, t
     assert open_store(tmp_path / "a").manifest.top_k == 3
     result = CliRunner().invoke(app, ["capture", "-c", str(file), "--set", "tpo_k=3", "--set", "dtype=int3"])
     assert isinstance(result.exception, ConfigError)
-    assert "tpo_k: unknown key; known keys: backend" in str(result.exception)
+    assert "tpo_k: unknown key; known keys: ask_ids, backend" in str(result.exception)
     assert "dtype: Input should be" in str(result.exception)
     result = CliRunner().invoke(app, ["capture", "-c", str(file), "--top-k", "3", "--set", "options.batch_tokns=64"])
     assert "batch_tokns: unknown key; known keys: attn_implementation, batch_prompts" in str(result.exception)

@@ -156,7 +156,9 @@ def special(*tokens):
 
 def answered(tokenizer, prompt, text, stop=(), ended=True):
     ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, text)]
-    return local_response(tokenizer, ids[0], ids[1], stop, ended=ended, n_tokens=len(ids[1]) + ended)
+    generated = [*ids[1], tokenizer.eos_token_id] if ended else ids[1]
+    logprobs = [-1.0] * len(generated)
+    return local_response(tokenizer, ids[0], ids[1], stop, ended=ended, generated=generated, logprobs=logprobs)
 
 
 def test_reasoning_that_the_prompt_has_opened_is_whole_in_the_response():

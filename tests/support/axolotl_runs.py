@@ -229,10 +229,12 @@ def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.Comple
 
 def _run(arguments: list[str], cwd: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # A run of `preprocess` in this process leaves a mark, with which others would not start DeepSpeed.
+    here = {name: value for name, value in os.environ.items() if name != "AXOLOTL_IS_PREPROCESS"}
     return subprocess.run(
         arguments,
         cwd=cwd,
-        env=os.environ | ENVIRONMENT | {"PATH": path} | environment,
+        env=here | ENVIRONMENT | {"PATH": path} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

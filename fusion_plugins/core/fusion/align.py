@@ -272,6 +272,17 @@ def text_boundaries(ends, exact):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def boundaries_of_texts(ends, exact, starts):  # type: ignore[no-untyped-def]
+    """(N,) bool, :func:`text_boundaries` of B texts, one behind the other; ``starts`` are (B + 1,) their positions."""
+    found = exact.copy()
+    for b in range(len(starts) - 1):
+        found[starts[b] : starts[b + 1]] = text_boundaries(
+            ends[starts[b] : starts[b + 1]], exact[starts[b] : starts[b + 1]]
+        )
+    return found
+
+
+@compiled
 def _match_positions(s_ends, s_exact, s_spans, t_ends, t_exact, t_spans, strict):  # type: ignore[no-untyped-def]
     """Merge the boundaries of both sides, span by span; also count the target's."""
     s_boundary, t_boundary = text_boundaries(s_ends, s_exact), text_boundaries(t_ends, t_exact)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from fusion_plugins.core.arrays import BoolArray, FloatArray, IntArray
 from fusion_plugins.core.fusion.accounting import ChunkReport
-from fusion_plugins.core.fusion.align import text_boundaries
+from fusion_plugins.core.fusion.align import boundaries_of_texts
 from fusion_plugins.core.fusion.flat import Texts
 from fusion_plugins.core.jit import compiled
 from fusion_plugins.core.text.token_bytes import TokenBytes
@@ -87,7 +87,12 @@ def common_chunks(
     """
     numbers, shares = _shares(weights, len(sides))
     target, used = sides[0].target, [sides[number] for number in numbers]
-    matches = [_matches(side.source, side.target, *side.tokens) for side in used]
+    ends = boundaries_of_texts(target.ends, target.exact, target.starts)
+    matches = [
+        _matches(text, boundaries_of_texts(text.ends, text.exact, text.starts), target, ends, *side.tokens)
+        for side in used
+        for text in (side.source,)
+    ]
     begin, end, turn = (np.logical_and.reduce([match[at][:, 0] >= 0 for match in matches]) for at in range(3))
     chunks = _cut(begin, end, turn, trained, target.starts)
     said = [
@@ -138,7 +143,7 @@ def _next_bytes(target: Texts) -> IntArray:
 
 
 @compiled
-def _matches(source, target, s_tokens, t_tokens):  # type: ignore[no-untyped-def]
+def _matches(source, s_bounds, target, t_bounds, s_tokens, t_tokens):  # type: ignore[no-untyped-def]
     """Find the source position at which a chunk can begin, end, or be the end of a turn.
 
     Returns:
@@ -151,8 +156,8 @@ def _matches(source, target, s_tokens, t_tokens):  # type: ignore[no-untyped-def
     turns = np.full((n, 3), np.int32(-1))
     for b in range(len(target.starts) - 1):
         own, other = slice(source.starts[b], source.starts[b + 1]), slice(target.starts[b], target.starts[b + 1])
-        s_side = source.ids[own], source.ends[own], text_boundaries(source.ends[own], source.exact[own])
-        t_side = target.ids[other], target.ends[other], text_boundaries(target.ends[other], target.exact[other])
+        s_side = source.ids[own], source.ends[own], s_bounds[own]
+        t_side = target.ids[other], target.ends[other], t_bounds[other]
         out = begins[other], ends[other], turns[other]
         for m in range(target.span_starts[b + 1] - target.span_starts[b]):
             s_span, t_span = source.spans[source.span_starts[b] + m], target.spans[target.span_starts[b] + m]
