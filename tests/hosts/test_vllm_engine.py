@@ -139,7 +139,7 @@ def test_a_text_that_the_engine_refuses_is_named_and_the_others_are_captured(mod
         {"id": "b", "text": "dog"},
     ]
     texts = source_checks.write_rows(tmp_path / "t.jsonl", rows)
-    monkeypatch.setattr(capture, "_unusable", lambda config, opened, texts: {})
+    monkeypatch.setattr(capture, "_unusable", lambda config, opened, texts, held: {})
     with pytest.raises(SourceError, match="text 'long': vLLM refuses it: .*`on_unusable: skip`"):
         captured(model, texts, tmp_path / "stop", "vllm", top_k=8)
     store = captured(model, texts, tmp_path / "skip", "vllm", top_k=8, on_unusable="skip")
