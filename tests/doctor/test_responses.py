@@ -4,33 +4,12 @@ import json
 import random
 
 import pytest
+from scored_rows import COLUMNS, write
 from typer.testing import CliRunner
 
 from fusion_plugins.cli import app
-from fusion_plugins.store import RowManifest, RowWriter
 
-COLUMNS = {
-    "prompt_id": "string",
-    "source": "string",
-    "index": "int64",
-    "prompt": "json",
-    "response": "string",
-    "domain": "string",
-    "reference": "string",
-    "reward": "float64",
-    "correct": "bool",
-    "scores": "json",
-}
 HOSTILE = "</b><script>alert(1)</script>\x1b[2J"
-
-
-def write(folder, rows, columns=COLUMNS, stage="scored"):
-    manifest = RowManifest(stage=stage, columns=columns, key=("prompt_id", "source", "index"))
-    with RowWriter(folder, manifest) as writer:
-        for row in rows:
-            writer.write({name: value for name, value in row.items() if name in columns})
-        writer.finish()
-    return folder
 
 
 def rows_of(skills, prompts=60, samples=3, seed=0):

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from scored_rows import COLUMNS, write
 from typer.testing import CliRunner
 
 from fusion_plugins.cli import app
@@ -13,20 +14,8 @@ from fusion_plugins.core.preferences.pairs import GapWindow, build_pairs
 from fusion_plugins.core.preferences.worth import wilson
 from fusion_plugins.errors import DataError
 from fusion_plugins.scoring.report import examine_scored, render_scored_report
-from fusion_plugins.store import RowManifest, RowWriter, open_rows
+from fusion_plugins.store import open_rows
 
-COLUMNS = {
-    "prompt_id": "string",
-    "source": "string",
-    "index": "int64",
-    "prompt": "json",
-    "response": "string",
-    "domain": "string",
-    "reference": "string",
-    "reward": "float64",
-    "correct": "bool",
-    "scores": "json",
-}
 HOSTILE = "</pre><script>alert(1)</script>\x1b[2J{{ name }}$x$‮"
 
 
@@ -56,15 +45,6 @@ def scored_row(prompt, source, index, draw):
         "correct": math["correct"],
         "scores": {"math": math, "reward": {"reward": reward, "correct": None, "reason": None, "model": "skywork-x"}},
     }
-
-
-def write(folder, rows, columns=COLUMNS):
-    manifest = RowManifest(stage="scored", columns=columns, key=("prompt_id", "source", "index"))
-    with RowWriter(folder, manifest) as writer:
-        for row in rows:
-            writer.write(row)
-        writer.finish()
-    return folder
 
 
 @pytest.fixture(scope="module")
