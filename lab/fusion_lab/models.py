@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from fusion_demo.vocabularies import DIGITS, GPT2, WORDS, TokenizerSpec, _template
+from fusion_demo.models import untrained
+from fusion_demo.vocabularies import DIGITS, GPT2, WORDS, TokenizerSpec, chat_template
 from tokenizers import Regex, pre_tokenizers
 from transformers import (
-    AutoModelForCausalLM,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
@@ -27,11 +27,11 @@ SPECS = {
         GPT2,
         "<|begin|>",
         "<|end|>",
-        _template("<|user|>", "<|assistant|>", "<|end|>", "<|end|>"),
+        chat_template("<|user|>", "<|assistant|>", "<|end|>", "<|end|>"),
         ("<|user|>", "<|assistant|>"),
     ),
     "numbers": TokenizerSpec(
-        "sentencepiece", 1536, WORDS, "<s>", "</s>", _template("<q>", "", "</q>", "</s>"), ("<q>", "</q>")
+        "sentencepiece", 1536, WORDS, "<s>", "</s>", chat_template("<q>", "", "</q>", "</s>"), ("<q>", "</q>")
     ),
     "digits": TokenizerSpec(
         "byte_level",
@@ -39,11 +39,11 @@ SPECS = {
         DIGITS,
         "<|endoftext|>",
         "<|im_end|>",
-        _template("<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n", "<|im_end|>\n"),
+        chat_template("<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n", "<|im_end|>\n"),
         ("<|im_start|>",),
     ),
     "docs": TokenizerSpec(
-        "byte_level", 2048, GPT2, "<bos>", "<eos>", _template("### User:\n", "### Assistant:\n", "\n", "<eos>\n")
+        "byte_level", 2048, GPT2, "<bos>", "<eos>", chat_template("### User:\n", "### Assistant:\n", "\n", "<eos>\n")
     ),
 }
 
@@ -59,20 +59,16 @@ KINDS: dict[str, tuple[type, float, dict[str, Any]]] = {
 def make_model(kind: str, tokenizer: PreTrainedTokenizerBase, *, width: int, layers: int) -> PreTrainedModel:
     """Build an untrained model (float32, tied embeddings, 4 heads) for its tokenizer; a twin is built as the target."""
     config_class, factor, more = KINDS.get(kind, KINDS["target"])
-    config = config_class(
-        vocab_size=len(tokenizer),
+    return untrained(
+        config_class,
+        tokenizer,
         hidden_size=width,
         intermediate_size=int(width * factor),
         num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=POSITIONS,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         **more,
     )
-    return AutoModelForCausalLM.from_config(config)
 
 
 def split_digits(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

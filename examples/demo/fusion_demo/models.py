@@ -12,7 +12,7 @@ from transformers import (
     Qwen2Config,
 )
 
-__all__ = ["MODELS", "make_model"]
+__all__ = ["MODELS", "make_model", "untrained"]
 
 #: Longest sequence in tokens.
 POSITIONS = 1024
@@ -54,9 +54,13 @@ MODELS: dict[str, tuple[type, dict[str, Any]]] = {
 def make_model(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Build the untrained model ``name`` (float32, tied embeddings) for its tokenizer."""
     config_class, sizes = MODELS[name]
+    return untrained(config_class, tokenizer, max_position_embeddings=POSITIONS, **sizes)
+
+
+def untrained(config_class: type, tokenizer: PreTrainedTokenizerBase, **sizes: Any) -> PreTrainedModel:
+    """Build a model of random weights (float32, tied embeddings) for a tokenizer."""
     config = config_class(
         vocab_size=len(tokenizer),
-        max_position_embeddings=POSITIONS,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fusion_demo.data import read_rows
 
-__all__ = ["TOKENIZERS", "TokenizerSpec", "train_all_tokenizers", "train_tokenizer"]
+__all__ = ["TOKENIZERS", "TokenizerSpec", "chat_template", "train_all_tokenizers", "train_tokenizer"]
 
 #: Characters that each tokenizer is trained on.
 TRAINED_ON = 2_000_000
@@ -44,7 +44,7 @@ class TokenizerSpec:
     extra: tuple[str, ...] = ()
 
 
-def _template(user: str, assistant: str, end_of_user: str, end_of_turn: str) -> str:
+def chat_template(user: str, assistant: str, end_of_user: str, end_of_turn: str) -> str:
     """A chat template: BOS, then user and assistant turns between the given marks."""
     return (
         "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
@@ -64,21 +64,23 @@ TOKENIZERS = {
         GPT2,
         "<|begin|>",
         "<|end|>",
-        _template("<|user|>\n", "<|assistant|>\n", "<|end|>\n", "<|end|>\n"),
+        chat_template("<|user|>\n", "<|assistant|>\n", "<|end|>\n", "<|end|>\n"),
         ("<|user|>", "<|assistant|>"),
     ),
-    "code": TokenizerSpec("sentencepiece", 6144, WORDS, "<s>", "</s>", _template("[INST] ", "", " [/INST]\n", "</s>")),
+    "code": TokenizerSpec(
+        "sentencepiece", 6144, WORDS, "<s>", "</s>", chat_template("[INST] ", "", " [/INST]\n", "</s>")
+    ),
     "maths": TokenizerSpec(
         "byte_level",
         3072,
         DIGITS,
         "<|endoftext|>",
         "<|im_end|>",
-        _template("<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n", "<|im_end|>\n"),
+        chat_template("<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n", "<|im_end|>\n"),
         ("<|im_start|>",),
     ),
     "prose": TokenizerSpec(
-        "byte_level", 5120, GPT2, "<bos>", "<eos>", _template("### User:\n", "### Assistant:\n", "\n\n", "<eos>\n")
+        "byte_level", 5120, GPT2, "<bos>", "<eos>", chat_template("### User:\n", "### Assistant:\n", "\n\n", "<eos>\n")
     ),
 }
 

@@ -16,6 +16,7 @@ from fusion_lab import world
 from fusion_lab.problems import make_problems
 from fusion_lab.recipes import fusellm
 from fusion_lab.runner import RESULTS, Cell, Work
+from fusion_lab.training import training
 from fusion_lab.world import Lab, Stage
 
 __all__ = ["better", "block", "config", "measured", "needs", "responses", "run", "sample", "scored", "tuned", "verdict"]
@@ -119,32 +120,14 @@ def needs(lab: Lab, cell: Cell) -> list[Stage]:
 
 def config(lab: Lab, base: Path, rows: int, seed: int, *, rate: float, epochs: int = EPOCHS) -> dict[str, Any]:
     """Return the configuration of a training on so many rows, without its datasets."""
-    batch = lab.settings["batch"]
-    return {
-        "base_model": str(base),
-        "sequence_len": 256,
-        "pad_to_sequence_len": False,
-        "micro_batch_size": batch,
-        "gradient_accumulation_steps": 1,
-        "max_steps": max(1, -(-rows // batch) * epochs),
-        "optimizer": "adamw_torch_fused",
+    steps = max(1, -(-rows // lab.settings["batch"]) * epochs)
+    return training(lab, base, steps, seed) | {
         "learning_rate": rate,
         "lr_scheduler": "cosine",
         "warmup_steps": 2,
         "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "bf16": False,
-        "fp16": False,
-        "tf32": False,
-        "attn_implementation": "sdpa",
-        "gradient_checkpointing": False,
-        "dataset_num_proc": 0,
-        "val_set_size": 0,
         "logging_steps": 10,
         "save_strategy": "no",
-        "seed": seed,
-        "output_dir": "./model",
-        "dataset_prepared_path": "./prepared",
     }
 
 

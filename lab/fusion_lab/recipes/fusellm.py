@@ -11,6 +11,7 @@ from typing import Any
 
 from fusion_lab import world
 from fusion_lab.runner import Cell, Work
+from fusion_lab.training import training
 from fusion_lab.world import DOMAINS, SOURCES, Lab, Stage
 
 __all__ = ["config", "needs", "run", "tidy", "with_plugin", "write_corpus"]
@@ -70,37 +71,19 @@ def write_corpus(lab: Lab, cell: Cell, folder: Path) -> dict[str, Path]:
 
 def config(lab: Lab, cell: Cell, files: dict[str, Path], steps: int) -> dict[str, Any]:
     """Return the axolotl configuration of a run that saves :data:`POINTS` checkpoints."""
-    return {
-        "base_model": str(lab.model("target")),
+    return training(lab, lab.model("target"), steps, cell.seed) | {
         "datasets": [
             {"path": f"./{path.parent.name}/{path.name}", "ds_type": "json", **DATASETS[domain]}
             for domain, path in files.items()
         ],
-        "sequence_len": 256,
-        "pad_to_sequence_len": False,
-        "micro_batch_size": lab.settings["batch"],
-        "gradient_accumulation_steps": 1,
-        "max_steps": steps,
-        "optimizer": "adamw_torch_fused",
         "learning_rate": cell["learning_rate"],
         "lr_scheduler": "constant_with_warmup",
         "warmup_steps": max(1, steps // 50),
         "weight_decay": 0.1,
-        "max_grad_norm": 1.0,
-        "bf16": False,
-        "fp16": False,
-        "tf32": False,
-        "attn_implementation": "sdpa",
-        "gradient_checkpointing": False,
-        "dataset_num_proc": 0,
-        "val_set_size": 0,
         "logging_steps": 50,
         "save_steps": max(1, steps // POINTS),
         "save_only_model": True,
         "save_total_limit": POINTS,
-        "seed": cell.seed,
-        "output_dir": "./model",
-        "dataset_prepared_path": "./prepared",
     }
 
 
