@@ -11,13 +11,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas
 import yaml
 
 from fusion_lab import ROOT
 from fusion_lab.runner import QUESTIONS, RESULTS
+from fusion_lab.statistics import Mean
 
-__all__ = ["NOT_RUN", "SECTIONS", "figure", "fill", "hypotheses", "markdown", "read", "save", "write_page"]
+__all__ = ["NOT_RUN", "SECTIONS", "figure", "fill", "forest", "hypotheses", "markdown", "read", "save", "write_page"]
 
 PAGE = ROOT / "docs" / "evidence.md"
 IMAGES = ROOT / "docs" / "images"
@@ -61,6 +63,14 @@ def _pyplot() -> Any:
 def figure(columns: int = 1, width: float = 7.0, height: float = 2.8, **options: Any) -> tuple[Any, Any]:
     """Return a new figure and its axes in one row."""
     return _pyplot().subplots(1, columns, figsize=(width, height), **options)
+
+
+def forest(axes: Any, found: Sequence[tuple[str, Mean]], factor: float = 1.0) -> None:
+    """Draw one named mean per line, times a factor, each with its interval where there is one."""
+    places = range(len(found), 0, -1)
+    halves = [0 if np.isnan(value.half) else factor * value.half for _, value in found]
+    axes.errorbar([factor * value.value for _, value in found], places, xerr=halves, fmt="o", capsize=2)
+    axes.set_yticks(list(places), [name for name, _ in found])
 
 
 def save(picture: Any, path: Path) -> None:

@@ -1,14 +1,14 @@
 """Comparisons that are paired by seed: differences, 95 % intervals, and p-values corrected by Holm."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-__all__ = ["Mean", "difference", "holm", "mean", "pm", "signed"]
+__all__ = ["Mean", "difference", "holm", "mean", "pm", "rows_with", "signed"]
 
 #: what a table shows where there is no seed
 NOTHING = "\N{EN DASH}"
@@ -46,6 +46,11 @@ def mean(values: Sequence[float]) -> Mean:
         return Mean(float(array.mean()), 0.0, 1.0 if array.mean() == 0 else 0.0, n)
     half = float(stats.t.ppf(0.975, n - 1) * error)
     return Mean(float(array.mean()), half, float(stats.ttest_1samp(array, 0.0).pvalue), n)
+
+
+def rows_with(table: pandas.DataFrame, factors: Mapping[str, Any]) -> pandas.Series:
+    """Return a boolean mask of the rows that have a value in each of some columns."""
+    return pandas.Series(np.logical_and.reduce([table[key] == value for key, value in factors.items()]), table.index)
 
 
 def difference(table: pandas.DataFrame, ours: pandas.Series, theirs: pandas.Series, column: str) -> Mean:

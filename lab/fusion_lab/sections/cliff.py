@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-import numpy as np
-
-from fusion_lab.report import NOT_RUN, figure, hypotheses, markdown, read, save
+from fusion_lab.report import NOT_RUN, figure, forest, hypotheses, markdown, read, save
 from fusion_lab.statistics import difference, mean, pm, signed
 
 NAMES = {
@@ -43,13 +41,10 @@ def make(results: Path, images: Path) -> dict[str, str]:
         for name in names
     ]
     picture, axes = figure(height=0.3 * len(names) + 0.8)
-    places = range(len(names), 0, -1)
-    halves = [0 if np.isnan(means[name].half) else 100 * means[name].half for name in names]
-    axes.errorbar([100 * means[name].value for name in names], places, xerr=halves, fmt="o", capsize=2)
+    forest(axes, [(NAMES[name], means[name]) for name in names], 100)
     for name, colour in (("clm", "black"), ("same", "tab:green")):
         if name in means:
             axes.axvline(100 * means[name].value, color=colour, linewidth=0.8, linestyle=":")
-    axes.set_yticks(list(places), [NAMES[name] for name in names])
     axes.set_xlabel("held-out problems with the right sums, %")
     save(picture, images / "lab_cliff.svg")
     header = ["how", "right sums, %", "right answer, %", "bits per byte", "minus CLM", "minus the twin"]

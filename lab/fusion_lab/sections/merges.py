@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas
 from statsmodels.stats.proportion import proportion_confint
 
-from fusion_lab.report import NOT_RUN, figure, hypotheses, markdown, read, save
+from fusion_lab.report import NOT_RUN, figure, forest, hypotheses, markdown, read, save
 from fusion_lab.statistics import Mean, mean, pm, signed
 
 NAMES = {
@@ -117,12 +117,8 @@ def _plot(found: pandas.DataFrame, path: Path) -> None:
     shown = ("mean of parents", "best parent", "one target, all sources")
     picture, axes = figure(len(shown), width=9, height=3.2, sharey=True)
     for panel, other in zip(axes, shown, strict=True):
-        gains = _means(found, other)
-        places = range(len(gains), 0, -1)
-        halves = [0 if value.half != value.half else value.half for value in gains.values()]
-        panel.errorbar([value.value for value in gains.values()], places, xerr=halves, fmt="o", capsize=2)
+        forest(panel, [(NAMES[method], gain) for method, gain in _means(found, other).items()])
         panel.axvline(0, color="grey", linewidth=0.8)
-        panel.set_yticks(list(places), [NAMES[method] for method in gains])
         panel.set_title(f"minus {other}", fontsize=9)
         panel.set_xlabel("bits per byte")
     save(picture, path)

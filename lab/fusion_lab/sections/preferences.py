@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pandas
 
-from fusion_lab.report import NOT_RUN, figure, hypotheses, markdown, read, save
-from fusion_lab.statistics import Mean, difference, holm, mean, pm, signed
+from fusion_lab.report import NOT_RUN, figure, forest, hypotheses, markdown, read, save
+from fusion_lab.statistics import Mean, difference, holm, mean, pm, rows_with, signed
 
 ANSWERS = {
     "gold": "gold solutions",
@@ -48,11 +48,8 @@ def make(results: Path, images: Path) -> dict[str, str]:
 
 def _cells(table: pandas.DataFrame, keys: list[str]) -> list[tuple[dict[str, Any], pandas.Series]]:
     """Return the factors of every cell, in the order of the table, and where its rows are."""
-    found = []
-    for factors in table[keys].drop_duplicates().to_dict("records"):
-        mask = np.logical_and.reduce([table[key] == value for key, value in factors.items()])
-        found.append((factors, pandas.Series(mask, table.index)))
-    return found
+    found = table[keys].drop_duplicates().to_dict("records")
+    return [(factors, rows_with(table, factors)) for factors in found]
 
 
 def _chance(table: pandas.DataFrame) -> str:
@@ -166,11 +163,8 @@ def _more(here: pandas.DataFrame) -> list[str]:
 
 def _plot(found: list[tuple[str, Mean]], path: Path) -> None:
     picture, axes = figure(width=7, height=0.26 * len(found) + 0.8)
-    places = range(len(found), 0, -1)
-    halves = [0 if np.isnan(gain.half) else 100 * gain.half for _, gain in found]
-    axes.errorbar([100 * gain.value for _, gain in found], places, xerr=halves, fmt="o", capsize=2)
+    forest(axes, found, 100)
     axes.axvline(0, color="grey", linewidth=0.8)
-    axes.set_yticks(list(places), [name for name, _ in found])
     axes.set_xlabel("right sums, points against the first stage alone")
     save(picture, path)
 

@@ -6,9 +6,9 @@ import numpy as np
 import pandas
 import yaml
 
-from fusion_lab.report import NOT_RUN, figure, hypotheses, markdown, read, save
+from fusion_lab.report import NOT_RUN, figure, forest, hypotheses, markdown, read, save
 from fusion_lab.runner import QUESTIONS
-from fusion_lab.statistics import Mean, difference, holm, mean, pm, signed
+from fusion_lab.statistics import Mean, difference, holm, mean, pm, rows_with, signed
 
 #: factor -> the key that it is
 KEYS = {
@@ -49,19 +49,15 @@ def make(results: Path, images: Path) -> dict[str, str]:
         ]
         for (key, level, gain, docs, sums), p in zip(found, corrected, strict=True)
     ]
-    default = mean(_of(text, base)["bpb"].to_list())
+    default = mean(text[rows_with(text, base)]["bpb"].to_list())
     header = ["instead of the default", "mean, bits per byte", "p (Holm)", "docs", "sums"]
     head = f"The default: {pm(default)} bits per byte, {default.n} seeds. Each line: the level minus the default.\n\n"
-    better = [
-        f"{KEYS[k]}: {v} ({signed(g)})"
-        for (k, v, g, _, _), p in zip(found, corrected, strict=True)
-        if g.value < 0 and p < 0.05
+    clear = [
+        (gain.value < 0, f"{KEYS[key]}: {level} ({signed(gain)})")
+        for (key, level, gain, _, _), p in zip(found, corrected, strict=True)
+        if p < 0.05
     ]
-    worse = [
-        f"{KEYS[k]}: {v} ({signed(g)})"
-        for (k, v, g, _, _), p in zip(found, corrected, strict=True)
-        if g.value > 0 and p < 0.05
-    ]
+    better, worse = ([name for gains, name in clear if gains is wanted] for wanted in (True, False))
     sentence = "![Differences from the default](images/lab_settings.svg)\n\n" + (
         f"After Holm's correction, better than the default: {'; '.join(better) or 'no level of any key'}. "
         f"Worse: {'; '.join(worse) or 'none'}. All other levels: no difference shown.\n"
@@ -72,32 +68,20 @@ def make(results: Path, images: Path) -> dict[str, str]:
     }
 
 
-def _of(table: pandas.DataFrame, factors: dict[str, str]) -> pandas.DataFrame:
-    return table[np.logical_and.reduce([table[key] == value for key, value in factors.items()])]
-
-
 def _compare(table: pandas.DataFrame, base: dict[str, str]) -> list[tuple[str, str, Mean, Mean, Mean]]:
-    def mask(factors: dict[str, str]) -> pandas.Series:
-        return pandas.Series(
-            np.logical_and.reduce([table[key] == value for key, value in factors.items()]), table.index
-        )
-
-    found = []
+    found, default = [], rows_with(table, base)
     for key in KEYS:
         for level in sorted(set(table[key]) - {base[key]}):
-            ours = mask(base | {key: level})
+            ours = rows_with(table, base | {key: level})
             if ours.any():
-                gains = [difference(table, ours, mask(base), column) for column in ("bpb", "bpb_docs", "bpb_sums")]
+                gains = [difference(table, ours, default, column) for column in ("bpb", "bpb_docs", "bpb_sums")]
                 found.append((key, level, *gains))
     return found
 
 
 def _plot(found: list[tuple[str, Mean]], path: Path) -> None:
     picture, axes = figure(width=7, height=0.26 * len(found) + 0.8)
-    places = range(len(found), 0, -1)
-    halves = [0 if np.isnan(gain.half) else gain.half for _, gain in found]
-    axes.errorbar([gain.value for _, gain in found], places, xerr=halves, fmt="o", color="tab:blue", capsize=2)
+    forest(axes, found)
     axes.axvline(0, color="grey", linewidth=0.8)
-    axes.set_yticks(list(places), [name for name, _ in found])
     axes.set_xlabel("bits per byte minus the default (left: better)")
     save(picture, path)
