@@ -415,12 +415,14 @@ class _Prepare:
         return columns
 
     def _columns(self, id: str, text: EncodedText, route: Route, fused: Fused | TokenChunks | None) -> dict[str, Any]:
-        own: dict[str, Any] = {FUSED_TEXT: pack_text(id, text, route)}
-        if self._by_reference and self._fuser.chunks:
-            unknown = np.full(len(text.labels), np.nan, np.float32)
-            own[SAMPLED_LOGPROB] = unknown if text.sampled is None else text.sampled
-        elif fused is not None and not self._by_reference:
+        own: dict[str, Any] = {}
+        if fused is not None and not self._by_reference:
             own = dict(zip(FILLS[type(fused)], fused, strict=True))
+        elif self._by_reference:
+            own[FUSED_TEXT] = pack_text(id, text, route)
+            if self._fuser.chunks:
+                unknown = np.full(len(text.labels), np.nan, np.float32)
+                own[SAMPLED_LOGPROB] = unknown if text.sampled is None else text.sampled
         return {
             "input_ids": text.tokens.input_ids,
             "attention_mask": np.ones(len(text.labels), np.int8),
