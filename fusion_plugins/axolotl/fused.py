@@ -421,8 +421,7 @@ class _Prepare:
         elif self._by_reference:
             own[FUSED_TEXT] = pack_text(id, text, route)
             if self._fuser.chunks:
-                unknown = np.full(len(text.labels), np.nan, np.float32)
-                own[SAMPLED_LOGPROB] = unknown if text.sampled is None else text.sampled
+                own[SAMPLED_LOGPROB] = text.sampled_or_unknown
         return {
             "input_ids": text.tokens.input_ids,
             "attention_mask": np.ones(len(text.labels), np.int8),

@@ -210,9 +210,7 @@ class TextFuser:
             routes,
             on_unusable=on_unusable,
         )
-        sampled = [
-            np.full(len(text.labels), np.nan, np.float32) if text.sampled is None else text.sampled for text in texts
-        ]
+        sampled = [text.sampled_or_unknown for text in texts]
         known = int((np.isfinite(np.concatenate([np.empty(0), *sampled])) & (found.place > 0)).sum())
         counted = replace(counted, sampled=known)
         supervised = np.concatenate([np.empty(0, np.bool_), *labelled])
