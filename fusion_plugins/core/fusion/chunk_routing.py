@@ -77,7 +77,8 @@ def as_taught(chunks: TextChunks) -> FusedTexts:
     entries = np.where(present, 0, -1).astype(np.int32)[:, None]
     kept = present.astype(np.float32)
     none = np.full(texts, -1, np.int16)
-    return FusedTexts(entries, chunks.logprobs[:, None], kept, chunks.offsets, kept, chunks.source, none)
+    logprobs = chunks.logprobs[:, None]
+    return FusedTexts(entries, logprobs, kept, chunks.offsets, kept, chunks.source, none, chunks.unusable)
 
 
 def _weights(plan: FusionPlan, route: Route) -> tuple[float, ...]:
