@@ -88,7 +88,7 @@ def common_chunks(
     numbers, shares = _shares(weights, len(sides))
     target, used = sides[0].target, [sides[number] for number in numbers]
     ends = _ends(target)
-    matches = [_matches(side.source, _ends(side.source), target, ends, *side.tokens) for side in used]
+    matches = [_matches(side.source, _ends(side.source), side.target, ends, *side.tokens) for side in used]
     begin, end, turn = (np.logical_and.reduce([match[at][:, 0] >= 0 for match in matches]) for at in range(3))
     chunks = _cut(begin, end, turn, trained, target.starts)
     said = [
