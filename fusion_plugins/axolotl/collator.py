@@ -174,9 +174,11 @@ def take_origin(inputs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
         (B, T) float16 kept mass, and (B, T) int16 number of the source.
     """
     kept, source = inputs.pop(FUSED_KEPT, None), inputs.pop(FUSED_SOURCE, None)
-    if source is not None and kept is None:  # chunks, which are of whole probabilities
-        kept = torch.full_like(source, torch.nan, dtype=torch.float16).view(torch.int16)
-    return None if kept is None or source is None else (kept.view(torch.float16), source)
+    if source is None:
+        return None
+    if kept is None:  # chunks, which are of whole probabilities
+        return torch.full_like(source, torch.nan, dtype=torch.float16), source
+    return kept.view(torch.float16), source
 
 
 def take_positions(inputs: dict[str, Any]) -> int | None:

@@ -11,6 +11,7 @@ or the one of :mod:`fusion_plugins.axolotl.text_rows`.
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -120,18 +121,18 @@ class FusedStrategy(DatasetWrappingStrategy):
         target = self._reader.target
         if changes := text_changes(target.tokenizer, target.table.spell).known:
             LOG.info(f"fusion: the target's tokenizer changes texts, which is known: {'; '.join(changes)}")
+        strict = self._block.on_unusable == "raise"
         count = partial(
             count_alignments,
             dataset,
             self._reader.tokens,
             target.table.packed,
             process_count=process_count,
-            strict=self._block.on_unusable == "raise",
+            strict=strict,
         )
         fuser = TextFuser(make_plan(self._block, stores, target, count), stores, cuts_chunks(self._block))
         by_reference = self._block.prepared == "stores"
         step = -(-len(dataset) // REPORTED)
-        strict = self._block.on_unusable == "raise"
         make = _Prepare(self._reader, fuser, routes.distinct, strict=strict, by_reference=by_reference, step=step)
         rows = dataset.map(
             make,
@@ -147,7 +148,7 @@ class FusedStrategy(DatasetWrappingStrategy):
             desc="Fusing sources",
         )
         report, reasons, names = read_counters(rows[COUNTERS][:]), rows[REASON][:], dataset[NAME][:]
-        answers = sum((AnswerCounts.of(how) for how in rows[HOW][:] if how), AnswerCounts())
+        answers = AnswerCounts(**Counter(how for how in rows[HOW][:] if how))
         unusable += [Unusable(name, reason) for name, reason in zip(names, reasons, strict=True) if reason]
         left_out = leave_out(unusable, total, self._block.on_unusable)
         if left_out:
@@ -415,12 +416,13 @@ class _Prepare:
         return columns
 
     def _columns(self, id: str, text: EncodedText, route: Route, fused: Fused | TokenChunks | None) -> dict[str, Any]:
-        own: dict[str, Any] = {FUSED_TEXT: pack_text(id, text, route)}
-        if self._by_reference and self._fuser.chunks:
-            unknown = np.full(len(text.labels), np.nan, np.float32)
-            own[SAMPLED_LOGPROB] = unknown if text.sampled is None else text.sampled
-        elif fused is not None and not self._by_reference:
+        own: dict[str, Any] = {}
+        if fused is not None and not self._by_reference:
             own = dict(zip(FILLS[type(fused)], fused, strict=True))
+        elif self._by_reference:
+            own[FUSED_TEXT] = pack_text(id, text, route)
+            if self._fuser.chunks:
+                own[SAMPLED_LOGPROB] = text.sampled_or_unknown
         return {
             "input_ids": text.tokens.input_ids,
             "attention_mask": np.ones(len(text.labels), np.int8),

@@ -82,7 +82,7 @@ def _problems_of_chunks(block: FusionBlock) -> Iterator[str]:
     ]
     if idle:
         yield f"{what}, not distributions: fusion.{', fusion.'.join(idle)} would do nothing; remove it"
-    routed = any(getattr(source, "conditions", None) for source in block.sources)
+    routed = any(source.conditions for source in block.sources)
     if len(block.sources) > 1 and not routed and (problem := problem_of_rule(block.rule, block.loss)):
         yield f"fusion.rule: {problem}"
 

@@ -26,6 +26,8 @@ LOG = get_logger(__name__)
 Report = Mapping[str, Any]
 
 PREFIX = "fusion_report-"
+#: name of the report of fused datasets
+_OF_FUSED = "fusion_report.json"
 #: the last bytes of a complete Arrow stream
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _ROWS = re.compile(r"data-\d+-of-\d+\.arrow|state\.json|dataset_info\.json")
@@ -59,26 +61,18 @@ def write_reports(cfg: Any) -> None:
     if not is_main_process():
         return
     found: dict[str, dict[str, Report]] = defaultdict(dict)
-    for name, entry in _named_entries(cfg):
-        path = _path(cfg, entry)
-        if path.is_file():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            found[kept["file"]][name] = kept["report"]
+    for file, name, report in _kept(cfg):
+        found[file][name] = report
     for file, reports in found.items():
-        alone = file != "fusion_report.json" and len(reports) == 1
+        alone = file != _OF_FUSED and len(reports) == 1
         content = next(iter(reports.values())) if alone else reports
         Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
         write_atomic(Path(cfg.output_dir, file), (json.dumps(content, indent=1) + "\n").encode())
 
 
 def kept_reports(cfg: Any) -> Iterator[tuple[str, Report]]:
-    """Yield name and report of every fused dataset of a run."""
-    for name, entry in _named_entries(cfg):
-        path = _path(cfg, entry)
-        if path.is_file():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            if kept["file"] == "fusion_report.json":
-                yield name, kept["report"]
+    """Return name and report of every fused dataset of a run."""
+    return ((name, report) for file, name, report in _kept(cfg) if file == _OF_FUSED)
 
 
 def remembered_store(cfg: Any, store: str) -> str | None:
@@ -141,6 +135,15 @@ def _path(cfg: Any, entry: Any) -> Path:
     parts = [entry.get(key) for key in ("input_format", "field_rejected", "name", "shards_idx", "path")]
     digest = hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
     return _folder(cfg) / f"{PREFIX}{digest[:32]}.json"
+
+
+def _kept(cfg: Any) -> Iterator[tuple[str, str, Report]]:
+    """Yield, of every dataset of a run with a report: name of the report, name of the dataset, and its content."""
+    for name, entry in _named_entries(cfg):
+        path = _path(cfg, entry)
+        if path.is_file():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            yield kept["file"], name, kept["report"]
 
 
 def _named_entries(cfg: Any) -> Iterator[tuple[str, Any]]:

@@ -60,7 +60,11 @@ def choose_pairs(columns: Columns, block: FusionBlock) -> tuple[list[Pair], Repo
     Raises:
         DataError: a row is wrong, or not one pair is left; the message says why.
     """
-    scored = _scored(columns, block)
+    return _chosen_pairs(_scored(columns, block), block)
+
+
+def _chosen_pairs(scored: "_Scored", block: FusionBlock) -> tuple[list[Pair], Report]:
+    """Return what :func:`choose_pairs` does."""
     _check_rules(scored, block, best=block.split is not None, pairs=True)
     _check_own(scored, block)
     pairs, found = _pairs(scored, block)
@@ -94,8 +98,9 @@ def choose_triples(columns: Columns, block: FusionBlock) -> tuple[list[tuple[Pai
     Raises:
         DataError: as :func:`choose_pairs`; or no source answers a prompt that has a pair.
     """
-    pairs, report = choose_pairs(columns, block)
-    best, _ = _best(_scored(columns, block), block)
+    scored = _scored(columns, block)
+    pairs, report = _chosen_pairs(scored, block)
+    best, _ = _best(scored, block)
     triples = [(pair, answer) for pair in pairs if (answer := best.get(pair.chosen.prompt_id)) is not None]
     report |= {"triples": len(triples), "pairs_without_best_answer": len(pairs) - len(triples)}
     if not triples:

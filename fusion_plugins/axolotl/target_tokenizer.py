@@ -43,6 +43,11 @@ class EncodedText:
     how: How | None = None
     sampled: FloatArray | None = None
 
+    @property
+    def sampled_or_unknown(self) -> FloatArray:
+        """(T,) float32 as in ``sampled``, NaN everywhere where nothing is known."""
+        return np.full(len(self.labels), np.nan, np.float32) if self.sampled is None else self.sampled
+
     def with_sampled(self, ids: Sequence[int], logprobs: Sequence[float]) -> "EncodedText":
         """Return the text with the sampler's log-probabilities, if its tokens are those that were drawn.
 

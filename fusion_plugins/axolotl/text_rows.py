@@ -210,23 +210,20 @@ class TextFuser:
             routes,
             on_unusable=on_unusable,
         )
-        sampled = [
-            np.full(len(text.labels), np.nan, np.float32) if text.sampled is None else text.sampled for text in texts
-        ]
-        known = int((np.isfinite(np.concatenate([np.empty(0), *sampled])) & (found.place > 0)).sum())
+        sampled = [text.sampled_or_unknown for text in texts]
+        known = int((np.isfinite(np.concatenate(sampled)) & (found.place > 0)).sum())
         counted = replace(counted, sampled=known)
-        supervised = np.concatenate([np.empty(0, np.bool_), *labelled])
         report = FusionReport(
             texts=counted.texts,
             positions=counted.positions,
             fused_positions=counted.chunk_positions,
-            taught=self._taught(replace(as_taught(found), unusable=found.unusable), supervised, routes),
+            taught=self._taught(as_taught(found), np.concatenate(labelled), routes),
             untaught=sum(not route.sources for route in routes),
             chunks=counted,
         )
         columns = (np.split(column, found.offsets[1:-1]) for column in (found.place, found.logprobs, found.source))
         rows = zip(*columns, strict=True)
-        made = [TokenChunks(place, said, own, by) for (place, said, by), own in zip(rows, sampled, strict=False)]
+        made = [TokenChunks(place, said, own, by) for (place, said, by), own in zip(rows, sampled, strict=True)]
         return made, dict(found.unusable), report
 
     def compare(self, id: str, text: EncodedText, route: Route) -> None:

@@ -7,9 +7,9 @@ import numpy as np
 from fusion_plugins.core.arrays import BoolArray, IntArray
 from fusion_plugins.core.fusion.accounting import ChunkReport
 from fusion_plugins.core.fusion.chunks import TextChunks
-from fusion_plugins.core.fusion.flat import starts_of
+from fusion_plugins.core.fusion.flat import places_of, starts_of
 from fusion_plugins.core.fusion.pipeline import FusionPlan, chunk_texts
-from fusion_plugins.core.fusion.routing import Route, records_of_route, routed_plan
+from fusion_plugins.core.fusion.routing import Route, records_of_route, routed_plan, texts_of_routes
 from fusion_plugins.core.fusion.types import FusedTexts, Record
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, ConfigError
@@ -47,10 +47,7 @@ def cut_routed(
     place, logprobs = np.zeros(int(starts[-1]), np.int32), np.zeros(int(starts[-1]), np.float32)
     source, unusable = np.full(int(starts[-1]), -1, np.int16), dict[int, AlignmentError]()
     report = ChunkReport()
-    groups: dict[Route, list[int]] = {}
-    for b, route in enumerate(routes):
-        groups.setdefault(route, []).append(b)
-    for route, members in groups.items():
+    for route, members in texts_of_routes(routes).items():
         if not route.sources:
             report += ChunkReport(texts=len(members), positions=sum(int(labelled[b].sum()) for b in members))
             continue
@@ -63,7 +60,7 @@ def cut_routed(
             weights=_weights(plan, route),
             on_unusable=on_unusable,
         )
-        places = np.concatenate([np.arange(starts[b], starts[b + 1]) for b in members])
+        places = places_of(starts, np.array(members))
         place[places], logprobs[places] = found.place, found.logprobs
         source[places] = np.array([*route.sources, -1], np.int16)[found.source]  # -1 is the last one
         unusable |= {members[at]: error for at, error in found.unusable.items()}
@@ -77,7 +74,8 @@ def as_taught(chunks: TextChunks) -> FusedTexts:
     entries = np.where(present, 0, -1).astype(np.int32)[:, None]
     kept = present.astype(np.float32)
     none = np.full(texts, -1, np.int16)
-    return FusedTexts(entries, chunks.logprobs[:, None], kept, chunks.offsets, kept, chunks.source, none)
+    logprobs = chunks.logprobs[:, None]
+    return FusedTexts(entries, logprobs, kept, chunks.offsets, kept, chunks.source, none, chunks.unusable)
 
 
 def _weights(plan: FusionPlan, route: Route) -> tuple[float, ...]:

@@ -87,12 +87,8 @@ def common_chunks(
     """
     numbers, shares = _shares(weights, len(sides))
     target, used = sides[0].target, [sides[number] for number in numbers]
-    ends = boundaries_of_texts(target.ends, target.exact, target.starts)
-    matches = [
-        _matches(text, boundaries_of_texts(text.ends, text.exact, text.starts), target, ends, *side.tokens)
-        for side in used
-        for text in (side.source,)
-    ]
+    ends = _ends(target)
+    matches = [_matches(side.source, _ends(side.source), side.target, ends, *side.tokens) for side in used]
     begin, end, turn = (np.logical_and.reduce([match[at][:, 0] >= 0 for match in matches]) for at in range(3))
     chunks = _cut(begin, end, turn, trained, target.starts)
     said = [
@@ -113,6 +109,12 @@ def common_chunks(
         chunk_bytes=int(n_bytes),
     )
     return TextChunks(place, of_position, target.starts, source), report
+
+
+def _ends(texts: Texts) -> BoolArray:
+    """(N,) bool, the positions at which a chunk can begin or end."""
+    found: BoolArray = boundaries_of_texts(texts.ends, texts.exact, texts.starts)
+    return found
 
 
 def _shares(weights: Sequence[float], n_sources: int) -> tuple[list[int], Logprobs]:

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fusion_plugins.core.arrays import BoolArray, FloatArray, IntArray
-from fusion_plugins.core.fusion.accounting import FusionReport, ProjectionReport
+from fusion_plugins.core.fusion.accounting import ChunkReport, FusionReport, ProjectionReport
 from fusion_plugins.core.fusion.align import TextAligner, align_by_tokens, align_dtw, align_many, align_texts
-from fusion_plugins.core.fusion.chunks import ChunkReport, ChunkSide, TextChunks, common_chunks
+from fusion_plugins.core.fusion.chunks import ChunkSide, TextChunks, common_chunks
 from fusion_plugins.core.fusion.common_text import common_texts, comparable, narrowed
 from fusion_plugins.core.fusion.flat import Entries, Starts, Texts, joined, places_of
 from fusion_plugins.core.fusion.fuse import (

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fusion_plugins.core.arrays import BoolArray, IntArray
 from fusion_plugins.core.fusion.accounting import FusionReport, ProjectionReport
-from fusion_plugins.core.fusion.flat import starts_of
+from fusion_plugins.core.fusion.flat import places_of, starts_of
 from fusion_plugins.core.fusion.pipeline import FusionPlan, fuse_texts
 from fusion_plugins.core.fusion.record import supervised_positions
 from fusion_plugins.core.fusion.types import AnyRecord, FusedTexts
@@ -46,6 +46,14 @@ def routed_plan(plan: FusionPlan, route: Route) -> FusionPlan:
     return replace(plan, sources=sources, rule=rule, rule_options=options)
 
 
+def texts_of_routes(routes: Sequence[Route]) -> dict[Route, list[int]]:
+    """Return route -> the numbers of its texts, ascending."""
+    groups: dict[Route, list[int]] = {}
+    for b, route in enumerate(routes):
+        groups.setdefault(route, []).append(b)
+    return groups
+
+
 def fuse_routed(
     plan: FusionPlan,
     targets: Sequence[TokenizedText],
@@ -74,9 +82,7 @@ def fuse_routed(
     Raises:
         MismatchError: a source has no record of a text that it takes part in.
     """
-    groups: dict[Route, list[int]] = {}
-    for b, route in enumerate(routes):
-        groups.setdefault(route, []).append(b)
+    groups = texts_of_routes(routes)
     every = tuple(range(len(plan.sources)))
     if len(groups) == 1 and routes[0].sources == every:  # nothing is to be put together
         whole = [records_of_route(plan, records, number, range(len(targets))) for number in every]
@@ -150,7 +156,7 @@ class _Joined:
     def add(self, fused: FusedTexts, members: Sequence[int], sources: Sequence[int]) -> None:
         """Put the distributions of some texts in their places; ``sources`` are the numbers of the group's sources."""
         numbers = np.array([*sources, -1], np.int16)  # -1 is the last one
-        places = np.concatenate([np.arange(self._starts[b], self._starts[b + 1]) for b in members])
+        places = places_of(self._starts, np.array(members))
         self._ids[places], self._logprobs[places] = fused.ids, fused.logprobs
         self._leftover[places], self._kept[places] = fused.leftover, fused.kept
         self._source[places], self._best[list(members)] = numbers[fused.source], numbers[fused.best]

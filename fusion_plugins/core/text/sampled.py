@@ -126,20 +126,19 @@ def tokenize_answer(
     chat = last_turns(chat, 1)
     chat = chat if answer.finished else unfinished(chat)
     own = own or answer.tokenizer == table.fingerprint
+    drawn = _without_end(table, answer, turn_ends) if own else ()
     if answer.token_ids and own:
-        tokens = _with_drawn(tokenizer, table, chat, _without_end(table, answer, turn_ends))
+        tokens = _with_drawn(tokenizer, table, chat, drawn)
         if tokens is not None:
             return tokenize_chat(tokenizer, table, chat, turn_ends, tokens=tokens), chat, "sampled"
     tokens = tokenize_chat(tokenizer, table, chat, turn_ends)
     if not answer.n_tokens or not own:
         return tokens, chat, "foreign"
     start, stop = chat.turns[-1].start, int(tokens.spans[-1, 1])
-    content = int(((tokens.ends > start) & (tokens.ends <= stop)).sum())
-    drawn = answer.n_tokens - (1 if answer.finished else 0)
     ids = tokens.input_ids[(tokens.ends > start) & (tokens.ends <= stop)].tolist()
     if answer.token_ids is not None:
-        return tokens, chat, "same" if ids == list(_without_end(table, answer, turn_ends)) else "other"
-    return tokens, chat, "same" if content == drawn else "other"
+        return tokens, chat, "same" if ids == list(drawn) else "other"
+    return tokens, chat, "same" if len(ids) == answer.n_tokens - answer.finished else "other"
 
 
 def _without_end(table: TokenTable, answer: SampledAnswer, turn_ends: Collection[int]) -> tuple[int, ...]:

@@ -280,6 +280,21 @@ def test_several_sources_are_mixed_over_the_chunks_that_all_have():
         assert said == pytest.approx(expected, abs=1e-5)
 
 
+def test_sources_that_read_different_parts_of_a_text_are_mixed_over_what_both_have():
+    target, own = pieces([b"a", b"b", b"a", b"b"]), pieces([b"b", b"a", b"b"])
+    said = np.array([-1, -2, -3, -4, -5, np.nan], np.float32), np.array([-6, -7, -8, -9, np.nan], np.float32)
+    tables = (small_table(SMALL).packed,) * 2
+    later = replace(target, spans=np.array([[1, 4]], np.int32))
+    whole = ChunkSide(Texts.of([target]), Texts.of([target]), said[0], tables)
+    part = ChunkSide(Texts.of([own]), Texts.of([later]), said[1], tables)
+    trained = np.array([True] * 5 + [False])
+    expected = np.logaddexp(said[0][1:5] + np.log(0.5), said[1][:4] + np.log(0.5))
+    for sides in ([whole, part], [part, whole]):
+        found = listed(common_chunks(sides, [0.5, 0.5], trained)[0])
+        assert [(at, size) for at, size, _ in found] == [(1, 1), (2, 1), (3, 1), (4, 1)]
+        assert [value for *_, value in found] == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_source_without_weight_neither_cuts_nor_teaches():
     names = ["sentencepiece_bpe", "byte_level"]
     target, plan = chat("byte_level"), plan_of(names, "byte_level")
