@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fusion_plugins.chain.settings import Chain, Step
 from fusion_plugins.errors import ChainError
-from fusion_plugins.store.files import make_folder, new_file
+from fusion_plugins.store.files import make_folder, write_atomic
 
 FOLDER = ".fusion_run"
 #: bytes of a file or folder up to which its content counts; of larger ones, the sizes and times of their files
@@ -94,8 +94,7 @@ class Records:
 
     def save(self, name: str, record: Record) -> None:
         """Keep the last run of a step."""
-        with new_file(self.folder / f"{name}.json") as file:
-            file.write((json.dumps(asdict(record), indent=1) + "\n").encode())
+        write_atomic(self.folder / f"{name}.json", json.dumps(asdict(record), indent=1) + "\n")
 
     def due(self, step: Step) -> str | None:
         """Say why a step has to run; None where it has run with what is there now."""
