@@ -96,12 +96,17 @@ class Records:
         """Keep the last run of a step."""
         write_atomic(self.folder / f"{name}.json", json.dumps(asdict(record), indent=1) + "\n")
 
-    def due(self, step: Step) -> str | None:
-        """Say why a step has to run; None where it has run with what is there now."""
+    def due(self, step: Step, planned: Record | None = None) -> str | None:
+        """Say why a step has to run; None where it has run with what is there now.
+
+        Args:
+            step: the step.
+            planned: what a run of it would be, where that is known already.
+        """
         record = self.load(step.name)
         if record is None:
             return "has not run"
-        if difference := record.difference(self.planned(step)):
+        if difference := record.difference(planned or self.planned(step)):
             return difference
         if not record.done:
             return "was stopped"
