@@ -137,7 +137,7 @@ def run_chain(
     check_reads(chain, chosen)
     check_programs(chain, (chain.steps[name] for name in chosen))
     records = Records(chain)
-    with records.locked() as lock, Display(chain, chosen) as display, _ended_by_signals():
+    with records.locked() as lock, Display(chosen) as display, _ended_by_signals():
         prepare()
         run = _Run(chain, records, display, lock)
         try:
