@@ -7,7 +7,7 @@ A page is a template that extends ``page.html`` and fills its blocks ``title`` a
 import re
 import warnings
 from collections.abc import Mapping
-from io import StringIO
+from io import BytesIO, StringIO
 from typing import TYPE_CHECKING, Any
 
 from fusion_plugins.escape import for_html, for_plot, for_terminal
@@ -56,6 +56,21 @@ def new_figure(width: float, height: float) -> "Figure":
     figure.patch.set_alpha(0)
     FigureCanvasSVG(figure)
     return figure
+
+
+def png(figure: "Figure") -> bytes:
+    """Return the figure as a PNG, on a white ground.
+
+    Args:
+        figure: what :func:`new_figure` made.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    figure.patch.set_alpha(1)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
 
 
 def svg(figure: "Figure", label: str) -> Any:
