@@ -7,7 +7,7 @@ A page is a template that extends ``page.html`` and fills its blocks ``title`` a
 import re
 import warnings
 from collections.abc import Mapping
-from io import StringIO
+from io import BytesIO, StringIO
 from typing import TYPE_CHECKING, Any
 
 from fusion_plugins.escape import for_html, for_plot, for_terminal
@@ -58,6 +58,42 @@ def new_figure(width: float, height: float) -> "Figure":
     return figure
 
 
+def png(figure: "Figure") -> bytes:
+    """Return the figure as a PNG, on a white ground.
+
+    Args:
+        figure: what :func:`new_figure` made.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    figure.patch.set_alpha(1)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def svg_file(figure: "Figure", salt: str, *, transparent: bool = False) -> str:
+    """Return the figure as an SVG file, the same from run to run; its letters stay letters.
+
+    Args:
+        figure: what :func:`new_figure` made.
+        salt: keeps the names of parts apart from those of another picture in the same page.
+        transparent: leave out the ground.
+    """
+    import matplotlib
+
+    buffer = StringIO()
+    with (
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": for_terminal(salt)}),
+        warnings.catch_warnings(),
+    ):
+        # The reader's fonts draw the letters, so it does not matter that matplotlib's own lacks some.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=transparent)
+    return buffer.getvalue()
+
+
 def svg(figure: "Figure", label: str) -> Any:
     """Return the figure as an SVG element that is safe to put into a page.
 
@@ -67,19 +103,9 @@ def svg(figure: "Figure", label: str) -> Any:
         figure: what :func:`new_figure` made.
         label: what the picture shows, for people who do not see it.
     """
-    import matplotlib
     from markupsafe import Markup
 
-    buffer = StringIO()
-    # The salt keeps the names of parts the same from run to run, and apart from those of another picture in the page.
-    with (
-        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": for_terminal(label)}),
-        warnings.catch_warnings(),
-    ):
-        # The page's fonts draw the letters, so it does not matter that matplotlib's own lacks some.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    element = buffer.getvalue().partition("<svg ")[2]
+    element = svg_file(figure, label, transparent=True).partition("<svg ")[2]
     # The page sets the size, and what is black by default takes the colour of its text.
     element = re.sub(r' (?:width|height)="[\d.]+pt"', "", element, count=2).replace("#000000", "currentColor")
     # Inside a page neither the namespaces nor the description of the file mean anything.

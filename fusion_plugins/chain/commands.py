@@ -83,8 +83,8 @@ def show_outcomes(rounds: "Rounds", chain: "Chain") -> None:
     from fusion_plugins.chain.records import Records
     from fusion_plugins.install import missing_package
 
-    records = {name: Records(chain).load(name) for name in chain.steps}
-    found = outcomes(rounds, [name for name, record in records.items() if record and record.done])
+    records = Records(chain)
+    found = outcomes(rounds, [name for name in chain.steps if (record := records.load(name)) and record.done])
     if not found:
         return
     messages = console()

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from io import StringIO
 from pathlib import Path
 
 from rich.table import Table
@@ -12,7 +11,7 @@ from rich.table import Table
 from fusion_plugins.chain.rounds import HELD_OUT, Rounds
 from fusion_plugins.core.fusion.record import supervised_bytes
 from fusion_plugins.errors import ChainError
-from fusion_plugins.page import COLOURS, new_figure, plot_name
+from fusion_plugins.page import COLOURS, new_figure, plot_name, svg_file
 from fusion_plugins.store import Store, open_rows, open_store
 from fusion_plugins.store.files import write_atomic
 from fusion_plugins.store.manifest import MANIFEST_NAME
@@ -91,9 +90,14 @@ def _cross_entropy(store: Store) -> dict[str, float]:
     return {CROSS_ENTROPY: nats / n_bytes} if n_bytes else {}
 
 
+def _measures(found: Sequence[Outcome]) -> list[str]:
+    """Return the names of what is measured, in the order of their first round."""
+    return list(dict.fromkeys(name for outcome in found for name in outcome.measured))
+
+
 def table_of(found: Sequence[Outcome]) -> Table:
     """Return one line per round."""
-    names = list(dict.fromkeys(name for outcome in found for name in outcome.measured))
+    names = _measures(found)
     table = Table("round", "answers", "correct", *names)
     for outcome in found:
         table.add_row(
@@ -121,9 +125,7 @@ def write_outcomes(rounds: Rounds, found: Sequence[Outcome]) -> list[Path]:
 
 
 def _plot(found: Sequence[Outcome]) -> str:
-    import matplotlib
-
-    names = list(dict.fromkeys(name for outcome in found for name in outcome.measured))
+    names = _measures(found)
     figure = new_figure(3.6 * len(names), 2.8)
     figure.patch.set_alpha(1)
     for place, (name, axes) in enumerate(zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True)):
@@ -131,7 +133,4 @@ def _plot(found: Sequence[Outcome]) -> str:
         axes.plot(*zip(*points, strict=True), marker="o", color=COLOURS[place % len(COLOURS)])
         axes.set(xlabel="round", title=plot_name(name), xticks=[outcome.round for outcome in found])
         axes.grid(alpha=0.3)
-    buffer = StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rounds"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+    return svg_file(figure, "rounds")

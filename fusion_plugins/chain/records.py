@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fusion_plugins.chain.settings import Chain, Step
 from fusion_plugins.errors import ChainError
-from fusion_plugins.store.files import make_folder, new_file
+from fusion_plugins.store.files import make_folder, write_atomic
 
 FOLDER = ".fusion_run"
 #: bytes of a file or folder up to which its content counts; of larger ones, the sizes and times of their files
@@ -94,15 +94,19 @@ class Records:
 
     def save(self, name: str, record: Record) -> None:
         """Keep the last run of a step."""
-        with new_file(self.folder / f"{name}.json") as file:
-            file.write((json.dumps(asdict(record), indent=1) + "\n").encode())
+        write_atomic(self.folder / f"{name}.json", json.dumps(asdict(record), indent=1) + "\n")
 
-    def due(self, step: Step) -> str | None:
-        """Say why a step has to run; None where it has run with what is there now."""
+    def due(self, step: Step, planned: Record | None = None) -> str | None:
+        """Say why a step has to run; None where it has run with what is there now.
+
+        Args:
+            step: the step.
+            planned: what a run of it would be, where that is known already.
+        """
         record = self.load(step.name)
         if record is None:
             return "has not run"
-        if difference := record.difference(self.planned(step)):
+        if difference := record.difference(planned or self.planned(step)):
             return difference
         if not record.done:
             return "was stopped"

@@ -174,6 +174,15 @@ class Rounds:
             return self.config.target
         return self.place(number, "merged" if self.train.get("adapter") else "model")
 
+    def exists(self, place: str) -> bool:
+        """Return whether a path of the file is there."""
+        return (self.folder / place).exists()
+
+    def folders_of_checkpoint(self, number: int) -> list[str]:
+        """Return the folder of the target after a round; before the first one it may be a name of the hub, and none."""
+        model = self.checkpoint(number)
+        return [model] if number or self.exists(model) else []
+
     @property
     def own_name(self) -> str:
         """The name of the target among the sources of the training; ``target`` where it is none."""
@@ -324,10 +333,6 @@ def write_rounds(rounds: Rounds) -> Chain:
 
 def _steps(rounds: Rounds) -> Iterator[Step]:
     config = rounds.config
-
-    def exists(place: str) -> bool:
-        return (rounds.folder / place).exists()
-
     yield from _measuring(rounds, 0)
     for number in range(1, config.rounds + 1):
         name, configs = rounds.name(number), _configurations(rounds, number)
@@ -336,10 +341,9 @@ def _steps(rounds: Rounds) -> Iterator[Step]:
             """Paths that a configuration names; a model may be a name of the hub."""
             places = (configs[file][key] for key in keys)
             flat = [place for each in places for place in (each if isinstance(each, list) else [each])]
-            return [place for place in flat if Path(config.out) in Path(place).parents or exists(place)]
+            return [place for place in flat if Path(config.out) in Path(place).parents or rounds.exists(place)]
 
-        model = rounds.checkpoint(number - 1)
-        own = [model] if number > 1 or exists(model) else []
+        own = rounds.folders_of_checkpoint(number - 1)
         yield Step(
             name=f"{name}-sample",
             command=["fusion", "sample", "--config", rounds.place(number, "sample.yml")],
@@ -402,7 +406,7 @@ def _measuring(rounds: Rounds, number: int) -> Iterator[Step]:
         "name": f"{rounds.name(number)}-measure",
         **_of_step(held_out.model_dump(exclude_none=True)),
     }
-    read = [model] if number or os.path.exists(rounds.folder / model) else []
+    read = rounds.folders_of_checkpoint(number)
     if held_out.command is not None:
         words = [word.replace(PLACE_OF_MODEL, model) for word in Step(name="x", command=held_out.command).words]
         yield Step(command=words, reads=[*held_out.reads, *read], stdout=place, on_change="keep", **common)

@@ -61,11 +61,11 @@ class _Run:
     def begin(self, name: str) -> bool:
         """Start a step; return False where it is done already."""
         step = self.chain.steps[name]
-        if self.records.due(step) is None:
-            record = self.records.load(name)
-            self.display.passed(name, record.seconds if record else 0.0)
+        plan, before = self.records.planned(step), self.records.load(name)
+        if self.records.due(step, plan) is None:
+            self.display.passed(name, before.seconds if before else 0.0)
             return False
-        plan, before = replace(self.records.planned(step), started=time.time()), self.records.load(name)
+        plan = replace(plan, started=time.time())
         if missing := [path for path, state in plan.inputs.items() if state is None and os.path.isabs(path)]:
             raise ChainError(f"step {name}: expected {missing[0]}, which it reads, got nothing of that name")
         if not step.keeps and (before is None or before.difference(plan) is not None):
@@ -137,7 +137,7 @@ def run_chain(
     check_reads(chain, chosen)
     check_programs(chain, (chain.steps[name] for name in chosen))
     records = Records(chain)
-    with records.locked() as lock, Display(chain, chosen) as display, _ended_by_signals():
+    with records.locked() as lock, Display(chosen) as display, _ended_by_signals():
         prepare()
         run = _Run(chain, records, display, lock)
         try:

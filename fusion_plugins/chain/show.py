@@ -9,7 +9,6 @@ from rich.live import Live
 from rich.table import Table
 
 from fusion_plugins.chain.process import Running, tail
-from fusion_plugins.chain.settings import Chain
 from fusion_plugins.progress import duration
 from fusion_plugins.terminal import console
 
@@ -21,11 +20,10 @@ class Display:
     """The state of the steps.
 
     Args:
-        chain: what is run.
         names: the steps that are shown.
     """
 
-    def __init__(self, chain: Chain, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
         self._states: dict[str, tuple[str, float | None]] = dict.fromkeys(names, (WAITING, None))
         self._running: dict[str, Running] = {}
         self._messages = console(stderr=True)

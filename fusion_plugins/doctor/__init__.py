@@ -2,5 +2,5 @@
 
 Reading order: examine (opens stores and tokenizers, runs everything), diagnosis (counts, one source at a time),
 label_classes (digits, CJK, ...), advice (counts -> verdict and settings), page (table, picture, HTML). For scored
-responses: responses, responses_page.
+responses: responses, responses_page. Both write report_json.
 """

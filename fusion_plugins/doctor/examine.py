@@ -4,7 +4,6 @@ A folder with a tokenizer may take the place of a store. Then only what depends 
 vocabulary), on texts that are given separately.
 """
 
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -28,6 +27,7 @@ from fusion_plugins.core.text.tokenize import chat_renderer, tokenize_content
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.doctor.advice import advice, verdict
 from fusion_plugins.doctor.diagnosis import Diagnosis, diagnose, figures
+from fusion_plugins.doctor.report_json import report_json
 from fusion_plugins.doctor.responses import holds_responses
 from fusion_plugins.errors import ConfigError, FusionError, MismatchError
 from fusion_plugins.inputs import InputSet, Text
@@ -216,21 +216,12 @@ class DoctorReport:
 
     def to_json(self) -> str:
         """Return everything as JSON, with the figures of the table per source; null for what cannot be measured."""
-
-        def clean(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {key: clean(item) for key, item in value.items()}
-            if isinstance(value, list):
-                return [clean(item) for item in value]
-            # JSON has no NaN.
-            return None if isinstance(value, float) and not np.isfinite(value) else value
-
         fields = asdict(self)
         for source, found in zip(fields["sources"], self.sources, strict=True):
             source["figures"] = figures(found.diagnosis) | {"store bytes per byte of text": found.store_per_text}
             for count in source["diagnosis"]["classes"].values():  # these two keys of the file are older than the names
                 count |= {"gold": count.pop("label"), "own": count.pop("target_label")}
-        return json.dumps(clean(fields), indent=1, ensure_ascii=False)
+        return report_json(fields)
 
 
 def open_side(path: str, texts: Texts | None) -> Side:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -12,11 +11,10 @@ from rich.text import Text
 from fusion_plugins.doctor.diagnosis import ClassCount, figures
 from fusion_plugins.doctor.examine import DoctorReport, SourceVerdict
 from fusion_plugins.doctor.label_classes import CLASSES
-from fusion_plugins.page import COLOURS, new_figure, plot_name, render_page, svg
+from fusion_plugins.page import COLOURS, new_figure, plot_name, png, render_page, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 #: part of the table -> how the names of its figures begin
 PARTS = {
@@ -108,19 +106,13 @@ def picture_png(report: DoctorReport) -> bytes:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure: Figure = new_figure(11, 4.1)
-    FigureCanvasAgg(figure)
-    figure.patch.set_alpha(1)
+    figure = new_figure(11, 4.1)
     panels = figure.subplots(1, len(PANELS))
     for panel, draw in zip(panels, PANELS.values(), strict=True):
         draw(panel, report)
     names = panels[0].get_legend_handles_labels()
     figure.legend(*names, loc="outside lower center", ncols=6, fontsize=9, frameon=False)
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _draw_coverage(panel: "Axes", report: DoctorReport) -> None:

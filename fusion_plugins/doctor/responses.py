@@ -4,8 +4,6 @@ The measures and the verdicts are those of :mod:`~fusion_plugins.core.preference
 same ones.
 """
 
-import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 from fusion_plugins.core.preferences.candidates import as_candidate
 from fusion_plugins.core.preferences.worth import DomainWorth, Response, examine_worth, response_of
+from fusion_plugins.doctor.report_json import report_json
 from fusion_plugins.errors import ConfigError, DataError, StoreError
 from fusion_plugins.progress import meter
 from fusion_plugins.store import RowManifest, RowStore, open_rows
@@ -40,7 +39,7 @@ class ResponsesReport:
 
     def to_json(self) -> str:
         """Return everything as JSON; null for what cannot be measured."""
-        return json.dumps(_finite(asdict(self)), indent=1, ensure_ascii=False)
+        return report_json(asdict(self))
 
 
 def holds_responses(path: str) -> bool:
@@ -91,12 +90,3 @@ def _responses(rows: RowStore, target: str | None, advance: Any) -> Iterator[Res
         light["response"] = light["response"] or ""  # the length limit came before the first word
         yield response_of(as_candidate(light, number), target)
         advance(1)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    # JSON has no NaN.
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,7 +1,6 @@
 """The output of ``fusion doctor`` for scored responses: a table in the terminal, and a self-contained HTML page."""
 
 import math
-from io import BytesIO
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -9,7 +8,7 @@ from rich.table import Table
 
 from fusion_plugins.core.preferences.worth import DomainWorth, Interval, SourceWorth
 from fusion_plugins.doctor.responses import ResponsesReport
-from fusion_plugins.page import COLOURS, new_figure, plot_name, render_page, svg
+from fusion_plugins.page import COLOURS, new_figure, plot_name, png, render_page, svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -110,14 +109,7 @@ def responses_png(report: ResponsesReport) -> bytes:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure = _draw(report.domains[0])
-    FigureCanvasAgg(figure)
-    figure.patch.set_alpha(1)
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return png(_draw(report.domains[0]))
 
 
 def _draw(domain: DomainWorth) -> "Figure":

@@ -3,7 +3,7 @@
 import os
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -304,7 +304,7 @@ def make_plan(config: InitConfig) -> Plan:
     machine = this_machine(config.gpus, config.gpu_memory)
     lengths = {model.short: lengths_of(model, texts) for model in (target, *sources)}
     memory = choices.memory(target.facts.parameters, machine, config.adapter, reference=config.method == "fusechat3")
-    values = dict(_values(config, target, sources, lengths, machine))
+    values = dict(_values(config, target, sources, lengths, machine, memory.adapter))
     limit = values["sequence_len"].value
     known = [found for found in lengths.values() if found is not None]
     can_cut = config.method == "fusellm" and texts.chats == 0
@@ -362,11 +362,16 @@ def _with_pad_token(target: Model, token: str) -> Model:
         )
     named = target.tokenizer is not None and target.tokenizer.pad_token == token
     facts = target.facts.model_copy(update={"pad_token": token, "names_pad": named})
-    return Model(target.name, target.short, facts, target.tokenizer, target.table, target.problem)
+    return replace(target, facts=facts)
 
 
 def _values(
-    config: InitConfig, target: Model, sources: list[Model], lengths: dict[str, Lengths | None], machine: Machine
+    config: InitConfig,
+    target: Model,
+    sources: list[Model],
+    lengths: dict[str, Lengths | None],
+    machine: Machine,
+    adapter: str | None,
 ) -> Iterator[tuple[str, Choice]]:
     """Yield the settings that the files repeat."""
 
@@ -382,7 +387,6 @@ def _values(
         longest = None  # answers are as long as they are, and packed rows are filled
     yield "sequence_len", choices.sequence_len(windows, longest, config.sequence_len)
     size, kind, method = target.facts.parameters, target.facts.model_type, config.method
-    adapter = choices.memory(size, machine, config.adapter, reference=method == "fusechat3").adapter
     yield chosen("lm_loss_weight", choices.lm_loss_weight(size))
     yield chosen("top_k", choices.entries([source.facts.parameters for source in sources]))
     first = "sft" if method == "fusechat3" else method

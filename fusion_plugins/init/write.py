@@ -145,14 +145,14 @@ class _Renderer:
 
     def capture(self, model: Model) -> str:
         """The settings that store what one model says."""
-        plan = self._plan
-        size, vocabulary = model.facts.parameters, model.facts.vocab_size
+        facts, machine = model.facts, self._plan.machine
         return self(
             "capture.yml",
             model=model,
             template=self._values["templates"][model.short],
-            parallel=choices.tensor_parallel(size, plan.machine) or max(plan.machine.gpus, 1),
-            batch_tokens=choices.batch_tokens(size, vocabulary, plan.machine) or Choice(1024, "it does not fit"),
+            parallel=self._values["parallel"][model.short],
+            batch_tokens=choices.batch_tokens(facts.parameters, facts.vocab_size, machine)
+            or Choice(1024, "it does not fit"),
         )
 
     def _of_the_plan(self, plan: Plan) -> dict[str, Any]:

@@ -74,9 +74,9 @@ _VALUE_IN_TEXT = re.compile(
     rf"(?:\s*(?:[-+*/×÷^]|\\times|\\div|\\cdot)\s*\(?-?(?:{_NUMBER})\)?|[eE][-+]?\d{{1,3}})*(?:\s*\\?%)?",
     re.ASCII | re.MULTILINE,
 )
-#: a quantity in two units, such as "2 hours and 30 minutes"
 #: "step 2: 14" is a label and a number, no ratio
 _LABELLED = re.compile(r"\S[:∶]\s")
+#: a quantity in two units, such as "2 hours and 30 minutes"
 _COMPOUND = re.compile(r"\d[\d,.]*\s*[A-Za-z]+\.?(?:,|\s+and)?\s+\d[\d,.]*\s*[A-Za-z]+\.?\Z")
 #: the number that a sentence of Chinese ends with, and its unit: "小明有7个苹果"
 _CHINESE_QUANTITY = re.compile(r"(?<=[^\x00-\x7f：])-?\d[\d,.]*[^\x00-\x7f]+\Z")

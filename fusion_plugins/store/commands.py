@@ -1,4 +1,4 @@
-"""The commands ``fusion store info | verify | merge | compact | push | pull | export``."""
+"""The commands ``fusion store info | verify | merge | compact | push | pull | import | export``."""
 
 import json
 from pathlib import Path

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from fusion_plugins.core.fusion.types import Record, TopK
 from fusion_plugins.core.text.types import TokenizedText
-from fusion_plugins.store.packed import ROUNDED, require
+from fusion_plugins.store.packed import ROUNDED
 from fusion_plugins.store.patterns import IN_TOP_K, LOGPROBS, Array, next_in_top_k, widened
 
 _PER_TOKEN = ("input_ids", "ends", "exact", "topk_ids", "topk_logprobs", "token_logprobs", "tail")
@@ -89,8 +89,8 @@ def _check_types(table: pa.Table, version: int, top_k: int) -> None:
     for name, types in expected.items():
         column = table[name]
         found = str(column.type).replace("element: ", "item: ")  # the name of an element depends on the writer
-        require(found in types, f"{name}: expected {' or '.join(types)}, got {found:.200}")
-        require(column.null_count == 0, f"{name}: expected a value in every row")
+        _require(found in types, f"{name}: expected {' or '.join(types)}, got {found:.200}")
+        _require(column.null_count == 0, f"{name}: expected a value in every row")
 
 
 def _check_values(records: RecordTable) -> None:
@@ -102,21 +102,21 @@ def _check_values(records: RecordTable) -> None:
     columns, starts = records.columns, records.starts
     for name in ("exact", "ends", "topk_ids", "topk_logprobs", "token_logprobs", "tail"):
         found, wanted = len(columns[name]), len(columns["input_ids"])
-        require(found == wanted, f"{name}: expected a value for each of {wanted} tokens, got {found}")
-    require((columns["input_ids"] >= 0).all(), "input_ids: expected numbers from 0 on, got less")
-    require((columns["topk_ids"] >= -1).all(), "topk_ids: expected numbers from -1 on, got less")
+        _require(found == wanted, f"{name}: expected a value for each of {wanted} tokens, got {found}")
+    _require((columns["input_ids"] >= 0).all(), "input_ids: expected numbers from 0 on, got less")
+    _require((columns["topk_ids"] >= -1).all(), "topk_ids: expected numbers from -1 on, got less")
     logprobs, tail = columns["topk_logprobs"], columns["tail"]
     # The comparisons are false for nan. Some engines round a probability of 1 up a little.
     sound = (logprobs <= ROUNDED).all() and (logprobs[:, 1:] <= logprobs[:, :-1]).all()
-    require(sound, "topk_logprobs: expected descending logarithms of probabilities, got others")
-    require(not (columns["token_logprobs"] > ROUNDED).any(), "token_logprobs: expected logarithms of probabilities")
-    require(((tail >= 0) & (tail <= 1 + ROUNDED)).all(), "tail: expected probabilities, got others")
+    _require(sound, "topk_logprobs: expected descending logarithms of probabilities, got others")
+    _require(not (columns["token_logprobs"] > ROUNDED).any(), "token_logprobs: expected logarithms of probabilities")
+    _require(((tail >= 0) & (tail <= 1 + ROUNDED)).all(), "tail: expected probabilities, got others")
     spans, ends = columns["spans"], columns["ends"]
-    require(((spans[:, 0] >= 0) & (spans[:, 0] <= spans[:, 1])).all(), "spans: expected 0 <= start <= stop")
+    _require(((spans[:, 0] >= 0) & (spans[:, 0] <= spans[:, 1])).all(), "spans: expected 0 <= start <= stop")
     goes_back = ends[1:] < ends[:-1]
     inner = starts[(starts > 0) & (starts < len(ends))]
     goes_back[inner - 1] = False  # from the last token of a record to the first of the next
-    require((ends >= 0).all() and not goes_back.any(), "ends: expected bytes that never go back, got others")
+    _require((ends >= 0).all() and not goes_back.any(), "ends: expected bytes that never go back, got others")
 
 
 def decode_table(table: pa.Table, version: int, top_k: int) -> RecordTable:
@@ -134,7 +134,7 @@ def decode_table(table: pa.Table, version: int, top_k: int) -> RecordTable:
 def _decode(table: pa.Table, version: int) -> RecordTable:
     starts, input_ids = _flat(table, "input_ids")
     span_starts, spans = _flat(table, "spans")
-    require((span_starts % 2 == 0).all(), "spans: expected pairs of start and stop")
+    _require((span_starts % 2 == 0).all(), "spans: expected pairs of start and stop")
     columns = {
         "input_ids": input_ids,
         "exact": _flat(table, "exact")[1],
@@ -152,7 +152,7 @@ def _decode(table: pa.Table, version: int) -> RecordTable:
 
 def _decode_version_2(table: pa.Table, input_ids: Array, starts: Array) -> dict[str, Array]:
     for name in ("widths", "topk_ids", "topk_logprobs", "gold"):
-        require(np.array_equal(_starts(_lists_of(table, name)), starts), f"{name}: expected as many as input_ids")
+        _require(np.array_equal(_starts(_lists_of(table, name)), starts), f"{name}: expected as many as input_ids")
     running = np.concatenate([[0], np.cumsum(_flat(table, "widths")[1], dtype=np.int64)])
     ends = running[1:] - np.repeat(running[starts[:-1]], np.diff(starts))
     ids = _flat(table, "topk_ids", np.uint16)[1]
@@ -176,7 +176,7 @@ def _flat(table: pa.Table, name: str, dtype: Any = None) -> tuple[Array, Array]:
     lists = _lists_of(table, name)
     starts = _starts(lists)
     values = lists.flatten()
-    require(values.null_count == 0, f"{name}: expected a value at every token")
+    _require(values.null_count == 0, f"{name}: expected a value at every token")
     if pa.types.is_fixed_size_binary(values.type):
         size = values.type.byte_width
         raw = values.buffers()[1] if len(values) else b""
@@ -196,3 +196,9 @@ def _lists_of(table: pa.Table, name: str) -> pa.ListArray:
 def _starts(lists: pa.ListArray) -> Array:
     starts: Array = lists.offsets.to_numpy() - lists.offsets[0].as_py()
     return starts
+
+
+def _require(sound: object, problem: str) -> None:
+    """Raise a ValueError unless something is sound."""
+    if not sound:
+        raise ValueError(problem)

@@ -194,10 +194,8 @@ def _empty_text(tokens: int, spans: int) -> TokenizedText:
 
 def warm_up() -> None:
     """Compile what unpacks records, or load it, before processes are started that would each do so."""
-    nothing = np.empty(0, np.int32)
-    text = TokenizedText(nothing, nothing, np.empty((0, 2), np.int32), np.empty(0, np.bool_))
     topk = TopK(np.empty((0, 1), np.int32), np.empty((0, 1), np.float32), np.empty(0, np.float32))
-    record = Record("", text, topk, np.empty(0, np.float32), 0.0, 0.0)
+    record = Record("", _empty_text(0, 0), topk, np.empty(0, np.float32), 0.0, 0.0)
     packed = PackedRecord("", pa.py_buffer(pack(record)), 1)
     packed.unpack(), packed.text()
 
@@ -211,9 +209,3 @@ def _decompressor() -> zstandard.ZstdDecompressor:
     if found is None:
         found = _LOCAL.decompressor = zstandard.ZstdDecompressor()
     return found
-
-
-def require(sound: object, problem: str) -> None:
-    """Raise a ValueError unless something is sound."""
-    if not sound:
-        raise ValueError(problem)

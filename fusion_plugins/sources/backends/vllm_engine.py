@@ -7,6 +7,7 @@ import inspect
 import os
 from array import array
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -123,11 +124,10 @@ class VllmSource:
     def _capture(self, texts: Sequence[TokenizedText], top_k: int) -> Iterator[tuple[int, TopK | Refusal]]:
         asked = min(top_k + spare_entries(self._width, self._vocab_size), self._width)
         # The cheapest request: flat lists of ids and numbers instead of a dict per position, and no text for any entry.
-        plain = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": asked} | {
-            "flat_logprobs": True,
-            "detokenize": False,
-        }
-        params = [SamplingParams(**plain, **_wanted(text)) for text in texts]
+        plain = partial(
+            SamplingParams, max_tokens=1, temperature=0.0, prompt_logprobs=asked, flat_logprobs=True, detokenize=False
+        )
+        params = [plain(**_wanted(text)) for text in texts]
         sizes = [len(text.input_ids) * (asked + 1) for text in texts]
         for index, size in enumerate(sizes):
             if size > MOST_ENTRIES:
@@ -196,10 +196,10 @@ class VllmSource:
         ids = np.frombuffer(array("i", logprobs.token_ids), np.int32).reshape(shape)
         values = np.frombuffer(array("f", logprobs.logprobs), np.float32).reshape(shape)
         token_logprobs = values[:, 0] if n_tokens > 1 else np.empty(0, np.float32)
-        if not isinstance(text, AskedText):
-            return topk_of_entries(ids[:, 1:], values[:, 1:], token_logprobs, top_k, self._vocab_size)
-        said = np.asarray(output.prompt_token_id_logprobs, np.float32).reshape(n_tokens - 1, -1)
         own = topk_of_entries(ids[:, 1:], values[:, 1:], token_logprobs, top_k, self._vocab_size)
+        if not isinstance(text, AskedText):
+            return own
+        said = np.asarray(output.prompt_token_id_logprobs, np.float32).reshape(n_tokens - 1, -1)
         asked, k = (text.asked[:-1], said), top_k + text.asked.shape[1]
         return topk_and_asked(own.ids[:-1], own.logprobs[:-1], token_logprobs, asked, k, self._vocab_size)
 
