@@ -34,6 +34,7 @@ from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.hub import hub_rows, is_hub
 from fusion_plugins.inputs import readable_rows, row_files
+from fusion_plugins.model_names import reason_of, require_model
 from fusion_plugins.store.files import FolderLock, new_file
 from fusion_plugins.store.manifest import Manifest
 from fusion_plugins.store.writer import StoreWriter
@@ -220,13 +221,12 @@ def import_distillkit(
             lacks.
 
     Raises:
-        ConfigError: settings are missing or wrong, or the file for the texts holds something else.
+        ConfigError: settings are missing or wrong, the tokenizer cannot be loaded, or the file for the texts holds
+            something else.
         DataError: a row is broken (with ``on_unusable="raise"``), or the set has another form.
     """
-    from transformers import AutoTokenizer
-
     settings = _settings(path, compression)
-    table = TokenTable.from_tokenizer(AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False))
+    table = _token_table(tokenizer)
     skipped: dict[str, str] = {}
     records = tokens = outside = 0
     texts, name = Path(texts), model or tokenizer
@@ -290,6 +290,20 @@ def _require_own(texts: Path, digest: str) -> None:
             f"texts: expected the name of a new file, which gets the texts of the set, got {str(texts)!r}, which holds "
             "something else. Name another file, or remove this one."
         )
+
+
+def _token_table(tokenizer: str) -> TokenTable:
+    from transformers import AutoTokenizer
+
+    try:
+        require_model(tokenizer)
+        loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    except Exception as error:
+        raise ConfigError(
+            f"cannot load the tokenizer {tokenizer!r}: {reason_of(error)}. Name the folder or the hub id of the "
+            "teacher's tokenizer."
+        ) from error
+    return TokenTable.from_tokenizer(loaded)
 
 
 def _settings(path: str, compression: str | Path | None) -> Compression:

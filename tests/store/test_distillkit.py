@@ -172,3 +172,13 @@ def test_what_cannot_be_read_is_named_and_may_be_left_out(captured, tmp_path):
     assert (kept / "texts.jsonl").read_text() == "mine"
     (tmp_path / "ids" / "compression_config.yaml").unlink()
     assert "logprob_compressor" in str(importing(tmp_path / "ids", captured, tmp_path).exception)
+
+
+def test_a_tokenizer_that_is_not_there_is_one_message(captured, tmp_path):
+    folder = packed_set(tmp_path / "set", [row_of(list(open_store(captured / "store"))[:1])])
+    (tmp_path / "empty").mkdir()
+    for missing in (tmp_path / "nowhere", tmp_path / "empty"):
+        with pytest.raises(ConfigError, match=f"cannot load the tokenizer '{missing}': "):
+            distillkit.import_distillkit(
+                str(folder), tmp_path / "out", tmp_path / "texts.jsonl", tokenizer=str(missing)
+            )

@@ -199,7 +199,7 @@ class VllmSource:
         own = topk_of_entries(ids[:, 1:], values[:, 1:], token_logprobs, top_k, self._vocab_size)
         if not isinstance(text, AskedText):
             return own
-        said = np.asarray(output.prompt_token_id_logprobs, np.float32).reshape(n_tokens - 1, -1)
+        said = np.asarray(output.prompt_token_id_logprobs, np.float32).reshape(n_tokens - 1, text.asked.shape[1])
         asked, k = (text.asked[:-1], said), top_k + text.asked.shape[1]
         return topk_and_asked(own.ids[:-1], own.logprobs[:-1], token_logprobs, asked, k, self._vocab_size)
 
