@@ -8,7 +8,7 @@ from typing import Any
 
 from fusion_plugins.page import render_part
 from fusion_plugins.reports.blocks import Block, Part, Section, Table, Text, cut, number, share
-from fusion_plugins.reports.kinds import DOCTOR, read_json
+from fusion_plugins.reports.kinds import DOCTOR, expected_form, read_json
 from fusion_plugins.scoring.report import scored_values
 from fusion_plugins.store import open_rows
 
@@ -97,6 +97,11 @@ def examined_blocks(folder: Path) -> list[Block]:
         DataError: its file is damaged.
     """
     found = read_json(folder / DOCTOR) or {}
+    with expected_form(folder / DOCTOR):
+        return [*_examined(found), Text(f"All of it is in {folder.name}/doctor.html.")]
+
+
+def _examined(found: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = []
     if sources := found.get("sources"):
         rows = [[_name(source), str(source.get("verdict"))] for source in sources]
@@ -107,8 +112,7 @@ def examined_blocks(folder: Path) -> list[Block]:
         rows = [[str(domain.get("domain")), str(domain.get("conclusion"))] for domain in domains]
         blocks.append(Table("Conclusions", ("domain", "conclusion"), rows, words=2))
         advice = [f"{domain.get('domain')}: {line}" for domain in domains for line in domain.get("reasons", ())]
-    blocks += [Text(line) for line in advice[:ADVICE]]
-    return [*blocks, Text(f"All of it is in {folder.name}/doctor.html.")]
+    return [*blocks, *(Text(line) for line in advice[:ADVICE])]
 
 
 def _name(source: Mapping[str, Any]) -> str:

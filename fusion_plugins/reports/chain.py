@@ -15,7 +15,14 @@ from fusion_plugins.progress import duration
 from fusion_plugins.redaction import without_secret_words, without_secrets
 from fusion_plugins.reports.answers import examined_blocks, response_blocks, scored_blocks
 from fusion_plugins.reports.blocks import Block, Listing, Part, Section, Table, Text, cut
-from fusion_plugins.reports.held_out import cost_blocks, printed_blocks, printed_numbers, read_costs
+from fusion_plugins.reports.held_out import (
+    ROUNDS_FILE,
+    cost_blocks,
+    printed_blocks,
+    printed_numbers,
+    read_costs,
+    round_blocks,
+)
 from fusion_plugins.reports.kinds import Kind, inside, kind_of
 from fusion_plugins.reports.stores import captured
 from fusion_plugins.reports.trainings import as_yaml, training_sections
@@ -26,7 +33,12 @@ MOST_CONFIG, MOST_CONFIGS = 64 << 10, 60
 MOST_EXAMPLES = 12
 #: verdicts of each folder of scored responses
 MOST_VERDICTS = 6
-DONE, STOPPED, WAITING, GONE = "done", "has not ended well", "has not run", "done, but what it wrote is missing"
+DONE, STOPPED, WAITING, GONE = (
+    "done",
+    "started, has not ended well",
+    "has not run",
+    "done, but what it wrote is missing",
+)
 
 
 @dataclass(frozen=True)
@@ -154,7 +166,7 @@ def run_sections(found: Found, options: Options) -> list[Section]:
 def _training(folder: Path, read: Callable[[Path], list[Section]]) -> tuple[list[Block], list[Section]]:
     try:
         parts = read(folder)
-    except (FusionError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except FusionError as error:
         return [_unreadable(folder, error)], []
     # Two levels are enough for a page: the texts of an example go under its own heading.
     flat = [part for section in parts for part in (Section(section.title, section.blocks), *section.parts)]
@@ -169,13 +181,12 @@ def _each(outputs: list[Output], title: str, read: Callable[[Path], list[Block]]
 def _tried(folder: Path, read: Callable[[Path], list[Block]]) -> list[Block]:
     try:
         return read(folder)
-    except (FusionError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except FusionError as error:
         return [_unreadable(folder, error)]
 
 
-def _unreadable(folder: Path, error: Exception) -> Text:
-    said = str(error) if isinstance(error, FusionError) else f"{type(error).__name__}: {error}"
-    return Text(f"{folder} cannot be shown: {cut(said, 500)}", "poor")
+def _unreadable(folder: Path, error: FusionError) -> Text:
+    return Text(f"{folder} cannot be shown: {cut(str(error), 500)}", "poor")
 
 
 def _names(stores: list[Output]) -> list[tuple[str, Path]]:
@@ -207,6 +218,7 @@ def _measured(found: Found, held_out: list[Output]) -> Iterator[Section]:
         except FusionError as error:
             blocks.append(_unreadable(each.path, error))
     blocks += cost_blocks(costs) if costs else []
+    blocks += _tried(chain.home / ROUNDS_FILE, round_blocks)
     blocks += printed_blocks(printed) if printed else []
     nothing = Text("No step of this run has measured its models on held-out texts.")
     yield Section("Held-out measures", blocks or [nothing])

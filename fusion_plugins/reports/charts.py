@@ -5,14 +5,20 @@ Each is as wide as a phone, so that its letters need not shrink there; a wide pa
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
+from typing import TYPE_CHECKING
 
 from fusion_plugins.page import COLOURS, new_figure, plot_name, svg
 from fusion_plugins.reports.blocks import Table, number, share
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: inches; a page of 390 pixels has room for 358
 WIDTH, HEIGHT = 3.6, 2.9
 #: points of a line, and rows of the table of a picture
 MOST_POINTS, MOST_ROWS = 200, 40
+#: characters of a name, beside which a second one fits
+SHORT_NAME = 16
 #: lines are told apart without their colours too
 _STYLES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
 _HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
@@ -49,14 +55,20 @@ def lines(title: str, lines_of: Mapping[str, Points], across: str, *, shares: bo
             )
     if shares:
         panel.set_ylim(-0.03, 1.03)
-    panel.set_title(plot_name(title, 60), fontsize=10)
+    figure.suptitle(plot_name(title, 60), fontsize=10)
     panel.set_xlabel(plot_name(across), fontsize=9)
     panel.tick_params(labelsize=9)
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
     if panel.lines:
-        figure.legend(loc="outside lower center", ncols=1 if len(shown) < 3 else 2, fontsize=9, frameon=False)
+        _legend(figure, list(shown))
     return svg(figure, f"{title}. The numbers are in the table below."), _table(title, lines_of, across)
+
+
+def _legend(figure: "Figure", names: Sequence[str]) -> None:
+    """Put the legend below: in two columns, where the names are short enough for that."""
+    columns = 2 if len(names) > 2 and max(map(len, names)) <= SHORT_NAME else 1
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
 
 
 def spread(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
@@ -105,11 +117,11 @@ def stacked(title: str, bars: Mapping[str, Mapping[str, float]], first: str) -> 
     panel.set_yticks(range(len(shown)), [plot_name(name or "none", 14) for name in shown])
     panel.invert_yaxis()
     panel.set_xlim(0, 1)
-    panel.set_title(plot_name(title, 60), fontsize=10)
+    figure.suptitle(plot_name(title, 60), fontsize=10)
     panel.tick_params(labelsize=9)
     panel.spines[["top", "right"]].set_visible(False)
     if shown:
-        figure.legend(loc="outside lower center", ncols=1 if len(parts) < 3 else 2, fontsize=9, frameon=False)
+        _legend(figure, parts)
     rows = [
         [name or "none", *(f"{counts.get(part, 0):,} ({share_of(counts, part)})" for part in parts)]
         for name, counts in bars.items()

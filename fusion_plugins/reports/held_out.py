@@ -11,13 +11,16 @@ from fusion_plugins.core.fusion.held_out import PerByte, nats_per_byte
 from fusion_plugins.core.fusion.record import supervised_bytes
 from fusion_plugins.reports import charts
 from fusion_plugins.reports.blocks import Block, Pictures, Table, Text, number
+from fusion_plugins.reports.kinds import expected_form, read_json
 from fusion_plugins.store import open_store
 
+#: what `fusion rounds` writes about its rounds
+ROUNDS_FILE = "rounds.json"
 #: texts of a held-out store that are looked at
 MOST_TEXTS = 20_000
 #: bytes of a file that a step has printed
 MOST_PRINTED = 1 << 20
-HEADS = ("measured", "model", "texts", "nats per byte", "95 % interval", "less than the first", "95 % interval ")
+HEADS = ("measured", "model", "texts", "nats per byte", "95 % interval", "lower than the first by", "95 % interval ")
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,28 @@ def _interval(found: PerByte, *, signed: bool = False) -> str:
     if found.low != found.low:
         return "–"
     return f"{found.low:+.4f} to {found.high:+.4f}" if signed else f"{found.low:.4f} to {found.high:.4f}"
+
+
+def round_blocks(path: Path) -> list[Block]:
+    """Return the table that ``fusion rounds`` has written about its rounds; nothing where there is none.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    found = read_json(path)
+    if not isinstance(found, list) or not found:
+        return []
+    with expected_form(path):
+        names = list(dict.fromkeys(name for each in found for name in each["measured"]))
+        rows = [
+            [
+                *(str(each["round"]), number(each["answers"])),
+                "–" if each["correct"] is None else f"{each['correct']:.1%}",
+                *(number(each["measured"].get(name)) for name in names),
+            ]
+            for each in found
+        ]
+    return [Table("Rounds", ("round", "answers", "correct", *names), rows)]
 
 
 def printed_numbers(place: Path) -> dict[str, float]:

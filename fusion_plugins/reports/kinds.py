@@ -1,6 +1,8 @@
 """What a folder is: the one place that decides."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -81,7 +83,7 @@ def require_kind(path: Path) -> Kind:
         got = "no folder of that name"
     elif inner := _known_inside(path):
         got += f", but inside it {', '.join(inner)}: give one of these"
-    listed = "; ".join(f"a {kind} with {sign}" for kind, sign in SIGNS.items())
+    listed = "; ".join(f"{kind} ({sign})" for kind, sign in SIGNS.items())
     raise DataError(f"{path}: expected one of: {listed}. Got {got}.")
 
 
@@ -96,7 +98,7 @@ def _kind_of_manifest(path: Path) -> Kind | None:
 
 def _known_inside(path: Path) -> list[str]:
     """Return the first folders inside a folder that have a page."""
-    return [f"{inner.name} (a {kind})" for inner, kind in inside(path)][:5]
+    return [f"{inner.name} ({kind})" for inner, kind in inside(path)][:5]
 
 
 def inside(path: Path) -> list[tuple[Path, Kind]]:
@@ -124,3 +126,19 @@ def read_json(path: Path) -> Any:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: expected JSON, got {error}. Restore the file, or remove it.") from None
+
+
+@contextmanager
+def expected_form(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with the content of a file that this package writes into an error that names it.
+
+    Raises:
+        DataError: a value in it is missing, or of another type.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise DataError(
+            f"{path}: expected what fusion-plugins writes there, got another form ({type(error).__name__}: {error}). "
+            "Restore the file, or remove it."
+        ) from error

@@ -19,11 +19,13 @@ from fusion_plugins.store.manifest import Manifest
 
 #: bytes of the texts up to which their domains are counted
 MOST_BYTES = 256 << 20
+#: folders above a store that relative paths in its notes may begin at
+PARENTS = 3
 #: example texts of one store, and tokens of each
 EXAMPLES, EXAMPLE_TOKENS = 3, 160
 #: loss of a token in nats up to which it has a class; the last class has the rest
 LOSSES = (0.5, 1.5, 3.0, 6.0)
-HEADS = ("source", "model", "texts", "tokens", "bytes", "bytes per token", "top k", "engine", "state")
+HEADS = ("source", "model", "state", "engine", "texts", "tokens", "bytes", "bytes per token", "top k")
 
 
 def captured(stores: Sequence[tuple[str, Path]], base: Path) -> list[Block]:
@@ -48,7 +50,7 @@ def captured(stores: Sequence[tuple[str, Path]], base: Path) -> list[Block]:
             notes.append(Text(f"{name}: {found}"))
         else:
             domains[name] = found
-    blocks: list[Block] = [Table("Stores", HEADS, rows, words=2)] if rows else []
+    blocks: list[Block] = [Table("Stores", HEADS, rows, words=4)] if rows else []
     if names := sorted({domain for counts in domains.values() for domain in counts}):
         by_domain = [[name or "none", *(number(domains[store][name]) for store in domains)] for name in names]
         blocks.append(Table("Texts by domain and store", ["domain", *domains], by_domain))
@@ -58,10 +60,10 @@ def captured(stores: Sequence[tuple[str, Path]], base: Path) -> list[Block]:
 def _row(name: str, manifest: Manifest) -> list[str]:
     per_token = manifest.bytes / manifest.tokens if manifest.tokens else None
     return [
-        *(name, manifest.model, number(manifest.rows), number(manifest.tokens), number(manifest.bytes)),
-        *(number(per_token), number(manifest.top_k)),
+        *(name, manifest.model, "complete" if manifest.complete else "unfinished"),
         f"{manifest.engine} {manifest.engine_version}, {manifest.dtype}",
-        "complete" if manifest.complete else "unfinished",
+        *(number(manifest.rows), number(manifest.tokens), number(manifest.bytes), number(per_token)),
+        number(manifest.top_k),
     ]
 
 
@@ -76,15 +78,19 @@ def domains_of(store: Store, base: Path) -> Counter[str] | str:
         return "domains are not known: the store does not say which texts it was captured from"
     if any(map(is_hub, paths)):
         return "domains are not counted: the texts are on the hub"
-    places = [base / os.path.expanduser(path) for path in paths]
-    if missing := next((place for place in places if not place.exists()), None):
-        return f"domains are not known: {missing} is not there"
+    # Notes hold paths as the capture saw them; whose texts these are, the ids tell.
+    bases = [base, *store.path.resolve().parents[:PARENTS]]
+    found = ([folder / os.path.expanduser(path) for path in paths] for folder in bases)
+    places = next((each for each in found if all(place.exists() for place in each)), None)
+    if places is None:
+        return f"domains are not known: {', '.join(paths)} cannot be found"
     if sum(map(_bytes, places)) > MOST_BYTES:
         return f"domains are not counted: the texts have more than {MOST_BYTES >> 20} MiB"
     try:
-        return Counter(text.domain or "" for text in open_texts(places, unusable={}) if text.id in store)
+        counts = Counter(text.domain or "" for text in open_texts(places, unusable={}) if text.id in store)
     except FusionError as error:
         return f"domains are not known: {error}"
+    return counts or f"domains are not known: {', '.join(paths)} holds other texts now"
 
 
 def _bytes(path: Path) -> int:

@@ -13,7 +13,7 @@ from fusion_plugins.reports import charts
 from fusion_plugins.reports.answers import reasons_of
 from fusion_plugins.reports.blocks import Block, Listing, Pictures, Section, Table, Text, cut, number, share
 from fusion_plugins.reports.examples import example_sections
-from fusion_plugins.reports.kinds import STATE, read_json
+from fusion_plugins.reports.kinds import STATE, expected_form, read_json
 from fusion_plugins.training_files import FUSED_REPORT, PAIRS_REPORT, SFT_REPORT, TRAINING_RECORD, TRAINING_VERSION
 
 History = Sequence[Mapping[str, Any]]
@@ -123,14 +123,15 @@ def training_sections(folder: Path, *, examples: int, losses: bool | None) -> li
         DataError: a file that the training left is damaged.
     """
     found = read_training(folder)
-    return [
-        *(_fused_section(name, report) for name, report in found.fused.items()),
-        *_composition("Best answers", found.sft, sft_blocks),
-        *_composition("Preference pairs", found.pairs, pair_blocks),
-        Section("Training curves", curve_blocks(found)),
-        *example_sections(found.record, folder, most=examples, losses=losses),
-        *_version_section(found.record),
-    ]
+    with expected_form(folder):
+        return [
+            *(_fused_section(name, report) for name, report in found.fused.items()),
+            *_composition("Best answers", found.sft, sft_blocks),
+            *_composition("Preference pairs", found.pairs, pair_blocks),
+            Section("Training curves", curve_blocks(found)),
+            *example_sections(found.record, folder, most=examples, losses=losses),
+            *_version_section(found.record),
+        ]
 
 
 def _composition(title: str, reports: Mapping[str, Report], blocks_of: Any) -> Iterator[Section]:

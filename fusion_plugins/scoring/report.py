@@ -248,7 +248,7 @@ def _line(domain: str, source: str, group: GroupSummary) -> dict[str, Any]:
 
 
 def _draw_rewards(report: ScoredReport) -> "Figure":
-    figure = new_figure(5.2, 3.4)
+    figure = new_figure(3.6, 3.0)
     panel = figure.subplots()
     largest = sorted(report.rewards, key=lambda source: -len(report.rewards[source]))[:MOST_LINES]
     shown = {source: report.rewards[source] for source in sorted(largest)}
@@ -263,7 +263,7 @@ def _draw_rewards(report: ScoredReport) -> "Figure":
             weights=weights,
             histtype="step",
             color=colour,
-            label=plot_name(source),
+            label=plot_name(source, 22),
         )
     _plain(panel, "reward", "share of the source's responses")
     figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
@@ -272,7 +272,7 @@ def _draw_rewards(report: ScoredReport) -> "Figure":
 
 def _draw_gaps(report: ScoredReport) -> "Figure":
     assert report.proposal is not None
-    figure = new_figure(5.2, 3.4)
+    figure = new_figure(3.6, 3.0)
     panel = figure.subplots()
     panel.hist(report.gaps, bins=40, color=COLOURS[0])
     low, high = report.proposal.limits
