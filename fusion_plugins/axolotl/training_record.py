@@ -21,6 +21,7 @@ import fusion_plugins
 from fusion_plugins.axolotl.args import fusion_block
 from fusion_plugins.axolotl.collator import Fused, FusionCollator, TokenChunks
 from fusion_plugins.axolotl.target_tokenizer import IGNORED
+from fusion_plugins.core.text.token_bytes import readable_tokens
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.redaction import without_secrets
 from fusion_plugins.store.files import write_atomic
@@ -99,7 +100,7 @@ def _example(place: int, row: Any, collator: FusionCollator, table: TokenTable, 
         "row": place,
         "of_tokens": len(row["input_ids"]),
         "ids": [int(token) for token in ids],
-        "tokens": [table.bytes_of(int(token)).decode("utf-8", "backslashreplace") for token in ids],
+        "tokens": readable_tokens([table.bytes_of(int(token)) for token in ids]),
         "supervised": [int(label) != IGNORED for label in list(row["labels"])[: len(ids)]],
         "sources": teachers(fused, names)[: len(ids)],
     }

@@ -37,7 +37,7 @@ def page_of(path: Path, options: Options) -> str:
         verdicts = VERDICTS if options.verdicts is None else options.verdicts
         return render_scored_report(path, seed=options.seed, verdicts=verdicts)
     sections = _sections(path, kind, options)
-    return render(f"{kind.capitalize()}: {path.resolve().name}", [Text(str(path))], sections)
+    return render(f"{kind.capitalize()}: {path.resolve().name}", [Text(str(path.resolve()))], sections)
 
 
 def _sections(path: Path, kind: Kind, options: Options) -> list[Section]:

@@ -40,7 +40,8 @@ def example_sections(record: Mapping[str, Any], folder: Path, *, most: int, loss
     names = list(dict.fromkeys(name for each in every for name in each["sources"] if name not in (None, SEVERAL)))
     lead = Text(
         f"{len(chosen)} texts, spread evenly over the training rows, up to {max(len(each['ids']) for each in chosen)} "
-        "tokens of each. Every colour is also a kind of line under the token; the table under a text has all of it."
+        "tokens of each. Every colour is also a kind of line under the token; the table under a text has all of it. A "
+        "dot is a token that ends within a character."
     )
     parts = [
         Section(f"Row {each['row'] + 1:,}", list(_blocks(each, names, _of(found, place))))
@@ -118,7 +119,7 @@ def _table(
     rows = []
     for place, (text, source) in enumerate(zip(example["tokens"], sources, strict=True)):
         figures = [number(values[place] if place else None, 3) for values in losses] if losses else []
-        rows.append([str(place + 1), text, source, *figures])
+        rows.append([str(place + 1), text or "·", source, *figures])
     heads = ("token", "text", "source", *(("loss before", "loss after") if losses else ()))
     title = f"Tokens of row {example['row'] + 1:,}"
     return Table(title, heads, rows, words=3, folded=title)

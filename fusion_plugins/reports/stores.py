@@ -7,9 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fusion_plugins.core.fusion.types import Record
+from fusion_plugins.core.text.token_bytes import readable_tokens
 from fusion_plugins.errors import FusionError, StoreError
 from fusion_plugins.hub import is_hub
 from fusion_plugins.inputs import open_texts
@@ -113,7 +112,7 @@ def sections(folder: Path) -> list[Section]:
     examples = [_example(store, record) for record in islice(store, EXAMPLES)]
     said = (
         f"The first {len(examples)} of {len(store):,} texts, up to {EXAMPLE_TOKENS} tokens of each. The loss of a "
-        "token is its negative log-probability under the source, in nats."
+        "token is its negative log-probability under the source, in nats. A dot is a token that ends within a character."
     )
     return [
         Section("What was captured", captured([(folder.resolve().name, folder)], Path.cwd())),
@@ -125,19 +124,17 @@ def sections(folder: Path) -> list[Section]:
 def _example(store: Store, record: Record) -> Section:
     ids = record.text.input_ids[:EXAMPLE_TOKENS].tolist()
     losses = [None, *(-record.topk.token_logprobs).tolist()][: len(ids)]
-    tokens = [
-        (
-            store.table.bytes_of(id).decode("utf-8", "backslashreplace"),
-            loss_class(loss),
-            "no loss" if loss is None or np.isnan(loss) else f"{loss:.2f} nats",
-        )
-        for id, loss in zip(ids, losses, strict=True)
-    ]
+    texts = readable_tokens([store.table.bytes_of(id) for id in ids])
+    tokens = [(text, loss_class(loss), _said(loss)) for text, loss in zip(texts, losses, strict=True)]
     ends = (f"below {LOSSES[0]:g} nats", *(f"up to {loss:g}" for loss in LOSSES[1:]), f"above {LOSSES[-1]:g}")
     legend = [(f"q{place}" if place else "same", text) for place, text in enumerate(ends)]
     about = f"{len(ids)} of {len(record.text.input_ids):,} tokens; {number(record.ce_per_token)} nats per token"
     title = f"Text {cut(record.id, 60)}"
     return Section(title, [Text(about), Tokens(f"{title}, tokens coloured by their loss", tokens, legend)])
+
+
+def _said(loss: float | None) -> str:
+    return "no loss" if loss is None or loss != loss else f"{loss:.2f} nats"
 
 
 def loss_class(loss: Any) -> str:
