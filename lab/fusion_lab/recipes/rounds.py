@@ -211,7 +211,8 @@ def _write_prompts(lab: Lab, cell: Cell, work: Work) -> None:
 
 def _chain(path: Path) -> list[list[str]]:
     """Write the configurations of the rounds; return the commands in their order."""
-    from fusion_plugins.chain.rounds import load_rounds, write_rounds
+    from fusion_plugins.chain.round_configs import load_rounds
+    from fusion_plugins.chain.rounds import write_rounds
 
     chain = write_rounds(load_rounds(path, {}))
     return [list(chain.steps[name].words) for name in chain.sorter().static_order()]
