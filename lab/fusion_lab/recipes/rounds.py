@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_lab import world
-from fusion_lab.problems import Problem, make_problems
+from fusion_lab.problems import Problem, answer_of, make_problems
 from fusion_lab.recipes import answers, fusellm
 from fusion_lab.runner import Cell, Work
 from fusion_lab.world import Lab, Stage
@@ -183,7 +183,6 @@ def _run_rounds(lab: Lab, cell: Cell, work: Work, rate: float) -> tuple[Path, di
         "target": str(_start(lab, cell)),
         "rounds": cell["rounds"],
         "sample": sample,
-        "score": {"scorers": {"math": {"workers": 1}}},
         "capture": {"top_k": TOP_K},
         "sources": [{"name": SOURCE, "model": str(lab.model(answers.ANSWERING[SOURCE]))}],
         "train": {"config": "train.yml", "command": "axolotl train --launcher python"},
@@ -191,7 +190,7 @@ def _run_rounds(lab: Lab, cell: Cell, work: Work, rate: float) -> tuple[Path, di
     work.write("rounds.yml", settings)
     for words in work.call(_chain, work.folder / "rounds.yml"):
         work.command(*words)
-    for number, figures in enumerate(work.call(_rounds_figures, work.folder / "rounds", cell["rounds"]), 1):
+    for number, figures in enumerate(work.call(_rounds_figures, lab, cell, work.folder / "rounds"), 1):
         work.record("round", number=number, **figures)
     last = work.folder / "rounds" / f"{cell['rounds']:02d}"
     return last / "model", {}
@@ -218,19 +217,19 @@ def _chain(path: Path) -> list[list[str]]:
     return [list(chain.steps[name].words) for name in chain.sorter().static_order()]
 
 
-def _rounds_figures(out: Path, rounds: int) -> list[dict[str, float]]:
-    """Return what the target had said in every round, and what its training ended with."""
+def _rounds_figures(lab: Lab, cell: Cell, out: Path) -> list[dict[str, float]]:
+    """Return what the target had said in every round, and what the source has read of it."""
     from fusion_plugins.store import open_rows, open_store
 
-    found = []
-    for number in range(1, rounds + 1):
+    golds, found = {row["id"]: row["gold"] for row in _halves(lab, cell.seed)[1]}, []
+    for number in range(1, cell["rounds"] + 1):
         folder = out / f"{number:02d}"
-        rows = list(open_rows(folder / "scored"))
+        rows = list(open_rows(folder / "responses"))
         store = open_store(folder / "stores" / SOURCE)
         found.append(
             {
                 "own_answers": len(rows),
-                "own_right": sum(row["correct"] is True for row in rows) / len(rows),
+                "own_right": sum(answer_of(row["response"]) == golds[row["prompt_id"]] for row in rows) / len(rows),
                 "own_finished": sum(row["finish_reason"] == "stop" for row in rows) / len(rows),
                 "texts": len(store),
                 "tokens": sum(len(record.text.input_ids) for record in store),
