@@ -1,5 +1,6 @@
 """The losses that TRL lacks, in real axolotl runs: WRPO, InfiFPO, FusePO and FuseSFT, held against their formulas."""
 
+import copy
 import json
 import math
 
@@ -302,7 +303,7 @@ def test_fusesft_weighs_the_best_answer_of_every_source(material, run_folder):
 def test_rows_keep_their_weights_when_they_are_padded_or_packed(side):
     from axolotl.utils.collators import DataCollatorForSeq2Seq, V2BatchSamplerDataCollatorForSeq2Seq
 
-    tokenizer = tiny.sentencepiece_bpe()
+    tokenizer = copy.deepcopy(tiny.sentencepiece_bpe())
     tokenizer.padding_side, tokenizer.pad_token = side, "<unk>"
     rows = [
         {"input_ids": [5] * size, "attention_mask": [1] * size, "labels": [5] * size, "position_ids": [*range(size)]}
