@@ -9,7 +9,10 @@ import shutil
 import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / "lab"))
+
 from fusion_demo.chain import SIZES, write_chain
+from fusion_lab.handover import warm_programs
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -34,11 +37,12 @@ def main() -> int:
     os.environ["HF_HOME"] = str(folder / "huggingface")
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ.setdefault("PYTHONPYCACHEPREFIX", str(folder / "bytecode"))
-    try:
-        fusion(["run", str(chain), "--jobs", str(arguments.jobs)])
-    except SystemExit as ended:
-        if ended.code:
-            return int(ended.code)
+    with warm_programs(folder / "warm", folder / "logs" / "warm.log"):
+        try:
+            fusion(["run", str(chain), "--jobs", str(arguments.jobs)])
+        except SystemExit as ended:
+            if ended.code:
+                return int(ended.code)
     for name in RESULTS:
         shutil.copyfile(folder / name, out / name)
     Console().print(Markdown((out / "results.md").read_text(encoding="utf-8")))

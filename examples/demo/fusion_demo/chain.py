@@ -110,4 +110,4 @@ def _of_seed(step: dict[str, Any], seed: int | None, seeds: int) -> dict[str, An
         numbers = range(seeds) if seed is None else (seed,)
         return list(dict.fromkeys(item.replace(SEED, str(number)) for item in value for number in numbers))
 
-    return {key: filled(value) for key, value in step.items()}
+    return {key: filled(value) for key, value in step.items()} | {"env": "warm"}
