@@ -6,7 +6,7 @@ A page is a template that extends ``page.html`` and fills its blocks ``title`` a
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from io import BytesIO, StringIO
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 #: colours that most kinds of colour blindness tell apart (Okabe and Ito), the first ones also in grey
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999")
+
+#: larger numbers are drawn in units of this: matplotlib adds and subtracts them, and the sums must be floats
+LARGEST_DRAWN = 1e300
 
 
 def render_page(template: str, values: Mapping[str, Any]) -> str:
@@ -137,6 +140,31 @@ def svg(figure: "Figure", label: str) -> Any:
     opening, _, inside = element.partition(">")
     named = f'role="img" aria-label="{for_html(label)}" style="{width}"'
     return Markup(f"<svg {named} {opening}><title>{for_html(label)}</title>{inside}")
+
+
+def plot_unit(values: Iterable[float]) -> tuple[float, str]:
+    """Return what finite values are divided by to be drawn, and what the axis says about it.
+
+    Example:
+        >>> plot_unit([0.1, 1e9]), plot_unit([-1e308])
+        ((1.0, ''), (1e+300, ' / 1e300'))
+    """
+    beyond = any(abs(value) > LARGEST_DRAWN for value in values)
+    return (LARGEST_DRAWN, f" / {LARGEST_DRAWN:.0e}".replace("+", "")) if beyond else (1.0, "")
+
+
+def bin_edges(values: Iterable[float], bins: int = 40) -> list[float]:
+    """Return the edges of equally wide bins that hold all values, also where they are all but equal.
+
+    Args:
+        values: at least one, none beyond :data:`LARGEST_DRAWN`.
+        bins: their number.
+    """
+    low, high = min(values := list(values)), max(values)
+    size = max(abs(low), abs(high), 1 / LARGEST_DRAWN)
+    if high - low < size * 1e-9:  # no bins are so narrow
+        low, high = low - size / 20, high + size / 20
+    return [low + (high - low) * (place / bins) for place in range(bins)] + [high]
 
 
 def plot_name(name: object, limit: int = 40) -> str:

@@ -116,10 +116,10 @@ def teachers(fused: Fused | TokenChunks, names: Sequence[str]) -> list[str | Non
     Returns:
         T names. The distribution at a position is over the token after it, so that the first token has none.
     """
-    has: Any = fused.place > 0 if isinstance(fused, TokenChunks) else (fused.ids >= 0).any(-1)
+    taught: np.ndarray = fused.place > 0 if isinstance(fused, TokenChunks) else np.any(fused.ids >= 0, axis=-1)
     found = [
         (names[number] if number >= 0 else SEVERAL) if there else None
-        for number, there in zip(fused.source.tolist(), has.tolist(), strict=True)
+        for number, there in zip(fused.source.tolist(), taught.tolist(), strict=True)
     ]
     return [None, *found[:-1]]
 

@@ -356,7 +356,7 @@ def test_what_does_not_belong_together_is_refused(material, run_folder):
     refused("needs fusion.reference, the stores", trainer_cls=infifpo, fusion={"pairs": {}})
     refused("fusion.pairs.weighted is for .*FusePOTrainer", fusion={"pairs": {"weighted": True}})
     refused("needs fusion.pairs.weighted: true", trainer_cls=fusepo, fusion={"pairs": {}})
-    weighted = {"pairs": {"weighted": True}}
+    weighted = {"pairs": {"weighted": True, "per_prompt": "all"}}
     refused(
         "expected one of hinge, ipo, sigmoid, sigmoid_norm with .*, got 'robust'",
         trainer_cls=fusepo,
