@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 import fusion_plugins
 from fusion_plugins.axolotl.args import FusionBlock
-from fusion_plugins.chain.rounds import RoundsConfig
+from fusion_plugins.chain.round_settings import RoundsConfig
 from fusion_plugins.chain.settings import Chain, ChainSettings
 from fusion_plugins.config import parse_yaml, validate
 from fusion_plugins.errors import ConfigError
