@@ -13,7 +13,8 @@ from axolotl_runs import forget_plugins
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from fusion_plugins.chain.rounds import load_rounds, write_rounds
+from fusion_plugins.chain.round_configs import load_rounds
+from fusion_plugins.chain.rounds import write_rounds
 from fusion_plugins.cli import app
 from fusion_plugins.init.plan import make_plan
 from fusion_plugins.init.settings import InitConfig
