@@ -43,7 +43,7 @@ try:
     status = connection.recv(1)
 except OSError:
     status = b""
-sys.exit(status[0] if status else "the process that runs the commands has ended")
+sys.exit(status[0] if status else "the process that runs the commands has ended; its last words are in logs/warm.log")
 """
 
 
