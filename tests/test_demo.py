@@ -113,7 +113,7 @@ def results(tmp_path):
             noise = seed / 1000
             found = {name: figures(1.5, 0.2) for name in MODELS}
             found["clm"] = figures(1.55 + noise, 0.1)
-            found["fusellm"] = figures(1.53 + 1.5 * noise, 0.1)
+            found["fusellm"] = figures(1.53 + 2 * noise, 0.1)
             found["pair_numbers"], found["pair_docs"] = figures(1.58, 0.1), figures(1.50, 0.1)
             found["merged"] = figures(1.52 + noise, 0.1)
             found["sft"], found["dpo"] = figures(1.5, 0.2 + noise), figures(1.5, 0.2 + (-1) ** seed * noise)
