@@ -466,7 +466,8 @@ class FusionBlock(BlockSettings):
     )
     sft: SftArgs | None = Field(default=None, description="rule of the best answer; that of FuseChat-3.0 if absent")
     keep_truncated: bool = Field(
-        default=False, description="use responses that stopped only at the length limit (finish_reason length)"
+        default=False,
+        description="use responses that were cut: by the length limit or an interruption (finish_reason length, abort)",
     )
     leave_out_sources: list[str] = Field(
         default_factory=list,

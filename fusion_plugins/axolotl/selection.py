@@ -39,6 +39,7 @@ from fusion_plugins.core.preferences.pairs import (
 from fusion_plugins.core.preferences.split import Split, split_prompts
 from fusion_plugins.core.preferences.weights import reward_weights, with_mean_one
 from fusion_plugins.core.preferences.worth import Response, examine_worth, response_of, warnings_of
+from fusion_plugins.core.text.finish_reason import is_cut
 from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.plugins import lookup
 from fusion_plugins.terminal import console, say
@@ -198,8 +199,8 @@ def candidates_of(columns: Columns) -> tuple[list[Candidate], list[Unusable]]:
     candidates, unusable = [], []
     for number, values in enumerate(zip(*columns.values(), strict=True)):
         row = dict(zip(columns, values, strict=True))
-        if row.get("finish_reason") == "length" and row.get("response") is None:
-            row["response"] = ""  # the length limit came before the first word
+        if is_cut(row.get("finish_reason")) and row.get("response") is None:
+            row["response"] = ""  # it was cut before the first word
         try:
             candidates.append(as_candidate(row, number))
         except DataError as error:

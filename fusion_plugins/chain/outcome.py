@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from fusion_plugins.chain.rounds import HELD_OUT, Rounds
+from fusion_plugins.chain.round_configs import Rounds
+from fusion_plugins.chain.rounds import HELD_OUT
 from fusion_plugins.core.fusion.record import supervised_bytes
 from fusion_plugins.errors import ChainError
 from fusion_plugins.page import COLOURS, new_figure, plot_name, plot_unit, svg_file

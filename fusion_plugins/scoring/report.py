@@ -144,13 +144,26 @@ def render_scored_report(folder: Path, *, seed: int = 0, verdicts: int = 50) -> 
     Raises:
         ModuleNotFoundError: jinja2 or matplotlib is not installed.
     """
+    return render_page("scored.html", scored_values(folder, seed=seed, verdicts=verdicts))
+
+
+def scored_values(folder: Path, *, seed: int = 0, verdicts: int = 50, level: int = 2) -> dict[str, Any]:
+    """Return what the template ``parts/scored.html`` names; see :func:`examine_scored`.
+
+    Args:
+        folder: what `fusion score` wrote.
+        seed: decides which verdicts are drawn.
+        verdicts: how many.
+        level: of the headings.
+    """
     report = examine_scored(folder, seed=seed, verdicts=verdicts)
     groups = [_line(domain, source, group) for (domain, source), group in report.groups.items()]
     reasons: Counter[tuple[str, str]] = Counter()
     for (domain, _), group in report.groups.items():
         for reason, count in group.reasons.items():
             reasons[domain, reason] += count
-    values = {
+    return {
+        "level": level,
         "name": folder.resolve().name,
         "report": report,
         "responses": sum(group.responses for group in report.groups.values()),
@@ -162,7 +175,6 @@ def render_scored_report(folder: Path, *, seed: int = 0, verdicts: int = 50) -> 
         "published_scale": any(PUBLISHED_SCALE in scale.lower() for scale in report.scales),
         "window": GapWindow(),
     }
-    return render_page("scored.html", values)
 
 
 def _draw(rows: Iterable[Row], count: int, draw: random.Random) -> tuple[list[Row], int]:
@@ -236,7 +248,7 @@ def _line(domain: str, source: str, group: GroupSummary) -> dict[str, Any]:
 
 
 def _draw_rewards(report: ScoredReport) -> "Figure":
-    figure = new_figure(5.2, 3.4)
+    figure = new_figure(3.6, 3.0)
     panel = figure.subplots()
     largest = sorted(report.rewards, key=lambda source: -len(report.rewards[source]))[:MOST_LINES]
     shown = {source: report.rewards[source] for source in sorted(largest)}
@@ -250,7 +262,7 @@ def _draw_rewards(report: ScoredReport) -> "Figure":
             weights=weights,
             histtype="step",
             color=colour,
-            label=plot_name(source),
+            label=plot_name(source, 22),
         )
     _plain(panel, f"reward{named}", "share of the source's responses")
     figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
@@ -259,7 +271,7 @@ def _draw_rewards(report: ScoredReport) -> "Figure":
 
 def _draw_gaps(report: ScoredReport) -> "Figure":
     assert report.proposal is not None
-    figure = new_figure(5.2, 3.4)
+    figure = new_figure(3.6, 3.0)
     panel = figure.subplots()
     unit, named = plot_unit(report.gaps)
     gaps = [gap / unit for gap in report.gaps]

@@ -10,13 +10,23 @@ import yaml
 from axolotl_runs import forget_plugins
 from typer.testing import CliRunner
 
+from fusion_plugins.chain.rounds import load_rounds, write_rounds
 from fusion_plugins.cli import app
-from fusion_plugins.init.plan import InitConfig, make_plan
+from fusion_plugins.init.plan import make_plan
+from fusion_plugins.init.settings import InitConfig
 from fusion_plugins.init.write import files_of, write_files
 
 H100 = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 8, "compute_capability": "sm_90"}
 CHAT = [{"role": "user", "content": "How much is 2 + 3?"}, {"role": "assistant", "content": "5"}]
-ROWS = {"fusellm": {"text": "Some text."}, "fusechat": {"messages": CHAT}, "fusechat3": {"text": "Sing!"}}
+SUM = {"text": "How much is 2 + 3?", "domain": "math", "reference": "5"}
+ROWS = {
+    "fusellm": {"text": "Some text."},
+    "fusechat": {"messages": CHAT},
+    "fusechat3": {"text": "Sing!"},
+    "rounds": SUM,
+}
+#: method -> files that axolotl trains with
+TRAININGS = {"fusellm": 1, "fusechat": 2, "fusechat3": 2, "rounds": 2}
 #: target, machine and choices of the plans whose files are checked
 CASES = {
     "large": ({"parameters": 7e9, "model_type": "llama", "pad_token": "<unk>", "names_pad": False}, {"gpus": 8}),
@@ -62,7 +72,7 @@ def test_axolotl_and_mergekit_accept_every_file(case, method, tmp_path, monkeypa
     write_files(files, tmp_path / method)
     monkeypatch.chdir(tmp_path / method)
     trainings = [name for name in files if name.startswith(("train", "sft", "dpo"))]
-    assert len(trainings) == {"fusellm": 1, "fusechat": 2, "fusechat3": 2}[method]
+    assert len(trainings) == TRAININGS[method]
     for name in trainings:
         settings = yaml.safe_load(files[name])
         # axolotl drops keys that it does not know, without a word.
@@ -83,6 +93,15 @@ def test_axolotl_and_mergekit_accept_every_file(case, method, tmp_path, monkeypa
         merge = MergeConfiguration.model_validate(yaml.safe_load(files["merge.yml"]))
         assert len(merge.referenced_models()) == 3
         assert any(model.lora for model in merge.referenced_models()) == bool(plan.memory.adapter)
+    if method == "rounds":
+        # What `fusion rounds` makes of both files passes the settings of its commands, and axolotl's.
+        chain = write_rounds(load_rounds("rounds.yml", {}))
+        assert ("02-merge" in chain.steps) == bool(plan.memory.adapter)
+        forget_plugins()
+        cfg = DictDefault(yaml.safe_load((tmp_path / method / "rounds" / "02" / "train.yml").read_text()))
+        prepare_plugins(cfg)
+        checked = validate_config(cfg, capabilities=capabilities, env_capabilities={"torch_version": "2.13.0"})
+        assert checked.fusion["rule"] == "fixed_weights"
 
 
 @pytest.fixture(scope="module")

@@ -157,8 +157,9 @@ def test_evidence_counts_every_response_before_any_is_left_out():
     assert not groups.by_prompt["q"][0].evidence.always_solved
 
 
-def test_truncated_responses_are_left_out_but_their_verdicts_count():
-    rows = [replace(one("a", index, correct=index > 0), extra={"finish_reason": "length"}) for index in (0, 1)]
+@pytest.mark.parametrize("reason", ["length", "max_output_tokens", "abort", "Timeout"])
+def test_truncated_responses_are_left_out_but_their_verdicts_count(reason):
+    rows = [replace(one("a", index, correct=index > 0), extra={"finish_reason": reason}) for index in (0, 1)]
     groups = clean([*rows, one("a", 2, correct=True)], keep_truncated=False)
     assert [key(candidate) for candidate in groups.by_prompt["p"]] == [("a", 2)]
     assert groups.dropped == {"truncated": 2}
