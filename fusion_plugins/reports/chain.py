@@ -1,11 +1,11 @@
 """The page of a whole run: its steps, and the part of every folder that they have written."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fusion_plugins.chain.records import Record, Records
+from fusion_plugins.chain.records import Record, Records, state_of
 from fusion_plugins.chain.rounds import CHAIN_FILE, HELD_OUT
 from fusion_plugins.chain.settings import Chain, Step, load_chain
 from fusion_plugins.config import parse_yaml
@@ -33,12 +33,9 @@ MOST_CONFIG, MOST_CONFIGS = 64 << 10, 60
 MOST_EXAMPLES = 12
 #: verdicts of each folder of scored responses
 MOST_VERDICTS = 6
-DONE, STOPPED, WAITING, GONE = (
-    "done",
-    "started, has not ended well",
-    "has not run",
-    "done, but what it wrote is missing",
-)
+_SETTINGS = (".yml", ".yaml")
+#: how deep runs in runs are followed: `fusion init rounds` writes one whose step is another one
+DEPTH = 2
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,23 @@ class Options:
     losses: bool | None = None
     verdicts: int | None = None
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class State:
+    """What has become of a step.
+
+    Attributes:
+        said: in words.
+        done: it has ended well, and what it wrote is there.
+        stale: it was done with another command or other settings than those that are there now.
+        seconds: how long it took; None where it has not ended well.
+    """
+
+    said: str
+    done: bool = False
+    stale: bool = False
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -79,13 +93,13 @@ class Found:
 
     Attributes:
         chain: its steps.
-        states: step -> state, and its record if it was started.
+        states: step -> what has become of it.
         outputs: folders with a part of the page.
         problems: what cannot be read, in the order of the steps.
     """
 
     chain: Chain
-    states: Mapping[str, tuple[str, Record | None]]
+    states: Mapping[str, State]
     outputs: list[Output] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -108,7 +122,7 @@ def read_run(path: Path) -> Found:
         except FusionError as error:
             record = None
             found.problems.append(str(error))
-        states[name] = _state(chain, step, record), record
+        states[name] = _state(chain, step, record)
         for place in map(Path, chain.writes(step)):
             try:
                 found.outputs += _outputs(name, place)
@@ -117,12 +131,23 @@ def read_run(path: Path) -> Found:
     return Found(chain, states, found.outputs, found.problems)
 
 
-def _state(chain: Chain, step: Step, record: Record | None) -> str:
+def _state(chain: Chain, step: Step, record: Record | None) -> State:
     if record is None:
-        return WAITING
+        return State("has not run")
     if not record.done:
-        return STOPPED
-    return DONE if all(Path(place).exists() for place in chain.writes(step)) else GONE
+        return State("started, has not ended well")
+    if missing := next((place for place in chain.writes(step) if not Path(place).exists()), None):
+        return State(f"done, but {Path(missing).name} is missing", seconds=record.seconds)
+    if record.command != step.words:
+        return State("done, with another command", True, True, record.seconds)
+    # Large inputs are left to `fusion run`; a changed setting is what the rest of the page would not tell.
+    changed = next((place for place, state in record.inputs.items() if _is_changed(Path(place), state)), None)
+    said = "done" if changed is None else f"done, before {Path(changed).name} was changed"
+    return State(said, True, changed is not None, record.seconds)
+
+
+def _is_changed(place: Path, state: str | None) -> bool:
+    return place.suffix in _SETTINGS and place.is_file() and state_of(place) != state
 
 
 def _outputs(name: str, place: Path) -> Iterator[Output]:
@@ -134,8 +159,14 @@ def _outputs(name: str, place: Path) -> Iterator[Output]:
         yield Output(f"{name}, {inner.name}", inner, kind)
 
 
-def run_sections(found: Found, options: Options) -> list[Section]:
-    """Return the sections about a run; what is missing or damaged is said in its place."""
+def run_sections(found: Found, options: Options, depth: int = 1) -> list[Section]:
+    """Return the sections about a run; what is missing or damaged is said in its place.
+
+    Args:
+        found: its steps and what they have written.
+        options: what decides the size of the page.
+        depth: 1 for the run itself, 2 for one that a step of it has run.
+    """
     by_kind = {kind: [each for each in found.outputs if each.kind is kind] for kind in Kind}
     held_out = [each for each in by_kind[Kind.STORE] if each.path.name == HELD_OUT]
     stores = [each for each in by_kind[Kind.STORE] if each not in held_out]
@@ -159,8 +190,22 @@ def run_sections(found: Found, options: Options) -> list[Section]:
         *(Section(f"Training: {each.name}", *_training(each.path, training)) for each in trained),
         *_each(by_kind[Kind.MERGED], "Merge", merge_blocks),
         *_measured(found, held_out),
+        *(section for each in by_kind[Kind.RUN] for section in _inner(each, options, depth)),
         Section("Versions and configurations", list(_configs(found.chain))),
     ]
+
+
+def _inner(each: Output, options: Options, depth: int) -> Iterator[Section]:
+    """Yield the sections about a run that a step has run."""
+    if depth >= DEPTH:
+        return
+    try:
+        found = read_run(each.path)
+    except FusionError as error:
+        yield Section(each.name, [_unreadable(each.path, error)])
+        return
+    for section in run_sections(found, options, depth + 1):
+        yield replace(section, title=f"{each.name}: {section.title}")
 
 
 def _training(folder: Path, read: Callable[[Path], list[Section]]) -> tuple[list[Block], list[Section]]:
@@ -226,17 +271,22 @@ def _measured(found: Found, held_out: list[Output]) -> Iterator[Section]:
 
 def step_blocks(found: Found) -> list[Block]:
     """Return the table of the steps, and what is missing."""
-    done = sum(state == DONE for state, _ in found.states.values())
     rows = [
-        [name, state, duration(record.seconds) if record and record.done else "–", _command(found.chain.steps[name])]
-        for name, (state, record) in found.states.items()
+        [name, state.said, "–" if state.seconds is None else duration(state.seconds), _command(found.chain.steps[name])]
+        for name, state in found.states.items()
     ]
-    unfinished = [name for name, (state, _) in found.states.items() if state != DONE]
-    blocks: list[Block] = [Text(f"{done} of {len(rows)} steps are done.", "good" if not unfinished else "fair")]
-    if unfinished:
-        blocks.append(
-            Text(f"Not done: {cut(', '.join(unfinished), 500)}. What they write is not on this page, or not whole.")
-        )
+    open_, stale = (
+        [name for name, state in found.states.items() if condition(state)]
+        for condition in (lambda state: not state.done, lambda state: state.stale)
+    )
+    tone = "fair" if open_ else "good"
+    blocks: list[Block] = [Text(f"{len(rows) - len(open_)} of {len(rows)} steps are done.", tone)]
+    if open_:
+        said = f"Not done: {cut(', '.join(open_), 500)}. What they write is not on this page, or not whole."
+        blocks.append(Text(said))
+    if stale:
+        said = f"Done with other settings: {cut(', '.join(stale), 500)}. This page shows what they wrote then."
+        blocks.append(Text(said, "fair"))
     blocks.append(Table("Steps", ("step", "state", "time", "command"), rows, words=4))
     return [*blocks, *(Text(cut(problem, 500), "poor") for problem in found.problems)]
 
@@ -251,7 +301,7 @@ def _configs(chain: Chain) -> Iterator[Block]:
         chain.path.name, as_yaml(chain.settings.model_dump(exclude_defaults=True, mode="json") | _commands(chain))
     )
     places = dict.fromkeys(place for step in chain.steps.values() for place in chain.reads(step))
-    files = [Path(place) for place in places if place.endswith((".yml", ".yaml")) and Path(place).is_file()]
+    files = [Path(place) for place in places if place.endswith(_SETTINGS) and Path(place).is_file()]
     for path in files[:MOST_CONFIGS]:
         yield _config(path, chain.folder)
     if len(files) > MOST_CONFIGS:

@@ -3,6 +3,7 @@
 import html
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import yaml
 from report_runs import FUSED, HISTORY, HOSTILE, RECORD, SHOWN, make_run, trained, write_json
 from typer.testing import CliRunner
 
+from fusion_plugins.chain.records import Records
+from fusion_plugins.chain.settings import load_chain
 from fusion_plugins.cli import app
 from fusion_plugins.core.fusion.held_out import nats_per_byte
 from fusion_plugins.core.fusion.record import supervised_bytes
@@ -198,6 +201,45 @@ def test_a_run_that_has_not_begun_has_a_page(tmp_path):
     (tmp_path / "fusion.yml").write_text("steps: 3")
     with pytest.raises(ConfigError, match="steps"):
         page_of(tmp_path, Options())
+
+
+def test_results_of_other_settings_are_named(tmp_path):
+    """A step that was done is not done with the settings of now: its figures are those of before."""
+    (tmp_path / "a.yml").write_text("lr: 1")
+    steps = [
+        {"name": name, "command": f"do a.yml {name}", "writes": [f"made-{name}"]}
+        for name in ("same", "edited", "other", "gone")
+    ]
+    (tmp_path / "fusion.yml").write_text(yaml.safe_dump({"steps": steps}))
+    chain = load_chain(tmp_path / "fusion.yml")
+    records = Records(chain)
+    records.folder.mkdir(parents=True)
+    for name, step in chain.steps.items():
+        if name != "gone":
+            (tmp_path / f"made-{name}").mkdir()
+        plan = replace(records.planned(step), done=True, seconds=1.0)
+        records.save(name, replace(plan, command=["do"]) if name == "other" else plan)
+    assert [state.said for state in read_run(tmp_path).states.values()] == [
+        *("done", "done", "done, with another command", "done, but made-gone is missing")
+    ]
+    (tmp_path / "a.yml").write_text("lr: 2")
+    found = read_run(tmp_path)
+    assert found.states["edited"].said == "done, before a.yml was changed"
+    page = page_of(tmp_path, Options())
+    assert "Done with other settings: same, edited, other." in page
+    assert "3 of 4 steps are done." in page
+
+
+def test_a_run_in_a_run_has_its_parts_on_the_page(tmp_path):
+    inner = {"steps": [{"name": "01-train", "command": "x", "writes": ["model"]}]}
+    trained(tmp_path / "rounds" / "model", report={"answers": FUSED})
+    (tmp_path / "rounds" / "fusion.yml").write_text(yaml.safe_dump(inner))
+    outer = {"steps": [{"name": "rounds", "command": "fusion rounds", "writes": ["rounds"]}]}
+    (tmp_path / "fusion.yml").write_text(yaml.safe_dump(outer))
+    titles = [section.title for section in run_sections(read_run(tmp_path), Options())]
+    assert {"Steps", "rounds: Steps", "rounds: Training: 01-train"} <= set(titles)
+    (tmp_path / "rounds" / "fusion.yml").write_text("steps: 3")
+    assert "rounds cannot be shown" in page_of(tmp_path, Options())
 
 
 def test_the_page_stays_small_however_many_trainings_there_are(tmp_path):

@@ -127,6 +127,7 @@ def make_run(folder):
     (folder / "capture.yml").write_text(yaml.safe_dump({"texts": HOSTILE, "options": {"api_key": "sk-2"}}))
     (folder / "fusion.yml").write_text(yaml.safe_dump({"steps": steps}))
     for name in [*outputs][:-2]:
-        record = {"done": name != "prefer", "command": [], "variables": {}, "inputs": {}, "seconds": 61.0}
+        words = ["do", "capture.yml" if name == "capture-a" else name]
+        record = {"done": name != "prefer", "command": words, "variables": {}, "inputs": {}, "seconds": 61.0}
         write_json(folder / ".fusion_run" / "fusion" / f"{name}.json", record)
     return folder
