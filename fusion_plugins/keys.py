@@ -35,7 +35,7 @@ READERS: tuple[tuple[str | None, str, str, tuple[str, ...]], ...] = (
     ("doctor", "fusion doctor", "", ("fusion_plugins.doctor.examine:DoctorConfig",)),
     ("report", "fusion report", "", ("fusion_plugins.report:ReportConfig",)),
     ("run", "fusion run", "", ("fusion_plugins.chain.settings:ChainSettings",)),
-    ("rounds", "fusion rounds", "", ("fusion_plugins.chain.rounds:RoundsConfig",)),
+    ("rounds", "fusion rounds", "", ("fusion_plugins.chain.round_settings:RoundsConfig",)),
     (
         "transformers",
         "Backend `transformers`",

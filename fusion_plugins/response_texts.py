@@ -4,7 +4,7 @@ So a source can say what it thinks of the answers of any model, and a model can 
 are those that the model read: with the system prompt that it was sampled with. Equal answers to one prompt are one text
 of a store, however often they were sampled; an answer without a word is none. The id of a text is the response's own:
 the sha256 of its chat, which :func:`~fusion_plugins.core.preferences.candidates.answer_id` gives for a candidate, and
-of the fact that it stopped at a length limit, where it did.
+of the fact that it was cut (by a length limit, or an interruption), where it was.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any
 
 from fusion_plugins.core.preferences.candidates import as_candidate, chat_of
 from fusion_plugins.core.text.content_id import content_id
-from fusion_plugins.core.text.finish_reason import ending
+from fusion_plugins.core.text.finish_reason import is_cut
 from fusion_plugins.core.text.messages import REASONING_KEYS
 from fusion_plugins.core.text.sampled import SampledAnswer, as_answer
 from fusion_plugins.errors import DataError
@@ -119,7 +119,7 @@ def answer_text(row: Mapping[str, Any], number: int) -> AnswerText:
     system = row.get("system")
     if isinstance(system, str) and messages[0].get("role") != "system":
         messages = [{"role": "system", "content": system}, *messages]
-    finished = ending(row.get("finish_reason")) != "length"
+    finished = not is_cut(row.get("finish_reason"))
     digest = content_id(messages, tools)
     if not finished:
         digest = hashlib.sha256(json.dumps([digest, "length"]).encode()).hexdigest()

@@ -218,7 +218,7 @@ class PairArgs(BlockSettings):
     weighted: bool = Field(
         default=False,
         description="weigh each pair by the softmax of the chosen answers' rewards over the prompt's pairs (FusePO); "
-        "needs trainer_cls: fusion_plugins.axolotl.preference_trainers.FusePOTrainer",
+        "needs trainer_cls: fusion_plugins.axolotl.preference_trainers.FusePOTrainer, and per_prompt: all",
     )
     weight_temperature: float = Field(
         default=1.0, gt=0, description="temperature of that softmax, in units of the reward"
@@ -258,6 +258,18 @@ class PairArgs(BlockSettings):
                 "the rule own_answers needs own_source, the name under which the target's own samples are among the "
                 "responses"
             )
+        if self.weighted and (why := self._one_pair()):
+            yield (
+                f"weighted compares the pairs of one prompt, and {why}: every weight would be 1. Set per_prompt: all "
+                "with the rule same_source or verdict, which give a pair of every source; or, for plain DPO, remove "
+                "weighted and trainer_cls"
+            )
+
+    def _one_pair(self) -> str | None:
+        """Return why no prompt can have more than one pair; None where one can."""
+        if self.most == 1:
+            return f"per_prompt: {self.per_prompt} leaves one of them"
+        return f"the rule {self.rule} makes one" if self.rule in ("across_sources", "own_answers") else None
 
     def window(self) -> GapWindow:
         """Return the limits in core's form; raises ConfigError for limits that contradict each other."""
@@ -454,7 +466,8 @@ class FusionBlock(BlockSettings):
     )
     sft: SftArgs | None = Field(default=None, description="rule of the best answer; that of FuseChat-3.0 if absent")
     keep_truncated: bool = Field(
-        default=False, description="use responses that stopped only at the length limit (finish_reason length)"
+        default=False,
+        description="use responses that were cut: by the length limit or an interruption (finish_reason length, abort)",
     )
     leave_out_sources: list[str] = Field(
         default_factory=list,

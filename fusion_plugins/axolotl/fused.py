@@ -73,6 +73,7 @@ CONTENT = "fusion_content"
 _TOKENS = {"input_ids": Value("int32"), "attention_mask": Value("int8"), "labels": Value("int32")}
 #: most texts, and about most tokens, of which all sources are projected for the report
 REPORTED, REPORTED_TOKENS = 1000, 1 << 18
+UNFINISHED = "were cut (a length limit, or an interruption): they have no end of turn to learn"
 #: rows per call; bounds the memory of a worker
 BATCH = 32
 #: with axolotl's deduplication, tokenizer of a run -> stores -> a text and its route -> id of the first such row
@@ -114,7 +115,7 @@ class FusedStrategy(DatasetWrappingStrategy):
         stores = [open_store(source.store) for source in self._block.sources]
         dataset, places = self._selected(dataset)
         total = len(dataset)
-        dataset, unusable, empty = self._readable(with_written_ids(dataset, stores, self._path), places)
+        dataset, unusable, of_answers = self._readable(with_written_ids(dataset, stores, self._path), places)
         dataset, routes = self._routed(dataset, stores)
         dataset = self._with_first_ids(dataset, routes)
         warm_up()
@@ -167,7 +168,8 @@ class FusedStrategy(DatasetWrappingStrategy):
             "without_source": [asdict(each) for each in routes.untaught],
             "texts_of_sources": routes.texts,
             "sources_left_out": routes.without,
-            "empty_answers": empty,
+            "empty_answers": of_answers["empty"],
+            "unfinished_answers": of_answers["unfinished"],
             "answers": asdict(answers),
         }
         keep_report(self._cfg, self._entry, "fusion_report.json", content, contents)
@@ -188,9 +190,9 @@ class FusedStrategy(DatasetWrappingStrategy):
         LOG.info(f"fusion: {len(kept)} of {len(dataset)} rows of {self._path} meet fusion.where")
         return dataset.select(kept), kept.tolist()
 
-    def _readable(self, dataset: Any, places: Sequence[int]) -> tuple[Any, list[Unusable], int]:
-        """Return the rows that hold a text or a chat, with ids and names, those that do not, and the empty answers."""
-        ids, names, contents, kept, empty = [], [], [], [], 0
+    def _readable(self, dataset: Any, places: Sequence[int]) -> tuple[Any, list[Unusable], Counter[str]]:
+        """Return the rows that hold a text or a chat, with ids and names, those that do not, and counts of answers."""
+        ids, names, contents, kept, answers = [], [], [], [], Counter[str]()
         unusable: list[Unusable] = []
         for place, row in enumerate(dataset):
             name = f"{self._path}: row {places[place] + 1}"
@@ -201,8 +203,9 @@ class FusedStrategy(DatasetWrappingStrategy):
                 unusable.append(Unusable(name + given, str(error)))
                 continue
             if content.empty:
-                empty += 1
+                answers["empty"] += 1
                 continue
+            answers["unfinished"] += content.answer is not None and not content.answer.finished
             ids.append(content.id)
             names.append(f"{name}, id {content.id!r}")
             if self._cfg.get("dataset_exact_deduplication"):
@@ -210,13 +213,14 @@ class FusedStrategy(DatasetWrappingStrategy):
                 # That an answer was cut is in its id alone.
                 contents.append(content_id(said, content.tools) if content.answer is None else content.id)
             kept.append(place)
-        if empty:
-            LOG.info(f"fusion: {empty} of {len(dataset)} responses of {self._path} say nothing and are left out")
+        for count, what in ((answers["empty"], "say nothing and are left out"), (answers["unfinished"], UNFINISHED)):
+            if count:
+                LOG.info(f"fusion: {count} of {len(dataset)} responses of {self._path} {what}")
         leave_out(unusable, len(dataset), self._block.on_unusable)
         if len(kept) < len(dataset):
             dataset = dataset.select(kept)
         dataset = dataset.add_column(NAME, names).add_column(ID, ids)
-        return dataset.add_column(CONTENT, contents) if contents else dataset, unusable, empty
+        return dataset.add_column(CONTENT, contents) if contents else dataset, unusable, answers
 
     def _with_first_ids(self, dataset: Any, routes: Routes) -> Any:
         """With axolotl's deduplication: a text under the id of the first row of the run that holds it, of one route.

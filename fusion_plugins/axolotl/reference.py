@@ -17,6 +17,7 @@ from fusion_plugins.checkpoint_fingerprint import weights_revision
 from fusion_plugins.core.fusion.answers import answer_logprob
 from fusion_plugins.core.preferences.candidates import Candidate, Pair, answer_id
 from fusion_plugins.core.preferences.losses import fused_reference
+from fusion_plugins.core.text.finish_reason import is_cut
 from fusion_plugins.errors import MismatchError
 from fusion_plugins.store import Store, open_store
 
@@ -96,8 +97,8 @@ def _other_text(answer: Candidate) -> str:
     other = []
     if answer.extra.get("system"):
         other.append("it was sampled with a system prompt")
-    if answer.extra.get("finish_reason") == "length":
-        other.append("it stopped at the length limit")
+    if is_cut(answer.extra.get("finish_reason")):
+        other.append("it was cut")
     # The trained model sees neither, so the sources must not either.
     return f" ({' and '.join(other)}: capture the file of fusion.pairs.texts in its place)" if other else ""
 

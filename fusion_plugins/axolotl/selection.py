@@ -37,7 +37,9 @@ from fusion_plugins.core.preferences.pairs import (
     resolve_rule,
 )
 from fusion_plugins.core.preferences.split import Split, split_prompts
+from fusion_plugins.core.preferences.weights import reward_weights, with_mean_one
 from fusion_plugins.core.preferences.worth import Response, examine_worth, response_of, warnings_of
+from fusion_plugins.core.text.finish_reason import is_cut
 from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.plugins import lookup
 from fusion_plugins.terminal import console, say
@@ -152,6 +154,38 @@ def choose_best(columns: Columns, block: FusionBlock) -> tuple[list[Candidate], 
     return chosen, report
 
 
+def weigh(candidates: Sequence[Candidate], temperature: float, setting: str, report: Report) -> list[float]:
+    """Return the weights of answers that are learnt, or of chosen ones, in the same order; their mean is 1.
+
+    Where nothing is weighed, which a few responses or a narrow gap window can bring about, it says so, also in the
+    report.
+
+    Args:
+        candidates: the answers.
+        temperature: of the softmax, in units of the reward.
+        setting: the key that asks for weights.
+        report: of the selection; gets ``prompts_with_several`` and, if need be, one more of its ``warnings``.
+    """
+    counts = Counter(candidate.prompt_id for candidate in candidates)
+    several = [candidate for candidate in candidates if counts[candidate.prompt_id] > 1]
+    report["prompts_with_several"] = sum(count > 1 for count in counts.values())
+    problem = None
+    if not several:
+        problem = (
+            f"{setting}: not one of {len(counts)} prompts has two to weigh, so every weight is 1, as without it. Give "
+            "the responses of further sources, or wider limits (fusion.pairs.min_gap and max_gap); or remove it."
+        )
+    elif all(candidate.reward is None for candidate in several):
+        problem = (
+            f"{setting}: not one answer has a reward, so those of a prompt count alike. Score the responses with a "
+            "reward model or a judge as well (`fusion score`), or remove it."
+        )
+    if problem:
+        say(f"warning: {problem}", stderr=True)
+        report["warnings"] = [*report["warnings"], problem]
+    return with_mean_one(reward_weights(candidates, temperature))
+
+
 def candidates_of(columns: Columns) -> tuple[list[Candidate], list[Unusable]]:
     """Turn a table into candidates.
 
@@ -165,8 +199,8 @@ def candidates_of(columns: Columns) -> tuple[list[Candidate], list[Unusable]]:
     candidates, unusable = [], []
     for number, values in enumerate(zip(*columns.values(), strict=True)):
         row = dict(zip(columns, values, strict=True))
-        if row.get("finish_reason") == "length" and row.get("response") is None:
-            row["response"] = ""  # the length limit came before the first word
+        if is_cut(row.get("finish_reason")) and row.get("response") is None:
+            row["response"] = ""  # it was cut before the first word
         try:
             candidates.append(as_candidate(row, number))
         except DataError as error:

@@ -11,7 +11,7 @@ from fusion_plugins.command_options import Assignments, ConfigFile
 from fusion_plugins.terminal import console
 
 if TYPE_CHECKING:
-    from fusion_plugins.chain.rounds import Rounds
+    from fusion_plugins.chain.round_configs import Rounds
     from fusion_plugins.chain.settings import Chain
 
 Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Steps that may run at the same time.")]
@@ -53,7 +53,8 @@ def rounds(
 
     For example: `fusion rounds --config rounds.yml`. `fusion keys rounds` lists the keys of the file.
     """
-    from fusion_plugins.chain.rounds import consistency, load_rounds, remove_broken_checkpoints, write_rounds
+    from fusion_plugins.chain.round_configs import load_rounds
+    from fusion_plugins.chain.rounds import consistency, remove_broken_checkpoints, write_rounds
     from fusion_plugins.chain.run import run_chain
     from fusion_plugins.errors import ConfigError, FusionError
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from fusion_plugins.core.text.finish_reason import is_cut
 from fusion_plugins.errors import ConfigError, ScoringError
 from fusion_plugins.install import install_command
 from fusion_plugins.scoring.base import Row, Score
@@ -56,7 +57,7 @@ class MathScorer:
                     "reference": row["reference"],
                     "response": row["response"],
                     "marked_only": self._marked_only,
-                    "broken_off": row.get("finish_reason") in ("length", "max_tokens"),
+                    "broken_off": is_cut(row.get("finish_reason")),
                 }
                 for row in (rows[place] for place in places)
             ]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from fusion_plugins.core.key_set import KeySet
 from fusion_plugins.core.preferences.verdict import as_verdict
-from fusion_plugins.core.text.finish_reason import ending
+from fusion_plugins.core.text.finish_reason import ending, is_cut
 from fusion_plugins.core.text.messages import REASONING_KEYS, as_messages
 from fusion_plugins.core.text.reasoning import with_reasoning
 from fusion_plugins.errors import ConfigError, DataError
@@ -237,8 +237,7 @@ def _reasoning(found: Row) -> str:
 def _response(found: Row, reasoning: str, where: str) -> str:
     """Return the response in the form of `fusion sample`: reasoning, if there is any, at its start."""
     text = _text("response", found, where)
-    cut = ending(found.get("finish_reason")) == "length"
-    return with_reasoning(reasoning, text or (None if cut else ""))
+    return with_reasoning(reasoning, text or (None if is_cut(found.get("finish_reason")) else ""))
 
 
 def _verdict(value: Any, where: str) -> bool | None:

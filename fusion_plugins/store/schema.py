@@ -5,7 +5,7 @@
 
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,9 @@ from fusion_plugins.store.manifest import Manifest
 from fusion_plugins.store.old_layouts import decode_table
 from fusion_plugins.store.packed import PackedRecord, pack
 from fusion_plugins.store.patterns import Array
+
+if TYPE_CHECKING:
+    from fusion_plugins.core.text.token_table import TokenTable
 
 #: log-probabilities per row group: what is looked through when one of its records is first read
 GROUP_VALUES = 1 << 16
@@ -44,13 +47,19 @@ class RecordTable(Protocol):
 
 
 class RecordCodec:
-    """How the records of a store are kept."""
+    """How the records of a store are kept.
+
+    Args:
+        manifest: of the store.
+        table: its tokens, for a codec that packs records.
+    """
 
     version = Manifest.LAYOUT
     key_columns = ["id"]
     parquet = PARQUET_OPTIONS
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, table: "TokenTable | None" = None) -> None:
+        self._table = table
         self.identity = manifest.identity_digest
         self.top_k = manifest.top_k
         self.shard_tokens = max(1, SHARD_VALUES // manifest.top_k)
@@ -58,7 +67,7 @@ class RecordCodec:
 
     def encode(self, items: Sequence[Record | PackedRecord]) -> pa.Table:
         """Return one table row per record, in the layout of the current version."""
-        columns = [[item.id for item in items], [_bytes_of(item) for item in items]]
+        columns = [[item.id for item in items], [_bytes_of(item, self._table) for item in items]]
         return pa.table(
             [pa.array(column, kind) for column, kind in zip(columns, _COLUMNS.types, strict=True)], _COLUMNS
         )
@@ -184,6 +193,6 @@ def _values(data: memoryview, at: int, stop: int) -> list[tuple[int, int]]:
     return found if at == stop else []
 
 
-def _bytes_of(item: Record | PackedRecord) -> bytes:
+def _bytes_of(item: Record | PackedRecord, table: "TokenTable | None") -> bytes:
     # Not a view: pyarrow 26 never frees a memoryview that it has made an array of.
-    return item.data.to_pybytes() if isinstance(item, PackedRecord) else pack(item)
+    return item.data.to_pybytes() if isinstance(item, PackedRecord) else pack(item, table)

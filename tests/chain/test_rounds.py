@@ -12,13 +12,9 @@ from typer.testing import CliRunner
 
 from fusion_plugins.chain.outcome import outcomes, table_of, write_outcomes
 from fusion_plugins.chain.records import Records
-from fusion_plugins.chain.rounds import (
-    RoundsConfig,
-    consistency,
-    load_rounds,
-    remove_broken_checkpoints,
-    write_rounds,
-)
+from fusion_plugins.chain.round_configs import load_rounds
+from fusion_plugins.chain.round_settings import RoundsConfig
+from fusion_plugins.chain.rounds import consistency, remove_broken_checkpoints, write_rounds
 from fusion_plugins.chain.settings import load_chain
 from fusion_plugins.cli import app
 from fusion_plugins.config import validate

@@ -1,29 +1,11 @@
 """Runs of two processes, started by the real `axolotl` command."""
 
-import ast
-import os
-import re
-
 import axolotl_runs as runs
 import pytest
-from axolotl_runs import PLUGIN, config, logged, prepare, row_folder, scored, train, write_config
+from axolotl_runs import PLUGIN, config, logged, prepare, row_folder, scored, train, two_processes
 
 pytestmark = pytest.mark.slow
 IN_ORDER = {"curriculum_sampling": True, "shuffle_merged_datasets": False, "max_steps": 2}
-
-
-def two_processes(settings, folder, **environment):
-    """Train with two processes and return what the first of them logged: steps, and evaluations."""
-    path = write_config(settings, folder)
-    launcher = ("--launcher", "torchrun", "--", "--nproc_per_node", "2", "--master_port", str(runs.free_port()))
-    places = os.pathsep.join([str(runs.ROOT), str(runs.ROOT / "tests" / "support")])
-    result = runs.command("train", str(path), *launcher, cwd=folder, PYTHONPATH=places, **environment)
-    assert result.returncode == 0, result.stdout[-4000:]
-    steps, evaluations = (
-        [ast.literal_eval(line) for line in re.findall(rf"\{{'{name}'.*?\}}", result.stdout)]
-        for name in ("loss", "eval_loss")
-    )
-    return list({float(entry["epoch"]): entry for entry in steps}.values()), evaluations
 
 
 @pytest.mark.parametrize("averaged", [True, False], ids=["one token count", "token counts of their own"])

@@ -413,7 +413,7 @@ def test_a_cut_answer_keeps_its_own_record_beside_a_whole_one_of_the_same_words(
 
     manifest = RowManifest(stage="responses", columns=COLUMNS, key=("source", "index"))
     with RowWriter(run_folder / "responses", manifest) as rows:
-        for n, finish in enumerate(["length", "stop", "stop"]):
+        for n, finish in enumerate(["length", "stop", "stop", "abort"]):
             row = {"prompt_id": "p", "index": n, "prompt": "12 + 30?", "response": "12 + 30 = 42", "source": "a"}
             rows.write(row | {"finish_reason": finish})
         rows.finish()
@@ -424,6 +424,8 @@ def test_a_cut_answer_keeps_its_own_record_beside_a_whole_one_of_the_same_words(
     _, rows = prepare(settings, run_folder)
     named = [unpack_text(row["fused_text"], row["input_ids"], row["labels"]) for row in rows]
     assert len(named) == len({id for id, _, _ in named}) == 2
+    report = json.loads((run_folder / "model" / "fusion_report.json").read_text())[texts]
+    assert report["unfinished_answers"] == 2
     store = open_store(out)
     for id, text, _ in named:
         assert (2 in text.labels) == (len(store[id].text.input_ids) == max(len(record.text.ends) for record in store))

@@ -262,9 +262,9 @@ def test_chatml_ends_a_turn_with_its_own_token():
 
 def test_truncated_responses_are_left_out_and_counted():
     rows = scored(1)
-    # The second one reached the limit before its first word.
+    # The second one was interrupted before its first word.
     rows[0] |= {"finish_reason": "length"}
-    rows[1] |= {"finish_reason": "length", "response": None}
+    rows[1] |= {"finish_reason": "abort", "response": None}
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     _, report = choose_best(columns, FusionBlock(sft={}))
     assert report["dropped_responses"] == {"truncated": 2}

@@ -1,5 +1,6 @@
 """Rows that refer to their texts: what the loader makes of them is what a preparation would have made."""
 
+import copy
 import json
 import pickle
 import shutil
@@ -258,7 +259,9 @@ def test_the_collator_can_be_sent_to_a_spawned_worker(material, run_folder):
     block = {"prepared": "stores", "sources": material.sources()}
     _, rows = prepare(config(material, run_folder, fusion=block), run_folder)
     fuser = partial(text_fuser, block=FusionBlock(**block))
-    collator = FusionCollator(tiny.sentencepiece_bpe(), inner=DataCollatorForSeq2Seq, fuser=fuser, padding=True)
+    collator = FusionCollator(
+        copy.deepcopy(tiny.sentencepiece_bpe()), inner=DataCollatorForSeq2Seq, fuser=fuser, padding=True
+    )
     collator.tokenizer.pad_token = "<unk>"
     arrays = rows.with_format("numpy").__getitems__([3, 1, 2])
     lists = rows.__getitems__([3, 1, 2])

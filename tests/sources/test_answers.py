@@ -117,6 +117,7 @@ def test_other_tokens_than_the_tokenizers_own_are_kept_and_the_end_is_the_templa
     rows = [
         {"prompt_id": "drawn", "response": "the apples", **drawn},
         {"prompt_id": "cut", "response": "the apples", **drawn, "token_ids": letters, "finish_reason": "length"},
+        {"prompt_id": "broken", "response": "the apples", **drawn, "token_ids": letters, "finish_reason": "abort"},
         {"prompt_id": "changed", "response": "The apples", **drawn},
         {"prompt_id": "other", "response": "the apples", **drawn, "tokenizer": "another"},
         {"prompt_id": "counted", "response": "the apples", "model": str(model), "n_tokens": 9},
@@ -135,13 +136,14 @@ def test_other_tokens_than_the_tokenizers_own_are_kept_and_the_end_is_the_templa
     store = open_store(tmp_path / "store")
     ids = {text.content[0]["content"][:-1]: text.id for text in read_texts(folder)}
     assert "empty" not in ids
-    for name in ("drawn", "cut"):
+    for name in ("drawn", "cut", "broken"):
         record = store[ids[name]]
         places = np.flatnonzero(np.isin(record.text.input_ids, letters))[-len(letters) :]
         assert record.text.input_ids[places].tolist() == letters
         assert record.text.exact.all()
-    assert [spelled(store, ids[name])[1] for name in ("drawn", "cut", "changed")] == [
+    assert [spelled(store, ids[name])[1] for name in ("drawn", "cut", "broken", "changed")] == [
         "<|im_end|>\n",
+        "",
         "",
         "<|im_end|>\n",
     ]
@@ -150,7 +152,7 @@ def test_other_tokens_than_the_tokenizers_own_are_kept_and_the_end_is_the_templa
     assert (last.topk.ids[-1] == -1).all()
     assert (last.topk.ids[-2] >= 0).any()
     found = report.answers
-    assert (found.sampled, found.same, found.other, found.foreign) == (2, 1, 2, 2)
+    assert (found.sampled, found.same, found.other, found.foreign) == (3, 1, 2, 2)
     assert "2 of them (66.7%) have another number of tokens" in found.described()
 
 

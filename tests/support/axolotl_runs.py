@@ -1,8 +1,10 @@
 """Real axolotl runs at toy size: checkpoints, stores captured from them, configurations, training in this process."""
 
+import ast
 import gc
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -225,6 +227,20 @@ def logged(trainer: Any, name: str = "loss") -> list[float]:
 def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the real `axolotl` command; output of both streams together."""
     return _run([str(Path(sys.executable).with_name("axolotl")), *arguments], cwd, environment)
+
+
+def two_processes(settings: dict[str, Any], folder: Path, **environment: str) -> tuple[list[Any], list[Any]]:
+    """Train with two processes and return what the first of them logged: steps, and evaluations."""
+    path = write_config(settings, folder)
+    launcher = ("--launcher", "torchrun", "--", "--nproc_per_node", "2", "--master_port", str(free_port()))
+    places = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
+    result = command("train", str(path), *launcher, cwd=folder, PYTHONPATH=places, **environment)
+    assert result.returncode == 0, result.stdout[-4000:]
+    steps, evaluations = (
+        [ast.literal_eval(line) for line in re.findall(rf"\{{'{name}'.*?\}}", result.stdout)]
+        for name in ("loss", "eval_loss")
+    )
+    return list({float(entry["epoch"]): entry for entry in steps}.values()), evaluations
 
 
 def _run(arguments: list[str], cwd: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

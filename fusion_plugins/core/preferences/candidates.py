@@ -14,6 +14,7 @@ from typing import Any
 
 from fusion_plugins.core.preferences.verdict import as_verdict
 from fusion_plugins.core.text.content_id import content_id
+from fusion_plugins.core.text.finish_reason import is_cut
 from fusion_plugins.core.text.messages import REASONING_KEYS, as_messages, as_tools, without_nulls
 from fusion_plugins.errors import DataError
 
@@ -35,7 +36,7 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "prompt": (is_prompt, "text or a list of messages"),
     "response": (lambda value: isinstance(value, str), "text"),
     "index": (lambda value: isinstance(value, Real) and float(value).is_integer(), "an integer"),
-    "reward": (lambda value: isinstance(value, Real), "a number"),
+    "reward": (lambda value: _is_finite(value), "a finite number"),
     "correct": (lambda value: _is_verdict(value), "true or false, 1 or 0"),
     "domain": (lambda value: isinstance(value, str), "text"),
 }
@@ -192,8 +193,8 @@ def clean(candidates: Iterable[Candidate | Mapping[str, Any]], *, keep_truncated
 
     Args:
         candidates: candidates, or rows as :func:`as_candidate` takes them.
-        keep_truncated: keep responses that stopped only because they were too long (``finish_reason`` "length"); an
-            end of turn after such a response would teach to stop in the middle. Their verdicts count in any case.
+        keep_truncated: keep responses that were cut, by a length limit or an interruption (``finish_reason``); an end
+            of turn after such a response would teach to stop in the middle. Their verdicts count in any case.
 
     Raises:
         DataError: a row is wrong, or candidates of one prompt disagree about its text or its domain.
@@ -324,6 +325,13 @@ def _is_verdict(value: Any) -> bool:
     return True
 
 
+def _is_finite(value: Any) -> bool:
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
+
+
 def _share(right: int, judged: int) -> float:
     return right / judged if judged else 0.0
 
@@ -378,7 +386,7 @@ def _usable(group: Iterable[Candidate], dropped: Counter[str], keep_truncated: b
     group = sorted(group, key=lambda c: (c.source, c.correct is None, c.reward is None, c.index, tie_order(c)))
     for candidate in group:
         answer = answer_of(candidate)
-        if candidate.extra.get("finish_reason") == "length" and not keep_truncated:
+        if is_cut(candidate.extra.get("finish_reason")) and not keep_truncated:
             dropped["truncated"] += 1
         elif not candidate.response.strip() and not candidate.extra.get("tool_calls"):
             dropped["empty_response"] += 1

@@ -38,3 +38,16 @@ def ending(reason: Any) -> Ending:
     if word in TOOLS:
         return "tools"
     return "interrupted" if word in INTERRUPTED else "unknown"
+
+
+def is_cut(reason: Any) -> bool:
+    """Whether a response stopped before its end: it was too long, or was interrupted.
+
+    Nothing ends its turn, so nothing there can be learnt. One without any reason is taken as complete: files of other
+    tools need not give one.
+
+    Example:
+        >>> [is_cut(reason) for reason in ("length", "abort", "stop", "content_filter", None)]
+        [True, True, False, False, False]
+    """
+    return reason not in (None, "") and ending(reason) in ("length", "interrupted")

@@ -1,7 +1,7 @@
 """Answers that a model has sampled, as texts: only the last turn counts, and its tokens are those that were drawn.
 
 A sampler may draw other tokens than its tokenizer makes of the text afterwards (``ap`` + ``ples`` for ``apples``), and
-may stop at a length limit, where nothing ends the turn.
+may stop at a length limit or be interrupted, where nothing ends the turn.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -28,7 +28,7 @@ class SampledAnswer:
     """How the last message of a chat was sampled.
 
     Attributes:
-        finished: the model ended it; False where it stopped at a length limit.
+        finished: the model ended it; False where it was cut, by a length limit or an interruption.
         token_ids: the drawn tokens, with the one that ended the turn; None where the sampler did not keep them.
         tokenizer: fingerprint of the tokenizer that the ids belong to.
         model: name or folder of the model.

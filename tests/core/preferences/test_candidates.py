@@ -1,5 +1,6 @@
 """Candidates: rows that become them, what cleaning leaves out, and the order of ties."""
 
+import math
 import random
 from dataclasses import replace
 
@@ -65,10 +66,14 @@ def test_keys_of_messages_that_hold_null_are_left_out():
         ({"response": ["So."]}, r"expected text as response, got \['So.'\]"),
         ({"prompt": ["Why?"]}, "expected text or a list of messages as prompt"),
         ({"index": "first"}, "expected an integer as index, got 'first'"),
-        ({"reward": "high"}, "expected a number as reward, got 'high'"),
+        ({"reward": "high"}, "expected a finite number as reward, got 'high'"),
+        ({"reward": "1"}, "expected a finite number as reward, got '1'"),
+        ({"reward": math.nan}, "expected a finite number as reward, got nan"),
+        ({"reward": -math.inf}, "expected a finite number as reward, got -inf"),
+        ({"reward": 10**400}, "expected a finite number as reward, got 1000"),
         ({"correct": 0.5}, "expected true or false, 1 or 0 as correct, got 0.5"),
         ({"correct": "right"}, "expected true or false, 1 or 0 as correct, got 'right'"),
-        ({"reward": "high", "domain": 3}, "a number as reward, got 'high'; expected text as domain, got 3"),
+        ({"reward": "high", "domain": 3}, "a finite number as reward, got 'high'; expected text as domain, got 3"),
     ],
 )
 def test_a_wrong_row_is_refused_by_name(change, message):
@@ -152,8 +157,9 @@ def test_evidence_counts_every_response_before_any_is_left_out():
     assert not groups.by_prompt["q"][0].evidence.always_solved
 
 
-def test_truncated_responses_are_left_out_but_their_verdicts_count():
-    rows = [replace(one("a", index, correct=index > 0), extra={"finish_reason": "length"}) for index in (0, 1)]
+@pytest.mark.parametrize("reason", ["length", "max_output_tokens", "abort", "Timeout"])
+def test_truncated_responses_are_left_out_but_their_verdicts_count(reason):
+    rows = [replace(one("a", index, correct=index > 0), extra={"finish_reason": reason}) for index in (0, 1)]
     groups = clean([*rows, one("a", 2, correct=True)], keep_truncated=False)
     assert [key(candidate) for candidate in groups.by_prompt["p"]] == [("a", 2)]
     assert groups.dropped == {"truncated": 2}
