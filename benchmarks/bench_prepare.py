@@ -19,12 +19,15 @@ that is more; or when stores cost more than twice plain.
 import argparse
 import gc
 import hashlib
+import io
+import logging
 import os
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +66,8 @@ def prepare(material: Material, folder: Path, share: str, block: Block) -> tuple
     config = runs.write_config(settings, folder)
     runs.forget_plugins()
     gc.collect()
-    seconds = timed(lambda: do_cli(str(config)))
+    with redirect_stdout(io.StringIO()):
+        seconds = timed(lambda: do_cli(str(config)))
     size = sum(path.stat().st_size for path in (folder / "prepared").glob("*/data-*.arrow"))
     shutil.rmtree(folder)
     return seconds, size
@@ -155,6 +159,7 @@ def main() -> int:
     options = parser.parse_args()
     sys.argv[1:] = []  # the command reads them, too
     os.environ |= runs.ENVIRONMENT
+    logging.disable(logging.WARNING)  # axolotl's log shows whole texts
     good = True
     for width in options.widths:
         with tempfile.TemporaryDirectory() as folder:

@@ -34,15 +34,7 @@ _STAMPED = ("input_format", "field_rejected")
 #: axolotl's own settings that change rows: their tokens, their order, or which of them are kept
 _ROW_KEYS = {
     # The name of the target: its own answers are told by it, and read in another way.
-    *(
-        "base_model",
-        "base_model_config",
-        "revision_of_model",
-        "model_revision",
-        "trust_remote_code",
-        "special_tokens",
-        "tokens",
-    ),
+    *("base_model", "base_model_config", "revision_of_model", "model_revision", "trust_remote_code"),
     *("special_tokens", "tokens", "added_tokens_overrides", "eot_tokens"),
     *("chat_template", "chat_template_jinja", "chat_template_kwargs"),
     *("default_system_message", "train_on_inputs", "seed", "curriculum_sampling", "shuffle_merged_datasets"),

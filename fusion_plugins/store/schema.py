@@ -32,8 +32,8 @@ _COLUMNS = pa.schema([("id", pa.string()), ("record", pa.binary())])
 _RECORD_COLUMN = 1
 #: the length of a value in Parquet's plain encoding
 _LENGTH = struct.Struct("<I")
-#: more bytes than the header of a page takes, also one with statistics, and the levels behind it; ours take about 40
-_PAGE_HEADER = 1 << 14
+#: more bytes than the header of a page without statistics and the levels behind it take; ours take about 40
+_PAGE_HEADER = 256
 
 
 class RecordTable(Protocol):
@@ -152,8 +152,9 @@ def find_places(shard: pa.Buffer, file: pq.ParquetFile, group: int) -> Array | N
     """Return (N, 2) uint32, where the bytes of each record of a row group start and end in a shard.
 
     Parquet's plain encoding is the length of a value, four bytes, and the value; nothing follows the last one. How long
-    the header before the first one is, is not looked up but tried: from one place alone N values end at the column's
-    end. So no record is copied, and a file of another kind only costs time.
+    the header before the first one is, is not looked up but tried: from the right place N values end at the column's
+    end. Where that is so from a second place too, as with few records at times, none is taken. So no record is copied,
+    and a file of another kind only costs time.
 
     Args:
         shard: the whole file.
@@ -161,8 +162,8 @@ def find_places(shard: pa.Buffer, file: pq.ParquetFile, group: int) -> Array | N
         group: number of the row group.
 
     Returns:
-        The places; None if the bytes are not there: the shard is of an old layout or of other columns, or it was
-        compressed, or has several pages per row group.
+        The places; None if they are not certain, or the bytes are not there: the shard is of an old layout or of other
+        columns, or it was compressed, or has several pages per row group.
     """
     meta = file.metadata.row_group(group)
     if meta.num_columns != len(_COLUMNS) or not file.schema_arrow.equals(_COLUMNS):
@@ -174,11 +175,9 @@ def find_places(shard: pa.Buffer, file: pq.ParquetFile, group: int) -> Array | N
     if not 0 <= first <= stop <= min(shard.size, np.iinfo(np.uint32).max):
         return None
     data = memoryview(shard)
-    for start in range(first, min(first + _PAGE_HEADER, stop)):
-        found = _values(data, start, stop)
-        if len(found) == meta.num_rows:
-            return np.array(found, np.uint32)
-    return None
+    tried = (_values(data, start, stop) for start in range(first, min(first + _PAGE_HEADER, stop)))
+    fitting = [found for found in tried if len(found) == meta.num_rows]
+    return np.array(fitting[0], np.uint32) if len(fitting) == 1 else None
 
 
 def _values(data: memoryview, at: int, stop: int) -> list[tuple[int, int]]:
