@@ -116,7 +116,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of rows, for every Python that they have")
     parser.add_argument("--python", help="only this version")
     chosen = parser.parse_args()
-    rows = read_rows(PAGE.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory(prefix="fusion-install-") as work:
         wheel = build_wheel(Path(work))
         for environment in ENVIRONMENTS:
@@ -127,8 +126,9 @@ def main() -> None:
             started = time.monotonic()
             cells = try_environment(environment, wheel, Path(work) / "environment").cells
             print(f"{time.monotonic() - started:.0f} s: {' | '.join(cells)}", flush=True)
-            rows[environment.name, environment.python] = cells
-            PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), rows.values()), encoding="utf-8")
+            # Read again: another run may have filled other rows meanwhile.
+            page = PAGE.read_text(encoding="utf-8")
+            PAGE.write_text(with_table(page, [*read_rows(page).values(), cells]), encoding="utf-8")
 
 
 def build_wheel(work: Path) -> Path:
