@@ -142,10 +142,11 @@ def _verdict(one: Comparison, main: Mean, p: float) -> tuple[str, str]:
     """Return the corrected p-value and what the difference says, in words."""
     if not p <= 1:  # one seed
         return "?", "nothing: one seed"
+    shown = f"{p:.3f}" if p >= 0.001 else "< 0.001"
     if p >= 0.05:
-        return f"{p:.3f}", "no difference shown"
+        return shown, "no difference shown"
     better = main.value > 0 if one.by == SUMS else main.value < 0
-    return f"{p:.3f}", "better" if better else "worse"
+    return shown, "better" if better else "worse"
 
 
 def _times(folder: Path) -> str:
