@@ -443,7 +443,7 @@ class FusionBlock(BlockSettings):
     loss_options: dict[str, Any] = Field(
         default_factory=dict,
         description="keyword arguments of the loss. jsd: beta (0.5), from 0, forward KL, to 1, reverse KL. advantage: "
-        "clip (10), the largest advantage in nats, and ratio_clip (0.2), how far the importance ratio may be from 1, "
+        "clip (10), the largest advantage in nats, and ratio_clip (0.2), how far the importance ratio may be above 1, "
         "null for a ratio of 1",
     )
     lm_loss_weight: float = Field(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING
 
-from fusion_plugins.page import COLOURS, new_figure, plot_name, svg
+from fusion_plugins.page import COLOURS, new_figure, plot_name, plot_unit, svg
 from fusion_plugins.reports.blocks import Table, number, share
 
 if TYPE_CHECKING:
@@ -41,8 +41,9 @@ def lines(title: str, lines_of: Mapping[str, Points], across: str, *, shares: bo
     figure = new_figure(WIDTH, HEIGHT)
     panel = figure.subplots()
     shown = dict(list(lines_of.items())[: len(COLOURS)])
+    unit, named = plot_unit(y for points in shown.values() for _, y in points if isfinite(y))
     for place, (name, points) in enumerate(shown.items()):
-        finite = [(x, y) for x, y in spread(points, MOST_POINTS) if isfinite(y)]
+        finite = [(x, y / unit) for x, y in spread(points, MOST_POINTS) if isfinite(y)]
         if finite:
             panel.plot(
                 *zip(*finite, strict=True),
@@ -55,7 +56,7 @@ def lines(title: str, lines_of: Mapping[str, Points], across: str, *, shares: bo
             )
     if shares:
         panel.set_ylim(-0.03, 1.03)
-    figure.suptitle(plot_name(title, 60), fontsize=10)
+    figure.suptitle(plot_name(title + named, 60), fontsize=10)
     panel.set_xlabel(plot_name(across), fontsize=9)
     panel.tick_params(labelsize=9)
     panel.grid(alpha=0.25)

@@ -112,7 +112,8 @@ def sections(folder: Path) -> list[Section]:
     examples = [_example(store, record) for record in islice(store, EXAMPLES)]
     said = (
         f"The first {len(examples)} of {len(store):,} texts, up to {EXAMPLE_TOKENS} tokens of each. The loss of a "
-        "token is its negative log-probability under the source, in nats. A dot is a token that ends in a character."
+        "token is its negative log-probability under the source, in nats. A dot is a token that "
+        "ends within a character."
     )
     return [
         Section("What was captured", captured([(folder.resolve().name, folder)], Path.cwd())),

@@ -43,7 +43,7 @@ try:
     status = connection.recv(1)
 except OSError:
     status = b""
-sys.exit(status[0] if status else "the process that runs the commands has ended")
+sys.exit(status[0] if status else "the process that runs the commands has ended; its last words are in logs/warm.log")
 """
 
 
@@ -118,24 +118,24 @@ def serve(listener: socket.socket) -> None:
 
 
 def _answer(caller: socket.socket) -> int:
-    """Run a command in a process group of its own, which ends if the caller does; tell the caller its status."""
+    """Run a command in a session of its own, which ends if the caller does; tell the caller its status."""
     head, files, _, _ = socket.recv_fds(caller, 8, 3)
     (size,) = struct.unpack("!q", head)
     request = json.loads(_read(caller, size))
     ended, held = os.pipe()
     pid = os.fork()
     if not pid:
-        os.setpgid(0, 0)
+        os.setsid()
         os.close(ended)
         caller.close()
         os._exit(_run(request, files))
-    with suppress(OSError):  # both do it, so that it is done whoever is first
-        os.setpgid(pid, pid)
     for file in (held, *files):
         os.close(file)
     ready, _, _ = select.select([caller, ended], [], [])
     if ended not in ready:
-        os.killpg(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # what the command has started, if it was there long enough to
+            os.killpg(pid, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     with suppress(OSError):
         caller.sendall(bytes([code if code >= 0 else 128 - code]))

@@ -7,7 +7,8 @@ import tiny
 import yaml
 from typer.testing import CliRunner
 
-from fusion_plugins.chain.rounds import load_rounds, write_rounds
+from fusion_plugins.chain.round_configs import load_rounds
+from fusion_plugins.chain.rounds import write_rounds
 from fusion_plugins.cli import app
 from fusion_plugins.errors import ConfigError, DataError, StoreError
 from fusion_plugins.init.names import seen_from

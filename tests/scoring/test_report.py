@@ -162,7 +162,7 @@ def test_what_is_no_scored_folder_is_refused(tmp_path):
         render_scored_report(write(tmp_path / "responses", [], columns))
     result = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert isinstance(result.exception, DataError)
-    assert "expected a merged model with fusion_merge.json, or scored responses" in str(result.exception)
+    assert "inside it responses (responses): give one of these" in str(result.exception)
 
 
 @pytest.mark.parametrize(

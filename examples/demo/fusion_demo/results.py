@@ -133,7 +133,8 @@ def _compared(seeds: Sequence[Scores]) -> str:
     judged_by = "judged by *mean*, those of FuseChat-3.0 by *right sums*"
     return (
         markdown(["difference", *COLUMNS.values(), "right sums, points", "p (Holm)", "says"], rows)
-        + f"\nPaired by seed, 95 % intervals, bold where they leave out 0; {judged_by}.\n"
+        + f"\nPaired by seed, 95 % intervals, bold where they leave out 0; {judged_by}. The best parent is chosen on "
+        "the held-out texts, in its favour.\n"
     )
 
 

@@ -125,7 +125,18 @@ class SparseDistributions:
     @property
     def present(self) -> BoolArray:
         """(T,) bool, True at the positions that have at least one entry."""
-        return np.any(self.mask, axis=-1)
+        return has_entries(self.ids)
+
+
+def has_entries(ids: IntArray) -> BoolArray:
+    """(..., T) bool, True at the positions that have an entry; from ids (..., T, K), where -1 is none."""
+    if not ids.shape[-1]:
+        return np.zeros(ids.shape[:-1], np.bool_)
+    # Nearly always the first column alone says it.
+    found: BoolArray = ids[..., 0] >= 0
+    rest = ~found
+    found[rest] = (ids[rest] >= 0).any(axis=-1)
+    return found
 
 
 @dataclass(frozen=True)
