@@ -16,7 +16,7 @@ from typing import Any
 
 from fusion_plugins.scoring.answers import Found, find_answer, find_letter, gold_answer
 from fusion_plugins.scoring.intervals import as_interval
-from fusion_plugins.scoring.named import WORDS, find_name, kind_of_name, roman_numerals, without_article
+from fusion_plugins.scoring.named import WORDS, find_name, kind_of_name, roman_numerals, spelled, without_article
 from fusion_plugins.scoring.quantities import LIST, Quantity, as_formula, read, same
 from fusion_plugins.scoring.signs import plain_signs
 
@@ -91,7 +91,7 @@ def _compare_one(gold: str, answer: str) -> dict[str, Any]:
     if _plain(gold) == _plain(answer):
         return {"correct": True, "rule": "text"}
     if kind_of_name(gold) == "roman" and len(numerals := roman_numerals(answer)) == 1:
-        return {"correct": numerals == [gold], "rule": "text"}
+        return {"correct": numerals == [spelled(gold)], "rule": "text"}
     if one.kind == "choice":
         equal = same(one, other) or (
             one.content and other.kind != "choice" and _compare(one.content, answer)["correct"]

@@ -15,6 +15,7 @@ _ROMAN = r"(?<![A-Za-z])(?=[IVXLCDM]{2})M{0,3}(?:CM|CD|D?C{0,3})(?:XC|XL|L?X{0,3
 WORDS = re.compile(r"[^\W\d_]+(?:[\s'-]+[^\W\d_]+)*")
 #: what parts an answer in words from the rest of its sentence
 _STOP = r"""(?=\s*(?:[.,;:!?()"”。，；！（*]|\Z|\n|\b(?:because|since|as|which|who|that|and|but|so)\b))"""
+_TEXT = re.compile(r"\$?\\(?:text|textbf|textit|mathrm|mbox|rm)\s*\{([^{}]*)\}\$?")
 _ARTICLE = re.compile(r"(?:the|an?)\s+(?=[A-Za-z]{2})", re.IGNORECASE)
 _DENIED = re.compile(
     r"(?:\bnot|n['’]t|\b(?:rather|other) than|\binstead of|不是|而非)\s*(?:on |in |an? |the )?\W*\Z", re.IGNORECASE
@@ -49,6 +50,7 @@ def kind_of_name(gold: str) -> str:
     kind = read(gold).kind
     if kind in _PATTERNS:
         return kind
+    gold = spelled(gold)
     if re.fullmatch(_ROMAN, gold):
         return "roman"
     if gold.lower() in ("yes", "no", "true", "false"):
@@ -75,8 +77,21 @@ def find_name(response: str, gold: str, found: Found | None, *, broken_off: bool
         return found
     text = said(response)
     if kind == "words":
-        return _find_words(text, len(_ARTICLE.sub("", gold).split()), broken_off) or found
+        words = _find_words(text, len(without_article(spelled(gold)).split()), broken_off)
+        # A formula is more of a mark than the end of a sentence.
+        return found if words is None or (words.how == "name" and found and found.how == "formula") else words
     return _last_stated(text, kind) or found
+
+
+def spelled(text: str) -> str:
+    r"""Return the words of LaTeX.
+
+    Example:
+        >>> spelled(r"\text{New York}"), spelled("$x$")
+        ('New York', '$x$')
+    """
+    found = _TEXT.fullmatch(text.strip())
+    return found[1].strip() if found else text
 
 
 def roman_numerals(text: str) -> list[str]:

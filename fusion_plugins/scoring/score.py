@@ -349,9 +349,15 @@ def _score_batch(batch: Sequence[Row], running: Sequence[_Running]) -> list[dict
 
 def _with_finite_reward(score: Score) -> Score:
     """Return the score, without a reward where that is no finite number: the reason says so, and is counted."""
-    if score.reward is None or math.isfinite(score.reward):
+    if score.reward is None:
         return score
-    return replace(score, reward=None, reason=f"the reward is {score.reward}")
+    try:
+        reward = float(score.reward)  # an integer of a plugin, too
+    except OverflowError:
+        reward = math.inf
+    if math.isfinite(reward):
+        return replace(score, reward=reward)
+    return replace(score, reward=None, reason=f"the reward is {reward}")
 
 
 def _merge(row: Row, results: Mapping[str, Score]) -> dict[str, Any]:

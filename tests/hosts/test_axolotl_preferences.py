@@ -354,7 +354,7 @@ def test_what_does_not_belong_together_is_refused(material, run_folder):
     refused("expected responses of the source 'sft', got those of also, far, near", DataError, fusion={"pairs": OWN})
     refused("fusion.wrpo is for .*WRPOTrainer` alone", fusion={"pairs": {}, "wrpo": {}})
     refused("needs fusion.reference, the stores", trainer_cls=infifpo, fusion={"pairs": {}})
-    refused("fusion.pairs.weighted is for .*FusePOTrainer", fusion={"pairs": {"weighted": True}})
+    refused("fusion.pairs.weighted is for .*FusePOTrainer", fusion={"pairs": {"weighted": True, "per_prompt": "all"}})
     refused("needs fusion.pairs.weighted: true", trainer_cls=fusepo, fusion={"pairs": {}})
     weighted = {"pairs": {"weighted": True, "per_prompt": "all"}}
     refused(

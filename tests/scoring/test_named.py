@@ -10,6 +10,17 @@ from fusion_plugins.scoring.math_worker import judge
 #: gold answer, responses that are right, responses that are wrong
 NAMES = [
     (
+        r"\text{Evelyn}",
+        [
+            "It is **Evelyn**.",
+            "The fastest runner is Evelyn.",
+            r"\boxed{\text{Evelyn}}",
+            r"Thus we get $\text{Evelyn}$.",
+        ],
+        ["It is **Debra**.", "The answer is Carla.", r"\boxed{\text{Angela}}"],
+    ),
+    (r"\text{IV}", ["Quadrant IV", r"\mathrm{IV}", "It is in quadrant **IV**."], ["III", "4", "Quadrant VI"]),
+    (
         "星期二",
         [
             "答案是星期二",

@@ -177,7 +177,7 @@ def test_what_is_no_scored_folder_is_refused(tmp_path):
         (0.1, math.nextafter(0.1, 1)),
         (1e16, 1e16 + 2),
         (-7, -7),
-        (3, 10**18),
+        (3, 1e18),
     ],
     ids=str,
 )

@@ -1,5 +1,6 @@
 """``fusion score`` as users run it: real folders, the real command line, killed and continued."""
 
+import math
 import os
 import signal
 import subprocess
@@ -46,17 +47,18 @@ def test_scored_rows_keep_everything_and_add_verdict_and_reasons(responses, tmp_
     assert scored["zh", "q", 0, "f"]["scores"] == {}
 
 
-@pytest.mark.parametrize("reward", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), float("-inf"), 10**400])
 def test_a_reward_of_a_plugin_that_is_not_finite_is_a_reason_and_no_reward(responses, tmp_path, monkeypatch, reward):
     plugin = SimpleNamespace(domains=None, facts={}, close=lambda: None)
-    plugin.score = lambda rows: [Score(reward=reward if row["source"] == "a" else 1e308) for row in rows]
+    plugin.score = lambda rows: [Score(reward=reward if row["source"] == "a" else 10**308) for row in rows]
     monkeypatch.setattr(score_module, "lookup", lambda kind, name: lambda **options: plugin)
     score_responses(config(responses, tmp_path / "scored", {"plugin": {}}))
     rows = list(open_rows(tmp_path / "scored"))
     assert [row["reward"] for row in rows] == [None, None, 1e308, 1e308, 1e308]
-    assert rows[0]["scores"]["plugin"]["reason"] == f"the reward is {reward}"
+    reason = f"the reward is {reward if isinstance(reward, float) else math.inf}"
+    assert rows[0]["scores"]["plugin"]["reason"] == reason
     groups = summarize(rows)
-    assert groups["math", "a"].reasons == {f"the reward is {reward}": 2}
+    assert groups["math", "a"].reasons == {reason: 2}
     assert groups["math", "b"].reward == 1e308
 
 
