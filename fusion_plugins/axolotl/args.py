@@ -28,7 +28,9 @@ FOR_SOURCES = frozenset(
     }
 )
 #: keys of the block that say which scored responses are used
-FOR_RESPONSES = frozenset({"pairs", "sft", "split", "keep_truncated", "leave_out_sources", "wrpo", "reference"})
+FOR_RESPONSES = frozenset(
+    {"pairs", "sft", "split", "keep_truncated", "leave_out_sources", "min_trust", "wrpo", "reference"}
+)
 
 
 class BlockSettings(Settings):
@@ -441,7 +443,7 @@ class FusionBlock(BlockSettings):
     loss_options: dict[str, Any] = Field(
         default_factory=dict,
         description="keyword arguments of the loss. jsd: beta (0.5), from 0, forward KL, to 1, reverse KL. advantage: "
-        "clip (10), the largest advantage in nats, and ratio_clip (0.2), how far the importance ratio may be from 1, "
+        "clip (10), the largest advantage in nats, and ratio_clip (0.2), how far the importance ratio may be above 1, "
         "null for a ratio of 1",
     )
     lm_loss_weight: float = Field(
@@ -473,6 +475,11 @@ class FusionBlock(BlockSettings):
         default_factory=list,
         description="sources of scored responses that are not trained on, such as those that `fusion doctor` finds to "
         "be worse than the target",
+    )
+    min_trust: Literal["inside", "outside"] = Field(
+        default="inside",
+        description="which verdicts on programs count. outside: only those of checks that ran outside of the program, "
+        "which it cannot forge (`trust` in the scores); a response with another one has none. inside: all",
     )
     split: SplitArgs | None = Field(default=None, description="division of the prompts between SFT and DPO")
     wrpo: WRPOArgs | None = Field(

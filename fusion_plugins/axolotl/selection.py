@@ -37,6 +37,7 @@ from fusion_plugins.core.preferences.pairs import (
     resolve_rule,
 )
 from fusion_plugins.core.preferences.split import Split, split_prompts
+from fusion_plugins.core.preferences.verdict import verdict_details
 from fusion_plugins.core.preferences.weights import reward_weights, with_mean_one
 from fusion_plugins.core.preferences.worth import Response, examine_worth, response_of, warnings_of
 from fusion_plugins.core.text.finish_reason import is_cut
@@ -312,10 +313,26 @@ def _scored(columns: Columns, block: FusionBlock) -> _Scored:
     left_out = leave_out(unusable, len(candidates) + len(unusable), block.on_unusable)
     own_source = (block.pairs or PairArgs()).own_source
     candidates = _without_sources(candidates, block.leave_out_sources)
+    if block.min_trust == "outside":
+        candidates = _without_forgeable(candidates)
     own = [candidate for candidate in candidates if is_own(candidate, own_source)]
     others = [candidate for candidate in candidates if not is_own(candidate, own_source)] if own else candidates
     sources, targets = (clean(each, keep_truncated=block.keep_truncated) for each in (others, own))
     return _Scored(sources, targets, left_out, [response_of(candidate, own_source) for candidate in candidates])
+
+
+def _without_forgeable(candidates: list[Candidate]) -> list[Candidate]:
+    """Return the candidates, without the verdicts of checks that ran inside the program."""
+    inside = [verdict_details(candidate.extra.get("scores")).get("trust") == "inside" for candidate in candidates]
+    if any(inside):
+        say(
+            f"fusion.min_trust: {sum(inside)} of {len(inside)} responses have a verdict that does not count",
+            stderr=True,
+        )
+    return [
+        replace(candidate, correct=None) if not_sure else candidate
+        for candidate, not_sure in zip(candidates, inside, strict=True)
+    ]
 
 
 def _without_sources(candidates: list[Candidate], names: Sequence[str]) -> list[Candidate]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fusion_plugins.core.preferences.candidates import Candidate, as_candidate, clean
 from fusion_plugins.core.preferences.gaps import PUBLISHED_SCALE, Proposal, propose_window, reward_scales
 from fusion_plugins.core.preferences.pairs import GapWindow, pairs_per_prompt, same_source
+from fusion_plugins.core.preferences.verdict import verdict_details
 from fusion_plugins.core.preferences.worth import wilson
 from fusion_plugins.core.text.messages import conversation_text
 from fusion_plugins.errors import DataError
@@ -80,6 +81,7 @@ class ScoredReport:
         proposal: the window that suits them; None without gaps.
         verdicts: verdicts drawn at random.
         judged: rows with a verdict.
+        inside: those of them whose checks ran inside the program, which can forge them.
         seed: of the draw.
     """
 
@@ -90,6 +92,7 @@ class ScoredReport:
     proposal: Proposal | None
     verdicts: Sequence[SampledVerdict]
     judged: int
+    inside: int
     seed: int
 
 
@@ -114,7 +117,9 @@ def examine_scored(folder: Path, *, seed: int = 0, verdicts: int = 50) -> Scored
     drawn, judged = _draw((row for row in rows if row["correct"] is not None), verdicts, random.Random(seed))
     rewards: dict[str, list[float]] = defaultdict(list)
     candidates = []
+    inside = 0
     for number, row in enumerate(rows):
+        inside += verdict_details(row["scores"]).get("trust") == "inside"
         candidates.append(as_candidate(_light(row), number))
         if row["reward"] is not None:
             rewards[row["source"]].append(row["reward"])
@@ -127,6 +132,7 @@ def examine_scored(folder: Path, *, seed: int = 0, verdicts: int = 50) -> Scored
         proposal=propose_window(gaps),
         verdicts=[_shown(row) for row in drawn],
         judged=judged,
+        inside=inside,
         seed=seed,
     )
 

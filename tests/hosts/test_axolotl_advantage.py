@@ -86,7 +86,7 @@ def reference(material, rows, store, *, clip=10.0, ratio_clip=0.2):
             advantage = float(np.clip(float(source[t]) - float(logprob), -clip, clip))
             sampled = float(row["sampled_logprob"][t])
             ratio = 1.0 if np.isnan(sampled) else float(torch.exp(logprob.detach() - sampled))
-            total = total - advantage * min(1 + ratio_clip, max(1 - ratio_clip, ratio)) * logprob
+            total = total - advantage * min(1 + ratio_clip, ratio) * logprob
     gradient = torch.autograd.grad(total, model.parameters())
     return float(torch.sqrt(sum((one**2).sum() for one in gradient)))
 

@@ -1,6 +1,7 @@
 """Who trains on what: brute force, own answers, verified and weighted answers, and which loss takes which pairs."""
 
 import copy
+import json
 import re
 from collections import Counter
 
@@ -111,6 +112,31 @@ def test_only_verified_answers_are_learnt_where_that_is_asked_for():
     assert all(each.correct for each in best)
     assert report["dropped_prompts"] == {"none_verified": 3}
     assert len(choose_best(table(rows), FusionBlock(sft={}))[0]) == 6
+
+
+def test_verdicts_that_a_program_can_forge_count_only_where_they_may(capsys):
+    rows = [row | {"domain": "code", "correct": row["index"] == 0} for row in scored(6)]
+    for row in rows:
+        trust = "inside" if row["prompt_id"] in ("p0", "p1") else "outside"
+        scores = {"reward": {"reward": 1.0}, "code": {"correct": row["correct"], "trust": trust}}
+        row["scores"] = json.dumps(scores) if row["source"] == "far" else scores
+    sure = {"p2", "p3", "p4", "p5"}
+    for settings in ({"sft": {}}, {"pairs": ANY_GAP}):
+        choose = choose_best if "sft" in settings else choose_pairs
+        every, found = (
+            choose(table(rows), FusionBlock(**settings)),
+            choose(table(rows), FusionBlock(min_trust="outside", **settings)),
+        )
+        prompts = [{getattr(each, "chosen", each).prompt_id for each in chosen} for chosen, _ in (every, found)]
+        assert prompts == [sure | {"p0", "p1"}, sure]
+        assert found[1]["dropped_prompts"] == {"no_verdict": 2}
+        assert "fusion.min_trust: 18 of 54 responses have a verdict that does not count" in " ".join(
+            capsys.readouterr().err.split()
+        )
+    # A verdict on an answer in words is no program's.
+    for row in rows:
+        row["scores"] = {"math": {"correct": row["correct"]}}
+    assert len(choose_best(table(rows), FusionBlock(sft={}, min_trust="outside"))[0]) == 6
 
 
 def test_every_source_is_learnt_and_counted_where_all_are_asked_for():

@@ -197,6 +197,18 @@ def test_rewards_of_any_size_have_pictures(tmp_path, rewards):
     assert doctor.count("<svg") == 1
 
 
+def test_verdicts_that_a_program_can_forge_are_counted(folder, tmp_path):
+    assert examine_scored(folder).inside == 0
+    assert "fusion.min_trust" not in render_scored_report(folder)
+    draw = random.Random(4)
+    rows = [scored_row(prompt, "a", 0, draw) for prompt in range(11, 15)]
+    for row in rows[:3]:
+        row["scores"] = {"code": row["scores"]["math"] | {"trust": "inside"}}
+    inside = write(tmp_path / "scored", rows)
+    assert examine_scored(inside).inside == 3
+    assert "3 of them have <code>trust: inside</code>" in render_scored_report(inside)
+
+
 @pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
 def test_a_reward_that_is_not_finite_is_named(tmp_path, reward):
     draw = random.Random(3)

@@ -14,6 +14,7 @@ from store_samples import changed, columns_of, manifest, record, table
 from fusion_plugins.store import StoreWriter, open_store
 from fusion_plugins.store.maintain import compact
 from fusion_plugins.store.packed import PackedRecord
+from fusion_plugins.store.schema import _COLUMNS, PARQUET_OPTIONS, find_places
 
 
 @pytest.mark.parametrize("top_k", [1, 4, 16])
@@ -178,3 +179,15 @@ def test_what_was_read_can_be_written_again_without_a_change(tmp_path: Path) -> 
     once = write_records(tmp_path / "a", [record(number) for number in range(6)])
     twice = write_records(tmp_path / "b", list(once))
     assert [shard.sha256 for shard in twice.manifest.shards] == [shard.sha256 for shard in once.manifest.shards]
+
+
+@pytest.mark.parametrize("records", [1, 2, 3])
+def test_places_of_records_are_right_whatever_their_size(records):
+    rng = np.random.default_rng(records)
+    for size in range(1, 600):
+        values = [rng.bytes(size + number) for number in range(records)]
+        table = pa.table({"id": [str(number) for number in range(records)], "record": values}, _COLUMNS)
+        pq.write_table(table, out := pa.BufferOutputStream(), **PARQUET_OPTIONS)
+        shard = out.getvalue()
+        places = find_places(shard, pq.ParquetFile(pa.BufferReader(shard)), 0)
+        assert [bytes(shard[start:stop]) for start, stop in places.tolist()] == values

@@ -83,14 +83,17 @@ def advantage(label_logprobs: Tensor, chunks: Chunks, *, clip: float = 10.0, rat
     """Policy gradient of the reverse KL, on the model's own answers, chunk by chunk.
 
     With ``A = log p(chunk) - log pi(chunk)``, within ``[-clip, clip]``, and ``r = pi(chunk) / pi_sampling(chunk)``,
-    within ``[1 - ratio_clip, 1 + ratio_clip]``, the gradient of a chunk is ``-A r grad log pi(chunk)``; neither A nor r
+    at most ``1 + ratio_clip``, the gradient of a chunk is ``-A r grad log pi(chunk)``; neither A nor r
     has one of its own. Where the tokenizers are one, each token is a chunk, and this is the textbook advantage.
+
+    The ratio has no lower bound. What the model has stopped saying must stop to count: with one, every pass over the
+    same answers pushes them down as if they had just been sampled, and the model ends worse than it began.
 
     Args:
         label_logprobs: (n,) log-probabilities of the trained model, nats.
         chunks: (n,) of the same positions.
         clip: bound of the advantage, nats.
-        ratio_clip: how far the ratio may be from 1; None for a ratio of 1. It is 1 where the sampler's log-probability
+        ratio_clip: how far the ratio may be above 1; None for a ratio of 1. It is 1 where the sampler's log-probability
             of a token of the chunk is unknown.
 
     Returns:
@@ -121,7 +124,7 @@ def advantage(label_logprobs: Tensor, chunks: Chunks, *, clip: float = 10.0, rat
         sampled = chunks.sums(chunks.sampled.to(own.dtype))
         # Clipped as a logarithm too: exp of a large number is none.
         log_ratio = torch.where(torch.isfinite(sampled), own - sampled, 0.0).clamp(-50, 50)
-        weight = weight * log_ratio.exp().clamp(max(0.0, 1 - ratio_clip), 1 + ratio_clip)
+        weight = weight * log_ratio.exp().clamp(max=1 + ratio_clip)
     # 1 in value, and the gradient of log pi(chunk).
     surrogate = -weight * (1 + of_chunk - own)
     return surrogate.masked_fill(chunks.place != 1, 0)

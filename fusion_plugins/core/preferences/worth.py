@@ -21,6 +21,7 @@ import numpy as np
 
 from fusion_plugins.core.preferences.candidates import Candidate, is_own
 from fusion_plugins.core.preferences.numbers import deviation, difference, mean, quantiles
+from fusion_plugins.core.preferences.verdict import verdict_details
 from fusion_plugins.errors import DataError
 
 #: prompts below which nothing is said about a source: an interval is then wider than most differences
@@ -158,7 +159,7 @@ def response_of(candidate: Candidate, own_source: str | None = None) -> Response
         candidate: with the column ``scores`` of `fusion score` in its ``extra``, if it has one, as a dict or as JSON.
         own_source: name of the source that is the target.
     """
-    found = _compared(candidate.extra.get("scores"))
+    found = verdict_details(candidate.extra.get("scores"))
     gold = found.get("gold")
     gold = candidate.extra.get("reference") if gold is None else gold
     answer = found.get("answer")
@@ -499,18 +500,6 @@ def warnings_of(found: Iterable[DomainWorth], trained: Mapping[tuple[str, str], 
 
 def _joined(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _compared(scores: Any) -> Mapping[str, Any]:
-    """Return the details of the scorer that gave the verdict; empty where none noted what it compared."""
-    if isinstance(scores, str):
-        try:
-            scores = json.loads(scores)
-        except ValueError:
-            return {}
-    results = scores.values() if isinstance(scores, Mapping) else ()
-    judged = [each for each in results if isinstance(each, Mapping) and each.get("correct") is not None]
-    return judged[0] if judged else {}
 
 
 def _text(value: Any) -> str:

@@ -89,10 +89,17 @@ def _sft(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _fusion(loss: str, store: str, clip: float) -> dict[str, Any]:
-    """Return the block of a training on texts that the source has read."""
-    block: dict[str, Any] = {"sources": [{"name": SOURCE, "store": store}], "loss": loss, "lm_loss_weight": 0.0}
-    return block | {"loss_options": {"clip": clip}} if loss == "advantage" else block
+def _fusion(cell: Cell, loss: str, stores: str) -> dict[str, Any]:
+    """Return the block of a training on texts that the sources have read."""
+    sources = [{"name": name, "store": f"{stores}/{name}"} for name in _sources(cell)]
+    block: dict[str, Any] = {"sources": sources, "loss": loss, "lm_loss_weight": 0.0, "rule": "fixed_weights"}
+    return block | {"loss_options": {"clip": cell["clip"]}} if loss == "advantage" else block
+
+
+def _sources(cell: Cell) -> dict[str, str]:
+    """Return name and model of the sources that read the texts of a cell."""
+    both = {"digits": "digits"} if cell["method"] in ("rounds_both", "off_policy_both") else {}
+    return {SOURCE: answers.ANSWERING[SOURCE], **both}
 
 
 def _steps(lab: Lab, seed: int) -> int:
@@ -133,7 +140,8 @@ def run(lab: Lab, cell: Cell, work: Work) -> None:
         if cell["method"] != "none":
             like = {key: "tuned" if key == "start" else cell[key] for key in keys}
             rate = answers.tuned(PILOT_QUESTION, like, ("learning_rate",))["learning_rate"]
-    made, more = {"none": _none, "sft": _run_sft, "off_policy": _run_off_policy, "rounds": _run_rounds}[cell["method"]](
+    method = cell["method"].removesuffix("_both")
+    made, more = {"none": _none, "sft": _run_sft, "off_policy": _run_off_policy, "rounds": _run_rounds}[method](
         lab, cell, work, rate
     )
     for split, figures in work.call(_measured, lab, made, cell.seed).items():
@@ -155,10 +163,11 @@ def _run_sft(lab: Lab, cell: Cell, work: Work, rate: float) -> tuple[Path, dict[
 def _run_off_policy(lab: Lab, cell: Cell, work: Work, rate: float) -> tuple[Path, dict[str, Any]]:
     rows = work.call(_of_source, lab, cell.seed, _halves(lab, cell.seed)[1])
     _write(work, [row for row in rows if row["correct"]])
-    _capture(work, "scored.jsonl", lab.model(answers.ANSWERING[SOURCE]), "stores/strong")
+    for name, model in _sources(cell).items():
+        _capture(work, "scored.jsonl", lab.model(model), f"stores/{name}")
     settings = _training(lab, _start(lab, cell), _steps(lab, cell.seed), cell.seed, rate)
     datasets = [{"path": "./scored.jsonl", "ds_type": "json", "type": FUSED}]
-    work.axolotl("train", _fused(settings, datasets, _fusion(cell["loss"], "./stores/strong", cell["clip"])))
+    work.axolotl("train", _fused(settings, datasets, _fusion(cell, cell["loss"], "./stores")))
     return work.folder / "model", {}
 
 
@@ -175,7 +184,7 @@ def _capture(work: Work, texts: str, model: Path, out: str) -> float:
 def _run_rounds(lab: Lab, cell: Cell, work: Work, rate: float) -> tuple[Path, dict[str, Any]]:
     """Run the steps of `fusion rounds`, each in a fork; `fusion rounds --config rounds.yml` runs them by hand."""
     settings = _training(lab, _start(lab, cell), _steps(lab, cell.seed) // cell["rounds"], cell.seed, rate)
-    block = _fusion(cell["loss"], "stores/strong", cell["clip"])
+    block = _fusion(cell, cell["loss"], "stores")
     work.write("train.yml", _fused(settings, [{"path": "answers", "type": FUSED}], block))
     _write_prompts(lab, cell, work)
     sample = _sampling(cell) | {"prompts": "prompts.jsonl", "n": cell["samples"], "seed": 1000 * cell.seed}
@@ -184,7 +193,7 @@ def _run_rounds(lab: Lab, cell: Cell, work: Work, rate: float) -> tuple[Path, di
         "rounds": cell["rounds"],
         "sample": sample,
         "capture": {"top_k": TOP_K},
-        "sources": [{"name": SOURCE, "model": str(lab.model(answers.ANSWERING[SOURCE]))}],
+        "sources": [{"name": name, "model": str(lab.model(model))} for name, model in _sources(cell).items()],
         "train": {"config": "train.yml", "command": "axolotl train --launcher python"},
     }
     work.write("rounds.yml", settings)
@@ -265,7 +274,7 @@ def _seconds(lab: Lab, cell: Cell, work: Work) -> None:
         settings = _training(lab, _start(lab, cell), steps, cell.seed, 0.001)
         settings |= {"output_dir": f"./model-{loss}", "dataset_prepared_path": f"./prepared-{loss}"}
         datasets = [{"path": "responses", "type": FUSED}]
-        work.axolotl(f"train-{loss}", _fused(settings, datasets, _fusion(loss, "stores/strong", cell["clip"])))
+        work.axolotl(f"train-{loss}", _fused(settings, datasets, _fusion(cell, loss, "stores")))
         work.record("online", runs=number, tokens=number * online[0], seconds=number * online[1])
     for folder in (*work.folder.glob("model-*"), *work.folder.glob("prepared-*"), work.folder / "responses"):
         shutil.rmtree(folder)
