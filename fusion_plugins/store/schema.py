@@ -32,8 +32,8 @@ _COLUMNS = pa.schema([("id", pa.string()), ("record", pa.binary())])
 _RECORD_COLUMN = 1
 #: the length of a value in Parquet's plain encoding
 _LENGTH = struct.Struct("<I")
-#: more bytes than the header of a page without statistics and the levels behind it take; ours take about 40
-_PAGE_HEADER = 256
+#: more bytes than the header of a page takes, also one with statistics, and the levels behind it; ours take about 30
+_PAGE_HEADER = 1 << 14
 
 
 class RecordTable(Protocol):
@@ -151,9 +151,8 @@ class PackedTable:
 def find_places(shard: pa.Buffer, file: pq.ParquetFile, group: int) -> Array | None:
     """Return (N, 2) uint32, where the bytes of each record of a row group start and end in a shard.
 
-    Parquet's plain encoding is the length of a value, four bytes, and the value; nothing follows the last one. How long
-    the header before the first one is, is not looked up but tried: from the right place N values end at the column's
-    end. Where that is so from a second place too, as with few records at times, none is taken. So no record is copied,
+    A page of Parquet is a header, the levels, which say that all N values are there, and in plain encoding the values,
+    each behind its length. The header is not read: the levels are known, and are looked for. So no record is copied,
     and a file of another kind only costs time.
 
     Args:
@@ -162,8 +161,8 @@ def find_places(shard: pa.Buffer, file: pq.ParquetFile, group: int) -> Array | N
         group: number of the row group.
 
     Returns:
-        The places; None if they are not certain, or the bytes are not there: the shard is of an old layout or of other
-        columns, or it was compressed, or has several pages per row group.
+        The places; None if the bytes are not there: the shard is of an old layout or of other columns, or it was
+        compressed, or has pages of another version or several per row group.
     """
     meta = file.metadata.row_group(group)
     if meta.num_columns != len(_COLUMNS) or not file.schema_arrow.equals(_COLUMNS):
@@ -174,21 +173,36 @@ def find_places(shard: pa.Buffer, file: pq.ParquetFile, group: int) -> Array | N
     first, stop = column.data_page_offset, column.data_page_offset + column.total_compressed_size
     if not 0 <= first <= stop <= min(shard.size, np.iinfo(np.uint32).max):
         return None
-    data = memoryview(shard)
-    tried = (_values(data, start, stop) for start in range(first, min(first + _PAGE_HEADER, stop)))
-    fitting = [found for found in tried if len(found) == meta.num_rows]
-    return np.array(fitting[0], np.uint32) if len(fitting) == 1 else None
+    data, levels = memoryview(shard), _levels(meta.num_rows)
+    head = bytes(data[first : min(first + _PAGE_HEADER, stop)])
+    at = head.find(levels)
+    while at >= 0:
+        found = _values(data, first + at + len(levels), stop)
+        if len(found) == meta.num_rows:
+            return np.array(found, np.uint32)
+        at = head.find(levels, at + 1)
+    return None
+
+
+def _levels(count: int) -> bytes:
+    """Return what stands between the header of a page and its values where none of them is missing.
+
+    The length of the rest; and one run: twice its length, seven bits per byte from the lowest on, and a 1.
+    """
+    run, rest = [], 2 * count
+    while rest > 0x7F:
+        run.append(0x80 | rest & 0x7F)
+        rest >>= 7
+    return _LENGTH.pack(len(run) + 2) + bytes([*run, rest, 1])
 
 
 def _values(data: memoryview, at: int, stop: int) -> list[tuple[int, int]]:
     """Return start and end of each value in plain encoding from ``at`` on; nothing if they do not end at ``stop``."""
     found = []
-    while at + _LENGTH.size < stop:
+    while at + _LENGTH.size <= stop:
         (length,) = _LENGTH.unpack_from(data, at)
         start, at = at + _LENGTH.size, at + _LENGTH.size + length
         found.append((start, at))
-        if not length:  # no record is empty
-            return []
     return found if at == stop else []
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from store_contents import assert_same_record, edit_manifest, flip, write_records
@@ -20,6 +21,7 @@ from fusion_plugins.store import Store, StoreWriter, open_store, reader
 from fusion_plugins.store.id_index import IdIndex
 from fusion_plugins.store.maintain import verify
 from fusion_plugins.store.packed import warm_up
+from fusion_plugins.store.schema import PARQUET_OPTIONS, find_places
 
 
 def test_iteration_goes_through_the_shards_in_order(tmp_path: Path) -> None:
@@ -137,8 +139,9 @@ def test_few_shards_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.Monke
         assert not maps.exists() or maps.read_text().count(str(tmp_path)) <= 3 + reader.CACHED_GROUPS
 
 
-AS_THEY_ARE: list[dict[str, Any]] = [{}, {"data_page_version": "2.0"}, {"row_group_size": 3}]
+AS_THEY_ARE: list[dict[str, Any]] = [{}, {"write_statistics": False}, {"row_group_size": 1}, {"row_group_size": 3}]
 OTHERWISE: list[dict[str, Any]] = [
+    {"data_page_version": "2.0"},
     {"compression": "zstd"},
     {"use_dictionary": True},
     {"data_page_size": 1, "write_batch_size": 1},
@@ -160,6 +163,21 @@ def test_records_are_read_again_from_the_bytes_where_they_are(tmp_path: Path, op
         assert_same_record(store[made[number].id], made[number])
     found = store._file(0).places[:, 1] > 0
     assert found.tolist() == [options in AS_THEY_ARE] * len(made)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 63, 64, 128, 300, 9000])
+def test_values_are_found_where_parquet_has_them(count: int) -> None:
+    """However many there are, and whatever their lengths: one of 505 bytes looks like the end of the page's header."""
+    rng = random.Random(count)
+    for lengths in ([505] * count, [1] * count, [rng.randrange(600) for _ in range(count)]):
+        values = [rng.randbytes(length) for length in lengths]
+        table = pa.table([pa.array(map(str, range(count))), pa.array(values, pa.binary())], ["id", "record"])
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, **PARQUET_OPTIONS, write_page_checksum=True, data_page_size=1 << 30)
+        data = sink.getvalue()
+        found = find_places(data, pq.ParquetFile(pa.BufferReader(data)), 0)
+        assert found is not None
+        assert [data.slice(start, stop - start).to_pybytes() for start, stop in found.tolist()] == values
 
 
 def test_the_text_alone_is_that_of_the_record(tmp_path: Path) -> None:

@@ -182,15 +182,12 @@ def test_what_was_read_can_be_written_again_without_a_change(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("records", [1, 2, 3])
-def test_places_of_records_are_right_or_not_told(records):
-    rng, told = np.random.default_rng(records), 0
-    for size in range(1, 400):
+def test_places_of_records_are_right_whatever_their_size(records):
+    rng = np.random.default_rng(records)
+    for size in range(1, 600):
         values = [rng.bytes(size + number) for number in range(records)]
         table = pa.table({"id": [str(number) for number in range(records)], "record": values}, _COLUMNS)
         pq.write_table(table, out := pa.BufferOutputStream(), **PARQUET_OPTIONS)
         shard = out.getvalue()
         places = find_places(shard, pq.ParquetFile(pa.BufferReader(shard)), 0)
-        if places is not None:
-            told += 1
-            assert [bytes(shard[start:stop]) for start, stop in places.tolist()] == values
-    assert told > 300
+        assert [bytes(shard[start:stop]) for start, stop in places.tolist()] == values
