@@ -77,28 +77,28 @@ class Run:
         return self.output.count("[cache] data saved to")
 
 
-def read_texts() -> Iterator[str]:
+def read_texts(characters: int = CHARACTERS) -> Iterator[str]:
     """Yield pieces of the Python files of the standard library and its packages."""
     for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("**/*.py")):
         if "site-packages" not in file.parts:
-            found = pieces(file.read_text(encoding="utf-8", errors="ignore"), CHARACTERS)
-            yield from (piece for piece in found if len(piece) > 0.8 * CHARACTERS)
+            found = pieces(file.read_text(encoding="utf-8", errors="ignore"), characters)
+            yield from (piece for piece in found if len(piece) > 0.8 * characters)
 
 
-def choose_texts(n_tokens: int) -> tuple[list[str], list[int]]:
+def choose_texts(n_tokens: int, characters: int = CHARACTERS) -> tuple[list[str], list[int]]:
     """Return texts of together at least ``n_tokens`` tokens of the target, no two the same, and their lengths."""
     tokenizer = tiny.mistral_v1()
     chosen: dict[str, int] = {}
-    for text in read_texts():
+    for text in read_texts(characters):
         chosen[text] = len(tokenizer(text)["input_ids"]) + 1
         if sum(chosen.values()) >= n_tokens and len(chosen) >= SOME:
             break
     return list(chosen), list(chosen.values())
 
 
-def make_material(folder: Path, n_tokens: int, width: int) -> Material:
+def make_material(folder: Path, n_tokens: int, width: int, characters: int = CHARACTERS) -> Material:
     """Write checkpoint, texts and stores."""
-    texts, lengths = choose_texts(n_tokens)
+    texts, lengths = choose_texts(n_tokens, characters)
     target = tiny.llama_checkpoint(
         folder / "target", tokenizer=tiny.mistral_v1(), vocab_size=32_000, max_position_embeddings=8192
     )

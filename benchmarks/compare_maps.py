@@ -1,6 +1,6 @@
 """Which vocabulary map keeps a source's probability on the right next token of the target?
 
-Takes the models and stores that ``make demo`` leaves in ``demo_out/.cache/full`` and judges the projected rows in two
+Takes the models and stores that ``make demo`` leaves in ``demo_out/cpu`` and judges the projected rows in two
 ways, on real text of each source's own domain. Prints a Markdown table per source.
 
 - **By the text.** Bits of the target's true next token under the projected row, and how often it is on top.
@@ -11,7 +11,7 @@ ways, on real text of each source's own domain. Prints a Markdown table per sour
 
 Mass that no entry holds counts as spread evenly over the rest of the vocabulary, at least ``FLOOR`` of it.
 
-    python benchmarks/compare_maps.py demo_out/.cache/full --rows 60 --samples 256
+    python benchmarks/compare_maps.py demo_out/cpu --rows 60 --samples 256
 """
 
 import argparse
@@ -28,10 +28,10 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples" / "demo"))
+sys.path.append(str(ROOT / "lab"))
 
-from fusion_demo.data import read_rows
-from fusion_demo.evaluate import load
+from fusion_lab.measure import load
+from fusion_lab.world import read_rows
 
 from fusion_plugins.axolotl.args import FusionBlock
 from fusion_plugins.axolotl.counting import count_texts
@@ -45,7 +45,8 @@ from fusion_plugins.core.text.tokenize import tokenize_content
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.store import Store, open_store
 
-SOURCES = ("code", "maths", "prose")
+#: source -> the domain that it knows
+SOURCES = {"numbers": "sums", "digits": "sums", "docs": "docs"}
 MAPS = ("exact", "min_edit", "first_token", "statistics", "one_to_many")
 #: smallest share of a row that counts as not held by any entry
 FLOOR = 1e-3
@@ -118,7 +119,7 @@ def cases(
     name: str, work: Path, store: Store, target: TargetTokenizer, rows: list[dict[str, Any]], options: Any
 ) -> Iterator[Case]:
     """Choose rows that both read and ask the source what comes next."""
-    model, _ = load(work / "models" / name)
+    model, _ = load(work / "world" / "models" / name)
     rng = random.Random(0)
     while True:
         text = rng.choice(rows)
@@ -178,10 +179,11 @@ def judge(plan: FusionPlan, store: Store, tokens: dict[str, TokenizedText], chos
 
 def compare(name: str, work: Path, options: argparse.Namespace) -> None:
     """Print the table of one source."""
-    _, tokenizer = load(work / "models" / "target")
+    _, tokenizer = load(work / "world" / "models" / "target")
     target = TargetTokenizer(tokenizer, TokenTable.from_tokenizer(tokenizer), {})
     store = open_store(work / "stores" / name)
-    rows = [r for r in read_rows(work / "data" / "common.jsonl") if r["domain"] == name and r["id"] in store]
+    common = read_rows(work / "world" / "data" / "common.jsonl")
+    rows = [r for r in common if r["domain"] == SOURCES[name] and r["id"] in store]
     found = cases(name, work, store, target, rows, options)
     chosen = [case for case in (next(found) for _ in range(options.rows)) if case.counts.total() > options.samples / 2]
     tokens = {r["id"]: read(r, target) for r in rows}

@@ -1,6 +1,6 @@
 """What the settings of the ``fusion:`` block are worth after training, over several seeds, with controls.
 
-Takes the models, stores and texts that ``make demo`` leaves in ``demo_out/.cache/full``, continues the target on the
+Takes the models, stores and texts that ``make demo`` leaves in ``demo_out/cpu``, continues the target on the
 same texts once per variant and seed, and measures held-out bits per byte per domain. The rows come from the package's
 own path (settings -> plan -> fused rows -> loss); only the training loop is a plain one, so that a run costs seconds.
 The seed decides the order of the texts. Prints a Markdown table; lower is better, +- is the standard deviation over
@@ -9,7 +9,7 @@ seeds.
 Controls: continued training without fusion; the same with as many more steps as the capture of all sources costs;
 label smoothing; and the target's own rows alone (self-distillation).
 
-    python benchmarks/compare_training.py demo_out/.cache/full --seeds 3 --texts 0.5
+    python benchmarks/compare_training.py demo_out/cpu --seeds 3 --texts 0.5
 """
 
 import argparse
@@ -26,10 +26,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples" / "demo"))
+sys.path.append(str(ROOT / "lab"))
 
-from fusion_demo.data import read_rows
-from fusion_demo.evaluate import bits_per_byte, load
+from fusion_lab.measure import bits_per_byte, load
+from fusion_lab.world import DOMAINS, read_rows
 
 from fusion_plugins.axolotl.args import FusionBlock
 from fusion_plugins.axolotl.counting import count_texts
@@ -40,7 +40,7 @@ from fusion_plugins.core.fusion.pipeline import fuse_text
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.store import open_store
 
-SOURCES = ("code", "maths", "prose")
+SOURCES = ("numbers", "digits", "docs")
 BATCH, PEAK_RATE, IGNORED = 8, 1e-3, -100
 #: batches whose examples are sorted by length together
 WINDOW = 20
@@ -74,7 +74,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 
 def settings(changes: dict[str, Any], work: Path) -> FusionBlock:
     """Return the block of a variant."""
-    values: dict[str, Any] = {"lm_loss_weight": 0.5, "top_k": 128, "alignment": {}, "projection": {}}
+    values: dict[str, Any] = {"lm_loss_weight": 0.5, "top_k": 64, "alignment": {}, "projection": {}}
     chosen = (*changes.get("sources", SOURCES), "target")
     values["sources"] = [
         {"name": name, "store": str(work / "stores" / name), "is_target": name == "target"} for name in chosen
@@ -91,7 +91,8 @@ def settings(changes: dict[str, Any], work: Path) -> FusionBlock:
 @cache
 def texts_of(work: Path, share: float) -> list[dict[str, Any]]:
     """Return the first part of the common texts."""
-    rows = read_rows(work / "data" / "common.jsonl")
+    rows = read_rows(work / "world" / "data" / "common.jsonl")
+    random.Random(0).shuffle(rows)  # the file has one domain after the other
     return rows[: int(share * len(rows))]
 
 
@@ -99,7 +100,7 @@ def examples(name: str, work: Path, share: float) -> tuple[list[dict[str, Any]],
     """Return (tokens, labels and fused rows of every text; weight of the language-model loss)."""
     changes = VARIANTS[name]
     block = settings(changes or {}, work)
-    _, tokenizer = load(work / "models" / "target")
+    _, tokenizer = load(work / "world" / "models" / "target")
     target = TargetTokenizer(tokenizer, TokenTable.from_tokenizer(tokenizer), {})
     rows = texts_of(work, share)
     encoded = [target.encode(row.get("text") or row["messages"]) for row in rows]
@@ -170,7 +171,7 @@ def train(name: str, seed: int, work: Path, share: float) -> dict[str, float]:
     """Continue the target once and return held-out bits per byte."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    model, tokenizer = load(work / "models" / "target")
+    model, tokenizer = load(work / "world" / "models" / "target")
     data, weight = examples(name, work, share)
     epochs = EQUAL_COMPUTE if name == "CLM, equal compute" else 1.0
     smoothing = 0.1 if "smoothing" in name else 0.0
@@ -187,7 +188,10 @@ def train(name: str, seed: int, work: Path, share: float) -> dict[str, float]:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    return bits_per_byte(model.eval(), tokenizer, read_rows(work / "data" / "heldout.jsonl"))
+    rows = read_rows(work / "world" / "data" / "heldout.jsonl")
+    model.eval()
+    bits = {d: bits_per_byte(model, tokenizer, [row for row in rows if row["domain"] == d]) for d in DOMAINS}
+    return bits | {"mean": sum(bits.values()) / len(bits)}
 
 
 def main() -> None:

@@ -2,34 +2,34 @@
 
     python benchmarks/paper_runs.py
 
-Rates of this package are measured on one core of a small machine, by the benchmark that is named. There was no GPU:
-what a model takes is calculated from its size, as floating point operations at a share of the peak of one H100, and
-marked so.
+The rates are in ``rates.py``. ``engine_simulation.py`` simulates the same runs on one node, with Ray and with Slurm.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import median
 
-#: microseconds of one core per token at K = 64 (`bench_capture.py`): the thread that drives the model, reader, writer
-MODEL_WAITS, READER, WRITER = 3.3, 2.4, 6.9
-#: of the writer's thread: to join small shards
-JOIN = 0.3
-#: the same as the first when all of it was in the model's thread
-MODEL_WAITED = 24.2
-#: bytes per token of a store at K = 64, of a real model's output (`real_store_size.py`)
-STORE_BYTES = 164.5
-#: tokens per shard at K = 64, and bytes of the manifest per shard
-SHARD_TOKENS, MANIFEST_BYTES_PER_SHARD, MANIFEST_LIMIT = 2**24 // 64, 300, 2**26
-#: bytes of memory per text, prompt or response (`bench_size.py` promises it)
-INDEX_BYTES = 100
-#: bytes per second that sha256 reads when a merge links shards
-CHECKSUM_SPEED = 1.0e9
-#: bytes per token of a prepared dataset with fused rows at K = 64 and ids of four bytes, and of one that names stores;
-#: both with axolotl's own columns
-PREPARED_ROWS, PREPARED_STORES = 397, 11
-#: not measured: peak of an H100 in bfloat16, share of it that a forward pass reaches, and while tokens are generated
-#: one by one for many requests
-PEAK, PREFILL_SHARE, DECODE_SHARE = 989e12, 0.4, 0.1
+from engine_simulation import ENGINES, Engine, Outcome, Work, simulate_all
+from rates import (
+    CHECKSUM_SPEED,
+    DECODE_SHARE,
+    INDEX_BYTES,
+    JOIN,
+    MANIFEST_BYTES_PER_SHARD,
+    MANIFEST_LIMIT,
+    MODEL_WAITED,
+    MODEL_WAITS,
+    PEAK,
+    PREFILL_SHARE,
+    PREPARED_ROWS,
+    PREPARED_STORES,
+    READER,
+    RESPONSE_BYTES,
+    SAMPLED,
+    SHARD_TOKENS,
+    STORE_BYTES,
+    WRITER,
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,23 @@ SAMPLES = (
     SampleRun("FuseChat-3.0, a source of 27B", 158_667, 5, 500, 27e9),
     SampleRun("FuseChat-3.0, a source of 72B", 158_667, 5, 500, 72e9),
 )
+#: FuseLLM's three sources, the same texts with one large source, and FuseChat-3.0's prompts, as they are simulated
+WORKS = (
+    Work("FuseLLM, 3 sources of 7B", 1.8e9, 7e9, PREFILL_SHARE, sources=3),
+    Work("the same texts, one source of 70B", 1.8e9, 70e9, PREFILL_SHARE, gpus=4),
+    Work(
+        "FuseChat-3.0, one source of 72B",
+        158_667 * 5 * 500,
+        72e9,
+        DECODE_SHARE,
+        gpus=4,
+        pack=SAMPLED / 500,
+        stored=RESPONSE_BYTES,
+        sent=RESPONSE_BYTES,
+    ),
+)
+#: of the simulation
+SEEDS = range(9)
 
 
 def hours(seconds: float) -> str:
@@ -153,9 +170,37 @@ def limits_table() -> str:
     return markdown(["what", "ends at, or takes", "then"], rows)
 
 
+def engine_table() -> str:
+    """What the runs take per engine: medians over seeds, and the longest time."""
+    rows = [_engine_row(work, engine) for work in WORKS for engine in ENGINES]
+    header = ["run", "engine", "wall-clock (longest)", "GPU hours held", "disk", "between machines"]
+    return markdown([*header, "busiest"], rows)
+
+
+def _engine_row(work: Work, engine: Engine) -> list[str]:
+    found = [simulate_all(work, engine, seed) for seed in SEEDS]
+    walls = [outcome.wall for outcome in found]
+    busiest, share = busiest_of(found)
+    return [
+        work.name,
+        engine.name,
+        f"{hours(median(walls))} ({hours(max(walls))})",
+        f"{median(outcome.gpu_seconds for outcome in found) / 3600:,.0f}",
+        size(found[0].stored),
+        size(median(outcome.network for outcome in found)) if engine.nodes > 1 else "nothing",
+        f"{busiest}, {share:.0%}",
+    ]
+
+
+def busiest_of(found: list[Outcome]) -> tuple[str, float]:
+    """Return the resource that is busy for the largest share of the time, and that share."""
+    shares = {name: median(outcome.busy[name] for outcome in found) for name in found[0].busy}
+    return max(shares.items(), key=lambda item: item[1])
+
+
 def main() -> None:
     """Print all tables."""
-    for table in (capture_table(), sample_table(), limits_table()):
+    for table in (capture_table(), sample_table(), engine_table(), limits_table()):
         print(table, end="\n\n")
 
 

@@ -40,7 +40,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="LLM fusion inside axolotl and mergekit.",
 )
-store_app = typer.Typer(no_args_is_help=True, help="Inspect, verify, merge, compact, push, pull and export stores.")
+store_app = typer.Typer(
+    no_args_is_help=True, help="Inspect, verify, merge, compact, push, pull, import and export stores."
+)
 
 
 def _version(value: bool) -> None:

@@ -6,17 +6,22 @@ A page is a template that extends ``page.html`` and fills its blocks ``title`` a
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cache
 from io import BytesIO, StringIO
 from typing import TYPE_CHECKING, Any
 
 from fusion_plugins.escape import for_html, for_plot, for_terminal
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from matplotlib.figure import Figure
 
 #: colours that most kinds of colour blindness tell apart (Okabe and Ito), the first ones also in grey
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999")
+
+#: larger numbers are drawn in units of this: matplotlib adds and subtracts them, and the sums must be floats
+LARGEST_DRAWN = 1e300
 
 
 def render_page(template: str, values: Mapping[str, Any]) -> str:
@@ -29,6 +34,23 @@ def render_page(template: str, values: Mapping[str, Any]) -> str:
     Raises:
         ModuleNotFoundError: jinja2 is not installed.
     """
+    return _environment().get_template(template).render(values)
+
+
+def render_part(template: str, values: Mapping[str, Any]) -> Any:
+    """Return a part of a page, as markup that a template takes as it is; see :func:`render_page`.
+
+    Args:
+        template: name of a file in ``fusion_plugins/templates`` that is no whole page.
+        values: what the template names.
+    """
+    from markupsafe import Markup
+
+    return Markup(_environment().get_template(template).render(values))
+
+
+@cache
+def _environment() -> "Environment":
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -36,10 +58,9 @@ def render_page(template: str, values: Mapping[str, Any]) -> str:
         # Control characters and halves of surrogate pairs can stand in no page.
         return value if isinstance(value, Markup | int | float) else for_terminal(value)
 
-    environment = Environment(
+    return Environment(
         loader=PackageLoader("fusion_plugins"), autoescape=True, finalize=shown, undefined=StrictUndefined
     )
-    return environment.get_template(template).render(values)
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -108,10 +129,42 @@ def svg(figure: "Figure", label: str) -> Any:
     element = svg_file(figure, label, transparent=True).partition("<svg ")[2]
     # The page sets the size, and what is black by default takes the colour of its text.
     element = re.sub(r' (?:width|height)="[\d.]+pt"', "", element, count=2).replace("#000000", "currentColor")
+    # The page has a shade of each colour for light and one for dark ground.
+    for number, colour in enumerate(COLOURS):
+        element = element.replace(colour, f"var(--colour-{number})")
     # Inside a page neither the namespaces nor the description of the file mean anything.
     element = re.sub(r'xmlns(?::xlink)?="[^"]*" ?|<metadata>.*?</metadata>', "", element, flags=re.DOTALL)
+    # Groups of several pictures have the same names, which nothing refers to.
+    element = re.sub(r'<g id="[^"]*"', "<g", element)
     width = f"width: 100%; max-width: {figure.get_figwidth() * 96:.0f}px"
-    return Markup(f'<svg role="img" aria-label="{for_html(label)}" style="{width}" {element}')
+    opening, _, inside = element.partition(">")
+    named = f'role="img" aria-label="{for_html(label)}" style="{width}"'
+    return Markup(f"<svg {named} {opening}><title>{for_html(label)}</title>{inside}")
+
+
+def plot_unit(values: Iterable[float]) -> tuple[float, str]:
+    """Return what finite values are divided by to be drawn, and what the axis says about it.
+
+    Example:
+        >>> plot_unit([0.1, 1e9]), plot_unit([-1e308])
+        ((1.0, ''), (1e+300, ' / 1e300'))
+    """
+    beyond = any(abs(value) > LARGEST_DRAWN for value in values)
+    return (LARGEST_DRAWN, f" / {LARGEST_DRAWN:.0e}".replace("+", "")) if beyond else (1.0, "")
+
+
+def bin_edges(values: Iterable[float], bins: int = 40) -> list[float]:
+    """Return the edges of equally wide bins that hold all values, also where they are all but equal.
+
+    Args:
+        values: at least one, none beyond :data:`LARGEST_DRAWN`.
+        bins: their number.
+    """
+    low, high = min(values := list(values)), max(values)
+    size = max(abs(low), abs(high), 1 / LARGEST_DRAWN)
+    if high - low < size * 1e-9:  # no bins are so narrow
+        low, high = low - size / 20, high + size / 20
+    return [low + (high - low) * (place / bins) for place in range(bins)] + [high]
 
 
 def plot_name(name: object, limit: int = 40) -> str:

@@ -1,6 +1,8 @@
 """Messages without the secrets that a value may hold. Keys that are known are removed where they are used."""
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 #: everything up to the last ``@`` of what has a colon or a slash before it, with a scheme or without
 _USER = re.compile(r"[^\s'\"]*[:/][^\s'\"]*@")
@@ -15,3 +17,54 @@ def without_credentials(text: str) -> str:
         '***@host/v1 ***@host http://host/v1?*** a@b'
     """
     return _QUERY.sub(r"\1?***", _USER.sub("***@", text))
+
+
+#: names of settings and variables whose values are secrets; a pad token is none
+_SECRET = re.compile(r"token$|secret|passw(or)?d|key$|credential", re.IGNORECASE)
+_NO_SECRET = re.compile(r"(pad|bos|eos|unk|cls|sep|mask|eot|image|audio|video)_token$", re.IGNORECASE)
+HIDDEN = "***"
+
+
+def is_secret(name: str) -> bool:
+    """Return whether the value of a setting, an option or a variable of this name is a secret.
+
+    Example:
+        >>> [is_secret(name) for name in ("HF_TOKEN", "--api-key", "wandb.password", "pad_token", "max_tokens")]
+        [True, True, True, False, False]
+    """
+    return _SECRET.search(name) is not None and _NO_SECRET.search(name) is None
+
+
+def without_secrets(value: Any, name: str = "") -> Any:
+    """Return settings without the values of secrets, and without credentials in URLs.
+
+    Example:
+        >>> without_secrets({"hub_token": "hf_x", "pad_token": "<pad>", "urls": ["http://me:pw@host/"], "top_k": 3})
+        {'hub_token': '***', 'pad_token': '<pad>', 'urls': ['***@host/'], 'top_k': 3}
+    """
+    if isinstance(value, Mapping):
+        return {key: without_secrets(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(item, name) for item in value]
+    if not isinstance(value, str):
+        return value
+    return HIDDEN if value and is_secret(name) else without_credentials(value)
+
+
+def without_secret_words(words: Sequence[str]) -> list[str]:
+    """Return the words of a command without the values of secrets.
+
+    Example:
+        >>> " ".join(without_secret_words("x --api-key k --set a.token=t --top-k 3 HF_TOKEN=h".split()))
+        'x --api-key *** --set a.token=*** --top-k 3 HF_TOKEN=***'
+    """
+    found, before = [], ""
+    for word in words:
+        name, equals, value = word.partition("=")
+        if equals and value and is_secret(name):
+            word = f"{name}={HIDDEN}"
+        elif before.startswith("-") and "=" not in before and is_secret(before) and not word.startswith("-"):
+            word = HIDDEN
+        found.append(without_credentials(word))
+        before = word
+    return found

@@ -7,6 +7,7 @@ import sys
 import axolotl_runs
 import pytest
 import real_assets
+import tiny
 from hypothesis import settings
 
 os.environ.update(axolotl_runs.ENVIRONMENT)
@@ -34,6 +35,13 @@ def _own_interrupts():
     """axolotl leaves a handler of SIGINT behind that ends the process with status 0."""
     yield
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _shared_tokenizers_stay_as_they_are():
+    """A test that changes a shared tokenizer breaks others, which ones depends on their order: it copies it first."""
+    yield
+    assert not tiny.changed(), "this test changed a shared tokenizer of tiny.py: copy.deepcopy it first"
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 import errno
 import importlib
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -48,12 +50,49 @@ def test_the_commands_are_these():
     assert _names(store.typer_instance) == STORE_COMMANDS
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, *(f"store {name}" for name in STORE_COMMANDS)])
-def test_every_command_explains_itself(command):
-    result = CliRunner().invoke(app, [*command.split(), "--help"])
+def _commands(group, *names):
+    """The words of every command, whatever groups it is in."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, *names, name)
+        else:
+            yield (*names, name)
+
+
+TREE = sorted(_commands(typer.main.get_command(app)))
+
+
+def test_the_tree_has_the_commands_of_all_groups():
+    assert TREE == sorted([*((name,) for name in COMMANDS), *(("store", name) for name in STORE_COMMANDS)])
+
+
+@pytest.mark.parametrize("words", TREE, ids=" ".join)
+def test_every_command_explains_itself_with_an_example(words):
+    result = CliRunner().invoke(app, [*words, "--help"])
     assert result.exit_code == 0
     assert "Usage" in result.output
-    assert f"fusion {command}" in result.output.partition("For example: ")[2]
+    example = " ".join(result.output.partition("For example: ")[2].split())
+    assert f"fusion {' '.join(words)}" in example
+
+
+@pytest.mark.parametrize("words", TREE, ids=" ".join)
+def test_every_option_of_an_example_exists(words):
+    """An example that has gone stale is worse than none."""
+    command = typer.main.get_command(app)
+    for word in words:
+        command = command.commands[word]
+    known = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)} | {"--help", "-h"}
+    lines = re.findall(r"`(fusion [^`]*)`", " ".join(command.help.partition("For example: ")[2].split()))
+    own = [line for line in lines if line.startswith(f"fusion {' '.join(words)}")]
+    assert own
+    used = {word.partition("=")[0] for line in own for word in shlex.split(line) if word.startswith("-")}
+    assert used <= known
+
+
+def test_the_line_of_a_group_names_its_commands():
+    shown = " ".join(CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output.split())
+    (line,) = re.findall(r"Inspect, .*? stores\.", shown)
+    assert [name for name in STORE_COMMANDS if name not in line.lower().replace("inspect", "info")] == []
 
 
 @pytest.mark.parametrize(

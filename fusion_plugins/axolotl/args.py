@@ -28,7 +28,9 @@ FOR_SOURCES = frozenset(
     }
 )
 #: keys of the block that say which scored responses are used
-FOR_RESPONSES = frozenset({"pairs", "sft", "split", "keep_truncated", "leave_out_sources", "wrpo", "reference"})
+FOR_RESPONSES = frozenset(
+    {"pairs", "sft", "split", "keep_truncated", "leave_out_sources", "min_trust", "wrpo", "reference"}
+)
 
 
 class BlockSettings(Settings):
@@ -218,7 +220,7 @@ class PairArgs(BlockSettings):
     weighted: bool = Field(
         default=False,
         description="weigh each pair by the softmax of the chosen answers' rewards over the prompt's pairs (FusePO); "
-        "needs trainer_cls: fusion_plugins.axolotl.preference_trainers.FusePOTrainer",
+        "needs trainer_cls: fusion_plugins.axolotl.preference_trainers.FusePOTrainer, and per_prompt: all",
     )
     weight_temperature: float = Field(
         default=1.0, gt=0, description="temperature of that softmax, in units of the reward"
@@ -258,6 +260,18 @@ class PairArgs(BlockSettings):
                 "the rule own_answers needs own_source, the name under which the target's own samples are among the "
                 "responses"
             )
+        if self.weighted and (why := self._one_pair()):
+            yield (
+                f"weighted compares the pairs of one prompt, and {why}: every weight would be 1. Set per_prompt: all "
+                "with the rule same_source or verdict, which give a pair of every source; or, for plain DPO, remove "
+                "weighted and trainer_cls"
+            )
+
+    def _one_pair(self) -> str | None:
+        """Return why no prompt can have more than one pair; None where one can."""
+        if self.most == 1:
+            return f"per_prompt: {self.per_prompt} leaves one of them"
+        return f"the rule {self.rule} makes one" if self.rule in ("across_sources", "own_answers") else None
 
     def window(self) -> GapWindow:
         """Return the limits in core's form; raises ConfigError for limits that contradict each other."""
@@ -461,6 +475,11 @@ class FusionBlock(BlockSettings):
         default_factory=list,
         description="sources of scored responses that are not trained on, such as those that `fusion doctor` finds to "
         "be worse than the target",
+    )
+    min_trust: Literal["inside", "outside"] = Field(
+        default="inside",
+        description="which verdicts on programs count. outside: only those of checks that ran outside of the program, "
+        "which it cannot forge (`trust` in the scores); a response with another one has none. inside: all",
     )
     split: SplitArgs | None = Field(default=None, description="division of the prompts between SFT and DPO")
     wrpo: WRPOArgs | None = Field(

@@ -24,9 +24,8 @@ from fusion_plugins.axolotl.preference_rows import (
     supervised_row,
 )
 from fusion_plugins.axolotl.prepared import keep_report
-from fusion_plugins.axolotl.selection import choose_best, show_report
+from fusion_plugins.axolotl.selection import choose_best, show_report, weigh
 from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
-from fusion_plugins.core.preferences.weights import reward_weights, with_mean_one
 
 
 def load(tokenizer: Any, cfg: Any, ds_cfg: Any = None) -> "BestOfSources":
@@ -56,7 +55,7 @@ class BestOfSources(DatasetWrappingStrategy):
         columns = SUPERVISED
         settings = self._block.sft
         if settings is not None and settings.per_prompt == "all":
-            weights = with_mean_one(reward_weights(chosen, settings.weight_temperature))
+            weights = weigh(chosen, settings.weight_temperature, "fusion.sft.per_prompt: all", report)
             items = [(name, item | {"weight": weight}) for (name, item), weight in zip(items, weights, strict=True)]
             columns = SUPERVISED | WEIGHT
         rows, unusable = make_rows(

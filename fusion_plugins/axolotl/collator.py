@@ -107,7 +107,7 @@ class FusionCollator:
     def __call__(self, features: Sequence[Any], return_tensors: str | None = None) -> Any:
         """Collate rows, or (with sample packing) lists of rows that share one sequence."""
         groups = [feature if isinstance(feature, list) else [feature] for feature in features]
-        fused = self._fused([row for group in groups for row in group])
+        fused = self.fused([row for group in groups for row in group])
         stripped = [without_columns(feature, COLUMNS) for feature in features]
         batch = self._inner(stripped, return_tensors=return_tensors)
         shape = batch["input_ids"].shape
@@ -128,10 +128,11 @@ class FusionCollator:
 
     def width(self, row: Row) -> int:
         """Return K, of which a row is an example; chunks take as much memory as two entries."""
-        (found,) = self._fused([row])
+        (found,) = self.fused([row])
         return 2 if isinstance(found, TokenChunks) else int(found.ids.shape[1])
 
-    def _fused(self, rows: Sequence[Row]) -> Sequence[Fused | TokenChunks]:
+    def fused(self, rows: Sequence[Row]) -> Sequence[Fused | TokenChunks]:
+        """Return the distributions or chunks of rows, as they hold them or as the stores give them."""
         if self._fuse is None:
             read = _stored_chunks if rows[0].get(CHUNK_PLACE) is not None else _stored
             return [read(row) for row in rows]

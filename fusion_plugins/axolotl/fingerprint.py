@@ -33,8 +33,10 @@ _NOT_IN_REFERENCES_OF_A_SOURCE = {"weight", "weight_by_domain"}
 _STAMPED = ("input_format", "field_rejected")
 #: axolotl's own settings that change rows: their tokens, their order, or which of them are kept
 _ROW_KEYS = {
-    *("base_model_config", "revision_of_model", "model_revision", "trust_remote_code", "special_tokens", "tokens"),
-    *("added_tokens_overrides", "eot_tokens", "chat_template", "chat_template_jinja", "chat_template_kwargs"),
+    # The name of the target: its own answers are told by it, and read in another way.
+    *("base_model", "base_model_config", "revision_of_model", "model_revision", "trust_remote_code"),
+    *("special_tokens", "tokens", "added_tokens_overrides", "eot_tokens"),
+    *("chat_template", "chat_template_jinja", "chat_template_kwargs"),
     *("default_system_message", "train_on_inputs", "seed", "curriculum_sampling", "shuffle_merged_datasets"),
     *("shuffle_before_merging_datasets", "sequence_len", "eval_sequence_len", "min_sample_len"),
     *("excess_length_strategy", "dataset_exact_deduplication", "rl", "trainer_cls"),

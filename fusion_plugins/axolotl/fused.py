@@ -11,6 +11,7 @@ or the one of :mod:`fusion_plugins.axolotl.text_rows`.
 
 import copy
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -70,8 +71,8 @@ COUNTERS, REASON, NAME, ID = "fusion_counters", "fusion_reason", "fusion_name", 
 ROUTE, HOW = "fusion_route", "fusion_how"
 CONTENT = "fusion_content"
 _TOKENS = {"input_ids": Value("int32"), "attention_mask": Value("int8"), "labels": Value("int32")}
-#: texts of which all sources are projected for the report
-REPORTED = 1000
+#: most texts, and about most tokens, of which all sources are projected for the report
+REPORTED, REPORTED_TOKENS = 1000, 1 << 18
 UNFINISHED = "were cut (a length limit, or an interruption): they have no end of turn to learn"
 #: rows per call; bounds the memory of a worker
 BATCH = 32
@@ -133,7 +134,7 @@ class FusedStrategy(DatasetWrappingStrategy):
         )
         fuser = TextFuser(make_plan(self._block, stores, target, count), stores, cuts_chunks(self._block))
         by_reference = self._block.prepared == "stores"
-        step = -(-len(dataset) // REPORTED)
+        step = _counting_step(len(dataset), stores)
         make = _Prepare(self._reader, fuser, routes.distinct, strict=strict, by_reference=by_reference, step=step)
         rows = dataset.map(
             make,
@@ -321,6 +322,12 @@ def _longer_than(rows: Any, length: int) -> int:
     """Return how many rows have more tokens; without making Python objects of the tokens."""
     parts = rows.select_columns("input_ids").with_format("arrow").iter(BATCH)
     return sum(int((pc.list_value_length(part["input_ids"]).to_numpy() > length).sum()) for part in parts)
+
+
+def _counting_step(texts: int, stores: Sequence[Store]) -> int:
+    """Return n where every n-th text is counted in the report."""
+    longest = max((store.manifest.tokens / max(1, len(store)) for store in stores), default=0.0)
+    return math.ceil(texts / min(REPORTED, max(1.0, REPORTED_TOKENS / max(1.0, longest))))
 
 
 def _counted_part(by_reference: bool, counted: int, total: int, step: int) -> str:

@@ -79,7 +79,7 @@ def _needs(trainer: str, block: FusionBlock) -> Iterator[str]:
     if trainer == INFIFPO and block.reference is None:
         yield f"trainer_cls: {INFIFPO} needs fusion.reference, the stores of the sources and of the target"
     if trainer == FUSEPO and not (block.pairs and block.pairs.weighted):
-        yield f"trainer_cls: {FUSEPO} needs fusion.pairs.weighted: true, and per_prompt: all for a pair of every source"
+        yield f"trainer_cls: {FUSEPO} needs fusion.pairs.weighted: true and per_prompt: all, a pair of every source"
 
 
 def _listed(value: Any) -> Sequence[str]:

@@ -37,10 +37,9 @@ from fusion_plugins.axolotl.preference_rows import (
 )
 from fusion_plugins.axolotl.prepared import keep_report
 from fusion_plugins.axolotl.reference import make_reference
-from fusion_plugins.axolotl.selection import choose_pairs, choose_triples, show_report
+from fusion_plugins.axolotl.selection import choose_pairs, choose_triples, show_report, weigh
 from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
 from fusion_plugins.core.preferences.candidates import Candidate, Pair, chat_of
-from fusion_plugins.core.preferences.weights import reward_weights, with_mean_one
 from fusion_plugins.errors import DataError
 from fusion_plugins.store.files import write_atomic
 
@@ -116,8 +115,9 @@ def _items(
         report["missing_from_stores"] = [asdict(each) for each in found.missing]
         further = [{"reference": list(means)} for means in found.values.tolist()]
     elif block.pairs is not None and block.pairs.weighted:
-        weights = reward_weights([pair.chosen for pair in pairs], block.pairs.weight_temperature)
-        further = [{"weight": weight} for weight in with_mean_one(weights)]
+        chosen = [pair.chosen for pair in pairs]
+        weights = weigh(chosen, block.pairs.weight_temperature, "fusion.pairs.weighted", report)
+        further = [{"weight": weight} for weight in weights]
     items = [
         (pair_name(pair), {"chosen": conversation(pair.chosen), "rejected": conversation(pair.rejected), **more})
         for pair, more in zip(pairs, further, strict=True)

@@ -14,6 +14,7 @@ from fusion_plugins.axolotl.losses import INFIFPO, PAIR_TRAINERS, WRPO
 from fusion_plugins.axolotl.overrides import apply_overrides
 from fusion_plugins.axolotl.prepared import kept_reports, remove_leftovers, write_reports
 from fusion_plugins.axolotl.report import taught_lines
+from fusion_plugins.axolotl.training_record import keep_record
 from fusion_plugins.errors import PluginError
 
 LOG = get_logger(__name__)
@@ -55,6 +56,8 @@ class FusionPlugin(BasePlugin):
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Write the reports of the prepared datasets into the run's own folder, whichever run prepared them.
 
+        So it is with what `fusion report` says of the training itself.
+
         Raises:
             PluginError: the trainer is not the one that takes pairs as they are tokenized.
         """
@@ -71,6 +74,7 @@ class FusionPlugin(BasePlugin):
                 f"a dataset of type {DPO} needs the trainer {cfg.trainer_cls}, but another plugin brought "
                 f"{type(trainer).__name__}, which would tokenize the pairs anew. Remove that plugin."
             )
+        keep_record(cfg, trainer)
 
     def pre_model_load(self, cfg: Any) -> None:
         """Spare a run whose reference is in its dataset the loading of a reference model."""

@@ -37,6 +37,8 @@ from fusion_plugins.core.preferences.pairs import (
     resolve_rule,
 )
 from fusion_plugins.core.preferences.split import Split, split_prompts
+from fusion_plugins.core.preferences.verdict import verdict_details
+from fusion_plugins.core.preferences.weights import reward_weights, with_mean_one
 from fusion_plugins.core.preferences.worth import Response, examine_worth, response_of, warnings_of
 from fusion_plugins.core.text.finish_reason import is_cut
 from fusion_plugins.errors import ConfigError, DataError
@@ -151,6 +153,38 @@ def choose_best(columns: Columns, block: FusionBlock) -> tuple[list[Candidate], 
             "unpaired."
         )
     return chosen, report
+
+
+def weigh(candidates: Sequence[Candidate], temperature: float, setting: str, report: Report) -> list[float]:
+    """Return the weights of answers that are learnt, or of chosen ones, in the same order; their mean is 1.
+
+    Where nothing is weighed, which a few responses or a narrow gap window can bring about, it says so, also in the
+    report.
+
+    Args:
+        candidates: the answers.
+        temperature: of the softmax, in units of the reward.
+        setting: the key that asks for weights.
+        report: of the selection; gets ``prompts_with_several`` and, if need be, one more of its ``warnings``.
+    """
+    counts = Counter(candidate.prompt_id for candidate in candidates)
+    several = [candidate for candidate in candidates if counts[candidate.prompt_id] > 1]
+    report["prompts_with_several"] = sum(count > 1 for count in counts.values())
+    problem = None
+    if not several:
+        problem = (
+            f"{setting}: not one of {len(counts)} prompts has two to weigh, so every weight is 1, as without it. Give "
+            "the responses of further sources, or wider limits (fusion.pairs.min_gap and max_gap); or remove it."
+        )
+    elif all(candidate.reward is None for candidate in several):
+        problem = (
+            f"{setting}: not one answer has a reward, so those of a prompt count alike. Score the responses with a "
+            "reward model or a judge as well (`fusion score`), or remove it."
+        )
+    if problem:
+        say(f"warning: {problem}", stderr=True)
+        report["warnings"] = [*report["warnings"], problem]
+    return with_mean_one(reward_weights(candidates, temperature))
 
 
 def candidates_of(columns: Columns) -> tuple[list[Candidate], list[Unusable]]:
@@ -279,10 +313,26 @@ def _scored(columns: Columns, block: FusionBlock) -> _Scored:
     left_out = leave_out(unusable, len(candidates) + len(unusable), block.on_unusable)
     own_source = (block.pairs or PairArgs()).own_source
     candidates = _without_sources(candidates, block.leave_out_sources)
+    if block.min_trust == "outside":
+        candidates = _without_forgeable(candidates)
     own = [candidate for candidate in candidates if is_own(candidate, own_source)]
     others = [candidate for candidate in candidates if not is_own(candidate, own_source)] if own else candidates
     sources, targets = (clean(each, keep_truncated=block.keep_truncated) for each in (others, own))
     return _Scored(sources, targets, left_out, [response_of(candidate, own_source) for candidate in candidates])
+
+
+def _without_forgeable(candidates: list[Candidate]) -> list[Candidate]:
+    """Return the candidates, without the verdicts of checks that ran inside the program."""
+    inside = [verdict_details(candidate.extra.get("scores")).get("trust") == "inside" for candidate in candidates]
+    if any(inside):
+        say(
+            f"fusion.min_trust: {sum(inside)} of {len(inside)} responses have a verdict that does not count",
+            stderr=True,
+        )
+    return [
+        replace(candidate, correct=None) if not_sure else candidate
+        for candidate, not_sure in zip(candidates, inside, strict=True)
+    ]
 
 
 def _without_sources(candidates: list[Candidate], names: Sequence[str]) -> list[Candidate]:

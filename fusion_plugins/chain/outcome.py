@@ -12,7 +12,7 @@ from fusion_plugins.chain.round_configs import Rounds
 from fusion_plugins.chain.rounds import HELD_OUT
 from fusion_plugins.core.fusion.record import supervised_bytes
 from fusion_plugins.errors import ChainError
-from fusion_plugins.page import COLOURS, new_figure, plot_name, svg_file
+from fusion_plugins.page import COLOURS, new_figure, plot_name, plot_unit, svg_file
 from fusion_plugins.store import Store, open_rows, open_store
 from fusion_plugins.store.files import write_atomic
 from fusion_plugins.store.manifest import MANIFEST_NAME
@@ -69,13 +69,14 @@ def _measured(rounds: Rounds, place: Path) -> dict[str, float]:
     try:
         values = json.loads(lines[-1])
         numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
-    except (IndexError, ValueError, AttributeError):
+    except (IndexError, ValueError, AttributeError, OverflowError):
         numbers = {}
-    if not numbers:
+    if not numbers or not all(map(math.isfinite, numbers.values())):
+        command = rounds.config.held_out.command  # type: ignore[union-attr]
         raise ChainError(
-            f"{place}: expected a JSON object with numbers as the last line that `{rounds.config.held_out.command}` "  # type: ignore[union-attr]
-            f"prints, got {lines[-1][:200] if lines else 'nothing'!r}. Correct the command, remove that file, then run "
-            "the same again."
+            f"{place}: expected a JSON object with finite numbers as the last line that `{command}` prints, got "
+            f"{lines[-1][:200] if lines else 'nothing'!r}. Correct the command, remove that file, then run the same "
+            "again."
         )
     return numbers
 
@@ -131,7 +132,12 @@ def _plot(found: Sequence[Outcome]) -> str:
     figure.patch.set_alpha(1)
     for place, (name, axes) in enumerate(zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True)):
         points = [(outcome.round, outcome.measured[name]) for outcome in found if name in outcome.measured]
-        axes.plot(*zip(*points, strict=True), marker="o", color=COLOURS[place % len(COLOURS)])
-        axes.set(xlabel="round", title=plot_name(name), xticks=[outcome.round for outcome in found])
+        unit, named = plot_unit([value for _, value in points])
+        axes.plot(
+            *zip(*((at, value / unit) for at, value in points), strict=True),
+            marker="o",
+            color=COLOURS[place % len(COLOURS)],
+        )
+        axes.set(xlabel="round", title=plot_name(name) + named, xticks=[outcome.round for outcome in found])
         axes.grid(alpha=0.3)
     return svg_file(figure, "rounds")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fusion_plugins.chain.settings import Chain, Step
 from fusion_plugins.errors import ChainError
+from fusion_plugins.redaction import without_credentials
 from fusion_plugins.store.files import make_folder, write_atomic
 
 FOLDER = ".fusion_run"
@@ -32,6 +33,7 @@ class Record:
         command: program and arguments.
         variables: environment variables that the file gave it; of secrets a digest.
         inputs: path -> state of what it read, when it started; see :func:`state_of`.
+        env: folder or URL of its environment, without what a URL keeps secret; None for that of the runner.
         pid: its process, which leads a group of its own.
         started: when, in seconds since 1970.
         seconds: how long it took.
@@ -41,6 +43,7 @@ class Record:
     command: list[str]
     variables: dict[str, str]
     inputs: dict[str, str | None]
+    env: str | None = None
     pid: int = 0
     started: float = 0.0
     seconds: float = 0.0
@@ -51,6 +54,8 @@ class Record:
             return "its command has changed"
         if self.variables != other.variables:
             return "its environment variables have changed"
+        if self.env != other.env:
+            return "its environment (env) has changed"
         changed = [
             path
             for path in self.inputs.keys() | other.inputs.keys()
@@ -78,7 +83,9 @@ class Records:
             if not self._chain.writes(self._chain.steps[name]):
                 record = self.load(name)
                 inputs[f"step {name}"] = None if record is None else str(record.started)
-        return Record(False, step.words, dict(self._chain.known_variables(step)), inputs)
+        where = self._chain.where(step)
+        env = where and without_credentials(where)
+        return Record(False, step.words, dict(self._chain.known_variables(step)), inputs, env)
 
     def load(self, name: str) -> Record | None:
         """Return the last run of a step; None where there is none."""
@@ -135,14 +142,37 @@ class Records:
                     f"the file system of {self.folder} gives no locks ({error.strerror or error}), so that nothing "
                     "would keep a second run out. Put the file of the chain into a folder on a local disk."
                 ) from None
+            # A program that was started by a step need not have inherited the lock.
+            for name, record in self._undone().items():
+                if _outlives_its_leader(record.pid):
+                    raise ChainError(
+                        f"{self._chain.path}: processes that the step {name} started in a run that was killed are "
+                        f"still at work. Wait until they have ended, or end them (kill -- -{record.pid}), then run "
+                        "the same command again."
+                    )
             yield descriptor
         finally:
             os.close(descriptor)
 
-    def _at_work(self) -> str:
+    def _undone(self) -> dict[str, Record]:
         records = {name: self.load(name) for name in self._chain.steps}
-        started = [f"{name} (process {record.pid})" for name, record in records.items() if record and not record.done]
+        return {name: record for name, record in records.items() if record is not None and not record.done}
+
+    def _at_work(self) -> str:
+        started = [f"{name} (process {record.pid})" for name, record in self._undone().items()]
         return f", or steps of a run that was killed still are: {', '.join(started)}" if started else ""
+
+
+def _outlives_its_leader(group: int) -> bool:
+    """Return whether processes of a group are left whose leader has gone; a leader that is there may be another one."""
+    alive = set()
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            # The name in brackets may hold anything.
+            state, _, its_group = file.read_text(errors="replace").rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                alive.add(int(file.parent.name))
+    return bool(alive) and group not in alive
 
 
 def state_of(path: Path) -> str | None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
@@ -13,7 +14,11 @@ from fusion_plugins.progress import duration
 from fusion_plugins.terminal import console
 
 REFRESH_SECONDS = 0.5
-WAITING, RUNNING, DONE, PRESENT, FAILED = "waits", "runs", "done", "was done", "failed"
+WAITING, RUNNING, DONE, PRESENT, FAILED, STOPPED = "waits", "runs", "done", "was done", "failed", "stopped"
+#: what is shown first where the terminal has fewer lines than there are steps
+URGENCY = (FAILED, RUNNING, STOPPED, WAITING, DONE, PRESENT)
+#: lines of the terminal that no step can have: the titles, what is not shown, and the cursor's
+OTHER_LINES = 3
 
 
 class Display:
@@ -37,10 +42,11 @@ class Display:
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         for name in self._running:
-            self._states[name] = ("stopped", None)
+            self._states[name] = (STOPPED, None)
         self._running = {}
-        self.refresh(now=True)
         if self._live is not None:
+            # The last table stays in the terminal, which scrolls: it has every step.
+            self._live.update(self._table(list(self._states)), refresh=False)
             self._live.stop()
 
     @property
@@ -73,7 +79,7 @@ class Display:
         """Draw the table again, if it is time to."""
         if self._live is not None and (now or time.monotonic() - self._shown >= REFRESH_SECONDS):
             self._shown = time.monotonic()
-            self._live.update(self._table(), refresh=True)
+            self._live.update(self._fitting(), refresh=True)
 
     def _event(self, name: str, state: str, seconds: float | None, line: str) -> None:
         self._states[name] = (state, seconds)
@@ -83,12 +89,22 @@ class Display:
             self._messages.print(line)
         self.refresh(now=True)
 
-    def _table(self) -> Table:
+    def _fitting(self) -> Group | Table:
+        """Return what the terminal has lines for."""
+        room = max(1, self._messages.height - OTHER_LINES)
+        if len(self._states) <= self._messages.height - 1:
+            return self._table(list(self._states))
+        urgent = sorted(self._states, key=lambda name: URGENCY.index(self._states[name][0]))[:room]
+        table = self._table([name for name in self._states if name in urgent])
+        return Group(table, f"{len(self.finished)} of {len(self._states)} steps are done; {room} are shown")
+
+    def _table(self, names: Sequence[str]) -> Table:
         table = Table(box=None, pad_edge=False)
         for title in ("step", "state", "time"):
             table.add_column(title, no_wrap=True)
         table.add_column("last line of its log", no_wrap=True, overflow="ellipsis", ratio=1)
-        for name, (state, seconds) in self._states.items():
+        for name in names:
+            state, seconds = self._states[name]
             running = self._running.get(name)
             line = "".join(tail(running, 1)) if running else ""
             taken = running.seconds if running else seconds

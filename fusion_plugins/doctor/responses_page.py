@@ -8,7 +8,7 @@ from rich.table import Table
 
 from fusion_plugins.core.preferences.worth import DomainWorth, Interval, SourceWorth
 from fusion_plugins.doctor.responses import ResponsesReport
-from fusion_plugins.page import COLOURS, new_figure, plot_name, png, render_page, svg
+from fusion_plugins.page import COLOURS, new_figure, plot_name, plot_unit, png, render_page, svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,18 +117,19 @@ def _draw(domain: DomainWorth) -> "Figure":
     found = [each for each in found if not math.isnan(each.value)][::-1]
     figure = new_figure(5.2, 1.3 + 0.35 * len(found))
     panel = figure.subplots()
+    unit, named = plot_unit(end for each in found for end in (each.value, *each.interval))
     for place, each in enumerate(found):
         colour = COLOURS[1] if each is domain.target else COLOURS[0]
-        low, high = (each.value if math.isnan(end) else end for end in each.interval)
+        low, high = ((each.value if math.isnan(end) else end) / unit for end in each.interval)
         panel.plot([low, high], [place, place], color=colour, linewidth=2)
-        panel.plot([each.value], [place], "o", color=colour)
+        panel.plot([each.value / unit], [place], "o", color=colour)
         if not math.isnan(each.dealt):
             panel.plot([each.dealt], [place], "|", color="black", markersize=12, markeredgewidth=2)
     panel.set_yticks(range(len(found)), [plot_name(each.name) for each in found])
     panel.set_ylim(-0.6, max(len(found), 1) - 0.4)
     verdicts = domain.measure == "verdict"
     panel.set_xlabel(
-        "accuracy (bar: the same answers dealt to other prompts)" if verdicts else "mean reward", fontsize=9
+        "accuracy (bar: the same answers dealt to other prompts)" if verdicts else f"mean reward{named}", fontsize=9
     )
     if verdicts:
         panel.set_xlim(-0.02, 1.02)

@@ -1,7 +1,7 @@
 """The decisions of a plan: small functions from what is known to a value and the reason, which the files repeat.
 
-What was measured is in docs/measurements.md; what the papers published is named as theirs. Every choice can be made by
-a flag in place of these.
+What was measured is in docs/evidence.md and docs/measurements.md; what the papers published is named as theirs. Every
+choice can be made by a flag in place of these.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,8 @@ TOY = 1e8
 SEQUENCE, BATCH = 2048, 128
 #: least steps of an epoch: a small set gets smaller batches
 STEPS = 50
+#: prompts from which on a round has enough of its own
+ROUND_PROMPTS = 1000
 #: share of a GPU's memory that weights, gradients and optimizer may take; the rest is for activations and logits
 SHARE = 0.7
 #: bytes per parameter: bfloat16 weights, gradients and AdamW without DeepSpeed; and frozen weights in 16 and 4 bits
@@ -63,18 +65,37 @@ def sequence_len(windows: Sequence[int | None], longest: int | None, asked: int 
     return Choice(most, f"the papers' length; all windows have at least {limit}")
 
 
-def lm_loss_weight(parameters: float) -> Choice:
-    """Return lambda for a target of that many parameters."""
-    if parameters < SMALL:
-        return Choice(0.5, "small targets gained twice as much with 0.5 as with the papers' 0.9 (docs/measurements.md)")
-    return Choice(0.9, "the papers' value, of 7B targets; small targets gained more with 0.5 (docs/measurements.md)")
+#: lambda: docs/evidence.md, FuseLLM by amount of text
+LM_LOSS_WEIGHT = Choice(
+    0.5,
+    "the papers' is 0.9, which showed no clear gain in our small world; 0.5 did, at every amount of text "
+    "(docs/evidence.md). Try both on a large target",
+)
+#: lambda of rounds
+OWN_LM_LOSS_WEIGHT = Choice(0.0, "the target's own answers are no examples to imitate")
+#: K of the stores
+ENTRIES = Choice(
+    64, "with the papers' 10 the gain was smaller in our small world (docs/evidence.md); 10 take a fifth of the disk"
+)
+#: loss of rounds
+OWN_LOSS = Choice("jsd", "half of it is what the sources would have said instead, half what they would not have said")
 
 
-def entries(sources: Sequence[float]) -> Choice:
-    """Return K of the stores, for sources of that many parameters each."""
-    if min(sources) >= LARGE:
-        return Choice(10, "the papers' value, of sources of 7B and more; weaker sources need more entries")
-    return Choice(64, "with 10 entries the gain of weak sources is gone (docs/measurements.md)")
+def rule(method: str, sources: int) -> Choice:
+    """Return the fusion rule for that many sources."""
+    if method == "rounds" and sources > 1:
+        return Choice(
+            "fixed_weights", "by cross-entropy, the best source of an own answer is the one that shares its mistakes"
+        )
+    return Choice("min_ce", "the papers'; the rules differ by less than fusing gains (docs/evidence.md)")
+
+
+def prompts_per_round(prompts: int, rounds: int) -> Choice:
+    """Return how many prompts each round takes: new ones where there are many, else all of them (None)."""
+    each = prompts // rounds
+    if rounds > 1 and each >= ROUND_PROMPTS:
+        return Choice(each, "each round has prompts of its own")
+    return Choice(None, "all of them: they are too few to divide")
 
 
 def human(parameters: float) -> str:
@@ -197,19 +218,33 @@ def batch(sequences: float, parameters: float, machine: Machine, asked: int | No
 
 
 def learning_rate(stage: str, parameters: float, model_type: str, adapter: str | None) -> Choice:
-    """Return the learning rate of a stage: fusellm, fusechat, sft or dpo."""
+    """Return the learning rate of a stage: fusellm, fusechat, sft, dpo or rounds."""
     if parameters < TOY:
-        return Choice({"dpo": 5e-5}.get(stage, 2e-3), "of the tutorials' models: this target is as small")
+        return Choice(
+            {"dpo": 5e-5, "rounds": 1e-3}.get(stage, 2e-3), "of the tutorials' models: this target is as small"
+        )
     if adapter:
-        return Choice({"dpo": 5e-6}.get(stage, 1e-4), "usual for adapters")
+        return Choice({"dpo": 5e-6, "rounds": 1e-5}.get(stage, 1e-4), "usual for adapters")
     if stage in ("fusellm", "fusechat"):
         return Choice({"fusellm": 1e-5, "fusechat": 5e-6}[stage], "the paper's")
+    if stage == "rounds":
+        return Choice(1e-6, "small, because the answers are of the target before the round; not measured")
     of_llama = model_type in LLAMA
     if stage == "sft":
         return Choice(5e-6 if of_llama else 2e-6, "FuseChat-3.0's for this family")
     if of_llama:
         return Choice(8e-7 if parameters >= LARGE else 1e-6, "FuseChat-3.0's for Llama targets of this size")
     return Choice(5e-7 if model_type.startswith("gemma") else 3e-7, "FuseChat-3.0's for this family")
+
+
+def epochs(stage: str, parameters: float) -> Choice:
+    """Return the passes over the texts of a stage: fusellm, fusechat, sft or rounds."""
+    if stage == "rounds":
+        few = Choice(1, "after it the answers are no longer the target's own")
+        return Choice(4, "a target of this size needs several") if parameters < TOY else few
+    if parameters < TOY:
+        return Choice(10, "a target of this size needs many")
+    return Choice({"fusellm": 1}.get(stage, 3), "the paper's")
 
 
 #: targets of this architecture take the length-normalised loss

@@ -16,7 +16,7 @@ _PAIRS = "may be given several times"
 
 def init(
     method: Annotated[
-        str | None, typer.Argument(help="fusellm, fusechat or fusechat3; without it everything is asked for.")
+        str | None, typer.Argument(help="fusellm, fusechat, fusechat3 or rounds; without it everything is asked for.")
     ] = None,
     more_sources: Annotated[
         list[str] | None, typer.Argument(help="Further sources, so that `--sources A B` works.", metavar="[SOURCE]...")
@@ -39,21 +39,28 @@ def init(
     sequence_len: Annotated[int | None, typer.Option(help="Tokens of a training row.")] = None,
     lm_loss_weight: Annotated[float | None, typer.Option(help="Lambda, the weight of the language-model loss.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Entries per position in the stores.")] = None,
-    rule: Annotated[str | None, typer.Option(help="Fusion rule.", show_default="min_ce")] = None,
+    rule: Annotated[str | None, typer.Option(help="Fusion rule.", show_default="min_ce; rounds: fixed_weights")] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences per step, over all GPUs.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the texts.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the (first) training.")] = None,
     pad_token: Annotated[str | None, typer.Option(help="Token of the target to pad with.")] = None,
     own: Annotated[bool, typer.Option("--own/--no-own", help="Capture the target itself, too.")] = True,
     merge: Annotated[str | None, typer.Option(help="fusechat: varm or fusechat_sce.", show_default="varm")] = None,
-    samples: Annotated[int | None, typer.Option(help="fusechat3: answers per prompt and source.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="fusechat3: longest answer in tokens.")] = None,
+    samples: Annotated[int | None, typer.Option(help="fusechat3, rounds: answers per prompt and source.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="fusechat3, rounds: longest answer in tokens.")] = None,
     reward_model: Annotated[
-        str | None, typer.Option(help="fusechat3: reward model of the prompts that cannot be verified.")
+        str | None, typer.Option(help="fusechat3, rounds: reward model of the prompts that cannot be verified.")
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the reward model.")
     ] = False,
+    rounds: Annotated[int | None, typer.Option(help="rounds: how many.", show_default="2")] = None,
+    tuned: Annotated[
+        bool, typer.Option("--tuned", help="rounds: the target was tuned on answers of these sources before.")
+    ] = False,
+    held_out: Annotated[
+        str | None, typer.Option(help="rounds: texts that the target is measured on after every round.")
+    ] = None,
     chat_template: Annotated[
         list[str] | None, typer.Option(help=f"MODEL=FILE with its chat template ({_PAIRS}).")
     ] = None,
@@ -68,7 +75,8 @@ def init(
     or `fusion init` to be asked.
     """
     from fusion_plugins.config import validate
-    from fusion_plugins.init.plan import InitConfig, make_plan
+    from fusion_plugins.init.plan import make_plan
+    from fusion_plugins.init.settings import InitConfig
     from fusion_plugins.init.write import files_of, write_files
 
     named = [*(sources or []), *(more_sources or [])]
@@ -97,6 +105,9 @@ def init(
         "max_tokens": max_tokens,
         "reward_model": reward_model,
         "trust_remote_code": trust_remote_code,
+        "rounds": rounds,
+        "tuned": tuned,
+        "held_out": held_out,
         "chat_templates": _pairs("--chat-template", chat_template),
         "facts": {name: _facts(name, text) for name, text in _pairs("--facts", facts).items()},
     }
@@ -122,7 +133,7 @@ def init(
 
 def _ask(values: dict[str, Any]) -> dict[str, Any]:
     """Ask for what was not given."""
-    from fusion_plugins.init.plan import METHODS
+    from fusion_plugins.init.settings import METHODS, ON_PROMPTS
 
     for name, about in METHODS.items():
         say(f"{name}: {about}")
@@ -132,8 +143,10 @@ def _ask(values: dict[str, Any]) -> dict[str, Any]:
     if values["sources"] is None:
         answers["sources"] = typer.prompt("Sources (folders or hub names, with spaces between)").split()
     if values["texts"] is None:
-        what = "Prompts" if answers["method"] == "fusechat3" else "Texts"
+        what = "Prompts" if answers["method"] in ON_PROMPTS else "Texts"
         answers["texts"] = typer.prompt(f"{what} (.jsonl or .parquet file or folder)")
+    if answers["method"] == "rounds" and not values["tuned"]:
+        answers["tuned"] = typer.confirm("Was the target tuned on answers of these sources before?", default=False)
     if values["out"] is None:
         answers["out"] = typer.prompt("Folder to write", default=answers["method"])
     if values["gpus"] is None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fusion_plugins.init import choices
 from fusion_plugins.init.machine import Machine
 from fusion_plugins.init.models import Model
+from fusion_plugins.init.settings import ON_PROMPTS
 from fusion_plugins.init.texts import VERIFIED_BY, Lengths, TextFacts, first
 
 
@@ -73,7 +74,7 @@ def about_texts(texts: TextFacts, method: str) -> Iterator[Finding]:
             "learnt from: add the answers, or use fusechat3, which takes prompts",
             stops=texts.ends_with_user == texts.count,
         )
-    if method == "fusechat3":
+    if method in ON_PROMPTS:
         for domain, column in VERIFIED_BY.items():
             count = texts.domains.get(domain, 0)
             if count and not texts.verifiable:

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 import fusion_plugins
 from fusion_plugins.axolotl.args import FusionBlock
+from fusion_plugins.chain.round_settings import RoundsConfig
 from fusion_plugins.chain.settings import Chain, ChainSettings
 from fusion_plugins.config import parse_yaml, validate
 from fusion_plugins.errors import ConfigError
@@ -17,7 +18,9 @@ from fusion_plugins.escape import for_terminal
 from fusion_plugins.init import choices
 from fusion_plugins.init.choices import Choice
 from fusion_plugins.init.models import Model
-from fusion_plugins.init.plan import METHODS, REWARD_PRESET, Plan, packs, sampling_of
+from fusion_plugins.init.plan import REWARD_PRESET, Plan, answer_tokens, packs, sampling_of
+from fusion_plugins.init.settings import METHODS, ON_PROMPTS
+from fusion_plugins.init.steps import steps_of
 from fusion_plugins.install import missing_package_error
 from fusion_plugins.recipes import recipe_files
 from fusion_plugins.scoring.score import ScoreConfig
@@ -28,8 +31,15 @@ from fusion_plugins.store.files import make_folder, write_atomic
 
 #: the steps, where `fusion run` looks for them
 RUN_FILE = "fusion.yml"
+#: what the templates see of a plan under its own name
+_OF_THE_PLAN = ("config", "target", "sources", "texts", "machine", "memory", "verifiers")
 #: beginning of a file's name -> who reads it
-_READERS: dict[str, type[BaseModel]] = {"capture-": CaptureConfig, "sample": SampleConfig, "score": ScoreConfig}
+_READERS: dict[str, type[BaseModel]] = {
+    "capture-": CaptureConfig,
+    "sample": SampleConfig,
+    "score": ScoreConfig,
+    "rounds": RoundsConfig,
+}
 
 
 def files_of(plan: Plan) -> dict[str, str]:
@@ -74,28 +84,10 @@ def _check(name: str, values: Any) -> None:
 
 def _files(plan: Plan) -> Iterator[tuple[str, str]]:
     render = _Renderer(plan)
-    method, target = plan.config.method, plan.target
-    base = plan.seen(target.name)
-    if method == "fusechat3":
-        yield "sample.yml", render("sample.yml")
-        yield "score.yml", render("score.yml")
-        yield "sft.yml", render("sft.yml", name="sft", made="sft", base=base)
-        own = {
-            "learning_rate": plan.values["dpo_learning_rate"],
-            "epochs": Choice(1, "the paper's"),
-            "base": f"./{plan.trained_first}",
-        }
-        yield "dpo.yml", render("dpo.yml", name="dpo", made="dpo", preferences=True, **own)
+    if plan.config.method in ON_PROMPTS:
+        yield from _files_of_answers(plan, render)
     else:
-        for model in plan.captured:
-            yield f"capture-{model.short}.yml", render.capture(model)
-    if method == "fusellm":
-        yield "train.yml", render("fused.yml", name="train", made="fused", base=base, learnt=plan.sources)
-    if method == "fusechat":
-        for source in plan.sources:
-            name = f"train-{source.short}"
-            yield f"{name}.yml", render("fused.yml", name=name, made=name, base=base, learnt=[source])
-        yield "merge.yml", render("merge.yml")
+        yield from _files_of_stores(plan, render)
     if plan.memory.stage:
         name = f"deepspeed/zero{plan.memory.stage}.json"
         yield name, recipe_files()[f"axolotl_configs/{name}"].read_text(encoding="utf-8")
@@ -103,10 +95,41 @@ def _files(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "README.md", render("README.md")
 
 
+def _files_of_stores(plan: Plan, render: "_Renderer") -> Iterator[tuple[str, str]]:
+    base = plan.seen(plan.target.name)
+    for model in plan.captured:
+        yield f"capture-{model.short}.yml", render.capture(model)
+    if plan.config.method == "fusellm":
+        yield "train.yml", render("fused.yml", name="train", made="fused", base=base, learnt=plan.sources)
+        return
+    for source in plan.sources:
+        name = f"train-{source.short}"
+        yield f"{name}.yml", render("fused.yml", name=name, made=name, base=base, learnt=[source])
+    yield "merge.yml", render("merge.yml")
+
+
+def _files_of_answers(plan: Plan, render: "_Renderer") -> Iterator[tuple[str, str]]:
+    base, tuned = plan.seen(plan.target.name), f"./{plan.trained_first}"
+    if plan.config.tuned:
+        tuned = base
+    else:
+        yield "sample.yml", render("sample.yml")
+        yield "score.yml", render("score.yml")
+        yield "sft.yml", render("sft.yml", name="sft", made="sft", base=base)
+    values = plan.values
+    if plan.config.method == "fusechat3":
+        own = {"learning_rate": values["dpo_learning_rate"], "epochs": Choice(1, "the paper's")}
+        yield "dpo.yml", render("dpo.yml", name="dpo", made="dpo", preferences=True, base=tuned, **own)
+        return
+    own = {key: values.get(f"round_{key}", values[key]) for key in ("learning_rate", "epochs")}
+    yield "rounds.yml", render("rounds.yml", base=tuned)
+    yield "train.yml", render("round.yml", name="train", made="model", base=tuned, scheduler="constant", **own)
+
+
 def run_file(plan: Plan) -> str:
     """Return ``fusion.yml``: the steps for ``fusion run``."""
     steps = []
-    for step in plan.steps():
+    for step in steps_of(plan):
         entry: dict[str, Any] = {"name": step.name, "command": step.line}
         entry |= {key: list(value) for key in ("needs", "reads", "writes") if (value := getattr(step, key))}
         if step.samples and plan.config.vllm is not None:
@@ -145,27 +168,29 @@ class _Renderer:
 
     def capture(self, model: Model) -> str:
         """The settings that store what one model says."""
-        facts, machine = model.facts, self._plan.machine
         return self(
             "capture.yml",
             model=model,
             template=self._values["templates"][model.short],
             parallel=self._values["parallel"][model.short],
-            batch_tokens=choices.batch_tokens(facts.parameters, facts.vocab_size, machine)
-            or Choice(1024, "it does not fit"),
         )
+
+    def _batch_tokens(self, model: Model) -> Choice:
+        facts, machine = model.facts, self._plan.machine
+        return choices.batch_tokens(facts.parameters, facts.vocab_size, machine) or Choice(1024, "it does not fit")
 
     def _of_the_plan(self, plan: Plan) -> dict[str, Any]:
         config, models = plan.config, [plan.target, *plan.sources]
         templates = {model.short: plan.template_of(model) for model in models}
         unverified = plan.texts.verifiable < plan.texts.count
-        rewards = config.method == "fusechat3" and (unverified or config.reward_model is not None)
+        asks = config.method in ON_PROMPTS
+        rewards = asks and (unverified or config.reward_model is not None)
         parallel = {
             model.short: choices.tensor_parallel(model.facts.parameters, plan.machine) or max(plan.machine.gpus, 1)
             for model in models
         }
         return {
-            **{name: getattr(plan, name) for name in ("config", "target", "sources", "texts", "machine", "memory")},
+            **{name: getattr(plan, name) for name in _OF_THE_PLAN},
             **plan.values,
             "plan": plan,
             "batch": plan.batch,
@@ -174,11 +199,16 @@ class _Renderer:
             "target_template": templates[plan.target.short],
             "names": " and ".join(source.short for source in plan.sources),
             "packing": packs(config.method, plan.machine),
+            "asks": asks,
             "preferences": False,
+            "scheduler": "cosine",
             "warmup": {"fusellm": 0.008, "fusechat": 0.03}.get(config.method, 0.1),
             "sampling": {source.short: sampling_of(source, plan) for source in plan.sources},
+            "own_tokens": answer_tokens(plan.target, plan),
             "samples": {name: SAMPLES_PER_PROMPT.get(name, 5) for name in plan.texts.domains},
             "parallel": parallel,
+            "batch_tokens": {model.short: self._batch_tokens(model) for model in models},
+            "short_sources": [source.short for source in plan.sources],
             "rewards": rewards,
             "reward_preset": REWARD_PRESET,
             "domains": sorted(plan.texts.domains),
@@ -187,19 +217,15 @@ class _Renderer:
             "folder": shlex.quote(config.out),
             "stops": [finding for finding in plan.findings if finding.stops],
             "notes": [finding for finding in plan.findings if not finding.stops],
-            "steps": list(plan.steps()),
+            "steps": list(steps_of(plan)),
             "chosen": list(chosen_settings(plan)),
         }
 
 
 def chosen_settings(plan: Plan) -> Iterator[tuple[str, str, str]]:
     """Yield name, value and reason of what was chosen, for a table."""
-    values = plan.values
-    preferences = plan.config.method == "fusechat3"
-    left_out = ("lm_loss_weight", "top_k") if preferences else ("dpo_loss", "dpo_beta", "dpo_learning_rate")
-    for name, choice in values.items():
-        if name not in left_out:
-            yield name, str(choice.value), choice.why
+    for name, choice in plan.values.items():
+        yield name, "all" if choice.value is None else str(choice.value), choice.why
     trained = plan.memory.adapter or "all weights"
     stage = f", ZeRO-{plan.memory.stage}" if plan.memory.stage else ""
     yield "training", trained + stage, plan.memory.why

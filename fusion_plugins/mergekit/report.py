@@ -87,9 +87,20 @@ def render_merge_report(folder: Path) -> str:
         DataError: there is no readable record, it has another format, or it belongs to other weights.
         ModuleNotFoundError: jinja2 or matplotlib is not installed.
     """
+    return render_page("merge.html", merge_values(folder))
+
+
+def merge_values(folder: Path, level: int = 2) -> dict[str, Any]:
+    """Return what the template ``parts/merge.html`` names; see :func:`render_merge_report`.
+
+    Args:
+        folder: of the merged model.
+        level: of the headings.
+    """
     record = read_record(folder)
     summary = summarize_merge(record)
-    values = {
+    return {
+        "level": level,
         "name": folder.resolve().name,
         "record": record,
         "summary": summary,
@@ -98,7 +109,6 @@ def render_merge_report(folder: Path) -> str:
         "outside": [entry for entry in record["tensors"] if entry["layer"] is None],
         "config": json.dumps(record["config"], indent=2, ensure_ascii=False),
     }
-    return render_page("merge.html", values)
 
 
 def _heat_maps(record: Mapping[str, Any], names: Sequence[str]) -> list[tuple[Any, int]]:

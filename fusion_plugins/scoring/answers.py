@@ -7,7 +7,8 @@ bold. Of several the last group counts: boxes that only "and", "or" or a comma p
 import re
 from dataclasses import dataclass
 
-from fusion_plugins.scoring.quantities import LIST, is_list, plain_signs, read
+from fusion_plugins.scoring.quantities import LIST, is_list, read
+from fusion_plugins.scoring.signs import plain_signs
 
 #: the end of a model's thinking; in a program it is inside quotes
 _THOUGHT = re.compile(
@@ -47,7 +48,7 @@ _TOKEN = re.compile(r"<\|\w+\|>")
 _DRAWING = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
 _HASHES = re.compile(r"^[ \t]*####(?!#)[ \t]*(\S[^\n]*)", re.MULTILINE)
 _GOLD_HASHES = re.compile(r"####(?!#)[ \t]*(\S[^\n]*)")
-_PHRASE = re.compile(
+PHRASE = re.compile(
     r"(?P<final>\bfinal\s+)?\b(?:ans(?:wer)?|(?<=final )(?:result|value)|correct\s+(?:option|choice)|option)s?\b"
     r"(?:\s+(?:to|of|for)\s[^.\n:]{0,80}?)?\s*"
     r"(?:(?:is|are|was|would\s+be|must\s+be|should\s+be|equals)\b|[:=：])\s*:?"
@@ -56,8 +57,8 @@ _PHRASE = re.compile(
     r"|(?:最终|最后|正确)?(?:答案|选项)(?:应该|应|就)?\s*(?:是|为|选|[:：=])+|(?:^|[\s。，])答\s*[:：]|(?:故|因此|所以|应该?)选(?:择)?\s*[:：]?(?=\s*[A-J])",
     re.IGNORECASE | re.MULTILINE,
 )
-_BOLD = re.compile(r"\*\*([^*\n]+?)\*\*|__([^_\n]+?)__")
-_SENTENCE_END = re.compile(r"\n|[。！？!?；]|\.(?=\s|$|\*\*)|;\s")
+BOLD = re.compile(r"\*\*([^*\n]+?)\*\*|__([^_\n]+?)__")
+SENTENCE_END = re.compile(r"\n|[。！？!?；]|\.(?=\s|$|\*\*)|;\s")
 _FORMULA = re.compile(
     r"(?<!\\)\$\$(.+?)(?<!\\)\$\$"
     # "$18 per day and $20" are two prices.
@@ -70,8 +71,8 @@ _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 # The minus of "10-5" is no sign and "x2" is no number, hence the look-behind. ASCII, because a Chinese character would
 # count as a letter and "付2380元" would hold no number.
 _VALUE_IN_TEXT = re.compile(
-    rf"(?<![\w.])(?:(?<=[\s=(:：,，是为])|^|(?<=[^\x00-\x7f])|(?<![\d)]))(?:-\((?:{_NUMBER})\)|[-+]?[$€£¥]?\s?(?:{_NUMBER}))"
-    rf"(?:\s*(?:[-+*/×÷^]|\\times|\\div|\\cdot)\s*\(?-?(?:{_NUMBER})\)?|[eE][-+]?\d{{1,3}})*(?:\s*\\?%)?",
+    rf"(?<![\w.^])(?<![\^_]\{{)(?:(?<=[\s=(:：,，是为])|^|(?<=[^\x00-\x7f])|(?<![\d)]))(?:-\((?:{_NUMBER})\)|[-+]?[$€£¥]?\s?(?:{_NUMBER}))"
+    rf"(?:\s*(?:[-+*/×÷^]|\\times|\\div|\\cdot)\s*[({{]?-?(?:{_NUMBER})[)}}]?|[eE][-+]?\d{{1,3}})*(?:\s*\\?%)?",
     re.ASCII | re.MULTILINE,
 )
 #: "step 2: 14" is a label and a number, no ratio
@@ -84,6 +85,9 @@ _MULTIPLIED = re.compile(
     r"\s*-?\s*(?:(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore)s?\b|bn\b|percent\b|[十百千]?[万亿]|(?<=\d)[kKMB](?![A-Za-z]))",
     re.ASCII,
 )
+_EXPRESSION = re.compile(
+    r"(?:\\[a-zA-Z]+|\b(?:sqrt|pi|sin|cos|tan|log|ln|exp)\b|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|[\d\s.()\[\]{}^_+*/|!-])+"
+)
 _WORDS = ("yes", "no", "true", "false")
 
 
@@ -93,7 +97,7 @@ class Found:
 
     Attributes:
         texts: the ways to read it, the most likely first.
-        how: boxed, hashes, phrase, bold, formula or number.
+        how: boxed, hashes, phrase, bold, formula, number or name.
     """
 
     texts: tuple[str, ...]
@@ -136,7 +140,7 @@ def find_answer(response: str, *, marked_only: bool = False, broken_off: bool = 
         >>> find_answer("The answer is 90/3=30 bananas, as shown.").texts[0]
         '90/3=30 bananas'
     """
-    text = _said(response)
+    text = said(response)
     broken_off = broken_off or _BROKEN_OFF.search(text) is not None
     boxes, place = _last_boxes(text)
     hashed = [match for match in _HASHES.finditer(text) if _is_value(match[1])]
@@ -149,7 +153,7 @@ def find_answer(response: str, *, marked_only: bool = False, broken_off: bool = 
         # "#### 3 key points" is a heading, "#### 3 apples" an answer; where both are possible, what is said decides.
         if not phrase or _is_bare(hashed[-1][1]):
             return Found((hashed[-1][1].strip().rstrip("!"),), "hashes")
-    bold = [match for match in _BOLD.finditer(text) if _is_value(match[1] or match[2])]
+    bold = [match for match in BOLD.finditer(text) if _is_value(match[1] or match[2])]
     # A bold value counts where no number follows it, and against what was said before only in a line of its own.
     if bold and not broken_off and not re.search(r"\d", text[bold[-1].end() :]):
         if not phrase or (bold[-1].start() > phrase[1] and re.search(r"\n\W*\Z", text[: bold[-1].start()])):
@@ -162,13 +166,13 @@ def find_answer(response: str, *, marked_only: bool = False, broken_off: bool = 
     whole = text.strip().rstrip("!")
     # "2√3" is one value.
     root = re.fullmatch(r"-?\d*\\sqrt\{[^{}]*\}\.?", whole)
-    if root or read(whole).kind or is_list(whole) or re.fullmatch(r"[A-Za-z-]+\.?", whole):
+    if root or read(whole).kind or is_list(whole) or re.fullmatch(r"[A-Za-z-]+\.?", whole) or _is_expression(whole):
         return Found((whole,), "number")
     return _last_value(text)
 
 
-def _said(response: str) -> str:
-    """Return what a response says, without drawings, marks of templates, and answers that it denies."""
+def said(response: str) -> str:
+    """Return what a response says at last, without drawings, marks of templates, and answers that it denies."""
     text = plain_signs(_TOKEN.sub(" ", _DRAWING.sub("", final_part(response))))
     tagged = _ANSWER_TAG.findall(text)
     if tagged and "\\box" not in text and re.search(r"\w", tagged[-1]):
@@ -189,7 +193,7 @@ def find_letter(response: str) -> str | None:
 
 def _last_phrase(text: str, boxes: str | None, boxed_at: int) -> tuple[tuple[str, ...], int, bool] | None:
     """Return the ways to read what the last "the answer is" says, its place, and whether it is called final."""
-    for match in reversed(list(_PHRASE.finditer(text))):
+    for match in reversed(list(PHRASE.finditer(text))):
         said = text[match.end() :].lstrip(" \t:*_")
         if said.startswith("\n"):
             said = said.lstrip()
@@ -215,7 +219,7 @@ def _ways_to_read(said: str) -> tuple[str, ...]:
             place = formula.end()
         behind = _MULTIPLIED.match(said, place)
         return (", ".join(part.strip() for part in parts) + (behind[0] if behind else ""),)
-    end = _SENTENCE_END.search(said)
+    end = SENTENCE_END.search(said)
     sentence = (said[: end.start()] if end else said).replace("**", "").replace("__", "").strip()
     if read(sentence).kind or is_list(sentence):
         return (sentence,)
@@ -323,6 +327,11 @@ def _is_value(text: str) -> bool:
         return False
     # A formula without its marks: it begins with a sign, a digit, a bracket, a command or a variable.
     return re.match(r"[-+(\[{|\\$\d.√]|[A-Za-z](?![A-Za-z])|(?:sqrt|pi|ln|log|sin|cos|tan)\b", text) is not None
+
+
+def _is_expression(text: str) -> bool:
+    """Return whether a text is a formula without marks, such as x^2 + 1."""
+    return _EXPRESSION.fullmatch(text) is not None and re.search(r"[A-Za-z^]", text) is not None
 
 
 def _is_bare(text: str) -> bool:

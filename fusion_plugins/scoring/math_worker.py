@@ -16,10 +16,10 @@ from typing import Any
 
 from fusion_plugins.scoring.answers import Found, find_answer, find_letter, gold_answer
 from fusion_plugins.scoring.intervals import as_interval
-from fusion_plugins.scoring.quantities import LIST, Quantity, as_formula, plain_signs, read, same
+from fusion_plugins.scoring.named import WORDS, find_name, kind_of_name, roman_numerals, without_article
+from fusion_plugins.scoring.quantities import LIST, Quantity, as_formula, read, same
+from fusion_plugins.scoring.signs import plain_signs
 
-#: an answer in words, such as "east" or "not enough"
-_WORDS = re.compile(r"[^\W\d_]+(?:[\s'-]+[^\W\d_]+)*")
 #: address space: a tower of powers ends with a MemoryError, not with a machine out of memory
 MEMORY_BYTES = 4 << 30
 
@@ -35,20 +35,22 @@ def judge(reference: str, response: str, *, marked_only: bool = False, broken_of
 
     Returns:
         ``correct`` (None where no verdict is possible), ``reason``, ``gold``, ``answer``, ``found`` (how the answer is
-        marked: boxed, hashes, phrase, bold, formula, number or letter) and ``rule`` (what compared the two: text,
-        number, choice, range, time, date, ratio, interval or math-verify).
+        marked: boxed, hashes, phrase, bold, formula, number, name or letter) and ``rule`` (what compared the two: text,
+        number, choice, range, time, date, weekday, month, ratio, interval or math-verify).
     """
     gold = gold_answer(plain_signs(reference))
     reply: dict[str, Any] = {
         "correct": None, "reason": None, "gold": gold, "answer": None, "found": None, "rule": None
     }  # fmt: skip
-    if not read(gold).kind and not _WORDS.fullmatch(gold) and not _readable(_parse(gold)):
+    if not read(gold).kind and not WORDS.fullmatch(gold) and not _readable(_parse(gold)):
         return reply | {"reason": "the gold answer cannot be read"}
     found = find_answer(response, marked_only=marked_only, broken_off=broken_off)
     if read(gold).kind == "choice" and not marked_only and not (found and found.how in ("boxed", "hashes")):
         texts = found.texts if found else ()
         letter = None if any(read(text).kind == "choice" for text in texts) else find_letter(response)
         found = Found((letter, *texts), found.how if found else "letter") if letter else found
+    if not marked_only:
+        found = find_name(response, gold, found, broken_off=broken_off)
     if found is None:
         return reply | {"correct": False, "reason": "the response has no answer"}
     verdicts: list[dict[str, Any]] = []
@@ -88,6 +90,8 @@ def _compare_one(gold: str, answer: str) -> dict[str, Any]:
     one, other = read(gold), read(answer)
     if _plain(gold) == _plain(answer):
         return {"correct": True, "rule": "text"}
+    if kind_of_name(gold) == "roman" and len(numerals := roman_numerals(answer)) == 1:
+        return {"correct": numerals == [gold], "rule": "text"}
     if one.kind == "choice":
         equal = same(one, other) or (
             one.content and other.kind != "choice" and _compare(one.content, answer)["correct"]
@@ -111,7 +115,7 @@ def _compare_values(gold: str, answer: str, one: Quantity, other: Quantity) -> d
             return {"correct": equal, "rule": one.kind}
     if other.kind == "choice" and other.content:
         return _compare(gold, other.content)
-    if _WORDS.fullmatch(gold) and _WORDS.fullmatch(answer) and len(gold) > 1:
+    if WORDS.fullmatch(gold) and WORDS.fullmatch(answer.rstrip(".。")) and len(gold) > 1:
         return {"correct": False, "rule": "text"}
     golds, answers = _parse(gold), _parse(answer)
     if _equal(golds, answers):
@@ -141,7 +145,9 @@ def _plain(text: str) -> str:
 
     In a formula they mean something: 12.5 is not 125, and 3 1/2 is not 31/2.
     """
-    words = re.sub(r"\\(?:text|textbf|mathrm|mbox|left|right|[,!; ])|[\s${}*.。]|\\[()\[\]]", "", text).lower()
+    words = re.sub(
+        r"\\(?:text|textbf|mathrm|mbox|left|right|[,!; ])|[\s${}*.。]|\\[()\[\]]", "", without_article(text)
+    ).lower()
     if not re.search(r"[\d\\^_/]", words):
         return words
     return " ".join(text.split()).rstrip(".。").lower() if re.search(r"[A-Za-z]{2}", words) else text.strip()

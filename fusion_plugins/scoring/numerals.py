@@ -93,14 +93,17 @@ def _value(found: re.Match[str]) -> Fraction | None:
 
 def _chinese_number(text: str) -> tuple[Fraction, str] | None:
     found = re.match(
-        r"(负?)((?:百分之)?)([零〇一二两三四五六七八九十百千万亿点]+)(?:分之([零〇一二两三四五六七八九十百千万亿]+))?",
+        r"(负?)((?:百分之)?)(?:([零一二两三四五六七八九十百千万亿]+)又)?([零〇一二两三四五六七八九十百千万亿点]+)"
+        r"(?:分之([零〇一二两三四五六七八九十百千万亿]+))?",
         text,
     )
     if not found:
         return None
-    value = _chinese(found[3])
-    if found[4]:
-        value = _chinese(found[4]) / value if value else Fraction(0)
+    value = _chinese(found[4])
+    if found[5]:
+        value = _chinese(found[5]) / value if value else Fraction(0)
+    if found[3]:  # 二又二分之一
+        value += _chinese(found[3])
     return -value if found[1] else value, ("%" if found[2] else "") + text[found.end() :]
 
 

@@ -1,4 +1,4 @@
-r"""Read answers that are no formula: numbers in words and with units, letters, ranges, times, dates.
+r"""Read answers that are no formula: numbers in words and with units, letters, ranges, times, dates, weekdays, months.
 
 One reader for gold and response alike; what it cannot read is left to math-verify.
 
@@ -13,52 +13,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
+from fusion_plugins.scoring.dates import read_clock, read_date, read_month, read_weekday
 from fusion_plugins.scoring.intervals import says_interval
 from fusion_plugins.scoring.numerals import NUMBER, decimal, leading_number
+from fusion_plugins.scoring.signs import plain_signs
+from fusion_plugins.scoring.units import UNITS, is_unit, power_of
 
 #: a longer text is no quantity
 _MAX_CHARACTERS = 200
 _TOLERANCE = Fraction(1, 10**6)
 
-#: unit -> (what it measures, how many of the smallest)
-_UNITS: dict[str, tuple[str, Fraction]] = {
-    name: (dimension, Fraction(factor))
-    for dimension, units in {
-        "length": {
-            "mm millimeter millimetre 毫米": "1", "cm centimeter centimetre 厘米": "10", "m meter metre 米": "1000",
-            "km kilometer kilometre 千米 公里": "1000000", "inch inches": "25.4", "ft foot feet": "304.8",
-            "yd yard": "914.4", "mi mile": "1609344",
-        },
-        "mass": {
-            "mg milligram 毫克": "1", "g gram 克": "1000", "kg kilogram 千克 公斤": "1000000",
-            "t ton tonne 吨": "1000000000", "oz ounce": "28349.523125", "lb lbs pound": "453592.37",
-        },
-        "time": {
-            "s sec second 秒": "1", "min minute 分钟": "60", "h hr hrs hour 小时": "3600", "day 天": "86400",
-            "week 周 星期": "604800",
-        },
-        "volume": {"ml milliliter millilitre 毫升": "1", "l liter litre 升": "1000"},
-        "dollars": {"¢ cent": "1", "$ dollar usd": "100"},
-        "yuan": {"分": "1", "角": "10", "¥ yuan rmb 元 块": "100"},
-    }.items()
-    for names, factor in units.items()
-    for word in names.split()
-    for name in (word, f"{word}s")
-}  # fmt: skip
-
-_SYMBOLS = frozenset("mph km/h m/s am pm".split()) | {
-    f"{unit}{power}" for unit in ("mm", "cm", "m", "km", "ft") for power in "²³"
-}
-_SYMBOLS |= {
-    f"{symbol[:-1]}{sign}{'²³'.index(symbol[-1]) + 2}"
-    for symbol in _SYMBOLS
-    if symbol[-1] in "²³"
-    for sign in ("", "^")
-}
-#: words behind a number that are no unit: functions, and what begins the rest of a sentence
-_NO_UNITS = frozenset(
-    "sqrt sin cos tan log ln exp mod and or to pi times plus minus over squared cubed is are because since so".split()
-)
 _LATEX = (
     (re.compile(r"(?<=\d)(,?)\\[,!;: ](?=\d{3}(?!\d))"), r"\1"),
     (re.compile(r"\\(?:left|right|displaystyle|bigl?|bigr?|[,!;: ]|quad|qquad)(?![a-zA-Z])|~"), " "),
@@ -74,19 +38,6 @@ _LATEX = (
     (re.compile(r"\\([%$])"), r"\1"),
     (re.compile(r"\*\*|__"), ""),
 )
-#: signs as typesetting and Chinese text have them -> ASCII
-_SIGNS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
-    ord(sign): plain
-    for signs, plain in {
-        "−﹣‐‑‒": "-",
-        "–—": "–",
-        "\u00a0\u2009\u202f\u3000": " ",
-        "﹪": "%",
-        "\u200b\ufeff": "",
-    }.items()
-    for sign in signs
-}
-_FRACTIONS = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅛": "1/8"}
 _FORMULA = re.compile(r"\$\$?((?:\\\$|[^$])+)\$\$?|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
 _APPROXIMATELY = re.compile(
     r"^(?:about|approximately|approx\.?|roughly|around|exactly|only|just|a total of|\\approx|\\sim|[≈~=:]"
@@ -102,23 +53,8 @@ _RANGE = re.compile(
     r"(?:(?:between|from)\s+)?(.+?)\s*(?:(?<=[\d%])\s*-\s*(?=[$\d])|–|\bto\b|\band\b|~|至|到)\s*(.+)",
     re.DOTALL | re.IGNORECASE,
 )
-_CLOCK = re.compile(
-    r"(?P<hour>\d{1,2})(?:[:：](?P<minute>\d{2}))?(?::\d{2})?\s*(?P<half>[ap])\.?\s*m\.?"
-    r"|(?P<hour2>\d{1,2}):(?P<minute2>\d{2})(?::\d{2})?(?:\s*o'?clock)?|(?P<hour3>\d{1,2})\s*o'?clock"
-    r"|(?P<half4>上午|早上|下午|晚上)?(?P<hour4>\d{1,2})[点时](?:(?P<minute4>\d{1,2})分?|(?P<thirty>半))?",
-    re.IGNORECASE,
-)
-_HALVES = {"a": 0, "p": 12, "上午": 0, "早上": 0, "下午": 12, "晚上": 12}
 #: what parts the members of a list
 LIST = re.compile(r"\s*(?:,|、|，|;|\band\b|\bor\b|和|或)\s*(?:and\b|or\b)?\s*")
-_MONTHS = "january february march april may june july august september october november december".split()
-_DATE = re.compile(
-    r"(?P<year>\d{4})[-/.年]\s*(?P<month>\d{1,2})[-/.月]\s*(?P<day>\d{1,2})日?"
-    r"|(?P<name>[A-Za-z]{3,9})\.?\s+(?P<nth>\d{1,2})(?:st|nd|rd|th)?(?:,?\s+(?P<of>\d{4}))?"
-    r"|(?:the\s+)?(?P<nth2>\d{1,2})(?:st|nd|rd|th)?\s+(?:of\s+)?(?P<name2>[A-Za-z]{3,9})\.?(?:,?\s+(?P<of2>\d{4}))?"
-    r"|(?P<month3>\d{1,2})月(?P<day3>\d{1,2})日"
-    r"|(?P<one>\d{1,2})/(?P<two>\d{1,2})/(?P<of3>\d{4})"
-)
 
 
 @dataclass(frozen=True)
@@ -134,6 +70,8 @@ class Quantity:
         bounds: the two ends of a range.
         clock: minutes after midnight, and whether a.m. or p.m. is given.
         date: year (or None), month, day.
+        weekday: 1 for Monday to 7 for Sunday.
+        month: 1 to 12, of a month that is named.
         worked_out: False for arithmetic that nobody has carried out, such as 290/2.
         ratio: the terms of a ratio such as 3 : 4.
         interval: whether it is an inequality, or an interval with an infinite end.
@@ -147,40 +85,27 @@ class Quantity:
     bounds: "tuple[Quantity, Quantity] | None" = None
     clock: tuple[int, bool] | None = None
     date: tuple[int | None, int, int] | None = None
+    weekday: int | None = None
+    month: int | None = None
     worked_out: bool = True
     ratio: "tuple[Fraction, ...]" = ()
     interval: bool = False
 
     @property
     def kind(self) -> str:
-        """Return number, choice, range, time, date, ratio, interval, or "" for what cannot be read."""
+        """Return number, choice, range, time, date, weekday, month, ratio, interval, or "" for what cannot be read."""
         kinds = {
             "number": self.number,
             "choice": self.choice or None,
             "range": self.bounds,
             "time": self.clock,
             "date": self.date,
+            "weekday": self.weekday,
+            "month": self.month,
             "ratio": self.ratio or None,
             "interval": self.interval or None,
         }
         return next((name for name, value in kinds.items() if value is not None), "" if self.worked_out else "number")
-
-
-def plain_signs(text: str) -> str:
-    """Return a text with ASCII digits, letters and minus signs; formulas stay as they are.
-
-    Example:
-        >>> plain_signs("２３８０元, −5, 3½")
-        '2380元, -5, 3 1/2'
-    """
-    text = text.translate(_SIGNS)
-    for sign, fraction in _FRACTIONS.items():
-        text = re.sub(rf"(?<=\d)\s*{sign}", f" {fraction}", text).replace(sign, fraction)
-    text = re.sub(r"√\s*(\d+|\([^()]*\)|\w)", r"\\sqrt{\1}", text).replace("π", r"\pi ")
-    text = re.sub(r"(?<=[(\[,\s+-])(?:oo|inf(?:inity)?|∞)(?=\s*[,)\]])", r"\\infty", text)
-    # A dash is a minus where nothing is before it that it could part from what follows.
-    text = re.sub(r"(^|[=({,:$]\s?|[^\W\d]\s)–(?=\d)", r"\1-", text)
-    return text
 
 
 def is_list(text: str) -> bool:
@@ -217,7 +142,7 @@ def read(text: str) -> Quantity:
     if says_interval(text):
         return Quantity(interval=True)
     text = _bare(text)
-    for reader in (_read_choice, _read_clock, _read_date, _read_number, _read_range, _read_ratio):
+    for reader in (_read_choice, _read_calendar, _read_number, _read_range, _read_ratio):
         found = reader(text)
         if found is not None:
             return found
@@ -238,6 +163,8 @@ def same(gold: Quantity, answer: Quantity) -> bool:
         return minutes == others or (not (certain and also) and (minutes - others) % 720 == 0)
     if gold.date and answer.date:
         return gold.date[1:] == answer.date[1:] and len({gold.date[0], answer.date[0]} - {None}) <= 1
+    if gold.weekday or gold.month:
+        return (gold.weekday, gold.month) == (answer.weekday, answer.month)
     if gold.choice or answer.choice:
         return gold.choice == answer.choice
     if gold.ratio or answer.ratio:
@@ -267,10 +194,9 @@ def _same_number(gold: Quantity, answer: Quantity) -> bool:
     if all(unit.startswith("_") for unit in units) and units[0] != units[1]:
         return False
     # Square inches are no cubic inches.
-    powers = {unit[-2:] for unit in units if unit[-2:] in ("^2", "^3")}
-    if len(powers) > 1:
+    if len({power_of(unit) for unit in units} - {0}) > 1:
         return False
-    first, second = (_UNITS.get(unit) for unit in units)
+    first, second = (UNITS.get(unit) for unit in units)
     if first and second:
         return first[0] == second[0] and close(one * first[1], other * second[1])
     if gold.percent != answer.percent:
@@ -327,37 +253,15 @@ def _read_choice(text: str) -> Quantity | None:
     return Quantity(choice=frozenset(found[1]), content=found[2] or "")
 
 
-def _read_clock(text: str) -> Quantity | None:
-    found = _CLOCK.fullmatch(text)
-    if not found:
-        return None
-    hour, minute = (
-        next((int(found[name]) for name in names if found[name]), 0)
-        for names in (("hour", "hour2", "hour3", "hour4"), ("minute", "minute2", "minute4"))
-    )
-    minute = 30 if found["thirty"] else minute
-    if hour > 24 or minute > 59:
-        return None
-    half = _HALVES.get((found["half"] or found["half4"] or "").lower())
-    return Quantity(clock=(60 * (hour if half is None else hour % 12 + half) + minute, half is not None))
-
-
-def _read_date(text: str) -> Quantity | None:
-    found = _DATE.fullmatch(text)
-    if not found:
-        return None
-    name = found["name"] or found["name2"]
-    # "3/5/2020" is the American order; "25/12/2020" can only be the other one.
-    first, second = int(found["one"] or 0), int(found["two"] or 0)
-    month, numbered_day = (second, first) if first > 12 else (first, second)
-    month = int(found["month"] or found["month3"] or month)
-    if name:
-        month = next((place for place, full in enumerate(_MONTHS, 1) if full.startswith(name.lower())), 0)
-    if not 1 <= month <= 12:
-        return None
-    year = found["year"] or found["of"] or found["of2"] or found["of3"]
-    day = found["day"] or found["nth"] or found["nth2"] or found["day3"] or numbered_day
-    return Quantity(date=(int(year) if year else None, month, int(day)))
+def _read_calendar(text: str) -> Quantity | None:
+    if (clock := read_clock(text)) is not None:
+        return Quantity(clock=clock)
+    if (date := read_date(text)) is not None:
+        return Quantity(date=date)
+    if (weekday := read_weekday(text)) is not None:
+        return Quantity(weekday=weekday)
+    month = read_month(text)
+    return None if month is None else Quantity(month=month)
 
 
 def _read_range(text: str) -> Quantity | None:
@@ -401,30 +305,17 @@ def _read_number(text: str) -> Quantity | None:
         return Quantity(number=number, unit=f"_{base[1] or base[2]}")
     percent = re.match(r"\s*(?:%|percent\b|per cent\b|percentage points\b|pct\b)", rest, re.IGNORECASE)
     if percent:
-        return Quantity(number=number, percent=True, worked_out=worked_out) if _is_unit(rest[percent.end() :]) else None
+        return Quantity(number=number, percent=True, worked_out=worked_out) if is_unit(rest[percent.end() :]) else None
     currency = re.match(r"[-+]?\s*([$€£¥])", text)
     unit = currency[1] if currency else rest.strip().lower().rstrip(".")
     more = re.match(r"\s*([a-z]+|[\u4e00-\u9fff]+?)\s*(?:,|and)?\s*(?=\d)", rest)
-    if more and not currency:
+    if more and not currency and not is_unit(rest):
         behind = _read_number(rest[more.end() :])
-        first, second = _UNITS.get(more[1]), _UNITS.get(behind.unit) if behind else None
+        first, second = UNITS.get(more[1]), UNITS.get(behind.unit) if behind else None
         if not (behind and behind.number is not None and first and second and first[0] == second[0]):
             return None
         return Quantity(number=number + behind.number * second[1] / first[1], unit=more[1])
-    return Quantity(number=number, unit=unit, worked_out=worked_out) if _is_unit(rest) else None
-
-
-def _is_unit(text: str) -> bool:
-    """Return whether a text behind a number is a unit: words, and no symbols that the number may multiply."""
-    text = text.strip().strip(".").strip()
-    if not text or text.lower() in _UNITS or text.lower() in _SYMBOLS or re.fullmatch(r"[\u3400-\u9fff]+", text):
-        return True
-    words = re.split(r"[\s-]+|(?<=\w)/(?=\w)", text)
-    return len(text) >= 3 and len(words) <= 5 and all(map(_is_unit_word, words))
-
-
-def _is_unit_word(word: str) -> bool:
-    return word == "a" or (re.fullmatch(r"[A-Za-z][a-z]+(?:\^?[23²³])?", word) is not None and word not in _NO_UNITS)
+    return Quantity(number=number, unit=unit, worked_out=worked_out) if is_unit(rest) else None
 
 
 def _is_worked_out(text: str) -> bool:

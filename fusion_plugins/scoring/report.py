@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from fusion_plugins.core.preferences.candidates import Candidate, as_candidate, clean
 from fusion_plugins.core.preferences.gaps import PUBLISHED_SCALE, Proposal, propose_window, reward_scales
 from fusion_plugins.core.preferences.pairs import GapWindow, pairs_per_prompt, same_source
+from fusion_plugins.core.preferences.verdict import verdict_details
 from fusion_plugins.core.preferences.worth import wilson
 from fusion_plugins.core.text.messages import conversation_text
 from fusion_plugins.errors import DataError
-from fusion_plugins.page import COLOURS, new_figure, plot_name, render_page, svg
+from fusion_plugins.page import COLOURS, bin_edges, new_figure, plot_name, plot_unit, render_page, svg
 from fusion_plugins.scoring.base import Row
 from fusion_plugins.scoring.responses import response_name
 from fusion_plugins.scoring.score import GroupSummary, summarize
@@ -80,6 +81,7 @@ class ScoredReport:
         proposal: the window that suits them; None without gaps.
         verdicts: verdicts drawn at random.
         judged: rows with a verdict.
+        inside: those of them whose checks ran inside the program, which can forge them.
         seed: of the draw.
     """
 
@@ -90,6 +92,7 @@ class ScoredReport:
     proposal: Proposal | None
     verdicts: Sequence[SampledVerdict]
     judged: int
+    inside: int
     seed: int
 
 
@@ -103,7 +106,7 @@ def examine_scored(folder: Path, *, seed: int = 0, verdicts: int = 50) -> Scored
 
     Raises:
         StoreError: the folder holds no rows, or is damaged.
-        DataError: its rows are not scored, or candidates of one prompt disagree.
+        DataError: its rows are not scored, a reward is not finite, or candidates of one prompt disagree.
     """
     rows = open_rows(folder)
     if missing := [name for name in ("reward", "correct", "scores") if name not in rows.manifest.columns]:
@@ -114,9 +117,11 @@ def examine_scored(folder: Path, *, seed: int = 0, verdicts: int = 50) -> Scored
     drawn, judged = _draw((row for row in rows if row["correct"] is not None), verdicts, random.Random(seed))
     rewards: dict[str, list[float]] = defaultdict(list)
     candidates = []
+    inside = 0
     for number, row in enumerate(rows):
+        inside += verdict_details(row["scores"]).get("trust") == "inside"
         candidates.append(as_candidate(_light(row), number))
-        if row["reward"] is not None and math.isfinite(row["reward"]):
+        if row["reward"] is not None:
             rewards[row["source"]].append(row["reward"])
     gaps = gaps_of(candidates)
     return ScoredReport(
@@ -127,6 +132,7 @@ def examine_scored(folder: Path, *, seed: int = 0, verdicts: int = 50) -> Scored
         proposal=propose_window(gaps),
         verdicts=[_shown(row) for row in drawn],
         judged=judged,
+        inside=inside,
         seed=seed,
     )
 
@@ -144,13 +150,26 @@ def render_scored_report(folder: Path, *, seed: int = 0, verdicts: int = 50) -> 
     Raises:
         ModuleNotFoundError: jinja2 or matplotlib is not installed.
     """
+    return render_page("scored.html", scored_values(folder, seed=seed, verdicts=verdicts))
+
+
+def scored_values(folder: Path, *, seed: int = 0, verdicts: int = 50, level: int = 2) -> dict[str, Any]:
+    """Return what the template ``parts/scored.html`` names; see :func:`examine_scored`.
+
+    Args:
+        folder: what `fusion score` wrote.
+        seed: decides which verdicts are drawn.
+        verdicts: how many.
+        level: of the headings.
+    """
     report = examine_scored(folder, seed=seed, verdicts=verdicts)
     groups = [_line(domain, source, group) for (domain, source), group in report.groups.items()]
     reasons: Counter[tuple[str, str]] = Counter()
     for (domain, _), group in report.groups.items():
         for reason, count in group.reasons.items():
             reasons[domain, reason] += count
-    values = {
+    return {
+        "level": level,
         "name": folder.resolve().name,
         "report": report,
         "responses": sum(group.responses for group in report.groups.values()),
@@ -162,7 +181,6 @@ def render_scored_report(folder: Path, *, seed: int = 0, verdicts: int = 50) -> 
         "published_scale": any(PUBLISHED_SCALE in scale.lower() for scale in report.scales),
         "window": GapWindow(),
     }
-    return render_page("scored.html", values)
 
 
 def _draw(rows: Iterable[Row], count: int, draw: random.Random) -> tuple[list[Row], int]:
@@ -236,36 +254,37 @@ def _line(domain: str, source: str, group: GroupSummary) -> dict[str, Any]:
 
 
 def _draw_rewards(report: ScoredReport) -> "Figure":
-    figure = new_figure(5.2, 3.4)
+    figure = new_figure(3.6, 3.0)
     panel = figure.subplots()
     largest = sorted(report.rewards, key=lambda source: -len(report.rewards[source]))[:MOST_LINES]
     shown = {source: report.rewards[source] for source in sorted(largest)}
-    low = min(min(rewards) for rewards in shown.values())
-    high = max(max(rewards) for rewards in shown.values())
+    unit, named = plot_unit(reward for rewards in shown.values() for reward in rewards)
+    edges = bin_edges(reward / unit for rewards in shown.values() for reward in rewards)
     for colour, (source, rewards) in zip(COLOURS, shown.items(), strict=False):
         weights = [1 / len(rewards)] * len(rewards)
         panel.hist(
-            rewards,
-            bins=40,
-            range=(low, high if high > low else low + 1),
+            [reward / unit for reward in rewards],
+            bins=edges,
             weights=weights,
             histtype="step",
             color=colour,
-            label=plot_name(source),
+            label=plot_name(source, 22),
         )
-    _plain(panel, "reward", "share of the source's responses")
+    _plain(panel, f"reward{named}", "share of the source's responses")
     figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return figure
 
 
 def _draw_gaps(report: ScoredReport) -> "Figure":
     assert report.proposal is not None
-    figure = new_figure(5.2, 3.4)
+    figure = new_figure(3.6, 3.0)
     panel = figure.subplots()
-    panel.hist(report.gaps, bins=40, color=COLOURS[0])
+    unit, named = plot_unit(report.gaps)
+    gaps = [gap / unit for gap in report.gaps]
+    panel.hist(gaps, bins=bin_edges(gaps), color=COLOURS[0])
     low, high = report.proposal.limits
-    panel.axvspan(low, high, color=COLOURS[1], alpha=0.25, label="proposed window")
-    _plain(panel, "reward of chosen minus rejected", "pairs")
+    panel.axvspan(low / unit, high / unit, color=COLOURS[1], alpha=0.25, label="proposed window")
+    _plain(panel, f"reward of chosen minus rejected{named}", "pairs")
     figure.legend(loc="outside lower center", fontsize=9, frameon=False)
     return figure
 

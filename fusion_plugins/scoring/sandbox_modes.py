@@ -12,7 +12,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fusion_plugins.scoring.code_tests import COUNTER
+from fusion_plugins.scoring.check_counts import COUNTER
 from fusion_plugins.scoring.sandbox_checks import same_output
 from fusion_plugins.scoring.sandbox_limits import Limits
 from fusion_plugins.scoring.sandbox_worker import Worker

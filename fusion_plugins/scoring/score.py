@@ -6,11 +6,12 @@ prompt, gold answer or tests have changed since are scored again.
 """
 
 import json
+import math
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from fusion_plugins.config import Settings
+from fusion_plugins.core.preferences.numbers import mean
 from fusion_plugins.errors import ConfigError, MismatchError, ScoringError, StoreError
 from fusion_plugins.plugins import lookup
 from fusion_plugins.progress import meter
@@ -234,7 +236,7 @@ class _Group:
             correct=self.verdicts[True],
             judged=self.verdicts[True] + self.verdicts[False],
             reasons=dict(self.reasons.most_common()),
-            reward=fmean(self.rewards) if self.rewards else None,
+            reward=mean(self.rewards) if self.rewards else None,
             mean_length=fmean(self.lengths),
             median_length=median(self.lengths),
         )
@@ -341,8 +343,15 @@ def _score_batch(batch: Sequence[Row], running: Sequence[_Running]) -> list[dict
                 "scorer is wrong, report it to the plugin that registers it"
             )
         for place, score in zip(places, scores, strict=True):
-            results[place][one.name] = score
+            results[place][one.name] = _with_finite_reward(score)
     return results
+
+
+def _with_finite_reward(score: Score) -> Score:
+    """Return the score, without a reward where that is no finite number: the reason says so, and is counted."""
+    if score.reward is None or math.isfinite(score.reward):
+        return score
+    return replace(score, reward=None, reason=f"the reward is {score.reward}")
 
 
 def _merge(row: Row, results: Mapping[str, Score]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from fusion_plugins.scoring.code_tests import COUNTER, Suite
+from fusion_plugins.scoring.check_counts import COUNTER
+from fusion_plugins.scoring.code_tests import Suite
 from fusion_plugins.scoring.names import bound_names, free_names, parse
 
 #: modules that a test may use, because they share nothing with the program

@@ -4,15 +4,18 @@ A header, and behind it the record's arrays, one after another, compressed as on
 unpacking its neighbours, and what it became keeps nothing of them in memory. ``docs/store.md`` describes the layout.
 """
 
+import math
 import struct
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import zstandard
 
+from fusion_plugins.core.fusion.answers import answer_logprob
 from fusion_plugins.core.fusion.types import Record, TopK
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.store.patterns import (
@@ -25,6 +28,9 @@ from fusion_plugins.store.patterns import (
 )
 from fusion_plugins.store.shards import MOST_BYTES
 
+if TYPE_CHECKING:
+    from fusion_plugins.core.text.token_table import TokenTable
+
 #: tokens, spans, bytes per id; cross-entropy per token and per byte
 _HEADER = struct.Struct("<IIIdd")
 _CODEC = pa.Codec("zstd", compression_level=9)
@@ -34,14 +40,22 @@ ROUNDED = 1e-3
 _UNKNOWN = -1
 
 
-def pack(record: Record) -> bytes:
-    """Return a record as bytes."""
+def pack(record: Record, table: "TokenTable | None" = None) -> bytes:
+    """Return a record as bytes.
+
+    Args:
+        record: the record.
+        table: the source's tokens, which tell where an answer ends; None keeps no exact sum of it.
+    """
     inputs, topk = record.text.input_ids, record.topk
     ids, patterns = narrowed(topk.ids), patterns_of(topk.logprobs)
     next_patterns = patterns_of(topk.token_logprobs)
+    rest = np.float16(np.nan if table is None else _rest_of_answer(record, LOGPROBS[next_patterns], table))
     inside, held = next_in_top_k(inputs, topk.ids, patterns)
     # An engine may give the next token another value than the one among the top k: that one is kept.
     next_patterns = np.where(inside & (next_patterns == held), np.uint16(IN_TOP_K), next_patterns)
+    # The last position has no next token: its place holds what the answer's sum lacks.
+    next_patterns[-1:] = rest.view(np.uint16)
     parts = (
         _apart(inputs.astype(np.int32)),
         _apart(np.diff(record.text.ends, prepend=np.int32(0)).astype(np.int32)),
@@ -56,6 +70,13 @@ def pack(record: Record) -> bytes:
     header = _HEADER.pack(len(inputs), len(record.text.spans), ids.itemsize, record.ce_per_token, record.ce_per_byte)
     body: bytes = _CODEC.compress(b"".join(part.tobytes() for part in parts), asbytes=True)
     return header + body
+
+
+def _rest_of_answer(record: Record, rounded: Array, table: "TokenTable") -> float:
+    """Return what the log-probability of the last answer lacks, in nats, when each token's is rounded."""
+    kept = replace(record, topk=replace(record.topk, token_logprobs=rounded), answer_rest=0.0)
+    exact, sum_of_rounded = (answer_logprob(each, table)[0] for each in (record, kept))
+    return exact - sum_of_rounded if math.isfinite(exact) and math.isfinite(sum_of_rounded) else math.nan
 
 
 def _apart(values: Array) -> Array:
@@ -135,9 +156,11 @@ class PackedRecord:
         problem = unpack_arrays(body, id_bytes, 1 + ROUNDED, LOGPROBS, *texts, *numbers)
         if problem >= 0:
             raise ValueError(PROBLEMS[problem])
+        rest = -float(topk.token_logprobs[-1]) if tokens else math.nan  # the table negates what it looks up
+        topk.token_logprobs[-1:] = np.nan
         for array in (*texts, *numbers):
             array.setflags(write=False)
-        return Record(self.id, text, topk, tail, ce_per_token, ce_per_byte)
+        return Record(self.id, text, topk, tail, ce_per_token, ce_per_byte, rest if math.isfinite(rest) else 0.0)
 
     def text(self) -> TokenizedText:
         """Return only the text of the record: its arrays come first, and no more is unpacked than they need.

@@ -28,7 +28,7 @@ from fusion_plugins.store.id_index import IdIndex
 from fusion_plugins.store.manifest import TABLE_NAME, Manifest
 from fusion_plugins.store.packed import PackedRecord
 from fusion_plugins.store.patterns import Array
-from fusion_plugins.store.schema import RECORD_COLUMN, PackedTable, RecordCodec, RecordTable
+from fusion_plugins.store.schema import RecordCodec, RecordTable, find_places
 from fusion_plugins.store.shards import compare_checksum, map_shard, open_shard, parquet_file, read_table, reading
 
 if TYPE_CHECKING:
@@ -167,18 +167,18 @@ class Store:
 
     def _decode_group(self, shard: int, group: int) -> RecordTable:
         info = self.manifest.shards[shard]
-        if shard not in self._checked:
-            compare_checksum(self.path, info)
-            self._checked.add(shard)
-        opened = self._file(shard)
+        self._compare_checksum(shard)
         with reading(self.path, info):
-            table = self._codec.decode_table(read_table(opened.file, group), info.version)
-            if isinstance(table, PackedTable):
-                opened.remember(group, table)
-            return table
+            return self._codec.decode_table(read_table(self._file(shard).file, group), info.version)
+
+    def _compare_checksum(self, shard: int) -> None:
+        """Compare the checksum of a shard before its first record is returned."""
+        if shard not in self._checked:
+            compare_checksum(self.path, self.manifest.shards[shard])
+            self._checked.add(shard)
 
     def _read(self, number: int, id: str | None = None) -> Record:
-        """Return the record with that number; faster with its id, once a record of its row group has been read."""
+        """Return the record with that number; faster with its id."""
         shard, row = self._locate(number)
         with self._reading(shard):
             found = self._found(shard, row, id)
@@ -187,9 +187,11 @@ class Store:
     def _found(self, shard: int, row: int, id: str | None) -> PackedRecord | Record:
         """Return a record as its bytes where they are; a record of an old layout as it is."""
         opened = self._file(shard)
-        start, stop = opened.places[row].tolist()
-        if stop and id is not None:
-            return PackedRecord(id, opened.data.slice(start, stop - start), self.manifest.top_k)
+        if id is not None:
+            self._compare_checksum(shard)
+            start, stop = opened.place(row)
+            if stop:
+                return PackedRecord(id, opened.data.slice(start, stop - start), self.manifest.top_k)
         group = opened.group(row)
         return self._group(shard, group).item(row - opened.starts[group])
 
@@ -276,7 +278,7 @@ class _OpenShard:
         data: the whole file.
         file: the same as Parquet, which compares the checksums of pages.
         starts: first row of each row group, and the number of rows.
-        places: (rows, 2) start and end of the bytes of each record in ``data``; 0 until its row group has been read.
+        places: (rows, 2) start and end of the bytes of each record in ``data``; 0 until one of its row group is read.
     """
 
     data: pa.Buffer
@@ -288,12 +290,15 @@ class _OpenShard:
         """Return the row group of a row."""
         return bisect_right(self.starts, row) - 1
 
-    def remember(self, group: int, table: PackedTable) -> None:
-        """Note where the records of a row group are, so that the next one of them is read without it."""
-        column = self.file.metadata.row_group(group).column(RECORD_COLUMN)
-        found = table.places(self.data, column.data_page_offset + column.total_compressed_size)
-        if found is not None:
-            self.places[self.starts[group] : self.starts[group + 1]] = found
+    def place(self, row: int) -> tuple[int, int]:
+        """Return start and end of the bytes of a record in ``data``; 0 and 0 where they are not there as they are."""
+        if not self.places[row, 1]:
+            group = self.group(row)
+            found = find_places(self.data, self.file, group)
+            if found is not None:
+                self.places[self.starts[group] : self.starts[group + 1]] = found
+        start, stop = self.places[row].tolist()
+        return start, stop
 
 
 def _reopen(path: str, fingerprint: str, checked: set[int]) -> Store:

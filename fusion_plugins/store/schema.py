@@ -3,11 +3,13 @@
 ``docs/store.md`` describes layout 3, which is written. :mod:`~fusion_plugins.store.old_layouts` reads the older ones.
 """
 
+import struct
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from fusion_plugins.core.fusion.types import Record
 from fusion_plugins.store import shards
@@ -16,7 +18,10 @@ from fusion_plugins.store.old_layouts import decode_table
 from fusion_plugins.store.packed import PackedRecord, pack
 from fusion_plugins.store.patterns import Array
 
-#: log-probabilities per row group: what the first access to one of its records copies, without unpacking it
+if TYPE_CHECKING:
+    from fusion_plugins.core.text.token_table import TokenTable
+
+#: log-probabilities per row group: what is looked through when one of its records is first read
 GROUP_VALUES = 1 << 16
 #: log-probabilities per shard
 SHARD_VALUES = 1 << 24
@@ -24,7 +29,11 @@ SHARD_VALUES = 1 << 24
 PARQUET_OPTIONS: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
 _COLUMNS = pa.schema([("id", pa.string()), ("record", pa.binary())])
 #: number of the column with the records
-RECORD_COLUMN = 1
+_RECORD_COLUMN = 1
+#: the length of a value in Parquet's plain encoding
+_LENGTH = struct.Struct("<I")
+#: more bytes than the header of a page without statistics and the levels behind it take; ours take about 40
+_PAGE_HEADER = 256
 
 
 class RecordTable(Protocol):
@@ -38,13 +47,19 @@ class RecordTable(Protocol):
 
 
 class RecordCodec:
-    """How the records of a store are kept."""
+    """How the records of a store are kept.
+
+    Args:
+        manifest: of the store.
+        table: its tokens, for a codec that packs records.
+    """
 
     version = Manifest.LAYOUT
     key_columns = ["id"]
     parquet = PARQUET_OPTIONS
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, table: "TokenTable | None" = None) -> None:
+        self._table = table
         self.identity = manifest.identity_digest
         self.top_k = manifest.top_k
         self.shard_tokens = max(1, SHARD_VALUES // manifest.top_k)
@@ -52,7 +67,7 @@ class RecordCodec:
 
     def encode(self, items: Sequence[Record | PackedRecord]) -> pa.Table:
         """Return one table row per record, in the layout of the current version."""
-        columns = [[item.id for item in items], [_bytes_of(item) for item in items]]
+        columns = [[item.id for item in items], [_bytes_of(item, self._table) for item in items]]
         return pa.table(
             [pa.array(column, kind) for column, kind in zip(columns, _COLUMNS.types, strict=True)], _COLUMNS
         )
@@ -112,33 +127,6 @@ class PackedTable:
         id, data = (self._table[name][row] for name in _COLUMNS.names)
         return PackedRecord(id.as_py(), data.as_buffer(), self._top_k)
 
-    def places(self, shard: pa.Buffer, stop: int) -> Array | None:
-        """Return (N, 2) uint32, where the bytes of each record start and end in the shard.
-
-        Parquet's plain encoding is the length of a value, four bytes, and the value; nothing follows the last one. The
-        bytes are compared, so that a file of another kind only costs time.
-
-        Args:
-            shard: the whole file.
-            stop: end of the column's bytes in it.
-
-        Returns:
-            The places; None if the bytes are not there: the file was compressed, or has several pages per row group.
-        """
-        column = self._table["record"].combine_chunks()
-        _, offsets, values = column.buffers()
-        ends = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1].astype(np.int64)
-        lengths = np.diff(ends)
-        first = stop - int((lengths + 4).sum())
-        if not 0 <= first <= stop <= min(shard.size, np.iinfo(np.uint32).max):
-            return None
-        found = np.cumsum(lengths + 4) + first
-        found = np.stack([found - lengths, found], axis=1)
-        for (start, end), place in zip(found.tolist(), ends.tolist(), strict=False):
-            if not shard.slice(start, end - start).equals(values.slice(place, end - start)):
-                return None
-        return found.astype(np.uint32)
-
     def records(self) -> Iterator[Record]:
         """Return all records, in order.
 
@@ -160,6 +148,50 @@ class PackedTable:
         return packed
 
 
-def _bytes_of(item: Record | PackedRecord) -> bytes:
+def find_places(shard: pa.Buffer, file: pq.ParquetFile, group: int) -> Array | None:
+    """Return (N, 2) uint32, where the bytes of each record of a row group start and end in a shard.
+
+    Parquet's plain encoding is the length of a value, four bytes, and the value; nothing follows the last one. How long
+    the header before the first one is, is not looked up but tried: from the right place N values end at the column's
+    end. Where that is so from a second place too, as with few records at times, none is taken. So no record is copied,
+    and a file of another kind only costs time.
+
+    Args:
+        shard: the whole file.
+        file: the same as Parquet.
+        group: number of the row group.
+
+    Returns:
+        The places; None if they are not certain, or the bytes are not there: the shard is of an old layout or of other
+        columns, or it was compressed, or has several pages per row group.
+    """
+    meta = file.metadata.row_group(group)
+    if meta.num_columns != len(_COLUMNS) or not file.schema_arrow.equals(_COLUMNS):
+        return None
+    column = meta.column(_RECORD_COLUMN)
+    if column.compression != "UNCOMPRESSED" or column.has_dictionary_page:
+        return None
+    first, stop = column.data_page_offset, column.data_page_offset + column.total_compressed_size
+    if not 0 <= first <= stop <= min(shard.size, np.iinfo(np.uint32).max):
+        return None
+    data = memoryview(shard)
+    tried = (_values(data, start, stop) for start in range(first, min(first + _PAGE_HEADER, stop)))
+    fitting = [found for found in tried if len(found) == meta.num_rows]
+    return np.array(fitting[0], np.uint32) if len(fitting) == 1 else None
+
+
+def _values(data: memoryview, at: int, stop: int) -> list[tuple[int, int]]:
+    """Return start and end of each value in plain encoding from ``at`` on; nothing if they do not end at ``stop``."""
+    found = []
+    while at + _LENGTH.size < stop:
+        (length,) = _LENGTH.unpack_from(data, at)
+        start, at = at + _LENGTH.size, at + _LENGTH.size + length
+        found.append((start, at))
+        if not length:  # no record is empty
+            return []
+    return found if at == stop else []
+
+
+def _bytes_of(item: Record | PackedRecord, table: "TokenTable | None") -> bytes:
     # Not a view: pyarrow 26 never frees a memoryview that it has made an array of.
-    return item.data.to_pybytes() if isinstance(item, PackedRecord) else pack(item)
+    return item.data.to_pybytes() if isinstance(item, PackedRecord) else pack(item, table)

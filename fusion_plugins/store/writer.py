@@ -49,7 +49,7 @@ class StoreWriter(ShardWriter[Record, Manifest]):
             pq.write_table(pa.table(table.to_columns()), sink, compression="zstd")
             return memoryview(sink.getvalue())
 
-        super().__init__(path, manifest, RecordCodec(manifest), flush_records, {TABLE_NAME: table_bytes})
+        super().__init__(path, manifest, RecordCodec(manifest, table), flush_records, {TABLE_NAME: table_bytes})
 
     @property
     def done_ids(self) -> Set[str]:

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from fusion_demo.models import untrained
-from fusion_demo.vocabularies import DIGITS, GPT2, WORDS, TokenizerSpec, chat_template
 from tokenizers import Regex, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
@@ -13,6 +12,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen2Config,
 )
+
+from fusion_lab.vocabularies import DIGITS, GPT2, WORDS, TokenizerSpec, chat_template
 
 __all__ = ["KINDS", "SPECS", "make_model", "split_digits"]
 
@@ -59,9 +60,12 @@ KINDS: dict[str, tuple[type, float, dict[str, Any]]] = {
 def make_model(kind: str, tokenizer: PreTrainedTokenizerBase, *, width: int, layers: int) -> PreTrainedModel:
     """Build an untrained model (float32, tied embeddings, 4 heads) for its tokenizer; a twin is built as the target."""
     config_class, factor, more = KINDS.get(kind, KINDS["target"])
-    return untrained(
-        config_class,
-        tokenizer,
+    config = config_class(
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         hidden_size=width,
         intermediate_size=int(width * factor),
         num_hidden_layers=layers,
@@ -69,6 +73,7 @@ def make_model(kind: str, tokenizer: PreTrainedTokenizerBase, *, width: int, lay
         max_position_embeddings=POSITIONS,
         **more,
     )
+    return AutoModelForCausalLM.from_config(config)
 
 
 def split_digits(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,7 +13,10 @@ import yaml
 from fusion_lab import ROOT
 from fusion_lab.problems import Problem, make_problems
 
-__all__ = ["DOMAINS", "MODELS", "SOURCES", "TWINS", "Lab", "Stage", "model", "read_rows", "stages", "store"]
+__all__ = [
+    *("DOMAINS", "MODELS", "SOURCES", "TWINS", "Lab", "Stage", "check_model", "measure_model", "model", "read_rows"),
+    *("stages", "store", "train_model", "write_corpus", "write_data", "write_rows"),
+]
 
 MODELS = ("target", "numbers", "digits", "docs")
 SOURCES = ("numbers", "digits", "docs")
@@ -166,14 +170,23 @@ def _pieces(text: str, limit: int) -> list[str]:
 
 
 def _make_data(lab: Lab, work: Any) -> None:
-    """Write one file per split: rows of documentation and rows of problems, with ids that say which."""
-    from fusion_demo.texts import harvest, versions
+    figures, found = work.call(write_data, lab)
+    work.record("data", **figures)
+    work.record("versions", **found)
+
+
+def write_data(lab: Lab) -> tuple[dict[str, Any], dict[str, str]]:
+    """Write one file per split: rows of documentation and rows of problems, with ids that say which.
+
+    Returns:
+        The digest of all rows with the texts per split, and the versions of the packages that these are from.
+    """
+    from fusion_lab.texts import harvest, versions
 
     settings = lab.settings
     budgets = {split: settings[f"{split}_bytes"] for split in ("pretrain", "common", "heldout")}
     budgets["heldout"] *= 2  # validation and test
-    texts = work.call(harvest, budgets)
-    docs = {split: _texts(texts[split, "prose"], settings["text_bytes"]) for split in budgets}
+    docs = {split: _texts(texts, settings["text_bytes"]) for split, texts in harvest(budgets).items()}
     # By halves, so that pieces of one file are not on both sides.
     middle = len(docs["heldout"]) // 2
     docs["validation"], docs["heldout"] = docs["heldout"][:middle], docs["heldout"][middle:]
@@ -191,8 +204,19 @@ def _make_data(lab: Lab, work: Any) -> None:
         if split == "common":  # a source that is slow reads the documentation alone
             write_rows(lab.data("common-docs"), [row for row in rows if row["domain"] == "docs"])
         digest.update(lab.data(split).read_bytes())
-    work.record("data", sha256=digest.hexdigest(), **{split: len(docs[split]) for split in docs})
-    work.record("versions", **versions())
+    return {"sha256": digest.hexdigest(), **{split: len(docs[split]) for split in docs}}, versions()
+
+
+def write_corpus(lab: Lab, folder: Path, amount: str, seed: int, domains: tuple[str, ...] = DOMAINS) -> dict[str, Path]:
+    """Write a sample of the common rows, one file per domain; the seed decides which rows."""
+    rows = read_rows(lab.data("common"))
+    rng, files = random.Random(seed), {}
+    for domain in domains:
+        pool = [row for row in rows if row["domain"] == domain]
+        rng.shuffle(pool)  # the larger amounts of a seed hold its smaller ones
+        files[domain] = folder / f"{domain}.jsonl"
+        write_rows(files[domain], pool[: lab.amount(amount)])
+    return files
 
 
 def _spread(texts: list[str], count: int) -> list[str]:
@@ -205,13 +229,13 @@ def _texts(chunks: list[str], limit: int) -> list[str]:
 
 
 def _make_model(lab: Lab, name: str, work: Any) -> None:
-    loss = work.call(_train, lab, name)
+    loss = work.call(train_model, lab, name)
     weights = hashlib.sha256((lab.model(name) / "model.safetensors").read_bytes()).hexdigest()
     work.record("loss", nats_per_token=round(loss, 4), sha256=weights)
 
 
-def _train(lab: Lab, name: str) -> float:
-    """Train a tokenizer and a model; save both."""
+def train_model(lab: Lab, name: str) -> float:
+    """Train a tokenizer and a model, and save both; return the last loss, nats per token."""
     import torch
 
     from fusion_lab.models import make_model
@@ -240,9 +264,8 @@ def _train(lab: Lab, name: str) -> float:
 
 def _tokenizer(lab: Lab, name: str, by_domain: dict[str, list[dict[str, Any]]]) -> Any:
     """Train a tokenizer; that of a twin is the target's, with another way of splitting words for `split`."""
-    from fusion_demo.vocabularies import train_tokenizer
-
     from fusion_lab.models import SPECS, split_digits
+    from fusion_lab.vocabularies import train_tokenizer
 
     if name in TWINS:
         from transformers import AutoTokenizer
@@ -259,13 +282,26 @@ def _measure_world(lab: Lab, work: Any) -> None:
     for name in MODELS:
         figures = work.call(measure_model, lab, lab.model(name))
         work.record(name, **figures)
-        if not lab.settings["checked"]:
-            continue
-        is_source = name in ("numbers", "digits")
-        if is_source and figures["chains"] < SOURCES_AT_LEAST:
-            raise ValueError(f"{name} solves {figures['chains']:.1%} with right sums; expected {SOURCES_AT_LEAST:.0%}")
-        if name == "target" and figures["chains"] > TARGET_AT_MOST:
-            raise ValueError(f"the target solves {figures['chains']:.1%}; expected at most {TARGET_AT_MOST:.0%}")
+        check_model(lab, name, figures["chains"])
+
+
+def check_model(lab: Lab, name: str, chains: float) -> None:
+    """Refuse a source of sums that has not mastered them, and a target that has; a quick world has neither.
+
+    Args:
+        lab: the world's.
+        name: of the model.
+        chains: share of the held-out problems that it solves with right sums.
+
+    Raises:
+        ValueError: it is not what its name says.
+    """
+    if not lab.settings["checked"]:
+        return
+    if name in ("numbers", "digits") and chains < SOURCES_AT_LEAST:
+        raise ValueError(f"{name} solves {chains:.1%} with right sums; expected {SOURCES_AT_LEAST:.0%}")
+    if name == "target" and chains > TARGET_AT_MOST:
+        raise ValueError(f"the target solves {chains:.1%}; expected at most {TARGET_AT_MOST:.0%}")
 
 
 def measure_model(

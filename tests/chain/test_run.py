@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
 
+from fusion_plugins.chain import records as records_module
 from fusion_plugins.chain.records import Records, state_of
 from fusion_plugins.chain.run import plan_chain, run_chain
 from fusion_plugins.chain.settings import load_chain
@@ -182,6 +184,48 @@ def test_a_step_runs_in_the_environment_that_it_names(write, tmp_path):
     step = {"name": "a", "command": "tool", "env": "mine", "variables": {"X": 7}, "stdout": "said"}
     run_chain(load_chain(write(step, environments={"mine": "venv"})))
     assert (tmp_path / "said").read_text() == f"{tmp_path}/venv 7\n"
+
+
+def test_a_step_runs_again_in_another_environment(write, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name / "bin").mkdir(parents=True)
+    step = {"name": "a", "command": "true", "env": "mine"}
+
+    def due(step, **keys):
+        return plan_chain(load_chain(write(step, **keys)))[0].due
+
+    run_chain(load_chain(write(step, environments={"mine": "one"})))
+    assert due(step, environments={"mine": "one"}) is None
+    assert due({**step, "env": "one"}) is None  # another name of the same
+    for other, environments in [("mine", {"mine": "two"}), ("two", {}), (None, {})]:
+        assert due({**step, "env": other}, environments=environments) == "its environment (env) has changed"
+    run_chain(load_chain(write({"name": "a", "command": "true"})))
+    assert due(step, environments={"mine": "one"}) == "its environment (env) has changed"
+
+
+def test_what_a_killed_step_has_started_keeps_a_second_run_out(write, tmp_path):
+    """Without the lock, which programs of Python do not hand on."""
+    chain = load_chain(write(bash("a", "true")))
+    records = Records(chain)
+    records.folder.mkdir(parents=True)
+    worker = subprocess.Popen(["bash", "-c", "sleep 60 & exit"], start_new_session=True)
+    worker.wait()
+    records.save("a", replace(records.planned(chain.steps["a"]), pid=worker.pid))
+    try:
+        with pytest.raises(ChainError, match=rf"step a started .*kill -- -{worker.pid}"):
+            run_chain(chain)
+        assert not (tmp_path / "ran").exists()
+    finally:
+        os.killpg(worker.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while records_module._outlives_its_leader(worker.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run_chain(chain)
+    # A number that another program has by now is no reason to wait.
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as stranger:
+        records.save("a", replace(records.planned(chain.steps["a"]), pid=stranger.pid))
+        run_chain(chain)
+        stranger.kill()
 
 
 def test_a_step_waits_for_no_server_that_does_not_answer(write, ran):

@@ -102,6 +102,13 @@ def test_another_setting_of_the_rows_is_another_dataset(own, run_folder, change)
     assert hashes(own | change | {"fusion": fusion}, run_folder) != hashes(own, run_folder)
 
 
+def test_another_target_with_the_same_tokenizer_is_another_dataset(own, run_folder):
+    """Its name tells which answers are its own, and those are read in another way."""
+    shutil.copytree(run_folder / "base", run_folder / "other")
+    own = own | {"tokenizer_config": str(run_folder / "base")}
+    assert hashes(own | {"base_model": str(run_folder / "other")}, run_folder) != hashes(own, run_folder)
+
+
 def test_another_version_is_another_dataset_and_what_only_trains_is_not(own, run_folder, monkeypatch):
     before = hashes(own, run_folder)
     training = {"learning_rate": 0.5, "output_dir": str(run_folder / "elsewhere"), "micro_batch_size": 1}

@@ -1,6 +1,7 @@
 """Who trains on what: brute force, own answers, verified and weighted answers, and which loss takes which pairs."""
 
 import copy
+import json
 import re
 from collections import Counter
 
@@ -15,8 +16,9 @@ from fusion_plugins.axolotl.args import FusionBlock
 from fusion_plugins.axolotl.guards import check_config
 from fusion_plugins.axolotl.multi_source_dpo import write_texts
 from fusion_plugins.axolotl.preference_rows import preference_row, supervised_row
-from fusion_plugins.axolotl.selection import choose_best, choose_pairs, choose_triples
+from fusion_plugins.axolotl.selection import choose_best, choose_pairs, choose_triples, weigh
 from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
+from fusion_plugins.config import validate
 from fusion_plugins.core.preferences.candidates import answer_id
 from fusion_plugins.errors import ConfigError
 from fusion_plugins.inputs import read_texts
@@ -112,6 +114,31 @@ def test_only_verified_answers_are_learnt_where_that_is_asked_for():
     assert len(choose_best(table(rows), FusionBlock(sft={}))[0]) == 6
 
 
+def test_verdicts_that_a_program_can_forge_count_only_where_they_may(capsys):
+    rows = [row | {"domain": "code", "correct": row["index"] == 0} for row in scored(6)]
+    for row in rows:
+        trust = "inside" if row["prompt_id"] in ("p0", "p1") else "outside"
+        scores = {"reward": {"reward": 1.0}, "code": {"correct": row["correct"], "trust": trust}}
+        row["scores"] = json.dumps(scores) if row["source"] == "far" else scores
+    sure = {"p2", "p3", "p4", "p5"}
+    for settings in ({"sft": {}}, {"pairs": ANY_GAP}):
+        choose = choose_best if "sft" in settings else choose_pairs
+        every, found = (
+            choose(table(rows), FusionBlock(**settings)),
+            choose(table(rows), FusionBlock(min_trust="outside", **settings)),
+        )
+        prompts = [{getattr(each, "chosen", each).prompt_id for each in chosen} for chosen, _ in (every, found)]
+        assert prompts == [sure | {"p0", "p1"}, sure]
+        assert found[1]["dropped_prompts"] == {"no_verdict": 2}
+        assert "fusion.min_trust: 18 of 54 responses have a verdict that does not count" in " ".join(
+            capsys.readouterr().err.split()
+        )
+    # A verdict on an answer in words is no program's.
+    for row in rows:
+        row["scores"] = {"math": {"correct": row["correct"]}}
+    assert len(choose_best(table(rows), FusionBlock(sft={}, min_trust="outside"))[0]) == 6
+
+
 def test_every_source_is_learnt_and_counted_where_all_are_asked_for():
     rows = scored(5) + own(5)
     block = FusionBlock(sft={"per_prompt": "all"}, pairs={"own_source": "sft", **ANY_GAP}, split={"sft_share": 0.4})
@@ -164,14 +191,51 @@ def test_the_page_has_all_losses():
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("pairs", PAIR_SETS)
 def test_a_loss_takes_the_pairs_that_the_page_says(name, settings, suits, pairs, weighted):
-    block = {"pairs": PAIR_SETS[pairs] | {"weighted": weighted}, **FURTHER.get(name, {})}
+    asked = {"weighted": True, "per_prompt": "all"} if weighted else {}
+    block = {"pairs": PAIR_SETS[pairs] | asked, **FURTHER.get(name, {})}
     cfg = {"plugins": [PLUGIN], "datasets": [{"path": "scored", "type": DPO}], "fusion": block} | settings
-    fits = weighted if name == "FusePO" else pairs in suits and not weighted
+    fits = pairs in suits and weighted == (name == "FusePO")
     if fits:
         check_config(copy.deepcopy(cfg))
     else:
-        with pytest.raises(ConfigError, match=r"pairs of the target itself|fusion.pairs.weighted"):
+        with pytest.raises(ConfigError, match=r"pairs of the target itself|fusion.pairs.weighted|weighted compares"):
             check_config(cfg)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({}, "per_prompt: 1 leaves one"),
+        ({"per_prompt": 1, "rule": "verdict"}, "per_prompt: 1 leaves one"),
+        ({"per_prompt": "all", "rule": "across_sources"}, "the rule across_sources makes one"),
+        ({"per_prompt": 3, "rule": "own_answers", "own_source": "sft"}, "the rule own_answers makes one"),
+    ],
+)
+def test_weights_of_one_pair_per_prompt_are_refused(settings, why):
+    with pytest.raises(ConfigError, match=f"weighted compares the pairs of one prompt, and {why}.*per_prompt: all"):
+        validate(FusionBlock, {"pairs": {"weighted": True, **settings}}, where="fusion")
+    for pairs in ({"per_prompt": 2, **ANY_GAP}, {"per_prompt": "all", "rule": "verdict"}):
+        FusionBlock(pairs=pairs | {"weighted": True})
+
+
+def test_answers_that_leave_nothing_to_weigh_are_told(capsys):
+    def told(rows, **sft):
+        answers, report = choose_best(table(rows), FusionBlock(sft={"per_prompt": "all", **sft}))
+        weights = weigh(answers, 1.0, "fusion.sft.per_prompt: all", report)
+        assert sum(weights) == pytest.approx(len(answers))
+        said = " ".join(capsys.readouterr().err.split())
+        assert all(warning in said for warning in report["warnings"])
+        return report["prompts_with_several"], [each for each in report["warnings"] if "per_prompt: all" in each]
+
+    rows = scored(4)
+    assert told(rows) == (4, [])
+    count, (warning,) = told([row for row in rows if row["source"] == "far"])
+    assert count == 0
+    assert "not one of 4 prompts has two to weigh" in warning
+    judged = [row | {"reward": None, "correct": row["index"] == 0} for row in rows]
+    count, (warning,) = told(judged, rule="verdict")
+    assert count == 4
+    assert "not one answer has a reward" in warning
 
 
 # Special tokens that an answer names

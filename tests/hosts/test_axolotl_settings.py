@@ -30,6 +30,7 @@ OPEN = {
     "rule_options": [{}, {"x": None, "y": [1, None], "z": False}],
     "loss_options": [{}, {"beta": 0.25}, {"clip": 5, "ratio_clip": None}],
     "leave_out_sources": [[], ["a", "数学"]],
+    "min_trust": ["inside", "outside"],
     "loss": list(get_registry("losses")),
     "lm_loss_weight": [0, 1, 0.25],
     "temperature": [0.5, 2],

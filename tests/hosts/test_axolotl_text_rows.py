@@ -1,9 +1,11 @@
 """Rows that refer to their texts: what the loader makes of them is what a preparation would have made."""
 
+import copy
 import json
 import pickle
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -190,6 +192,33 @@ def test_rows_count_the_sources_of_a_part_of_many_texts_and_everything_else_of_a
         assert 0 < source["exact_mass"] < whole["sources"][name]["exact_mass"]
 
 
+class _Told:
+    """A store that tells how many tokens its texts have."""
+
+    def __init__(self, tokens, texts):
+        self.manifest, self._texts = SimpleNamespace(tokens=tokens), texts
+
+    def __len__(self):
+        return self._texts
+
+
+@pytest.mark.parametrize(
+    ("texts", "stores", "step"),
+    [
+        (1000, [(200_000, 1000)], 1),
+        (1001, [(200_000, 1000)], 2),
+        (10_000, [(2_000_000, 10_000)], 10),
+        (10_000, [(20_000_000, 10_000), (20, 10_000)], 77),
+        (3, [(3 << 40, 3)], 3),
+        (0, [(0, 0)], 0),
+        (2001, [], 3),
+    ],
+)
+def test_the_report_counts_up_to_a_thousand_texts_and_fewer_of_long_ones(texts, stores, step):
+    """All sources are projected for them: no more than about 262,144 tokens."""
+    assert fused._counting_step(texts, [_Told(*store) for store in stores]) == step
+
+
 TRAINED = [None, np.zeros((0, 2), np.int32), np.array([[1, 4], [7, 70_000]], np.int32)]
 
 
@@ -230,7 +259,9 @@ def test_the_collator_can_be_sent_to_a_spawned_worker(material, run_folder):
     block = {"prepared": "stores", "sources": material.sources()}
     _, rows = prepare(config(material, run_folder, fusion=block), run_folder)
     fuser = partial(text_fuser, block=FusionBlock(**block))
-    collator = FusionCollator(tiny.sentencepiece_bpe(), inner=DataCollatorForSeq2Seq, fuser=fuser, padding=True)
+    collator = FusionCollator(
+        copy.deepcopy(tiny.sentencepiece_bpe()), inner=DataCollatorForSeq2Seq, fuser=fuser, padding=True
+    )
     collator.tokenizer.pad_token = "<unk>"
     arrays = rows.with_format("numpy").__getitems__([3, 1, 2])
     lists = rows.__getitems__([3, 1, 2])

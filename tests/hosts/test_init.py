@@ -1,22 +1,39 @@
 """What `fusion init` writes, in front of the real axolotl and mergekit: their schemas, and two runs from end to end."""
 
+import html
 import json
 import shlex
 
 import axolotl_runs as runs
 import pytest
 import tiny
+import torch
 import yaml
 from axolotl_runs import forget_plugins
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from fusion_plugins.chain.round_configs import load_rounds
+from fusion_plugins.chain.rounds import write_rounds
 from fusion_plugins.cli import app
-from fusion_plugins.init.plan import InitConfig, make_plan
+from fusion_plugins.init.plan import make_plan
+from fusion_plugins.init.settings import InitConfig
 from fusion_plugins.init.write import files_of, write_files
+from fusion_plugins.reports.build import page_of
+from fusion_plugins.reports.chain import Options
+from fusion_plugins.store import open_store
 
 H100 = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 8, "compute_capability": "sm_90"}
 CHAT = [{"role": "user", "content": "How much is 2 + 3?"}, {"role": "assistant", "content": "5"}]
-ROWS = {"fusellm": {"text": "Some text."}, "fusechat": {"messages": CHAT}, "fusechat3": {"text": "Sing!"}}
+SUM = {"text": "How much is 2 + 3?", "domain": "math", "reference": "5"}
+ROWS = {
+    "fusellm": {"text": "Some text."},
+    "fusechat": {"messages": CHAT},
+    "fusechat3": {"text": "Sing!"},
+    "rounds": SUM,
+}
+#: method -> files that axolotl trains with
+TRAININGS = {"fusellm": 1, "fusechat": 2, "fusechat3": 2, "rounds": 2}
 #: target, machine and choices of the plans whose files are checked
 CASES = {
     "large": ({"parameters": 7e9, "model_type": "llama", "pad_token": "<unk>", "names_pad": False}, {"gpus": 8}),
@@ -62,7 +79,7 @@ def test_axolotl_and_mergekit_accept_every_file(case, method, tmp_path, monkeypa
     write_files(files, tmp_path / method)
     monkeypatch.chdir(tmp_path / method)
     trainings = [name for name in files if name.startswith(("train", "sft", "dpo"))]
-    assert len(trainings) == {"fusellm": 1, "fusechat": 2, "fusechat3": 2}[method]
+    assert len(trainings) == TRAININGS[method]
     for name in trainings:
         settings = yaml.safe_load(files[name])
         # axolotl drops keys that it does not know, without a word.
@@ -83,6 +100,15 @@ def test_axolotl_and_mergekit_accept_every_file(case, method, tmp_path, monkeypa
         merge = MergeConfiguration.model_validate(yaml.safe_load(files["merge.yml"]))
         assert len(merge.referenced_models()) == 3
         assert any(model.lora for model in merge.referenced_models()) == bool(plan.memory.adapter)
+    if method == "rounds":
+        # What `fusion rounds` makes of both files passes the settings of its commands, and axolotl's.
+        chain = write_rounds(load_rounds("rounds.yml", {}))
+        assert ("02-merge" in chain.steps) == bool(plan.memory.adapter)
+        forget_plugins()
+        cfg = DictDefault(yaml.safe_load((tmp_path / method / "rounds" / "02" / "train.yml").read_text()))
+        prepare_plugins(cfg)
+        checked = validate_config(cfg, capabilities=capabilities, env_capabilities={"torch_version": "2.13.0"})
+        assert checked.fusion["rule"] == "fixed_weights"
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +143,41 @@ def init(folder, models, *arguments):
     assert result.exception is None, result.output
 
 
+def check_page(folder, report):
+    """The page of the run has the figures of its files; the losses of its example texts are those of its models."""
+    page = html.unescape(page_of(folder, Options(examples=8)))
+    store = open_store(folder / "stores" / "digits").manifest
+    assert all(f'<td class="number">{count:,}</td>' in page for count in (store.rows, store.tokens, store.bytes))
+    assert f"{report['texts']:,} texts, {report['positions']:,} supervised positions" in page
+    for domain, counts in report["taught"].items():
+        for count in counts.values():
+            assert f"{count:,} ({count / sum(counts.values()):.1%})" in page, domain
+    record = json.loads((folder / "fused" / "fusion_training.json").read_text())
+    (checkpoint,) = (folder / "fused").glob("checkpoint-*")
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["lm_loss"] for entry in history if "lm_loss" in entry]
+    assert losses
+    assert losses == [entry["lm_loss"] for entry in record["log_history"] if "lm_loss" in entry]
+    assert all(f'<td class="number">{loss:.4g}</td>' in page for loss in losses)
+    assert set(record["versions"]) > {"fusion-plugins", "python", "axolotl", "transformers", "torch"}
+    assert record["config"]["fusion"]["sources"][0]["name"] == "digits"
+    examples = record["examples"]
+    assert len(examples) == 8
+    tokenizer = AutoTokenizer.from_pretrained(folder / "fused")
+    for example in examples:
+        assert "".join(example["tokens"]).strip() in tokenizer.decode(example["ids"]).replace("<s> ", "<s>")
+        assert set(example["sources"][1:]) <= {"digits", "bytes", "target", None}
+        assert example["sources"][0] is None
+    for name, said in ((record["base_model"], "before the training"), (folder / "fused", "after it")):
+        model = AutoModelForCausalLM.from_pretrained(name).eval()
+        for example in examples:
+            ids = torch.tensor([example["ids"]])
+            trained = torch.tensor(example["supervised"])[1:]
+            with torch.no_grad():
+                nats = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+            assert f"{nats[trained].mean():.3f} nats {said}" in page or f"{nats[trained].mean():.3f} {said}" in page
+
+
 @pytest.mark.slow
 def test_a_generated_fusellm_folder_runs_from_end_to_end(models, run_folder, monkeypatch):
     texts = runs.write_rows(run_folder / "texts.jsonl", [{"text": text} for text in runs.texts(24)])
@@ -125,6 +186,7 @@ def test_a_generated_fusellm_folder_runs_from_end_to_end(models, run_folder, mon
     assert (run_folder / "fusellm" / "fused" / "model.safetensors").is_file()
     report = json.loads((run_folder / "fusellm" / "fused" / "fusion_report.json").read_text())
     assert report
+    check_page(run_folder / "fusellm", next(iter(report.values())))
 
 
 @pytest.mark.slow
@@ -139,3 +201,7 @@ def test_a_generated_fusechat3_folder_runs_from_end_to_end(models, run_folder, m
     assert (run_folder / "fusechat3" / "dpo" / "model.safetensors").is_file()
     pairs = json.loads((run_folder / "fusechat3" / "dpo" / "fusion_pairs.json").read_text())
     assert pairs["pairs"] > 0
+    page = page_of(run_folder / "fusechat3", Options())
+    assert f"{pairs['pairs']:,} pairs of {pairs['kept']:,} of {pairs['prompts']:,} prompts." in page
+    for part in ("Responses: sample", "Scored responses: score", "Training: sft", "Training: dpo", "Best answers"):
+        assert part in page

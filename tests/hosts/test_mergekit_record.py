@@ -7,12 +7,15 @@ import merging
 import pytest
 import tiny
 import torch
+import yaml
 from merging import config_of, run_merge
 from typer.testing import CliRunner
 
 from fusion_plugins.core.merging.varm import varm_weights
 from fusion_plugins.errors import DataError
 from fusion_plugins.mergekit.report import render_merge_report, summarize_merge
+from fusion_plugins.reports.build import page_of
+from fusion_plugins.reports.chain import Options
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +108,18 @@ def test_the_report_is_one_page_with_a_picture_and_the_weights(models, merged):
         assert f"{record['mean_weights'][model]:.3f}" in page
     for name in ("one", "two", "same", "model.embed_tokens.weight", "lm_head.weight"):
         assert name in page
+
+
+def test_the_page_of_a_run_has_the_heat_maps_of_its_merge(models, merged, tmp_path):
+    steps = [{"name": "merge", "command": "mergekit-yaml", "writes": [str(merged)]}]
+    (tmp_path / "fusion.yml").write_text(yaml.safe_dump({"steps": steps}))
+    page = page_of(tmp_path, Options())
+    alone = render_merge_report(merged)
+    assert "Merge: merge" in page
+    assert page.count("<svg") == alone.count("<svg") == 3
+    record = json.loads((merged / "fusion_merge.json").read_text())
+    for model in record["models"]:
+        assert f"{record['mean_weights'][model]:.3f}" in page
 
 
 def test_the_report_compares_with_a_plain_mean():

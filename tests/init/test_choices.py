@@ -2,6 +2,7 @@
 
 import doctest
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,7 @@ from fusion_plugins.init.machine import Machine, this_machine
 CPU, ONE, EIGHT = Machine(0, 80e9, False), Machine(1, 24e9, True), Machine(8, 80e9, True)
 
 
-@pytest.mark.parametrize("name", ["choices", "plan", "texts", "write"])
+@pytest.mark.parametrize("name", ["choices", "names", "texts", "write"])
 def test_the_examples_of_the_docstrings_run(name):
     result = doctest.testmod(import_module(f"fusion_plugins.init.{name}"))
     assert result.attempted
@@ -62,9 +63,24 @@ def test_an_adapter_that_is_asked_for_is_taken_and_one_that_does_not_fit_is_said
     assert choices.memory(1e9, CPU, "lora").adapter == "lora"
 
 
-def test_lambda_and_entries_follow_the_measurements_for_small_models_and_the_papers_for_large_ones():
-    assert [choices.lm_loss_weight(size).value for size in (7e4, 1e9, 7e9)] == [0.5, 0.5, 0.9]
-    assert [choices.entries(sizes).value for sizes in ([7e9, 70e9], [7e9, 1e9], [7e4])] == [10, 64, 64]
+def test_what_was_measured_is_chosen_and_names_the_page_that_says_so():
+    page = (Path(__file__).parents[2] / "docs" / "evidence.md").read_text()
+    assert (choices.LM_LOSS_WEIGHT.value, choices.ENTRIES.value) == (0.5, 64)
+    for choice, shown in (
+        (choices.LM_LOSS_WEIGHT, "lambda 0.5 minus CLM"),
+        (choices.ENTRIES, "`top_k` of the capture: 10"),
+    ):
+        assert "docs/evidence.md" in choice.why
+        assert shown in page
+
+
+def test_rounds_ask_no_cross_entropy_who_teaches_and_get_new_prompts_where_there_are_many():
+    assert [choices.rule("rounds", count).value for count in (1, 2)] == ["min_ce", "fixed_weights"]
+    assert choices.rule("fusellm", 3).value == "min_ce"
+    given = [(10, 2), (1999, 2), (2000, 2), (5000, 1), (9001, 3)]
+    assert [choices.prompts_per_round(*each).value for each in given] == [None, None, 1000, None, 3000]
+    assert choices.learning_rate("rounds", 8e9, "llama", None).value == 1e-6
+    assert choices.epochs("rounds", 8e9).value == 1
 
 
 @pytest.mark.parametrize("kind", ["llama", "mllama_text_model"])

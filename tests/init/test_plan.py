@@ -7,9 +7,14 @@ import tiny
 import yaml
 from typer.testing import CliRunner
 
+from fusion_plugins.chain.round_configs import load_rounds
+from fusion_plugins.chain.rounds import write_rounds
 from fusion_plugins.cli import app
 from fusion_plugins.errors import ConfigError, DataError, StoreError
-from fusion_plugins.init.plan import InitConfig, Plan, make_plan, seen_from
+from fusion_plugins.init.names import seen_from
+from fusion_plugins.init.plan import Plan, make_plan
+from fusion_plugins.init.settings import InitConfig
+from fusion_plugins.init.steps import steps_of
 from fusion_plugins.init.write import files_of, run_file, write_files
 
 SEVEN_B = {"window": 4096, "parameters": 6.7e9, "model_type": "llama", "pad_token": "<unk>", "names_pad": False}
@@ -80,7 +85,7 @@ def test_a_padding_token_that_ends_no_turn_is_preferred(models, tmp_path):
 def test_texts_that_no_window_holds_are_cut_first(models, tmp_path):
     plan = plan_of(models, tmp_path, texts=texts(tmp_path / "long.jsonl", words=40))
     assert "longest text has" in said(plan, "digits") + said(plan, "target")
-    assert [step.name for step in plan.steps()][0] == "cut"
+    assert [step.name for step in steps_of(plan)][0] == "cut"
     files = files_of(plan)
     assert yaml.safe_load(files["train.yml"])["datasets"][0]["path"] == "pieces.jsonl"
     assert yaml.safe_load(files["capture-digits.yml"])["texts"] == "pieces.jsonl"
@@ -208,7 +213,7 @@ def test_a_model_that_cannot_be_reached_can_be_said_by_hand(models, tmp_path):
     assert "\n" not in str(raised.value)
     plan = plan_of(models, tmp_path, target=name, facts={name: SEVEN_B}, gpus=8, gpu_memory=80)
     assert (plan.target.short, plan.memory.stage) == ("llama-2-7b-hf", 2)
-    assert plan.values["lm_loss_weight"].value == 0.9
+    assert (plan.values["lm_loss_weight"].value, plan.values["top_k"].value) == (0.5, 64)
     with pytest.raises(ConfigError, match="expected some of the models"):
         plan_of(models, tmp_path, facts={"another": SEVEN_B})
 
@@ -261,13 +266,13 @@ def test_templates_and_models_of_folders_decide_the_steps_that_use_them(models, 
     prompts = rows(tmp_path / "p.jsonl", [{"text": f"Say {n}", "domain": "math"} for n in range(20)])
     changes = {"texts": prompts, "chat_templates": {"digits": str(template), "target": str(template)}, "out": "o"}
     plan = plan_of(models, tmp_path, method="fusechat3", reward_model=str(models / "llama"), **changes)
-    steps = {step.name: step for step in plan.steps()}
+    steps = {step.name: step for step in steps_of(plan)}
     assert {prompts, source, str(template)} == set(steps["sample"].reads)
     assert steps["score"].reads == ("responses", str(models / "llama"))
     assert str(template) in steps["sft"].reads
     chats = rows(tmp_path / "chats.jsonl", [{"messages": chat} for chat in CHATS])
     plan = plan_of(models, tmp_path, method="fusechat", **changes | {"texts": chats})
-    assert str(template) in next(plan.steps()).reads
+    assert str(template) in next(steps_of(plan)).reads
 
 
 def test_the_steps_name_what_they_read_and_write(models, tmp_path):
@@ -288,7 +293,7 @@ def test_the_steps_name_what_they_read_and_write(models, tmp_path):
     written = [path for step in steps.values() for path in step.get("writes", [])]
     assert len(written) == len(set(written))
     own = plan_of(models, tmp_path, own=False)
-    assert "doctor" not in [step.name for step in own.steps()]
+    assert "doctor" not in [step.name for step in steps_of(own)]
 
 
 def test_what_the_user_has_changed_is_not_overwritten(models, tmp_path):
@@ -344,7 +349,70 @@ def test_nothing_is_written_where_something_cannot_work(models, tmp_path, monkey
         (["fusellm", "--facts", "x={windows: 3}"], "windows: unknown key"),
         (["fusellm", "--target", "t"], "sources: missing"),
         (["fusellm", "--lm-loss-weight", "2"], "lm_loss_weight"),
+        (["fusellm", "--target", "t", "--sources", "s", "--texts", "x", "--tuned"], "are for the method rounds"),
     ],
 )
 def test_wrong_flags_are_named(flags, message):
     assert message in str(CliRunner().invoke(app, ["init", *flags]).exception)
+
+
+def sums(path, count=20):
+    return rows(path, [{"text": f"{n} + 1?", "domain": "math", "reference": str(n + 1)} for n in range(count)])
+
+
+def test_rounds_begin_with_a_target_that_is_tuned_on_answers_of_the_sources(models, tmp_path, monkeypatch):
+    sources = [str(models / "digits"), str(models / "llama")]
+    held_out = texts(tmp_path / "held.jsonl")
+    changes = {"method": "rounds", "sources": sources, "texts": sums(tmp_path / "sums.jsonl"), "rounds": 3}
+    plan = plan_of(models, tmp_path, held_out=held_out, vllm="/opt/vllm", **changes)
+    assert [step.name for step in steps_of(plan)] == ["sample", "score", "report", "sft", "rounds"]
+    files = files_of(plan)
+    write_files(files, tmp_path / "out")
+    rounds = load_rounds(tmp_path / "out" / "rounds.yml", {})
+    assert (rounds.config.target, rounds.config.rounds, rounds.config.sample["temperature"]) == ("./sft", 3, 1.0)
+    assert rounds.config.held_out.texts == held_out
+    assert rounds.config.score["scorers"] == {"math": {}}
+    chain = write_rounds(rounds)
+    assert {chain.steps[name].env for name in ("01-sample", "02-capture-digits")} == {"vllm"}
+    assert chain.where(chain.steps["01-sample"]) == "/opt/vllm"
+    block = yaml.safe_load(files["train.yml"])["fusion"]
+    assert (block["rule"], block["weights_from"], block["lm_loss_weight"]) == ("fixed_weights", "scored", 0.0)
+    last = list(steps_of(plan))[-1]
+    assert {"sft", "scored", "train.yml", held_out, *sources} <= set(last.reads)
+    assert yaml.safe_load(files["sft.yml"])["fusion"] == {"sft": {"rule": "verdict"}}
+
+
+def test_rounds_of_a_tuned_target_need_no_first_stage(models, tmp_path):
+    prompts = rows(tmp_path / "prompts.jsonl", [{"text": f"Sing {n}!"} for n in range(20)])
+    plan = plan_of(models, tmp_path, method="rounds", texts=prompts, tuned=True)
+    files = files_of(plan)
+    assert {name for name in files if name.endswith(".yml")} == {"rounds.yml", "train.yml", "fusion.yml"}
+    assert [step.name for step in steps_of(plan)] == ["rounds"]
+    assert yaml.safe_load(files["rounds.yml"])["target"] == str(models / "target")
+    assert "score" not in yaml.safe_load(files["rounds.yml"])
+    assert yaml.safe_load(files["train.yml"])["fusion"]["rule"] == "min_ce"
+    assert not plan.findings
+
+
+def test_where_no_answer_can_be_verified_the_sources_count_alike(models, tmp_path):
+    prompts = rows(tmp_path / "prompts.jsonl", [{"text": f"Sing {n}!"} for n in range(20)])
+    sources = [str(models / "digits"), str(models / "llama")]
+    plan = plan_of(models, tmp_path, method="rounds", texts=prompts, sources=sources, adapter="lora")
+    files = files_of(plan)
+    assert "weights_from" not in yaml.safe_load(files["train.yml"])["fusion"]
+    assert yaml.safe_load(files["sft.yml"])["fusion"] == {"sft": {"rule": "reward"}}
+    made = yaml.safe_load(files["rounds.yml"])
+    # The report of the first stage is not in the folder of the model whose adapter was merged.
+    assert (made["target"], made["sft_sources"]) == ("./sft-full/merged", ["digits", "llama"])
+    assert "cannot be verified" in said(plan, prompts)
+
+
+def test_rounds_are_asked_for_too(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sums(tmp_path / "sums.jsonl")
+    answers = "\n".join(["rounds", str(models / "target"), str(models / "digits"), "sums.jsonl", "n", "", "0", "y", ""])
+    result = CliRunner().invoke(app, ["init"], input=answers)
+    assert result.exception is None, result.output
+    assert (tmp_path / "rounds" / "rounds.yml").is_file()
+    done = CliRunner().invoke(app, ["run", "rounds/fusion.yml", "--dry-run"])
+    assert "fusion rounds --config rounds.yml" in " ".join(done.output.split())

@@ -4,8 +4,9 @@ import doctest
 
 import pytest
 
-from fusion_plugins.scoring import code_tests
-from fusion_plugins.scoring.code_tests import COUNTER, count_checks, read_tests
+from fusion_plugins.scoring import check_counts, code_tests
+from fusion_plugins.scoring.check_counts import COUNTER, count_checks
+from fusion_plugins.scoring.code_tests import read_tests
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,7 @@ def test_every_part_of_a_list_is_a_test_unless_it_checks_nothing_by_itself():
 
 
 def test_examples_in_docstrings_run():
-    result = doctest.testmod(code_tests)
-    assert result.attempted > 0
-    assert result.failed == 0
+    for module in (code_tests, check_counts):
+        result = doctest.testmod(module)
+        assert result.attempted > 0
+        assert result.failed == 0

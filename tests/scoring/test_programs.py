@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from program_shapes import FROM_THE_FUTURE, GOOD, SHAPES, WHOLE_PROGRAMS, fenced
 
-from fusion_plugins.scoring import programs
+from fusion_plugins.scoring import code_blocks, programs
 from fusion_plugins.scoring.programs import extract_code
 
 
@@ -78,6 +78,7 @@ def test_text_that_is_nested_too_deeply_ends_no_run(text):
 
 
 def test_examples_in_docstrings_run():
-    result = doctest.testmod(programs)
-    assert result.attempted > 0
-    assert result.failed == 0
+    for module in (programs, code_blocks):
+        result = doctest.testmod(module)
+        assert result.attempted > 0
+        assert result.failed == 0

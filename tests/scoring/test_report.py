@@ -1,8 +1,10 @@
 """The page of `fusion report` about scored responses."""
 
 import html
+import math
 import random
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from typer.testing import CliRunner
 from fusion_plugins.cli import app
 from fusion_plugins.core.preferences.pairs import GapWindow, build_pairs
 from fusion_plugins.core.preferences.worth import wilson
+from fusion_plugins.doctor.responses import examine_responses
+from fusion_plugins.doctor.responses_page import render_responses_page
 from fusion_plugins.errors import DataError
 from fusion_plugins.scoring.report import examine_scored, render_scored_report
 from fusion_plugins.store import open_rows
@@ -158,4 +162,59 @@ def test_what_is_no_scored_folder_is_refused(tmp_path):
         render_scored_report(write(tmp_path / "responses", [], columns))
     result = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert isinstance(result.exception, DataError)
-    assert "expected a merged model with fusion_merge.json, or scored responses" in str(result.exception)
+    assert "inside it responses (responses): give one of these" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        (1e308, -1e308),
+        (sys.float_info.max, -sys.float_info.max, 0.0),
+        (1e300, 1e301),
+        (1e308, 1e308),
+        (1e-300, 2e-300),
+        (5e-324, 0.0),
+        (0.1, math.nextafter(0.1, 1)),
+        (1e16, 1e16 + 2),
+        (-7, -7),
+        (3, 10**18),
+    ],
+    ids=str,
+)
+def test_rewards_of_any_size_have_pictures(tmp_path, rewards):
+    draw = random.Random(2)
+    rows = [
+        scored_row(prompt, source, n, draw) | {"correct": None, "domain": "chat", "reward": rewards[n % len(rewards)]}
+        for prompt in range(2, 5)
+        for source in "ab"
+        for n in range(3)
+    ]
+    folder = write(tmp_path / "scored", rows)
+    page = render_scored_report(folder)
+    assert page.count("<svg") == (1 if len(set(rewards)) == 1 else 2)
+    assert ("1e300" in page) == (max(map(abs, rewards)) > 1e300)
+    doctor = render_responses_page(examine_responses(folder))
+    assert doctor.count("<svg") == 1
+
+
+def test_verdicts_that_a_program_can_forge_are_counted(folder, tmp_path):
+    assert examine_scored(folder).inside == 0
+    assert "fusion.min_trust" not in render_scored_report(folder)
+    draw = random.Random(4)
+    rows = [scored_row(prompt, "a", 0, draw) for prompt in range(11, 15)]
+    for row in rows[:3]:
+        row["scores"] = {"code": row["scores"]["math"] | {"trust": "inside"}}
+    inside = write(tmp_path / "scored", rows)
+    assert examine_scored(inside).inside == 3
+    assert "3 of them have <code>trust: inside</code>" in render_scored_report(inside)
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_not_finite_is_named(tmp_path, reward):
+    draw = random.Random(3)
+    rows = [scored_row(prompt, "a", n, draw) for prompt in (4, 5) for n in range(2)]
+    rows[2] |= {"reward": reward}
+    with pytest.raises(
+        DataError, match=r"row 2 \(prompt 'p5', source 'a'\): expected a finite number as reward, got -?(nan|inf)"
+    ):
+        render_scored_report(write(tmp_path / "scored", rows))

@@ -6,13 +6,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+import fusion_plugins.scoring.score as score_module
 from fusion_plugins.config import load_config
 from fusion_plugins.errors import ConfigError, FusionError, MismatchError, ScoringError, StoreError
 from fusion_plugins.plugins import get_registry
+from fusion_plugins.scoring.base import Score
 from fusion_plugins.scoring.reward import RewardOptions
 from fusion_plugins.scoring.score import ScoreConfig, score_responses, summarize
 from fusion_plugins.store import open_rows
@@ -41,6 +44,20 @@ def test_scored_rows_keep_everything_and_add_verdict_and_reasons(responses, tmp_
     unreadable = scored["p2", "b", 0, "f"]
     assert "cannot be read" in unreadable["scores"]["math"]["reason"]
     assert scored["zh", "q", 0, "f"]["scores"] == {}
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), float("-inf")])
+def test_a_reward_of_a_plugin_that_is_not_finite_is_a_reason_and_no_reward(responses, tmp_path, monkeypatch, reward):
+    plugin = SimpleNamespace(domains=None, facts={}, close=lambda: None)
+    plugin.score = lambda rows: [Score(reward=reward if row["source"] == "a" else 1e308) for row in rows]
+    monkeypatch.setattr(score_module, "lookup", lambda kind, name: lambda **options: plugin)
+    score_responses(config(responses, tmp_path / "scored", {"plugin": {}}))
+    rows = list(open_rows(tmp_path / "scored"))
+    assert [row["reward"] for row in rows] == [None, None, 1e308, 1e308, 1e308]
+    assert rows[0]["scores"]["plugin"]["reason"] == f"the reward is {reward}"
+    groups = summarize(rows)
+    assert groups["math", "a"].reasons == {f"the reward is {reward}": 2}
+    assert groups["math", "b"].reward == 1e308
 
 
 def test_a_second_run_adds_nothing_and_a_longer_folder_is_continued(responses, tmp_path, one_scorer):

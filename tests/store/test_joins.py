@@ -67,7 +67,7 @@ def test_a_joined_shard_is_the_file_that_one_commit_would_have_written(
 def test_the_joins_of_a_writer_copy_and_count_what_they_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packings: list[str] = []
     pack = schema.pack
-    monkeypatch.setattr(schema, "pack", lambda item: packings.append(item.id) or pack(item))
+    monkeypatch.setattr(schema, "pack", lambda item, table: packings.append(item.id) or pack(item, table))
     records = [record(number) for number in range(16)]
     with StoreWriter(tmp_path, manifest(), table(), flush_records=6) as writer:
         for item in records:

@@ -14,6 +14,7 @@ from store_samples import changed, columns_of, manifest, record, table
 from fusion_plugins.store import StoreWriter, open_store
 from fusion_plugins.store.maintain import compact
 from fusion_plugins.store.packed import PackedRecord
+from fusion_plugins.store.schema import _COLUMNS, PARQUET_OPTIONS, find_places
 
 
 @pytest.mark.parametrize("top_k", [1, 4, 16])
@@ -72,8 +73,11 @@ def unpacked(shard: Path) -> list[tuple[str, bytes, bytes]]:
     found = []
     for row in pq.read_table(shard).to_pylist():
         packed = PackedRecord(row["id"], pa.py_buffer(row["record"]), 4)
-        body = pa.Codec("zstd").decompress(row["record"][28:], decompressed_size=packed.size, asbytes=True)
-        found.append((row["id"], row["record"][:28], body))
+        body = bytearray(pa.Codec("zstd").decompress(row["record"][28:], decompressed_size=packed.size, asbytes=True))
+        tokens = packed.header[0]
+        for byte in (packed.size - 3 * tokens - 1, packed.size - 2 * tokens - 1):
+            body[byte] = 0  # of the last next token, which there is none of: the rest of the answer's sum, or nan
+        found.append((row["id"], row["record"][:28], bytes(body)))
     return found
 
 
@@ -159,7 +163,8 @@ def test_a_last_row_with_a_value_does_not_look_into_the_next_record(tmp_path: Pa
     next_logprobs[-1], inputs[0] = first.topk.logprobs[3, 0], first.topk.ids[3, 0]
     first, second = changed(first, token_logprobs=next_logprobs), changed(second, input_ids=inputs)
     store = write_records(tmp_path, [first, second])
-    assert_same_record(store[first.id], first)
+    next_logprobs[-1] = np.nan  # it has no next token
+    assert_same_record(store[first.id], changed(first, token_logprobs=next_logprobs))
 
 
 def test_records_without_tokens_or_spans_survive(tmp_path: Path) -> None:
@@ -174,3 +179,18 @@ def test_what_was_read_can_be_written_again_without_a_change(tmp_path: Path) -> 
     once = write_records(tmp_path / "a", [record(number) for number in range(6)])
     twice = write_records(tmp_path / "b", list(once))
     assert [shard.sha256 for shard in twice.manifest.shards] == [shard.sha256 for shard in once.manifest.shards]
+
+
+@pytest.mark.parametrize("records", [1, 2, 3])
+def test_places_of_records_are_right_or_not_told(records):
+    rng, told = np.random.default_rng(records), 0
+    for size in range(1, 400):
+        values = [rng.bytes(size + number) for number in range(records)]
+        table = pa.table({"id": [str(number) for number in range(records)], "record": values}, _COLUMNS)
+        pq.write_table(table, out := pa.BufferOutputStream(), **PARQUET_OPTIONS)
+        shard = out.getvalue()
+        places = find_places(shard, pq.ParquetFile(pa.BufferReader(shard)), 0)
+        if places is not None:
+            told += 1
+            assert [bytes(shard[start:stop]) for start, stop in places.tolist()] == values
+    assert told > 300

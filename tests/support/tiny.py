@@ -9,7 +9,8 @@ import base64
 import json
 import math
 from collections import Counter
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -52,14 +53,42 @@ TEKKEN_SPECIALS = (
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGIT_SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
+_AS_MADE: list[tuple[str, PreTrainedTokenizerFast, object]] = []
 
-@cache
+
+def shared(make: Callable[..., PreTrainedTokenizerFast]) -> Callable[..., PreTrainedTokenizerFast]:
+    """Make a tokenizer once per arguments, and note how it was made: see `changed`."""
+
+    @cache
+    @wraps(make)
+    def once(*arguments, **named):
+        tokenizer = make(*arguments, **named)
+        _AS_MADE.append((make.__name__, tokenizer, _settings(tokenizer)))
+        return tokenizer
+
+    return once
+
+
+def _settings(tokenizer: PreTrainedTokenizerFast) -> object:
+    return dict(tokenizer.special_tokens_map), tokenizer.padding_side, tokenizer.chat_template, len(tokenizer)
+
+
+def changed() -> list[str]:
+    """Name the shared tokenizers that a test has changed, and make them anew for the next one."""
+    names = [name for name, tokenizer, settings in _AS_MADE if _settings(tokenizer) != settings]
+    for name in names:
+        globals()[name].cache_clear()
+    _AS_MADE[:] = [entry for entry in _AS_MADE if entry[0] not in names]
+    return names
+
+
+@shared
 def byte_level(vocab_size: int = 420) -> PreTrainedTokenizerFast:
     """Byte-level BPE as in GPT-2, with ChatML's special tokens and chat template, and no BOS."""
     return _byte_level(vocab_size, GPT2_SPLIT)
 
 
-@cache
+@shared
 def digit_splitting(vocab_size: int = 380) -> PreTrainedTokenizerFast:
     """Byte-level BPE whose pattern makes every digit a token, as tekken's and Llama-3's relatives do."""
     return _byte_level(vocab_size, DIGIT_SPLIT)
@@ -86,7 +115,7 @@ def _split_to_bytes(pattern: str) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-@cache
+@shared
 def sentencepiece_bpe(vocab_size: int = 560) -> PreTrainedTokenizerFast:
     """SentencePiece-style BPE as in Llama-2: ▁, byte fallback, dummy prefix, BOS, and a chat template that strips."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -121,7 +150,7 @@ def _llama_style(vocab: dict[str, int], merges: list[tuple[str, str]]) -> PreTra
     )
 
 
-@cache
+@shared
 def unigram(vocab_size: int = 300) -> PreTrainedTokenizerFast:
     """Unigram as in T5, with a normaliser that changes the text: NFKC, control characters, runs of spaces."""
     specials = ["<unk>", "</s>", "<pad>"]
@@ -152,7 +181,7 @@ def _frequent_pieces(size: int) -> list[tuple[str, float]]:
     return [(piece, math.log(found[piece] / found.total())) for piece in ranked[:size]]
 
 
-@cache
+@shared
 def wordpiece(vocab_size: int = 300) -> PreTrainedTokenizerFast:
     """WordPiece as in BERT; its tokens do not spell the text."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
@@ -170,7 +199,7 @@ def mistral_data(name: str) -> Path:
     return Path(mistral_common.__file__).parent / "data" / name
 
 
-@cache
+@shared
 def tekken() -> PreTrainedTokenizerFast:
     """Mistral's tekken: byte-level BPE, 131,072 ids, digits split, 1,000 special ids first. Takes some seconds."""
     data = json.loads(mistral_data("tekken_240911.json").read_text())
@@ -207,7 +236,7 @@ def _byte_alphabet() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(shifted)) for byte in range(256)]
 
 
-@cache
+@shared
 def mistral_v1() -> PreTrainedTokenizerFast:
     """Mistral's first tokenizer: SentencePiece BPE with byte fallback, 32,000 ids."""
     import sentencepiece

@@ -1,5 +1,4 @@
-"""The demonstration: the whole data flow on small models that it trains itself, on a CPU, without a network.
+"""The demonstration: all three methods in the lab's world, on a CPU, without a network.
 
-``problems``, ``texts`` and ``data`` make the texts, ``vocabularies`` and ``models`` describe the four models,
-``pretrain`` trains them, ``evaluate`` measures, ``stages`` runs what ``plan`` lists, ``results`` prints.
+``chain`` writes what ``fusion run`` carries out, ``results`` makes the tables and the plot of what came out.
 """

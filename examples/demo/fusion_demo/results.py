@@ -1,127 +1,177 @@
-"""Last step: one table, on the terminal and as Markdown, the same numbers as JSON, and one plot."""
+"""What came out: ``results.md``, ``results.json`` and ``results.svg`` from the figures of all models.
+
+Differences are paired by seed: two models of a seed saw the same texts, problems and answers.
+"""
 
 import json
-import os
-import platform
-from dataclasses import asdict
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
+from fusion_lab.report import figure, forest, markdown, save
+from fusion_lab.statistics import Mean, holm, mean, pm, signed
+from fusion_lab.world import read_rows
+from statsmodels.stats.proportion import proportion_confint
 
-from fusion_demo.plan import EVALUATED
-from fusion_demo.settings import DOMAINS, SIZES, SOURCES
-from fusion_demo.stages import Spent
+from fusion_demo.chain import MODELS
 
-__all__ = ["read_scores", "write_results"]
+__all__ = ["write_results"]
 
-Scores = dict[str, dict[str, Any]]
-COLUMNS = (*DOMAINS, "mean")
-COLOURS = {"code": "#4477aa", "prose": "#ccbb44", "maths": "#228833", "mean": "#333333"}
-#: What the plot calls the models.
-SHORT = {
-    "target": "before fusion",
-    "clm": "CLM",
-    "fusellm_paper": "FuseLLM 0.9",
-    "fusellm": "FuseLLM 0.5",
-    "pair_code": "pair: code",
-    "pair_maths": "pair: maths",
-    "merged": "merged (VaRM)",
-    "sft": "SFT",
-    "dpo": "SFT + DPO",
+Scores = dict[str, dict[str, float]]
+NAMES = {
+    "numbers": "source `numbers` (Mistral, SentencePiece, whole numbers)",
+    "digits": "source `digits` (Qwen2, byte-level, single digits)",
+    "docs": "source `docs` (GPT-NeoX, 2,048 byte-level tokens)",
+    "target": "target, before (Llama, 1,024 byte-level tokens)",
+    "clm": "CLM: trained on without fusion",
+    "fusellm": "FuseLLM: all sources, lambda 0.5",
+    "pair_numbers": "FuseChat: fused with `numbers`",
+    "pair_docs": "FuseChat: fused with `docs`",
+    "merged": "FuseChat: the two merged, VaRM",
+    "sft": "FuseChat-3.0: SFT on best answers, half of the problems",
+    "dpo": "FuseChat-3.0: then LN-DPO on pairs, the other half",
+    "sft_all": "SFT on best answers, all problems",
 }
+PAIRS = ("pair_numbers", "pair_docs")
+BITS, SUMS = "bpb", "chains"
+COLUMNS = {"bpb_docs": "docs", "bpb_sums": "sums", BITS: "mean"}
 
 
-def read_scores(work: Path) -> Scores:
-    """Model -> what :func:`fusion_demo.evaluate.evaluate` found, in the order of the table."""
-    return {name: json.loads((work / "scores" / f"{name}.json").read_text()) for name in EVALUATED}
+class Comparison(NamedTuple):
+    """One model less another, or less several.
+
+    Attributes:
+        title: what is compared.
+        ours, theirs: names of models; ``best`` and ``mean`` are of the pairs.
+        by: what it is judged by.
+    """
+
+    title: str
+    ours: str
+    theirs: str
+    by: str
 
 
-def _cells(scores: dict[str, Any]) -> list[str]:
-    bits = [f"{scores['bits_per_byte'][column]:.3f}" for column in COLUMNS]
-    return [*bits, f"{scores['accuracy']:.1%}"]
+COMPARED = (
+    Comparison("FuseLLM minus CLM", "fusellm", "clm", BITS),
+    Comparison("VaRM merge minus the target before", "merged", "target", BITS),
+    Comparison("VaRM merge minus the mean of its parents", "merged", "mean", BITS),
+    Comparison("VaRM merge minus its best parent", "merged", "best", BITS),
+    Comparison("VaRM merge minus one target with all sources", "merged", "fusellm", BITS),
+    Comparison("SFT on best answers minus the target before", "sft", "target", SUMS),
+    Comparison("LN-DPO after it minus SFT", "dpo", "sft", SUMS),
+    Comparison("SFT on all problems minus LN-DPO after half", "sft_all", "dpo", SUMS),
+)
 
 
-def _print(scores: Scores, console: Console) -> None:
-    table = Table(title="Held-out bits per byte (lower is better), and held-out problems solved (verified)")
-    table.add_column("model")
-    for column in (*COLUMNS, "solved"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, found in scores.items():
-        table.add_row(EVALUATED[name], *_cells(found), end_section=name in (SOURCES[-1], "target", "fusellm", "merged"))
-    console.print(table)
+def write_results(folder: Path) -> None:
+    """Write the three files into the folder of the chain."""
+    world, *seeds = _scores(folder / "scores")
+    for scores in seeds:
+        parents = [scores[name] for name in PAIRS]
+        scores["best"] = min(parents, key=lambda parent: parent[BITS])
+        scores["mean"] = {key: sum(parent[key] for parent in parents) / len(parents) for key in parents[0]}
+        scores["target"] = world["target"]
+    problems = sum("gold" in row for row in read_rows(folder / "world" / "data" / "heldout.jsonl"))
+    parts = [_levels(world, seeds, problems), _chance(world, len(seeds), problems), _compared(seeds), _times(folder)]
+    (folder / "results.md").write_text("\n".join(parts), encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps({"world": world, "seeds": seeds}, indent=1), encoding="utf-8")
+    _plot(seeds, folder / "results.svg")
 
 
-def _markdown(scores: Scores, facts: dict[str, Any]) -> str:
-    rows = [["model", *COLUMNS, "solved"], ["---", *["---:"] * (len(COLUMNS) + 1)]]
-    rows += [[EVALUATED[name], *_cells(found)] for name, found in scores.items()]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    problems = next(iter(scores.values()))["problems"]
-    return "\n".join(
-        [
-            "# Results of the demonstration",
-            "",
-            "Held-out bits per byte (lower is better; end of text or turn included) and the share of "
-            f"{problems} held-out word problems whose greedy answer the verifier accepts.",
-            "",
-            *lines,
-            "",
-            f"Seed {facts['settings']['seed']}, one run each; {facts['machine']}, {facts['cores']} cores; "
-            f"{facts['wall_seconds']:.0f} s on the clock in this run, {facts['cpu_seconds']:.0f} s of CPU time in all.",
-            "",
-        ]
+def _scores(folder: Path) -> list[Scores]:
+    """Return the figures of the world's models, then those of every seed."""
+    seeds = sorted((path for path in folder.glob("*.json") if path.stem.isdigit()), key=lambda path: int(path.stem))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in (folder / "world.json", *seeds)]
+
+
+def _levels(world: Scores, seeds: Sequence[Scores], problems: int) -> str:
+    """Return the table of all models: one model of the world has an interval over problems, the others over seeds."""
+    rows = []
+    for name, figures in world.items():
+        shares = [_over_problems(figures[key], problems) for key in (SUMS, "answers")]
+        rows.append([NAMES[name], *(f"{figures[key]:.3f}" for key in COLUMNS), *shares, f"{figures['luck']:.1%}"])
+    # The sources in the order of the names; the target last, before what is made of it.
+    rows.sort(key=lambda row: list(NAMES.values()).index(row[0]))
+    for name in MODELS:
+        bits = [pm(mean([scores[name][key] for scores in seeds])) for key in COLUMNS]
+        shares = [pm(mean([scores[name][key] for scores in seeds]), 1, 100) for key in (SUMS, "answers")]
+        luck = sum(scores[name]["luck"] for scores in seeds) / len(seeds)
+        rows.append([NAMES[name], *bits, *shares, f"{luck:.1%}"])
+    return markdown(["model", *COLUMNS.values(), "right sums, %", "right answer, %", "luck"], rows)
+
+
+def _over_problems(share: float, problems: int) -> str:
+    """Write a share of problems with its interval (Wilson)."""
+    low, high = proportion_confint(round(share * problems), problems, method="wilson")
+    return f"{share:.1%} ({low:.1%} to {high:.1%})".replace("%", "")
+
+
+def _chance(world: Scores, seeds: int, problems: int) -> str:
+    constant = world["target"]["constant"]
+    return (
+        f"**Chance: the best constant answer solves {constant:.1%}** of the {problems} held-out problems. *docs*, "
+        "*sums* and *mean* are bits per byte of held-out texts, lower is better. *Right sums*: the right number, and "
+        "exactly the sums of the problem. *Luck*: right numbers if the same answers were dealt to other problems. "
+        f"\N{PLUS-MINUS SIGN} is half of a 95 % interval over seeds ({seeds}: texts, problems, answers and their "
+        "order); in brackets a 95 % interval over the problems.\n"
     )
 
 
-def _plot(scores: Scores, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (bits, solved) = pyplot.subplots(1, 2, figsize=(12, 4.5), width_ratios=(2.2, 1), layout="constrained")
-    base = scores["target"]["bits_per_byte"]
-    compared = [name for name in SHORT if name != "target"]
-    width = 0.8 / len(COLUMNS)
-    for i, column in enumerate(COLUMNS):
-        saved = [base[column] - scores[name]["bits_per_byte"][column] for name in compared]
-        places = [x + (i - 1.5) * width for x in range(len(compared))]
-        bits.bar(places, saved, width, label=column, color=COLOURS[column])
-    bits.axhline(0, color="black", linewidth=0.8)
-    bits.set_ylabel("bits per byte saved against the target before fusion")
-    bits.set_xticks(range(len(compared)), [SHORT[name] for name in compared], rotation=30, ha="right")
-    bits.legend(title="held-out texts", ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    accuracies = [100 * scores[name]["accuracy"] for name in SHORT]
-    bars = solved.barh([*SHORT.values()], accuracies, color="tab:gray")
-    solved.bar_label(bars, fmt="%.1f", padding=3)
-    solved.invert_yaxis()
-    solved.set_xlim(0, max(1.0, *accuracies) * 1.15)
-    solved.set_xlabel("held-out word problems solved, %")
-    for side in (bits, solved):
-        side.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+def _differences(seeds: Sequence[Scores], one: Comparison, key: str) -> Mean:
+    return mean([scores[one.ours][key] - scores[one.theirs][key] for scores in seeds])
 
 
-def write_results(
-    out: Path, work: Path, size: str, spent: dict[str, Spent], wall: float, console: Console
-) -> dict[str, Any]:
-    """Print the table and write ``results.json``, ``results.md`` and ``results.png`` to ``out``."""
-    scores = read_scores(work)
-    facts = {
-        "size": size,
-        "settings": asdict(SIZES[size]),
-        "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "wall_seconds": round(wall, 1),
-        "cpu_seconds": round(sum(each.cpu for each in spent.values()), 1),
-        "stages": {name: each._asdict() for name, each in spent.items()},
-    }
-    _print(scores, console)
-    results = {"models": {name: {"title": EVALUATED[name], **found} for name, found in scores.items()}, **facts}
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (out / "results.md").write_text(_markdown(scores, facts), encoding="utf-8")
-    _plot(scores, out / "results.png")
-    console.print(f"{wall:.0f} s; results.json, results.md, results.png and logs stand in {out}")
-    return results
+def _compared(seeds: Sequence[Scores]) -> str:
+    """Return the table of differences, and what each says."""
+    judged = [_differences(seeds, one, one.by) for one in COMPARED]
+    rows = []
+    for one, main, p in zip(COMPARED, judged, holm(judged), strict=True):
+        bits = [signed(_differences(seeds, one, key)) for key in COLUMNS]
+        rows.append([one.title, *bits, signed(_differences(seeds, one, SUMS), 1, 100), *_verdict(one, main, p)])
+    judged_by = "judged by *mean*, those of FuseChat-3.0 by *right sums*"
+    return (
+        markdown(["difference", *COLUMNS.values(), "right sums, points", "p (Holm)", "says"], rows)
+        + f"\nPaired by seed, 95 % intervals, bold where they leave out 0; {judged_by}. The best parent is chosen on "
+        "the held-out texts, in its favour.\n"
+    )
+
+
+def _verdict(one: Comparison, main: Mean, p: float) -> tuple[str, str]:
+    """Return the corrected p-value and what the difference says, in words."""
+    if not p <= 1:  # one seed
+        return "?", "nothing: one seed"
+    if p >= 0.05:
+        return f"{p:.3f}", "no difference shown"
+    better = main.value > 0 if one.by == SUMS else main.value < 0
+    return f"{p:.3f}", "better" if better else "worse"
+
+
+def _times(folder: Path) -> str:
+    """Return what each kind of step took, from the records of the chain."""
+    spent: dict[str, list[float]] = defaultdict(list)
+    for record in _records(folder):
+        words = record["command"]
+        kind = " ".join(words[:2]) if words[0] in ("axolotl", "fusion") else words[0]
+        spent[f"step.py {words[2]}" if kind == "python" else kind].append(record["seconds"])
+    rows = [[f"`{kind}`", len(seconds), f"{sum(seconds):.0f}"] for kind, seconds in spent.items()]
+    return markdown(["command", "times", "seconds, together"], rows)
+
+
+def _records(folder: Path) -> Iterator[dict[str, Any]]:
+    for path in sorted((folder / ".fusion_run" / "fusion").glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["done"]:
+            yield record
+
+
+def _plot(seeds: Sequence[Scores], path: Path) -> None:
+    picture, axes = figure(2, width=9, height=2.4)
+    for panel, by, factor, unit in zip(axes, (BITS, SUMS), (1, 100), ("bits per byte", "points"), strict=True):
+        found = [(one.title, _differences(seeds, one, by)) for one in COMPARED if one.by == by]
+        forest(panel, found, factor)
+        panel.axvline(0, color="grey", linewidth=0.8)
+        panel.set_xlabel(f"{'mean' if by == BITS else 'right sums'}, {unit}")
+    picture.set_size_inches(11, 2.4)
+    save(picture, path)

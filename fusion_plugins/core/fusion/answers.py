@@ -22,8 +22,9 @@ def answer_logprob(record: Record, table: TokenTable) -> tuple[float, int]:
 
     Returns:
         The sum over the tokens in nats, and their number; ``(0.0, 0)`` where the record has no answer. Stores keep
-        single log-probabilities in float16, but the cross-entropy of all spans exactly: the sum is taken from that
-        where the chat has one turn of the assistant, but for the end of the turn.
+        single log-probabilities in float16, and beside them what this sum lacks by that (``answer_rest``): it is exact
+        to 1e-5. Stores of earlier versions have no rest. There the sum is taken from the cross-entropy of all spans,
+        which is exact, but for the end of the turn, and for chats with several turns of the assistant.
     """
     counted = supervised_bytes(record.text) > 0
     answer = _last_answer(record.text, table)
@@ -32,9 +33,9 @@ def answer_logprob(record: Record, table: TokenTable) -> tuple[float, int]:
     if not answer.any():
         return 0.0, 0
     if (counted & ~answer).any() or not counted.any():
-        return float(logprobs[answer].sum()), int(answer.sum())
+        return float(logprobs[answer].sum()) + record.answer_rest, int(answer.sum())
     spelled = -record.ce_per_token * int(counted.sum())
-    return float(spelled + logprobs[answer & ~counted].sum()), int(answer.sum())
+    return float(spelled + logprobs[answer & ~counted].sum()) + record.answer_rest, int(answer.sum())
 
 
 def _last_answer(text: TokenizedText, table: TokenTable) -> BoolArray:

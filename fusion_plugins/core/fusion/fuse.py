@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusion_plugins.core.arrays import FloatArray, as_array
-from fusion_plugins.core.fusion.types import SparseDistributions
+from fusion_plugins.core.fusion.types import SparseDistributions, has_entries
 from fusion_plugins.core.jit import compiled
 from fusion_plugins.errors import ConfigError
 
@@ -324,9 +324,8 @@ def _select(distributions: Sequence[SparseDistributions], choice: npt.NDArray[np
         chosen = choice == index
         ids[chosen], logprobs[chosen] = source.ids[chosen], source.logprobs[chosen]
         leftover[chosen] = source.leftover[chosen]
-    present = (ids >= 0).any(axis=-1)
     kept = np.take_along_axis(kept_mass(distributions), choice[None], axis=0)[0]
-    return SparseDistributions(ids, logprobs, leftover, kept, np.where(present, choice, -1).astype(np.int16))
+    return SparseDistributions(ids, logprobs, leftover, kept, np.where(has_entries(ids), choice, -1).astype(np.int16))
 
 
 def kept_mass(distributions: Sequence[SparseDistributions]) -> FloatArray:

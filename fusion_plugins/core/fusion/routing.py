@@ -15,7 +15,7 @@ from fusion_plugins.core.fusion.accounting import FusionReport, ProjectionReport
 from fusion_plugins.core.fusion.flat import places_of, starts_of
 from fusion_plugins.core.fusion.pipeline import FusionPlan, fuse_texts
 from fusion_plugins.core.fusion.record import supervised_positions
-from fusion_plugins.core.fusion.types import AnyRecord, FusedTexts
+from fusion_plugins.core.fusion.types import AnyRecord, FusedTexts, has_entries
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, MismatchError
 
@@ -125,7 +125,7 @@ def taught_positions(
     Returns:
         domain -> name of a source, or one of :data:`SEVERAL`, :data:`LABEL` and :data:`NOTHING` -> positions.
     """
-    present = (fused.ids >= 0).any(axis=-1)
+    present = has_entries(fused.ids)
     kind = np.where(present, fused.source.astype(np.int64), len(names) + 2)
     mixed = present & (fused.source < 0)
     kind[mixed] = np.where(fused.kept[mixed] > 0, len(names), len(names) + 1)

@@ -48,6 +48,8 @@ class Record:
         tail: (U,) float32 probability mass outside the top k.
         ce_per_token: mean cross-entropy over the supervised tokens, nats/token; nan without any.
         ce_per_byte: the same sum over the number of supervised bytes, nats/byte.
+        answer_rest: what the sum of the last answer's log-probabilities lacks, nats, because a store has rounded each
+            of them; 0 where nothing was rounded, and where a store does not know it.
     """
 
     id: str
@@ -56,6 +58,7 @@ class Record:
     tail: FloatArray
     ce_per_token: float
     ce_per_byte: float
+    answer_rest: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,18 @@ class SparseDistributions:
     @property
     def present(self) -> BoolArray:
         """(T,) bool, True at the positions that have at least one entry."""
-        return np.any(self.mask, axis=-1)
+        return has_entries(self.ids)
+
+
+def has_entries(ids: IntArray) -> BoolArray:
+    """(..., T) bool, True at the positions that have an entry; from ids (..., T, K), where -1 is none."""
+    if not ids.shape[-1]:
+        return np.zeros(ids.shape[:-1], np.bool_)
+    # Nearly always the first column alone says it.
+    found: BoolArray = ids[..., 0] >= 0
+    rest = ~found
+    found[rest] = (ids[rest] >= 0).any(axis=-1)
+    return found
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "prompt": (is_prompt, "text or a list of messages"),
     "response": (lambda value: isinstance(value, str), "text"),
     "index": (lambda value: isinstance(value, Real) and float(value).is_integer(), "an integer"),
-    "reward": (lambda value: isinstance(value, Real), "a number"),
+    "reward": (lambda value: _is_finite(value), "a finite number"),
     "correct": (lambda value: _is_verdict(value), "true or false, 1 or 0"),
     "domain": (lambda value: isinstance(value, str), "text"),
 }
@@ -323,6 +323,13 @@ def _is_verdict(value: Any) -> bool:
     except DataError:
         return False
     return True
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _share(right: int, judged: int) -> float:

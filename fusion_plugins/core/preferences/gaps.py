@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fusion_plugins.core.preferences.candidates import Candidate
+from fusion_plugins.core.preferences.numbers import quantiles as shares_of
 from fusion_plugins.core.preferences.pairs import GapWindow
 from fusion_plugins.errors import ConfigError
 
@@ -57,7 +58,7 @@ def propose_window(gaps: Sequence[float], quantiles: tuple[float, float] = PROPO
     if not len(gaps):
         return None
     values = np.asarray(gaps, np.float64)
-    low, high = (float(limit) for limit in np.quantile(values, quantiles))
+    low, high = shares_of(gaps, quantiles)
     published = GapWindow()
     return Proposal(
         window=GapWindow(*quantiles, unit="quantile"),

@@ -46,6 +46,7 @@ from fusion_plugins.core.preferences.candidates import (
     tie_order,
     worst_first,
 )
+from fusion_plugins.core.preferences.numbers import difference, quantiles
 from fusion_plugins.errors import ConfigError
 
 #: A gap that misses a limit by no more than this passes. The limits are meant in decimals, and rewards are binary
@@ -367,7 +368,7 @@ def _extremes(candidates: Sequence[Candidate], verified: bool) -> Pair | None:
         return None
     chosen, rejected = min(better, key=best_first), min(worse, key=worst_first)
     # One candidate is both: it is the only one, or all rewards are equal, so that there is no better answer.
-    return None if chosen is rejected else Pair(chosen, rejected, reward_of(chosen) - reward_of(rejected))
+    return None if chosen is rejected else Pair(chosen, rejected, difference(reward_of(chosen), reward_of(rejected)))
 
 
 def _acceptable(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -388,7 +389,7 @@ def _limits(window: GapWindow, proposals: Iterable[list[Pair]]) -> tuple[float |
     gaps = _gaps(window, proposals)
     if not gaps:
         return None, None
-    low, high = (None if q is None else float(np.quantile(gaps, q)) for q in (window.minimum, window.maximum))
+    low, high = (None if q is None else quantiles(gaps, [q])[0] for q in (window.minimum, window.maximum))
     return low, high
 
 

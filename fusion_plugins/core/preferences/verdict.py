@@ -4,7 +4,9 @@ A column of verdicts that went through CSV, pandas or a database is no longer bo
 no verdict and ``"false"`` a true one.
 """
 
+import json
 import math
+from collections.abc import Mapping
 from decimal import Decimal
 from numbers import Real
 from typing import Any
@@ -41,3 +43,22 @@ def as_verdict(value: Any) -> bool | None:
         f"expected a verdict (true or false, 1 or 0, or null for none), got {value!r:.60}. Turn a score into a verdict "
         "with a threshold of your own, and leave null where nothing was checked."
     )
+
+
+def verdict_details(scores: Any) -> Mapping[str, Any]:
+    """Return what the scorer that gave the verdict notes about it; empty where none does.
+
+    Args:
+        scores: the column ``scores`` of `fusion score`, as a mapping or as JSON text.
+
+    Example:
+        >>> verdict_details('{"code": {"correct": true, "trust": "inside"}, "reward": {"reward": 0.1}}')["trust"]
+        'inside'
+    """
+    if isinstance(scores, str):
+        try:
+            scores = json.loads(scores)
+        except (ValueError, RecursionError):
+            return {}
+    results = scores.values() if isinstance(scores, Mapping) else ()
+    return next((each for each in results if isinstance(each, Mapping) and each.get("correct") is not None), {})

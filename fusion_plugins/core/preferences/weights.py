@@ -45,7 +45,8 @@ def reward_weights(candidates: Sequence[Candidate], temperature: float = 1.0) ->
         if np.isnan(rewards).any():
             rewards = np.zeros(len(places))
         # The difference first: rewards may be large, and only their differences count.
-        raised = np.exp((rewards - rewards.max()) / temperature)
+        with np.errstate(over="ignore"):  # a difference that no float holds is a weight of 0
+            raised = np.exp((rewards - rewards.max()) / temperature)
         for place, weight in zip(places, raised / raised.sum(), strict=True):
             weights[place] = float(weight)
     return weights

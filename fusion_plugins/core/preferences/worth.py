@@ -20,6 +20,8 @@ from typing import Any, Literal
 import numpy as np
 
 from fusion_plugins.core.preferences.candidates import Candidate, is_own
+from fusion_plugins.core.preferences.numbers import deviation, difference, mean, quantiles
+from fusion_plugins.core.preferences.verdict import verdict_details
 from fusion_plugins.errors import DataError
 
 #: prompts below which nothing is said about a source: an interval is then wider than most differences
@@ -157,7 +159,7 @@ def response_of(candidate: Candidate, own_source: str | None = None) -> Response
         candidate: with the column ``scores`` of `fusion score` in its ``extra``, if it has one, as a dict or as JSON.
         own_source: name of the source that is the target.
     """
-    found = _compared(candidate.extra.get("scores"))
+    found = verdict_details(candidate.extra.get("scores"))
     gold = found.get("gold")
     gold = candidate.extra.get("reference") if gold is None else gold
     answer = found.get("answer")
@@ -263,19 +265,19 @@ def _source(
     for each in answers:
         if each.reward is not None:
             rewards[each.prompt_id].append(each.reward)
-    gaps = [max(given) - min(given) for given in rewards.values() if len(given) > 1]
-    means = [_mean(given) for given in values.values()]
+    gaps = [difference(max(given), min(given)) for given in rewards.values() if len(given) > 1]
+    means = [mean(given) for given in values.values()]
     worth = SourceWorth(
         name=name,
         responses=len(answers),
         prompts=len(values),
         characters=(float(np.mean(lengths)), float(np.median(lengths))),
-        reward=_mean([reward for given in rewards.values() for reward in given]),
-        gap=float(np.median(gaps)) if gaps else math.nan,
+        reward=mean([reward for given in rewards.values() for reward in given]),
+        gap=quantiles(gaps, [0.5])[0] if gaps else math.nan,
     )
     if not means:
         return worth
-    value = _mean(means)
+    value = mean(means)
     if measure == "reward":
         return replace(worth, value=value, interval=_normal(means))
     return replace(
@@ -284,7 +286,7 @@ def _source(
         interval=wilson(value, len(means)),
         dealt=_dealt(answers, right_for),
         repeats=_repeats(values.values()),
-        solved=_mean([float(any(given)) for given in values.values()]),
+        solved=mean([float(any(given)) for given in values.values()]),
     )
 
 
@@ -306,7 +308,7 @@ def _dealt(answers: Sequence[Response], right_for: Mapping[str, set[str]]) -> fl
         right = right_for.get(each.answer, set())
         elsewhere = sum(prompts_with[gold] for gold in right) - (each.gold in right)
         by_prompt[each.prompt_id] += elsewhere / (len(gold_of) - 1) / answered[each.prompt_id]
-    return _mean(list(by_prompt.values()))
+    return mean(list(by_prompt.values()))
 
 
 def _repeats(values: Iterable[Sequence[float]]) -> float:
@@ -323,14 +325,14 @@ def _against(
 ) -> SourceWorth:
     """Return the figures of a source with its difference from the target and the verdict."""
     common = values.keys() & own.keys()
-    differences = [_mean(values[prompt]) - _mean(own[prompt]) for prompt in sorted(common)]
+    differences = [difference(mean(values[prompt]), mean(own[prompt])) for prompt in sorted(common)]
     if not differences:
         return worth
     margin = SAME_ACCURACY
     if measure == "reward":
-        margin = SAME_REWARD * float(np.std([_mean(own[prompt]) for prompt in common]))
+        margin = SAME_REWARD * deviation([mean(own[prompt]) for prompt in common])
     found = replace(
-        worth, difference=_mean(differences), difference_interval=_normal(differences), compared=len(differences)
+        worth, difference=mean(differences), difference_interval=_normal(differences), compared=len(differences)
     )
     return replace(found, verdict=_verdict(found, margin))
 
@@ -370,11 +372,11 @@ def _together(
         halves = [(given[::2], given[1::2]) for values in sources.values() if len(given := values.get(prompt, ())) > 1]
         if len(halves) > 1:
             found = [_chosen(halves), _chosen([(second, first) for first, second in halves])]
-            chosen[prompt] = [_mean(found)]
+            chosen[prompt] = [mean(found)]
     if not chosen:
         return None
     means = [value for [value] in chosen.values()]
-    value = _mean(means)
+    value = mean(means)
     worth = SourceWorth(
         name="best source per prompt",
         responses=0,
@@ -387,9 +389,9 @@ def _together(
 
 def _chosen(halves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> float:
     """Return the mean of the second half of the source with the best first half; of all of them where several are."""
-    means = [(_mean(first), _mean(second)) for first, second in halves]
+    means = [(mean(first), mean(second)) for first, second in halves]
     best = max(first for first, _ in means)
-    return _mean([second for first, second in means if first == best])
+    return mean([second for first, second in means if first == best])
 
 
 def _solved(sources: Mapping[str, Mapping[str, Sequence[float]]]) -> float:
@@ -500,18 +502,6 @@ def _joined(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _compared(scores: Any) -> Mapping[str, Any]:
-    """Return the details of the scorer that gave the verdict; empty where none noted what it compared."""
-    if isinstance(scores, str):
-        try:
-            scores = json.loads(scores)
-        except ValueError:
-            return {}
-    results = scores.values() if isinstance(scores, Mapping) else ()
-    judged = [each for each in results if isinstance(each, Mapping) and each.get("correct") is not None]
-    return judged[0] if judged else {}
-
-
 def _text(value: Any) -> str:
     return value.strip() if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 
@@ -520,12 +510,8 @@ def _normal(values: Sequence[float]) -> Interval:
     """Return the 95 % interval of a mean; nan with one value."""
     if len(values) < 2:
         return _NOTHING
-    half = _Z * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return _mean(values) - half, _mean(values) + half
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
+    middle, half = mean(values), _Z / math.sqrt(len(values)) * deviation(values, ddof=1)
+    return difference(middle, half), difference(middle, -half)
 
 
 def _or(value: float, other: float) -> float:

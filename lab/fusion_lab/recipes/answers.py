@@ -19,7 +19,10 @@ from fusion_lab.runner import RESULTS, Cell, Work
 from fusion_lab.training import training
 from fusion_lab.world import Lab, Stage
 
-__all__ = ["better", "block", "config", "measured", "needs", "responses", "run", "sample", "scored", "tuned", "verdict"]
+__all__ = [
+    *("better", "block", "config", "measured", "needs", "prompts", "responses", "run", "sample", "scored", "tuned"),
+    "verdict",
+]
 
 #: name in the responses -> model of the world; the third is the target itself
 ANSWERING = {"strong": "numbers", "weak": "docs", "own": "target"}
@@ -50,12 +53,16 @@ def part(lab: Lab, seed: int, share: float) -> list[dict[str, Any]]:
     return problems[: round(share * len(problems))]
 
 
-def sample(lab: Lab, work: Work, rows: list[dict[str, Any]], models: dict[str, Path], n: int, out: Path) -> None:
-    """Draw responses of some models to problems, and score them into a folder."""
-    prompts = [
+def prompts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return problems as rows of `fusion sample`, with the right number for `fusion score`."""
+    return [
         {"id": row["id"], "messages": row["messages"][:1], "domain": "math", "reference": row["gold"]} for row in rows
     ]
-    world.write_rows(work.folder / "prompts.jsonl", prompts)
+
+
+def sample(lab: Lab, work: Work, rows: list[dict[str, Any]], models: dict[str, Path], n: int, out: Path) -> None:
+    """Draw responses of some models to problems, and score them into a folder."""
+    world.write_rows(work.folder / "prompts.jsonl", prompts(rows))
     sources = [
         {"name": name, "model": str(path), "temperature": 0.8, "max_tokens": 40, "options": {"batch_prompts": 128}}
         for name, path in models.items()

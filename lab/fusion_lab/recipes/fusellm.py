@@ -4,7 +4,6 @@ A run saves checkpoints. Validation chooses one (early stopping); the held-out s
 """
 
 import json
-import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -59,14 +58,7 @@ def _texts(cell: Cell) -> str:
 
 def write_corpus(lab: Lab, cell: Cell, folder: Path) -> dict[str, Path]:
     """Write the cell's sample of the common rows, one file per domain; the seed decides which rows."""
-    rows = world.read_rows(lab.data("common"))
-    rng, files = random.Random(cell.seed), {}
-    for domain in _domains(cell):
-        pool = [row for row in rows if row["domain"] == domain]
-        rng.shuffle(pool)  # the larger amounts of a seed hold its smaller ones
-        files[domain] = folder / "corpus" / f"{domain}.jsonl"
-        world.write_rows(files[domain], pool[: lab.amount(cell["amount"])])
-    return files
+    return world.write_corpus(lab, folder / "corpus", cell["amount"], cell.seed, _domains(cell))
 
 
 def config(lab: Lab, cell: Cell, files: dict[str, Path], steps: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Candidates: rows that become them, what cleaning leaves out, and the order of ties."""
 
+import math
 import random
 from dataclasses import replace
 
@@ -65,10 +66,14 @@ def test_keys_of_messages_that_hold_null_are_left_out():
         ({"response": ["So."]}, r"expected text as response, got \['So.'\]"),
         ({"prompt": ["Why?"]}, "expected text or a list of messages as prompt"),
         ({"index": "first"}, "expected an integer as index, got 'first'"),
-        ({"reward": "high"}, "expected a number as reward, got 'high'"),
+        ({"reward": "high"}, "expected a finite number as reward, got 'high'"),
+        ({"reward": "1"}, "expected a finite number as reward, got '1'"),
+        ({"reward": math.nan}, "expected a finite number as reward, got nan"),
+        ({"reward": -math.inf}, "expected a finite number as reward, got -inf"),
+        ({"reward": 10**400}, "expected a finite number as reward, got 1000"),
         ({"correct": 0.5}, "expected true or false, 1 or 0 as correct, got 0.5"),
         ({"correct": "right"}, "expected true or false, 1 or 0 as correct, got 'right'"),
-        ({"reward": "high", "domain": 3}, "a number as reward, got 'high'; expected text as domain, got 3"),
+        ({"reward": "high", "domain": 3}, "a finite number as reward, got 'high'; expected text as domain, got 3"),
     ],
 )
 def test_a_wrong_row_is_refused_by_name(change, message):

@@ -26,6 +26,7 @@ def test_weights_are_the_softmax_of_the_rewards_of_each_prompt(temperature):
 def test_large_rewards_do_not_overflow_and_only_differences_count():
     assert reward_weights(answers(1e5, 1e5 + 1)) == pytest.approx(reward_weights(answers(0.0, 1.0)))
     assert reward_weights(answers(0.0, 1e6)) == [0.0, 1.0]
+    assert reward_weights(answers(-1e308, 1e308)) == [0.0, 1.0]
 
 
 def test_without_a_reward_of_each_all_answers_of_the_prompt_count_alike():

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -202,7 +203,7 @@ def test_what_a_scorer_compared_is_what_is_dealt():
         assert (found.answer, found.gold, found.correct) == ("2", "2.0", True)
     plain = response_of(as_candidate(row | {"reference": "2", "scores": "no json"}, 0))
     assert (plain.answer, plain.gold) == ("So it is \\boxed{2}.", "2")
-    assert response_of(as_candidate(row | {"reward": math.nan}, 0)).reward is None
+    assert response_of(replace(as_candidate(row, 0), reward=math.nan)).reward is None
     assert response_of(as_candidate(row, 0), "a").own
 
 

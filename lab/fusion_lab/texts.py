@@ -1,6 +1,5 @@
-"""Code and technical prose from the Python sources and documents that are installed on this machine.
+"""Documentation that is installed on this machine: docstrings, Markdown, reStructuredText, package descriptions.
 
-Code is Python source without docstrings; prose is docstrings, Markdown, reStructuredText and package descriptions.
 Which split a text belongs to follows from the name of its file alone, so that copies of one file in several packages
 (vendored ones) never stand on both sides.
 """
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from importlib.metadata import distributions
 from pathlib import Path
 
-__all__ = ["CHUNK_BYTES", "SPLITS", "harvest", "prose_and_code", "split_of", "versions"]
+__all__ = ["CHUNK_BYTES", "SPLITS", "harvest", "split_of", "versions"]
 
 #: Longest text in bytes; short enough to stay below 512 tokens of every tokenizer here.
 CHUNK_BYTES = 1000
@@ -54,30 +53,23 @@ def split_of(path: Path) -> str:
     return split
 
 
-def prose_and_code(source: str) -> tuple[list[str], str]:
-    """Split Python source into its docstrings and what is left without them.
+def _docstrings(source: str) -> list[str]:
+    """Return the docstrings of Python source.
 
     Raises:
         SyntaxError: the source is no Python of this version.
     """
-    lines, dropped, prose = source.splitlines(), set(), []
-    for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        text = ast.get_docstring(node)
-        if text:
-            prose.append(text)
-            statement = node.body[0]
-            dropped.update(range(statement.lineno - 1, statement.end_lineno or statement.lineno))
-    return prose, "\n".join(line for i, line in enumerate(lines) if i not in dropped)
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, documented))
+    return [text for node in nodes if (text := ast.get_docstring(node))]
 
 
-def _chunks(text: str, separator: str) -> list[str]:
+def _chunks(text: str) -> list[str]:
     """Cut at blank lines, then pack the paragraphs into texts of ``LEAST_BYTES`` to ``CHUNK_BYTES``; longer ones go."""
     packed, current = [], ""
-    for part in text.split(separator):
+    for part in text.split("\n\n"):
         part = part.strip("\n").rstrip()
-        joined = f"{current}{separator}{part}" if current else part
+        joined = f"{current}\n\n{part}" if current else part
         if len(joined.encode()) <= CHUNK_BYTES:
             current = joined
             continue
@@ -87,18 +79,16 @@ def _chunks(text: str, separator: str) -> list[str]:
     return [chunk for chunk in packed if len(chunk.encode()) >= LEAST_BYTES]
 
 
-def _texts_of(path: Path) -> dict[str, list[str]]:
-    """Domain -> texts of one file; empty where the file cannot be read or parsed."""
+def _texts_of(path: Path) -> list[str]:
+    """Return the texts of one file; none where it cannot be read or parsed."""
     try:
         content = path.read_text(encoding="utf-8")
         if path.suffix != ".py":
-            body = content.partition("\n\n")[2] if path.name == "METADATA" else content
-            return {"prose": _chunks(body, "\n\n")}
-        docstrings, code = prose_and_code(content)
+            return _chunks(content.partition("\n\n")[2] if path.name == "METADATA" else content)
+        docstrings = _docstrings(content)
     except (OSError, UnicodeDecodeError, SyntaxError, ValueError, RecursionError):
-        return {}
-    prose = [chunk for text in docstrings for chunk in _chunks(text, "\n\n")]
-    return {"prose": prose, "code": _chunks(code, "\n\n")}
+        return []
+    return [chunk for text in docstrings for chunk in _chunks(text)]
 
 
 def _below(folder: Path) -> Iterator[Path]:
@@ -132,31 +122,28 @@ def versions() -> dict[str, str]:
     return {"python": sys.version, **{name: found[names.get(name, name)] for name in PACKAGES}}
 
 
-def harvest(budgets: dict[str, int]) -> dict[tuple[str, str], list[str]]:
-    """Collect texts until every split has its bytes of each domain, or the files end.
+def harvest(budgets: dict[str, int]) -> dict[str, list[str]]:
+    """Collect texts until every split has its bytes, or the files end.
 
     Args:
-        budgets: split -> bytes wanted of each of the two domains.
+        budgets: split -> bytes wanted.
 
     Returns:
-        (split, domain) -> distinct texts; domain is ``code`` or ``prose``.
+        split -> distinct texts.
     """
-    texts: dict[tuple[str, str], list[str]] = {(s, d): [] for s in budgets for d in ("code", "prose")}
-    left = {key: budgets[key[0]] for key in texts}
+    texts: dict[str, list[str]] = {split: [] for split in budgets}
+    left = dict(budgets)
     seen: set[bytes] = set()
     for path in _files():
         split = split_of(path)
-        if not any(left.get((split, domain), 0) > 0 for domain in ("code", "prose")):
+        if left.get(split, 0) <= 0 or path.stat().st_size > FILE_BYTES:
             continue
-        if path.stat().st_size > FILE_BYTES:
-            continue
-        for domain, chunks in _texts_of(path).items():
-            for chunk in chunks[:CHUNKS_PER_FILE]:
-                key = _digest("".join(chunk.split()))
-                if left[split, domain] > 0 and key not in seen:
-                    seen.add(key)
-                    texts[split, domain].append(chunk)
-                    left[split, domain] -= len(chunk.encode())
+        for chunk in _texts_of(path)[:CHUNKS_PER_FILE]:
+            key = _digest("".join(chunk.split()))
+            if left[split] > 0 and key not in seen:
+                seen.add(key)
+                texts[split].append(chunk)
+                left[split] -= len(chunk.encode())
         if all(amount <= 0 for amount in left.values()):
             break
     return texts

@@ -1,19 +1,14 @@
-"""Second step: four tokenizers trained on the demo's own texts; they differ in kind, vocabulary and chat template."""
+"""Tokenizers that are trained on the texts of the world; they differ in kind, vocabulary and chat template."""
 
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fusion_demo.data import read_rows
+__all__ = ["DIGITS", "GPT2", "WORDS", "TokenizerSpec", "chat_template", "train_tokenizer"]
 
-__all__ = ["TOKENIZERS", "TokenizerSpec", "chat_template", "train_all_tokenizers", "train_tokenizer"]
-
-#: Characters that each tokenizer is trained on.
-TRAINED_ON = 2_000_000
 #: SentencePiece never merges across words, but keeps runs of the space mark (indentation) in one piece.
 WORDS = r"▁+(?=▁)|▁?\p{L}+|▁?\p{N}+|▁?[^▁\n\p{L}\p{N}]+|▁|\n"
 #: The pattern of GPT-2, without English contractions.
@@ -55,34 +50,6 @@ def chat_template(user: str, assistant: str, end_of_user: str, end_of_turn: str)
         + f"{{{{ {assistant!r} }}}}"
         + "{% endif %}"
     )
-
-
-TOKENIZERS = {
-    "target": TokenizerSpec(
-        "byte_level",
-        4096,
-        GPT2,
-        "<|begin|>",
-        "<|end|>",
-        chat_template("<|user|>\n", "<|assistant|>\n", "<|end|>\n", "<|end|>\n"),
-        ("<|user|>", "<|assistant|>"),
-    ),
-    "code": TokenizerSpec(
-        "sentencepiece", 6144, WORDS, "<s>", "</s>", chat_template("[INST] ", "", " [/INST]\n", "</s>")
-    ),
-    "maths": TokenizerSpec(
-        "byte_level",
-        3072,
-        DIGITS,
-        "<|endoftext|>",
-        "<|im_end|>",
-        chat_template("<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n", "<|im_end|>\n"),
-        ("<|im_start|>",),
-    ),
-    "prose": TokenizerSpec(
-        "byte_level", 5120, GPT2, "<bos>", "<eos>", chat_template("### User:\n", "### Assistant:\n", "\n\n", "<eos>\n")
-    ),
-}
 
 
 def _byte_level(texts: Iterable[str], spec: TokenizerSpec, special: list[str]) -> Tokenizer:
@@ -150,16 +117,3 @@ def train_tokenizer(texts: Iterable[str], spec: TokenizerSpec) -> PreTrainedToke
     )
     wrapped.chat_template = spec.template
     return wrapped
-
-
-def train_all_tokenizers(data: Path, folder: Path) -> None:
-    """Train the four tokenizers on a part of the pretraining pool; each goes to ``folder/<model>``."""
-    texts, characters = [], 0
-    for row in read_rows(data / "pretrain.jsonl"):
-        text = row["text"] if "text" in row else "\n".join(message["content"] for message in row["messages"])
-        texts.append(text)
-        characters += len(text)
-        if characters > TRAINED_ON:
-            break
-    for name, spec in TOKENIZERS.items():
-        train_tokenizer(texts, spec).save_pretrained(folder / name)
