@@ -87,8 +87,11 @@ def _seconds(table: pandas.DataFrame) -> str:
         )
     header = ["trainings on one round's answers", "tokens, stored", "tokens, online", "fewer"]
     header += ["forward seconds, stored", "forward seconds, online", "fewer"]
-    whole = f"\nThe whole command `fusion capture`, its start and its files: {stored['command_seconds'].mean():.1f} CPU seconds.\n"
-    return markdown(header, rows) + whole
+    whole = stored["command_seconds"].mean()
+    return (
+        markdown(header, rows)
+        + f"\nThe command `fusion capture`, its start and its files too: {whole:.1f} CPU seconds.\n"
+    )
 
 
 def _pilot(results: Path) -> str:
