@@ -26,8 +26,10 @@ def make(results: Path, images: Path) -> dict[str, str]:
     table = read(results, "g_rounds")
     if table is not None:
         texts |= _main(table[table["of"] == "heldout"])
-        seconds = table[table["of"].isin(["stored", "online"])]
-        texts |= {"rounds-seconds": _seconds(seconds)} if len(seconds) else {}
+    for name in ("g_pilot_rounds", "g_rounds"):  # the pilot's round, until there are those of all seeds
+        found = read(results, name)
+        if found is not None and (found["of"] == "stored").any():
+            texts["rounds-seconds"] = _seconds(found)
     return texts | {"rounds-hypotheses": hypotheses("g_rounds"), "rounds-pilot": _pilot(results)}
 
 
