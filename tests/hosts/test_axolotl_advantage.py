@@ -222,22 +222,3 @@ def test_what_does_not_belong_together_is_refused(material, answers, run_folder,
     runs.forget_plugins()
     with pytest.raises(Exception, match=message):
         load_cfg(str(runs.write_config(settings, run_folder)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "ZeRO-3"])
-def test_two_processes_train_on_advantages_as_one(material, answers, run_folder, sharded):
-    """DDP: as one process with twice the batch. ZeRO-3: on a CPU both processes get the same rows, as one has them."""
-    settings = config(material, run_folder, **own(answers, "digits", "target", max_steps=2))
-    if sharded:
-        more = {"deepspeed": str(runs.ROOT / "axolotl_configs" / "deepspeed" / "zero3.json")}
-        entries, _ = runs.two_processes(settings | more, run_folder, DS_ACCELERATOR="cpu")
-    else:
-        more = {"micro_batch_size": 1, "max_memory": {"cpu": "8GiB"}}
-        more["plugins"] = [runs.PLUGIN, "averaging_plugin.AveragingPlugin"]
-        entries, _ = runs.two_processes(settings | more, run_folder, ACCELERATE_USE_CPU="true")
-    single = train(settings, run_folder)
-    figures = ("loss", "grad_norm", "fusion_loss", "fusion_coverage", "tokens_per_chunk", "one_token_chunks")
-    for name in (*figures, "sampled_known", "share_digits"):
-        assert [float(entry[name]) for entry in entries] == pytest.approx(logged(single, name), rel=2e-3), name
-    assert logged(single, "grad_norm")[0] > 0

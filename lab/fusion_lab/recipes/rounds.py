@@ -210,11 +210,7 @@ def _sampling(cell: Cell) -> dict[str, Any]:
 
 
 def _write_prompts(lab: Lab, cell: Cell, work: Work) -> None:
-    rows = [
-        {"id": row["id"], "messages": row["messages"][:1], "domain": "math", "reference": row["gold"]}
-        for row in _halves(lab, cell.seed)[1]
-    ]
-    world.write_rows(work.folder / "prompts.jsonl", rows)
+    world.write_rows(work.folder / "prompts.jsonl", answers.prompts(_halves(lab, cell.seed)[1]))
 
 
 def _chain(path: Path) -> list[list[str]]:
