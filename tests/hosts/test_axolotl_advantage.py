@@ -222,3 +222,17 @@ def test_what_does_not_belong_together_is_refused(material, answers, run_folder,
     runs.forget_plugins()
     with pytest.raises(Exception, match=message):
         load_cfg(str(runs.write_config(settings, run_folder)))
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_advantages_as_one_with_twice_the_batch(material, answers, run_folder):
+    settings = config(material, run_folder, **own(answers, "digits", "target", max_steps=2))
+    more = {"micro_batch_size": 1, "max_memory": {"cpu": "8GiB"}}
+    more["plugins"] = [runs.PLUGIN, "averaging_plugin.AveragingPlugin"]
+    entries, _ = runs.two_processes(settings | more, run_folder, ACCELERATE_USE_CPU="true")
+    single = train(settings, run_folder)
+    figures = ("lm_loss", "fusion_coverage", "tokens_per_chunk", "one_token_chunks", "sampled_known", "fusion_loss")
+    for name in (*figures, "loss", "grad_norm"):
+        found = [float(entry[name]) for entry in entries]
+        assert found == pytest.approx(logged(single, name), rel=2e-3), (name, entries)
+    assert logged(single, "grad_norm")[0] > 0
