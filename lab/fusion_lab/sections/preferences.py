@@ -31,6 +31,7 @@ PAIRS = {
     "own": "own answers, right before wrong",
     "source": "one source, right before wrong",
     "delta": "own wrong answers, more right sums before fewer",
+    "short": "own answers, fewer sums before more",
 }
 
 
@@ -73,7 +74,7 @@ def _first(table: pandas.DataFrame, results: Path) -> dict[str, str]:
         gains[tuple(factors.values())] = difference(table, mask, strong, "chains")
         rows.append(
             [
-                f"{STARTS[factors['start']]}, {ANSWERS[factors['answers']]}{more}",
+                f"{STARTS[factors['start']]}, {ANSWERS[factors['teacher']]}{more}",
                 f"{factors['prompts']:.0%}",
                 factors["samples"],
                 f"{here['rows'].mean():.0f}",
@@ -100,12 +101,12 @@ def _first_sentence(table: pandas.DataFrame, cells: list[tuple[dict[str, Any], p
     for factors, mask in cells:
         if (factors["per_prompt"], factors["prompts"], factors["samples"]) == ("best", 1.0, 4):
             share = pm(mean(table[mask]["chains"].to_list()), 1, 100)
-            told.append(f"{STARTS[factors['start']]} on {ANSWERS[factors['answers']]} {share}")
+            told.append(f"{STARTS[factors['start']]} on {ANSWERS[factors['teacher']]} {share}")
     return f"Held-out problems with right sums, %: {', '.join(told)}.\n"
 
 
 def _second(table: pandas.DataFrame, results: Path, path: Path) -> dict[str, str]:
-    cells = _cells(table, ["method", "pairs"])
+    cells = _cells(table, ["method", "pairs", "problems"])
     none = table["method"] == "none"
     found = [
         (factors, mask, difference(table, mask, none, "chains"))
@@ -117,7 +118,7 @@ def _second(table: pandas.DataFrame, results: Path, path: Path) -> dict[str, str
         [LOSSES["none"], "", pm(mean(table[none]["chains"].to_list()), 1, 100), "", "", *_more(table[none])],
         *(
             [
-                f"{LOSSES[factors['method']]}, {PAIRS[factors['pairs']]}",
+                _named(factors),
                 f"{table[mask]['pairs_trained'].mean():.0f}" if factors["method"] != "sft" else "",
                 pm(mean(table[mask]["chains"].to_list()), 1, 100),
                 signed(gain, 1, 100),
@@ -127,10 +128,10 @@ def _second(table: pandas.DataFrame, results: Path, path: Path) -> dict[str, str
             for (factors, mask, gain), p in zip(found, corrected, strict=True)
         ),
     ]
-    header = ["second stage", "pairs", "right sums, %", "minus none", "p (Holm)", "docs, bits per byte"]
+    header = ["second stage", "pairs", "right sums, %", "minus none", "p (Holm)", "docs, bits per byte", "sums written"]
     header += ["chosen, nats", "rejected, nats", "rate", "beta"]
-    _plot([(f"{LOSSES[f['method']]}: {PAIRS[f['pairs']]}", gain) for f, _, gain in found], path)
-    told = [f"{LOSSES[f['method']]} on {PAIRS[f['pairs']]} {signed(gain, 1, 100)}" for f, _, gain in found]
+    _plot([(_named(factors), gain) for factors, _, gain in found], path)
+    told = [f"{_named(factors)} {signed(gain, 1, 100)}" for factors, _, gain in found]
     first = pm(mean(table[none]["chains"].to_list()), 1, 100)
     sentence = (
         f"The first stage brings the target from {_before(results, 'chains'):.1%} to {first} % right sums. Second "
@@ -143,9 +144,14 @@ def _second(table: pandas.DataFrame, results: Path, path: Path) -> dict[str, str
     }
 
 
+def _named(factors: dict[str, Any]) -> str:
+    many = f", {factors['problems']} times the problems" if factors["problems"] > 1 else ""
+    return f"{LOSSES[factors['method']]}, {PAIRS[factors['pairs']]}{many}"
+
+
 def _more(here: pandas.DataFrame) -> list[str]:
-    """Return forgetting, what became of the log-probabilities, and the settings."""
-    cells = [pm(mean(here["bpb_docs"].to_list()))]
+    """Return forgetting, the length of answers, what became of the log-probabilities, and the settings."""
+    cells = [pm(mean(here["bpb_docs"].to_list())), pm(mean(here["written"].to_list()), 2)]
     for side in ("chosen", "rejected"):
         known = f"{side}_before" in here and here[f"{side}_before"].notna().any()
         if known:
@@ -177,12 +183,14 @@ def _pilot(results: Path) -> str:
     table = table[(table["of"] == "validation")]
     start = table[table["method"] == "none"]["chains"]
     rows = []
-    for (method, pairs), here in table[table["method"] != "none"].groupby(["method", "pairs"], sort=False):
+    keys = ["method", "pairs", "problems"]
+    for values, here in table[table["method"] != "none"].groupby(keys, sort=False):
+        factors = dict(zip(keys, values, strict=True))
         best = here.sort_values("chains", ascending=False)
         tried = ", ".join(
-            f"{row['learning_rate']:g}" + ("" if method == "sft" else f" / {row['beta']:g}") + f": {row['chains']:.1%}"
+            f"{row['learning_rate']:g}" + f" / {row['beta']:g}" + f": {row['chains']:.1%}"
             for row in best.to_dict("records")
         )
-        rows.append([f"{LOSSES[str(method)]}, {PAIRS[str(pairs)]}", tried])
+        rows.append([_named(factors), tried])
     head = f"Without a second stage: {start.iloc[0]:.1%}.\n\n" if len(start) else ""
     return head + markdown(["second stage", "rate / beta: right sums on validation problems"], rows)
