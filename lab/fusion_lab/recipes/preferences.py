@@ -95,7 +95,7 @@ def own_answers(lab: Lab, seed: int) -> Stage:
 
 
 def more_answers(lab: Lab, cell: Cell) -> Stage:
-    """Return the stage that samples the sources and the first stage's model on more problems than the seed's block has."""
+    """Return the stage that samples the sources and the first stage's model on problems beyond the seed's block."""
 
     def run(work: Work) -> None:
         rows = _more(lab, cell.seed, cell["problems"])
