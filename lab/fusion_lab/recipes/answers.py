@@ -7,19 +7,33 @@ sample`, judged by `fusion score`, chosen and trained on by the dataset type of 
 import json
 import shutil
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas
 
 from fusion_lab import world
-from fusion_lab.problems import make_problems
+from fusion_lab.problems import Problem, make_problems
 from fusion_lab.recipes import fusellm
 from fusion_lab.runner import RESULTS, Cell, Work
 from fusion_lab.training import training
 from fusion_lab.world import Lab, Stage
 
-__all__ = ["better", "block", "config", "measured", "needs", "responses", "run", "sample", "scored", "tuned", "verdict"]
+__all__ = [
+    "better",
+    "block",
+    "config",
+    "measured",
+    "needs",
+    "pilot_problems",
+    "responses",
+    "run",
+    "sample",
+    "scored",
+    "tuned",
+    "verdict",
+]
 
 #: name in the responses -> model of the world; the third is the target itself
 ANSWERING = {"strong": "numbers", "weak": "docs", "own": "target"}
@@ -42,6 +56,13 @@ def block(lab: Lab, seed: int) -> list[dict[str, Any]]:
         {"id": f"sums-{seed}-{number}", "messages": problem.messages(), "gold": problem.gold}
         for number, problem in enumerate(problems[place * size : (place + 1) * size])
     ]
+
+
+def pilot_problems(lab: Lab) -> list[Problem]:
+    """Return the problems that choose settings: more than the world's validation split has, none of them in another."""
+    taken = {problem.question for split in world.SEEDS for problem in lab.problems(split)}
+    taken |= {row["messages"][0]["content"] for seed in (*SEEDS, PILOT) for row in block(lab, seed)}
+    return make_problems(lab.settings["tuned_on"], PILOT, taken=taken)
 
 
 def part(lab: Lab, seed: int, share: float) -> list[dict[str, Any]]:
@@ -152,8 +173,17 @@ def tuned(question: str, factors: dict[str, Any], keys: tuple[str, ...]) -> dict
 def measured(lab: Lab, folder: Path, seed: int) -> dict[str, dict[str, float]]:
     """Return the figures of a model: on the problems that choose settings for a pilot, else on the held-out split."""
     if seed == PILOT:
-        return {"validation": world.measure_model(lab, folder, "validation", domains=("sums",))}
+        return {"validation": _on_pilot_problems(lab, folder)}
     return {"heldout": world.measure_model(lab, folder)}
+
+
+def _on_pilot_problems(lab: Lab, folder: Path) -> dict[str, float]:
+    from fusion_lab.measure import bits_per_byte, load, solve
+
+    model, tokenizer = load(folder)
+    problems = pilot_problems(lab)
+    rows = [{"messages": problem.messages()} for problem in problems]
+    return {"bpb_sums": bits_per_byte(model, tokenizer, rows), **asdict(solve(model, tokenizer, problems))}
 
 
 def chosen_rows(lab: Lab, cell: Cell) -> list[dict[str, Any]]:

@@ -49,8 +49,9 @@ def _second(lab: Lab, seed: int) -> list[dict[str, Any]]:
 
 def _more(lab: Lab, seed: int, times: int) -> list[dict[str, Any]]:
     """Return problems beyond those of the seed's block, so that the second stage has so many times as many."""
-    blocks = [row["messages"][0]["content"] for other in (*answers.SEEDS, answers.PILOT) for row in block(lab, other)]
-    taken = {*blocks, *(problem.question for split in world.SEEDS for problem in lab.problems(split))}
+    others = [row["messages"][0]["content"] for other in (*answers.SEEDS, answers.PILOT) for row in block(lab, other)]
+    others += [problem.question for split in world.SEEDS for problem in lab.problems(split)]
+    taken = {*others, *(problem.question for problem in answers.pilot_problems(lab))}
     count = (times - 1) * len(_second(lab, seed))
     problems = make_problems(count, 1000 + seed, taken=taken)
     return [
@@ -244,7 +245,7 @@ def _sums_written(lab: Lab, folder: Path, seed: int) -> float:
     from fusion_lab.measure import answers as greedy
     from fusion_lab.measure import load
 
-    problems = lab.problems("validation" if seed == answers.PILOT else "heldout")
+    problems = answers.pilot_problems(lab) if seed == answers.PILOT else lab.problems("heldout")
     found = greedy(*load(folder), [problem.question for problem in problems])
     return sum(len(sums_of(text)) for text in found) / len(found)
 
