@@ -200,8 +200,8 @@ def chosen_rows(lab: Lab, cell: Cell) -> list[dict[str, Any]]:
 
 
 def verdict(lab: Lab, row: dict[str, Any]) -> dict[str, Any]:
-    """Return what is right in a quick run, whose models are never right: every second answer."""
-    return {} if lab.settings["checked"] else {"correct": row["index"] % 2 == 0}
+    """Return what is right in a quick run, whose models are never right and never stop: every second answer."""
+    return {} if lab.settings["checked"] else {"correct": row["index"] % 2 == 0, "finish_reason": "stop"}
 
 
 KEPT = ("prompt_id", "source", "index", "prompt", "response", "domain", "correct", "finish_reason")

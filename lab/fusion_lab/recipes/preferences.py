@@ -210,8 +210,8 @@ def run(lab: Lab, cell: Cell, work: Work) -> None:
     world.write_rows(work.folder / "scored.jsonl", rows)
     settings = _settings(lab, cell, rows, rate, beta)
     if method == "infifpo":
-        # Its reference is captured from the pairs, so they are chosen before.
-        work.write("pairs.yml", settings)
+        # Its reference is captured from the pairs, so they are chosen before, without the trainer that needs it.
+        work.write("pairs.yml", {key: value for key, value in settings.items() if key != "trainer_cls"})
         work.command("axolotl", "preprocess", "pairs.yml")
         settings["fusion"]["reference"] = _reference(lab, cell, work)
     work.axolotl("train", settings)
