@@ -43,7 +43,7 @@ SEEDS, SEED_OF_PROBLEMS = tuple(range(5)), 5
 #: seed of the pilots, whose prompts no other seed has
 PILOT = 100
 BEST = "fusion_plugins.axolotl.best_of_sources"
-RATE = 0.002
+RATE = 0.004
 
 
 def block(lab: Lab, seed: int) -> list[dict[str, Any]]:
