@@ -208,8 +208,15 @@ KEPT = ("prompt_id", "source", "index", "prompt", "response", "domain", "correct
 
 
 def run(lab: Lab, cell: Cell, work: Work) -> None:
-    """Fine-tune on the answers of a cell, and measure."""
+    """Fine-tune on the answers of a cell, and measure; without a teacher, measure the start and keep the doctor's words."""
     base = lab.folder / "better" / str(cell.seed) if cell["start"] == "better" else lab.model("target")
+    if cell["teacher"] == "none":
+        for split, figures in work.call(measured, lab, base, cell.seed).items():
+            work.record(split, **figures)
+        told = lab.folder / "stages" / f"responses-{cell.seed}" / "result.json"
+        for row in json.loads(told.read_text())["rows"]:
+            work.record(**row)
+        return
     rate = cell["learning_rate"]
     if rate == "tuned":
         # One rate for all teachers, so that none is tuned better than another.

@@ -11,8 +11,8 @@ from fusion_lab.statistics import Mean, difference, holm, mean, pm, rows_with, s
 
 ANSWERS = {
     "gold": "gold solutions",
-    "strong": "strong source",
-    "weak": "weak source",
+    "strong": "the strong source",
+    "weak": "the weak source",
     "both": "both sources",
     "own": "the target itself",
 }
@@ -41,7 +41,8 @@ def make(results: Path, images: Path) -> dict[str, str]:
     texts |= {f"{name}-hypotheses": hypotheses(f"d_{name}") for name in ("answers", "preferences")}
     answers, preferences = read(results, "d_answers"), read(results, "d_preferences")
     if answers is not None:
-        texts |= _first(answers[answers["of"] == "heldout"], results)
+        texts |= _first(answers[answers["of"] == "heldout"])
+        texts["answers"] += "\n" + _doctor(answers)
     if preferences is not None:
         texts |= _second(preferences[preferences["of"] == "heldout"], results, images / "lab_preferences.svg")
     return texts | {"preferences-pilot": _pilot(results)}
@@ -63,7 +64,21 @@ def _before(results: Path, column: str) -> float:
     return float(world[world["of"] == "target"][column].iloc[0])
 
 
-def _first(table: pandas.DataFrame, results: Path) -> dict[str, str]:
+def _doctor(table: pandas.DataFrame) -> str:
+    """Return what `fusion doctor` said of each source, before any training."""
+    said = table[(table["of"] == "doctor") & (table["start"] == "target")]
+    rows = [
+        [
+            ANSWERS[str(name)],
+            pm(mean(here["value"].to_list()), 1, 100),
+            ", ".join(f"{verdict} ({count})" for verdict, count in here["verdict"].value_counts().items()),
+        ]
+        for name, here in said.groupby("name", sort=False)
+    ]
+    return markdown(["source", "right answers to the prompts, %", "fusion doctor against the target (seeds)"], rows)
+
+
+def _first(table: pandas.DataFrame) -> dict[str, str]:
     keys = ["start", "teacher", "per_prompt", "prompts", "samples"]
     cells = _cells(table, keys)
     strong = next(mask for factors, mask in cells if list(factors.values()) == ["target", "strong", "best", 1.0, 4])
@@ -74,26 +89,27 @@ def _first(table: pandas.DataFrame, results: Path) -> dict[str, str]:
         gains[tuple(factors.values())] = difference(table, mask, strong, "chains")
         rows.append(
             [
-                f"{STARTS[factors['start']]}, {ANSWERS[factors['teacher']]}{more}",
+                _trained_on(factors) + more,
                 f"{factors['prompts']:.0%}",
                 factors["samples"],
-                f"{here['rows'].mean():.0f}",
+                "" if factors["teacher"] == "none" else f"{here['rows'].mean():.0f}",
                 pm(mean(here["chains"].to_list()), 1, 100),
                 pm(mean(here["answers"].to_list()), 1, 100),
                 signed(gains[tuple(factors.values())], 1, 100),
                 pm(mean(here["bpb_docs"].to_list())),
             ]
         )
-    header = ["trained on answers of", "prompts", "samples", "answers", "right sums, %", "right answer, %"]
+    header = ["model", "prompts", "samples", "answers", "right sums, %", "right answer, %"]
     header += ["minus the strong source", "docs, bits per byte"]
-    before = (
-        f"Before: the target has {_before(results, 'chains'):.1%} right sums, {_before(results, 'answers'):.1%} right "
-        f"answers, and {_before(results, 'bpb_docs'):.3f} bits per byte of documentation.\n"
-    )
     return {
-        "answers": markdown(header, rows) + "\n" + before + _chance(table),
+        "answers": markdown(header, rows) + "\n" + _chance(table),
         "answers-sentence": _first_sentence(table, cells),
     }
+
+
+def _trained_on(factors: dict[str, Any]) -> str:
+    start = STARTS[factors["start"]]
+    return f"{start} before" if factors["teacher"] == "none" else f"{start} on {ANSWERS[factors['teacher']]}"
 
 
 def _first_sentence(table: pandas.DataFrame, cells: list[tuple[dict[str, Any], pandas.Series]]) -> str:
@@ -101,7 +117,7 @@ def _first_sentence(table: pandas.DataFrame, cells: list[tuple[dict[str, Any], p
     for factors, mask in cells:
         if (factors["per_prompt"], factors["prompts"], factors["samples"]) == ("best", 1.0, 4):
             share = pm(mean(table[mask]["chains"].to_list()), 1, 100)
-            told.append(f"{STARTS[factors['start']]} on {ANSWERS[factors['teacher']]} {share}")
+            told.append(f"{_trained_on(factors)} {share}")
     return f"Held-out problems with right sums, %: {', '.join(told)}.\n"
 
 
