@@ -208,7 +208,7 @@ KEPT = ("prompt_id", "source", "index", "prompt", "response", "domain", "correct
 
 
 def run(lab: Lab, cell: Cell, work: Work) -> None:
-    """Fine-tune on the answers of a cell, and measure; without a teacher, measure the start and keep the doctor's words."""
+    """Fine-tune on the answers of a cell, and measure; without a teacher, measure the start."""
     base = lab.folder / "better" / str(cell.seed) if cell["start"] == "better" else lab.model("target")
     if cell["teacher"] == "none":
         for split, figures in work.call(measured, lab, base, cell.seed).items():
