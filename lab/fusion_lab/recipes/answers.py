@@ -7,20 +7,32 @@ sample`, judged by `fusion score`, chosen and trained on by the dataset type of 
 import json
 import shutil
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas
 
 from fusion_lab import world
-from fusion_lab.problems import make_problems
+from fusion_lab.problems import Problem, make_problems
 from fusion_lab.recipes import fusellm
 from fusion_lab.runner import RESULTS, Cell, Work
 from fusion_lab.training import training
 from fusion_lab.world import Lab, Stage
 
 __all__ = [
-    *("better", "block", "config", "measured", "needs", "prompts", "responses", "run", "sample", "scored", "tuned"),
+    "better",
+    "block",
+    "config",
+    "measured",
+    "needs",
+    "pilot_problems",
+    "prompts",
+    "responses",
+    "run",
+    "sample",
+    "scored",
+    "tuned",
     "verdict",
 ]
 
@@ -32,7 +44,7 @@ SEEDS, SEED_OF_PROBLEMS = tuple(range(5)), 5
 #: seed of the pilots, whose prompts no other seed has
 PILOT = 100
 BEST = "fusion_plugins.axolotl.best_of_sources"
-RATE = 0.002
+RATE = 0.004
 
 
 def block(lab: Lab, seed: int) -> list[dict[str, Any]]:
@@ -45,6 +57,13 @@ def block(lab: Lab, seed: int) -> list[dict[str, Any]]:
         {"id": f"sums-{seed}-{number}", "messages": problem.messages(), "gold": problem.gold}
         for number, problem in enumerate(problems[place * size : (place + 1) * size])
     ]
+
+
+def pilot_problems(lab: Lab) -> list[Problem]:
+    """Return the problems that choose settings: more than the world's validation split has, none of them in another."""
+    taken = {problem.question for split in world.SEEDS for problem in lab.problems(split)}
+    taken |= {row["messages"][0]["content"] for seed in (*SEEDS, PILOT) for row in block(lab, seed)}
+    return make_problems(lab.settings["tuned_on"], PILOT, taken=taken)
 
 
 def part(lab: Lab, seed: int, share: float) -> list[dict[str, Any]]:
@@ -159,8 +178,17 @@ def tuned(question: str, factors: dict[str, Any], keys: tuple[str, ...]) -> dict
 def measured(lab: Lab, folder: Path, seed: int) -> dict[str, dict[str, float]]:
     """Return the figures of a model: on the problems that choose settings for a pilot, else on the held-out split."""
     if seed == PILOT:
-        return {"validation": world.measure_model(lab, folder, "validation", domains=("sums",))}
+        return {"validation": _on_pilot_problems(lab, folder)}
     return {"heldout": world.measure_model(lab, folder)}
+
+
+def _on_pilot_problems(lab: Lab, folder: Path) -> dict[str, float]:
+    from fusion_lab.measure import bits_per_byte, load, solve
+
+    model, tokenizer = load(folder)
+    problems = pilot_problems(lab)
+    rows = [{"messages": problem.messages()} for problem in problems]
+    return {"bpb_sums": bits_per_byte(model, tokenizer, rows), **asdict(solve(model, tokenizer, problems))}
 
 
 def chosen_rows(lab: Lab, cell: Cell) -> list[dict[str, Any]]:
@@ -177,16 +205,23 @@ def chosen_rows(lab: Lab, cell: Cell) -> list[dict[str, Any]]:
 
 
 def verdict(lab: Lab, row: dict[str, Any]) -> dict[str, Any]:
-    """Return what is right in a quick run, whose models are never right: every second answer."""
-    return {} if lab.settings["checked"] else {"correct": row["index"] % 2 == 0}
+    """Return what is right in a quick run, whose models are never right and never stop: every second answer."""
+    return {} if lab.settings["checked"] else {"correct": row["index"] % 2 == 0, "finish_reason": "stop"}
 
 
 KEPT = ("prompt_id", "source", "index", "prompt", "response", "domain", "correct", "finish_reason")
 
 
 def run(lab: Lab, cell: Cell, work: Work) -> None:
-    """Fine-tune on the answers of a cell, and measure."""
+    """Fine-tune on the answers of a cell, and measure; without a teacher, measure the start."""
     base = lab.folder / "better" / str(cell.seed) if cell["start"] == "better" else lab.model("target")
+    if cell["teacher"] == "none":
+        for split, figures in work.call(measured, lab, base, cell.seed).items():
+            work.record(split, **figures)
+        told = lab.folder / "stages" / f"responses-{cell.seed}" / "result.json"
+        for row in json.loads(told.read_text())["rows"]:
+            work.record(**row)
+        return
     rate = cell["learning_rate"]
     if rate == "tuned":
         # One rate for all teachers, so that none is tuned better than another.

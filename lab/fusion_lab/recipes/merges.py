@@ -18,14 +18,17 @@ __all__ = ["METHODS", "needs", "run"]
 
 #: what the targets are fused with, in the order in which they are added; `none`: trained on the texts alone
 PARENTS = ("numbers", "docs", "digits", "none")
-SCALES, DENSITIES = (0.5, 1.0), (0.3, 0.7)
+SCALES, DENSITIES = (0.3, 0.5, 1.0), (0.2, 0.5, 0.8)
 #: method -> the settings that are tried: parameters of every model, or of the merge
 METHODS: dict[str, list[dict[str, Any]]] = {
     "linear": [{"weight": 1.0}],
     "task_arithmetic": [{"weight": scale} for scale in SCALES],
-    **{method: [{"weight": 1.0, "density": density} for density in DENSITIES] for method in ("ties", "dare_linear")},
-    **{f"varm:{unit}": [{"granularity": unit}] for unit in ("matrix", "row", "element")},
-    "fusechat_sce": [{"select_topk": share} for share in (0.1, 1.0)],
+    **{
+        method: [{"weight": scale, "density": density} for scale in SCALES[1:] for density in DENSITIES]
+        for method in ("ties", "dare_linear")
+    },
+    **{f"varm:{unit}": [{"granularity": unit}] for unit in ("matrix", "row", "element", "module", "layer", "model")},
+    "fusechat_sce": [{"select_topk": share} for share in (0.1, 0.5, 1.0)],
 }
 #: methods that have no base model, and those whose parameters are the merge's own
 WITHOUT_BASE = ("linear",)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_lab import world
-from fusion_lab.problems import answer_of, sums_of
+from fusion_lab.problems import answer_of, make_problems, sums_of
 from fusion_lab.recipes import answers, fusellm
 from fusion_lab.recipes.answers import BEST, KEPT, block, config, measured, responses, sample, scored, tuned, verdict
 from fusion_lab.runner import Cell, Work
@@ -33,6 +33,8 @@ LOSSES: dict[str, dict[str, Any]] = {
     "wrpo": {"trainer_cls": f"{_TRAINERS}.WRPOTrainer"},
     "infifpo": {"dpo_loss_type": ["sigmoid_norm"], "trainer_cls": f"{_TRAINERS}.InfiFPOTrainer"},
 }
+#: pairs by a reward that the lab gives, of one source's answers
+BY_REWARD = ("delta", "short")
 NO_WINDOW = {"min_gap": "none", "max_gap": "none"}
 
 
@@ -45,8 +47,25 @@ def _second(lab: Lab, seed: int) -> list[dict[str, Any]]:
     return problems[round(FIRST * len(problems)) :]
 
 
+def _more(lab: Lab, seed: int, times: int) -> list[dict[str, Any]]:
+    """Return problems beyond those of the seed's block, so that the second stage has so many times as many."""
+    others = [row["messages"][0]["content"] for other in (*answers.SEEDS, answers.PILOT) for row in block(lab, other)]
+    others += [problem.question for split in world.SEEDS for problem in lab.problems(split)]
+    taken = {*others, *(problem.question for problem in answers.pilot_problems(lab))}
+    count = (times - 1) * len(_second(lab, seed))
+    problems = make_problems(count, 1000 + seed, taken=taken)
+    return [
+        {"id": f"more-{seed}-{number}", "messages": problem.messages(), "gold": problem.gold}
+        for number, problem in enumerate(problems)
+    ]
+
+
 def _own(lab: Lab, seed: int) -> Path:
     return lab.folder / "preferences" / f"own-{seed}"
+
+
+def _many(lab: Lab, cell: Cell, whose: str) -> Path:
+    return lab.folder / "preferences" / f"{whose}-{cell.seed}-times-{cell['problems']}"
 
 
 def first_stage(lab: Lab, seed: int) -> Stage:
@@ -76,9 +95,23 @@ def own_answers(lab: Lab, seed: int) -> Stage:
     return Stage(f"own:{seed}", run, (f"sft:{seed}",), [seed, FIRST, OWN_SAMPLES])
 
 
+def more_answers(lab: Lab, cell: Cell) -> Stage:
+    """Return the stage that samples the sources and the first stage's model on problems beyond the seed's block."""
+
+    def run(work: Work) -> None:
+        rows = _more(lab, cell.seed, cell["problems"])
+        sources = {name: lab.model(answers.ANSWERING[name]) for name in ("strong", "weak")}
+        sample(lab, work, rows, sources, answers.SAMPLES, _many(lab, cell, "sources"))
+        sample(lab, work, rows, {"own": _start(lab, cell.seed)}, OWN_SAMPLES, _many(lab, cell, "own"))
+
+    facts = [cell.seed, cell["problems"], OWN_SAMPLES]
+    return Stage(f"more:{cell.seed}-{cell['problems']}", run, (f"sft:{cell.seed}",), facts)
+
+
 def needs(lab: Lab, cell: Cell) -> list[Stage]:
     """Return the answers of the sources, the first stage and its own answers."""
-    return [responses(lab, cell.seed), first_stage(lab, cell.seed), own_answers(lab, cell.seed)]
+    more = [more_answers(lab, cell)] if cell["problems"] > 1 else []
+    return [responses(lab, cell.seed), first_stage(lab, cell.seed), own_answers(lab, cell.seed), *more]
 
 
 def _best(path: str, rule: str) -> dict[str, Any]:
@@ -94,8 +127,12 @@ def _rows(lab: Lab, cell: Cell) -> list[dict[str, Any]]:
     from fusion_plugins.store import open_rows
 
     problems = {row["id"]: row for row in _second(lab, cell.seed)}
+    folders = [scored(lab, cell.seed), _own(lab, cell.seed)]
+    if cell["problems"] > 1:
+        problems |= {row["id"]: row for row in _more(lab, cell.seed, cell["problems"])}
+        folders += [_many(lab, cell, "sources"), _many(lab, cell, "own")]
     found = []
-    for folder in (scored(lab, cell.seed), _own(lab, cell.seed)):
+    for folder in folders:
         for row in open_rows(folder):
             # `own` in the responses of the first stage is the model before it.
             if row["prompt_id"] not in problems or (folder == scored(lab, cell.seed) and row["source"] == "own"):
@@ -104,6 +141,8 @@ def _rows(lab: Lab, cell: Cell) -> list[dict[str, Any]]:
     if cell["pairs"] == "delta":
         found = [_by_sums(row, problems[row["prompt_id"]]) for row in found if row["source"] == "own"]
         return [row for row in found if row is not None]
+    if cell["pairs"] == "short":
+        return [_by_length(row) for row in found if row["source"] == "own"]
     only_own = cell["method"] == "sft" and cell["pairs"] == "own"
     wanted = {"own"} if only_own else {"strong", "weak"} if cell["method"] == "sft" else {"strong", "weak", "own"}
     return [row | ({"source": "mine"} if only_own else {}) for row in found if row["source"] in wanted]
@@ -118,18 +157,24 @@ def _by_sums(row: dict[str, Any], problem: dict[str, Any]) -> dict[str, Any] | N
     return row | {"source": "mine", "domain": "instruction", "correct": None, "reward": reward}
 
 
+def _by_length(row: dict[str, Any]) -> dict[str, Any]:
+    """Return an answer with a reward that is higher the fewer sums it writes down, right or wrong."""
+    written = float(len(sums_of(row["response"])))
+    return row | {"source": "mine", "domain": "instruction", "correct": None, "reward": -written}
+
+
 def _settings(lab: Lab, cell: Cell, rows: list[dict[str, Any]], rate: float, beta: float) -> dict[str, Any]:
     base = _start(lab, cell.seed)
     prompts = defaultdict(list)
     for row in rows:
         prompts[row["prompt_id"]].append(row)
     if cell["method"] == "sft":
-        rule = "reward" if cell["pairs"] == "delta" else "verdict"
+        rule = "reward" if cell["pairs"] in BY_REWARD else "verdict"
         usable = [group for group in prompts.values() if rule == "reward" or any(row["correct"] for row in group)]
         return config(lab, base, len(usable), cell.seed, rate=rate, epochs=SFT_EPOCHS) | _best("scored.jsonl", rule)
-    rules = {"own": "own_answers", "source": "verdict", "delta": "same_source"}
+    rules = {"own": "own_answers", "source": "verdict"} | dict.fromkeys(BY_REWARD, "same_source")
     pairs: dict[str, Any] = {"rule": rules[cell["pairs"]], "own_source": "own", "texts": "pairs.jsonl"}
-    if cell["pairs"] == "delta":
+    if cell["pairs"] in BY_REWARD:
         pairs |= NO_WINDOW
         del pairs["own_source"]
     training = config(lab, base, len(prompts), cell.seed, rate=rate)
@@ -140,7 +185,7 @@ def _settings(lab: Lab, cell: Cell, rows: list[dict[str, Any]], rate: float, bet
         "rl_beta": beta,
         "plugins": ["fusion_plugins.axolotl.FusionPlugin"],
         "datasets": [{"path": "./scored.jsonl", "ds_type": "json", "type": PAIRS}],
-        "fusion": {"sft": {"rule": "verdict"}, "pairs": pairs} if cell["pairs"] != "delta" else {"pairs": pairs},
+        "fusion": {"sft": {"rule": "verdict"}, "pairs": pairs} if cell["pairs"] not in BY_REWARD else {"pairs": pairs},
         **LOSSES[cell["method"]],
     }
 
@@ -149,8 +194,9 @@ def run(lab: Lab, cell: Cell, work: Work) -> None:
     """Train the second stage of a cell, and measure it and what became of the pairs."""
     method = cell["method"]
     if method == "none":
+        written = work.call(_sums_written, lab, _start(lab, cell.seed), cell.seed)
         for split, figures in work.call(measured, lab, _start(lab, cell.seed), cell.seed).items():
-            work.record(split, **figures)
+            work.record(split, written=written, **figures)
         return
     rate, beta = cell["learning_rate"], cell["beta"]
     if rate == "tuned":
@@ -164,8 +210,8 @@ def run(lab: Lab, cell: Cell, work: Work) -> None:
     world.write_rows(work.folder / "scored.jsonl", rows)
     settings = _settings(lab, cell, rows, rate, beta)
     if method == "infifpo":
-        # Its reference is captured from the pairs, so they are chosen before.
-        work.write("pairs.yml", settings)
+        # Its reference is captured from the pairs, so they are chosen before, without the trainer that needs it.
+        work.write("pairs.yml", {key: value for key, value in settings.items() if key != "trainer_cls"})
         work.command("axolotl", "preprocess", "pairs.yml")
         settings["fusion"]["reference"] = _reference(lab, cell, work)
     work.axolotl("train", settings)
@@ -176,6 +222,7 @@ def run(lab: Lab, cell: Cell, work: Work) -> None:
         pairs = len(world.read_rows(work.folder / "pairs.jsonl")) // 2
         more |= {"pairs_trained": pairs, **{f"{name}_before": value for name, value in before.items()}}
         more |= {f"{name}_after": value for name, value in after.items()}
+    more["written"] = work.call(_sums_written, lab, work.folder / "model", cell.seed)
     for split, figures in work.call(measured, lab, work.folder / "model", cell.seed).items():
         work.record(split, **more, **figures)
     fusellm.tidy(work)
@@ -191,6 +238,16 @@ def _reference(lab: Lab, cell: Cell, work: Work) -> dict[str, Any]:
         )
         sources.append({"name": name, "store": store, "is_target": name == "target"})
     return {"rule": "max_margin", "clip": True, "sources": sources}
+
+
+def _sums_written(lab: Lab, folder: Path, seed: int) -> float:
+    """Return the mean number of sums in greedy answers to the problems that a seed is measured on."""
+    from fusion_lab.measure import answers as greedy
+    from fusion_lab.measure import load
+
+    problems = answers.pilot_problems(lab) if seed == answers.PILOT else lab.problems("heldout")
+    found = greedy(*load(folder), [problem.question for problem in problems])
+    return sum(len(sums_of(text)) for text in found) / len(found)
 
 
 def _logprobs(model: Path, texts: Path) -> dict[str, float]:

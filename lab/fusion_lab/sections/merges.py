@@ -11,8 +11,8 @@ from fusion_lab.statistics import Mean, mean, pm, signed
 NAMES = {
     "linear": "linear",
     "task_arithmetic": "task arithmetic",
-    "ties": "TIES, weight 1",
-    "dare_linear": "DARE, weight 1",
+    "ties": "TIES",
+    "dare_linear": "DARE",
     "fusechat_sce": "SCE",
     "varm:matrix": "VaRM, matrix (the default)",
     "varm:row": "VaRM, row",

@@ -11,8 +11,8 @@ from fusion_lab.statistics import Mean, difference, holm, mean, pm, rows_with, s
 
 ANSWERS = {
     "gold": "gold solutions",
-    "strong": "strong source",
-    "weak": "weak source",
+    "strong": "the strong source",
+    "weak": "the weak source",
     "both": "both sources",
     "own": "the target itself",
 }
@@ -31,6 +31,7 @@ PAIRS = {
     "own": "own answers, right before wrong",
     "source": "one source, right before wrong",
     "delta": "own wrong answers, more right sums before fewer",
+    "short": "own answers, fewer sums before more",
 }
 
 
@@ -40,7 +41,8 @@ def make(results: Path, images: Path) -> dict[str, str]:
     texts |= {f"{name}-hypotheses": hypotheses(f"d_{name}") for name in ("answers", "preferences")}
     answers, preferences = read(results, "d_answers"), read(results, "d_preferences")
     if answers is not None:
-        texts |= _first(answers[answers["of"] == "heldout"], results)
+        texts |= _first(answers[answers["of"] == "heldout"])
+        texts["answers"] += "\n" + _doctor(answers)
     if preferences is not None:
         texts |= _second(preferences[preferences["of"] == "heldout"], results, images / "lab_preferences.svg")
     return texts | {"preferences-pilot": _pilot(results)}
@@ -62,7 +64,21 @@ def _before(results: Path, column: str) -> float:
     return float(world[world["of"] == "target"][column].iloc[0])
 
 
-def _first(table: pandas.DataFrame, results: Path) -> dict[str, str]:
+def _doctor(table: pandas.DataFrame) -> str:
+    """Return what `fusion doctor` said of each source, before any training."""
+    said = table[(table["of"] == "doctor") & (table["start"] == "target")]
+    rows = [
+        [
+            ANSWERS[str(name)],
+            pm(mean(here["value"].to_list()), 1, 100),
+            ", ".join(f"{verdict} ({count})" for verdict, count in here["verdict"].value_counts().items()),
+        ]
+        for name, here in said.groupby("name", sort=False)
+    ]
+    return markdown(["source", "right answers to the prompts, %", "fusion doctor against the target (seeds)"], rows)
+
+
+def _first(table: pandas.DataFrame) -> dict[str, str]:
     keys = ["start", "teacher", "per_prompt", "prompts", "samples"]
     cells = _cells(table, keys)
     strong = next(mask for factors, mask in cells if list(factors.values()) == ["target", "strong", "best", 1.0, 4])
@@ -73,26 +89,27 @@ def _first(table: pandas.DataFrame, results: Path) -> dict[str, str]:
         gains[tuple(factors.values())] = difference(table, mask, strong, "chains")
         rows.append(
             [
-                f"{STARTS[factors['start']]}, {ANSWERS[factors['answers']]}{more}",
+                _trained_on(factors) + more,
                 f"{factors['prompts']:.0%}",
                 factors["samples"],
-                f"{here['rows'].mean():.0f}",
+                "" if factors["teacher"] == "none" else f"{here['rows'].mean():.0f}",
                 pm(mean(here["chains"].to_list()), 1, 100),
                 pm(mean(here["answers"].to_list()), 1, 100),
                 signed(gains[tuple(factors.values())], 1, 100),
                 pm(mean(here["bpb_docs"].to_list())),
             ]
         )
-    header = ["trained on answers of", "prompts", "samples", "answers", "right sums, %", "right answer, %"]
+    header = ["model", "prompts", "samples", "answers", "right sums, %", "right answer, %"]
     header += ["minus the strong source", "docs, bits per byte"]
-    before = (
-        f"Before: the target has {_before(results, 'chains'):.1%} right sums, {_before(results, 'answers'):.1%} right "
-        f"answers, and {_before(results, 'bpb_docs'):.3f} bits per byte of documentation.\n"
-    )
     return {
-        "answers": markdown(header, rows) + "\n" + before + _chance(table),
+        "answers": markdown(header, rows) + "\n" + _chance(table),
         "answers-sentence": _first_sentence(table, cells),
     }
+
+
+def _trained_on(factors: dict[str, Any]) -> str:
+    start = STARTS[factors["start"]]
+    return f"{start} before" if factors["teacher"] == "none" else f"{start} on {ANSWERS[factors['teacher']]}"
 
 
 def _first_sentence(table: pandas.DataFrame, cells: list[tuple[dict[str, Any], pandas.Series]]) -> str:
@@ -100,12 +117,12 @@ def _first_sentence(table: pandas.DataFrame, cells: list[tuple[dict[str, Any], p
     for factors, mask in cells:
         if (factors["per_prompt"], factors["prompts"], factors["samples"]) == ("best", 1.0, 4):
             share = pm(mean(table[mask]["chains"].to_list()), 1, 100)
-            told.append(f"{STARTS[factors['start']]} on {ANSWERS[factors['answers']]} {share}")
+            told.append(f"{_trained_on(factors)} {share}")
     return f"Held-out problems with right sums, %: {', '.join(told)}.\n"
 
 
 def _second(table: pandas.DataFrame, results: Path, path: Path) -> dict[str, str]:
-    cells = _cells(table, ["method", "pairs"])
+    cells = _cells(table, ["method", "pairs", "problems"])
     none = table["method"] == "none"
     found = [
         (factors, mask, difference(table, mask, none, "chains"))
@@ -117,7 +134,7 @@ def _second(table: pandas.DataFrame, results: Path, path: Path) -> dict[str, str
         [LOSSES["none"], "", pm(mean(table[none]["chains"].to_list()), 1, 100), "", "", *_more(table[none])],
         *(
             [
-                f"{LOSSES[factors['method']]}, {PAIRS[factors['pairs']]}",
+                _named(factors),
                 f"{table[mask]['pairs_trained'].mean():.0f}" if factors["method"] != "sft" else "",
                 pm(mean(table[mask]["chains"].to_list()), 1, 100),
                 signed(gain, 1, 100),
@@ -127,10 +144,10 @@ def _second(table: pandas.DataFrame, results: Path, path: Path) -> dict[str, str
             for (factors, mask, gain), p in zip(found, corrected, strict=True)
         ),
     ]
-    header = ["second stage", "pairs", "right sums, %", "minus none", "p (Holm)", "docs, bits per byte"]
+    header = ["second stage", "pairs", "right sums, %", "minus none", "p (Holm)", "docs, bits per byte", "sums written"]
     header += ["chosen, nats", "rejected, nats", "rate", "beta"]
-    _plot([(f"{LOSSES[f['method']]}: {PAIRS[f['pairs']]}", gain) for f, _, gain in found], path)
-    told = [f"{LOSSES[f['method']]} on {PAIRS[f['pairs']]} {signed(gain, 1, 100)}" for f, _, gain in found]
+    _plot([(_named(factors), gain) for factors, _, gain in found], path)
+    told = [f"{_named(factors)} {signed(gain, 1, 100)}" for factors, _, gain in found]
     first = pm(mean(table[none]["chains"].to_list()), 1, 100)
     sentence = (
         f"The first stage brings the target from {_before(results, 'chains'):.1%} to {first} % right sums. Second "
@@ -143,9 +160,14 @@ def _second(table: pandas.DataFrame, results: Path, path: Path) -> dict[str, str
     }
 
 
+def _named(factors: dict[str, Any]) -> str:
+    many = f", {factors['problems']} times the problems" if factors["problems"] > 1 else ""
+    return f"{LOSSES[factors['method']]}, {PAIRS[factors['pairs']]}{many}"
+
+
 def _more(here: pandas.DataFrame) -> list[str]:
-    """Return forgetting, what became of the log-probabilities, and the settings."""
-    cells = [pm(mean(here["bpb_docs"].to_list()))]
+    """Return forgetting, the length of answers, what became of the log-probabilities, and the settings."""
+    cells = [pm(mean(here["bpb_docs"].to_list())), pm(mean(here["written"].to_list()), 2)]
     for side in ("chosen", "rejected"):
         known = f"{side}_before" in here and here[f"{side}_before"].notna().any()
         if known:
@@ -177,12 +199,14 @@ def _pilot(results: Path) -> str:
     table = table[(table["of"] == "validation")]
     start = table[table["method"] == "none"]["chains"]
     rows = []
-    for (method, pairs), here in table[table["method"] != "none"].groupby(["method", "pairs"], sort=False):
+    keys = ["method", "pairs", "problems"]
+    for values, here in table[table["method"] != "none"].groupby(keys, sort=False):
+        factors = dict(zip(keys, values, strict=True))
         best = here.sort_values("chains", ascending=False)
         tried = ", ".join(
-            f"{row['learning_rate']:g}" + ("" if method == "sft" else f" / {row['beta']:g}") + f": {row['chains']:.1%}"
+            f"{row['learning_rate']:g}" + f" / {row['beta']:g}" + f": {row['chains']:.1%}"
             for row in best.to_dict("records")
         )
-        rows.append([f"{LOSSES[str(method)]}, {PAIRS[str(pairs)]}", tried])
+        rows.append([_named(factors), tried])
     head = f"Without a second stage: {start.iloc[0]:.1%}.\n\n" if len(start) else ""
     return head + markdown(["second stage", "rate / beta: right sums on validation problems"], rows)
