@@ -203,7 +203,7 @@ def run(lab: Lab, cell: Cell, work: Work) -> None:
         if method == "sft":  # fine-tuning has one rate, whatever it is trained on
             rate = tuned("d_pilot_answers", {}, ("learning_rate",))["learning_rate"]
         else:
-            tried = {"method": method, "pairs": cell["pairs"]}
+            tried = {"method": method, "pairs": cell["pairs"], "problems": cell["problems"]}
             found = tuned("d_pilot_preferences", tried, ("learning_rate", "beta"))
             rate, beta = found["learning_rate"], found["beta"]
     rows = work.call(_rows, lab, cell)

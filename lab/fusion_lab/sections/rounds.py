@@ -121,6 +121,6 @@ def _pilot(results: Path) -> str:
         "right sums",
         "right answer",
         "docs, bits per byte",
-        "own answers right, by round",
+        "right number in own answers, by round",
     ]
     return markdown(header, rows)
