@@ -13,9 +13,8 @@ from pydantic import Field
 from fusion_plugins.command_options import Assignments, ConfigFile
 from fusion_plugins.config import Settings, load_config
 from fusion_plugins.install import missing_package_error
+from fusion_plugins.page import PAGE_NAME
 from fusion_plugins.terminal import say
-
-PAGE_NAME = "fusion_report.html"
 
 
 class ReportConfig(Settings):
