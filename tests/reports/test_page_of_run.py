@@ -203,6 +203,22 @@ def test_a_run_that_has_not_begun_has_a_page(tmp_path):
         page_of(tmp_path, Options())
 
 
+def test_numbers_that_no_float_holds_do_not_end_the_page(tmp_path):
+    huge = "1" + "0" * 400
+    (tmp_path / "said.json").write_text(f'{{"large": {huge}, "right": 3, "done": true, "mean": 0.5}}')
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": int(huge)}]
+    trained(tmp_path / "model", training=RECORD | {"log_history": history})
+    steps = [
+        {"name": "measure", "command": "say", "stdout": "said.json"},
+        {"name": "train", "command": "do", "writes": ["model"]},
+    ]
+    (tmp_path / "fusion.yml").write_text(yaml.safe_dump({"steps": steps}))
+    page = html.unescape(page_of(tmp_path, Options()))
+    printed = [["step", "large", "right", "mean"], ["measure", "inf", "3", "0.5"]]
+    assert rows_of(page, "Printed by steps") == printed
+    assert "model cannot be shown" in page
+
+
 def test_results_of_other_settings_are_named(tmp_path):
     """A step that was done is not done with the settings of now: its figures are those of before."""
     (tmp_path / "a.yml").write_text("lr: 1")
