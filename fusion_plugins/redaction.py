@@ -45,8 +45,8 @@ def without_secret_parts(text: str) -> str:
     """Return a text, such as a command or a group of settings in one line, without the secrets that it names.
 
     Example:
-        >>> without_secret_parts("x --api-key k --set 'options={api_key: k, pad_token: p}' -H 'Authorization: Bearer k'")
-        "x --api-key *** --set 'options={api_key: ***, pad_token: p}' -H 'Authorization: Bearer ***'"
+        >>> without_secret_parts("x --api-key k --set 'options={api_key: k, pad_token: p}' 'Authorization: Bearer k'")
+        "x --api-key *** --set 'options={api_key: ***, pad_token: p}' 'Authorization: Bearer ***'"
     """
     for form in (_PAIR, _OPTION):
         text = form.sub(_hidden, text)
