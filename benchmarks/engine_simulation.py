@@ -178,7 +178,7 @@ class _Run:
         self.network = self.computed = self.now = 0.0
 
     def at(self, time: float, what: str, who: int, unit: int = -1) -> None:
-        life = self.workers[who].life if what not in ("start", "fail") else 0
+        life = self.workers[who].life if what != "fail" else 0
         heapq.heappush(self.events, (time, next(self.order), what, who, unit, life))
 
     def go(self) -> None:
@@ -189,7 +189,7 @@ class _Run:
             self.at(self.random.expovariate(1 / self.engine.failure_every), "fail", node)
         while self.done < self.units:
             self.now, _, what, who, unit, life = heapq.heappop(self.events)
-            if what in ("start", "fail") or life == self.workers[who].life:
+            if what == "fail" or life == self.workers[who].life:
                 getattr(self, f"_{what}")(who, unit)
 
     def _wait(self) -> float:

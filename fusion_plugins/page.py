@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from jinja2 import Environment
     from matplotlib.figure import Figure
 
+#: name of a page in the folder that it is about
+PAGE_NAME = "fusion_report.html"
+
 #: colours that most kinds of colour blindness tell apart (Okabe and Ito), the first ones also in grey
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999")
 

@@ -20,9 +20,15 @@ def without_credentials(text: str) -> str:
 
 
 #: names of settings and variables whose values are secrets; a pad token is none
-_SECRET = re.compile(r"token$|secret|passw(or)?d|key$|credential", re.IGNORECASE)
+_SECRET = re.compile(r"token$|secret|passw(or)?d|key$|credential|^authorization$|webhook", re.IGNORECASE)
 _NO_SECRET = re.compile(r"(pad|bos|eos|unk|cls|sep|mask|eot|image|audio|video)_token$", re.IGNORECASE)
 HIDDEN = "***"
+#: ends of such names inside a text, and what can be their value there
+_ENDS = r"(?:token|secret[\w-]*|passw(?:or)?d|key|credentials?)"
+_VALUE = r"""(?:"[^"]*"|'[^']*'|[^\s"',;}\]]+)"""
+_PAIR = re.compile(rf"""(?<![\w.-])(?P<name>[\w.-]*{_ENDS})(?P<mark>["']?[ \t]*[:=][ \t]*){_VALUE}""", re.IGNORECASE)
+_OPTION = re.compile(rf"(?<!\S)(?P<name>--?[\w.-]*{_ENDS})(?P<mark>[ \t]+)(?!-){_VALUE}", re.IGNORECASE)
+_BEARER = re.compile(rf"(\bBearer[ \t]+){_VALUE}", re.IGNORECASE)
 
 
 def is_secret(name: str) -> bool:
@@ -35,8 +41,24 @@ def is_secret(name: str) -> bool:
     return _SECRET.search(name) is not None and _NO_SECRET.search(name) is None
 
 
+def without_secret_parts(text: str) -> str:
+    """Return a text, such as a command or a group of settings in one line, without the secrets that it names.
+
+    Example:
+        >>> without_secret_parts("x --api-key k --set 'options={api_key: k, pad_token: p}' 'Authorization: Bearer k'")
+        "x --api-key *** --set 'options={api_key: ***, pad_token: p}' 'Authorization: Bearer ***'"
+    """
+    for form in (_PAIR, _OPTION):
+        text = form.sub(_hidden, text)
+    return without_credentials(_BEARER.sub(rf"\1{HIDDEN}", text))
+
+
+def _hidden(found: re.Match[str]) -> str:
+    return f"{found['name']}{found['mark']}{HIDDEN}" if is_secret(found["name"]) else found[0]
+
+
 def without_secrets(value: Any, name: str = "") -> Any:
-    """Return settings without the values of secrets, and without credentials in URLs.
+    """Return settings without the values of secrets, those that texts among them name included.
 
     Example:
         >>> without_secrets({"hub_token": "hf_x", "pad_token": "<pad>", "urls": ["http://me:pw@host/"], "top_k": 3})
@@ -48,7 +70,7 @@ def without_secrets(value: Any, name: str = "") -> Any:
         return [without_secrets(item, name) for item in value]
     if not isinstance(value, str):
         return value
-    return HIDDEN if value and is_secret(name) else without_credentials(value)
+    return HIDDEN if value and is_secret(name) else without_secret_parts(value)
 
 
 def without_secret_words(words: Sequence[str]) -> list[str]:
@@ -65,6 +87,6 @@ def without_secret_words(words: Sequence[str]) -> list[str]:
             word = f"{name}={HIDDEN}"
         elif before.startswith("-") and "=" not in before and is_secret(before) and not word.startswith("-"):
             word = HIDDEN
-        found.append(without_credentials(word))
+        found.append(without_secret_parts(word))
         before = word
     return found

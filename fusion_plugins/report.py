@@ -13,9 +13,8 @@ from pydantic import Field
 from fusion_plugins.command_options import Assignments, ConfigFile
 from fusion_plugins.config import Settings, load_config
 from fusion_plugins.install import missing_package_error
+from fusion_plugins.page import PAGE_NAME
 from fusion_plugins.terminal import say
-
-PAGE_NAME = "fusion_report.html"
 
 
 class ReportConfig(Settings):
@@ -26,7 +25,12 @@ class ReportConfig(Settings):
         "model, or the output of `fusion doctor`"
     )
     out: Path | None = Field(None, description="HTML file to write; default: fusion_report.html in the folder")
-    examples: int = Field(4, ge=0, le=8, description="example texts of each training; of a run at most 12 in all")
+    examples: int = Field(
+        4,
+        ge=0,
+        le=8,
+        description="example texts of each training; of a run at most 12 in all, but one of each training",
+    )
     losses: bool | None = Field(
         None,
         description="run the model before and after each training on the example texts; default: where both are in "

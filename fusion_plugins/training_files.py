@@ -14,7 +14,7 @@ TRAINING_RECORD = "fusion_training.json"
 TRAINING_VERSION = 1
 #: rows and tokens per row that it keeps as examples
 EXAMPLES, EXAMPLE_TOKENS = 8, 160
-#: log entries that it keeps, spread evenly
+#: log entries of steps that it keeps, spread evenly, and of evaluations
 MOST_ENTRIES = 2000
 #: in place of a source's name, at a position that several sources teach together
 SEVERAL = "several sources"

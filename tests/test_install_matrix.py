@@ -61,6 +61,28 @@ def test_an_interpreter_is_of_the_version_that_is_asked_for():
     )
 
 
+@pytest.mark.parametrize(
+    ("said", "absent"),
+    [
+        ("Because torch==2.13.0+cpu has no wheels with a matching Python ABI tag", True),
+        ("Because there is no version of torch==2.13.0+cpu and you require it", True),
+        ("Because axolotl depends on torch<2.13 and you require torch==2.13.0+cpu, they are incompatible", False),
+    ],
+)
+def test_only_a_build_that_is_not_there_excuses_a_row(said, absent, monkeypatch, tmp_path):
+    def uv(*words):
+        if "install" in words:
+            raise subprocess.CalledProcessError(1, words, stderr=said)
+
+    monkeypatch.setattr(install_matrix, "_uv", uv)
+    monkeypatch.setattr(install_matrix, "find_links", list)
+    if absent:
+        assert "no CPU build" in install_matrix._install(ENVIRONMENTS[1], "python", Path("x.whl"), tmp_path)
+    else:
+        with pytest.raises(RuntimeError, match="depends on torch"):
+            install_matrix._install(ENVIRONMENTS[1], "python", Path("x.whl"), tmp_path)
+
+
 def test_a_check_that_fails_is_an_outcome_and_not_the_end(tmp_path, monkeypatch, capsys):
     def breaks():
         raise RuntimeError("broken")

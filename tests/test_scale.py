@@ -82,6 +82,20 @@ def test_failures_cost_time_and_lose_nothing(own_parts, writers):
     assert run.computed > quiet.busy["the GPUs"] * (quiet.wall - 1) * 8  # what was lost is computed again
 
 
+def test_a_worker_that_is_lost_again_before_it_has_started_starts_once():
+    run = engine_simulation._Run(WORK, replace(STEADY, failure_every=60, repair=100, start=5, disk=1e12), seed=3)
+    started, start = [], run._start
+
+    def watched(who, unit):
+        started.append(run.workers[who].begun)
+        start(who, unit)
+
+    run._start = watched
+    run.go()
+    assert len(started) > len(run.workers)
+    assert set(started) == {None}
+
+
 def test_a_seed_decides_everything():
     engine = replace(STEADY, failure_every=2000, spread=0.2, mean_wait=60, gives_back=True)
     assert simulate(WORK, engine, 5) == simulate(WORK, engine, 5)

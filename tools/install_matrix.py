@@ -171,7 +171,8 @@ def _install(environment: Environment, python: str, wheel: Path, folder: Path) -
         _uv("pip", "install", "--python", str(folder / "bin" / "python"), *links, *environment.options, *requirements)
     except subprocess.CalledProcessError as error:
         words = " ".join(re.sub(r"[^\x20-\x7e]", " ", error.stderr).split())
-        if "torch==2.13.0+cpu" in words:
+        # Whatever else is wrong with the requirements names torch as well, and is an error.
+        if re.search(rf"{re.escape(TORCH)} has no wheels|no version of {re.escape(TORCH)}", words):
             return f"no CPU build of torch 2.13 for Python {environment.python} on this machine"
         raise RuntimeError(error.stderr) from None
     return None

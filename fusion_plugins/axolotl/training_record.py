@@ -2,12 +2,12 @@
 
 It holds the configuration that was used (secrets removed), the versions of the packages, a few rows with the source
 that teaches each token, and, once the training has ended, its figures. Times are left out, so that the same training
-leaves the same file.
+leaves the same file. Nothing that goes wrong here ends a training.
 """
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from axolotl.utils.distributed import is_main_process
+from axolotl.utils.logging import get_logger
 from transformers import TrainerCallback
 
 import fusion_plugins
@@ -34,6 +35,7 @@ from fusion_plugins.training_files import (
     TRAINING_VERSION,
 )
 
+LOG = get_logger(__name__)
 _PACKAGES = ("axolotl", "transformers", "torch", "trl", "peft", "accelerate", "datasets")
 #: parts of names of figures that are times, speeds or memory
 _OF_THE_MACHINE = ("runtime", "per_sec", "memory")
@@ -41,8 +43,11 @@ _OF_THE_MACHINE = ("runtime", "per_sec", "memory")
 
 def keep_record(cfg: Any, trainer: Any) -> None:
     """Write what is known before the first step, and let the trainer add its figures after the last one."""
-    if not is_main_process():
-        return
+    if is_main_process():
+        _tried(lambda: _begin(cfg, trainer))
+
+
+def _begin(cfg: Any, trainer: Any) -> None:
     base = str(cfg.base_model)
     record = {
         "version": TRAINING_VERSION,
@@ -68,16 +73,30 @@ class _KeepFigures(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the record again, with the figures."""
-        _write(self._path, {**self._record, "log_history": kept_entries(state.log_history)})
+        # The trainer saves the model after this.
+        _tried(lambda: _write(self._path, {**self._record, "log_history": kept_entries(state.log_history)}))
+
+
+def _tried(write: Callable[[], None]) -> None:
+    try:
+        write()
+    except Exception as error:  # a page is not worth a training
+        LOG.warning(f"fusion: {TRAINING_RECORD} is missing or not whole: {type(error).__name__}: {error}")
 
 
 def kept_entries(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return at most :data:`MOST_ENTRIES` entries of a log, the last one among them, without figures of the machine."""
-    every = -(-len(history) // MOST_ENTRIES) or 1
-    chosen = list(history[::-1][::every])[::-1]
+    """Return the entries of a log without figures of the machine.
+
+    Of the steps, and of everything else (evaluations, the end), at most :data:`MOST_ENTRIES` are kept, the last one
+    among them: evaluations are few, and would be lost among the steps.
+    """
+    places: dict[bool, list[int]] = {True: [], False: []}
+    for place, entry in enumerate(history):
+        places["loss" in entry].append(place)
+    chosen = sorted(place for each in places.values() for place in each[::-1][:: -(-len(each) // MOST_ENTRIES) or 1])
     return [
-        {name: value for name, value in entry.items() if not any(part in name for part in _OF_THE_MACHINE)}
-        for entry in chosen
+        {name: value for name, value in history[place].items() if not any(part in name for part in _OF_THE_MACHINE)}
+        for place in chosen
     ]
 
 

@@ -16,10 +16,13 @@ from pathlib import Path
 
 from fusion_plugins.chain.settings import Chain, Step
 from fusion_plugins.errors import ChainError
+from fusion_plugins.page import PAGE_NAME
 from fusion_plugins.redaction import without_credentials
 from fusion_plugins.store.files import make_folder, write_atomic
 
 FOLDER = ".fusion_run"
+#: ``env`` of a record that an earlier version wrote, which did not note it
+UNKNOWN = "unknown"
 #: bytes of a file or folder up to which its content counts; of larger ones, the sizes and times of their files
 READ_BYTES = 64 << 20
 
@@ -54,7 +57,7 @@ class Record:
             return "its command has changed"
         if self.variables != other.variables:
             return "its environment variables have changed"
-        if self.env != other.env:
+        if self.env not in (other.env, UNKNOWN):
             return "its environment (env) has changed"
         changed = [
             path
@@ -90,7 +93,7 @@ class Records:
     def load(self, name: str) -> Record | None:
         """Return the last run of a step; None where there is none."""
         try:
-            return Record(**json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8")))
+            return Record(**{"env": UNKNOWN} | json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:
@@ -164,10 +167,12 @@ class Records:
 
 
 def _outlives_its_leader(group: int) -> bool:
-    """Return whether processes of a group are left whose leader has gone; a leader that is there may be another one."""
+    """Return whether our processes of a group are left whose leader has gone; a leader that is there may be another."""
     alive = set()
     for file in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended meanwhile
+            if file.stat().st_uid != os.getuid():
+                continue
             # The name in brackets may hold anything.
             state, _, its_group = file.read_text(errors="replace").rpartition(")")[2].split()[:3]
             if int(its_group) == group and state not in "ZX":
@@ -178,7 +183,8 @@ def _outlives_its_leader(group: int) -> bool:
 def state_of(path: Path) -> str | None:
     """Return a digest of a file or folder: of its content up to :data:`READ_BYTES`, else of sizes and times.
 
-    Names that begin with a dot (locks, caches) and ``__pycache__`` do not count. A link counts as what it names.
+    Names that begin with a dot (locks, caches), ``__pycache__`` and the page of ``fusion report`` in a folder do not
+    count. A link counts as what it names.
 
     Returns:
         Hex digits; None where there is nothing.
@@ -211,7 +217,7 @@ def _files(path: Path) -> Iterator[tuple[str, Path, int, int]]:
                 continue
             seen.add((there.st_dev, there.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
-        for name in sorted(name for name in names if not name.startswith(".")):
+        for name in sorted(name for name in names if not name.startswith(".") and name != PAGE_NAME):
             file = Path(folder, name)
             with suppress(FileNotFoundError):  # a link to nothing
                 found = file.stat()

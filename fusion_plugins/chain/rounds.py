@@ -21,11 +21,14 @@ from fusion_plugins.chain.settings import Chain, ChainSettings, Step
 from fusion_plugins.config import validate
 from fusion_plugins.errors import ConfigError
 from fusion_plugins.hub import is_hub
-from fusion_plugins.inputs import open_prompts
+from fusion_plugins.inputs import Unusable, open_prompts
 from fusion_plugins.store.files import make_folder, write_atomic
+from fusion_plugins.terminal import say
 
 CHAIN_FILE = "fusion.yml"
 HELD_OUT = "held_out"
+#: prompts that are named as left out
+MOST_NAMED = 10
 
 
 def write_rounds(rounds: Rounds) -> Chain:
@@ -146,7 +149,13 @@ def _measuring(rounds: Rounds, number: int) -> Iterator[Step]:
 def _write_prompts(rounds: Rounds, count: int) -> None:
     """Give every round the next prompts of the file; after the last one the first comes again."""
     paths = _listed(rounds.config.sample.get("prompts"))
-    prompts = open_prompts([path if is_hub(path) else str(rounds.folder / path) for path in paths])
+    unusable: Unusable | None = {} if rounds.config.sample.get("on_unusable") == "skip" else None
+    prompts = open_prompts([path if is_hub(path) else str(rounds.folder / path) for path in paths], unusable=unusable)
+    # The step that samples never sees these.
+    for name, reason in islice((unusable or {}).items(), MOST_NAMED):
+        say(f"left out of all rounds: {name}: {reason}", stderr=True)
+    if unusable:
+        say(f"{len(unusable):,} prompts cannot be used and are in no round (on_unusable: skip)", stderr=True)
     total = len(prompts)
     if total < count:
         raise ConfigError(

@@ -22,10 +22,10 @@ from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_valid
 from fusion_plugins.checkpoint_fingerprint import checkpoint_fingerprint
 from fusion_plugins.errors import DataError, MergeError
 from fusion_plugins.escape import for_markdown
+from fusion_plugins.page import PAGE_NAME
 from fusion_plugins.store.files import write_atomic
 
 RECORD_NAME = "fusion_merge.json"
-PAGE_NAME = "fusion_report.html"
 FORMAT = 2
 #: What mergekit writes weights into.
 WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")

@@ -60,7 +60,7 @@ def response_blocks(folder: Path) -> list[Block]:
         ]
         for (domain, source), group in sorted(groups.items())
     ]
-    state = "" if rows.manifest.complete else " The folder is unfinished: `fusion sample` was stopped."
+    state = "" if rows.manifest.complete else " The folder is unfinished: `fusion sample` is at work, or was stopped."
     counted = Text(f"{len(rows):,} responses.{state}")
     return [counted, Table("Responses by domain and source", HEADS, lines, words=2)]
 

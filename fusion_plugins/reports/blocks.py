@@ -131,7 +131,7 @@ def number(value: float | None, digits: int = 4) -> str:
     """
     if value is None or value != value:
         return "–"
-    if isinstance(value, int) or (float(value).is_integer() and abs(value) >= 10**digits):
+    if isinstance(value, int) or (float(value).is_integer() and 10**digits <= abs(value) < 1e15):
         return f"{int(value):,}"
     return f"{value:.{digits}g}"
 

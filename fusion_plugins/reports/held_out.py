@@ -120,20 +120,20 @@ def round_blocks(path: Path) -> list[Block]:
 
 def printed_numbers(place: Path) -> dict[str, float]:
     """Return the numbers of the JSON object that is the last line of a file, or all of it; empty for another file."""
-    if not place.is_file() or place.stat().st_size > MOST_PRINTED:
+    try:
+        if not place.is_file() or place.stat().st_size > MOST_PRINTED:
+            return {}
+        text = place.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
         return {}
-    text = place.read_text(encoding="utf-8", errors="replace").strip()
     for candidate in (text.rpartition("\n")[2], text):
         try:
-            values = json.loads(candidate)
+            # A whole number may be too large for a float.
+            values = json.loads(candidate, parse_int=float)
         except (ValueError, RecursionError):
             continue
         if isinstance(values, dict):
-            return {
-                str(name): float(value)
-                for name, value in values.items()
-                if isinstance(value, int | float) and not isinstance(value, bool)
-            }
+            return {str(name): value for name, value in values.items() if isinstance(value, float)}
     return {}
 
 

@@ -137,7 +137,7 @@ def expected_form(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, ArithmeticError) as error:
         raise DataError(
             f"{path}: expected what fusion-plugins writes there, got another form ({type(error).__name__}: {error}). "
             "Restore the file, or remove it."

@@ -122,8 +122,8 @@ def training_sections(folder: Path, *, examples: int, losses: bool | None) -> li
     Raises:
         DataError: a file that the training left is damaged.
     """
-    found = read_training(folder)
     with expected_form(folder):
+        found = read_training(folder)
         return [
             *(_fused_section(name, report) for name, report in found.fused.items()),
             *_composition("Best answers", found.sft, sft_blocks),

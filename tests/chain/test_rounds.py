@@ -19,7 +19,7 @@ from fusion_plugins.chain.settings import load_chain
 from fusion_plugins.cli import app
 from fusion_plugins.config import validate
 from fusion_plugins.core.fusion.record import supervised_bytes
-from fusion_plugins.errors import ChainError, ConfigError, FusionError
+from fusion_plugins.errors import ChainError, ConfigError, DataError, FusionError
 from fusion_plugins.store import open_store
 
 TRAIN = {
@@ -171,6 +171,20 @@ def test_each_round_takes_the_next_prompts(load, tmp_path):
         write_rounds(load(prompts_per_round=6))
 
 
+def test_prompts_that_cannot_be_used_are_left_out_of_all_rounds_where_that_is_asked_for(load, tmp_path, capsys):
+    load()
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"id": "empty", "text": ""}\n' + file.read_text())
+    with pytest.raises(DataError, match="empty"):
+        write_rounds(load(prompts_per_round=3))
+    write_rounds(load(prompts_per_round=3, sample=ROUNDS["sample"] | {"on_unusable": "skip"}))
+    lines = (tmp_path / "made" / "01" / "prompts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["p0", "p1", "p2"]
+    said = capsys.readouterr().err
+    assert re.search("left out of all rounds: .*empty", " ".join(said.split()))
+    assert "1 prompts cannot be used" in said
+
+
 @pytest.mark.parametrize(
     ("keys", "train", "said"),
     [
@@ -289,7 +303,7 @@ def test_what_is_written_behind_a_link_is_where_the_steps_look(load, tmp_path):
 
 def test_prompts_of_the_hub_are_dealt_to_the_rounds(load, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("fusion_plugins.chain.rounds.open_prompts", lambda paths: asked.extend(paths) or [])
+    monkeypatch.setattr("fusion_plugins.chain.rounds.open_prompts", lambda paths, **_: asked.extend(paths) or [])
     with pytest.raises(ConfigError, match="at least 2 prompts"):
         write_rounds(load(sample={"prompts": ["hf:org/prompts", "prompts.jsonl"]}, prompts_per_round=2))
     assert asked == ["hf:org/prompts", str(tmp_path / "prompts.jsonl")]

@@ -203,6 +203,17 @@ def test_a_step_runs_again_in_another_environment(write, tmp_path):
     assert due(step, environments={"mine": "one"}) == "its environment (env) has changed"
 
 
+def test_a_step_of_an_earlier_version_whose_record_names_no_environment_is_done(write, tmp_path):
+    (tmp_path / "one" / "bin").mkdir(parents=True)
+    chain = load_chain(write({"name": "a", "command": "true", "env": "one"}))
+    run_chain(chain)
+    file = Records(chain).folder / "a.json"
+    record = json.loads(file.read_text())
+    del record["env"]
+    file.write_text(json.dumps(record))
+    assert plan_chain(chain)[0].due is None
+
+
 def test_what_a_killed_step_has_started_keeps_a_second_run_out(write, tmp_path):
     """Without the lock, which programs of Python do not hand on."""
     chain = load_chain(write(bash("a", "true")))
@@ -420,6 +431,7 @@ def test_the_state_of_a_folder_is_that_of_its_contents(tmp_path, monkeypatch):
     (folder / "in" / "x").write_text("1")
     before = state_of(folder)
     (folder / ".lock").write_text("process 1")
+    (folder / "fusion_report.html").write_text("a page about the folder")
     for name in (".cache", "__pycache__"):
         (folder / name).mkdir()
         (folder / name / "y").write_text("1")

@@ -121,10 +121,18 @@ def make_run(folder):
         **{"merge": "merged", "plain": "nothing.txt"},
     }
     steps = [{"name": name, "command": f"do {name}", "writes": [path]} for name, path in outputs.items()]
-    steps.append({"name": "measure", "command": ["say", HOSTILE, "--api-key", "sk-1"], "stdout": "measured.json"})
+    steps.append(
+        {
+            "name": "measure",
+            "command": ["say", HOSTILE, "--api-key", "sk-1", "--set", "options={api_key: sk-4}"],
+            "stdout": "measured.json",
+        }
+    )
     steps[0]["variables"] = {"HF_TOKEN": "hf_secret"}
     steps[0]["command"] = "do capture.yml"
-    (folder / "capture.yml").write_text(yaml.safe_dump({"texts": HOSTILE, "options": {"api_key": "sk-2"}}))
+    (folder / "capture.yml").write_text(
+        yaml.safe_dump({"texts": HOSTILE, "options": {"api_key": "sk-2"}, "command": "x --api-key sk-3"})
+    )
     (folder / "fusion.yml").write_text(yaml.safe_dump({"steps": steps}))
     for name in [*outputs][:-2]:
         words = ["do", "capture.yml" if name == "capture-a" else name]
