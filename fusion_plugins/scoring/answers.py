@@ -75,6 +75,10 @@ _VALUE_IN_TEXT = re.compile(
     rf"(?:\s*(?:[-+*/×÷^]|\\times|\\div|\\cdot)\s*[({{]?-?(?:{_NUMBER})[)}}]?|[eE][-+]?\d{{1,3}})*(?:\s*\\?%)?",
     re.ASCII | re.MULTILINE,
 )
+_ROOT = r"\\sqrt(?:\[\d\])?\{[^{}]*\}|\\pi\b"
+_TERM = rf"\(*(?:(?:(?:{_NUMBER})\s?)?(?:{_ROOT})|{_NUMBER})\)*"
+#: sums and products with roots or pi, such as 2√3 and π/4: each of their numbers is only a part
+_ROOTED = re.compile(rf"(?<![\w.}}])-?{_TERM}(?:\s*[-+*/]\s*{_TERM})*")
 #: "step 2: 14" is a label and a number, no ratio
 _LABELLED = re.compile(r"\S[:∶]\s")
 #: a quantity in two units, such as "2 hours and 30 minutes"
@@ -260,6 +264,9 @@ def _last_value(text: str) -> Found | None:
         return Found((whole, last) if last and last != whole else (whole,), "formula")
     if numbers:
         match = numbers[-1]
+        rooted = [found for found in _ROOTED.finditer(text) if found.start() <= match.start() < found.end()]
+        if rooted and re.search(_ROOT, rooted[0][0]):
+            return Found((rooted[0][0].strip(),), "number")
         multiplied = _MULTIPLIED.match(text, match.end())
         value = match[0].strip() + (multiplied[0] if multiplied else "")
         first = match.start()
