@@ -76,7 +76,7 @@ _VALUE_IN_TEXT = re.compile(
     re.ASCII | re.MULTILINE,
 )
 _ROOT = r"\\sqrt(?:\[\d\])?\{[^{}]*\}|\\pi\b"
-_TERM = rf"\(*(?:(?:(?:{_NUMBER})\s?)?(?:{_ROOT})|{_NUMBER})\)*"
+_TERM = rf"\(*(?:(?:(?:{_NUMBER})\s?)?(?:{_ROOT})|{_NUMBER})(?:\s?\))*"
 #: sums and products with roots or pi, such as 2√3 and π/4: each of their numbers is only a part
 _ROOTED = re.compile(rf"(?<![\w.}}])-?{_TERM}(?:\s*[-+*/]\s*{_TERM})*")
 #: "step 2: 14" is a label and a number, no ratio

@@ -39,6 +39,8 @@ _REASON = re.compile(
     r"(?!.*(?:\b(?:then|so|thus)\b|所以|那么))[^,.;:\n，。；：！？]*\Z",
     re.IGNORECASE,
 )
+#: "if it were false"
+_SUPPOSED = re.compile(r"\bif\b[^,.;:\n]*\Z", re.IGNORECASE)
 #: what a question gives more often than it asks for it
 _PREMISE = re.compile(r"(?:\b(?:today|yesterday)(?: is| was|['’]s)|[今昨]天是)\s*(?:an? )?[*_]*\Z", re.IGNORECASE)
 #: bold text that is a heading
@@ -129,6 +131,7 @@ def _last_stated(text: str, kind: str) -> Found | None:
     names = answers if answers or kind == "truth" else names
     stated = [match for match in names if _is_stated(_before(text, match)) or _is_bold(text, match)]
     if kind == "truth":  # sentences have these words for other reasons, too
+        stated = [match for match in stated if not _SUPPOSED.search(_before(text, match))]
         names = [match for match in names if match in stated or _FIRST.search(_before(text, match))]
     chosen = names if kind == "truth" else stated or names
     return Found((chosen[-1][0],), "name") if chosen else None

@@ -101,6 +101,7 @@ NAMES = [
         [
             "The statement is true because if it were false, then 2 would be odd.",
             "So true.",
+            "True. If it were false, 2 would be odd.",
         ],
         [
             "The statement is false because if it were true, then 2 would be odd.",
@@ -261,7 +262,7 @@ NAMES = [
 FORMS = [
     (
         "36\\pi",
-        ["The area is 36π.", "The area is 36π square cm.", "It is 18π*2"],
+        ["The area is 36π.", "The area is 36π square cm.", "It is 18π*2", "The area is (72π)/2."],
         ["The area is 36.", "The area is 6π.", "The area is 36π ≈ 113.04"],
     ),
     (
