@@ -233,6 +233,8 @@ def _values(
         if first != "rounds":
             yield "round_learning_rate", choices.learning_rate("rounds", size, kind, adapter)
             yield "round_epochs", choices.epochs("rounds", size)
+    else:
+        yield "fallback", choices.FALLBACK
 
 
 def packs(method: str, machine: Machine) -> bool:

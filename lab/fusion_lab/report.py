@@ -23,7 +23,7 @@ __all__ = ["NOT_RUN", "SECTIONS", "figure", "fill", "forest", "hypotheses", "mar
 
 PAGE = ROOT / "docs" / "evidence.md"
 IMAGES = ROOT / "docs" / "images"
-SECTIONS = ("world", "fusellm", "settings", "cliff", "choice", "merges", "preferences", "rounds")
+SECTIONS = ("world", "fusellm", "settings", "real", "cliff", "choice", "merges", "preferences", "rounds")
 #: what stands where a question has no results yet
 NOT_RUN = "Declared, not run yet.\n"
 _MARKED = re.compile(r"(<!-- lab:([\w-]+) -->\n).*?(<!-- /lab -->)", re.DOTALL)

@@ -168,7 +168,8 @@ def tuned(question: str, factors: dict[str, Any], keys: tuple[str, ...]) -> dict
     table = pandas.read_csv(RESULTS / f"{question}.csv")
     table = table[table["of"] == "validation"]
     for key, value in factors.items():
-        table = table[table[key].astype(str) == str(value)]
+        same = table[key] == value if isinstance(value, int | float) else table[key].astype(str) == str(value)
+        table = table[same]
     if not len(table):
         raise ValueError(f"{question} has not tried {factors}: run it first")
     best = table.sort_values(["chains", *keys], ascending=[False, *([True] * len(keys))]).iloc[0]

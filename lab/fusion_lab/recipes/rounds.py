@@ -27,6 +27,8 @@ SOURCE = "strong"
 #: seed of the problems that choose settings
 SEED_OF_VALIDATION = 6
 TOP_K, MAX_TOKENS = 32, 40
+#: of the first stage
+RATE = 0.002
 #: losses of the trainings that share the answers of one round
 SHARING = ("jsd", "reverse_kl", "advantage", "ce")
 
@@ -50,12 +52,12 @@ def first_stage(lab: Lab, seed: int) -> Stage:
     def run(work: Work) -> None:
         rows = work.call(_of_source, lab, seed, _halves(lab, seed)[0])
         trained = _write(work, rows)
-        work.axolotl("train", _sft(answers.config(lab, lab.model("target"), trained, seed, rate=answers.RATE)))
+        work.axolotl("train", _sft(answers.config(lab, lab.model("target"), trained, seed, rate=RATE)))
         shutil.rmtree(_tuned(lab, seed), ignore_errors=True)
         shutil.copytree(work.folder / "model", _tuned(lab, seed))
         fusellm.tidy(work)
 
-    return Stage(f"rounds-sft:{seed}", run, (f"responses:{seed}",), [seed, SOURCE, answers.RATE])
+    return Stage(f"rounds-sft:{seed}", run, (f"responses:{seed}",), [seed, SOURCE, RATE])
 
 
 def needs(lab: Lab, cell: Cell) -> list[Stage]:
