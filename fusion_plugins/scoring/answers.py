@@ -90,6 +90,7 @@ _MULTIPLIED = re.compile(
     re.ASCII,
 )
 _EXPRESSION = re.compile(
+    r"(?:[A-Za-z](?:\([A-Za-z]\))? *=)?"
     r"(?:\\[a-zA-Z]+|\b(?:sqrt|pi|sin|cos|tan|log|ln|exp)\b|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|[\d\s.()\[\]{}^_+*/|!-])+"
 )
 _WORDS = ("yes", "no", "true", "false")
@@ -225,7 +226,7 @@ def _ways_to_read(said: str) -> tuple[str, ...]:
         return (", ".join(part.strip() for part in parts) + (behind[0] if behind else ""),)
     end = SENTENCE_END.search(said)
     sentence = (said[: end.start()] if end else said).replace("**", "").replace("__", "").strip()
-    if read(sentence).kind or is_list(sentence):
+    if read(sentence).kind or is_list(sentence) or ("=" in sentence and _is_expression(sentence)):
         return (sentence,)
     # Chinese has no spaces: "小明有7个苹果" is a sentence and no word.
     is_word = re.fullmatch(r"[\w-]+", sentence) and (sentence.isascii() or not re.search(r"\d", sentence))
@@ -337,7 +338,7 @@ def _is_value(text: str) -> bool:
 
 
 def _is_expression(text: str) -> bool:
-    """Return whether a text is a formula without marks, such as x^2 + 1."""
+    """Return whether a text is a formula without marks, such as x^2 + 1 and y = 2x + 1."""
     return _EXPRESSION.fullmatch(text) is not None and re.search(r"[A-Za-z^]", text) is not None
 
 

@@ -260,6 +260,8 @@ NAMES = [
     ("B", ["**B**", "The answer is **B**.", "Option B", "B. Paris"], ["**C**", "A", "D. Rome"]),
 ]
 FORMS = [
+    ("y=2x+1", ["y = 2x + 1", "y=2x+1", "2x + 1", "The answer is y = 2x + 1."], ["y = 2x - 1", "y = x + 1", "1"]),
+    ("x^2-1", ["f(x) = x^2 - 1", "f(x)=x²-1"], ["f(x) = x^2 + 1", "f(x) = x - 1", "-1"]),
     (
         "36\\pi",
         ["The area is 36π.", "The area is 36π square cm.", "It is 18π*2", "The area is (72π)/2."],
