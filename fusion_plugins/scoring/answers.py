@@ -75,6 +75,10 @@ _VALUE_IN_TEXT = re.compile(
     rf"(?:\s*(?:[-+*/×÷^]|\\times|\\div|\\cdot)\s*[({{]?-?(?:{_NUMBER})[)}}]?|[eE][-+]?\d{{1,3}})*(?:\s*\\?%)?",
     re.ASCII | re.MULTILINE,
 )
+_ROOT = r"\\sqrt(?:\[\d\])?\{[^{}]*\}|\\pi\b"
+_TERM = rf"\(*(?:(?:(?:{_NUMBER})\s?)?(?:{_ROOT})|{_NUMBER})(?:\s?\))*"
+#: sums and products with roots or pi, such as 2√3 and π/4: each of their numbers is only a part
+_ROOTED = re.compile(rf"(?<![\w.}}])-?{_TERM}(?:\s*[-+*/]\s*{_TERM})*")
 #: "step 2: 14" is a label and a number, no ratio
 _LABELLED = re.compile(r"\S[:∶]\s")
 #: a quantity in two units, such as "2 hours and 30 minutes"
@@ -86,6 +90,7 @@ _MULTIPLIED = re.compile(
     re.ASCII,
 )
 _EXPRESSION = re.compile(
+    r"(?:[A-Za-z](?:\([A-Za-z]\))? *=)?"
     r"(?:\\[a-zA-Z]+|\b(?:sqrt|pi|sin|cos|tan|log|ln|exp)\b|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|[\d\s.()\[\]{}^_+*/|!-])+"
 )
 _WORDS = ("yes", "no", "true", "false")
@@ -221,7 +226,7 @@ def _ways_to_read(said: str) -> tuple[str, ...]:
         return (", ".join(part.strip() for part in parts) + (behind[0] if behind else ""),)
     end = SENTENCE_END.search(said)
     sentence = (said[: end.start()] if end else said).replace("**", "").replace("__", "").strip()
-    if read(sentence).kind or is_list(sentence):
+    if read(sentence).kind or is_list(sentence) or ("=" in sentence and _is_expression(sentence)):
         return (sentence,)
     # Chinese has no spaces: "小明有7个苹果" is a sentence and no word.
     is_word = re.fullmatch(r"[\w-]+", sentence) and (sentence.isascii() or not re.search(r"\d", sentence))
@@ -260,6 +265,9 @@ def _last_value(text: str) -> Found | None:
         return Found((whole, last) if last and last != whole else (whole,), "formula")
     if numbers:
         match = numbers[-1]
+        rooted = [found for found in _ROOTED.finditer(text) if found.start() <= match.start() < found.end()]
+        if rooted and re.search(_ROOT, rooted[0][0]):
+            return Found((rooted[0][0].strip(),), "number")
         multiplied = _MULTIPLIED.match(text, match.end())
         value = match[0].strip() + (multiplied[0] if multiplied else "")
         first = match.start()
@@ -330,7 +338,7 @@ def _is_value(text: str) -> bool:
 
 
 def _is_expression(text: str) -> bool:
-    """Return whether a text is a formula without marks, such as x^2 + 1."""
+    """Return whether a text is a formula without marks, such as x^2 + 1 and y = 2x + 1."""
     return _EXPRESSION.fullmatch(text) is not None and re.search(r"[A-Za-z^]", text) is not None
 
 

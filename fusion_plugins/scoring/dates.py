@@ -15,10 +15,10 @@ _CLOCK = re.compile(
 _HALVES = {"a": 0, "p": 12, "上午": 0, "早上": 0, "下午": 12, "晚上": 12}
 _MONTHS = "january february march april may june july august september october november december".split()
 _DATE = re.compile(
-    r"(?P<year>\d{4})[-/.年]\s*(?P<month>\d{1,2})[-/.月]\s*(?P<day>\d{1,2})日?"
+    r"(?P<year>\d{4})[-/.年]\s*(?P<month>\d{1,2})[-/.月]\s*(?P<day>\d{1,2})[日号]?"
     r"|(?P<name>[A-Za-z]{3,9})\.?\s+(?P<nth>\d{1,2})(?:st|nd|rd|th)?(?:,?\s+(?P<of>\d{4}))?"
     r"|(?:the\s+)?(?P<nth2>\d{1,2})(?:st|nd|rd|th)?\s+(?:of\s+)?(?P<name2>[A-Za-z]{3,9})\.?(?:,?\s+(?P<of2>\d{4}))?"
-    r"|(?P<month3>\d{1,2})月(?P<day3>\d{1,2})日"
+    r"|(?P<month3>\d{1,2})月(?P<day3>\d{1,2})[日号]"
     r"|(?P<one>\d{1,2})/(?P<two>\d{1,2})/(?P<of3>\d{4})"
 )
 _WEEKDAYS = "monday tuesday wednesday thursday friday saturday sunday".split()

@@ -41,7 +41,7 @@ class MathScorer:
                 f"scorers.math: expected the package math-verify, got none; {install_command('score')}"
             ) from error
         # The rules change where the same response may get another verdict than before.
-        self.facts = {"math_verify": installed, "timeout": timeout, "marked_only": marked_only, "rules": 5}
+        self.facts = {"math_verify": installed, "timeout": timeout, "marked_only": marked_only, "rules": 6}
         self._marked_only = marked_only
         self._pool = WorkerPool(
             "fusion_plugins.scoring.math_worker", workers=workers or os.cpu_count() or 1, timeout=timeout

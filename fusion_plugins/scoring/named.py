@@ -18,16 +18,31 @@ _STOP = r"""(?=\s*(?:[.,;:!?()"”。，；！（*]|\Z|\n|\b(?:because|since|as|
 _TEXT = re.compile(r"\$?\\(?:text|textbf|textit|mathrm|mbox|rm)\s*\{([^{}]*)\}\$?")
 _ARTICLE = re.compile(r"(?:the|an?)\s+(?=[A-Za-z]{2})", re.IGNORECASE)
 _DENIED = re.compile(
-    r"(?:\bnot|n['’]t|\b(?:rather|other) than|\binstead of|不是|而非)\s*(?:on |in |an? |the )?\W*\Z", re.IGNORECASE
+    r"(?:\bnot|n['’]t|\b(?:rather|other) than|\binstead of|不是|而非)\s*"
+    r"(?:on |in )?(?:an? |the )?(?:quadrant |type |class |part )?\W*\Z",
+    re.IGNORECASE,
 )
 #: characters before a name that say what it is
 _NEAR = 30
+#: characters of a sentence before a name that may say that it is a reason
+_SENTENCE = 150
 #: what is right before a name that a sentence gives as its answer
 _STATED = re.compile(
-    r"(?:\b(?:is|are|was|were|be|on|in|called|named|quadrant|statement|type|class|part)|[:：=是为叫在于])\s*"
+    r"(?:\b(?:(?:is|are|was|were|be|on|in|gives|called|named|quadrant|statement|type|class|part)|(?:so|thus|hence|therefore),?)"
+    r"|['’]s|[:：=是为叫在于])\s*"
     r"(?:an? |the )?[*_(\"]*\Z",
     re.IGNORECASE,
 )
+#: the rest of a sentence that says why: a name in it is no answer. At the start of a sentence the answer may follow.
+_REASON = re.compile(
+    r"(?:(?<=[^.!?:\n。！？：]\s)(?:since|because|if|given that|assuming)\b|(?<=[^.!?:\n。！？：\s])(?:因为|由于|如果))"
+    r"(?!.*(?:\b(?:then|so|thus)\b|所以|那么))[^,.;:\n，。；：！？]*\Z",
+    re.IGNORECASE,
+)
+#: "if it were false"
+_SUPPOSED = re.compile(r"\bif\b[^,.;:\n]*\Z", re.IGNORECASE)
+#: what a question gives more often than it asks for it
+_PREMISE = re.compile(r"(?:\b(?:today|yesterday)(?: is| was|['’]s)|[今昨]天是)\s*(?:an? )?[*_]*\Z", re.IGNORECASE)
 #: bold text that is a heading
 _HEADING = re.compile(
     r"(?:final |the )?(?:answer|solution|explanation|reason|reasoning|conclusion|note|summary|result|step|given)\b.*"
@@ -36,7 +51,7 @@ _HEADING = re.compile(
 )
 _FIRST = re.compile(r"(?:\A|[.!?:\n。！？：])[\s*_]*\Z")
 #: a sentence that only begins or ends with it: "Yes, it is.", "That is true.", and not "There is no rest"
-_TRUTH = re.compile(r"\b(?:yes|no|true|false)\b(?=\W*?(?:[.,!;:。，]|\Z|\n))", re.IGNORECASE)
+_TRUTH = re.compile(r"\b(?:yes|no|true|false)\b(?=\W*?(?:[.,!;:。，]|\Z|\n)|\s+(?:because|since|as)\b)", re.IGNORECASE)
 _PATTERNS = {"weekday": re.compile(WEEKDAY), "month": re.compile(MONTH), "roman": re.compile(_ROMAN), "truth": _TRUTH}
 
 
@@ -112,17 +127,24 @@ def without_article(text: str) -> str:
 def _last_stated(text: str, kind: str) -> Found | None:
     """Return the last name that a sentence states, else the last one, without those that are denied."""
     names = [match for match in _PATTERNS[kind].finditer(text) if not _DENIED.search(_before(text, match))]
-    stated = [match for match in names if _STATED.search(_before(text, match)) or _is_bold(text, match)]
+    answers = [match for match in names if not _REASON.search(_before(text, match, _SENTENCE))]
+    names = answers if answers or kind == "truth" else names
+    stated = [match for match in names if _is_stated(_before(text, match)) or _is_bold(text, match)]
     if kind == "truth":  # sentences have these words for other reasons, too
+        stated = [match for match in stated if not _SUPPOSED.search(_before(text, match))]
         names = [match for match in names if match in stated or _FIRST.search(_before(text, match))]
     chosen = names if kind == "truth" else stated or names
     return Found((chosen[-1][0],), "name") if chosen else None
 
 
-def _before(text: str, match: re.Match[str]) -> str:
+def _is_stated(before: str) -> bool:
+    return _STATED.search(before) is not None and not _PREMISE.search(before)
+
+
+def _before(text: str, match: re.Match[str], most: int = _NEAR) -> str:
     """Return the few characters before a match; where it is not the start of the text, that can be told."""
     start = match.start()
-    return text[:start] if start <= _NEAR else f"…{text[start - _NEAR : start]}"
+    return text[:start] if start <= most else f"…{text[start - most : start]}"
 
 
 def _is_bold(text: str, match: re.Match[str]) -> bool:

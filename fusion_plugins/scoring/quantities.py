@@ -53,6 +53,8 @@ _RANGE = re.compile(
     r"(?:(?:between|from)\s+)?(.+?)\s*(?:(?<=[\d%])\s*-\s*(?=[$\d])|–|\bto\b|\band\b|~|至|到)\s*(.+)",
     re.DOTALL | re.IGNORECASE,
 )
+#: arithmetic and its result
+_STEP = re.compile(r"\d\s*[-+*/×÷x]\s*\$?\d[^=]*=")
 #: what parts the members of a list
 LIST = re.compile(r"\s*(?:,|、|，|;|\band\b|\bor\b|和|或)\s*(?:and\b|or\b)?\s*")
 
@@ -109,9 +111,9 @@ class Quantity:
 
 
 def is_list(text: str) -> bool:
-    """Return whether a text is a list of numbers, such as "3 and -1"."""
+    """Return whether a text is a list of numbers, such as "3 and -1", and not of steps: "3*4=12 and 12+5=17"."""
     parts = LIST.split(text)
-    return 1 < len(parts) <= 12 and all(read(part).kind == "number" for part in parts)
+    return 1 < len(parts) <= 12 and all(read(part).kind == "number" and not _STEP.search(part) for part in parts)
 
 
 def as_formula(text: str) -> str:

@@ -76,6 +76,54 @@ NAMES = [
             "Today is Tuesday, so in three days it is Friday.",
         ],
     ),
+    (
+        "Friday",
+        [
+            "In 3 days it will be Friday, since today is Tuesday.",
+            "That day is Friday because the 1st of the month is a Monday.",
+            "If today is Tuesday then in 3 days it's Friday.",
+            "Today is Tuesday. Counting 3 days on gives Friday.",
+            "The 15th falls on a Friday (not on a Saturday).",
+            "Because 10 mod 7 is 3 the day is Friday.",
+            "Yesterday was Thursday, so today is Friday.",
+            "那天是星期五，因为今天是星期二。",
+        ],
+        [
+            "It is Monday if the 1st is Friday.",
+            "The party is on a Sunday, because today is Friday.",
+            "Today is Friday, so in 3 days it's Monday.",
+            "The 15th falls on a Saturday (not on a Friday).",
+            "那天是星期日，因为前天是星期五。",
+        ],
+    ),
+    (
+        "True",
+        [
+            "The statement is true because if it were false, then 2 would be odd.",
+            "So true.",
+            "True. If it were false, 2 would be odd.",
+        ],
+        [
+            "The statement is false because if it were true, then 2 would be odd.",
+            "It is false as 3 is odd.",
+            "So false.",
+        ],
+    ),
+    (
+        "No",
+        ["Is 91 a prime? 91 = 7*13, so no.", "No because 9 is odd."],
+        ["Is 97 a prime? It has no divisors, so yes.", "Yes since it is even.", "There is no rest, so yes."],
+    ),
+    (
+        "II",
+        ["It is in quadrant II, not in quadrant III.", "It is in quadrant II because its x is negative."],
+        [
+            "It is in quadrant III, not in quadrant II.",
+            "Quadrant I and not II, so quadrant IV.",
+            "It is in quadrant IV.",
+        ],
+    ),
+    ("12月25日", ["12月25号", "答案是12月25号。", "December 25"], ["12月24号", "11月25日", "答案是12月5号。"]),
     ("星期日", ["星期天", "周日", "Sunday", "礼拜天", "答案是星期天"], ["星期一", "周六", "Monday"]),
     (
         "Paris",
@@ -212,6 +260,24 @@ NAMES = [
     ("B", ["**B**", "The answer is **B**.", "Option B", "B. Paris"], ["**C**", "A", "D. Rome"]),
 ]
 FORMS = [
+    ("y=2x+1", ["y = 2x + 1", "y=2x+1", "2x + 1", "The answer is y = 2x + 1."], ["y = 2x - 1", "y = x + 1", "1"]),
+    ("x^2-1", ["f(x) = x^2 - 1", "f(x)=x²-1"], ["f(x) = x^2 + 1", "f(x) = x - 1", "-1"]),
+    (
+        "36\\pi",
+        ["The area is 36π.", "The area is 36π square cm.", "It is 18π*2", "The area is (72π)/2."],
+        ["The area is 36.", "The area is 6π.", "The area is 36π ≈ 113.04"],
+    ),
+    (
+        "36",
+        ["√36 = 6 and 6*6 = 36", "The area is 36."],
+        ["The area is 36π.", "The length is √36.", "The sum is 1 + √36"],
+    ),
+    ("2\\sqrt{3}", ["The length is 2√3 cm.", "x is √3*2"], ["The length is 3√2.", "It is √3.", "It is 2 + √3."]),
+    (
+        "540",
+        ["60*3=180 and 180*3=540", "He runs 60 x 3 = 180 meters a day and 180*3 = 540 meters a week."],
+        ["180*3=540 and 540/3=180", "180 and 540", "60*3=180 and 180*3=5400"],
+    ),
     ("3月", ["March", "三月", "3月份", "答案是三月份"], ["4月", "April", "三"]),
     ("25", ["5²", "The answer is 5^2", "\\boxed{5^{2}}", "２５", "The answer is 5²=25"], ["5³", "2⁵", "52", "5²+1"]),
     (

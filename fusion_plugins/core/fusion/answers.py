@@ -23,8 +23,9 @@ def answer_logprob(record: Record, table: TokenTable) -> tuple[float, int]:
     Returns:
         The sum over the tokens in nats, and their number; ``(0.0, 0)`` where the record has no answer. Stores keep
         single log-probabilities in float16, and beside them what this sum lacks by that (``answer_rest``): it is exact
-        to 1e-5. Stores of earlier versions have no rest. There the sum is taken from the cross-entropy of all spans,
-        which is exact, but for the end of the turn, and for chats with several turns of the assistant.
+        to 1e-5, or to 1e-4 where an answer of many thousand tokens is not the first. Stores of earlier versions have no
+        rest. There the sum is taken from the cross-entropy of all spans, which is exact, but for the end of the turn,
+        and for chats with several turns of the assistant.
     """
     counted = supervised_bytes(record.text) > 0
     answer = _last_answer(record.text, table)
