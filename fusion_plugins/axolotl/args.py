@@ -478,8 +478,8 @@ class FusionBlock(BlockSettings):
     )
     min_trust: Literal["inside", "outside"] = Field(
         default="inside",
-        description="which verdicts count. outside: not those that say `trust: inside` in the scores, which a program can "
-        "forge; such a response has none. inside: all",
+        description="which verdicts count. outside: not those that say `trust: inside` in the scores, which a program "
+        "can forge; such a response has none. inside: all",
     )
     split: SplitArgs | None = Field(default=None, description="division of the prompts between SFT and DPO")
     wrpo: WRPOArgs | None = Field(
