@@ -9,7 +9,7 @@ import yaml
 from axolotl_runs import FUSED, config, forget_plugins, write_config
 
 from fusion_plugins.axolotl import guards
-from fusion_plugins.axolotl.args import BlockSettings, FusionBlock, fusion_block
+from fusion_plugins.axolotl.args import BlockSettings, FusionBlock, PairArgs, fusion_block
 from fusion_plugins.axolotl.overrides import apply_overrides
 from fusion_plugins.errors import ConfigError
 from fusion_plugins.plugins import get_registry
@@ -116,6 +116,7 @@ def let_keys_be_together_that_no_run_uses_together(monkeypatch):
     monkeypatch.setattr(guards, "_idle", lambda block: [])
     monkeypatch.setattr(guards, "_losses", lambda cfg, block: [])
     monkeypatch.setattr(guards, "problems_of_fusion_loss", lambda block: [])
+    monkeypatch.setattr(PairArgs, "problems", lambda pairs: ())
 
 
 def test_every_documented_value_of_every_key_arrives(material, run_folder, monkeypatch):
