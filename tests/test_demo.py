@@ -281,7 +281,8 @@ def test_the_quick_form_goes_on_after_a_kill_and_says_what_came_out(run, tmp_pat
     kept = json.loads((tmp_path / "results.json").read_text())["seeds"][0]
     assert set(kept) >= set(MODELS)
     assert row(text, NAMES["clm"])[2] == f"{kept['clm']['bpb']:.3f} ± ?"
-    trained = [kept[name]["bpb"] for name in ("target", "clm", "fusellm", "pair_numbers", "pair_docs", "merged", "sft")]
+    # With models as small as these, MinCE may choose one source for every text: then a pair is FuseLLM's twin.
+    trained = [kept[name]["bpb"] for name in ("target", "clm", "fusellm", "merged", "sft")]
     assert len(set(trained)) == len(trained)
     # The process that ran the commands has ended, so the programs are the real ones.
     alone = subprocess.run([tmp_path / "small" / "warm" / "bin" / "fusion", "--help"], capture_output=True, text=True)
