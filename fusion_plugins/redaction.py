@@ -4,19 +4,29 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-#: everything up to the last ``@`` of what has a colon or a slash before it, with a scheme or without
-_USER = re.compile(r"[^\s'\"]*[:/][^\s'\"]*@")
-_QUERY = re.compile(r"(://[^\s'\"?#]*)[?#][^\s'\"]*")
+_WORD = re.compile(r"[^\s'\"]+")
+_AFTER_PATH = re.compile(r"[?#]")
 
 
 def without_credentials(text: str) -> str:
     """Return a text in which no URL has a user name, a password or a query.
 
+    Everything up to the last ``@`` of a word goes if a colon or a slash stands before it, with a scheme or without.
+
     Example:
         >>> without_credentials("ftp://me:pass/word@host/v1 me:key@host http://host/v1?key=k a@b")
         '***@host/v1 ***@host http://host/v1?*** a@b'
     """
-    return _QUERY.sub(r"\1?***", _USER.sub("***@", text))
+    return _WORD.sub(lambda found: _word_without_credentials(found[0]), text)
+
+
+def _word_without_credentials(word: str) -> str:
+    user, at, rest = word.rpartition("@")
+    if at and (":" in user or "/" in user):
+        word = f"***@{rest}"
+    scheme = word.find("://")
+    query = _AFTER_PATH.search(word, scheme) if scheme >= 0 else None
+    return f"{word[: query.start()]}?***" if query else word
 
 
 #: names of settings and variables whose values are secrets; a pad token is none
@@ -24,10 +34,12 @@ _SECRET = re.compile(r"token$|secret|passw(or)?d|key$|credential|^authorization$
 _NO_SECRET = re.compile(r"(pad|bos|eos|unk|cls|sep|mask|eot|image|audio|video)_token$", re.IGNORECASE)
 HIDDEN = "***"
 #: ends of such names inside a text, and what can be their value there
-_ENDS = r"(?:token|secret[\w-]*|passw(?:or)?d|key|credentials?)"
+_ENDS = r"(?:token|secret[\w-]{0,50}|passw(?:or)?d|key|credentials?)"
+#: what stands before such an end; bounded, so that a long word costs no more than its length
+_START = r"[\w.-]{0,200}"
 _VALUE = r"""(?:"[^"]*"|'[^']*'|[^\s"',;}\]]+)"""
-_PAIR = re.compile(rf"""(?<![\w.-])(?P<name>[\w.-]*{_ENDS})(?P<mark>["']?[ \t]*[:=][ \t]*){_VALUE}""", re.IGNORECASE)
-_OPTION = re.compile(rf"(?<!\S)(?P<name>--?[\w.-]*{_ENDS})(?P<mark>[ \t]+)(?!-){_VALUE}", re.IGNORECASE)
+_PAIR = re.compile(rf"""(?<![\w.-])(?P<name>{_START}{_ENDS})(?P<mark>["']?[ \t]*[:=][ \t]*){_VALUE}""", re.IGNORECASE)
+_OPTION = re.compile(rf"(?<!\S)(?P<name>--?{_START}{_ENDS})(?P<mark>[ \t]+)(?!-){_VALUE}", re.IGNORECASE)
 _BEARER = re.compile(rf"(\bBearer[ \t]+){_VALUE}", re.IGNORECASE)
 
 

@@ -1,7 +1,5 @@
 """Messages without credentials."""
 
-import time
-
 import pytest
 
 from fusion_plugins.redaction import without_credentials, without_secret_parts, without_secret_words, without_secrets
@@ -42,11 +40,10 @@ def test_secrets_inside_texts_are_hidden(text, shown):
     assert "secret" not in " ".join(without_secret_words(["say", text]))
 
 
-def test_a_long_word_takes_no_long_time():
-    text = "a" * 200_000
-    started = time.perf_counter()
-    assert without_secret_parts(text) == text
-    assert time.perf_counter() - started < 5
+@pytest.mark.parametrize("piece", ["a", "/", "://", "secret", "token.", 'key="', "a/b:"])
+def test_a_long_word_is_read_once(piece):
+    text = piece * 200_000  # what reads it anew from every letter on takes minutes
+    assert without_secret_parts(text).startswith(piece[:4])
 
 
 def test_settings_that_hold_secrets_in_other_words_are_hidden():
