@@ -71,14 +71,16 @@ def token_losses(model: str, texts: Sequence[Sequence[int]], adapter: Path | Non
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model, dtype="auto", use_safetensors=True, trust_remote_code=False
+    )
     width, highest = loaded.get_input_embeddings().weight.shape[0], max(max(text) for text in texts)
     if highest >= width:
         raise ValueError(f"{model} has {width} tokens, and the texts have token {highest}, added for the training")
     if adapter is not None:
         from peft import PeftModel
 
-        loaded = PeftModel.from_pretrained(loaded, str(adapter))
+        loaded = PeftModel.from_pretrained(loaded, str(adapter), trust_remote_code=False)
     loaded = loaded.to(device).eval()
     found = []
     with torch.inference_mode():
