@@ -17,4 +17,4 @@ EXAMPLES, EXAMPLE_TOKENS = 8, 160
 #: log entries of steps that it keeps, spread evenly, and of evaluations
 MOST_ENTRIES = 2000
 #: in place of a source's name, at a position that several sources teach together
-SEVERAL = "several sources"
+SEVERAL = "no single source"

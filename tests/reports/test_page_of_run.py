@@ -127,7 +127,7 @@ def test_example_tokens_have_the_source_that_teaches_them(page):
     assert taught[:4] == [
         ("same", "no source: the label alone", "<s>"),
         ("c0", SHOWN_TEXT, SHOWN_TEXT),
-        ("c6", "several sources", " two"),
+        ("c6", "no single source", " two"),
         ("plain", "not trained on", "\n"),
     ]
     assert "There is no loss after the training" in page
