@@ -38,7 +38,7 @@ RECORD = {
     "examples": [
         {
             **{"row": 7, "of_tokens": 900, "ids": [1, 2, 3, 4], "tokens": ["<s>", HOSTILE, " two", "\n"]},
-            **{"supervised": [True, True, True, False], "sources": [None, HOSTILE, "several sources", "b"]},
+            **{"supervised": [True, True, True, False], "sources": [None, HOSTILE, "no single source", "b"]},
         }
     ],
     "log_history": HISTORY,
