@@ -38,6 +38,7 @@ import pyarrow as pa
 from axolotl.cli.preprocess import do_cli
 from bench_preprocess import CHARACTERS, NAMES, Material, make_material
 from bench_project import lean_times, make_plan, make_records, read_texts
+from bench_rows import settings_of, size
 
 from fusion_plugins.axolotl import fused
 from fusion_plugins.store import open_store
@@ -53,24 +54,14 @@ Block = dict[str, Any] | None
 
 def prepare(material: Material, folder: Path, share: str, block: Block) -> tuple[float, int]:
     """Preprocess a share of the texts; return the processor seconds, and the bytes of the prepared rows."""
-    changes: dict[str, Any] = {"fusion": block} if block else {"fusion": None, "plugins": None}
-    data = material.data(share)
-    settings = runs.config(
-        runs.Material(material.folder, material.target, data, data),
-        folder,
-        datasets=[{"path": str(data), "type": runs.FUSED if block else "completion"}],
-        sequence_len=8192,
-        shuffle_merged_datasets=False,
-        **changes,
-    )
-    config = runs.write_config(settings, folder)
+    config = runs.write_config(settings_of(material, folder, share, block), folder)
     runs.forget_plugins()
     gc.collect()
     with redirect_stdout(io.StringIO()):
         seconds = timed(lambda: do_cli(str(config)))
-    size = sum(path.stat().st_size for path in (folder / "prepared").glob("*/data-*.arrow"))
+    written = size(folder)
     shutil.rmtree(folder)
-    return seconds, size
+    return seconds, written
 
 
 def timed(action: Callable[[], Any]) -> float:

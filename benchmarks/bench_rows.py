@@ -43,11 +43,11 @@ BATCH = 8
 RUNS = 5
 
 
-def prepare(material: Material, folder: Path, share: str, block: dict[str, Any] | None) -> tuple[Any, float]:
-    """Prepare a share of the texts; return the rows and the processor seconds."""
+def settings_of(material: Material, folder: Path, share: str, block: dict[str, Any] | None) -> dict[str, Any]:
+    """Return axolotl's settings of a share of the texts: fused, or plain where there is no block."""
     changes: dict[str, Any] = {"fusion": block} if block else {"fusion": None, "plugins": None}
     data = material.data(share)
-    settings = runs.config(
+    return runs.config(
         runs.Material(material.folder, material.target, data, data),
         folder,
         datasets=[{"path": str(data), "type": runs.FUSED if block else "completion"}],
@@ -55,6 +55,11 @@ def prepare(material: Material, folder: Path, share: str, block: dict[str, Any] 
         shuffle_merged_datasets=False,
         **changes,
     )
+
+
+def prepare(material: Material, folder: Path, share: str, block: dict[str, Any] | None) -> tuple[Any, float]:
+    """Prepare a share of the texts; return the rows and the processor seconds."""
+    settings = settings_of(material, folder, share, block)
     start = time.process_time()
     _, rows = runs.prepare(settings, folder)
     return rows, time.process_time() - start

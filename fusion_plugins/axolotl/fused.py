@@ -326,8 +326,8 @@ def _longer_than(rows: Any, length: int) -> int:
 
 def _counting_step(texts: int, stores: Sequence[Store]) -> int:
     """Return n where every n-th text is counted in the report."""
-    longest = max((store.manifest.tokens / max(1, len(store)) for store in stores), default=0.0)
-    return math.ceil(texts / min(REPORTED, max(1.0, REPORTED_TOKENS / max(1.0, longest))))
+    per_text = max((store.manifest.tokens / max(1, len(store)) for store in stores), default=0.0)
+    return math.ceil(texts / min(REPORTED, max(1.0, REPORTED_TOKENS / max(1.0, per_text))))
 
 
 def _counted_part(by_reference: bool, counted: int, total: int, step: int) -> str:

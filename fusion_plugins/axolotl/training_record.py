@@ -22,6 +22,7 @@ import fusion_plugins
 from fusion_plugins.axolotl.args import fusion_block
 from fusion_plugins.axolotl.collator import Fused, FusionCollator, TokenChunks
 from fusion_plugins.axolotl.target_tokenizer import IGNORED
+from fusion_plugins.core.fusion.types import has_entries
 from fusion_plugins.core.text.token_bytes import readable_tokens
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.redaction import without_secrets
@@ -30,7 +31,7 @@ from fusion_plugins.training_files import (
     EXAMPLE_TOKENS,
     EXAMPLES,
     MOST_ENTRIES,
-    SEVERAL,
+    NO_SINGLE_SOURCE,
     TRAINING_RECORD,
     TRAINING_VERSION,
 )
@@ -135,9 +136,9 @@ def teachers(fused: Fused | TokenChunks, names: Sequence[str]) -> list[str | Non
     Returns:
         T names. The distribution at a position is over the token after it, so that the first token has none.
     """
-    taught: np.ndarray = fused.place > 0 if isinstance(fused, TokenChunks) else np.any(fused.ids >= 0, axis=-1)
+    taught: np.ndarray = fused.place > 0 if isinstance(fused, TokenChunks) else has_entries(fused.ids)
     found = [
-        (names[number] if number >= 0 else SEVERAL) if there else None
+        (names[number] if number >= 0 else NO_SINGLE_SOURCE) if there else None
         for number, there in zip(fused.source.tolist(), taught.tolist(), strict=True)
     ]
     return [None, *found[:-1]]

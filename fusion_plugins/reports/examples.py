@@ -7,7 +7,7 @@ from typing import Any
 
 from fusion_plugins.reports.blocks import Block, Section, Table, Text, Tokens, number
 from fusion_plugins.reports.losses import Losses, losses_of
-from fusion_plugins.training_files import SEVERAL
+from fusion_plugins.training_files import NO_SINGLE_SOURCE
 
 #: nats by which a loss has to change to count as changed, and as much changed
 SOME, MUCH = 0.1, 1.0
@@ -37,7 +37,9 @@ def example_sections(record: Mapping[str, Any], folder: Path, *, most: int, loss
     if not chosen:
         return
     found = losses_of(record, folder, chosen, wanted=losses)
-    names = list(dict.fromkeys(name for each in every for name in each["sources"] if name not in (None, SEVERAL)))
+    names = list(
+        dict.fromkeys(name for each in every for name in each["sources"] if name not in (None, NO_SINGLE_SOURCE))
+    )
     lead = Text(
         f"{len(chosen)} texts, spread evenly over the training rows, up to {max(len(each['ids']) for each in chosen)} "
         "tokens of each. Every colour is also a kind of line under the token; the table under a text has all of it. A "
@@ -62,7 +64,9 @@ def _blocks(
     taught = ", ".join(f"{name} {count}" for name, count in counts.most_common())
     yield Text(f"{len(sources)} of {example['of_tokens']:,} tokens. Taught by: {taught or 'nobody'}.")
     styles = _styles(names)
-    legend = [(styles.get(name, ""), name) for name in (*names, SEVERAL, LABEL_ONLY, NOT_TRAINED) if name in sources]
+    legend = [
+        (styles.get(name, ""), name) for name in (*names, NO_SINGLE_SOURCE, LABEL_ONLY, NOT_TRAINED) if name in sources
+    ]
     tokens = [(text, styles.get(name, ""), name) for text, name in zip(example["tokens"], sources, strict=True)]
     yield Tokens("Tokens coloured by the source that teaches them", tokens, legend)
     if losses is None:
@@ -93,7 +97,7 @@ def _source(example: Mapping[str, Any], place: int) -> str:
 def _styles(names: Sequence[str]) -> dict[str, str]:
     """Return source -> class of its colour."""
     colours = {name: f"c{min(place, MOST_COLOURS - 2)}" for place, name in enumerate(names)}
-    return colours | {SEVERAL: f"c{MOST_COLOURS - 1}", LABEL_ONLY: "same", NOT_TRAINED: "plain"}
+    return colours | {NO_SINGLE_SOURCE: f"c{MOST_COLOURS - 1}", LABEL_ONLY: "same", NOT_TRAINED: "plain"}
 
 
 def change_class(before: float, after: float) -> str:

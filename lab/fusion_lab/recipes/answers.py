@@ -7,6 +7,7 @@ sample`, judged by `fusion score`, chosen and trained on by the dataset type of 
 import json
 import shutil
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ __all__ = [
     "config",
     "measured",
     "needs",
+    "other_problems",
     "pilot_problems",
     "prompts",
     "responses",
@@ -59,11 +61,16 @@ def block(lab: Lab, seed: int) -> list[dict[str, Any]]:
     ]
 
 
+def other_problems(lab: Lab, count: int, seed: int, taken: Iterable[Problem] = ()) -> list[Problem]:
+    """Return problems that no split of the world, no seed's block and none of ``taken`` has."""
+    known = {problem.question for split in world.SEEDS for problem in lab.problems(split)}
+    known |= {row["messages"][0]["content"] for place in (*SEEDS, PILOT) for row in block(lab, place)}
+    return make_problems(count, seed, taken=known | {problem.question for problem in taken})
+
+
 def pilot_problems(lab: Lab) -> list[Problem]:
     """Return the problems that choose settings: more than the world's validation split has, none of them in another."""
-    taken = {problem.question for split in world.SEEDS for problem in lab.problems(split)}
-    taken |= {row["messages"][0]["content"] for seed in (*SEEDS, PILOT) for row in block(lab, seed)}
-    return make_problems(lab.settings["tuned_on"], PILOT, taken=taken)
+    return other_problems(lab, lab.settings["tuned_on"], PILOT)
 
 
 def part(lab: Lab, seed: int, share: float) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_lab import world
-from fusion_lab.problems import answer_of, make_problems, sums_of
+from fusion_lab.problems import answer_of, sums_of
 from fusion_lab.recipes import answers, fusellm
 from fusion_lab.recipes.answers import BEST, KEPT, block, config, measured, responses, sample, scored, tuned, verdict
 from fusion_lab.runner import Cell, Work
@@ -49,11 +49,8 @@ def _second(lab: Lab, seed: int) -> list[dict[str, Any]]:
 
 def _more(lab: Lab, seed: int, times: int) -> list[dict[str, Any]]:
     """Return problems beyond those of the seed's block, so that the second stage has so many times as many."""
-    others = [row["messages"][0]["content"] for other in (*answers.SEEDS, answers.PILOT) for row in block(lab, other)]
-    others += [problem.question for split in world.SEEDS for problem in lab.problems(split)]
-    taken = {*others, *(problem.question for problem in answers.pilot_problems(lab))}
     count = (times - 1) * len(_second(lab, seed))
-    problems = make_problems(count, 1000 + seed, taken=taken)
+    problems = answers.other_problems(lab, count, 1000 + seed, answers.pilot_problems(lab))
     return [
         {"id": f"more-{seed}-{number}", "messages": problem.messages(), "gold": problem.gold}
         for number, problem in enumerate(problems)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_lab import world
-from fusion_lab.problems import Problem, answer_of, make_problems
+from fusion_lab.problems import Problem, answer_of
 from fusion_lab.recipes import answers, fusellm
 from fusion_lab.runner import Cell, Work
 from fusion_lab.world import Lab, Stage
@@ -115,10 +115,7 @@ def _training(lab: Lab, base: Path, steps: int, seed: int, rate: float) -> dict[
 
 def validation(lab: Lab) -> list[Problem]:
     """Return as many problems as are held out, which choose the settings; no other split or seed has any of them."""
-    seeds = (*answers.SEEDS, answers.PILOT)
-    taken = {problem.question for split in world.SEEDS for problem in lab.problems(split)}
-    taken |= {row["messages"][0]["content"] for seed in seeds for row in answers.block(lab, seed)}
-    return make_problems(lab.settings["heldout_problems"], SEED_OF_VALIDATION, taken=taken)
+    return answers.other_problems(lab, lab.settings["heldout_problems"], SEED_OF_VALIDATION)
 
 
 def _measured(lab: Lab, folder: Path, seed: int) -> dict[str, dict[str, float]]:
