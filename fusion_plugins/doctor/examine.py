@@ -30,13 +30,14 @@ from fusion_plugins.doctor.diagnosis import Diagnosis, diagnose, figures
 from fusion_plugins.doctor.report_json import report_json
 from fusion_plugins.doctor.responses import holds_responses
 from fusion_plugins.errors import ConfigError, FusionError, MismatchError
-from fusion_plugins.inputs import InputSet, Text
+from fusion_plugins.inputs import InputSet
 from fusion_plugins.map_cache import cached_map
 from fusion_plugins.model_names import missing_folder, reason_of
 from fusion_plugins.progress import meter
 from fusion_plugins.store import Store, open_store
 from fusion_plugins.store.schema import RecordCodec
 from fusion_plugins.store.shards import read_keys
+from fusion_plugins.texts import Text
 from fusion_plugins.where import DOMAIN
 
 #: id -> text or messages, or files of them

@@ -27,7 +27,7 @@ from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import chat_renderer, tokenize_chat, tokenize_many
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import ConfigError, DataError, SourceError, TokenizerError
-from fusion_plugins.inputs import InputSet, Selection, Text, Unusable, open_texts
+from fusion_plugins.inputs import InputSet, Selection, Unusable, open_texts
 from fusion_plugins.progress import Meter, meter
 from fusion_plugins.sources.asked import Asked, require_answers
 from fusion_plugins.sources.backends.base import Place, Refusal, Source, SourceSettings, least, open_source
@@ -42,6 +42,7 @@ from fusion_plugins.store.files import FolderLock
 from fusion_plugins.store.manifest import MANIFEST_NAME, PART
 from fusion_plugins.store.schema import RecordCodec
 from fusion_plugins.store.shards import read_keys
+from fusion_plugins.texts import Text
 from fusion_plugins.where import Where, checked_where
 
 #: what a dry run captures to measure speed and size: bytes in one round, of the first texts, in about this time

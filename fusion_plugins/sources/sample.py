@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from fusion_plugins.config import Settings, with_preset
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.errors import MismatchError, SourceError
-from fusion_plugins.inputs import InputSet, Prompt, Unusable, open_prompts
+from fusion_plugins.inputs import InputSet, Unusable, open_prompts
 from fusion_plugins.progress import Meter, meter
 from fusion_plugins.sources.backends.base import (
     Place,
@@ -39,6 +39,7 @@ from fusion_plugins.sources.parts import Shard, chosen, require_part
 from fusion_plugins.sources.presets import DEFAULT_SAMPLES, PRESETS, SAMPLES_PER_PROMPT
 from fusion_plugins.store import ColumnKind, RowManifest, RowWriter
 from fusion_plugins.store.manifest import PART
+from fusion_plugins.texts import Prompt
 
 #: prompts that are tokenized at a time before a source begins, to see whether they fit
 CHECKED_AT_ONCE = 256

@@ -33,8 +33,8 @@ from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.hub import hub_rows, is_hub
-from fusion_plugins.inputs import readable_rows, row_files
 from fusion_plugins.model_names import reason_of, require_model
+from fusion_plugins.row_files import readable_rows, row_files
 from fusion_plugins.store.files import FolderLock, new_file
 from fusion_plugins.store.manifest import Manifest
 from fusion_plugins.store.writer import StoreWriter
