@@ -14,8 +14,9 @@ from typing import Any
 
 from rich.table import Table
 
-from fusion_plugins.axolotl.args import FusionBlock, PairArgs, SftArgs
+from fusion_plugins.axolotl.args import FusionBlock
 from fusion_plugins.axolotl.preference_rows import Row, Unusable, leave_out
+from fusion_plugins.axolotl.response_args import PairArgs, SftArgs
 from fusion_plugins.core.preferences.candidates import (
     Candidate,
     CandidateGroups,
