@@ -26,6 +26,7 @@ from fusion_plugins.core.preferences.candidates import (
     is_own,
     is_prompt,
 )
+from fusion_plugins.core.preferences.conclusions import warnings_of
 from fusion_plugins.core.preferences.gaps import check_gap_window
 from fusion_plugins.core.preferences.pairs import (
     BEST_RULES,
@@ -40,7 +41,8 @@ from fusion_plugins.core.preferences.pairs import (
 from fusion_plugins.core.preferences.split import Split, split_prompts
 from fusion_plugins.core.preferences.verdict import verdict_details
 from fusion_plugins.core.preferences.weights import reward_weights, with_mean_one
-from fusion_plugins.core.preferences.worth import Response, examine_worth, response_of, warnings_of
+from fusion_plugins.core.preferences.worth import examine_worth, response_of
+from fusion_plugins.core.preferences.worth_types import Response
 from fusion_plugins.core.text.finish_reason import is_cut
 from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.plugins import lookup
