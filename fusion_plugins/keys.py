@@ -72,7 +72,7 @@ READERS: tuple[tuple[str | None, str, str, tuple[str, ...]], ...] = (
 )
 #: (class, field) -> table of the names that the field takes, where neither its type nor a registry has them.
 NAMED = {
-    ("SftArgs", "rule"): "fusion_plugins.core.preferences.pairs:BEST_RULES",
+    ("SftArgs", "rule"): "fusion_plugins.core.preferences.best:BEST_RULES",
     ("SampledSource", "preset"): "fusion_plugins.sources.presets:PRESETS",
     ("RewardOptions", "preset"): "fusion_plugins.scoring.reward_presets:REWARD_PRESETS",
 }

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 
 from fusion_plugins.axolotl.block_settings import BlockSettings
 from fusion_plugins.axolotl.source_args import SourceArgs, problems_of_names
-from fusion_plugins.core.preferences.pairs import GapWindow
+from fusion_plugins.core.preferences.gaps import GapWindow
 from fusion_plugins.core.preferences.split import SplitRule
 from fusion_plugins.errors import ConfigError
 
