@@ -66,7 +66,8 @@ def score(folder: Path) -> None:
 
 def doctor(folder: Path) -> None:
     """One store against another one: the same under a second name, which is opened and read on its own."""
-    from fusion_plugins.doctor.examine import examine, open_side
+    from fusion_plugins.doctor.examine import examine
+    from fusion_plugins.doctor.sides import open_side
 
     again = folder / "stores" / "b"
     if not again.exists():

@@ -165,8 +165,8 @@ def across_sources(candidates: Sequence[Candidate]) -> list[Pair]:
 def verdict(candidates: Sequence[Candidate]) -> list[Pair]:
     """Propose, for each source, one correct against one incorrect answer; rewards play no part.
 
-    For data that only a verifier has scored. The source that is right most often comes first (see the rules of this
-    module), with the right answer that it gave most often; which incorrect answer, the order of ties decides. A source
+    For data that only a verifier has scored. The source that is right most often comes first (see
+    :mod:`~fusion_plugins.core.preferences.choosing`), with the right answer that it gave most often; which incorrect answer, the order of ties decides. A source
     that is always right has no pair; :func:`~fusion_plugins.core.preferences.split.split_prompts` sends its prompts to
     SFT.
     """
