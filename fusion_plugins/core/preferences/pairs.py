@@ -166,9 +166,9 @@ def verdict(candidates: Sequence[Candidate]) -> list[Pair]:
     """Propose, for each source, one correct against one incorrect answer; rewards play no part.
 
     For data that only a verifier has scored. The source that is right most often comes first (see
-    :mod:`~fusion_plugins.core.preferences.choosing`), with the right answer that it gave most often; which incorrect answer, the order of ties decides. A source
-    that is always right has no pair; :func:`~fusion_plugins.core.preferences.split.split_prompts` sends its prompts to
-    SFT.
+    :mod:`~fusion_plugins.core.preferences.choosing`), with the right answer that it gave most often; which incorrect
+    answer, the order of ties decides. A source that is always right has no pair;
+    :func:`~fusion_plugins.core.preferences.split.split_prompts` sends its prompts to SFT.
     """
     proposed = []
     for group in by_source(candidates).values():
