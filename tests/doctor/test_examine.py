@@ -16,7 +16,8 @@ from fusion_plugins.doctor.page import taught_lines
 from fusion_plugins.doctor.sides import Side, open_side, open_target
 from fusion_plugins.errors import ConfigError, MismatchError
 from fusion_plugins.inputs import open_texts
-from fusion_plugins.sources.capture import CaptureConfig, capture_texts
+from fusion_plugins.sources.capture import capture_texts
+from fusion_plugins.sources.capture_config import CaptureConfig
 
 
 def test_every_supervised_position_is_in_one_class(work):
