@@ -14,8 +14,10 @@ from typing import Any
 
 from rich.table import Table
 
-from fusion_plugins.axolotl.args import FusionBlock, PairArgs, SftArgs
+from fusion_plugins.axolotl.args import FusionBlock
 from fusion_plugins.axolotl.preference_rows import Row, Unusable, leave_out
+from fusion_plugins.axolotl.response_args import PairArgs, SftArgs
+from fusion_plugins.core.preferences.best import BEST_RULES, BestRule, best_per_prompt, best_per_source
 from fusion_plugins.core.preferences.candidates import (
     Candidate,
     CandidateGroups,
@@ -25,21 +27,15 @@ from fusion_plugins.core.preferences.candidates import (
     is_own,
     is_prompt,
 )
+from fusion_plugins.core.preferences.choosing import SelectionReport, resolve_rule
+from fusion_plugins.core.preferences.conclusions import warnings_of
 from fusion_plugins.core.preferences.gaps import check_gap_window
-from fusion_plugins.core.preferences.pairs import (
-    BEST_RULES,
-    BestRule,
-    SelectionReport,
-    best_per_prompt,
-    best_per_source,
-    length_statistics,
-    pairs_per_prompt,
-    resolve_rule,
-)
+from fusion_plugins.core.preferences.pairs import length_statistics, pairs_per_prompt
 from fusion_plugins.core.preferences.split import Split, split_prompts
 from fusion_plugins.core.preferences.verdict import verdict_details
 from fusion_plugins.core.preferences.weights import reward_weights, with_mean_one
-from fusion_plugins.core.preferences.worth import Response, examine_worth, response_of, warnings_of
+from fusion_plugins.core.preferences.worth import examine_worth, response_of
+from fusion_plugins.core.preferences.worth_types import Response
 from fusion_plugins.core.text.finish_reason import is_cut
 from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.plugins import lookup
