@@ -64,6 +64,11 @@ class Prefixes(NamedTuple):
     read: bytes
     joined: bool
 
+    @property
+    def any(self) -> bool:
+        """Whether there is anything to change: a prefix that both sides have is left as it is."""
+        return bool(self.source or self.target or self.read)
+
 
 @dataclass(frozen=True)
 class PrefixedTables:
@@ -90,6 +95,8 @@ class PrefixedTables:
 
     def of(self, prefixes: Prefixes) -> Tables:
         """Return the tables in which the source's tokens stand without their prefix, behind the tokens as they are."""
+        if not prefixes.any:
+            return self.plain
         if prefixes not in self.made:
             self.made[prefixes] = _tables(self, prefixes)
         return self.made[prefixes]
@@ -168,7 +175,7 @@ def _starts(rows: Numbers, prefixes: Prefixes, source: Texts, entries: Entries, 
 def _block(prefixes: Prefixes, size: int) -> int:
     """Where the tokens behind the prefix begin among those of :func:`prefixed_tables`."""
     if not prefixes.joined:
-        return size
+        return size if prefixes.any else 0
     return 2 * size if prefixes.target else 0
 
 
@@ -177,7 +184,7 @@ def _entries(
 ) -> Entries:
     """Collect what the source says; at the first positions about the tokens without their prefix."""
     ids, logprobs, following = entries.ids[at], entries.logprobs[at], entries.next[at]
-    first = _moved(ids[before], size, size)
+    first = _moved(ids[before], size, size if prefixes.any else 0)
     if prefixes.joined:
         # The distribution after the space stands in the place of the space.
         space, width = rows[:, _FIRST] - 1, ids.shape[1]
@@ -332,6 +339,8 @@ def find_starts(matched, source, entries, target, s_tokens, t_tokens, strict):  
                     continue
                 if not _is_stored(said, u) or (joined and (not _is_stored(said, f - 1) or np.isnan(said[1][u]))):
                     continue
+                # The same prefix on both sides is like text that both have in common.
+                same = behind == 0 and not joined and s_code == t_code
                 last = first
                 while last + 1 < len(s_side[0]) and last >= f and s_side[1][last] + shift < label_end:
                     last += 1
@@ -342,7 +351,8 @@ def find_starts(matched, source, entries, target, s_tokens, t_tokens, strict):  
                     target.starts[b] + t, target.starts[b] + label, label_end, spans[m, 1] - spans[m, 0] + before,
                     np.int64(outside), source.starts[b] + u, source.starts[b] + first, source.starts[b] + last,
                     np.int64(s_span[0]), s_span[1] - s_span[0] + before, before,
-                    s_code, t_code if behind == 0 else 0, t_code if behind == 1 else 0, np.int64(joined),
+                    0 if same else s_code, t_code if behind == 0 and not same else 0, t_code if behind == 1 else 0,
+                    np.int64(joined),
                 )  # fmt: skip
                 n += 1
                 last_position = t
