@@ -15,6 +15,7 @@ from pydantic import Field
 
 from fusion_plugins.config import Settings
 from fusion_plugins.core.fusion.project import Projection, ProjectionOptions
+from fusion_plugins.core.fusion.teachers import NOTHING
 from fusion_plugins.core.fusion.types import Record
 from fusion_plugins.core.key_set import KeySet
 from fusion_plugins.core.text.round_trip import PREFIX_SPACE, text_changes
@@ -30,7 +31,6 @@ from fusion_plugins.where import DOMAIN
 
 #: the training step whose memory is reported; ENTRIES is what `fusion capture` keeps by default
 BATCH, TOKENS, ENTRIES = 1, 2048, 64
-NOTHING = "(no source)"
 _APART = (
     "The sources have no text in common: each is examined on the texts that it shares with the target, so that their "
     "columns are about different texts."
