@@ -21,7 +21,7 @@ from fusion_lab.world import Lab, Stage
 __all__ = ["needs", "run"]
 
 FUSED = "fusion_plugins.axolotl.fused"
-PILOT_QUESTION = "g_pilot_rounds"
+PILOT_QUESTION, LONGER_PILOT = "g_pilot_rounds", "g_pilot_longer"
 #: the one source of all stages, by its name in the responses
 SOURCE = "strong"
 #: seed of the problems that choose settings
@@ -104,9 +104,10 @@ def _sources(cell: Cell) -> dict[str, str]:
     return {SOURCE: answers.ANSWERING[SOURCE], **both}
 
 
-def _steps(lab: Lab, seed: int) -> int:
-    """Steps of every second stage: those of SFT."""
-    return -(-len(_halves(lab, seed)[1]) // lab.settings["batch"]) * answers.EPOCHS
+def _steps(lab: Lab, cell: Cell) -> int:
+    """Steps of every second stage: those of SFT, or a multiple of them."""
+    once = -(-len(_halves(lab, cell.seed)[1]) // lab.settings["batch"]) * answers.EPOCHS
+    return once * int(cell.factors.get("times", 1))
 
 
 def _training(lab: Lab, base: Path, steps: int, seed: int, rate: float) -> dict[str, Any]:
@@ -137,14 +138,15 @@ def run(lab: Lab, cell: Cell, work: Work) -> None:
         keys = [key for key in cell.factors if key != "learning_rate"]
         rate = 0.0
         if cell["method"] != "none":
+            pilot = LONGER_PILOT if "times" in cell.factors else PILOT_QUESTION
             like = {key: "tuned" if key == "start" else cell[key] for key in keys}
-            rate = answers.tuned(PILOT_QUESTION, like, ("learning_rate",))["learning_rate"]
+            rate = answers.tuned(pilot, like, ("learning_rate",))["learning_rate"]
     method = cell["method"].removesuffix("_both")
     made, more = {"none": _none, "sft": _run_sft, "off_policy": _run_off_policy, "rounds": _run_rounds}[method](
         lab, cell, work, rate
     )
     for split, figures in work.call(_measured, lab, made, cell.seed).items():
-        work.record(split, rate=rate, steps=_steps(lab, cell.seed), **more, **figures)
+        work.record(split, rate=rate, steps=_steps(lab, cell), **more, **figures)
     fusellm.tidy(work)
     shutil.rmtree(work.folder / "rounds", ignore_errors=True)
 
@@ -155,7 +157,7 @@ def _none(lab: Lab, cell: Cell, work: Work, rate: float) -> tuple[Path, dict[str
 
 def _run_sft(lab: Lab, cell: Cell, work: Work, rate: float) -> tuple[Path, dict[str, Any]]:
     _write(work, work.call(_of_source, lab, cell.seed, _halves(lab, cell.seed)[1]))
-    work.axolotl("train", _sft(_training(lab, _start(lab, cell), _steps(lab, cell.seed), cell.seed, rate)))
+    work.axolotl("train", _sft(_training(lab, _start(lab, cell), _steps(lab, cell), cell.seed, rate)))
     return work.folder / "model", {}
 
 
@@ -164,7 +166,7 @@ def _run_off_policy(lab: Lab, cell: Cell, work: Work, rate: float) -> tuple[Path
     _write(work, [row for row in rows if row["correct"]])
     for name, model in _sources(cell).items():
         _capture(work, "scored.jsonl", lab.model(model), f"stores/{name}")
-    settings = _training(lab, _start(lab, cell), _steps(lab, cell.seed), cell.seed, rate)
+    settings = _training(lab, _start(lab, cell), _steps(lab, cell), cell.seed, rate)
     datasets = [{"path": "./scored.jsonl", "ds_type": "json", "type": FUSED}]
     work.axolotl("train", _fused(settings, datasets, _fusion(cell, cell["loss"], "./stores")))
     return work.folder / "model", {}
@@ -182,7 +184,7 @@ def _capture(work: Work, texts: str, model: Path, out: str) -> float:
 
 def _run_rounds(lab: Lab, cell: Cell, work: Work, rate: float) -> tuple[Path, dict[str, Any]]:
     """Run the steps of `fusion rounds`, each in a fork; `fusion rounds --config rounds.yml` runs them by hand."""
-    settings = _training(lab, _start(lab, cell), _steps(lab, cell.seed) // cell["rounds"], cell.seed, rate)
+    settings = _training(lab, _start(lab, cell), _steps(lab, cell) // cell["rounds"], cell.seed, rate)
     block = _fusion(cell, cell["loss"], "stores")
     work.write("train.yml", _fused(settings, [{"path": "answers", "type": FUSED}], block))
     _write_prompts(lab, cell, work)
@@ -259,7 +261,7 @@ def _seconds(lab: Lab, cell: Cell, work: Work) -> None:
     shutil.copytree(lab.model(answers.ANSWERING[SOURCE]), copy)
     captured = _capture(work, "responses", copy, "stores/strong")
     rows, tokens = work.call(_asked, work.folder)
-    steps = _steps(lab, cell.seed) // cell["rounds"]
+    steps = _steps(lab, cell) // cell["rounds"]
     batches = _order(rows, lab.settings["batch"], steps, cell.seed)
     once = work.call(_forward, copy, _order(rows, lab.settings["batch"], 0, cell.seed))
     online = work.call(_forward, copy, batches)
