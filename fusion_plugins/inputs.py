@@ -15,6 +15,7 @@ import json
 import math
 import os
 from array import array
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -31,7 +32,14 @@ from fusion_plugins.core.text.messages import REASONING_KEYS, as_messages, as_to
 from fusion_plugins.core.text.sampled import SampledAnswer
 from fusion_plugins.errors import DataError
 from fusion_plugins.hub import hub_rows, is_hub
-from fusion_plugins.response_texts import ANSWER, ANSWER_COLUMNS, answers_as_texts, is_response_folder, response_rows
+from fusion_plugins.response_texts import (
+    ANSWER,
+    ANSWER_COLUMNS,
+    EMPTY,
+    answers_as_texts,
+    is_response_folder,
+    response_rows,
+)
 from fusion_plugins.where import Where, columns_of, require_columns, selects
 
 #: ends of the names of files that can be read
@@ -154,6 +162,8 @@ class InputSet(Generic[Item]):
             responses are scored by.
         n_bytes: bytes of all texts, see :attr:`Text.n_bytes`.
         has_chats: whether one of them is a chat.
+        left_out: how many responses have no text of their own, see
+            :func:`~fusion_plugins.response_texts.answers_as_texts`.
 
     Args:
         path: as for :func:`read_texts`.
@@ -163,7 +173,7 @@ class InputSet(Generic[Item]):
         selection: which rows are read.
 
     Raises:
-        DataError: as for :func:`read_texts`; while iterating: a file has changed since.
+        DataError: as for :func:`read_texts`; or all responses say nothing; while iterating: a file has changed since.
         ConfigError: no row has a column that the selection names.
     """
 
@@ -185,11 +195,17 @@ class InputSet(Generic[Item]):
             if unusable is not None:
                 unusable.clear()
             self._check(unusable)
+        if not self._count and (silent := self.left_out[EMPTY]):
+            raise DataError(
+                f"{path}: expected responses that say something, got {silent} that say nothing. Sample them again, for "
+                "example with a larger max_tokens, or choose others."
+            )
 
     def _check(self, unusable: Unusable | None) -> frozenset[str]:
         """Read all rows, and return the ids that appear twice."""
         index, self._count, self.n_bytes, self.has_chats = _Index(), 0, 0, False
-        for item in self._read(unusable):
+        self.left_out = Counter[str]()
+        for item in self._read(unusable, self.left_out):
             text, digest = self._pair(item)
             index.add(text.id, digest)
             self._count += 1
@@ -204,11 +220,11 @@ class InputSet(Generic[Item]):
     def __iter__(self) -> Iterator[Item]:
         return self._read({})
 
-    def _read(self, unusable: Unusable | None) -> Iterator[Item]:
-        return _items(self._open(), unusable, self._make, self._watched)
+    def _read(self, unusable: Unusable | None, left_out: Counter[str] | None = None) -> Iterator[Item]:
+        return _items(self._open(left_out), unusable, self._make, self._watched)
 
-    def _open(self) -> Iterator[tuple[str, Row | DataError]]:
-        for number, row in enumerate(_rows(self._path, self._selection)):
+    def _open(self, left_out: Counter[str] | None) -> Iterator[tuple[str, Row | DataError]]:
+        for number, row in enumerate(_rows(self._path, self._selection, left_out)):
             if number % ROWS_BETWEEN_LOOKS == 0:
                 self._require_unchanged()
             yield row
@@ -347,11 +363,11 @@ def readable_rows(path: str | Path, columns: Sequence[str] | None = None) -> Ite
 
 
 def _rows(
-    path: str | Path | Sequence[str | Path], selection: Selection = EVERYTHING
+    path: str | Path | Sequence[str | Path], selection: Selection = EVERYTHING, left_out: Counter[str] | None = None
 ) -> Iterator[tuple[str, Row | DataError]]:
     """Yield place and content of the selected rows of files, folders of files and folders of responses."""
     rows = _plain_rows(path, selection.read)
-    yield from answers_as_texts(_selected(rows, selection.where, str(path)) if selection.where else rows)
+    yield from answers_as_texts(_selected(rows, selection.where, str(path)) if selection.where else rows, left_out)
 
 
 def _plain_rows(
@@ -505,6 +521,8 @@ def row_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
             files.append(path)
             continue
         found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
+        if not found and is_response_folder(path):
+            raise DataError(f"{path}: expected responses, got a folder that has none yet. Sample some, or name another.")
         if not found or not all(file.is_file() and file.suffix in SUFFIXES for file in found):
             raise DataError(
                 f"{path}: expected a {' or '.join(SUFFIXES)} file or a folder of them, got none. Name another."

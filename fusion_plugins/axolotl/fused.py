@@ -61,6 +61,7 @@ from fusion_plugins.core.text.round_trip import text_changes
 from fusion_plugins.core.text.sampled import AnswerCounts
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, DataError, MismatchError, TokenizerError
+from fusion_plugins.model_names import is_same_model
 from fusion_plugins.response_texts import is_table_of_responses
 from fusion_plugins.store import Store, open_store
 from fusion_plugins.store.packed import warm_up as warm_up_store
@@ -296,7 +297,7 @@ class _Reader:
                 tools=content.tools,
                 supervision=self._supervision,
                 answer=content.answer,
-                own=content.answer is not None and content.answer.model == self._base_model,
+                own=content.answer is not None and is_same_model(content.answer.model, self._base_model),
             )
         except TokenizerError as error:
             raise DataError(str(error)) from error

@@ -83,7 +83,9 @@ def _steps(rounds: Rounds) -> Iterator[Step]:
                 writes=[rounds.place(number, "scored")],
                 **_of_step(config.score),
             )
-        groups = {source["name"]: source for source in config.sources} | {rounds.own_name: config.target_capture}
+        groups = {source["name"]: source for source in config.sources}
+        if rounds.captures_target:
+            groups[rounds.own_name] = config.target_capture
         captures = [file for file in configs if file.startswith("capture-")]
         for file in captures:
             source = file.removeprefix("capture-").removesuffix(".yml")

@@ -8,7 +8,7 @@ is compressed and written, in threads. Texts are read anew for every step: a run
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -28,6 +28,7 @@ from fusion_plugins.core.text.tokenize import chat_renderer, tokenize_chat, toke
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import ConfigError, DataError, SourceError, TokenizerError
 from fusion_plugins.inputs import InputSet, Selection, Text, Unusable, open_texts
+from fusion_plugins.model_names import is_same_model
 from fusion_plugins.progress import Meter, meter
 from fusion_plugins.sources.asked import Asked, require_answers
 from fusion_plugins.sources.backends.base import Place, Refusal, Source, SourceSettings, least, open_source
@@ -140,6 +141,7 @@ class CaptureReport:
         tokens: tokens captured by this run.
         seconds: time of the capture, without loading the model.
         answers: how the answers among them became tokens.
+        without_text: how many responses say nothing (``empty``), or what another one says (``repeated``).
     """
 
     out: Path
@@ -150,6 +152,7 @@ class CaptureReport:
     tokens: int
     seconds: float
     answers: AnswerCounts = AnswerCounts()
+    without_text: Mapping[str, int] = field(default_factory=dict)
 
 
 def capture_texts(config: CaptureConfig) -> CaptureReport:
@@ -177,7 +180,9 @@ def capture_texts(config: CaptureConfig) -> CaptureReport:
                 store.finish()
     skipped = {**(unusable or {}), **skipped}
     return CaptureReport(
-        out, captured, present, skipped, opened.changes, progress.tokens, progress.seconds, opened.tokenize.answers
+        *(out, captured, present, skipped, opened.changes, progress.tokens, progress.seconds),
+        answers=opened.tokenize.answers,
+        without_text=dict(texts.left_out),
     )
 
 
@@ -293,7 +298,7 @@ class _Tokenizer:
         chat = generated_spans(chat_renderer(self._tokenizer, text.tools, self._config.chat_template_kwargs), messages)
         if text.answer is None:
             return tokenize_chat(self._tokenizer, self._table, last_turns(chat, text.turns)), None
-        own = text.answer.model == self._config.model
+        own = is_same_model(text.answer.model, self._config.model)
         tokens, _, how = tokenize_answer(self._tokenizer, self._table, chat, text.answer, own=own)
         return tokens, how
 
