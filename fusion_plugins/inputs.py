@@ -522,7 +522,9 @@ def row_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
             continue
         found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
         if not found and is_response_folder(path):
-            raise DataError(f"{path}: expected responses, got a folder that has none yet. Sample some, or name another.")
+            raise DataError(
+                f"{path}: expected responses, got a folder that has none yet. Sample some, or name another."
+            )
         if not found or not all(file.is_file() and file.suffix in SUFFIXES for file in found):
             raise DataError(
                 f"{path}: expected a {' or '.join(SUFFIXES)} file or a folder of them, got none. Name another."

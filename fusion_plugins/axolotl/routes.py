@@ -248,4 +248,3 @@ def _own_answers(table: Table, block: FusionBlock, base_model: str) -> BoolArray
     if "is_target" in table.columns:
         own |= np.array([value is True for value in table.columns["is_target"]], np.bool_)
     return own
-

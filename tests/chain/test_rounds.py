@@ -115,7 +115,9 @@ def test_more_rounds_leave_the_first_ones_as_they_are(load, tmp_path):
 def test_scores_and_the_target_itself_take_part_where_they_are_asked_for(load, tmp_path):
     sources = [*TRAIN["fusion"]["sources"], {"name": "own", "store": "z", "is_target": True}]
     target = {"top_k": 3}
-    chain = write_rounds(load({"fusion": TRAIN["fusion"] | {"sources": sources}}, score={"scorers": {"math": {}}}, target_capture=target))
+    chain = write_rounds(
+        load({"fusion": TRAIN["fusion"] | {"sources": sources}}, score={"scorers": {"math": {}}}, target_capture=target)
+    )
     assert [name for name in chain.steps if name.startswith("02")] == [
         *("02-sample", "02-score", "02-capture-a", "02-capture-b", "02-capture-own", "02-train")
     ]

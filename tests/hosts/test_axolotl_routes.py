@@ -173,6 +173,7 @@ def test_a_text_that_a_store_lacks_costs_the_run_the_row_or_the_source(policy, e
         ([{}], {"rule": "fixed_weights", "rule_options": {"weights": [1]}}, "give each entry of sources a weight"),
         ([{"weight": 2}], {"rule": "fixed_weights", "weights_from": "x"}, "has one already; remove one"),
         ([{}], {"rule_by_domain": {"math": {"rul": "avg_ce"}}}, "rule_by_domain.math.rul: "),
+        ([{}], {"on_no_source": "lm_loss", "lm_loss_weight": 0.0}, "they would teach nothing; give it a weight"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(sources, changes, message):

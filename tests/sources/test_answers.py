@@ -156,6 +156,34 @@ def test_other_tokens_than_the_tokenizers_own_are_kept_and_the_end_is_the_templa
     assert "2 of them (66.7%) have another number of tokens" in found.described()
 
 
+def test_responses_without_a_text_of_their_own_are_counted(model, tmp_path):
+    rows = [{"index": index, "response": text} for index, text in enumerate(["One.", " ", "One.", "", "Two.", "One."])]
+    report = capture_texts(capture_config(model, folder_of(tmp_path / "rows", rows), tmp_path / "store"))
+    assert (report.captured, report.without_text) == (2, {"empty": 2, "repeated": 2})
+
+
+@pytest.mark.parametrize(
+    ("rows", "where", "message"),
+    [
+        ([{"response": " "}, {"index": 1, "response": "\n"}], None, "say something, got 2 that say nothing"),
+        ([{"response": ""}, {"index": 1, "response": "x", "reward": 1.0}], {"index": 0}, "got 1 that say nothing"),
+        ([], None, "expected responses, got a folder that has none yet"),
+        ([], {"domain": "math"}, "expected responses, got a folder that has none yet"),
+    ],
+)
+def test_a_folder_without_a_word_is_refused_before_a_model_is_loaded(rows, where, message, tmp_path):
+    folder = folder_of(tmp_path / "rows", rows)
+    with pytest.raises(DataError, match=message):
+        capture_texts(capture_config("nowhere", folder, tmp_path / "store", where=where))
+
+
+def test_half_a_character_in_a_response_is_told_with_the_cure(tmp_path):
+    row = {"prompt_id": "p", "source": "s", "prompt": "1?", "response": "x\ud83d"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match=r"rows.jsonl:1: expected text that UTF-8 can encode.*Remove it from"):
+        read_texts(tmp_path / "rows.jsonl")
+
+
 def test_only_the_answer_of_a_chat_is_captured_and_the_system_prompt_is_part_of_it(model, tmp_path):
     prompt = [
         {"role": "user", "content": "1?"},
