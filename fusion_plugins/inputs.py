@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from fusion_plugins.core.text.content_id import content_id, sorted_fingerprint, texts_fingerprint
 from fusion_plugins.core.text.messages import REASONING_KEYS, as_messages, as_tools
 from fusion_plugins.core.text.sampled import SampledAnswer
-from fusion_plugins.errors import DataError
+from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.hub import hub_rows, is_hub
 from fusion_plugins.response_texts import (
     ANSWER,
@@ -146,12 +146,14 @@ class Prompt:
         domain: instruction | math | code | chinese | any name.
         reference: the gold answer, or None.
         tests: what a code scorer runs, or None.
+        kept: other columns that the responses get, as far as the row has them.
     """
 
     text: Text
     domain: str = "instruction"
     reference: str | None = None
     tests: Any = None
+    kept: Row = field(default_factory=dict)
 
 
 class InputSet(Generic[Item]):
@@ -265,13 +267,36 @@ def open_texts(
     return InputSet(path, make, lambda text: (text, text.digest), unusable, selection)
 
 
-def open_prompts(path: str | Path | Sequence[str | Path], *, unusable: Unusable | None = None) -> InputSet[Prompt]:
+def open_prompts(
+    path: str | Path | Sequence[str | Path], *, unusable: Unusable | None = None, keep: Sequence[str] = ()
+) -> InputSet[Prompt]:
     """Check prompts as :func:`read_prompts` does, and return them as a set that is read anew by every iteration.
+
+    Args:
+        path: as for :func:`read_texts`.
+        unusable: as for :func:`read_texts`.
+        keep: names of other columns that the prompts have in :attr:`Prompt.kept`.
 
     Raises:
         DataError: as for :func:`read_prompts`.
+        ConfigError: no row has one of the columns to keep.
     """
-    return InputSet(path, _prompt, lambda prompt: (prompt.text, _prompt_digest(prompt)), unusable)
+    missing = set(keep)
+
+    def make(where: str, row: Row, text: Text) -> Prompt:
+        prompt = _prompt(where, row, text, keep)
+        missing.difference_update(prompt.kept)
+        return prompt
+
+    prompts = InputSet(
+        path, make, lambda prompt: (prompt.text, _prompt_digest(prompt)), unusable, Selection(columns=tuple(keep))
+    )
+    if missing and len(prompts):
+        raise ConfigError(
+            f"keep_columns: expected columns of {path}, got {', '.join(sorted(missing))}, in which no row has a value. "
+            "Correct the name, or add the column."
+        )
+    return prompts
 
 
 def read_texts(
@@ -323,7 +348,9 @@ def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
 
 
 def _prompt_digest(prompt: Prompt) -> str:
-    parts = [prompt.text.content_id, prompt.domain, prompt.reference, prompt.tests]
+    parts: list[Any] = [prompt.text.content_id, prompt.domain, prompt.reference, prompt.tests]
+    if prompt.kept:
+        parts.append(prompt.kept)
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -630,7 +657,7 @@ def _text(row: Row, where: str) -> Text:
     return Text(name, content, digest, tools, where, row.get(ANSWER), domain=about)
 
 
-def _prompt(where: str, row: Row, text: Text) -> Prompt:
+def _prompt(where: str, row: Row, text: Text, keep: Sequence[str] = ()) -> Prompt:
     if not isinstance(text.content, str) and text.content[-1]["role"] == "assistant":
         raise DataError(
             f"{where}: expected a prompt that ends with a message of the user, got one that ends with the "
@@ -642,13 +669,14 @@ def _prompt(where: str, row: Row, text: Text) -> Prompt:
         domain=str(_given(row, "domain") or "instruction"),
         reference=None if reference is None else str(reference),
         tests=_given(row, "tests"),
+        kept={name: value for name in keep if (value := _given(row, name)) is not None},
     )
     try:
-        json.dumps([prompt.domain, prompt.reference, prompt.tests], ensure_ascii=False).encode()
+        json.dumps([prompt.domain, prompt.reference, prompt.tests, prompt.kept], ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise DataError(
-            f"{where}: expected a domain, a reference and tests that JSON and UTF-8 can write, got others: {error}. "
-            "Correct the row."
+            f"{where}: expected a domain, a reference, tests and columns to keep that JSON and UTF-8 can write, got "
+            f"others: {error}. Correct the row."
         ) from error
     return prompt
 

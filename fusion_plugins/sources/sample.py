@@ -14,9 +14,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fusion_plugins.config import Settings, with_preset
+from fusion_plugins.core.text.messages import REASONING_KEYS
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.errors import MismatchError, SourceError
 from fusion_plugins.inputs import InputSet, Prompt, Unusable, open_prompts
@@ -63,6 +64,8 @@ COLUMNS: dict[str, ColumnKind] = {
     "model": "string",
     "fingerprint": "string",
 }
+#: columns that mean something else in a folder of responses, or that scoring adds
+TAKEN = ("id", "text", "messages", "tools", "tool_calls", *REASONING_KEYS, "reward", "correct", "scores", "is_target")
 
 
 class SampledSource(SourceSettings, Sampling):
@@ -104,6 +107,10 @@ class SampleConfig(Settings):
     shard: Shard | None = Field(
         None, description="answer only part i of n of the prompts, such as 2/3; `fusion store merge` joins the parts"
     )
+    keep_columns: list[str] = Field(
+        default_factory=list,
+        description="other columns of the prompts that the responses get too, for `where` and `context` later on",
+    )
     only: list[str] | None = Field(None, description="names of the sources to ask in this run; default: all")
     batch_requests: int = Field(256, ge=1, description="responses that are drawn and committed together")
     on_unusable: Literal["raise", "skip"] = Field(
@@ -111,6 +118,13 @@ class SampleConfig(Settings):
         description="rows that are no prompts, prompts that are too long, or that a source refuses or always fails on: "
         "raise, or skip and report",
     )
+
+    @field_validator("keep_columns")
+    @classmethod
+    def _check_columns(cls, names: list[str]) -> list[str]:
+        if taken := sorted({*names} & {*COLUMNS, *TAKEN}):
+            raise ValueError(f"expected columns of another name, got {', '.join(taken)}, which a response has anyway")
+        return names
 
     @model_validator(mode="after")
     def _check_names(self) -> "SampleConfig":
@@ -219,10 +233,10 @@ def sample_prompts(config: SampleConfig) -> SampleReport:
             ``on_unusable: raise``).
     """
     unusable: Unusable | None = None if config.on_unusable == "raise" else {}
-    prompts = open_prompts(config.prompts, unusable=unusable)
+    prompts = open_prompts(config.prompts, unusable=unusable, keep=config.keep_columns)
     manifest = RowManifest(
         stage="responses",
-        columns=COLUMNS,
+        columns=COLUMNS | dict.fromkeys(config.keep_columns, "json"),
         key=KEY,
         facts={"prompts_fingerprint": prompts.fingerprint, "seed": config.seed},
         provenance={"prompts": config.prompts, **({PART: config.shard} if config.shard else {})},
@@ -428,4 +442,5 @@ def _row(draw: Draw, response: Response, settings: SampledSource, fingerprint: s
         "seed": draw.seed if facts.seeded else None,
         "model": settings.model,
         "fingerprint": fingerprint,
+        **prompt.kept,
     }

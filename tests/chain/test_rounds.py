@@ -172,6 +172,14 @@ def test_each_round_takes_the_next_prompts(load, tmp_path):
         write_rounds(load(prompts_per_round=6))
 
 
+def test_the_prompts_of_a_round_have_the_columns_that_its_answers_keep(load, tmp_path):
+    rows = [{"text": f"Say {n}!", "page": {"n": n}} for n in range(4)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rounds(load(prompts_per_round=2, sample=ROUNDS["sample"] | {"keep_columns": ["page"]}))
+    lines = (tmp_path / "made" / "02" / "prompts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["page"] for line in lines] == [{"n": 2}, {"n": 3}]
+
+
 def test_prompts_that_cannot_be_used_are_left_out_of_all_rounds_where_that_is_asked_for(load, tmp_path, capsys):
     load()
     file = tmp_path / "prompts.jsonl"

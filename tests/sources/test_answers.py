@@ -307,6 +307,29 @@ def test_stored_distributions_are_those_of_the_model_with_the_context(model, tmp
         np.testing.assert_allclose(found, expected[places], rtol=3e-3, atol=2e-3)
 
 
+def test_columns_that_the_responses_keep_are_there_for_conditions_and_contexts(model, tmp_path):
+    rows = [{"id": f"p{n}", "text": f"{n}?", "language": "de" if n else "fr", "page": {"n": n}} for n in range(3)]
+    prompts = write_rows(tmp_path / "prompts.jsonl", [*rows, {"id": "bare", "text": "?"}])
+    source = {"name": "a", "model": str(model), "max_tokens": 4}
+    settings = {"n": 1, "sources": [source], "keep_columns": ["language", "page"]}
+    sample_prompts(sample_config({}, prompts, tmp_path / "out", **settings))
+    kept = {row["prompt_id"]: (row["language"], row["page"]) for row in open_rows(tmp_path / "out")}
+    assert kept == {"p0": ("fr", {"n": 0}), "p1": ("de", {"n": 1}), "p2": ("de", {"n": 2}), "bare": (None, None)}
+    capture = {"where": {"language": "de"}, "context": {"question": "{{ page }} {{ question }}"}}
+    capture_texts(capture_config(model, tmp_path / "out", tmp_path / "store", **capture))
+    store = open_store(tmp_path / "store")
+    raw = {b"".join(store.table.tokens[token] for token in record.text.input_ids) for record in store}
+    assert {one.split(b"user\n")[1].split(b"<|im_end|>")[0] for one in raw} == {b'{"n": 1} 1?', b'{"n": 2} 2?'}
+    # Other values, and columns that nothing has, are told before a model is loaded.
+    write_rows(prompts, [row | {"language": "en"} for row in rows])
+    with pytest.raises(MismatchError, match="prompts_fingerprint"):
+        sample_prompts(sample_config({}, prompts, tmp_path / "out", **settings))
+    with pytest.raises(ConfigError, match="keep_columns: expected columns of .*got langauge, in which no row"):
+        sample_prompts(sample_config({}, prompts, tmp_path / "new", **settings | {"keep_columns": ["langauge"]}))
+    with pytest.raises(ValueError, match="got reward, which a response has anyway"):
+        sample_config({}, prompts, tmp_path / "new", **settings | {"keep_columns": ["reward"]})
+
+
 def test_another_context_or_other_values_of_its_columns_are_another_store(model, tmp_path):
     row = {"id": "a", "messages": [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "One."}]}
     texts, context = tmp_path / "texts.jsonl", {"question": "{{ question }} {{ reference }}"}
