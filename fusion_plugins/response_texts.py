@@ -69,6 +69,15 @@ def is_response_folder(path: str | Path) -> bool:
     return isinstance(manifest, RowManifest) and manifest.columns.keys() >= set(_NEEDED)
 
 
+def require_responses(paths: Iterable[str | Path]) -> None:
+    """Raise DataError for a folder of responses that has none yet."""
+    for path in paths:
+        if is_response_folder(path) and not RowManifest.load(Path(path)).rows:
+            raise DataError(
+                f"{path}: expected responses, got a folder that has none yet. Sample some, or name another."
+            )
+
+
 def json_columns(path: str | Path) -> tuple[str, ...]:
     """Return which columns of the files of a folder of responses hold JSON text; none for another path."""
     if not is_response_folder(path):

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fusion_plugins.axolotl.array_padding import ArrayPadding
 from fusion_plugins.core.fusion.chunk_losses import Chunks
 from fusion_plugins.errors import DataError
 
@@ -101,7 +102,7 @@ class FusionCollator:
         self, tokenizer: Any, *, inner: type, fuser: Callable[[Any], Fuse] | None = None, **settings: Any
     ) -> None:
         self.tokenizer = tokenizer
-        self._inner = inner(tokenizer, **settings)
+        self._inner = inner(ArrayPadding(tokenizer), **settings)
         self._fuse = fuser and fuser(tokenizer)
 
     def __call__(self, features: Sequence[Any], return_tensors: str | None = None) -> Any:

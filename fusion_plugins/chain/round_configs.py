@@ -12,8 +12,8 @@ from fusion_plugins.config import Settings, load_config, validate
 from fusion_plugins.errors import ConfigError
 from fusion_plugins.plugins import get_registry
 from fusion_plugins.scoring.score import ScoreConfig
-from fusion_plugins.sources.capture import CaptureConfig
-from fusion_plugins.sources.sample import SampleConfig, SampledSource
+from fusion_plugins.sources.capture_config import CaptureConfig
+from fusion_plugins.sources.sample_config import SampleConfig, SampledSource
 
 #: of a training whose configuration has none
 SEED = 42

@@ -259,7 +259,8 @@ def answers(material, tmp_path_factory):
             rows.write(row | kept | {"domain": domain, "source": source, "correct": correct, "finish_reason": finish})
         rows.finish()
     for name, where in (("digits", {"domain": ["math", "code"]}), ("bytes", {"domain": ["math", "chat"]})):
-        from fusion_plugins.sources.capture import CaptureConfig, capture_texts
+        from fusion_plugins.sources.capture import capture_texts
+        from fusion_plugins.sources.capture_config import CaptureConfig
 
         out = str(folder / name)
         capture_texts(
@@ -413,7 +414,8 @@ def test_rows_that_refer_to_texts_are_looked_at_again_with_a_rule_of_another_kin
 
 def test_a_cut_answer_keeps_its_own_record_beside_a_whole_one_of_the_same_words(material, run_folder):
     from fusion_plugins.axolotl.text_rows import unpack_text
-    from fusion_plugins.sources.capture import CaptureConfig, capture_texts
+    from fusion_plugins.sources.capture import capture_texts
+    from fusion_plugins.sources.capture_config import CaptureConfig
 
     manifest = RowManifest(stage="responses", columns=COLUMNS, key=("source", "index"))
     with RowWriter(run_folder / "responses", manifest) as rows:
