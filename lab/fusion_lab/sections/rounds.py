@@ -22,15 +22,23 @@ STARTS = {"tuned": "", "target": ", from the target"}
 
 def make(results: Path, images: Path) -> dict[str, str]:
     """Return the tables and the sentence."""
-    texts = dict.fromkeys(("rounds", "rounds-sentence", "rounds-seconds"), NOT_RUN)
-    table = read(results, "g_rounds")
+    texts = dict.fromkeys(("rounds", "rounds-sentence", "rounds-seconds", "rounds-longer"), NOT_RUN)
+    table, longer = read(results, "g_rounds"), read(results, "g_longer")
     if table is not None:
-        texts |= _main(table[table["of"] == "heldout"])
+        rounds, sentence = _main(table[table["of"] == "heldout"])
+        texts |= {"rounds": rounds, "rounds-sentence": sentence}
+    if longer is not None:
+        texts["rounds-longer"] = _main(longer[longer["of"] == "heldout"])[0]
     for name in ("g_pilot_rounds", "g_rounds"):  # the pilot's round, until there are those of all seeds
         found = read(results, name)
         if found is not None and (found["of"] == "stored").any():
             texts["rounds-seconds"] = _seconds(found)
-    return texts | {"rounds-hypotheses": hypotheses("g_rounds"), "rounds-pilot": _pilot(results)}
+    return texts | {
+        "rounds-hypotheses": hypotheses("g_rounds"),
+        "rounds-longer-hypotheses": hypotheses("g_longer"),
+        "rounds-pilot": _pilot(read(results, "g_pilot_rounds")),
+        "rounds-longer-pilot": _pilot(read(results, "g_pilot_longer")),
+    }
 
 
 def _name(factors: dict[str, Any]) -> str:
@@ -38,7 +46,8 @@ def _name(factors: dict[str, Any]) -> str:
     return f"{METHODS[factors['method']]}{loss}{STARTS[factors['start']]}"
 
 
-def _main(table: pandas.DataFrame) -> dict[str, str]:
+def _main(table: pandas.DataFrame) -> tuple[str, str]:
+    """Return the table of the second stages, and its sentence."""
     keys = ["method", "loss", "start"]
     cells = [(factors, rows_with(table, factors)) for factors in table[keys].drop_duplicates().to_dict("records")]
     gains = {}
@@ -68,7 +77,7 @@ def _main(table: pandas.DataFrame) -> dict[str, str]:
     chance = f"\nThe best constant answer solves {table['constant'].iloc[0]:.1%} of the held-out problems.\n"
     told = "; ".join(f"{name} {signed(gain, 1, 100)}" for name, gain in gains.items())
     sentence = f"Right sums against SFT with as many steps, in points: {told}. {table['seed'].nunique()} seeds.\n"
-    return {"rounds": markdown(header, rows) + chance, "rounds-sentence": sentence}
+    return markdown(header, rows) + chance, sentence
 
 
 def _seconds(table: pandas.DataFrame) -> str:
@@ -96,11 +105,10 @@ def _seconds(table: pandas.DataFrame) -> str:
     )
 
 
-def _pilot(results: Path) -> str:
-    table = read(results, "g_pilot_rounds")
+def _pilot(table: pandas.DataFrame | None) -> str:
     if table is None:
         return NOT_RUN
-    keys = ["method", "loss", "learning_rate"]
+    keys = ["method", "loss", "rounds", "learning_rate"]
     rounds = table[table["of"] == "round"]
     rows = []
     for line in table[table["of"] == "validation"].to_dict("records"):
@@ -108,6 +116,7 @@ def _pilot(results: Path) -> str:
         rows.append(
             [
                 _name(line),
+                f"{line['rounds']:.0f}" if line["method"] in ("rounds", "rounds_both") else "",
                 "" if line["method"] == "none" else f"{line['learning_rate']:g}",
                 f"{line['chains']:.1%}",
                 f"{line['answers']:.1%}",
@@ -117,6 +126,7 @@ def _pilot(results: Path) -> str:
         )
     header = [
         "second stage",
+        "rounds",
         "rate",
         "right sums",
         "right answer",
