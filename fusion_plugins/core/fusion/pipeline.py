@@ -149,7 +149,7 @@ def fuse_texts(
         on_unusable: what happens to a text that a source has not read as the target does. ``raise``, or ``skip``: its
             positions stay empty, and ``unusable`` has the error.
 
-    A few thousand tokens per call are fastest: then the calls cost nothing, and the arrays stay in the cache.
+    Some ten thousand tokens per call are fastest: then the calls cost nothing beside them.
 
     Returns:
         (N, width) fused distributions of all positions, empty where nothing can be taught (the last position of a text

@@ -1,8 +1,10 @@
 """Who teaches a position: a source, or one of three words that counts, records and pages have in common."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fusion_plugins.core.arrays import BoolArray, FloatArray, IntArray
 
@@ -15,7 +17,9 @@ def teacher_names(sources: Sequence[str]) -> list[str]:
     return [*sources, SEVERAL, LABEL, NOTHING]
 
 
-def teacher_numbers(present: BoolArray, source: IntArray, kept: FloatArray, sources: int) -> IntArray:
+def teacher_numbers(
+    present: BoolArray, source: npt.NDArray[np.signedinteger[Any]], kept: FloatArray, sources: int
+) -> IntArray:
     """Return who teaches each of N positions, as (N,) numbers into :func:`teacher_names`.
 
     Args:
