@@ -25,9 +25,12 @@ other target tokens that the source token has shares of. Without the correction 
 alone decides, and also where an alignment by ``dtw`` has matched positions that do not end at the same byte.
 
 **Masked positions.** A position is left out where, on one side only, the next token has other bytes than the text (a
-dummy prefix, a character that a normaliser changed); where the label reaches over the end of a message into the
-template; and where a special token of one side is something else on the other. At the end of a message, the tokens that
-end a turn or a text are matched whatever their names.
+character that a normaliser changed); where the label reaches over the end of a message into the template; and where a
+special token of one side is something else on the other. At the end of a message, the tokens that end a turn or a text
+are matched whatever their names.
+
+**First positions.** White space before an answer is no part of it, but may be of its first token on either side
+(``"▁The"``): :mod:`fusion_plugins.core.fusion.answer_starts`.
 """
 
 from dataclasses import dataclass
