@@ -177,11 +177,13 @@ def _starts_of_span(
     # The same on both sides is like text that they have in common.
     same = s_prefix == t_prefix and not joined
     prefixes = Prefixes() if same else Prefixes(s_prefix, t_prefix, joined=joined)
-    if own.t_form == BEHIND_A_SPACE:
-        yield prefixes, start(at - 1, 1, own.s_first - own.both_behind_a_space, 1)
-        # Behind the same space of its own both have read the same.
-        if not own.both_behind_a_space:
-            yield Prefixes(s_prefix, read=t_prefix), start(at, label_end, own.s_first, 0)
+    if own.both_behind_a_space:
+        # The label is the space itself. Behind it both have read the same.
+        if matched[at - 1] < 0:
+            yield prefixes, start(at - 1, 1, own.s_first - 1, 1)
+    elif own.t_form == BEHIND_A_SPACE:
+        yield prefixes, start(at - 1, 1, own.s_first, 1)
+        yield Prefixes(s_prefix, read=t_prefix), start(at, label_end, own.s_first, 0)
     elif not same or matched[at] != origin - source.starts[own.text]:
         yield prefixes, start(at, label_end + own.t_before, own.s_first, own.t_before)
 
