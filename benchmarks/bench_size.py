@@ -39,7 +39,8 @@ def make_inputs(folder: Path, count: int) -> None:
 
 def capture(folder: Path) -> None:
     """All texts into a store; the second time nothing is missing."""
-    from fusion_plugins.sources.capture import CaptureConfig, capture_texts
+    from fusion_plugins.sources.capture import capture_texts
+    from fusion_plugins.sources.capture_config import CaptureConfig
 
     out, texts = str(folder / "stores" / "a"), str(folder / "texts.jsonl")
     report = capture_texts(CaptureConfig(model=str(folder / "model"), texts=texts, out=out, top_k=8))
@@ -48,7 +49,8 @@ def capture(folder: Path) -> None:
 
 def sample(folder: Path) -> None:
     """Two responses to every prompt; the second time nothing is missing."""
-    from fusion_plugins.sources.sample import SampleConfig, sample_prompts
+    from fusion_plugins.sources.sample import sample_prompts
+    from fusion_plugins.sources.sample_config import SampleConfig
 
     source = {"name": "a", "model": str(folder / "model"), "max_tokens": 8, "template": "plain"}
     prompts, out = str(folder / "prompts.jsonl"), str(folder / "responses")
@@ -66,7 +68,8 @@ def score(folder: Path) -> None:
 
 def doctor(folder: Path) -> None:
     """One store against another one: the same under a second name, which is opened and read on its own."""
-    from fusion_plugins.doctor.examine import examine, open_side
+    from fusion_plugins.doctor.examine import examine
+    from fusion_plugins.doctor.sides import open_side
 
     again = folder / "stores" / "b"
     if not again.exists():

@@ -12,7 +12,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusion_plugins.sources.capture import CaptureConfig, capture_texts
+from fusion_plugins.sources.capture import capture_texts
+from fusion_plugins.sources.capture_config import CaptureConfig
 from fusion_plugins.store import Manifest
 
 ROOT = Path(__file__).parent.parent

@@ -28,8 +28,8 @@ from fusion_plugins.terminal import console, say
 #: has the keys, a later one may have the meaning. Mergekit wraps the methods, so their keys are in the documents alone.
 READERS: tuple[tuple[str | None, str, str, tuple[str, ...]], ...] = (
     ("axolotl", "axolotl", "fusion", ("fusion_plugins.axolotl.args:FusionBlock",)),
-    ("capture", "fusion capture", "", ("fusion_plugins.sources.capture:CaptureConfig",)),
-    ("sample", "fusion sample", "", ("fusion_plugins.sources.sample:SampleConfig",)),
+    ("capture", "fusion capture", "", ("fusion_plugins.sources.capture_config:CaptureConfig",)),
+    ("sample", "fusion sample", "", ("fusion_plugins.sources.sample_config:SampleConfig",)),
     ("clean", "fusion clean", "", ("fusion_plugins.scoring.clean:CleanConfig",)),
     ("cut", "fusion cut", "", ("fusion_plugins.sources.cut:CutConfig",)),
     ("doctor", "fusion doctor", "", ("fusion_plugins.doctor.examine:DoctorConfig",)),
@@ -72,7 +72,7 @@ READERS: tuple[tuple[str | None, str, str, tuple[str, ...]], ...] = (
 )
 #: (class, field) -> table of the names that the field takes, where neither its type nor a registry has them.
 NAMED = {
-    ("SftArgs", "rule"): "fusion_plugins.core.preferences.pairs:BEST_RULES",
+    ("SftArgs", "rule"): "fusion_plugins.core.preferences.best:BEST_RULES",
     ("SampledSource", "preset"): "fusion_plugins.sources.presets:PRESETS",
     ("RewardOptions", "preset"): "fusion_plugins.scoring.reward_presets:REWARD_PRESETS",
 }

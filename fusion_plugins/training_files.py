@@ -16,5 +16,3 @@ TRAINING_VERSION = 1
 EXAMPLES, EXAMPLE_TOKENS = 8, 160
 #: log entries of steps that it keeps, spread evenly, and of evaluations
 MOST_ENTRIES = 2000
-#: in place of a source's name, at a position that several sources teach together, or that a fallback teaches
-NO_SINGLE_SOURCE = "no single source"

@@ -98,9 +98,9 @@ def test_the_line_of_a_group_names_its_commands():
 @pytest.mark.parametrize(
     ("command", "model"),
     [
-        ("capture", "fusion_plugins.sources.capture:CaptureConfig"),
+        ("capture", "fusion_plugins.sources.capture_config:CaptureConfig"),
         ("doctor", "fusion_plugins.doctor.examine:DoctorConfig"),
-        ("sample", "fusion_plugins.sources.sample:SampleConfig"),
+        ("sample", "fusion_plugins.sources.sample_config:SampleConfig"),
         ("cut", "fusion_plugins.sources.cut:CutConfig"),
         ("score", "fusion_plugins.scoring.score:ScoreConfig"),
     ],

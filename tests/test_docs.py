@@ -17,9 +17,9 @@ import fusion_plugins.core
 from fusion_plugins.axolotl.args import FusionBlock
 from fusion_plugins.plugins import get_plugin_manager, get_registry
 from fusion_plugins.scoring.score import ScoreConfig
-from fusion_plugins.sources.capture import CaptureConfig
+from fusion_plugins.sources.capture_config import CaptureConfig
 from fusion_plugins.sources.cut import CutConfig
-from fusion_plugins.sources.sample import SampleConfig
+from fusion_plugins.sources.sample_config import SampleConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools" / "docs"))
 

@@ -7,19 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fusion_plugins import inputs
+from fusion_plugins import text_index
 from fusion_plugins.core.preferences.candidates import answer_id, as_candidate
 from fusion_plugins.core.text.content_id import content_id, texts_fingerprint
 from fusion_plugins.errors import DataError
-from fusion_plugins.inputs import (
-    open_prompts,
-    open_texts,
-    prompts_fingerprint,
-    read_prompts,
-    read_row_file,
-    read_texts,
-)
+from fusion_plugins.inputs import open_prompts, open_texts, read_prompts, read_texts
+from fusion_plugins.row_files import read_row_file
 from fusion_plugins.store import RowManifest, RowWriter
+from fusion_plugins.texts import prompt_digest
 
 ROWS = [{"id": "a", "text": "eins"}, {"id": "b", "text": "zwei\n"}]
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -32,6 +27,10 @@ def write(path, rows):
 
 def fingerprint(texts):
     return texts_fingerprint((text.id, text.content_id) for text in texts)
+
+
+def prompts_fingerprint(prompts):
+    return texts_fingerprint((prompt.text.id, prompt_digest(prompt)) for prompt in prompts)
 
 
 def test_parquet_and_jsonl_give_the_same_ids_and_fingerprint(tmp_path):
@@ -437,7 +436,7 @@ def test_files_that_change_while_a_run_reads_them_are_an_error(tmp_path, change)
 
 @pytest.mark.parametrize("named", [True, False])
 def test_a_set_takes_less_than_a_hundred_bytes_per_text(tmp_path, named, monkeypatch):
-    monkeypatch.setattr(inputs, "SORTED_AT_ONCE", 500)
+    monkeypatch.setattr(text_index, "SORTED_AT_ONCE", 500)
 
     def peak(count):
         rows = [{"text": f"{number}" * 50} | ({"id": f"text-{number}"} if named else {}) for number in range(count)]

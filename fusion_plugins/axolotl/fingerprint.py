@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import fusion_plugins
-from fusion_plugins.axolotl.args import FusionBlock, SourceArgs
+from fusion_plugins.axolotl.args import FusionBlock
 from fusion_plugins.axolotl.fusion_losses import cuts_chunks
 from fusion_plugins.axolotl.guards import TYPES, registered_names
 from fusion_plugins.axolotl.prepared import remembered_store
+from fusion_plugins.axolotl.source_args import SourceArgs
 from fusion_plugins.errors import FusionError
 from fusion_plugins.plugins import get_registry
 from fusion_plugins.store import open_rows, open_store

@@ -2,18 +2,17 @@
 
 axolotl imports this module by the name of the type and calls :func:`load`. A row has ``text``, or ``messages`` and
 perhaps ``tools`` (rendered with the target's own chat template), and usually ``id``; or it is a response, scored or
-not, of which the answer is trained on. Stores are joined by id, and every
-text is compared with what the store was captured from. A row that cannot be used (the template refuses it, it is of
-another text, nothing in it is supervised) is an error that names it, or is left out and counted. A prepared row has
-``input_ids``, ``attention_mask``, ``labels`` and either the two flat columns of :mod:`fusion_plugins.axolotl.collator`
-or the one of :mod:`fusion_plugins.axolotl.text_rows`.
+not, of which the answer is trained on. Stores are joined by id, and every text is compared with what the store was
+captured from. A row that cannot be used (the template refuses it, it is of another text, nothing in it is supervised)
+is an error that names it, or is left out and counted. A prepared row has ``input_ids``, ``attention_mask``, ``labels``
+and either the columns of :mod:`fusion_plugins.axolotl.collator`, with distributions or chunks, or the one of
+:mod:`fusion_plugins.axolotl.text_rows`; :mod:`fusion_plugins.axolotl.fused_rows` makes it.
 """
 
 import copy
-import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -23,26 +22,13 @@ import numpy as np
 import pyarrow.compute as pc
 from axolotl.prompt_tokenizers import DatasetWrappingStrategy
 from axolotl.utils.logging import get_logger
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset
 
 from fusion_plugins.axolotl.args import FusionBlock
-from fusion_plugins.axolotl.chat_rows import Content, RowReader
-from fusion_plugins.axolotl.collator import (
-    CHUNK_LOGPROB,
-    CHUNK_PLACE,
-    FILLS,
-    FUSED_IDS,
-    FUSED_KEPT,
-    FUSED_LOGPROBS,
-    FUSED_SOURCE,
-    FUSED_TEXT,
-    LOGPROB_TYPE,
-    SAMPLED_LOGPROB,
-    Fused,
-    TokenChunks,
-)
-from fusion_plugins.axolotl.counting import Row, count_alignments, rows_of
+from fusion_plugins.axolotl.chat_rows import RowReader
+from fusion_plugins.axolotl.counting import count_alignments
 from fusion_plugins.axolotl.fingerprint import store_content
+from fusion_plugins.axolotl.fused_rows import COUNTERS, HOW, ID, NAME, REASON, ROUTE, FusedReader, PrepareBatch
 from fusion_plugins.axolotl.fusion_losses import cuts_chunks
 from fusion_plugins.axolotl.guards import FUSED, require_plugin
 from fusion_plugins.axolotl.plan import make_plan
@@ -52,25 +38,21 @@ from fusion_plugins.axolotl.report import read_counters, report_content, show_re
 from fusion_plugins.axolotl.routes import Routes, Table, columns_needed, make_routes
 from fusion_plugins.axolotl.row_ids import with_written_ids
 from fusion_plugins.axolotl.supervision import Supervision
-from fusion_plugins.axolotl.target_tokenizer import IGNORED, EncodedText, TargetTokenizer
-from fusion_plugins.axolotl.text_rows import TextFuser, pack_text
+from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
+from fusion_plugins.axolotl.text_rows import TextFuser
 from fusion_plugins.core.fusion.pipeline import warm_up
 from fusion_plugins.core.fusion.routing import Route
 from fusion_plugins.core.text.content_id import content_id
 from fusion_plugins.core.text.round_trip import text_changes
 from fusion_plugins.core.text.sampled import AnswerCounts
-from fusion_plugins.core.text.types import TokenizedText
-from fusion_plugins.errors import AlignmentError, DataError, MismatchError, TokenizerError
+from fusion_plugins.errors import DataError
 from fusion_plugins.response_texts import is_table_of_responses
 from fusion_plugins.store import Store, open_store
 from fusion_plugins.store.packed import warm_up as warm_up_store
 from fusion_plugins.where import columns_of, require_columns, selected
 
 LOG = get_logger(__name__)
-COUNTERS, REASON, NAME, ID = "fusion_counters", "fusion_reason", "fusion_name", "fusion_id"
-ROUTE, HOW = "fusion_route", "fusion_how"
 CONTENT = "fusion_content"
-_TOKENS = {"input_ids": Value("int32"), "attention_mask": Value("int8"), "labels": Value("int32")}
 #: most texts, and about most tokens, of which all sources are projected for the report
 REPORTED, REPORTED_TOKENS = 1000, 1 << 18
 UNFINISHED = "were cut (a length limit, or an interruption): they have no end of turn to learn"
@@ -96,7 +78,7 @@ class FusedStrategy(DatasetWrappingStrategy):
         tokenizer = _with_template(tokenizer, cfg, ds_cfg)
         target, supervision = TargetTokenizer.of(tokenizer, cfg), Supervision.of(tokenizer, cfg, ds_cfg)
         self._path, self._base_model = str(ds_cfg.get("path")), str(cfg.get("base_model"))
-        self._reader = _Reader(target, RowReader.of(ds_cfg), supervision, self._base_model)
+        self._reader = FusedReader(target, RowReader.of(ds_cfg), supervision, self._base_model)
         self._block = block
         self._sequence_len = int(cfg.sequence_len)
         self._cfg, self._entry = cfg, ds_cfg
@@ -135,7 +117,7 @@ class FusedStrategy(DatasetWrappingStrategy):
         fuser = TextFuser(make_plan(self._block, stores, target, count), stores, cuts_chunks(self._block))
         by_reference = self._block.prepared == "stores"
         step = _counting_step(len(dataset), stores)
-        make = _Prepare(self._reader, fuser, routes.distinct, strict=strict, by_reference=by_reference, step=step)
+        make = PrepareBatch(self._reader, fuser, routes.distinct, strict=strict, by_reference=by_reference, step=step)
         rows = dataset.map(
             make,
             with_indices=True,
@@ -181,7 +163,7 @@ class FusedStrategy(DatasetWrappingStrategy):
         if not where:
             return dataset, range(len(dataset))
         require_columns(where, dataset.column_names, self._path)
-        columns = {name: dataset[name][:] for name in columns_of(where)}
+        columns = self._columns(dataset, columns_of(where))
         kept = np.flatnonzero(selected(where, columns, len(dataset)))
         if not kept.size:
             raise DataError(
@@ -189,6 +171,9 @@ class FusedStrategy(DatasetWrappingStrategy):
             )
         LOG.info(f"fusion: {len(kept)} of {len(dataset)} rows of {self._path} meet fusion.where")
         return dataset.select(kept), kept.tolist()
+
+    def _columns(self, dataset: Any, names: Iterable[str]) -> dict[str, list[Any]]:
+        return {name: [self._reader.value(name, value) for value in dataset[name][:]] for name in names}
 
     def _readable(self, dataset: Any, places: Sequence[int]) -> tuple[Any, list[Unusable], Counter[str]]:
         """Return the rows that hold a text or a chat, with ids and names, those that do not, and counts of answers."""
@@ -239,7 +224,7 @@ class FusedStrategy(DatasetWrappingStrategy):
 
     def _routed(self, dataset: Any, stores: list[Store]) -> tuple[Any, Routes]:
         """Return the rows that are used, with the numbers of their routes, and the routes."""
-        columns = {name: dataset[name][:] for name in columns_needed(self._block, dataset.column_names)}
+        columns = self._columns(dataset, columns_needed(self._block, dataset.column_names))
         answers = is_table_of_responses(dataset.column_names)
         table = Table(self._path, dataset[ID][:], dataset[NAME][:], columns, answers)
         routes = make_routes(table, self._block, stores, self._base_model)
@@ -273,51 +258,6 @@ def _with_template(tokenizer: Any, cfg: Any, entry: Any) -> Any:
     return tokenizer
 
 
-class _Reader:
-    """Reads the rows of the dataset: id, content, and the content in the target's tokens."""
-
-    def __init__(self, target: TargetTokenizer, rows: RowReader, supervision: Supervision, base_model: str) -> None:
-        self.target, self._rows, self._supervision, self._base_model = target, rows, supervision, base_model
-
-    def content(self, row: Row) -> Content:
-        """Return the id and the text or chat of a row."""
-        return self._rows.content(row)
-
-    def encoded(self, row: Row) -> EncodedText:
-        """Return the text or chat of a row as the target reads it.
-
-        Raises:
-            DataError: the template refuses it, the tokenizer does, or no token of it is supervised.
-        """
-        content = self.content(row)
-        try:
-            found = self.target.encode(
-                content.messages if content.text is None else content.text,
-                tools=content.tools,
-                supervision=self._supervision,
-                answer=content.answer,
-                own=content.answer is not None and content.answer.model == self._base_model,
-            )
-        except TokenizerError as error:
-            raise DataError(str(error)) from error
-        if not (found.labels != IGNORED).any():
-            raise DataError(
-                "expected at least one supervised token, got none: the turns are empty, or roles_to_train, "
-                "message_field_training or the like leave them all out. Leave the row out."
-            )
-        ids, logprobs = row.get("token_ids"), row.get("token_logprobs")
-        if content.answer is None or ids is None or logprobs is None:
-            return found
-        return found.with_sampled(ids, logprobs)
-
-    def tokens(self, row: Row) -> tuple[str, TokenizedText] | None:
-        """Return the id of a row and its tokens; None for a row that cannot be used."""
-        try:
-            return row[ID], self.encoded(row).tokens
-        except DataError:
-            return None
-
-
 def _longer_than(rows: Any, length: int) -> int:
     """Return how many rows have more tokens; without making Python objects of the tokens."""
     parts = rows.select_columns("input_ids").with_format("arrow").iter(BATCH)
@@ -337,106 +277,3 @@ def _counted_part(by_reference: bool, counted: int, total: int, step: int) -> st
         f"fusion: the figures of each source are of one text in {step} where the rule takes one source per text; all "
         "others are of all texts"
     )
-
-
-class _Prepare:
-    """What runs in each worker: a batch of rows in, columns out.
-
-    Args:
-        reader: reads rows.
-        fuser: fuses texts.
-        routes: the routes that the numbers in the rows mean.
-        strict: a text that differs from that of a store is an error.
-        by_reference: rows get the reference to their text in place of its fused distributions.
-        step: every how many-th text is counted in the report. With references, the others are only compared; without,
-            only the source that is taken is projected.
-    """
-
-    def __init__(
-        self,
-        reader: _Reader,
-        fuser: TextFuser,
-        routes: Sequence[Route],
-        *,
-        strict: bool,
-        by_reference: bool,
-        step: int,
-    ) -> None:
-        self._reader, self._fuser, self._routes, self._strict = reader, fuser, routes, strict
-        self._by_reference, self._step = by_reference, step
-        self._ids = "int16" if reader.target.table.vocab_size <= np.iinfo(np.int16).max else "int32"
-        own = {FUSED_IDS: self._ids, FUSED_LOGPROBS: LOGPROB_TYPE, FUSED_KEPT: "float16", FUSED_SOURCE: "int16"}
-        if fuser.chunks:
-            # Not in fewer bits: an advantage is the difference of two log-probabilities.
-            own = {CHUNK_PLACE: "int32", CHUNK_LOGPROB: "float32", SAMPLED_LOGPROB: "float32", FUSED_SOURCE: "int16"}
-        if by_reference:
-            # The sampler's log-probabilities are in no store.
-            own = {FUSED_TEXT: "uint8"} | ({SAMPLED_LOGPROB: "float32"} if fuser.chunks else {})
-        self._types = _TOKENS | {name: Value(kind) for name, kind in own.items()}
-
-    @property
-    def features(self) -> Features:
-        """The columns that a call returns."""
-        lists = {name: List(kind) for name, kind in self._types.items()}
-        return Features({**lists, **dict.fromkeys((COUNTERS, REASON, HOW), Value("string"))})
-
-    def __call__(self, batch: Mapping[str, list[Any]], places: Sequence[int]) -> dict[str, list[Any]]:
-        rows = rows_of(batch)
-        texts: dict[int, EncodedText] = {}
-        reasons: dict[int, str] = {}
-        for number, row in enumerate(rows):
-            try:
-                texts[number] = self._reader.encoded(row)
-            except DataError as error:
-                reasons[number] = str(error)
-        counted = [number for number in texts if places[number] % self._step == 0]
-        chosen = counted if self._by_reference else list(texts)
-        ids, routes = [str(row[ID]) for row in rows], [self._routes[row[ROUTE]] for row in rows]
-        fused, unusable, report = self._fuser.fuse(
-            [ids[number] for number in chosen],
-            [texts[number] for number in chosen],
-            [routes[number] for number in chosen],
-            counted=[places[number] % self._step == 0 for number in chosen],
-            on_unusable="skip",
-            types=(self._ids, LOGPROB_TYPE),
-        )
-        errors = {chosen[place]: error for place, error in unusable.items()}
-        for number in texts.keys() - set(chosen):
-            try:
-                self._fuser.compare(ids[number], texts[number], routes[number])
-            except AlignmentError as error:
-                errors[number] = error
-        if errors and self._strict:
-            first = min(errors)
-            raise MismatchError(f"{rows[first][NAME]}: {errors[first]}") from errors[first]
-        reasons |= {number: str(error) for number, error in errors.items()}
-        distributions: dict[int, Fused | TokenChunks] = dict(zip(chosen, fused, strict=True))
-        made = [
-            dict.fromkeys(self._types, ())
-            if number in reasons
-            else self._columns(ids[number], texts[number], routes[number], distributions.get(number))
-            for number in range(len(rows))
-        ]
-        columns: dict[str, list[Any]] = {
-            name: [np.asarray(row[name], kind.dtype).ravel() for row in made] for name, kind in self._types.items()
-        }
-        columns[HOW] = [texts[number].how or "" if number in texts else "" for number in range(len(rows))]
-        columns[REASON] = [reasons.get(number, "") for number in range(len(rows))]
-        # One report per batch, on its first row: a string per row would be larger than the distributions.
-        columns[COUNTERS] = [json.dumps(asdict(report)), *[""] * (len(rows) - 1)]
-        return columns
-
-    def _columns(self, id: str, text: EncodedText, route: Route, fused: Fused | TokenChunks | None) -> dict[str, Any]:
-        own: dict[str, Any] = {}
-        if fused is not None and not self._by_reference:
-            own = dict(zip(FILLS[type(fused)], fused, strict=True))
-        elif self._by_reference:
-            own[FUSED_TEXT] = pack_text(id, text, route)
-            if self._fuser.chunks:
-                own[SAMPLED_LOGPROB] = text.sampled_or_unknown
-        return {
-            "input_ids": text.tokens.input_ids,
-            "attention_mask": np.ones(len(text.labels), np.int8),
-            "labels": text.labels,
-            **own,
-        }

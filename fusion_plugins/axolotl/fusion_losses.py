@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from fusion_plugins.axolotl.args import AlignmentArgs, FusionBlock, ProjectionArgs
+from fusion_plugins.axolotl.args import FusionBlock
+from fusion_plugins.axolotl.source_args import AlignmentArgs, ProjectionArgs
 from fusion_plugins.core.fusion.chunk_losses import ChunkLoss, Chunks, is_per_chunk
 from fusion_plugins.core.fusion.divergences import Divergence
 from fusion_plugins.errors import ConfigError

@@ -11,18 +11,13 @@ from typing import Any, NoReturn
 
 from axolotl.utils.logging import get_logger
 
-from fusion_plugins.axolotl.args import (
-    FOR_RESPONSES,
-    FOR_SOURCES,
-    BlockSettings,
-    FusionBlock,
-    SourceArgs,
-    fusion_block,
-)
+from fusion_plugins.axolotl.args import FOR_RESPONSES, FOR_SOURCES, FusionBlock, fusion_block
+from fusion_plugins.axolotl.block_settings import BlockSettings
 from fusion_plugins.axolotl.dataset_keys import problems_of, problems_of_scored
 from fusion_plugins.axolotl.fusion_losses import problems_of_fusion_loss
 from fusion_plugins.axolotl.losses import OWN_TRAINERS, PAIR_TRAINERS, problems_of_losses
 from fusion_plugins.axolotl.prepared import remembered_store
+from fusion_plugins.axolotl.source_args import SourceArgs
 from fusion_plugins.core.fusion.vocabulary_map import COUNTED
 from fusion_plugins.errors import ConfigError, FusionError, PluginError
 from fusion_plugins.install import install_command

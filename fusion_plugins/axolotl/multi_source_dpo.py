@@ -18,7 +18,7 @@ from typing import Any
 from axolotl.utils.distributed import is_main_process
 from datasets import Dataset, Features, Value
 
-from fusion_plugins.axolotl.args import FusionBlock, SourceArgs
+from fusion_plugins.axolotl.args import FusionBlock
 from fusion_plugins.axolotl.fingerprint import store_content
 from fusion_plugins.axolotl.guards import DPO, require_plugin
 from fusion_plugins.axolotl.losses import WRPO
@@ -38,6 +38,7 @@ from fusion_plugins.axolotl.preference_rows import (
 from fusion_plugins.axolotl.prepared import keep_report
 from fusion_plugins.axolotl.reference import make_reference
 from fusion_plugins.axolotl.selection import choose_pairs, choose_triples, show_report, weigh
+from fusion_plugins.axolotl.source_args import SourceArgs
 from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
 from fusion_plugins.core.preferences.candidates import Candidate, Pair, chat_of
 from fusion_plugins.errors import DataError

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from fusion_plugins.axolotl.args import FusionBlock, SourceArgs
+from fusion_plugins.axolotl.args import FusionBlock
+from fusion_plugins.axolotl.source_args import SourceArgs
 from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
 from fusion_plugins.core.fusion.align import TextAligner, align_by_tokens, align_dtw, align_texts
 from fusion_plugins.core.fusion.counts import AlignmentCounts

@@ -7,13 +7,14 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.logging import get_logger
 
-from fusion_plugins.axolotl.args import WRPOArgs, fusion_block
+from fusion_plugins.axolotl.args import fusion_block
 from fusion_plugins.axolotl.fingerprint import stamp_datasets
 from fusion_plugins.axolotl.guards import BEST, DPO, check_config, check_ready, dataset_types
 from fusion_plugins.axolotl.losses import INFIFPO, PAIR_TRAINERS, WRPO
 from fusion_plugins.axolotl.overrides import apply_overrides
 from fusion_plugins.axolotl.prepared import kept_reports, remove_leftovers, write_reports
 from fusion_plugins.axolotl.report import taught_lines
+from fusion_plugins.axolotl.response_args import WRPOArgs
 from fusion_plugins.axolotl.training_record import keep_record
 from fusion_plugins.errors import PluginError
 

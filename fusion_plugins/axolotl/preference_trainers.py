@@ -21,7 +21,7 @@ from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import selective_log_softmax, use_adapter
 
-from fusion_plugins.axolotl.args import WRPOArgs
+from fusion_plugins.axolotl.response_args import WRPOArgs
 from fusion_plugins.core.preferences.losses import PAIR_LOSSES, wrpo, wrpo_alpha
 
 #: the columns of a tokenized row

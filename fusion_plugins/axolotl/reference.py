@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fusion_plugins.axolotl.args import ReferenceArgs
 from fusion_plugins.axolotl.plan import same_tokens
 from fusion_plugins.axolotl.preference_rows import Unusable, pair_name
+from fusion_plugins.axolotl.response_args import ReferenceArgs
 from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
 from fusion_plugins.checkpoint_fingerprint import weights_revision
 from fusion_plugins.core.fusion.answers import answer_logprob

@@ -1,51 +1,34 @@
 """Scored responses as axolotl loads them -> the best answers or the pairs that one stage trains on, and a report.
 
-The rules are those of the ``fusion:`` block. Columns: ``prompt_id``, ``source``, ``index``, ``prompt``, ``response``,
-and where there are any ``reward``, ``correct``, ``domain``, ``dataset``, ``finish_reason``; from the folder of `fusion
-score`, or JSONL or Parquet files.
+The rules are those of the ``fusion:`` block; :mod:`~fusion_plugins.axolotl.scored_rows` reads the responses.
 """
 
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 from rich.table import Table
 
-from fusion_plugins.axolotl.args import FusionBlock, PairArgs, SftArgs
-from fusion_plugins.axolotl.preference_rows import Row, Unusable, leave_out
-from fusion_plugins.core.preferences.candidates import (
-    Candidate,
-    CandidateGroups,
-    Pair,
-    as_candidate,
-    clean,
-    is_own,
-    is_prompt,
-)
+from fusion_plugins.axolotl.args import FusionBlock
+from fusion_plugins.axolotl.preference_rows import Row
+from fusion_plugins.axolotl.response_args import PairArgs, SftArgs
+from fusion_plugins.axolotl.scored_rows import Columns, Scored, read_scored
+from fusion_plugins.core.preferences.best import BEST_RULES, BestRule, best_per_prompt, best_per_source
+from fusion_plugins.core.preferences.candidates import Candidate, CandidateGroups, Pair
+from fusion_plugins.core.preferences.choosing import SelectionReport, resolve_rule
+from fusion_plugins.core.preferences.conclusions import warnings_of
 from fusion_plugins.core.preferences.gaps import check_gap_window
-from fusion_plugins.core.preferences.pairs import (
-    BEST_RULES,
-    BestRule,
-    SelectionReport,
-    best_per_prompt,
-    best_per_source,
-    length_statistics,
-    pairs_per_prompt,
-    resolve_rule,
-)
+from fusion_plugins.core.preferences.pairs import length_statistics, pairs_per_prompt
 from fusion_plugins.core.preferences.split import Split, split_prompts
-from fusion_plugins.core.preferences.verdict import verdict_details
 from fusion_plugins.core.preferences.weights import reward_weights, with_mean_one
-from fusion_plugins.core.preferences.worth import Response, examine_worth, response_of, warnings_of
-from fusion_plugins.core.text.finish_reason import is_cut
+from fusion_plugins.core.preferences.worth import examine_worth
 from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.plugins import lookup
 from fusion_plugins.terminal import console, say
 
-Columns = Mapping[str, Sequence[Any]]
 Report = dict[str, Any]
 
 #: the pair rule of the target's own answers
@@ -63,10 +46,10 @@ def choose_pairs(columns: Columns, block: FusionBlock) -> tuple[list[Pair], Repo
     Raises:
         DataError: a row is wrong, or not one pair is left; the message says why.
     """
-    return _chosen_pairs(_scored(columns, block), block)
+    return _chosen_pairs(read_scored(columns, block), block)
 
 
-def _chosen_pairs(scored: "_Scored", block: FusionBlock) -> tuple[list[Pair], Report]:
+def _chosen_pairs(scored: Scored, block: FusionBlock) -> tuple[list[Pair], Report]:
     """Return what :func:`choose_pairs` does."""
     _check_rules(scored, block, best=block.split is not None, pairs=True)
     _check_own(scored, block)
@@ -101,7 +84,7 @@ def choose_triples(columns: Columns, block: FusionBlock) -> tuple[list[tuple[Pai
     Raises:
         DataError: as :func:`choose_pairs`; or no source answers a prompt that has a pair.
     """
-    scored = _scored(columns, block)
+    scored = read_scored(columns, block)
     pairs, report = _chosen_pairs(scored, block)
     best, _ = _best(scored, block)
     triples = [(pair, answer) for pair in pairs if (answer := best.get(pair.chosen.prompt_id)) is not None]
@@ -122,7 +105,7 @@ def choose_best(columns: Columns, block: FusionBlock) -> tuple[list[Candidate], 
     Raises:
         DataError: a row is wrong, or not one response is left; the message says why.
     """
-    scored = _scored(columns, block)
+    scored = read_scored(columns, block)
     dividing = block
     if block.split is not None and block.split.pairs is not None:
         # This stage trains on no pairs: only those that divide the prompts count.
@@ -187,28 +170,6 @@ def weigh(candidates: Sequence[Candidate], temperature: float, setting: str, rep
     return with_mean_one(reward_weights(candidates, temperature))
 
 
-def candidates_of(columns: Columns) -> tuple[list[Candidate], list[Unusable]]:
-    """Turn a table into candidates.
-
-    Args:
-        columns: name -> values of all rows.
-
-    Returns:
-        The candidates, and the rows that lack a value or have one of the wrong type.
-    """
-    columns = {name: _prompts(values) if name == "prompt" else values for name, values in columns.items()}
-    candidates, unusable = [], []
-    for number, values in enumerate(zip(*columns.values(), strict=True)):
-        row = dict(zip(columns, values, strict=True))
-        if is_cut(row.get("finish_reason")) and row.get("response") is None:
-            row["response"] = ""  # it was cut before the first word
-        try:
-            candidates.append(as_candidate(row, number))
-        except DataError as error:
-            unusable.append(Unusable(f"row {number}", str(error)))
-    return candidates, unusable
-
-
 def show_report(report: Report, title: str) -> None:
     """Print a report as a table."""
     table = Table("", "", title=title, show_header=False)
@@ -219,23 +180,7 @@ def show_report(report: Report, title: str) -> None:
     console().print(table)
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """The candidates of a table: those of the sources, those of the target itself, and rows that are none.
-
-    Apart, because the first stage has no own answers yet: whatever follows from the sources' answers, such as which
-    prompts train which stage, must not change when own answers are added.
-
-    ``responses`` are those of both, as they were sampled: with repetitions and what was cut.
-    """
-
-    sources: CandidateGroups
-    own: CandidateGroups
-    unusable: list[Row]
-    responses: list[Response]
-
-
-def _pairs(scored: _Scored, block: FusionBlock) -> tuple[list[Pair], SelectionReport]:
+def _pairs(scored: Scored, block: FusionBlock) -> tuple[list[Pair], SelectionReport]:
     settings = block.pairs or PairArgs()
     own = settings.rule == OWN_RULE
     options = {"own_source": settings.own_source, **settings.options} if own else settings.options
@@ -250,7 +195,7 @@ def _pairs(scored: _Scored, block: FusionBlock) -> tuple[list[Pair], SelectionRe
 
 
 def _pairs_for_split(
-    scored: _Scored, block: FusionBlock, best: Mapping[str, Candidate | None], pairs: list[Pair]
+    scored: Scored, block: FusionBlock, best: Mapping[str, Candidate | None], pairs: list[Pair]
 ) -> list[Pair]:
     """Return the pairs by which the prompts are divided.
 
@@ -265,7 +210,7 @@ def _pairs_for_split(
     return [Pair(candidate, candidate, 0.0) for candidate in best.values() if candidate is not None]
 
 
-def _best(scored: _Scored, block: FusionBlock) -> tuple[dict[str, Candidate | None], SelectionReport]:
+def _best(scored: Scored, block: FusionBlock) -> tuple[dict[str, Candidate | None], SelectionReport]:
     best, found = best_per_prompt(_for_best(scored, block), _best_rule(block))
     if (block.sft or SftArgs()).only_verified:
         why = {"no_usable_response": "none_verified"}
@@ -273,7 +218,7 @@ def _best(scored: _Scored, block: FusionBlock) -> tuple[dict[str, Candidate | No
     return best, found
 
 
-def _each_best(scored: _Scored, block: FusionBlock) -> dict[str, list[Candidate]]:
+def _each_best(scored: Scored, block: FusionBlock) -> dict[str, list[Candidate]]:
     """Return prompt id -> the best candidate of each source."""
     choose = _best_rule(block)
     return {
@@ -285,7 +230,7 @@ def _best_rule(block: FusionBlock) -> BestRule:
     return resolve_rule((block.sft or SftArgs()).rule, BEST_RULES, "fusion.sft.rule")
 
 
-def _for_best(scored: _Scored, block: FusionBlock) -> CandidateGroups:
+def _for_best(scored: Scored, block: FusionBlock) -> CandidateGroups:
     """Return the candidates that can be a best answer."""
     if not (block.sft or SftArgs()).only_verified:
         return scored.sources
@@ -296,7 +241,7 @@ def _for_best(scored: _Scored, block: FusionBlock) -> CandidateGroups:
     return CandidateGroups(kept, scored.sources.dropped)
 
 
-def _check_own(scored: _Scored, block: FusionBlock) -> None:
+def _check_own(scored: Scored, block: FusionBlock) -> None:
     """Refuse the rule of own answers where there are none: every prompt would be left out as one without a pair."""
     settings = block.pairs or PairArgs()
     if settings.rule == OWN_RULE and not scored.own.by_prompt:
@@ -308,50 +253,7 @@ def _check_own(scored: _Scored, block: FusionBlock) -> None:
         )
 
 
-def _scored(columns: Columns, block: FusionBlock) -> _Scored:
-    candidates, unusable = candidates_of(columns)
-    left_out = leave_out(unusable, len(candidates) + len(unusable), block.on_unusable)
-    own_source = (block.pairs or PairArgs()).own_source
-    candidates = _without_sources(candidates, block.leave_out_sources)
-    if block.min_trust == "outside":
-        candidates = _without_forgeable(candidates)
-    own = [candidate for candidate in candidates if is_own(candidate, own_source)]
-    others = [candidate for candidate in candidates if not is_own(candidate, own_source)] if own else candidates
-    sources, targets = (clean(each, keep_truncated=block.keep_truncated) for each in (others, own))
-    return _Scored(sources, targets, left_out, [response_of(candidate, own_source) for candidate in candidates])
-
-
-def _without_forgeable(candidates: list[Candidate]) -> list[Candidate]:
-    """Return the candidates, without the verdicts of checks that ran inside the program."""
-    inside = [verdict_details(candidate.extra.get("scores")).get("trust") == "inside" for candidate in candidates]
-    if any(inside):
-        say(
-            f"fusion.min_trust: {sum(inside)} of {len(inside)} responses have a verdict that does not count",
-            stderr=True,
-        )
-    return [
-        replace(candidate, correct=None) if not_sure else candidate
-        for candidate, not_sure in zip(candidates, inside, strict=True)
-    ]
-
-
-def _without_sources(candidates: list[Candidate], names: Sequence[str]) -> list[Candidate]:
-    present = {candidate.source for candidate in candidates}
-    if unknown := sorted(set(names) - present):
-        raise ConfigError(
-            f"fusion.leave_out_sources: expected sources of the responses ({', '.join(sorted(present))}), got "
-            f"{', '.join(unknown)}. Correct or remove them."
-        )
-    left = [candidate for candidate in candidates if candidate.source not in names] if names else candidates
-    if candidates and not left:
-        raise ConfigError(
-            f"fusion.leave_out_sources: expected at least one source to stay, got all of {', '.join(sorted(present))}. "
-            "Remove one that is worth training on; `fusion doctor` compares them with the target."
-        )
-    return left
-
-
-def _warnings(scored: _Scored, chosen: Sequence[Candidate]) -> list[str]:
+def _warnings(scored: Scored, chosen: Sequence[Candidate]) -> list[str]:
     """Say and return what speaks against the answers that are trained on."""
     worth = examine_worth(scored.responses)
     told = warnings_of(worth, Counter((candidate.domain, candidate.source) for candidate in chosen))
@@ -366,7 +268,7 @@ def _warnings(scored: _Scored, chosen: Sequence[Candidate]) -> list[str]:
     return told
 
 
-def _check_rules(scored: _Scored, block: FusionBlock, *, best: bool, pairs: bool) -> None:
+def _check_rules(scored: Scored, block: FusionBlock, *, best: bool, pairs: bool) -> None:
     """Refuse rules that need rewards where there are only verdicts.
 
     They would not fail: the best answer of a prompt with one right answer needs no reward, so a stage would train on
@@ -395,13 +297,3 @@ def _report(found: SelectionReport, unusable: list[Row], split: Split | None) ->
     if split is not None:
         report["split"] = {"sft": len(split.sft), "dpo": len(split.dpo), "dropped": dict(split.dropped)}
     return report | {"unusable": unusable}
-
-
-def _prompts(values: Sequence[Any]) -> Sequence[Any]:
-    """Return prompts as texts or messages. A row folder stores them as JSON text, which all values then are."""
-    try:
-        parsed = [json.loads(value) for value in values]
-    except (TypeError, ValueError, RecursionError):
-        # One value that is not JSON shows that the others, too, are texts that only look like JSON.
-        return values
-    return parsed if all(is_prompt(prompt) for prompt in parsed) else values

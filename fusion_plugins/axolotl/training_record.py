@@ -22,19 +22,13 @@ import fusion_plugins
 from fusion_plugins.axolotl.args import fusion_block
 from fusion_plugins.axolotl.collator import Fused, FusionCollator, TokenChunks
 from fusion_plugins.axolotl.target_tokenizer import IGNORED
+from fusion_plugins.core.fusion.teachers import NOTHING, teacher_names, teacher_numbers
 from fusion_plugins.core.fusion.types import has_entries
 from fusion_plugins.core.text.token_bytes import readable_tokens
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.redaction import without_secrets
 from fusion_plugins.store.files import write_atomic
-from fusion_plugins.training_files import (
-    EXAMPLE_TOKENS,
-    EXAMPLES,
-    MOST_ENTRIES,
-    NO_SINGLE_SOURCE,
-    TRAINING_RECORD,
-    TRAINING_VERSION,
-)
+from fusion_plugins.training_files import EXAMPLE_TOKENS, EXAMPLES, MOST_ENTRIES, TRAINING_RECORD, TRAINING_VERSION
 
 LOG = get_logger(__name__)
 _PACKAGES = ("axolotl", "transformers", "torch", "trl", "peft", "accelerate", "datasets")
@@ -127,21 +121,21 @@ def _example(place: int, row: Any, collator: FusionCollator, table: TokenTable, 
 
 
 def teachers(fused: Fused | TokenChunks, names: Sequence[str]) -> list[str | None]:
-    """Return which source teaches each token of a row; None where none does.
+    """Return who teaches each token of a row; None where nobody does.
 
     Args:
         fused: distributions or chunks of the T positions of a row.
         names: of the sources, by their numbers.
 
     Returns:
-        T names. The distribution at a position is over the token after it, so that the first token has none.
+        T names, of :func:`~fusion_plugins.core.fusion.teachers.teacher_names`. The distribution at a position is over
+        the token after it, so that the first token has none.
     """
-    taught: np.ndarray = fused.place > 0 if isinstance(fused, TokenChunks) else has_entries(fused.ids)
-    found = [
-        (names[number] if number >= 0 else NO_SINGLE_SOURCE) if there else None
-        for number, there in zip(fused.source.tolist(), taught.tolist(), strict=True)
-    ]
-    return [None, *found[:-1]]
+    present: np.ndarray = fused.place > 0 if isinstance(fused, TokenChunks) else has_entries(fused.ids)
+    kept = present if isinstance(fused, TokenChunks) else fused.kept  # no fallback makes a chunk
+    every = teacher_names(names)
+    found = [every[number] for number in teacher_numbers(present, fused.source, kept, len(names)).tolist()]
+    return [None, *(None if name == NOTHING else name for name in found[:-1])]
 
 
 def _versions() -> dict[str, str]:

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from fusion_plugins.chain.settings import SECRET, Chain, Step, is_url
+from fusion_plugins.chain.settings import Chain, Step, is_url
 from fusion_plugins.errors import ChainError, ConfigError
 from fusion_plugins.escape import for_terminal
-from fusion_plugins.redaction import without_credentials
+from fusion_plugins.redaction import is_secret, without_credentials
 from fusion_plugins.store.files import make_folder
 
 #: folder of the logs, beside the file of the chain
@@ -198,7 +198,7 @@ def tail(running: Running, lines: int) -> list[str]:
 def by_hand(chain: Chain, step: Step) -> str:
     """Return the line of a shell that repeats a step alone; a token, a key or a password is left to the shell."""
     given = chain.variables(step).items()
-    parts = [f'{name}="${name}"' if SECRET.search(name) else f"{name}={shlex.quote(value)}" for name, value in given]
+    parts = [f'{name}="${name}"' if is_secret(name) else f"{name}={shlex.quote(value)}" for name, value in given]
     where = chain.where(step)
     if where is not None and not is_url(where):
         parts.append(f"PATH={shlex.quote(str(Path(where, 'bin')))}:$PATH")

@@ -9,12 +9,12 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fusion_plugins.chain.settings import Chain, Step
+from fusion_plugins.chain.settings import Chain, Step, digest_of
 from fusion_plugins.errors import ChainError
 from fusion_plugins.page import PAGE_NAME
 from fusion_plugins.redaction import without_credentials
@@ -55,7 +55,7 @@ class Record:
         """Say what is not the same in another run; None where both had the same command and inputs."""
         if self.command != other.command:
             return "its command has changed"
-        if self.variables != other.variables:
+        if not _same_variables(self.variables, other.variables):
             return "its environment variables have changed"
         if self.env not in (other.env, UNKNOWN):
             return "its environment (env) has changed"
@@ -65,6 +65,15 @@ class Record:
             if path not in self.inputs or path not in other.inputs or self.inputs[path] != other.inputs[path]
         ]
         return f"{min(changed)} has changed" if changed else None
+
+
+def _same_variables(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether they have the same values: an earlier version took other names for those of secrets."""
+
+    def same(value: str, others: str) -> bool:
+        return value == others or digest_of(value) == others or value == digest_of(others)
+
+    return one.keys() == other.keys() and all(same(value, other[name]) for name, value in one.items())
 
 
 class Records:

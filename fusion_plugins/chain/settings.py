@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fusion_plugins.config import Settings, load_config
 from fusion_plugins.errors import ConfigError
+from fusion_plugins.redaction import is_secret
 
 #: a step's name is also that of its log
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -25,7 +26,6 @@ OPERATORS = {"|", "||", "&", "&&", ";", "<", ">", ">>", "2>", "2>&1", "&>"}
 READ_SUFFIXES = (".yml", ".yaml", ".toml", ".py", ".sh")
 #: names that a shell takes for a variable, and those of variables that are not shown
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-SECRET = re.compile(r"TOKEN$|SECRET|PASSWORD|KEY$", re.IGNORECASE)
 _URL = re.compile(r"https?://")
 
 
@@ -258,10 +258,7 @@ class Chain:
 
     def known_variables(self, step: Step) -> Mapping[str, str]:
         """Return the same for a record: of a token, a key or a password only a digest."""
-        return {
-            name: hashlib.sha256(value.encode()).hexdigest() if SECRET.search(name) else value
-            for name, value in self.variables(step).items()
-        }
+        return {name: digest_of(value) if is_secret(name) else value for name, value in self.variables(step).items()}
 
 
 def load_chain(path: str | Path) -> Chain:
@@ -271,6 +268,11 @@ def load_chain(path: str | Path) -> Chain:
         ConfigError: the file cannot be read, or something in it is wrong.
     """
     return Chain(Path(path), load_config(ChainSettings, path, {}))
+
+
+def digest_of(value: str) -> str:
+    """Return the sha256 (hex) of a value that no record may hold."""
+    return hashlib.sha256(value.encode()).hexdigest()
 
 
 def is_url(text: str) -> bool:

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from fusion_plugins.core.fusion.vocabulary_map import map_vocabulary
     from fusion_plugins.core.merging.sce import sce_merge
     from fusion_plugins.core.merging.varm import varm_merge, varm_weights
+    from fusion_plugins.core.preferences.best import best_of
     from fusion_plugins.core.preferences.candidates import Candidate, Pair
-    from fusion_plugins.core.preferences.pairs import GapWindow, best_of, build_pairs
+    from fusion_plugins.core.preferences.gaps import GapWindow
+    from fusion_plugins.core.preferences.pairs import build_pairs
     from fusion_plugins.core.preferences.split import SplitRule, split_prompts
     from fusion_plugins.core.text.token_table import TokenTable
     from fusion_plugins.core.text.types import TokenizedText
@@ -74,7 +76,9 @@ __getattr__ = lazy_names(
         "merging.varm": ("varm_merge", "varm_weights"),
         "merging.sce": ("sce_merge",),
         "preferences.candidates": ("Candidate", "Pair"),
-        "preferences.pairs": ("GapWindow", "best_of", "build_pairs"),
+        "preferences.gaps": ("GapWindow",),
+        "preferences.pairs": ("build_pairs",),
+        "preferences.best": ("best_of",),
         "preferences.split": ("SplitRule", "split_prompts"),
     },
 )

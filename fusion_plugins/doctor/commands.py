@@ -98,8 +98,9 @@ def doctor(
 
 def _stores(settings: "DoctorConfig") -> _Examined:
     from fusion_plugins.core.fusion.project import ProjectionOptions
-    from fusion_plugins.doctor.examine import examine, open_side, open_target
+    from fusion_plugins.doctor.examine import examine
     from fusion_plugins.doctor.page import picture_png, render_doctor_page, show
+    from fusion_plugins.doctor.sides import open_side, open_target
     from fusion_plugins.inputs import open_texts
 
     target_path, source_paths = settings.sides()

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fusion_plugins.core.preferences.candidates import as_candidate
-from fusion_plugins.core.preferences.worth import DomainWorth, Response, examine_worth, response_of
+from fusion_plugins.core.preferences.worth import examine_worth, response_of
+from fusion_plugins.core.preferences.worth_types import DomainWorth, Response
 from fusion_plugins.doctor.report_json import report_json
 from fusion_plugins.errors import ConfigError, DataError, StoreError
 from fusion_plugins.progress import meter

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from fusion_plugins.core.preferences.worth import DomainWorth, Interval, SourceWorth
+from fusion_plugins.core.preferences.intervals import Interval
+from fusion_plugins.core.preferences.worth_types import DomainWorth, SourceWorth
 from fusion_plugins.doctor.responses import ResponsesReport
 from fusion_plugins.page import COLOURS, new_figure, plot_name, plot_unit, png, render_page, svg
 

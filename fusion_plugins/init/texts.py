@@ -10,7 +10,8 @@ from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize_content
 from fusion_plugins.errors import DataError, FusionError
 from fusion_plugins.init.models import Model
-from fusion_plugins.inputs import InputSet, Prompt, Text, Unusable, open_prompts, open_texts
+from fusion_plugins.inputs import InputSet, Unusable, open_prompts, open_texts
+from fusion_plugins.texts import Prompt, Text
 
 #: the longest texts that every tokenizer is asked about, and others that are spread over the set
 LONGEST, SPREAD = 64, 64

@@ -24,9 +24,9 @@ from fusion_plugins.init.steps import steps_of
 from fusion_plugins.install import missing_package_error
 from fusion_plugins.recipes import recipe_files
 from fusion_plugins.scoring.score import ScoreConfig
-from fusion_plugins.sources.capture import CaptureConfig
+from fusion_plugins.sources.capture_config import CaptureConfig
 from fusion_plugins.sources.presets import SAMPLES_PER_PROMPT
-from fusion_plugins.sources.sample import SampleConfig
+from fusion_plugins.sources.sample_config import SampleConfig
 from fusion_plugins.store.files import make_folder, write_atomic
 
 #: the steps, where `fusion run` looks for them

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusion_plugins.core.fusion.teachers import LABEL, NOTHING, SEVERAL
 from fusion_plugins.reports.blocks import Block, Section, Table, Text, Tokens, number
 from fusion_plugins.reports.losses import Losses, losses_of
-from fusion_plugins.training_files import NO_SINGLE_SOURCE
 
 #: nats by which a loss has to change to count as changed, and as much changed
 SOME, MUCH = 0.1, 1.0
@@ -20,7 +20,9 @@ CHANGES = (
 )
 #: colours of sources; of more, the rest share the last one
 MOST_COLOURS = 7
-NOT_TRAINED, LABEL_ONLY = "not trained on", "no source: the label alone"
+NOT_TRAINED = "not trained on"
+#: what stands in place of a source's name -> class of its colour
+NO_SOURCES = {SEVERAL: f"c{MOST_COLOURS - 1}", LABEL: "label", NOTHING: "same", NOT_TRAINED: "plain"}
 
 
 def example_sections(record: Mapping[str, Any], folder: Path, *, most: int, losses: bool | None) -> Iterator[Section]:
@@ -37,13 +39,12 @@ def example_sections(record: Mapping[str, Any], folder: Path, *, most: int, loss
     if not chosen:
         return
     found = losses_of(record, folder, chosen, wanted=losses)
-    names = list(
-        dict.fromkeys(name for each in every for name in each["sources"] if name not in (None, NO_SINGLE_SOURCE))
-    )
+    names = list(dict.fromkeys(name for each in every for name in each["sources"] if name and name not in NO_SOURCES))
     lead = Text(
         f"{len(chosen)} texts, spread evenly over the training rows, up to {max(len(each['ids']) for each in chosen)} "
         "tokens of each. Every colour is also a kind of line under the token; the table under a text has all of it. A "
-        "dot is a token that ends within a character."
+        f"dot is a token that ends within a character. {LABEL} is a fallback, which teaches the text's own token; "
+        f"{NOTHING} is a token that only the language-model loss trains on."
     )
     parts = [
         Section(f"Row {each['row'] + 1:,}", list(_blocks(each, names, _of(found, place))))
@@ -64,9 +65,7 @@ def _blocks(
     taught = ", ".join(f"{name} {count}" for name, count in counts.most_common())
     yield Text(f"{len(sources)} of {example['of_tokens']:,} tokens. Taught by: {taught or 'nobody'}.")
     styles = _styles(names)
-    legend = [
-        (styles.get(name, ""), name) for name in (*names, NO_SINGLE_SOURCE, LABEL_ONLY, NOT_TRAINED) if name in sources
-    ]
+    legend = [(styles.get(name, ""), name) for name in (*names, *NO_SOURCES) if name in sources]
     tokens = [(text, styles.get(name, ""), name) for text, name in zip(example["tokens"], sources, strict=True)]
     yield Tokens("Tokens coloured by the source that teaches them", tokens, legend)
     if losses is None:
@@ -91,13 +90,13 @@ def _blocks(
 def _source(example: Mapping[str, Any], place: int) -> str:
     if not example["supervised"][place]:
         return NOT_TRAINED
-    return example["sources"][place] or LABEL_ONLY
+    return example["sources"][place] or NOTHING
 
 
 def _styles(names: Sequence[str]) -> dict[str, str]:
     """Return source -> class of its colour."""
     colours = {name: f"c{min(place, MOST_COLOURS - 2)}" for place, name in enumerate(names)}
-    return colours | {NO_SINGLE_SOURCE: f"c{MOST_COLOURS - 1}", LABEL_ONLY: "same", NOT_TRAINED: "plain"}
+    return colours | NO_SOURCES
 
 
 def change_class(before: float, after: float) -> str:

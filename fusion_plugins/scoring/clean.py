@@ -17,12 +17,14 @@ from pydantic import Field, model_validator
 from fusion_plugins.config import Settings
 from fusion_plugins.core.text.reasoning import final_answer
 from fusion_plugins.errors import ConfigError, DataError
-from fusion_plugins.inputs import Prompt, prompt_rows, row_files
+from fusion_plugins.inputs import prompt_rows
 from fusion_plugins.progress import meter
+from fusion_plugins.row_files import row_files
 from fusion_plugins.scoring.clean_filters import PromptFilter, TextFilter
 from fusion_plugins.scoring.responses import ResponseFiles, key_of, open_responses, response_name
 from fusion_plugins.store import RowManifest, RowWriter
 from fusion_plugins.store.files import make_folder, new_file, write_atomic
+from fusion_plugins.texts import Prompt
 
 PROMPTS_NAME, REPORT_NAME = "prompts.jsonl", "clean_report.json"
 #: why a row is removed, in the order in which that is looked for

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from fusion_plugins.core.text.hygiene import KnownTexts, jaccard, numbers, refusal_of, same_text, shingles
 from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.hub import hub_fingerprint, is_hub
-from fusion_plugins.inputs import read_row_file, row_files
 from fusion_plugins.install import missing_package_error
+from fusion_plugins.row_files import read_row_file, row_files
 
 if TYPE_CHECKING:
     from fusion_plugins.scoring.clean import CleanConfig

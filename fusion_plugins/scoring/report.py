@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_plugins.core.preferences.candidates import Candidate, as_candidate, clean
-from fusion_plugins.core.preferences.gaps import PUBLISHED_SCALE, Proposal, propose_window, reward_scales
-from fusion_plugins.core.preferences.pairs import GapWindow, pairs_per_prompt, same_source
+from fusion_plugins.core.preferences.gaps import PUBLISHED_SCALE, GapWindow, Proposal, propose_window, reward_scales
+from fusion_plugins.core.preferences.intervals import wilson
+from fusion_plugins.core.preferences.pairs import pairs_per_prompt, same_source
 from fusion_plugins.core.preferences.verdict import verdict_details
-from fusion_plugins.core.preferences.worth import wilson
 from fusion_plugins.core.text.messages import conversation_text
 from fusion_plugins.errors import DataError
 from fusion_plugins.page import COLOURS, bin_edges, new_figure, plot_name, plot_unit, render_page, svg

@@ -16,7 +16,7 @@ from fusion_plugins.core.text.messages import REASONING_KEYS, as_messages
 from fusion_plugins.core.text.reasoning import with_reasoning
 from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.hub import is_hub
-from fusion_plugins.inputs import SUFFIXES, readable_rows
+from fusion_plugins.row_files import SUFFIXES, readable_rows
 from fusion_plugins.scoring.base import Row
 from fusion_plugins.store.manifest import ColumnKind, RowManifest
 from fusion_plugins.store.rows import RowStore, open_rows

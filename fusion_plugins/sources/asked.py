@@ -9,9 +9,9 @@ from fusion_plugins.core.fusion.asked import IdsOfTarget
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, ConfigError, MismatchError
-from fusion_plugins.inputs import Text
 from fusion_plugins.sources.backends.base import Source
 from fusion_plugins.store import Store, open_store
+from fusion_plugins.texts import Text
 
 #: backends that may be asked for given ids
 BACKENDS = ("transformers", "vllm")

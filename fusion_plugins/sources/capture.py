@@ -5,126 +5,42 @@ before it tokenizes anything. While the source works on a batch, the next one is
 is compressed and written, in threads. Texts are read anew for every step: a run holds a few of them, and an index.
 """
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Literal
-
-from pydantic import Field, field_validator, model_validator
+from typing import Any
 
 from fusion_plugins.core.fusion.record import build_record
 from fusion_plugins.core.fusion.types import TopK
 from fusion_plugins.core.key_set import KeySet
-from fusion_plugins.core.text.chat import generated_spans
 from fusion_plugins.core.text.model_rows import beyond_the_model
 from fusion_plugins.core.text.round_trip import text_changes
-from fusion_plugins.core.text.sampled import AnswerCounts, How, last_turns, tokenize_answer
+from fusion_plugins.core.text.sampled import AnswerCounts
 from fusion_plugins.core.text.token_table import TokenTable
-from fusion_plugins.core.text.tokenize import chat_renderer, tokenize_chat, tokenize_many
 from fusion_plugins.core.text.types import TokenizedText
-from fusion_plugins.errors import ConfigError, DataError, SourceError, TokenizerError
-from fusion_plugins.inputs import InputSet, Selection, Text, Unusable, open_texts
+from fusion_plugins.errors import ConfigError, DataError, SourceError
+from fusion_plugins.inputs import InputSet, Unusable, open_texts
 from fusion_plugins.progress import Meter, meter
 from fusion_plugins.sources.asked import Asked, require_answers
-from fusion_plugins.sources.backends.base import Place, Refusal, Source, SourceSettings, least, open_source
+from fusion_plugins.sources.backends.base import Place, Refusal, Source, least, open_source
 from fusion_plugins.sources.background import Background
 from fusion_plugins.sources.batches import LazyBatches, commit_batches, missing_batches, plan_batches
-from fusion_plugins.sources.context import ContextSettings
+from fusion_plugins.sources.capture_config import CaptureConfig
+from fusion_plugins.sources.capture_tokens import Beyond, CaptureTokenizer, problems_of_texts
 from fusion_plugins.sources.fingerprints import revision_of
 from fusion_plugins.sources.loading import capture_tokenizer, chat_template_hash, embedding_rows
-from fusion_plugins.sources.parts import Shard, chosen, require_part
+from fusion_plugins.sources.parts import chosen, require_part
 from fusion_plugins.store import Manifest, StoreWriter
 from fusion_plugins.store.files import FolderLock
 from fusion_plugins.store.manifest import MANIFEST_NAME, PART
 from fusion_plugins.store.schema import RecordCodec
 from fusion_plugins.store.shards import read_keys
-from fusion_plugins.where import Where, checked_where
+from fusion_plugins.texts import Text
 
-#: what a dry run captures to measure speed and size: bytes in one round, of the first texts, in about this time
-PROBE_BYTES = 32_768
-PROBE_TEXTS = 1024
-PROBE_SECONDS = 30.0
-
-Tokenize = Callable[[Sequence[Text]], list[TokenizedText]]
-Beyond = Callable[[list[int]], str | None]
 #: what a source said about a text; None where it refused it
 Answer = tuple[TokenizedText, TopK] | None
-
-
-class CaptureConfig(SourceSettings):
-    """Keys of the YAML file of ``fusion capture``."""
-
-    MOVED: ClassVar[Mapping[str, str]] = {
-        "unit_bytes": "now batch_bytes",
-        "unusable": "now on_unusable, with the values raise (was: stop) and skip",
-    }
-
-    texts: str | list[str] = Field(
-        description=".jsonl or .parquet files, folders of them, hf:ORG/NAME[:SPLIT][:COLUMN], or folders of responses, "
-        "whose answers are captured"
-    )
-    where: Where | None = Field(
-        None,
-        description="column -> a value, a list of values, or {min, max}: only rows that meet all conditions are "
-        "captured; verdict is correct, incorrect or unknown",
-    )
-    context: ContextSettings | None = Field(
-        None,
-        description="what this source reads before the answers in place of the texts' own messages: system, examples, "
-        "question",
-    )
-    out: str = Field(description="folder of the store")
-    top_k: int | Literal["all"] = Field(64, description="entries per position; all: the whole vocabulary")
-    ask_ids: str | None = Field(
-        None,
-        description="store of the target model, captured from the same texts: the source is asked for the target's own "
-        "top k too, where these are tokens of the source; as many entries per position are added",
-    )
-    limit: int | None = Field(None, ge=1, description="capture only this many texts, from the start")
-    shard: Shard | None = Field(
-        None, description="capture only part i of n of the texts, such as 2/3; `fusion store merge` joins the parts"
-    )
-    batch_bytes: int = Field(262_144, ge=1, description="bytes of text that are captured and committed together")
-    on_unusable: Literal["raise", "skip"] = Field(
-        "raise",
-        description="rows that are no texts, texts that are too long, chats that the template refuses, tokens that the "
-        "model lacks: raise, or skip and report",
-    )
-    chat_template_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="arguments of the chat template, such as enable_thinking or a date"
-    )
-
-    _check_where = field_validator("where")(checked_where)
-
-    @property
-    def selection(self) -> Selection:
-        """Which rows of the texts are read, and how."""
-        if self.context is None:
-            return Selection(self.where)
-        return Selection(self.where, self.context.applied, self.context.columns)
-
-    @property
-    def template_options(self) -> dict[str, Any]:
-        """What decides, besides the chat template, how a chat is written."""
-        context = {} if self.context is None else {"context": self.context.model_dump(exclude_defaults=True)}
-        return {**self.chat_template_kwargs, **context}
-
-    @field_validator("top_k")
-    @classmethod
-    def _check_top_k(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("expected a number of entries, at least 1, or 'all'")
-        return value
-
-    @model_validator(mode="after")
-    def _check_ask_ids(self) -> "CaptureConfig":
-        if self.ask_ids is not None and self.top_k == "all":
-            raise ValueError("ask_ids: with top_k: all every token is there already; remove one of them")
-        return self
 
 
 @dataclass(frozen=True)
@@ -140,6 +56,7 @@ class CaptureReport:
         tokens: tokens captured by this run.
         seconds: time of the capture, without loading the model.
         answers: how the answers among them became tokens.
+        without_text: how many responses say nothing (``empty``), or what another one says (``repeated``).
     """
 
     out: Path
@@ -150,6 +67,7 @@ class CaptureReport:
     tokens: int
     seconds: float
     answers: AnswerCounts = AnswerCounts()
+    without_text: Mapping[str, int] = field(default_factory=dict)
 
 
 def capture_texts(config: CaptureConfig) -> CaptureReport:
@@ -163,26 +81,28 @@ def capture_texts(config: CaptureConfig) -> CaptureReport:
     unusable: Unusable | None = None if config.on_unusable == "raise" else {}
     texts = open_texts(config.texts, unusable=unusable, selection=config.selection)
     out = Path(config.out)
-    with _opened(config, texts, out) as opened:
-        skipped = _unusable(config, opened, _asked(config, texts), _held(out))
+    with open_capture(config, texts, out) as opened:
+        skipped = unusable_texts(config, opened, texts_of_run(config, texts), _held(out))
 
         def usable() -> Iterator[Text]:
-            return (text for text in _asked(config, texts) if text.id not in refused)
+            return (text for text in texts_of_run(config, texts) if text.id not in refused)
 
         refused = frozenset(skipped)
         with StoreWriter(out, opened.manifest, opened.table) as store:
-            present, progress = _Job(config, opened, store, usable, skipped).run()
+            present, progress = CaptureJob(config, opened, store, usable, skipped).run()
             captured = store.manifest.rows - present
             if config.limit is None:
                 store.finish()
     skipped = {**(unusable or {}), **skipped}
     return CaptureReport(
-        out, captured, present, skipped, opened.changes, progress.tokens, progress.seconds, opened.tokenize.answers
+        *(out, captured, present, skipped, opened.changes, progress.tokens, progress.seconds),
+        answers=opened.tokenize.answers,
+        without_text=dict(texts.left_out),
     )
 
 
-def _asked(config: CaptureConfig, texts: Iterable[Text]) -> Iterator[Text]:
-    """The texts of this run."""
+def texts_of_run(config: CaptureConfig, texts: Iterable[Text]) -> Iterator[Text]:
+    """Start to yield the texts of this run: those up to the limit, of its part."""
     return chosen(texts, config.limit, config.shard)
 
 
@@ -195,48 +115,8 @@ def _held(folder: Path) -> KeySet:
     return KeySet(id for shard in manifest.shards for id in read_keys(folder, shard, codec))
 
 
-def estimate_capture(config: CaptureConfig) -> dict[str, float]:
-    """Capture a few texts into a temporary folder and estimate what all of them will take.
-
-    Rounds grow, from one short text on, while they should end within :data:`PROBE_SECONDS`. The speed is that of the
-    last round, so that the start of the model does not count.
-
-    Returns:
-        ``texts``, ``tokens``, ``bytes`` (of the store), ``hours``, ``tokens_per_second``; all but the first are
-        estimates.
-
-    Raises:
-        DataError, SourceError: as :func:`capture_texts`; or no text can be captured.
-    """
-    unusable: Unusable | None = None if config.on_unusable == "raise" else {}
-    texts = open_texts(config.texts, unusable=unusable, selection=config.selection)
-    skipped = dict(unusable or {})
-    whole = config.limit is None and config.shard is None
-    total = texts.n_bytes if whole else sum(map(_n_bytes, _asked(config, texts)))
-    first = list(islice(_asked(config, texts), PROBE_TEXTS))
-    with tempfile.TemporaryDirectory() as folder:
-        with (
-            _opened(config, texts, Path(folder)) as opened,
-            StoreWriter(folder, opened.manifest, opened.table) as store,
-        ):
-            n_bytes, n_tokens, speed = _probe(config, opened, store, first, skipped)
-        shards = Manifest.load(Path(folder)).shards
-    if not n_tokens:
-        reason = next(iter(skipped.values()), "there is none")
-        raise DataError(f"{config.texts}: expected at least one text that can be captured, got none: {reason}")
-    tokens = n_tokens * total / n_bytes
-    largest = max(shards, key=lambda shard: shard.tokens)  # every file has a part that does not grow
-    return {
-        "texts": len(texts) if whole else sum(1 for _ in _asked(config, texts)),
-        "tokens": tokens,
-        "bytes": tokens * largest.bytes / largest.tokens,
-        "hours": tokens / speed / 3600,
-        "tokens_per_second": speed,
-    }
-
-
 @dataclass(frozen=True)
-class _Opened:
+class OpenedCapture:
     """A source, ready to capture a set of texts, and what the writer of its store needs.
 
     Attributes:
@@ -246,7 +126,7 @@ class _Opened:
     """
 
     source: Source
-    tokenize: "_Tokenizer"
+    tokenize: CaptureTokenizer
     manifest: Manifest
     table: TokenTable
     beyond: Beyond | None
@@ -254,52 +134,8 @@ class _Opened:
     top_k: int
 
 
-class _Tokenizer:
-    """Turns texts into the source's tokens.
-
-    Attributes:
-        answers: how the answers that were captured became tokens.
-    """
-
-    def __init__(self, config: CaptureConfig, tokenizer: Any, table: TokenTable, asked: Asked | None) -> None:
-        self._config, self._tokenizer, self._table, self._asked = config, tokenizer, table, asked
-        self.answers = AnswerCounts()
-
-    def __call__(self, texts: Sequence[Text]) -> list[TokenizedText]:
-        """Return the tokens of texts and chats.
-
-        Raises:
-            DataError, TokenizerError: one of them cannot be tokenized.
-        """
-        return [tokens for tokens, _ in self._made(texts)]
-
-    def counted(self, texts: Sequence[Text]) -> list[TokenizedText]:
-        """Return the same, of texts that are captured now, with the ids that are asked for."""
-        made = list(self._made(texts))
-        for _, how in made:
-            if how is not None:
-                self.answers += AnswerCounts.of(how)
-        tokenized = [tokens for tokens, _ in made]
-        return tokenized if self._asked is None else self._asked.of_texts(texts, tokenized)
-
-    def _made(self, texts: Sequence[Text]) -> Iterator[tuple[TokenizedText, How | None]]:
-        plain = [text.content for text in texts if isinstance(text.content, str)]
-        of_plain = iter(tokenize_many(self._tokenizer, self._table, plain))
-        for text in texts:
-            yield (next(of_plain), None) if isinstance(text.content, str) else self._chat(text)
-
-    def _chat(self, text: Text) -> tuple[TokenizedText, How | None]:
-        messages: Any = text.content if text.read_as is None else text.read_as
-        chat = generated_spans(chat_renderer(self._tokenizer, text.tools, self._config.chat_template_kwargs), messages)
-        if text.answer is None:
-            return tokenize_chat(self._tokenizer, self._table, last_turns(chat, text.turns)), None
-        own = text.answer.model == self._config.model
-        tokens, _, how = tokenize_answer(self._tokenizer, self._table, chat, text.answer, own=own)
-        return tokens, how
-
-
 @contextmanager
-def _opened(config: CaptureConfig, texts: InputSet[Text], out: Path) -> Iterator[_Opened]:
+def open_capture(config: CaptureConfig, texts: InputSet[Text], out: Path) -> Iterator[OpenedCapture]:
     """Open the source; refuse a folder of something else before that."""
     tokenizer = capture_tokenizer(config)
     table = TokenTable.from_tokenizer(tokenizer)
@@ -313,15 +149,15 @@ def _opened(config: CaptureConfig, texts: InputSet[Text], out: Path) -> Iterator
     _check_folder(out, identity)
     require_part(out, config.shard)
 
-    tokenize = _Tokenizer(config, tokenizer, table, asked)
+    tokenize = CaptureTokenizer(config, tokenizer, table, asked)
     beyond: Beyond | None = None
     if rows is not None and rows < table.vocab_size:
         beyond = partial(beyond_the_model, tokenizer, rows=rows)
         if config.on_unusable == "raise":
             held = _held(out)
-            missing = (text for text in _asked(config, texts) if text.id not in held)
-            for part in plan_batches(missing, _n_bytes, config.batch_bytes):
-                for text, problem in zip(part, _problems(config, part, tokenize, None, beyond), strict=True):
+            missing = (text for text in texts_of_run(config, texts) if text.id not in held)
+            for part in plan_batches(missing, size_of, config.batch_bytes):
+                for text, problem in zip(part, problems_of_texts(config, part, tokenize, None, beyond), strict=True):
                     _require(text, problem)
     source = open_source(config, "capture")
     try:
@@ -330,35 +166,9 @@ def _opened(config: CaptureConfig, texts: InputSet[Text], out: Path) -> Iterator
             require_answers(source, config.source_name)
             # Beside the dtype, with what else changes the numbers.
             facts["options"] = {**facts.get("options", {}), "ask_ids": asked.store.manifest.identity_digest[:16]}
-        yield _Opened(source, tokenize, _manifest(config, identity, facts), table, beyond, changes, top_k)
+        yield OpenedCapture(source, tokenize, _manifest(config, identity, facts), table, beyond, changes, top_k)
     finally:
         source.close()
-
-
-def _probe(
-    config: CaptureConfig, opened: _Opened, store: StoreWriter, texts: Sequence[Text], skipped: dict[str, str]
-) -> tuple[int, int, float]:
-    """Capture some of the texts in growing rounds; return their bytes and tokens, and the last round's tokens/s."""
-    # The first round is the shortest text, so that it ends soon even where a model is slow; then in order.
-    first = min(range(len(texts)), key=lambda number: texts[number].n_bytes, default=0)
-    waiting = [*texts[first : first + 1], *texts[:first], *texts[first + 1 :]]
-    n_bytes = n_tokens = 0
-    speed, budget, left = 0.0, 1, PROBE_SECONDS
-    while waiting and left > 0:
-        part = next(plan_batches(waiting, _n_bytes, budget))
-        skipped |= _unusable(config, opened, part, KeySet())
-        usable = [text for text in part if text.id not in skipped]
-        _, progress = _Job(config, opened, store, partial(iter, usable), skipped, "probe").run()
-        waiting = waiting[len(part) :]
-        if progress.tokens:
-            captured = sum(text.n_bytes for text in usable if text.id not in skipped)
-            n_bytes, n_tokens = n_bytes + captured, n_tokens + progress.tokens
-            seconds = max(progress.seconds, 1e-9)
-            speed, left = progress.tokens / seconds, left - seconds
-            budget = int(min(8 * captured, PROBE_BYTES - n_bytes, captured / seconds * left))
-            # A text that is longer than the budget would be a round of its own.
-            waiting = [text for text in waiting if text.n_bytes <= budget]
-    return n_bytes, n_tokens, speed
 
 
 def _first_entries(topk: TopK, width: int) -> TopK:
@@ -368,7 +178,8 @@ def _first_entries(topk: TopK, width: int) -> TopK:
     return TopK(topk.ids[:, :width], topk.logprobs[:, :width], topk.token_logprobs)
 
 
-def _n_bytes(text: Text) -> int:
+def size_of(text: Text) -> int:
+    """Return the bytes of a text, by which batches are cut."""
     return text.n_bytes
 
 
@@ -428,7 +239,7 @@ def _conditions(config: CaptureConfig) -> dict[str, Any]:
     return {key: value for key, value in (("where", config.where), ("context", context)) if value}
 
 
-def _unusable(config: CaptureConfig, opened: _Opened, texts: Iterable[Text], held: KeySet) -> dict[str, str]:
+def unusable_texts(config: CaptureConfig, opened: OpenedCapture, texts: Iterable[Text], held: KeySet) -> dict[str, str]:
     """Return id -> problem of the texts that the source cannot take, before hours are spent on the others.
 
     Those of which the store has a record are not looked at.
@@ -443,8 +254,10 @@ def _unusable(config: CaptureConfig, opened: _Opened, texts: Iterable[Text], hel
 
     problems = {}
     missing = (text for text in texts if doubtful(text) and text.id not in held)
-    for part in plan_batches(missing, _n_bytes, config.batch_bytes):
-        for text, problem in zip(part, _problems(config, part, opened.tokenize, limit, opened.beyond), strict=True):
+    for part in plan_batches(missing, size_of, config.batch_bytes):
+        for text, problem in zip(
+            part, problems_of_texts(config, part, opened.tokenize, limit, opened.beyond), strict=True
+        ):
             if config.on_unusable == "raise":
                 _require(text, problem)
             elif problem:
@@ -460,30 +273,8 @@ def _require(text: Text, problem: str | None) -> None:
         )
 
 
-def _problems(
-    config: CaptureConfig, texts: Sequence[Text], tokenize: Tokenize, limit: int | None, beyond: Beyond | None
-) -> Iterator[str | None]:
-    """Yield why the source cannot take each of the texts, None for one that it can take."""
-    try:
-        tokenized = tokenize(texts)
-    except (DataError, TokenizerError) as error:
-        if len(texts) == 1:
-            yield str(error)
-            return
-        for text in texts:
-            yield from _problems(config, [text], tokenize, limit, beyond)
-        return
-    for tokens in tokenized:
-        ids = tokens.input_ids
-        if limit is not None and len(ids) > limit:
-            yield f"expected at most {limit} tokens of source {config.source_name!r}, got {len(ids)}."
-            continue
-        problem = beyond(ids.tolist()) if beyond else None
-        yield problem and f"source {config.source_name!r}: {problem}."
-
-
 @dataclass
-class _Job:
+class CaptureJob:
     """What one source is to say about a set of texts.
 
     Attributes:
@@ -493,7 +284,7 @@ class _Job:
     """
 
     config: CaptureConfig
-    opened: _Opened
+    opened: OpenedCapture
     store: StoreWriter
     texts: Callable[[], Iterator[Text]]
     skipped: dict[str, str]
@@ -536,7 +327,7 @@ class _Job:
 
     def _missing(self, texts: Iterable[Text]) -> Iterator[list[Text]]:
         whole = self.opened.source.whole_batches
-        return missing_batches(texts, _n_bytes, self.config.batch_bytes, self._is_done, whole=whole)
+        return missing_batches(texts, size_of, self.config.batch_bytes, self._is_done, whole=whole)
 
     def _count(self) -> tuple[int, int, int, int]:
         """Return texts and bytes that are there, bytes of all texts, and the number of batches to be done."""

@@ -32,7 +32,10 @@ def capture(
     For example: `fusion capture --model mosaicml/mpt-7b --texts corpus.jsonl --out stores/mpt`. `fusion keys capture`
     lists the keys of the file.
     """
-    from fusion_plugins.sources.capture import CaptureConfig, capture_texts, estimate_capture
+    from fusion_plugins.response_texts import described_responses
+    from fusion_plugins.sources.capture import capture_texts
+    from fusion_plugins.sources.capture_config import CaptureConfig
+    from fusion_plugins.sources.capture_estimate import estimate_capture
 
     flags = {
         "texts": texts,
@@ -56,6 +59,8 @@ def capture(
     )
     if report.text_changes:
         messages.print(f"the tokenizer changes texts, which is known: {'; '.join(report.text_changes)}")
+    if responses := described_responses(report.without_text):
+        messages.print(responses)
     if answers := report.answers.described():
         messages.print(answers)
     for text_id, reason in report.skipped.items():
@@ -77,8 +82,9 @@ def sample(
     For example: `fusion sample --config examples/fusechat3/sample.yml`. `fusion keys sample` lists the keys of the
     file.
     """
-    from fusion_plugins.sources.estimate import estimate_samples
-    from fusion_plugins.sources.sample import SampleConfig, sample_prompts
+    from fusion_plugins.sources.sample import sample_prompts
+    from fusion_plugins.sources.sample_config import SampleConfig
+    from fusion_plugins.sources.sample_estimate import estimate_samples
 
     flags = {"prompts": prompts, "out": out, "only": only or None, "limit": limit, "shard": shard}
     settings = load_config(SampleConfig, config, flags, assign)

@@ -21,10 +21,12 @@ from fusion_plugins.config import Settings
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize_content
 from fusion_plugins.errors import ConfigError, DataError
-from fusion_plugins.inputs import Text, Unusable, open_texts, row_files
+from fusion_plugins.inputs import Unusable, open_texts
+from fusion_plugins.row_files import row_files
 from fusion_plugins.sources.backends.base import SourceSettings
 from fusion_plugins.sources.loading import load_tokenizer
 from fusion_plugins.store.files import FolderLock, leftovers, new_file
+from fusion_plugins.texts import Text
 
 Count = Callable[[str], int]
 #: good places to end a piece, the best first: after an empty line, after a line, before the first of several spaces

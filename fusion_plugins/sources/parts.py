@@ -15,8 +15,8 @@ from typing import Annotated, TypeVar
 from pydantic import AfterValidator
 
 from fusion_plugins.errors import MismatchError
-from fusion_plugins.inputs import Prompt, Text
 from fusion_plugins.store.manifest import MANIFEST_NAME, PART, load_manifest
+from fusion_plugins.texts import Prompt, Text
 
 _FORM = re.compile(r"([0-9]+)/([0-9]+)")
 Item = TypeVar("Item", Text, Prompt)

@@ -12,121 +12,27 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
-from pydantic import Field, model_validator
-
-from fusion_plugins.config import Settings, with_preset
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.errors import MismatchError, SourceError
-from fusion_plugins.inputs import InputSet, Prompt, Unusable, open_prompts
+from fusion_plugins.inputs import InputSet, Unusable, open_prompts
 from fusion_plugins.progress import Meter, meter
-from fusion_plugins.sources.backends.base import (
-    Place,
-    Refusal,
-    Response,
-    SampleRequest,
-    Sampling,
-    Source,
-    SourceSettings,
-    open_source,
-)
+from fusion_plugins.sources.backends.base import Place, Refusal, Response, SampleRequest, Sampling, Source, open_source
 from fusion_plugins.sources.background import Background
 from fusion_plugins.sources.batches import LazyBatches, commit_batches, missing_batches, plan_batches
 from fusion_plugins.sources.fingerprints import sampling_fingerprint
 from fusion_plugins.sources.loading import load_tokenizer, split_prompts
-from fusion_plugins.sources.parts import Shard, chosen, require_part
-from fusion_plugins.sources.presets import DEFAULT_SAMPLES, PRESETS, SAMPLES_PER_PROMPT
-from fusion_plugins.store import ColumnKind, RowManifest, RowWriter
+from fusion_plugins.sources.parts import chosen, require_part
+from fusion_plugins.sources.presets import DEFAULT_SAMPLES
+from fusion_plugins.sources.sample_config import COLUMNS, SampleConfig, SampledSource
+from fusion_plugins.store import RowManifest, RowWriter
 from fusion_plugins.store.manifest import PART
+from fusion_plugins.texts import Prompt
 
 #: prompts that are tokenized at a time before a source begins, to see whether they fit
 CHECKED_AT_ONCE = 256
 KEY = ("prompt_id", "source", "index", "fingerprint")
-COLUMNS: dict[str, ColumnKind] = {
-    "prompt_id": "string",
-    "source": "string",
-    "index": "int64",
-    "prompt": "json",
-    "response": "string",
-    "domain": "string",
-    "reference": "string",
-    "tests": "json",
-    "finish_reason": "string",
-    "n_tokens": "int64",
-    "n_prompt_tokens": "int64",
-    "system": "string",
-    "token_ids": "int32s",
-    "token_logprobs": "float32s",
-    "tokenizer": "string",
-    "seed": "int64",
-    "model": "string",
-    "fingerprint": "string",
-}
-
-
-class SampledSource(SourceSettings, Sampling):
-    """One entry of ``sources``: a model, what runs it, and how to sample from it."""
-
-    preset: str | None = Field(None, description="published settings to start from; keys beside it win")
-    domains: list[str] | None = Field(None, description="domains that this source answers; default: all")
-    n: int | dict[str, int] | None = Field(None, description="samples per prompt, or per domain; default: the run's")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _apply_preset(cls, values: Any) -> Any:
-        return with_preset(values, PRESETS)
-
-    @property
-    def sampling(self) -> Sampling:
-        """The sampling settings alone; they remember which of them were written, here or in the preset."""
-        return Sampling(**{key: getattr(self, key) for key in Sampling.model_fields if key in self.model_fields_set})
-
-
-class SampleConfig(Settings):
-    """Keys of the YAML file of ``fusion sample``."""
-
-    MOVED: ClassVar[Mapping[str, str]] = {
-        "unit_requests": "now batch_requests",
-        "unusable": "now on_unusable, with the values raise (was: stop) and skip",
-    }
-
-    prompts: str | list[str] = Field(
-        description=".jsonl or .parquet files, folders of them, hf:ORG/NAME[:SPLIT][:COLUMN]"
-    )
-    out: str = Field(description="folder of the responses")
-    sources: list[SampledSource] = Field(min_length=1, description="the models to ask, each with its own settings")
-    n: int | dict[str, int] = Field(
-        default_factory=lambda: dict(SAMPLES_PER_PROMPT), description="samples per prompt and source, or per domain"
-    )
-    seed: int = Field(0, description="of the whole run")
-    limit: int | None = Field(None, ge=1, description="answer only this many prompts, from the start")
-    shard: Shard | None = Field(
-        None, description="answer only part i of n of the prompts, such as 2/3; `fusion store merge` joins the parts"
-    )
-    only: list[str] | None = Field(None, description="names of the sources to ask in this run; default: all")
-    batch_requests: int = Field(256, ge=1, description="responses that are drawn and committed together")
-    on_unusable: Literal["raise", "skip"] = Field(
-        "raise",
-        description="rows that are no prompts, prompts that are too long, or that a source refuses or always fails on: "
-        "raise, or skip and report",
-    )
-
-    @model_validator(mode="after")
-    def _check_names(self) -> "SampleConfig":
-        names = [source.source_name for source in self.sources]
-        doubled = {name for name in names if names.count(name) > 1}
-        if doubled:
-            raise ValueError(f"expected different names, got {', '.join(sorted(doubled))} twice: set `name` of one")
-        unknown = set(self.only or []) - set(names)
-        if unknown:
-            raise ValueError(f"only: expected some of {', '.join(names)}, got {', '.join(sorted(unknown))}; correct it")
-        return self
-
-    @property
-    def chosen_sources(self) -> list[SampledSource]:
-        """The sources of this run."""
-        return [source for source in self.sources if self.only is None or source.source_name in self.only]
 
 
 @dataclass(frozen=True)
@@ -219,10 +125,10 @@ def sample_prompts(config: SampleConfig) -> SampleReport:
             ``on_unusable: raise``).
     """
     unusable: Unusable | None = None if config.on_unusable == "raise" else {}
-    prompts = open_prompts(config.prompts, unusable=unusable)
+    prompts = open_prompts(config.prompts, unusable=unusable, keep=config.keep_columns)
     manifest = RowManifest(
         stage="responses",
-        columns=COLUMNS,
+        columns=COLUMNS | dict.fromkeys(config.keep_columns, "json"),
         key=KEY,
         facts={"prompts_fingerprint": prompts.fingerprint, "seed": config.seed},
         provenance={"prompts": config.prompts, **({PART: config.shard} if config.shard else {})},
@@ -428,4 +334,5 @@ def _row(draw: Draw, response: Response, settings: SampledSource, fingerprint: s
         "seed": draw.seed if facts.seeded else None,
         "model": settings.model,
         "fingerprint": fingerprint,
+        **prompt.kept,
     }

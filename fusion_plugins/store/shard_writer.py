@@ -10,15 +10,16 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain, count, takewhile
+from itertools import chain, count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from fusion_plugins.core.key_set import KeySet
 from fusion_plugins.errors import DataError, StoreError
+from fusion_plugins.store.done_keys import DoneKeys
 from fusion_plugins.store.files import (
     FolderLock,
     interrupts_deferred,
@@ -30,6 +31,7 @@ from fusion_plugins.store.files import (
 )
 from fusion_plugins.store.journal import JOURNAL_NAME, Entry, append_entry
 from fusion_plugins.store.manifest import MANIFEST_NAME, ManifestBase, ShardInfo
+from fusion_plugins.store.shard_limits import ShardLimits
 from fusion_plugins.store.shards import Codec, compare_checksum, encode_shard, read_keys, read_packed, read_unlisted
 
 T = TypeVar("T")
@@ -48,37 +50,6 @@ SHARD_ROWS = 1 << 14
 MANY_SMALL = 64
 #: commits after which the manifest is written as a whole, if it lists fewer shards; otherwise after as many as it lists
 MANY_ENTRIES = 64
-
-
-class DoneKeys(Set[Any]):
-    """The keys of the items that are in a folder: ``in`` looks one up, iteration reads the shards one after the other.
-
-    Args:
-        known: whether a key is one of them.
-        listed: starts to yield them.
-        count: how many there are.
-    """
-
-    def __init__(
-        self, known: Callable[[Any], bool], listed: Callable[[], Iterator[Any]], count: Callable[[], int]
-    ) -> None:
-        self._known, self._listed, self._count = known, listed, count
-
-    def __contains__(self, key: object) -> bool:
-        return self._known(key)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._listed()
-
-    def __len__(self) -> int:
-        return self._count()
-
-    def __repr__(self) -> str:
-        return repr(set(self))
-
-    @classmethod
-    def _from_iterable(cls, keys: Iterable[Any]) -> Any:
-        return set(keys)
 
 
 class ShardWriter(Generic[T, M]):
@@ -117,7 +88,7 @@ class ShardWriter(Generic[T, M]):
     ) -> None:
         self.path = Path(path)
         self._codec = codec
-        self._limits = (flush_rows, codec.shard_tokens)
+        self._limits = ShardLimits(flush_rows, codec.shard_tokens, codec.version)
         self._buffer: list[T] = []
         self._buffered: set[Any] = set()
         self._tokens = 0
@@ -261,7 +232,7 @@ class ShardWriter(Generic[T, M]):
         self._buffer.append(item)
         self._buffered.add(key)
         self._tokens += self._codec.tokens(item)
-        if len(self._buffer) >= self._limits[0] or self._tokens >= self._limits[1]:
+        if self._limits.filled(len(self._buffer), self._tokens):
             self.flush()
 
     def flush(self) -> None:
@@ -274,10 +245,10 @@ class ShardWriter(Generic[T, M]):
                 for key in self._buffered:
                     self._keys.add(key)
                 self._buffer, self._buffered, self._tokens = [], set(), 0
-        tail = self._small_tail()
+        tail = self._limits.small_tail(self.manifest.shards)
         rows, tokens = sum(shard.rows for shard in tail), sum(shard.tokens for shard in tail)
         # As soon as they fill a shard: many at once would keep the writer busy for a minute.
-        if len(tail) >= MANY_SMALL or rows >= self._limits[0] or tokens >= self._limits[1]:
+        if len(tail) >= MANY_SMALL or self._limits.filled(rows, tokens):
             self._join(tail)
 
     def adopt(self, folder: Path, shard: ShardInfo, keys: Collection[Hashable], identity: str) -> None:
@@ -311,7 +282,7 @@ class ShardWriter(Generic[T, M]):
 
     def _join(self, shards: Sequence[ShardInfo], *, older: bool = True) -> None:
         """Join small shards; pack those of an older version anew, which takes long, only if that is wanted."""
-        for group in self._groups(shards, older=older):
+        for group in self._limits.groups(shards, older=older):
             self._commit([item for shard in group for item in read_packed(self.path, shard, self._codec)], group)
 
     def drop(self, keys: Collection[Hashable]) -> None:
@@ -330,29 +301,7 @@ class ShardWriter(Generic[T, M]):
 
     def is_small(self, shard: ShardInfo) -> bool:
         """Return whether a shard is to be joined with its neighbours."""
-        return 2 * shard.rows < self._limits[0] and 2 * shard.tokens < self._limits[1]
-
-    def _small_tail(self) -> list[ShardInfo]:
-        """Return the small shards at the end that are not of an older version."""
-        return list(takewhile(self._is_joined, reversed(self.manifest.shards)))[::-1]
-
-    def _is_joined(self, shard: ShardInfo) -> bool:
-        return self.is_small(shard) and shard.version >= self._codec.version
-
-    def _groups(self, shards: Sequence[ShardInfo], *, older: bool) -> list[list[ShardInfo]]:
-        """Return runs of neighbouring shards that fit into one, and shards of an older version, alone if need be."""
-        groups: list[list[ShardInfo]] = [[]]
-        for shard in shards:
-            if not (self._is_joined(shard) or (older and shard.version < self._codec.version)):
-                groups.append([])
-                continue
-            together = [*groups[-1], shard]
-            full = sum(s.rows for s in together) > self._limits[0] or sum(s.tokens for s in together) > self._limits[1]
-            if full:
-                groups.append([shard])
-            else:
-                groups[-1] = together
-        return [group for group in groups if len(group) > 1 or any(s.version < self._codec.version for s in group)]
+        return self._limits.is_small(shard)
 
     @contextmanager
     def _committing(self) -> Iterator[None]:

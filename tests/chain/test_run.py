@@ -1,5 +1,6 @@
 """`fusion run`: order, what is done again and what is not, failures, kills, Ctrl-C, and a second run beside it."""
 
+import hashlib
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import pytest
 import yaml
 
 from fusion_plugins.chain import records as records_module
+from fusion_plugins.chain.process import by_hand
 from fusion_plugins.chain.records import Records, state_of
 from fusion_plugins.chain.run import plan_chain, run_chain
 from fusion_plugins.chain.settings import load_chain
@@ -273,6 +275,27 @@ def test_a_secret_is_in_no_message_and_no_record(write, tmp_path):
         assert "hf_secret" not in file.read_text()
     step["variables"]["HF_TOKEN"] = "hf_other"
     assert "variables have changed" in str(plan_chain(load_chain(write(step)))[0].due)
+
+
+def test_names_of_secrets_are_those_of_every_record_and_older_records_hold(write, tmp_path):
+    """Earlier versions kept the value of WEBHOOK, and a digest of PAD_TOKEN."""
+    variables = {"WEBHOOK": "http://hooks/t0p", "DB_PASSWD": "pw", "PAD_TOKEN": "<pad>", "SEED": 3}
+    chain = load_chain(write(bash("a", "true", variables=variables)))
+    run_chain(chain)
+    (file,) = (tmp_path / ".fusion_run" / "fusion").glob("*.json")
+    digest = {name: hashlib.sha256(str(value).encode()).hexdigest() for name, value in variables.items()}
+    kept = json.loads(file.read_text())
+    assert kept["variables"] == digest | {"PAD_TOKEN": "<pad>", "SEED": "3"}
+    shown = '&& DB_PASSWD="$DB_PASSWD" PAD_TOKEN=\'<pad>\' SEED=3 WEBHOOK="$WEBHOOK" bash'
+    assert shown in by_hand(chain, chain.steps["a"])
+    old = {"WEBHOOK": "http://hooks/t0p", "DB_PASSWD": "pw", "PAD_TOKEN": digest["PAD_TOKEN"], "SEED": "3"}
+    for recorded, due in (
+        (old, None),
+        (old | {"DB_PASSWD": "other"}, "changed"),
+        (old | {"PAD_TOKEN": "0"}, "changed"),
+    ):
+        file.write_text(json.dumps(kept | {"variables": recorded}))
+        assert (due or "None") in str(plan_chain(chain)[0].due), recorded
 
 
 # Runs that are killed or interrupted: in processes of their own.

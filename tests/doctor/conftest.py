@@ -35,7 +35,8 @@ def work(tmp_path_factory, contents):
 
 
 def _capture(folder, model, texts, out):
-    from fusion_plugins.sources.capture import CaptureConfig, capture_texts
+    from fusion_plugins.sources.capture import capture_texts
+    from fusion_plugins.sources.capture_config import CaptureConfig
 
     settings = {"model": str(folder / "models" / model), "texts": str(folder / f"{texts}.jsonl"), "top_k": 32}
     capture_texts(CaptureConfig(**settings, out=str(folder / "stores" / out)))

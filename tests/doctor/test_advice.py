@@ -72,7 +72,8 @@ def test_chain_correction_is_advised_where_digits_suffer():
 
 
 def test_the_settings_that_are_advised_exist():
-    from fusion_plugins.axolotl.args import FusionBlock, ProjectionArgs, SourceArgs
+    from fusion_plugins.axolotl.args import FusionBlock
+    from fusion_plugins.axolotl.source_args import ProjectionArgs, SourceArgs
 
     assert {"rule", "lm_loss_weight", "sources"} <= set(FusionBlock.model_fields)
     assert {"chain", "vocabulary_map"} <= set(ProjectionArgs.model_fields)

@@ -11,11 +11,13 @@ import tiny
 from fusion_plugins.core.fusion.project import ProjectionOptions
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.doctor.diagnosis import figures
-from fusion_plugins.doctor.examine import Side, examine, open_side, open_target
+from fusion_plugins.doctor.examine import examine
 from fusion_plugins.doctor.page import taught_lines
+from fusion_plugins.doctor.sides import Side, open_side, open_target
 from fusion_plugins.errors import ConfigError, MismatchError
 from fusion_plugins.inputs import open_texts
-from fusion_plugins.sources.capture import CaptureConfig, capture_texts
+from fusion_plugins.sources.capture import capture_texts
+from fusion_plugins.sources.capture_config import CaptureConfig
 
 
 def test_every_supervised_position_is_in_one_class(work):

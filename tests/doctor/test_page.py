@@ -4,8 +4,9 @@ from io import StringIO
 
 import pytest
 
-from fusion_plugins.doctor.examine import examine, open_side, open_target
+from fusion_plugins.doctor.examine import examine
 from fusion_plugins.doctor.page import picture_png, render_doctor_page, sections, show
+from fusion_plugins.doctor.sides import open_side, open_target
 from fusion_plugins.terminal import console
 
 

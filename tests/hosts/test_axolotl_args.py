@@ -2,7 +2,8 @@
 
 import pytest
 
-from fusion_plugins.axolotl.args import AlignmentArgs, FusionBlock, ProjectionArgs, fusion_block
+from fusion_plugins.axolotl.args import FusionBlock, fusion_block
+from fusion_plugins.axolotl.source_args import AlignmentArgs, ProjectionArgs
 from fusion_plugins.errors import ConfigError
 
 SOURCES = [{"name": "a", "store": "stores/a"}]

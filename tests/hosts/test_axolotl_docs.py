@@ -5,19 +5,9 @@ import json
 import pytest
 from axolotl_runs import ROOT
 
-from fusion_plugins.axolotl.args import (
-    AlignmentArgs,
-    FusedSourceArgs,
-    FusionBlock,
-    PairArgs,
-    ProjectionArgs,
-    ReferenceArgs,
-    RuleArgs,
-    SftArgs,
-    SourceArgs,
-    SplitArgs,
-    WRPOArgs,
-)
+from fusion_plugins.axolotl.args import FusionBlock
+from fusion_plugins.axolotl.response_args import PairArgs, ReferenceArgs, SftArgs, SplitArgs, WRPOArgs
+from fusion_plugins.axolotl.source_args import AlignmentArgs, FusedSourceArgs, ProjectionArgs, RuleArgs, SourceArgs
 
 PAGE = (ROOT / "docs" / "axolotl.md").read_text(encoding="utf-8")
 NESTED = {

@@ -10,7 +10,8 @@ import trl
 from axolotl_runs import config, logged, prepare, row_folder, scored, train, write_rows
 
 from fusion_plugins.axolotl.args import FusionBlock
-from fusion_plugins.axolotl.selection import candidates_of, choose_best, choose_pairs
+from fusion_plugins.axolotl.scored_rows import candidates_of
+from fusion_plugins.axolotl.selection import choose_best, choose_pairs
 from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer
 from fusion_plugins.errors import ConfigError, DataError, PluginError
 

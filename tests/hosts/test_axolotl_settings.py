@@ -9,8 +9,10 @@ import yaml
 from axolotl_runs import FUSED, config, forget_plugins, write_config
 
 from fusion_plugins.axolotl import guards
-from fusion_plugins.axolotl.args import BlockSettings, FusionBlock, PairArgs, fusion_block
+from fusion_plugins.axolotl.args import FusionBlock, fusion_block
+from fusion_plugins.axolotl.block_settings import BlockSettings
 from fusion_plugins.axolotl.overrides import apply_overrides
+from fusion_plugins.axolotl.response_args import PairArgs
 from fusion_plugins.errors import ConfigError
 from fusion_plugins.plugins import get_registry
 

@@ -3,12 +3,17 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from axolotl.utils.dict import DictDefault
 from transformers import TrainerCallback, TrainerState
 
 from fusion_plugins.axolotl import training_record
-from fusion_plugins.axolotl.training_record import keep_record, kept_entries
+from fusion_plugins.axolotl.collator import Fused, TokenChunks
+from fusion_plugins.axolotl.training_record import keep_record, kept_entries, teachers
+from fusion_plugins.core.fusion.routing import taught_positions
+from fusion_plugins.core.fusion.teachers import LABEL, NOTHING, SEVERAL
+from fusion_plugins.core.fusion.types import FusedTexts
 from fusion_plugins.training_files import MOST_ENTRIES, TRAINING_RECORD
 
 
@@ -85,3 +90,20 @@ def test_of_a_long_log_no_evaluation_and_not_the_end_is_lost(every):
     assert kept[-1] == history[-1]
     assert len([entry for entry in kept if "loss" in entry]) <= MOST_ENTRIES
     assert [entry["step"] for entry in kept] == sorted(entry["step"] for entry in kept)
+
+
+def test_tokens_are_said_to_be_taught_as_positions_are_counted():
+    """A source, several of them, a fallback, and nobody; the last position has no label and no token after it."""
+    ids = np.array([[4], [5], [6], [-1], [-1]], np.int32)
+    logprobs = np.where(ids >= 0, 0.0, -np.inf).astype(np.float32)
+    kept, source = np.array([0.5, 0.25, 0, 0, 0], np.float16), np.array([1, -1, -1, -1, -1], np.int16)
+    said = teachers(Fused(ids, logprobs, kept, source), ["a", "b"])
+    assert said == [None, "b", SEVERAL, LABEL, None]
+    texts = FusedTexts(
+        ids, logprobs, 1 - kept.astype(np.float32), np.array([0, 5]), kept.astype(np.float32), source, np.array([1])
+    )
+    counts = taught_positions(texts, np.array([True, True, True, True, False]), ["a", "b"], ["math"])
+    assert counts == {"math": {"b": 1, SEVERAL: 1, LABEL: 1, NOTHING: 1}}
+    chunks = TokenChunks(np.array([1, 2, 0, 1]), np.zeros(4), np.zeros(4), np.array([0, 0, -1, -1]))
+    assert teachers(chunks, ["a", "b"]) == [None, "a", "a", None]
+    assert teachers(chunks._replace(place=np.array([1, 1, 1, 0])), ["a", "b"]) == [None, "a", "a", SEVERAL]

@@ -9,7 +9,8 @@ import tiny
 from axolotl_runs import FUSED, config, prepare
 
 from fusion_plugins.errors import DataError
-from fusion_plugins.sources.capture import CaptureConfig, capture_texts
+from fusion_plugins.sources.capture import capture_texts
+from fusion_plugins.sources.capture_config import CaptureConfig
 
 #: refuses a system message, as Gemma's does; writes calls in a syntax of its own, and reasoning of the last turn
 TEMPLATE = (

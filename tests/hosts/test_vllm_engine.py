@@ -15,8 +15,10 @@ from fusion_plugins.errors import ConfigError, DataError, SourceError
 from fusion_plugins.sources import capture, sample
 from fusion_plugins.sources.backends import base
 from fusion_plugins.sources.backends.base import SampleRequest, Sampling, SourceSettings
-from fusion_plugins.sources.capture import CaptureConfig, capture_texts
-from fusion_plugins.sources.sample import SampleConfig, sample_prompts
+from fusion_plugins.sources.capture import capture_texts
+from fusion_plugins.sources.capture_config import CaptureConfig
+from fusion_plugins.sources.sample import sample_prompts
+from fusion_plugins.sources.sample_config import SampleConfig
 from fusion_plugins.store import open_rows, open_store
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -139,7 +141,7 @@ def test_a_text_that_the_engine_refuses_is_named_and_the_others_are_captured(mod
         {"id": "b", "text": "dog"},
     ]
     texts = source_checks.write_rows(tmp_path / "t.jsonl", rows)
-    monkeypatch.setattr(capture, "_unusable", lambda config, opened, texts, held: {})
+    monkeypatch.setattr(capture, "unusable_texts", lambda config, opened, texts, held: {})
     with pytest.raises(SourceError, match="text 'long': vLLM refuses it: .*`on_unusable: skip`"):
         captured(model, texts, tmp_path / "stop", "vllm", top_k=8)
     store = captured(model, texts, tmp_path / "skip", "vllm", top_k=8, on_unusable="skip")

@@ -10,8 +10,10 @@ import source_checks
 import vllm_checks
 
 from fusion_plugins.errors import SourceError
-from fusion_plugins.sources.capture import CaptureConfig, capture_texts
-from fusion_plugins.sources.sample import SampleConfig, sample_prompts
+from fusion_plugins.sources.capture import capture_texts
+from fusion_plugins.sources.capture_config import CaptureConfig
+from fusion_plugins.sources.sample import sample_prompts
+from fusion_plugins.sources.sample_config import SampleConfig
 from fusion_plugins.store import open_rows, open_store
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

@@ -20,7 +20,8 @@ from fusion_plugins.core.fusion.types import TopK
 from fusion_plugins.core.fusion.vocabulary_map import map_vocabulary
 from fusion_plugins.core.text.token_table import Role, TokenTable
 from fusion_plugins.core.text.tokenize import encoder, tokenize, tokenize_content
-from fusion_plugins.doctor.examine import Side, examine
+from fusion_plugins.doctor.examine import examine
+from fusion_plugins.doctor.sides import Side
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 

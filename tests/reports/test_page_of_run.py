@@ -124,10 +124,11 @@ def test_pairs_and_best_answers_are_composed_as_their_reports_say(page):
 def test_example_tokens_have_the_source_that_teaches_them(page):
     tokens = re.findall(r'<span class="(\w+)" title="([^"]*)">(.*?)</span>', page, re.DOTALL)
     taught = [(style, html.unescape(title), html.unescape(text)) for style, title, text in tokens]
-    assert taught[:4] == [
-        ("same", "no source: the label alone", "<s>"),
+    assert taught[:5] == [
+        ("same", "(no source)", "<s>"),
         ("c0", SHOWN_TEXT, SHOWN_TEXT),
-        ("c6", "no single source", " two"),
+        ("c6", "(several sources)", " two"),
+        ("label", "(the label)", " six"),
         ("plain", "not trained on", "\n"),
     ]
     assert "There is no loss after the training" in page

@@ -12,8 +12,9 @@ from scored_rows import COLUMNS, write
 from typer.testing import CliRunner
 
 from fusion_plugins.cli import app
-from fusion_plugins.core.preferences.pairs import GapWindow, build_pairs
-from fusion_plugins.core.preferences.worth import wilson
+from fusion_plugins.core.preferences.gaps import GapWindow
+from fusion_plugins.core.preferences.intervals import wilson
+from fusion_plugins.core.preferences.pairs import build_pairs
 from fusion_plugins.doctor.responses import examine_responses
 from fusion_plugins.doctor.responses_page import render_responses_page
 from fusion_plugins.errors import DataError

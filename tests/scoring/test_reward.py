@@ -12,7 +12,8 @@ import torch
 from transformers import LlamaForSequenceClassification
 
 from fusion_plugins.core.preferences.candidates import Candidate
-from fusion_plugins.core.preferences.pairs import GapWindow, build_pairs
+from fusion_plugins.core.preferences.gaps import GapWindow
+from fusion_plugins.core.preferences.pairs import build_pairs
 from fusion_plugins.errors import ConfigError, MismatchError, ScoringError
 from fusion_plugins.scoring import SCORERS
 from fusion_plugins.scoring.reward import RewardScorer

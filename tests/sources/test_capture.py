@@ -15,7 +15,9 @@ from fusion_plugins.core.text.tokenize import tokenize
 from fusion_plugins.errors import ConfigError, DataError, MismatchError, SourceError, StoreError
 from fusion_plugins.sources import capture as capture_module
 from fusion_plugins.sources.backends.base import Refusal, open_source
-from fusion_plugins.sources.capture import CaptureConfig, capture_texts, estimate_capture
+from fusion_plugins.sources.capture import capture_texts
+from fusion_plugins.sources.capture_config import CaptureConfig
+from fusion_plugins.sources.capture_estimate import estimate_capture
 from fusion_plugins.store import open_store
 from fusion_plugins.store.files import FolderLock
 

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from fusion_plugins.cli import app
 from fusion_plugins.errors import ConfigError
-from fusion_plugins.sources.estimate import estimate_samples
-from fusion_plugins.sources.sample import SampleConfig
+from fusion_plugins.sources.sample_config import SampleConfig
+from fusion_plugins.sources.sample_estimate import estimate_samples
 from fusion_plugins.store import open_rows, open_store
 
 

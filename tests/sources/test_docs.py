@@ -8,9 +8,10 @@ import yaml
 from fusion_plugins.sources.backends.openai_server import ServerOptions
 from fusion_plugins.sources.backends.ray_data import RayOptions
 from fusion_plugins.sources.backends.transformers_local import TransformersOptions
-from fusion_plugins.sources.capture import CaptureConfig
+from fusion_plugins.sources.capture_config import CaptureConfig
 from fusion_plugins.sources.presets import PRESETS
-from fusion_plugins.sources.sample import COLUMNS, SampleConfig, SampledSource
+from fusion_plugins.sources.sample import COLUMNS
+from fusion_plugins.sources.sample_config import SampleConfig, SampledSource
 
 TEXT = (Path(__file__).parents[2] / "docs" / "sources.md").read_text()
 

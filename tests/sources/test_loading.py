@@ -11,10 +11,11 @@ import tiny
 import transformers
 from tokenizers import normalizers
 
-from fusion_plugins.doctor.examine import open_side
+from fusion_plugins.doctor.sides import open_side
 from fusion_plugins.errors import ConfigError, SourceError, TokenizerError
 from fusion_plugins.sources.backends.base import SampleRequest, Sampling, SourceSettings
-from fusion_plugins.sources.capture import CaptureConfig, capture_texts
+from fusion_plugins.sources.capture import capture_texts
+from fusion_plugins.sources.capture_config import CaptureConfig
 from fusion_plugins.sources.loading import (
     capture_tokenizer,
     chat_messages,

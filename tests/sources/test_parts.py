@@ -11,9 +11,12 @@ from fusion_plugins.cli import app
 from fusion_plugins.config import validate
 from fusion_plugins.errors import ConfigError, MismatchError
 from fusion_plugins.sources import parts
-from fusion_plugins.sources.capture import CaptureConfig, capture_texts, estimate_capture
+from fusion_plugins.sources.capture import capture_texts
+from fusion_plugins.sources.capture_config import CaptureConfig
+from fusion_plugins.sources.capture_estimate import estimate_capture
 from fusion_plugins.sources.parts import in_part
-from fusion_plugins.sources.sample import SampleConfig, sample_prompts
+from fusion_plugins.sources.sample import sample_prompts
+from fusion_plugins.sources.sample_config import SampleConfig
 from fusion_plugins.store import open_rows, open_store
 from fusion_plugins.store.maintain import compact, merge, missing_parts
 

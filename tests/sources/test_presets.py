@@ -3,7 +3,8 @@
 from source_checks import sample_config as config
 
 from fusion_plugins.sources.presets import PRESETS
-from fusion_plugins.sources.sample import SampleConfig, SampledSource, sample_prompts
+from fusion_plugins.sources.sample import sample_prompts
+from fusion_plugins.sources.sample_config import SampleConfig, SampledSource
 from fusion_plugins.store import open_rows
 
 

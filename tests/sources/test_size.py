@@ -39,18 +39,18 @@ def test_every_prompt_is_answered_and_scored_as_often_as_asked(folder):
 
 
 def test_texts_that_are_there_are_not_tokenized_again(folder, monkeypatch):
-    from fusion_plugins.sources import capture
+    from fusion_plugins.sources import CaptureConfig, capture_texts, capture_tokens
 
     asked = []
-    tokenize = capture.tokenize_many
-    monkeypatch.setattr(capture, "tokenize_many", lambda *rest: asked.extend(rest[2]) or tokenize(*rest))
+    tokenize = capture_tokens.tokenize_many
+    monkeypatch.setattr(capture_tokens, "tokenize_many", lambda *rest: asked.extend(rest[2]) or tokenize(*rest))
     monkeypatch.setitem(base.BACKENDS, "transformers", "counting_source")
     settings = {"model": str(folder / "model"), "out": str(folder / "stores" / "c"), "max_length": 200, "top_k": 8}
     few = {**settings, "texts": str(folder / "texts.jsonl"), "limit": 300, "batch_bytes": 4000}
-    capture.capture_texts(capture.CaptureConfig(**few))
+    capture_texts(CaptureConfig(**few))
     assert len(set(asked)) == 300
     asked.clear()
-    report = capture.capture_texts(capture.CaptureConfig(**{**few, "limit": 310}))
+    report = capture_texts(CaptureConfig(**{**few, "limit": 310}))
     assert (report.present, report.captured) == (300, 10)
     # The batch in which the first run has stopped is done again as a whole; nothing before it is.
     texts = [json.loads(line)["text"] for line in (folder / "texts.jsonl").open()]

@@ -23,7 +23,8 @@ from store_contents import edit_manifest, write_records
 from store_samples import record
 
 from fusion_plugins.errors import FusionError, StoreError
-from fusion_plugins.inputs import read_prompts, read_row_file, read_texts
+from fusion_plugins.inputs import read_prompts, read_texts
+from fusion_plugins.row_files import read_row_file
 from fusion_plugins.store import open_rows, open_store, shards
 from fusion_plugins.store.maintain import verify
 from fusion_plugins.store.manifest import load_manifest

@@ -24,7 +24,7 @@ from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.inputs import read_texts
 from fusion_plugins.sources.capture import capture_texts
 from fusion_plugins.store import distillkit, open_store
-from fusion_plugins.store.distillkit import Compression, decode, decode_logprobs, unpack_bits
+from fusion_plugins.store.distillkit_bytes import Compression, decode, decode_logprobs, unpack_bits
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "distillkit.json").read_text())
 PLAIN = {"d": 420, "k": 6, "exact_k": 6, "exact_dtype": "float32", "residual_bins": [], "delta_encoding": False}

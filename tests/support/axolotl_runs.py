@@ -60,7 +60,8 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def capture(texts: Path, model: Path, out: Path, top_k: int = 16) -> Path:
     """Capture a store with the transformers backend."""
-    from fusion_plugins.sources.capture import CaptureConfig, capture_texts
+    from fusion_plugins.sources.capture import capture_texts
+    from fusion_plugins.sources.capture_config import CaptureConfig
 
     capture_texts(CaptureConfig(texts=str(texts), model=str(model), out=str(out), top_k=top_k))
     return out

@@ -37,8 +37,9 @@ RECORD = {
     "config": {"learning_rate": 0.125, "note": HOSTILE, "hub_token": "hf_secret"},
     "examples": [
         {
-            **{"row": 7, "of_tokens": 900, "ids": [1, 2, 3, 4], "tokens": ["<s>", HOSTILE, " two", "\n"]},
-            **{"supervised": [True, True, True, False], "sources": [None, HOSTILE, "no single source", "b"]},
+            **{"row": 7, "of_tokens": 900, "ids": [1, 2, 3, 5, 4], "tokens": ["<s>", HOSTILE, " two", " six", "\n"]},
+            "supervised": [True, True, True, True, False],
+            "sources": [None, HOSTILE, "(several sources)", "(the label)", "b"],
         }
     ],
     "log_history": HISTORY,

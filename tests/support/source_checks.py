@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fusion_plugins.core.fusion.types import Record
-from fusion_plugins.sources.capture import CaptureConfig
-from fusion_plugins.sources.sample import SampleConfig
+from fusion_plugins.sources.capture_config import CaptureConfig
+from fusion_plugins.sources.sample_config import SampleConfig
 from fusion_plugins.store import open_rows
 
 #: head_dim 32, the least that vLLM's attention on a CPU takes

@@ -15,13 +15,12 @@ from fusion_plugins.core.fusion.accounting import FusionReport, ProjectionReport
 from fusion_plugins.core.fusion.flat import places_of, starts_of
 from fusion_plugins.core.fusion.pipeline import FusionPlan, fuse_texts
 from fusion_plugins.core.fusion.record import supervised_positions
+from fusion_plugins.core.fusion.teachers import teacher_names, teacher_numbers
 from fusion_plugins.core.fusion.types import AnyRecord, FusedTexts, has_entries
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, MismatchError
 
 R = TypeVar("R", bound=AnyRecord)
-#: in the counts of :func:`taught_positions`, besides the names of the sources
-SEVERAL, LABEL, NOTHING = "(several sources)", "(the label)", "(no source)"
 
 
 @dataclass(frozen=True)
@@ -123,18 +122,16 @@ def taught_positions(
         domains: of the B texts.
 
     Returns:
-        domain -> name of a source, or one of :data:`SEVERAL`, :data:`LABEL` and :data:`NOTHING` -> positions.
+        domain -> name of a source, or another one of :func:`~fusion_plugins.core.fusion.teachers.teacher_names` ->
+        positions.
     """
-    present = has_entries(fused.ids)
-    kind = np.where(present, fused.source.astype(np.int64), len(names) + 2)
-    mixed = present & (fused.source < 0)
-    kind[mixed] = np.where(fused.kept[mixed] > 0, len(names), len(names) + 1)
+    labels = teacher_names(names)
+    teachers = teacher_numbers(has_entries(fused.ids), fused.source, fused.kept, len(names))
     known = {domain: number for number, domain in enumerate(dict.fromkeys(domains))}
     of_text = np.array([known[domain] for domain in domains], np.int64)
     of_position = np.repeat(of_text, np.diff(fused.offsets))
-    width = len(names) + 3
-    counts = np.bincount((of_position * width + kind)[trained], minlength=len(known) * width).reshape(-1, width)
-    labels = [*names, SEVERAL, LABEL, NOTHING]
+    width = len(labels)
+    counts = np.bincount((of_position * width + teachers)[trained], minlength=len(known) * width).reshape(-1, width)
     return {
         domain: {label: int(counts[number, at]) for at, label in enumerate(labels) if counts[number, at]}
         for domain, number in known.items()

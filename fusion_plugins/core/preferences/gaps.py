@@ -1,20 +1,21 @@
-"""Which window of reward gaps suits a reward model: the published one is ArmoRM's, any other has to be measured.
+"""Which reward gaps pairs may have, and which window of them suits a reward model.
 
-ArmoRM's rewards lie between about 0 and 0.3, those of most other reward models between -30 and 30, those of a judge are
-ratings or shares. In the published window, 0.01 to 0.1, hardly a pair of theirs is left, and the few that are have
-answers that are all but equal.
+The published window is for ArmoRM; for any other reward model it has to be measured. ArmoRM's rewards lie between about
+0 and 0.3, those of most other reward models between -30 and 30, those of a judge are ratings or shares. In the
+published window, 0.01 to 0.1, hardly a pair of theirs is left, and the few that are have answers that are all but
+equal.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from fusion_plugins.core.preferences.candidates import Candidate
 from fusion_plugins.core.preferences.numbers import quantiles as shares_of
-from fusion_plugins.core.preferences.pairs import GapWindow
 from fusion_plugins.errors import ConfigError
 
 #: the reward model whose scale the published window has; a part of its name, in lower case
@@ -23,6 +24,37 @@ PUBLISHED_SCALE = "armorm"
 LARGEST_PUBLISHED = 1.5
 #: quantiles of the gaps that are proposed: without the fifth that is the most doubtful and the tenth that is clearest
 PROPOSED_QUANTILES = (0.2, 0.9)
+
+
+@dataclass(frozen=True)
+class GapWindow:
+    """Which reward gaps (chosen minus rejected) a pair may have. Both limits are inclusive.
+
+    A pair without a gap (rule ``verdict``) and a pair of an exempt domain always pass.
+
+    Attributes:
+        minimum: smallest gap; None for no limit.
+        maximum: largest gap; None for no limit.
+        unit: ``reward``: the limits are differences of rewards. ``quantile``: they are quantiles, in [0, 1], of the
+            gaps of all pairs that the rule proposes, which makes them independent of the reward model's scale.
+        exempt: domains in which the verdict alone decides. The published rule names no gap for code: the tests decide.
+    """
+
+    minimum: float | None = 0.01
+    maximum: float | None = 0.1
+    unit: Literal["reward", "quantile"] = "reward"
+    exempt: frozenset[str] = frozenset({"code"})
+
+    def __post_init__(self) -> None:
+        if self.unit not in ("reward", "quantile"):
+            raise ConfigError(f"unit of the gap window: expected 'reward' or 'quantile', got {self.unit!r}")
+        limits = [limit for limit in (self.minimum, self.maximum) if limit is not None]
+        if any(not math.isfinite(limit) for limit in limits) or limits != sorted(limits):
+            raise ConfigError(
+                f"gap window: expected finite minimum <= maximum, got minimum={self.minimum}, maximum={self.maximum}"
+            )
+        if self.unit == "quantile" and any(not 0 <= limit <= 1 for limit in limits):
+            raise ConfigError(f"gap window in quantiles: expected limits in [0, 1], got {self.minimum}, {self.maximum}")
 
 
 @dataclass(frozen=True)

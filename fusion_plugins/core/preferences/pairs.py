@@ -1,34 +1,20 @@
-"""Candidates of many sources -> preference pairs and best answers (FuseChat-3.0, sections 5 and 6).
+"""Candidates of many sources -> preference pairs (FuseChat-3.0, sections 5 and 6).
 
-Data flow: ``fusion score`` -> :func:`~fusion_plugins.core.preferences.candidates.clean` -> :func:`pairs_per_prompt`,
-:func:`best_per_prompt` -> :func:`~fusion_plugins.core.preferences.split.split_prompts` -> axolotl's SFT and DPO
-datasets. For a single step, :func:`build_pairs` and :func:`best_of` clean and choose in one call.
-
-Rules that hold everywhere in this module:
-
-* A prompt is **verified** when its domain is ``math`` or ``code`` or when one of its candidates has a verdict. There
-  the better answer must be correct and the worse one incorrect; a candidate without a verdict can be neither.
-* Before any rule runs, empty responses, responses whose reward is not finite and repetitions of one response by one
-  source are left out. All of it is counted.
-* Where **verdicts alone** decide (the rules ``verdict``), repeated right answers are evidence. The source comes first
-  that is right most often on this prompt: by ``(right + 1) / (judged + 2)`` of its judged responses (4 of 4 before 8 of
-  10 before 1 of 1), then by the number of right ones, then by its accuracy over all prompts. All responses count, also
-  those that are left out. Of that source's right answers the one that it gave most often is taken.
-* **Own answers** are those of the source that is the target itself (``own_source``, or rows with ``is_target``). They
-  are no source's: only the rule :func:`own_answers` makes pairs of them, and no best answer is one of them.
-* **Ties** (equal rewards, equal evidence) are broken by a hash of prompt, source, index and response: a fixed
-  order that favours no source and does not depend on the input order, the process or the machine.
+Data flow: ``fusion score`` -> :func:`~fusion_plugins.core.preferences.candidates.clean` -> :func:`pairs_per_prompt` and
+:func:`~fusion_plugins.core.preferences.best.best_per_prompt` ->
+:func:`~fusion_plugins.core.preferences.split.split_prompts` -> axolotl's SFT and DPO datasets. For a single step,
+:func:`build_pairs` cleans and chooses in one call. The rules that pairs and best answers have in common stand in
+:mod:`~fusion_plugins.core.preferences.choosing`.
 
 The published limits 0.01 and 0.1 belong to the reward scale of ArmoRM-Llama3-8B-v0.1. For another reward model give
 your own limits, or quantiles of the gaps that occur: ``GapWindow(0.2, 0.9, unit="quantile")``.
 """
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +32,8 @@ from fusion_plugins.core.preferences.candidates import (
     tie_order,
     worst_first,
 )
+from fusion_plugins.core.preferences.choosing import SelectionReport, by_source, resolve_rule, why_no_best
+from fusion_plugins.core.preferences.gaps import GapWindow
 from fusion_plugins.core.preferences.numbers import difference, quantiles
 from fusion_plugins.errors import ConfigError
 
@@ -54,61 +42,6 @@ from fusion_plugins.errors import ConfigError
 GAP_TOLERANCE = 1e-6
 
 PairRule = Callable[..., list[Pair]]
-BestRule = Callable[[Sequence[Candidate]], Candidate | None]
-_Rule = TypeVar("_Rule", bound=Callable[..., Any])
-
-
-@dataclass(frozen=True)
-class GapWindow:
-    """Which reward gaps (chosen minus rejected) a pair may have. Both limits are inclusive.
-
-    A pair without a gap (rule ``verdict``) and a pair of an exempt domain always pass.
-
-    Attributes:
-        minimum: smallest gap; None for no limit.
-        maximum: largest gap; None for no limit.
-        unit: ``reward``: the limits are differences of rewards. ``quantile``: they are quantiles, in [0, 1], of the
-            gaps of all pairs that the rule proposes, which makes them independent of the reward model's scale.
-        exempt: domains in which the verdict alone decides. The published rule names no gap for code: the tests decide.
-    """
-
-    minimum: float | None = 0.01
-    maximum: float | None = 0.1
-    unit: Literal["reward", "quantile"] = "reward"
-    exempt: frozenset[str] = frozenset({"code"})
-
-    def __post_init__(self) -> None:
-        if self.unit not in ("reward", "quantile"):
-            raise ConfigError(f"unit of the gap window: expected 'reward' or 'quantile', got {self.unit!r}")
-        limits = [limit for limit in (self.minimum, self.maximum) if limit is not None]
-        if any(not math.isfinite(limit) for limit in limits) or limits != sorted(limits):
-            raise ConfigError(
-                f"gap window: expected finite minimum <= maximum, got minimum={self.minimum}, maximum={self.maximum}"
-            )
-        if self.unit == "quantile" and any(not 0 <= limit <= 1 for limit in limits):
-            raise ConfigError(f"gap window in quantiles: expected limits in [0, 1], got {self.minimum}, {self.maximum}")
-
-
-@dataclass(frozen=True)
-class SelectionReport:
-    """What became of the prompts and responses; nothing is left out without being counted here.
-
-    Attributes:
-        prompts: prompts seen.
-        kept: prompts with at least one pair (or a best answer).
-        dropped_prompts: reason -> prompts without one; sums to ``prompts - kept``.
-        dropped_responses: reason -> responses left out before the rule ran.
-        dropped_pairs: reason -> proposed pairs that were not taken.
-        limits: the gap window in rewards, after quantiles were measured; None where no pair was held against it: the
-            rule gives no gaps, all domains are exempt, or the window has no limits.
-    """
-
-    prompts: int
-    kept: int
-    dropped_prompts: Mapping[str, int]
-    dropped_responses: Mapping[str, int]
-    dropped_pairs: Mapping[str, int] = field(default_factory=dict)
-    limits: tuple[float | None, float | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -212,50 +145,6 @@ def pairs_per_prompt(
     return pairs, report
 
 
-def best_of(
-    candidates: Iterable[Candidate | Mapping[str, Any]], rule: str | BestRule = "reward"
-) -> dict[str, Candidate | None]:
-    """Return prompt id -> best candidate, None where nothing qualifies; see :func:`best_with_report`."""
-    return best_with_report(candidates, rule)[0]
-
-
-def best_with_report(
-    candidates: Iterable[Candidate | Mapping[str, Any]], rule: str | BestRule = "reward"
-) -> tuple[dict[str, Candidate | None], SelectionReport]:
-    """Clean candidates, and return the best answer to each prompt with a report; see :func:`best_per_prompt`.
-
-    Args:
-        candidates: as for :func:`pairs_with_report`.
-        rule: a name in :data:`BEST_RULES`, or a function of the (cleaned) candidates of one prompt.
-
-    Raises:
-        ConfigError: unknown rule.
-        DataError: as for :func:`pairs_with_report`.
-    """
-    choose = resolve_rule(rule, BEST_RULES, "rule for the best answer")
-    return best_per_prompt(clean(candidates), choose)
-
-
-def best_per_prompt(groups: CandidateGroups, choose: BestRule) -> tuple[dict[str, Candidate | None], SelectionReport]:
-    """Return prompt id -> the candidate that SFT learns from, or None; ordered by prompt id; and a report."""
-    best = {prompt_id: choose(group) for prompt_id, group in groups.by_prompt.items()}
-    no_best = Counter(_why_no_best(groups.by_prompt[prompt_id]) for prompt_id, found in best.items() if found is None)
-    return best, SelectionReport(len(best), len(best) - no_best.total(), dict(no_best), groups.dropped)
-
-
-def resolve_rule(rule: str | _Rule, known: Mapping[str, _Rule], kind: str) -> _Rule:
-    """Return the rule of that name, or the rule itself if it is a function.
-
-    Raises:
-        ConfigError: unknown name; the message begins with ``kind``.
-    """
-    if callable(rule):
-        return rule
-    if rule not in known:
-        raise ConfigError(f"{kind}: expected one of {', '.join(sorted(known))} or a function, got {rule!r}")
-    return known[rule]
-
-
 def same_source(candidates: Sequence[Candidate]) -> list[Pair]:
     """Propose, for each source, its highest against its lowest reward (verified: correct against incorrect).
 
@@ -263,7 +152,7 @@ def same_source(candidates: Sequence[Candidate]) -> list[Pair]:
     answer has the highest reward comes first.
     """
     verified = is_verified(candidates)
-    proposed = [_extremes(group, verified) for group in _by_source(candidates).values()]
+    proposed = [_extremes(group, verified) for group in by_source(candidates).values()]
     return sorted((pair for pair in proposed if pair), key=lambda pair: best_first(pair.chosen))
 
 
@@ -276,13 +165,13 @@ def across_sources(candidates: Sequence[Candidate]) -> list[Pair]:
 def verdict(candidates: Sequence[Candidate]) -> list[Pair]:
     """Propose, for each source, one correct against one incorrect answer; rewards play no part.
 
-    For data that only a verifier has scored. The source that is right most often comes first (see the rules of this
-    module), with the right answer that it gave most often; which incorrect answer, the order of ties decides. A source
-    that is always right has no pair; :func:`~fusion_plugins.core.preferences.split.split_prompts` sends its prompts to
-    SFT.
+    For data that only a verifier has scored. The source that is right most often comes first (see
+    :mod:`~fusion_plugins.core.preferences.choosing`), with the right answer that it gave most often; which incorrect
+    answer, the order of ties decides. A source that is always right has no pair;
+    :func:`~fusion_plugins.core.preferences.split.split_prompts` sends its prompts to SFT.
     """
     proposed = []
-    for group in _by_source(candidates).values():
+    for group in by_source(candidates).values():
         correct = [candidate for candidate in group if candidate.correct is True]
         incorrect = [candidate for candidate in group if candidate.correct is False]
         if correct and incorrect:
@@ -309,42 +198,6 @@ def own_answers(candidates: Sequence[Candidate], *, own_source: str | None = Non
     return [pair] if pair else []
 
 
-def highest_reward(candidates: Sequence[Candidate]) -> Candidate | None:
-    """Return the candidate with the highest reward (verified: among the correct ones).
-
-    Where only one candidate qualifies it needs no reward: that is the published treatment of Chinese prompts.
-    """
-    pool = _acceptable(candidates)
-    if len(pool) == 1:
-        return pool[0]
-    rewarded = [candidate for candidate in pool if candidate.reward is not None]
-    return min(rewarded, key=best_first, default=None)
-
-
-def any_correct(candidates: Sequence[Candidate]) -> Candidate | None:
-    """Return a correct candidate of the source that is right most often; of an unverified prompt its only candidate.
-
-    See the rules of this module for "most often". Rewards play no part.
-    """
-    pool = _acceptable(candidates)
-    if len(pool) > 1 and not is_verified(candidates):
-        return None
-    return min(pool, key=steadiest_first, default=None)
-
-
-def best_per_source(candidates: Sequence[Candidate], choose: BestRule = highest_reward) -> list[Candidate]:
-    """Return the best candidate of each source to one prompt, ordered by source (FuseSFT); none where none qualifies.
-
-    Where a rule of rewards chooses, sources without a reward are left out beside sources that have one.
-    """
-    if choose(candidates) is None:
-        return []
-    groups = sorted(_by_source(_acceptable(candidates)).items())
-    found = [best for best in (choose(group) for _, group in groups) if best is not None]
-    rewarded = [candidate for candidate in found if candidate.reward is not None]
-    return rewarded if choose is highest_reward and rewarded else found
-
-
 def length_statistics(pairs: Iterable[Pair]) -> dict[tuple[str, str, str], LengthStatistics]:
     """Return (domain, source, "chosen" | "rejected") -> lengths of the responses, in characters.
 
@@ -369,18 +222,6 @@ def _extremes(candidates: Sequence[Candidate], verified: bool) -> Pair | None:
     chosen, rejected = min(better, key=best_first), min(worse, key=worst_first)
     # One candidate is both: it is the only one, or all rewards are equal, so that there is no better answer.
     return None if chosen is rejected else Pair(chosen, rejected, difference(reward_of(chosen), reward_of(rejected)))
-
-
-def _acceptable(candidates: Sequence[Candidate]) -> list[Candidate]:
-    verified = is_verified(candidates)
-    return [candidate for candidate in candidates if candidate.correct is True or not verified]
-
-
-def _by_source(candidates: Sequence[Candidate]) -> dict[str, list[Candidate]]:
-    groups: dict[str, list[Candidate]] = defaultdict(list)
-    for candidate in candidates:
-        groups[candidate.source].append(candidate)
-    return groups
 
 
 def _limits(window: GapWindow, proposals: Iterable[list[Pair]]) -> tuple[float | None, float | None]:
@@ -421,15 +262,7 @@ def _why_no_pair(candidates: Sequence[Candidate]) -> str:
     verdicts = [candidate.correct for candidate in candidates]
     if True in verdicts and False not in verdicts:
         return "none_incorrect"
-    return _why_no_best(candidates)
-
-
-def _why_no_best(candidates: Sequence[Candidate]) -> str:
-    if not candidates:
-        return "no_usable_response"
-    if not _acceptable(candidates):
-        return "no_verdict" if all(candidate.correct is None for candidate in candidates) else "none_correct"
-    return "no_reward" if all(candidate.reward is None for candidate in candidates) else "rule_found_none"
+    return why_no_best(candidates)
 
 
 #: name -> rule; :mod:`fusion_plugins.plugins` hands these to the plugin manager.
@@ -439,5 +272,3 @@ PAIR_RULES: dict[str, PairRule] = {
     "verdict": verdict,
     "own_answers": own_answers,
 }
-#: name -> rule for the best answer of a prompt.
-BEST_RULES: dict[str, BestRule] = {"reward": highest_reward, "verdict": any_correct}

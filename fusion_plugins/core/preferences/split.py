@@ -70,7 +70,7 @@ def split_prompts(best: Mapping[str, Candidate | None], pairs: Iterable[Pair], r
     verdicts, all of them right) and there is a best answer: SFT gets such a prompt.
 
     Args:
-        best: what :func:`fusion_plugins.core.preferences.pairs.best_of` returned.
+        best: what :func:`fusion_plugins.core.preferences.best.best_of` returned.
         pairs: what :func:`fusion_plugins.core.preferences.pairs.build_pairs` returned for the same candidates.
         rule: shares and exceptions; the published ones by default.
 

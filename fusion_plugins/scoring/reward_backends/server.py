@@ -14,13 +14,9 @@ from fusion_plugins.errors import ScoringError
 from fusion_plugins.scoring.reward_backends.base import Encoded, RewardSettings, chosen_output
 from fusion_plugins.sources.backends.base import Refusal
 from fusion_plugins.sources.backends.completions import quoted
+from fusion_plugins.sources.backends.connections import ConnectionOptions, answers_in_flight, open_pool
 from fusion_plugins.sources.backends.http import HttpClient, NoAnswer
-from fusion_plugins.sources.backends.openai_server import (
-    DESCRIBE_SECONDS,
-    ConnectionOptions,
-    answers_in_flight,
-    open_pool,
-)
+from fusion_plugins.sources.backends.openai_server import DESCRIBE_SECONDS
 from fusion_plugins.sources.backends.servers import Refused, Trouble
 
 

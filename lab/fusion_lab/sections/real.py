@@ -12,10 +12,19 @@ from fusion_lab.world import Lab
 QUESTION = "f_real_source"
 #: name of a run -> the factors that tell it from the others
 RUNS = {
-    "fusion, lambda 0.9": {"method": "fusion", "sources": "smollm2", "lm_loss_weight": 0.9},
-    "fusion, lambda 0.5": {"method": "fusion", "sources": "smollm2", "lm_loss_weight": 0.5},
-    "fusion, lambda 0.1": {"method": "fusion", "sources": "smollm2", "lm_loss_weight": 0.1},
-    "the target's own distributions, lambda 0.5": {"method": "fusion", "sources": "own", "lm_loss_weight": 0.5},
+    f"{name}lambda {weight:g}{told}": {
+        "method": "fusion",
+        "sources": source,
+        "lm_loss_weight": weight,
+        "fallback": fallback,
+    }
+    for name, source, weight, fallback, told in (
+        ("fusion, ", "smollm2", 0.9, "mask", ""),
+        ("fusion, ", "smollm2", 0.5, "mask", ""),
+        ("fusion, ", "smollm2", 0.5, "next_label", ", next_label"),
+        ("fusion, ", "smollm2", 0.1, "mask", ""),
+        ("the target's own distributions, ", "own", 0.5, "mask", ""),
+    )
 }
 
 
@@ -42,12 +51,12 @@ def _gain(here: pandas.DataFrame, name: str) -> Mean:
 
 
 def _sentence(best: pandas.DataFrame) -> str:
-    told = [
-        f"{signed(_gain(here, 'fusion, lambda 0.5'))} at {amount}"
-        for amount in AMOUNTS
-        if len(here := best[best["amount"] == amount])
-    ]
+    by_amount = {amount: here for amount in AMOUNTS if len(here := best[best["amount"] == amount])}
+    mask, label = (
+        "; ".join(f"{signed(_gain(here, name))} at {amount}" for amount, here in by_amount.items())
+        for name in ("fusion, lambda 0.5", "fusion, lambda 0.5, next_label")
+    )
     return (
-        f"Held-out documentation, fusion at lambda 0.5 with SmolLM2-135M as the only source minus training without it, "
-        f"in bits per byte: {'; '.join(told)}.\n"
+        "Held-out documentation, fusion at lambda 0.5 with SmolLM2-135M as the only source minus training without it, "
+        f"in bits per byte: with `fallback: mask` {mask}; with `next_label` {label}.\n"
     )

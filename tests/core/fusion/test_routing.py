@@ -10,15 +10,8 @@ from records import record_of
 from fusion_plugins.core.fusion.fuse import RULES
 from fusion_plugins.core.fusion.pipeline import FusionPlan, FusionSource, fuse_texts
 from fusion_plugins.core.fusion.project import Projector
-from fusion_plugins.core.fusion.routing import (
-    LABEL,
-    NOTHING,
-    SEVERAL,
-    Route,
-    fuse_routed,
-    routed_plan,
-    taught_positions,
-)
+from fusion_plugins.core.fusion.routing import Route, fuse_routed, routed_plan, taught_positions
+from fusion_plugins.core.fusion.teachers import LABEL, NOTHING, SEVERAL
 from fusion_plugins.core.fusion.vocabulary_map import identity_map
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from fusion_plugins.core.preferences.best import best_of
 from fusion_plugins.core.preferences.candidates import Candidate, Evidence, as_candidate, clean, is_verified, tie_order
-from fusion_plugins.core.preferences.pairs import best_of, build_pairs
+from fusion_plugins.core.preferences.pairs import build_pairs
 from fusion_plugins.errors import DataError
 
 ROW = {"prompt_id": "p", "source": "a", "prompt": "Why?", "response": "So."}

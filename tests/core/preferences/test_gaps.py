@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from fusion_plugins.core.preferences.candidates import Candidate, as_candidate
-from fusion_plugins.core.preferences.gaps import check_gap_window, propose_window, reward_scales
-from fusion_plugins.core.preferences.pairs import GapWindow
+from fusion_plugins.core.preferences.gaps import GapWindow, check_gap_window, propose_window, reward_scales
 from fusion_plugins.errors import ConfigError
 
 OWN = (GapWindow(0.5, 4.0), GapWindow(0.2, 0.9, unit="quantile"), GapWindow(None, None), GapWindow(0.01, None))

@@ -7,18 +7,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fusion_plugins.core.preferences.best import BEST_RULES, best_of, best_per_source, best_with_report
 from fusion_plugins.core.preferences.candidates import Candidate, Pair, tie_order
-from fusion_plugins.core.preferences.pairs import (
-    BEST_RULES,
-    PAIR_RULES,
-    GapWindow,
-    best_of,
-    best_per_source,
-    best_with_report,
-    build_pairs,
-    length_statistics,
-    pairs_with_report,
-)
+from fusion_plugins.core.preferences.gaps import GapWindow
+from fusion_plugins.core.preferences.pairs import PAIR_RULES, build_pairs, length_statistics, pairs_with_report
 from fusion_plugins.errors import ConfigError
 
 ANY_GAP = GapWindow(None, None)

@@ -2,8 +2,9 @@
 
 import pytest
 
+from fusion_plugins.core.preferences.best import best_of
 from fusion_plugins.core.preferences.candidates import Candidate, Pair
-from fusion_plugins.core.preferences.pairs import best_of, build_pairs
+from fusion_plugins.core.preferences.pairs import build_pairs
 from fusion_plugins.core.preferences.split import SplitRule, split_prompts
 from fusion_plugins.errors import ConfigError
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from fusion_plugins.core.preferences.candidates import as_candidate
-from fusion_plugins.core.preferences.worth import FEWEST_PROMPTS, Response, examine_worth, response_of
+from fusion_plugins.core.preferences.worth import examine_worth, response_of
+from fusion_plugins.core.preferences.worth_types import FEWEST_PROMPTS, Response
 from fusion_plugins.errors import DataError
 
 

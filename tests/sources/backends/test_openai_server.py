@@ -24,8 +24,10 @@ from source_checks import server_config as config
 from fusion_plugins.config import validate
 from fusion_plugins.errors import ConfigError, MismatchError, SourceError
 from fusion_plugins.scoring.judge import CUT, UNREADABLE, JudgeScorer
-from fusion_plugins.sources.capture import CaptureConfig, capture_texts
-from fusion_plugins.sources.sample import SampleConfig, sample_prompts
+from fusion_plugins.sources.capture import capture_texts
+from fusion_plugins.sources.capture_config import CaptureConfig
+from fusion_plugins.sources.sample import sample_prompts
+from fusion_plugins.sources.sample_config import SampleConfig
 from fusion_plugins.store import open_rows
 
 TROUBLES = ("overloaded", "broken", "half", "unfinished", "empty", "no_json", "dropped", "aborted", "failed")

@@ -6,7 +6,7 @@ from fake_server import running
 from source_checks import server_config as config
 
 from fusion_plugins.errors import SourceError
-from fusion_plugins.sources.estimate import estimate_samples
+from fusion_plugins.sources.sample_estimate import estimate_samples
 
 
 def test_a_dry_run_asks_prompts_of_all_domains_at_the_width_of_the_run(tmp_path):

@@ -11,7 +11,8 @@ from fusion_plugins.inputs import Unusable, open_prompts
 from fusion_plugins.progress import meter
 from fusion_plugins.sources.backends.base import Refusal, Response, SampleRequest, Source, open_source
 from fusion_plugins.sources.parts import chosen
-from fusion_plugins.sources.sample import Draw, SampleConfig, SampledSource, planned_draws
+from fusion_plugins.sources.sample import Draw, planned_draws
+from fusion_plugins.sources.sample_config import SampleConfig, SampledSource
 
 #: responses of the first round, and their longest length in tokens, so that it ends soon even where a source is slow;
 #: further rounds have longer responses until none is cut, then four times as many
@@ -43,7 +44,7 @@ def estimate_samples(config: SampleConfig) -> dict[str, dict[str, float]]:
         SourceError: a source cannot be opened, or answers none of the prompts.
     """
     unusable: Unusable | None = None if config.on_unusable == "raise" else {}
-    prompts = open_prompts(config.prompts, unusable=unusable)
+    prompts = open_prompts(config.prompts, unusable=unusable, keep=config.keep_columns)
     estimates = {}
     for settings in config.chosen_sources:
 
