@@ -200,6 +200,11 @@ class ShardWriter(Generic[T, M]):
             return key in self._buffered or key in self._keys
 
     @property
+    def index(self) -> KeySet:
+        """Keys of the items on the disk. A number may be kept with each, until items are dropped; add no others."""
+        return self._keys
+
+    @property
     def done(self) -> DoneKeys:
         """Keys of the items that are on the disk."""
         return DoneKeys(self._is_done, self.keys, lambda: len(self._keys))
