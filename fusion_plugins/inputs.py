@@ -9,14 +9,22 @@ takes little memory.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from fusion_plugins.errors import DataError
-from fusion_plugins.response_texts import ANSWER_COLUMNS, answers_as_texts, is_response_folder, response_rows
+from fusion_plugins.errors import ConfigError, DataError
+from fusion_plugins.response_texts import (
+    ANSWER_COLUMNS,
+    EMPTY,
+    answers_as_texts,
+    is_response_folder,
+    require_responses,
+    response_rows,
+)
 from fusion_plugins.row_files import Row, readable_rows, row_files
 from fusion_plugins.text_index import TextIndex
 from fusion_plugins.texts import COLUMNS, Prompt, Text, as_prompt, as_text, prompt_digest
@@ -62,6 +70,8 @@ class InputSet(Generic[Item]):
             responses are scored by.
         n_bytes: bytes of all texts, see :attr:`Text.n_bytes`.
         has_chats: whether one of them is a chat.
+        left_out: how many responses have no text of their own, see
+            :func:`~fusion_plugins.response_texts.answers_as_texts`.
 
     Args:
         path: as for :func:`read_texts`.
@@ -71,7 +81,8 @@ class InputSet(Generic[Item]):
         selection: which rows are read.
 
     Raises:
-        DataError: as for :func:`read_texts`; while iterating: a file has changed since.
+        DataError: as for :func:`read_texts`; or a folder has no responses, or all of them say nothing; while
+            iterating: a file has changed since.
         ConfigError: no row has a column that the selection names.
     """
 
@@ -84,6 +95,7 @@ class InputSet(Generic[Item]):
         selection: Selection = EVERYTHING,
     ) -> None:
         self._path, self._make, self._pair, self._selection = path, make, pair, selection
+        require_responses([path] if isinstance(path, str | Path) else path)
         self._stamps = {file: _stamp(file) for file in row_files(path)}
         # A dict of all ids and their places would be larger than all the rest. Only ids that turn out to appear twice,
         # or that rows which cannot be used have, are looked for by place, in a second pass.
@@ -93,11 +105,17 @@ class InputSet(Generic[Item]):
             if unusable is not None:
                 unusable.clear()
             self._check(unusable)
+        if not self._count and (silent := self.left_out[EMPTY]):
+            raise DataError(
+                f"{path}: expected responses that say something, got {silent} that say nothing. Sample them again, for "
+                "example with a larger max_tokens, or choose others."
+            )
 
     def _check(self, unusable: Unusable | None) -> frozenset[str]:
         """Read all rows, and return the ids that appear twice."""
         index, self._count, self.n_bytes, self.has_chats = TextIndex(), 0, 0, False
-        for item in self._read(unusable):
+        self.left_out = Counter[str]()
+        for item in self._read(unusable, self.left_out):
             text, digest = self._pair(item)
             index.add(text.id, digest)
             self._count += 1
@@ -112,11 +130,11 @@ class InputSet(Generic[Item]):
     def __iter__(self) -> Iterator[Item]:
         return self._read({})
 
-    def _read(self, unusable: Unusable | None) -> Iterator[Item]:
-        return _items(self._open(), unusable, self._make, self._watched)
+    def _read(self, unusable: Unusable | None, left_out: Counter[str] | None = None) -> Iterator[Item]:
+        return _items(self._open(left_out), unusable, self._make, self._watched)
 
-    def _open(self) -> Iterator[tuple[str, Row | DataError]]:
-        for number, row in enumerate(_rows(self._path, self._selection)):
+    def _open(self, left_out: Counter[str] | None) -> Iterator[tuple[str, Row | DataError]]:
+        for number, row in enumerate(_rows(self._path, self._selection, left_out)):
             if number % ROWS_BETWEEN_LOOKS == 0:
                 self._require_unchanged()
             yield row
@@ -157,13 +175,37 @@ def open_texts(
     return InputSet(path, make, lambda text: (text, text.digest), unusable, selection)
 
 
-def open_prompts(path: str | Path | Sequence[str | Path], *, unusable: Unusable | None = None) -> InputSet[Prompt]:
+def open_prompts(
+    path: str | Path | Sequence[str | Path], *, unusable: Unusable | None = None, keep: Sequence[str] = ()
+) -> InputSet[Prompt]:
     """Check prompts as :func:`read_prompts` does, and return them as a set that is read anew by every iteration.
+
+    Args:
+        path: as for :func:`read_texts`.
+        unusable: as for :func:`read_texts`.
+        keep: names of other columns that the prompts have in :attr:`Prompt.kept`.
 
     Raises:
         DataError: as for :func:`read_prompts`.
+        ConfigError: no row has a value in one of the columns to keep.
     """
-    return InputSet(path, as_prompt, lambda prompt: (prompt.text, prompt_digest(prompt)), unusable)
+    missing = set(keep)
+
+    def make(where: str, row: Row, text: Text) -> Prompt:
+        prompt = as_prompt(where, row, text, keep)
+        missing.difference_update(prompt.kept)
+        return prompt
+
+    def pair(prompt: Prompt) -> tuple[Text, str]:
+        return prompt.text, prompt_digest(prompt)
+
+    prompts = InputSet(path, make, pair, unusable, Selection(columns=tuple(keep)))
+    if missing and len(prompts):
+        raise ConfigError(
+            f"keep_columns: expected columns of {path}, got {', '.join(sorted(missing))}, in which no row has a value. "
+            "Correct the name, or add the column."
+        )
+    return prompts
 
 
 def read_texts(
@@ -207,11 +249,11 @@ def prompt_rows(path: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, 
 
 
 def _rows(
-    path: str | Path | Sequence[str | Path], selection: Selection = EVERYTHING
+    path: str | Path | Sequence[str | Path], selection: Selection = EVERYTHING, left_out: Counter[str] | None = None
 ) -> Iterator[tuple[str, Row | DataError]]:
     """Yield place and content of the selected rows of files, folders of files and folders of responses."""
     rows = _plain_rows(path, selection.read)
-    yield from answers_as_texts(_selected(rows, selection.where, str(path)) if selection.where else rows)
+    yield from answers_as_texts(_selected(rows, selection.where, str(path)) if selection.where else rows, left_out)
 
 
 def _plain_rows(

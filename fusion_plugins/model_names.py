@@ -27,6 +27,13 @@ def missing_folder(name: str) -> str | None:
     return f"there is no folder {name!r}{home}"
 
 
+def is_same_model(name: str | None, other: str) -> bool:
+    """Return whether two names mean one model; two spellings of one folder do."""
+    if name is None or name == other:
+        return name == other
+    return Path(name).is_dir() and Path(other).is_dir() and Path(name).resolve() == Path(other).resolve()
+
+
 def require_model(name: str) -> None:
     """Raise what a library raises for a model that it does not find, before it asks the hub for a name like a path.
 

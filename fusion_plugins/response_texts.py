@@ -9,6 +9,7 @@ of the fact that it was cut (by a length limit, or an interruption), where it wa
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ ANSWER_COLUMNS = (
 )
 #: key of a row of :func:`answers_as_texts` that holds how its last message was sampled
 ANSWER = "fusion_answer"
+#: responses without a text of their own: they say nothing, or what another one says
+EMPTY, REPEATED = "empty", "repeated"
 _NEEDED = ("prompt", "response")
 
 
@@ -66,6 +69,15 @@ def is_response_folder(path: str | Path) -> bool:
     return isinstance(manifest, RowManifest) and manifest.columns.keys() >= set(_NEEDED)
 
 
+def require_responses(paths: Iterable[str | Path]) -> None:
+    """Raise DataError for a folder of responses that has none yet."""
+    for path in paths:
+        if is_response_folder(path) and not RowManifest.load(Path(path)).rows:
+            raise DataError(
+                f"{path}: expected responses, got a folder that has none yet. Sample some, or name another."
+            )
+
+
 def json_columns(path: str | Path) -> tuple[str, ...]:
     """Return which columns of the files of a folder of responses hold JSON text; none for another path."""
     if not is_response_folder(path):
@@ -85,19 +97,28 @@ def response_rows(folder: str | Path) -> Iterator[tuple[str, Row]]:
         yield f"{folder}: {names}", row
 
 
-def answers_as_texts(rows: Iterable[tuple[str, Row | DataError]]) -> Iterator[tuple[str, Row | DataError]]:
-    """Yield rows with ``messages`` in the place of responses; rows of another kind as they are."""
+def answers_as_texts(
+    rows: Iterable[tuple[str, Row | DataError]], left_out: Counter[str] | None = None
+) -> Iterator[tuple[str, Row | DataError]]:
+    """Yield rows with ``messages`` in the place of responses; rows of another kind as they are.
+
+    Args:
+        rows: place and content.
+        left_out: takes how many responses have no text of their own: those that are :data:`EMPTY` or :data:`REPEATED`.
+    """
     seen: set[str] = set()
+    left_out = Counter() if left_out is None else left_out
     for number, (where, row) in enumerate(rows):
         if isinstance(row, DataError) or not is_response(row):
             yield where, row
             continue
         try:
             text = answer_text(row, number)
-        except (DataError, UnicodeEncodeError) as error:
+        except DataError as error:
             yield where, DataError(f"{where}: {error}")
             continue
-        if text.id in seen or text.empty:
+        if text.empty or text.id in seen:
+            left_out[EMPTY if text.empty else REPEATED] += 1
             continue
         seen.add(text.id)
         yield where, row | {"id": text.id, "messages": text.messages, "tools": text.tools, ANSWER: text.answer}
@@ -111,8 +132,7 @@ def answer_text(row: Mapping[str, Any], number: int) -> AnswerText:
         number: its position in the file or table, counted from 0; for the error message.
 
     Raises:
-        DataError: a required value is missing, or a value has the wrong type.
-        UnicodeEncodeError: it holds a lone surrogate.
+        DataError: a required value is missing, a value has the wrong type, or a text holds a lone surrogate.
     """
     candidate = as_candidate(row, number)
     messages, tools = chat_of(candidate)
@@ -120,7 +140,12 @@ def answer_text(row: Mapping[str, Any], number: int) -> AnswerText:
     if isinstance(system, str) and messages[0].get("role") != "system":
         messages = [{"role": "system", "content": system}, *messages]
     finished = not is_cut(row.get("finish_reason"))
-    digest = content_id(messages, tools)
+    try:
+        digest = content_id(messages, tools)
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"expected text that UTF-8 can encode, got a lone surrogate: {error}. Remove it from the response."
+        ) from error
     if not finished:
         digest = hashlib.sha256(json.dumps([digest, "length"]).encode()).hexdigest()
     empty = not (candidate.response.strip() or candidate.extra.get("tool_calls"))
@@ -137,3 +162,14 @@ def is_response(row: Mapping[str, Any]) -> bool:
 def is_table_of_responses(columns: Collection[str]) -> bool:
     """Return whether the rows of a table with these columns are responses."""
     return {"prompt", "response"} <= {*columns} and not {"text", "messages"} & {*columns}
+
+
+def described_responses(left_out: Mapping[str, int]) -> str:
+    """Return a sentence about responses without a text of their own; empty where there are none.
+
+    Example:
+        >>> described_responses({"empty": 2, "repeated": 1})
+        '2 responses say nothing and are no texts; 1 responses repeat another one and are the same text'
+    """
+    said = {EMPTY: "say nothing and are no texts", REPEATED: "repeat another one and are the same text"}
+    return "; ".join(f"{left_out[kind]:,} responses {what}" for kind, what in said.items() if left_out.get(kind))

@@ -8,6 +8,7 @@ read, so nothing in them can be in the way.
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,17 +85,21 @@ class Prompt:
         domain: instruction | math | code | chinese | any name.
         reference: the gold answer, or None.
         tests: what a code scorer runs, or None.
+        kept: other columns that the responses get, as far as the row has them.
     """
 
     text: Text
     domain: str = "instruction"
     reference: str | None = None
     tests: Any = None
+    kept: Row = field(default_factory=dict)
 
 
 def prompt_digest(prompt: Prompt) -> str:
     """Return the sha256 (hex) of all that a prompt's responses and their scores follow from."""
-    parts = [prompt.text.content_id, prompt.domain, prompt.reference, prompt.tests]
+    parts: list[Any] = [prompt.text.content_id, prompt.domain, prompt.reference, prompt.tests]
+    if prompt.kept:
+        parts.append(prompt.kept)
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -147,8 +152,8 @@ def as_text(where: str, row: Row) -> Text:
     return Text(name, content, digest, tools, where, row.get(ANSWER), domain=about)
 
 
-def as_prompt(where: str, row: Row, text: Text) -> Prompt:
-    """Return the prompt of a row, of which :func:`as_text` has made a text.
+def as_prompt(where: str, row: Row, text: Text, keep: Sequence[str] = ()) -> Prompt:
+    """Return the prompt of a row, of which :func:`as_text` has made a text, with some other columns.
 
     Raises:
         DataError: the chat ends with a message of the assistant; or JSON and UTF-8 cannot write the other columns.
@@ -164,13 +169,14 @@ def as_prompt(where: str, row: Row, text: Text) -> Prompt:
         domain=str(_given(row, "domain") or "instruction"),
         reference=None if reference is None else str(reference),
         tests=_given(row, "tests"),
+        kept={name: value for name in keep if (value := _given(row, name)) is not None},
     )
     try:
-        json.dumps([prompt.domain, prompt.reference, prompt.tests], ensure_ascii=False).encode()
+        json.dumps([prompt.domain, prompt.reference, prompt.tests, prompt.kept], ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise DataError(
-            f"{where}: expected a domain, a reference and tests that JSON and UTF-8 can write, got others: {error}. "
-            "Correct the row."
+            f"{where}: expected a domain, a reference, tests and columns to keep that JSON and UTF-8 can write, got "
+            f"others: {error}. Correct the row."
         ) from error
     return prompt
 

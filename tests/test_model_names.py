@@ -3,7 +3,7 @@
 import pytest
 
 from fusion_plugins.errors import FusionError
-from fusion_plugins.model_names import missing_folder
+from fusion_plugins.model_names import is_same_model, missing_folder
 from fusion_plugins.sources.backends.base import SourceSettings
 from fusion_plugins.sources.loading import load_config, load_tokenizer
 
@@ -25,3 +25,15 @@ def test_folders_that_are_there_and_names_of_the_hub_pass_and_a_file_does_not(tm
     assert missing_folder("Qwen/Qwen2.5-0.5B") is None
     (tmp_path / "model.gguf").write_bytes(b"x")
     assert "got the file" in missing_folder(str(tmp_path / "model.gguf"))
+
+
+def test_two_spellings_of_one_folder_are_one_model_and_two_folders_are_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("model")
+    for name in ("model", "./model", "other/../model", "link", str(tmp_path / "model")):
+        assert is_same_model(name, "model")
+    for name in ("other", "org/model", None):
+        assert not is_same_model(name, "model")
+    assert is_same_model("org/model", "org/model")

@@ -184,6 +184,11 @@ class FusionBlock(BlockSettings):
         for source in self.sources:
             yield from source.problems()
         yield from self._problems_of_weights()
+        if self.on_no_source == "lm_loss" and self.lm_loss_weight == 0 and self.lm_loss_schedule == "constant":
+            yield (
+                "on_no_source: lm_loss trains on texts without a source with the language-model loss, and "
+                "lm_loss_weight is 0: they would teach nothing; give it a weight, or set on_no_source: skip"
+            )
         if self.reference is not None:
             yield from (f"reference: {problem}" for problem in self.reference.problems())
         divided_by = self.split.pairs if self.split is not None else None

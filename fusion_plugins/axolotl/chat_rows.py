@@ -112,9 +112,12 @@ class RowReader:
             )
         return Content(identity, None, chat, tools)
 
+    def value(self, column: str, value: Any) -> Any:
+        """Return what a row holds in a column; that of a folder of responses may be JSON."""
+        return json.loads(value) if column in self.json_columns and value is not None else value
+
     def _answer(self, row: Row) -> Content:
-        read = {name: json.loads(row[name]) for name in self.json_columns if row.get(name) is not None}
-        found = answer_text({**row, **read}, 0)
+        found = answer_text({name: self.value(name, value) for name, value in row.items()}, 0)
         return Content(found.id, None, found.messages, found.tools, found.answer, found.empty)
 
     def _mapped(self, messages: Any) -> list[dict[str, Any]]:

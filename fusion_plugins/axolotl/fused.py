@@ -12,7 +12,7 @@ and either the columns of :mod:`fusion_plugins.axolotl.collator`, with distribut
 import copy
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -163,7 +163,7 @@ class FusedStrategy(DatasetWrappingStrategy):
         if not where:
             return dataset, range(len(dataset))
         require_columns(where, dataset.column_names, self._path)
-        columns = {name: dataset[name][:] for name in columns_of(where)}
+        columns = self._columns(dataset, columns_of(where))
         kept = np.flatnonzero(selected(where, columns, len(dataset)))
         if not kept.size:
             raise DataError(
@@ -171,6 +171,9 @@ class FusedStrategy(DatasetWrappingStrategy):
             )
         LOG.info(f"fusion: {len(kept)} of {len(dataset)} rows of {self._path} meet fusion.where")
         return dataset.select(kept), kept.tolist()
+
+    def _columns(self, dataset: Any, names: Iterable[str]) -> dict[str, list[Any]]:
+        return {name: [self._reader.value(name, value) for value in dataset[name][:]] for name in names}
 
     def _readable(self, dataset: Any, places: Sequence[int]) -> tuple[Any, list[Unusable], Counter[str]]:
         """Return the rows that hold a text or a chat, with ids and names, those that do not, and counts of answers."""
@@ -221,7 +224,7 @@ class FusedStrategy(DatasetWrappingStrategy):
 
     def _routed(self, dataset: Any, stores: list[Store]) -> tuple[Any, Routes]:
         """Return the rows that are used, with the numbers of their routes, and the routes."""
-        columns = {name: dataset[name][:] for name in columns_needed(self._block, dataset.column_names)}
+        columns = self._columns(dataset, columns_needed(self._block, dataset.column_names))
         answers = is_table_of_responses(dataset.column_names)
         table = Table(self._path, dataset[ID][:], dataset[NAME][:], columns, answers)
         routes = make_routes(table, self._block, stores, self._base_model)

@@ -30,6 +30,7 @@ from fusion_plugins.axolotl.text_rows import TextFuser, pack_text
 from fusion_plugins.core.fusion.routing import Route
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError, DataError, MismatchError, TokenizerError
+from fusion_plugins.model_names import is_same_model
 
 #: columns that only the preparation sees
 COUNTERS, REASON, NAME, ID = "fusion_counters", "fusion_reason", "fusion_name", "fusion_id"
@@ -47,6 +48,10 @@ class FusedReader:
         """Return the id and the text or chat of a row."""
         return self._rows.content(row)
 
+    def value(self, column: str, value: Any) -> Any:
+        """Return what a row holds in a column."""
+        return self._rows.value(column, value)
+
     def encoded(self, row: Row) -> EncodedText:
         """Return the text or chat of a row as the target reads it.
 
@@ -60,7 +65,7 @@ class FusedReader:
                 tools=content.tools,
                 supervision=self._supervision,
                 answer=content.answer,
-                own=content.answer is not None and content.answer.model == self._base_model,
+                own=content.answer is not None and is_same_model(content.answer.model, self._base_model),
             )
         except TokenizerError as error:
             raise DataError(str(error)) from error

@@ -5,7 +5,6 @@ Everything is decided here, before anything is fused, for all rows of a dataset 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from fusion_plugins.axolotl.preference_rows import Unusable
 from fusion_plugins.core.arrays import BoolArray
 from fusion_plugins.core.fusion.routing import Route
 from fusion_plugins.errors import ConfigError, MismatchError
+from fusion_plugins.model_names import is_same_model
 from fusion_plugins.plugins import get_registry, lookup
 from fusion_plugins.store import Store
 from fusion_plugins.where import require_columns, selected, value_of
@@ -243,15 +243,8 @@ def _own_answers(table: Table, block: FusionBlock, base_model: str) -> BoolArray
     if "source" in table.columns:
         own |= np.array([source in names for source in table.columns["source"]], np.bool_)
     if "model" in table.columns:
-        same = {model: _is_model(model, base_model) for model in set(table.columns["model"])}
+        same = {model: is_same_model(model, base_model) for model in set(table.columns["model"])}
         own |= np.array([same[model] for model in table.columns["model"]], np.bool_)
     if "is_target" in table.columns:
         own |= np.array([value is True for value in table.columns["is_target"]], np.bool_)
     return own
-
-
-def _is_model(name: str | None, base_model: str) -> bool:
-    """Whether two names mean one model; two spellings of one folder do."""
-    if name is None or name == base_model:
-        return name == base_model
-    return Path(name).is_dir() and Path(base_model).is_dir() and Path(name).resolve() == Path(base_model).resolve()

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion_plugins.chain.round_settings import FUSED, RoundsConfig
+from fusion_plugins.axolotl.args import FusionBlock
+from fusion_plugins.chain.round_settings import FUSED, PLUGIN, RoundsConfig
 from fusion_plugins.config import Settings, load_config, validate
 from fusion_plugins.errors import ConfigError
+from fusion_plugins.plugins import get_registry
 from fusion_plugins.scoring.score import ScoreConfig
 from fusion_plugins.sources.capture_config import CaptureConfig
 from fusion_plugins.sources.sample_config import SampleConfig, SampledSource
@@ -106,8 +108,39 @@ def load_rounds(path: str | Path, flags: Mapping[str, Any], assignments: list[st
         )
     rounds = Rounds(Path(path), config, train)
     for number in (1, 2):  # the first and any other one
-        configurations(rounds, number)
+        made = configurations(rounds, number)
+    _check_training(made["train.yml"], str(file))
     return rounds
+
+
+def _check_training(train: Mapping[str, Any], where: str) -> None:
+    """Check what a training would refuse, hours of sampling and of capturing later.
+
+    Names that are not known here may be registered where the training runs.
+
+    Raises:
+        ConfigError: the plugin is missing, a dataset is of another type, a setting of the block is wrong, or a rule
+            would choose between sources on the target's own answers.
+    """
+    from fusion_plugins.axolotl.fusion_losses import problems_of_fusion_loss  # loads torch
+
+    block = validate(FusionBlock, dict(train["fusion"]), where=f"{where}: fusion")
+    problems = list(problems_of_fusion_loss(block))
+    if PLUGIN not in (train.get("plugins") or []):
+        problems.append(f"plugins: expected {PLUGIN} among them, got {train.get('plugins')!r:.80}")
+    if others := sorted({str(entry.get("type")) for entry in train["datasets"]} - {FUSED}):
+        problems.append(f"datasets: expected the type {FUSED} alone, got {', '.join(others)} too, which fuses nothing")
+    everywhere = [source.name for source in block.sources if not source.conditions]
+    by_cross_entropy = getattr(get_registry("fusion_rules").get(block.rule), "by_cross_entropy", False)
+    # Which domains there are is not known yet.
+    if not problems and len(everywhere) > 1 and by_cross_entropy and not block.rule_by_domain:
+        problems.append(
+            f"fusion.rule: {block.rule} cannot choose between {', '.join(everywhere)} on the target's own answers: the "
+            "source that finds such an answer most likely is the one that shares the target's mistakes. Give each "
+            "domain one source (domains in fusion.sources), or set rule: fixed_weights"
+        )
+    if problems:
+        raise ConfigError(f"{where}: {'; '.join(problems)}")
 
 
 class _AnyKeys(Settings):

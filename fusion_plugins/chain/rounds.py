@@ -83,7 +83,9 @@ def _steps(rounds: Rounds) -> Iterator[Step]:
                 writes=[rounds.place(number, "scored")],
                 **_of_step(config.score),
             )
-        groups = {source["name"]: source for source in config.sources} | {rounds.own_name: config.target_capture}
+        groups = {source["name"]: source for source in config.sources}
+        if rounds.captures_target:
+            groups[rounds.own_name] = config.target_capture
         captures = [file for file in configs if file.startswith("capture-")]
         for file in captures:
             source = file.removeprefix("capture-").removesuffix(".yml")
@@ -150,7 +152,8 @@ def _write_prompts(rounds: Rounds, count: int) -> None:
     """Give every round the next prompts of the file; after the last one the first comes again."""
     paths = _listed(rounds.config.sample.get("prompts"))
     unusable: Unusable | None = {} if rounds.config.sample.get("on_unusable") == "skip" else None
-    prompts = open_prompts([path if is_hub(path) else str(rounds.folder / path) for path in paths], unusable=unusable)
+    files = [path if is_hub(path) else str(rounds.folder / path) for path in paths]
+    prompts = open_prompts(files, unusable=unusable, keep=rounds.config.sample.get("keep_columns", ()))
     # The step that samples never sees these.
     for name, reason in islice((unusable or {}).items(), MOST_NAMED):
         say(f"left out of all rounds: {name}: {reason}", stderr=True)
@@ -168,7 +171,7 @@ def _write_prompts(rounds: Rounds, count: int) -> None:
         for prompt in chosen:
             text = prompt.text
             content = {"text": text.content} if isinstance(text.content, str) else {"messages": text.content}
-            extra = {"tools": text.tools, "reference": prompt.reference, "tests": prompt.tests}
+            extra = {"tools": text.tools, "reference": prompt.reference, "tests": prompt.tests, **prompt.kept}
             given = {key: value for key, value in extra.items() if value is not None}
             rows.append(json.dumps({"id": text.id, **content, "domain": prompt.domain, **given}, ensure_ascii=False))
         write_atomic(rounds.out / rounds.name(number) / "prompts.jsonl", "".join(f"{row}\n" for row in rows))

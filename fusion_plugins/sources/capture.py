@@ -7,7 +7,7 @@ is compressed and written, in threads. Texts are read anew for every step: a run
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class CaptureReport:
         tokens: tokens captured by this run.
         seconds: time of the capture, without loading the model.
         answers: how the answers among them became tokens.
+        without_text: how many responses say nothing (``empty``), or what another one says (``repeated``).
     """
 
     out: Path
@@ -66,6 +67,7 @@ class CaptureReport:
     tokens: int
     seconds: float
     answers: AnswerCounts = AnswerCounts()
+    without_text: Mapping[str, int] = field(default_factory=dict)
 
 
 def capture_texts(config: CaptureConfig) -> CaptureReport:
@@ -93,7 +95,9 @@ def capture_texts(config: CaptureConfig) -> CaptureReport:
                 store.finish()
     skipped = {**(unusable or {}), **skipped}
     return CaptureReport(
-        out, captured, present, skipped, opened.changes, progress.tokens, progress.seconds, opened.tokenize.answers
+        *(out, captured, present, skipped, opened.changes, progress.tokens, progress.seconds),
+        answers=opened.tokenize.answers,
+        without_text=dict(texts.left_out),
     )
 
 

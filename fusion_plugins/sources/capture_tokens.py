@@ -9,6 +9,7 @@ from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import chat_renderer, tokenize_chat, tokenize_many
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import DataError, TokenizerError
+from fusion_plugins.model_names import is_same_model
 from fusion_plugins.sources.asked import Asked
 from fusion_plugins.sources.capture_config import CaptureConfig
 from fusion_plugins.texts import Text
@@ -56,7 +57,7 @@ class CaptureTokenizer:
         chat = generated_spans(chat_renderer(self._tokenizer, text.tools, self._config.chat_template_kwargs), messages)
         if text.answer is None:
             return tokenize_chat(self._tokenizer, self._table, last_turns(chat, text.turns)), None
-        own = text.answer.model == self._config.model
+        own = is_same_model(text.answer.model, self._config.model)
         tokens, _, how = tokenize_answer(self._tokenizer, self._table, chat, text.answer, own=own)
         return tokens, how
 

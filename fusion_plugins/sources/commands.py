@@ -32,6 +32,7 @@ def capture(
     For example: `fusion capture --model mosaicml/mpt-7b --texts corpus.jsonl --out stores/mpt`. `fusion keys capture`
     lists the keys of the file.
     """
+    from fusion_plugins.response_texts import described_responses
     from fusion_plugins.sources.capture import capture_texts
     from fusion_plugins.sources.capture_config import CaptureConfig
     from fusion_plugins.sources.capture_estimate import estimate_capture
@@ -58,6 +59,8 @@ def capture(
     )
     if report.text_changes:
         messages.print(f"the tokenizer changes texts, which is known: {'; '.join(report.text_changes)}")
+    if responses := described_responses(report.without_text):
+        messages.print(responses)
     if answers := report.answers.described():
         messages.print(answers)
     for text_id, reason in report.skipped.items():

@@ -25,34 +25,14 @@ from fusion_plugins.sources.fingerprints import sampling_fingerprint
 from fusion_plugins.sources.loading import load_tokenizer, split_prompts
 from fusion_plugins.sources.parts import chosen, require_part
 from fusion_plugins.sources.presets import DEFAULT_SAMPLES
-from fusion_plugins.sources.sample_config import SampleConfig, SampledSource
-from fusion_plugins.store import ColumnKind, RowManifest, RowWriter
+from fusion_plugins.sources.sample_config import COLUMNS, SampleConfig, SampledSource
+from fusion_plugins.store import RowManifest, RowWriter
 from fusion_plugins.store.manifest import PART
 from fusion_plugins.texts import Prompt
 
 #: prompts that are tokenized at a time before a source begins, to see whether they fit
 CHECKED_AT_ONCE = 256
 KEY = ("prompt_id", "source", "index", "fingerprint")
-COLUMNS: dict[str, ColumnKind] = {
-    "prompt_id": "string",
-    "source": "string",
-    "index": "int64",
-    "prompt": "json",
-    "response": "string",
-    "domain": "string",
-    "reference": "string",
-    "tests": "json",
-    "finish_reason": "string",
-    "n_tokens": "int64",
-    "n_prompt_tokens": "int64",
-    "system": "string",
-    "token_ids": "int32s",
-    "token_logprobs": "float32s",
-    "tokenizer": "string",
-    "seed": "int64",
-    "model": "string",
-    "fingerprint": "string",
-}
 
 
 @dataclass(frozen=True)
@@ -145,10 +125,10 @@ def sample_prompts(config: SampleConfig) -> SampleReport:
             ``on_unusable: raise``).
     """
     unusable: Unusable | None = None if config.on_unusable == "raise" else {}
-    prompts = open_prompts(config.prompts, unusable=unusable)
+    prompts = open_prompts(config.prompts, unusable=unusable, keep=config.keep_columns)
     manifest = RowManifest(
         stage="responses",
-        columns=COLUMNS,
+        columns=COLUMNS | dict.fromkeys(config.keep_columns, "json"),
         key=KEY,
         facts={"prompts_fingerprint": prompts.fingerprint, "seed": config.seed},
         provenance={"prompts": config.prompts, **({PART: config.shard} if config.shard else {})},
@@ -354,4 +334,5 @@ def _row(draw: Draw, response: Response, settings: SampledSource, fingerprint: s
         "seed": draw.seed if facts.seeded else None,
         "model": settings.model,
         "fingerprint": fingerprint,
+        **prompt.kept,
     }

@@ -3,12 +3,38 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fusion_plugins.config import Settings, with_preset
+from fusion_plugins.core.text.messages import REASONING_KEYS
 from fusion_plugins.sources.backends.base import Sampling, SourceSettings
 from fusion_plugins.sources.parts import Shard
 from fusion_plugins.sources.presets import PRESETS, SAMPLES_PER_PROMPT
+from fusion_plugins.store import ColumnKind
+
+#: of a folder of responses
+COLUMNS: dict[str, ColumnKind] = {
+    "prompt_id": "string",
+    "source": "string",
+    "index": "int64",
+    "prompt": "json",
+    "response": "string",
+    "domain": "string",
+    "reference": "string",
+    "tests": "json",
+    "finish_reason": "string",
+    "n_tokens": "int64",
+    "n_prompt_tokens": "int64",
+    "system": "string",
+    "token_ids": "int32s",
+    "token_logprobs": "float32s",
+    "tokenizer": "string",
+    "seed": "int64",
+    "model": "string",
+    "fingerprint": "string",
+}
+#: columns that mean something else in such a folder, or that scoring adds
+TAKEN = ("id", "text", "messages", "tools", "tool_calls", *REASONING_KEYS, "reward", "correct", "scores", "is_target")
 
 
 class SampledSource(SourceSettings, Sampling):
@@ -50,6 +76,10 @@ class SampleConfig(Settings):
     shard: Shard | None = Field(
         None, description="answer only part i of n of the prompts, such as 2/3; `fusion store merge` joins the parts"
     )
+    keep_columns: list[str] = Field(
+        default_factory=list,
+        description="other columns of the prompts that the responses get too, for `where` and `context` later on",
+    )
     only: list[str] | None = Field(None, description="names of the sources to ask in this run; default: all")
     batch_requests: int = Field(256, ge=1, description="responses that are drawn and committed together")
     on_unusable: Literal["raise", "skip"] = Field(
@@ -57,6 +87,13 @@ class SampleConfig(Settings):
         description="rows that are no prompts, prompts that are too long, or that a source refuses or always fails on: "
         "raise, or skip and report",
     )
+
+    @field_validator("keep_columns")
+    @classmethod
+    def _check_columns(cls, names: list[str]) -> list[str]:
+        if taken := sorted({*names} & {*COLUMNS, *TAKEN}):
+            raise ValueError(f"expected columns of another name, got {', '.join(taken)}, which a response has anyway")
+        return names
 
     @model_validator(mode="after")
     def _check_names(self) -> "SampleConfig":

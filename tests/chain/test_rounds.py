@@ -24,11 +24,13 @@ from fusion_plugins.store import open_store
 
 TRAIN = {
     "base_model": "x",
-    "datasets": [
-        {"path": "y", "type": "fusion_plugins.axolotl.fused"},
-        {"path": "replay.jsonl", "type": "chat_template"},
-    ],
-    "fusion": {"sources": [{"name": "a", "store": "z"}, {"name": "b", "store": "z"}], "loss": "reverse_kl"},
+    "plugins": ["fusion_plugins.axolotl.FusionPlugin"],
+    "datasets": [{"path": "y", "type": "fusion_plugins.axolotl.fused"}],
+    "fusion": {
+        "sources": [{"name": "a", "store": "z"}, {"name": "b", "store": "z"}],
+        "loss": "reverse_kl",
+        "rule": "fixed_weights",
+    },
     "learning_rate": 0.1,
     "output_dir": "w",
 }
@@ -82,11 +84,8 @@ def test_each_round_starts_from_the_checkpoint_of_the_one_before(load, tmp_path)
         "base_model": "made/01/model",
         "output_dir": "made/02/model",
         "dataset_prepared_path": "made/02/prepared",
-        "datasets": [TRAIN["datasets"][0] | {"path": "made/02/responses"}, TRAIN["datasets"][1]],
-        "fusion": {
-            "sources": [{"name": name, "store": f"made/02/stores/{name}"} for name in "ab"],
-            "loss": "reverse_kl",
-        },
+        "datasets": [TRAIN["datasets"][0] | {"path": "made/02/responses"}],
+        "fusion": TRAIN["fusion"] | {"sources": [{"name": name, "store": f"made/02/stores/{name}"} for name in "ab"]},
         "auto_resume_from_checkpoints": True,
         "seed": 42,
     }
@@ -116,7 +115,9 @@ def test_more_rounds_leave_the_first_ones_as_they_are(load, tmp_path):
 def test_scores_and_the_target_itself_take_part_where_they_are_asked_for(load, tmp_path):
     sources = [*TRAIN["fusion"]["sources"], {"name": "own", "store": "z", "is_target": True}]
     target = {"top_k": 3}
-    chain = write_rounds(load({"fusion": {"sources": sources}}, score={"scorers": {"math": {}}}, target_capture=target))
+    chain = write_rounds(
+        load({"fusion": TRAIN["fusion"] | {"sources": sources}}, score={"scorers": {"math": {}}}, target_capture=target)
+    )
     assert [name for name in chain.steps if name.startswith("02")] == [
         *("02-sample", "02-score", "02-capture-a", "02-capture-b", "02-capture-own", "02-train")
     ]
@@ -171,6 +172,14 @@ def test_each_round_takes_the_next_prompts(load, tmp_path):
         write_rounds(load(prompts_per_round=6))
 
 
+def test_the_prompts_of_a_round_have_the_columns_that_its_answers_keep(load, tmp_path):
+    rows = [{"text": f"Say {n}!", "page": {"n": n}} for n in range(4)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rounds(load(prompts_per_round=2, sample=ROUNDS["sample"] | {"keep_columns": ["page"]}))
+    lines = (tmp_path / "made" / "02" / "prompts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["page"] for line in lines] == [{"n": 2}, {"n": 3}]
+
+
 def test_prompts_that_cannot_be_used_are_left_out_of_all_rounds_where_that_is_asked_for(load, tmp_path, capsys):
     load()
     file = tmp_path / "prompts.jsonl"
@@ -206,6 +215,13 @@ def test_prompts_that_cannot_be_used_are_left_out_of_all_rounds_where_that_is_as
         ({}, {"datasets": []}, "expected one dataset of the type"),
         ({}, {"datasets": TRAIN["datasets"] * 2}, "got 2"),
         ({}, {"fusion": {}}, "expected `fusion.sources`"),
+        # What only the training would refuse, when everything has been sampled and captured.
+        ({}, {"fusion": TRAIN["fusion"] | {"los": "jsd"}}, "train.yml: fusion: 1 wrong setting(s): los: unknown key"),
+        ({}, {"fusion": TRAIN["fusion"] | {"rule": "avg_ce"}}, "avg_ce cannot choose between a, b on the target's own"),
+        ({}, {"fusion": TRAIN["fusion"] | {"loss": "advantage", "rule": "min_ce"}}, "shares the target's mistakes"),
+        ({}, {"fusion": TRAIN["fusion"] | {"loss_options": {"beta": 1}}}, "reverse_kl takes no options, got 'beta'"),
+        ({}, {"plugins": None}, "plugins: expected fusion_plugins.axolotl.FusionPlugin among them, got None"),
+        ({}, {"datasets": [*TRAIN["datasets"], {"path": "z", "type": "chat_template"}]}, "got chat_template too"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_written(keys, train, said, load, tmp_path):

@@ -173,6 +173,7 @@ def test_a_text_that_a_store_lacks_costs_the_run_the_row_or_the_source(policy, e
         ([{}], {"rule": "fixed_weights", "rule_options": {"weights": [1]}}, "give each entry of sources a weight"),
         ([{"weight": 2}], {"rule": "fixed_weights", "weights_from": "x"}, "has one already; remove one"),
         ([{}], {"rule_by_domain": {"math": {"rul": "avg_ce"}}}, "rule_by_domain.math.rul: "),
+        ([{}], {"on_no_source": "lm_loss", "lm_loss_weight": 0.0}, "they would teach nothing; give it a weight"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(sources, changes, message):
@@ -248,13 +249,14 @@ RESPONSES = [
 def answers(material, tmp_path_factory):
     """A folder of responses, a store of the maths and code, and one of everything but code."""
     folder = tmp_path_factory.mktemp("answers")
-    columns = COLUMNS | {"correct": "bool"}
+    columns = COLUMNS | {"correct": "bool", "level": "json", "kind": "json"}
     with RowWriter(
         folder / "responses", RowManifest(stage="responses", columns=columns, key=("source", "index"))
     ) as rows:
         for n, (domain, source, correct, finish, response) in enumerate(RESPONSES):
             row = {"prompt_id": f"p{n // 2}", "index": n, "prompt": f"{domain} {n // 2}?", "response": response}
-            rows.write(row | {"domain": domain, "source": source, "correct": correct, "finish_reason": finish})
+            kept = {"level": n, "kind": "hard" if n == 0 else None}
+            rows.write(row | kept | {"domain": domain, "source": source, "correct": correct, "finish_reason": finish})
         rows.finish()
     for name, where in (("digits", {"domain": ["math", "code"]}), ("bytes", {"domain": ["math", "chat"]})):
         from fusion_plugins.sources.capture import capture_texts
@@ -346,7 +348,9 @@ def test_rows_that_refer_to_their_texts_are_taught_alike_and_another_rule_needs_
 def test_own_answers_are_refused_to_min_ce_and_wrong_answers_are_one_line(material, answers, run_folder, capfd):
     with pytest.raises(ConfigError, match="shares the target's mistakes"):
         prepare(fused_config(material, answers, run_folder, routed(answers, where={"domain": "math"})), run_folder)
-    fusion = routed(answers, where={"verdict": "incorrect"}, rule="fixed_weights", digits={"weight": 3.0})
+    # Columns of prompts that the responses keep are JSON in the folder.
+    fusion = {"where": {"verdict": "incorrect", "level": {"max": 1}}, "rule": "fixed_weights"}
+    fusion = routed(answers, digits={"weight": 3.0, "where": {"kind": "hard"}}, **fusion)
     _, rows = prepare(fused_config(material, answers, run_folder, fusion), run_folder)
     assert len(rows) == 1
     fusion = routed(answers, where={"verdict": "incorrect", "domain": "chat"}, rule="fixed_weights")

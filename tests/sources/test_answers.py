@@ -156,6 +156,34 @@ def test_other_tokens_than_the_tokenizers_own_are_kept_and_the_end_is_the_templa
     assert "2 of them (66.7%) have another number of tokens" in found.described()
 
 
+def test_responses_without_a_text_of_their_own_are_counted(model, tmp_path):
+    rows = [{"index": index, "response": text} for index, text in enumerate(["One.", " ", "One.", "", "Two.", "One."])]
+    report = capture_texts(capture_config(model, folder_of(tmp_path / "rows", rows), tmp_path / "store"))
+    assert (report.captured, report.without_text) == (2, {"empty": 2, "repeated": 2})
+
+
+@pytest.mark.parametrize(
+    ("rows", "where", "message"),
+    [
+        ([{"response": " "}, {"index": 1, "response": "\n"}], None, "say something, got 2 that say nothing"),
+        ([{"response": ""}, {"index": 1, "response": "x", "reward": 1.0}], {"index": 0}, "got 1 that say nothing"),
+        ([], None, "expected responses, got a folder that has none yet"),
+        ([], {"domain": "math"}, "expected responses, got a folder that has none yet"),
+    ],
+)
+def test_a_folder_without_a_word_is_refused_before_a_model_is_loaded(rows, where, message, tmp_path):
+    folder = folder_of(tmp_path / "rows", rows)
+    with pytest.raises(DataError, match=message):
+        capture_texts(capture_config("nowhere", folder, tmp_path / "store", where=where))
+
+
+def test_half_a_character_in_a_response_is_told_with_the_cure(tmp_path):
+    row = {"prompt_id": "p", "source": "s", "prompt": "1?", "response": "x\ud83d"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match=r"rows.jsonl:1: expected text that UTF-8 can encode.*Remove it from"):
+        read_texts(tmp_path / "rows.jsonl")
+
+
 def test_only_the_answer_of_a_chat_is_captured_and_the_system_prompt_is_part_of_it(model, tmp_path):
     prompt = [
         {"role": "user", "content": "1?"},
@@ -277,6 +305,29 @@ def test_stored_distributions_are_those_of_the_model_with_the_context(model, tmp
         found = np.full((len(places), expected.shape[1]), -np.inf)
         np.put_along_axis(found, record.topk.ids[places].astype(np.int64), record.topk.logprobs[places], axis=-1)
         np.testing.assert_allclose(found, expected[places], rtol=3e-3, atol=2e-3)
+
+
+def test_columns_that_the_responses_keep_are_there_for_conditions_and_contexts(model, tmp_path):
+    rows = [{"id": f"p{n}", "text": f"{n}?", "language": "de" if n else "fr", "page": {"n": n}} for n in range(3)]
+    prompts = write_rows(tmp_path / "prompts.jsonl", [*rows, {"id": "bare", "text": "?"}])
+    source = {"name": "a", "model": str(model), "max_tokens": 4}
+    settings = {"n": 1, "sources": [source], "keep_columns": ["language", "page"]}
+    sample_prompts(sample_config({}, prompts, tmp_path / "out", **settings))
+    kept = {row["prompt_id"]: (row["language"], row["page"]) for row in open_rows(tmp_path / "out")}
+    assert kept == {"p0": ("fr", {"n": 0}), "p1": ("de", {"n": 1}), "p2": ("de", {"n": 2}), "bare": (None, None)}
+    capture = {"where": {"language": "de"}, "context": {"question": "{{ page }} {{ question }}"}}
+    capture_texts(capture_config(model, tmp_path / "out", tmp_path / "store", **capture))
+    store = open_store(tmp_path / "store")
+    raw = {b"".join(store.table.tokens[token] for token in record.text.input_ids) for record in store}
+    assert {one.split(b"user\n")[1].split(b"<|im_end|>")[0] for one in raw} == {b'{"n": 1} 1?', b'{"n": 2} 2?'}
+    # Other values, and columns that nothing has, are told before a model is loaded.
+    write_rows(prompts, [row | {"language": "en"} for row in rows])
+    with pytest.raises(MismatchError, match="prompts_fingerprint"):
+        sample_prompts(sample_config({}, prompts, tmp_path / "out", **settings))
+    with pytest.raises(ConfigError, match="keep_columns: expected columns of .*got langauge, in which no row"):
+        sample_prompts(sample_config({}, prompts, tmp_path / "new", **settings | {"keep_columns": ["langauge"]}))
+    with pytest.raises(ValueError, match="got reward, which a response has anyway"):
+        sample_config({}, prompts, tmp_path / "new", **settings | {"keep_columns": ["reward"]})
 
 
 def test_another_context_or_other_values_of_its_columns_are_another_store(model, tmp_path):
