@@ -16,90 +16,88 @@ space, of which only the tokens that go on with the space say something of the a
 
 The text that goes on with these tokens decides, as at any other position (:mod:`fusion_plugins.core.fusion.project`).
 So each such position is projected as a text of its own, in which both prefixes are part of the answer, by the same
-kernel and with :class:`Tables` in which the source's tokens appear as they are, and once more with their prefix changed.
-There are one or two of them per turn, and whatever else holds no such prefix is not touched.
+kernel and with tables in which the source's tokens appear as they are, and once more with their prefix changed
+(:mod:`fusion_plugins.core.fusion.prefixed_tables`). There are one or two of them per turn; all others are as before.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fusion_plugins.core.arrays import BoolArray, IntArray, as_array
 from fusion_plugins.core.fusion.flat import Entries, Texts
-from fusion_plugins.core.fusion.projection_kernel import IS_EXACT, Tables
-from fusion_plugins.core.fusion.vocabulary_map import ASKED_THE_TOKENIZER
+from fusion_plugins.core.fusion.prefixed_tables import Prefixes
 from fusion_plugins.core.jit import compiled
-from fusion_plugins.core.text.token_bytes import TokenBytes, bytes_of_tokens
 
 Numbers = npt.NDArray[np.int64]
 
 # How the first token of a span begins: with the span; with white space before it; behind a space of its own; unknown.
-_WITH_IT, _BEFORE, _BEHIND_A_SPACE, _UNKNOWN = range(4)
+WITH_IT, BEFORE, BEHIND_A_SPACE, _UNKNOWN = range(4)
 _SPACE = ord(" ")
 #: bytes of white space before an answer, at most: so many fit into one number
 _MOST_BYTES = 7
-#: columns of :func:`find_starts`
-(
-    _AT, _LABEL, _LABEL_END, _TARGET_BYTES, _OUTSIDE,
-    _FROM, _FIRST, _LAST, _START, _SOURCE_BYTES, _SHIFT,
-    _TAKEN_OFF, _PUT_BEFORE, _READ, _JOINED,
-) = range(15)  # fmt: skip
 
 
-class Prefixes(NamedTuple):
-    """What stands before an answer, as far as it is part of its first token.
+class Beginning(NamedTuple):
+    """How a span begins on both sides, at least one of which has a prefix.
 
     Attributes:
-        source: bytes at the beginning of the source's token.
-        target: bytes at the beginning of the target's.
-        read: the token of the target that stands before the position, and whose bytes are in the source's token.
-        joined: whether the source has a token of its own for its prefix.
+        text: number of the text.
+        span: number of the span in the text.
+        s_form: ``WITH_IT``, ``BEFORE`` or ``BEHIND_A_SPACE``, of the source.
+        s_first: the source's first token with bytes of the span, among all its tokens.
+        s_before: bytes of this token before the span.
+        s_code: the prefix as a number: these bytes, or the space.
+        t_form: as of the source.
+        t_first: as of the source.
+        t_before: as of the source.
+        t_code: as of the source.
     """
 
-    source: bytes
-    target: bytes
-    read: bytes
-    joined: bool
+    text: int
+    span: int
+    s_form: int
+    s_first: int
+    s_before: int
+    s_code: int
+    t_form: int
+    t_first: int
+    t_before: int
+    t_code: int
 
     @property
-    def any(self) -> bool:
-        """Whether there is anything to change: a prefix that both sides have is left as it is."""
-        return bool(self.source or self.target or self.read)
+    def both_behind_a_space(self) -> bool:
+        """Whether both have read the same space as a token of its own."""
+        return self.s_form == self.t_form == BEHIND_A_SPACE
 
 
-@dataclass(frozen=True)
-class PrefixedTables:
-    """Makes the tables of prefixes, each pair of them once.
+class _Start(NamedTuple):
+    """One first position. Bytes count from the start of the span, less the target's prefix.
 
     Attributes:
-        source: the source's W tokens.
-        target: the target's V tokens.
-        ordinary: (V,) bool, the tokens that the target uses for text.
-        plain: both for the kernel.
-        method: of the vocabulary map.
+        at: the target's position.
+        label: the position of its label.
+        label_end: where the label ends.
+        t_stop: where the target's span ends.
+        origin: the position from which the source speaks.
+        first: the first token of its way.
+        last: the token in which the label ends, or the last of the text.
+        shift: what makes an end in the source's text a place in the span.
+        s_stop: where the source's span ends.
     """
 
-    source: TokenBytes
-    target: TokenBytes
-    ordinary: BoolArray
-    plain: Tables
-    method: str
-    made: dict[Prefixes, Tables] = field(default_factory=dict, compare=False, repr=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What is made on the way is neither sent to other processes nor part of what a plan is.
-        return {**self.__dict__, "made": {}}
-
-    def of(self, prefixes: Prefixes) -> Tables:
-        """Return the tables in which the source's tokens stand without their prefix, behind the tokens as they are."""
-        if not prefixes.any:
-            return self.plain
-        if prefixes not in self.made:
-            self.made[prefixes] = _tables(self, prefixes)
-        return self.made[prefixes]
+    at: int
+    label: int
+    label_end: int
+    t_stop: int
+    origin: int
+    first: int
+    last: int
+    shift: int
+    s_stop: int
 
 
 class Starts(NamedTuple):
@@ -108,10 +106,9 @@ class Starts(NamedTuple):
     Attributes:
         positions: (P,) where they are among the positions of the target, ascending.
         source: P texts.
-        entries: what the source says in them; ids of :func:`prefixed_tables`.
+        entries: what the source says in them, about the tokens of tables with these prefixes.
         target: P texts of two tokens, the second of which is the label.
         matched: the source's position of each position of ``target``.
-        inside: how many of the positions lie in a span.
     """
 
     positions: Numbers
@@ -119,254 +116,182 @@ class Starts(NamedTuple):
     entries: Entries
     target: Texts
     matched: IntArray
-    inside: int
 
 
 def starts_of_answers(
-    found: Numbers, source: Texts, entries: Entries, target: Texts, size: int
-) -> Iterator[tuple[Prefixes, Starts]]:
-    """Yield the positions of :func:`find_starts`, those of equal prefixes together.
+    beginnings: Numbers,
+    matched: IntArray,
+    source: Texts,
+    entries: Entries,
+    target: Texts,
+    size: int,
+    *,
+    strict: bool = False,
+    wanted: BoolArray | None = None,
+) -> list[tuple[Prefixes, Starts]]:
+    """Return the first positions behind a prefix of which the source says something, those of equal prefixes together.
 
     Args:
-        found: what :func:`find_starts` returns.
+        beginnings: what :func:`span_beginnings` returns.
+        matched: (N,) int32 source position, inside its text, of each position of the target.
         source: the texts in the source's tokens.
         entries: what the source says at each of them.
-        target: the texts in the target's tokens.
+        target: the texts in the target's tokens, N in all.
         size: W, the number of the source's tokens.
+        strict: whether the source's first token must end where the label does.
+        wanted: (N,) bool, positions of the target that may be taken; all by default.
     """
-    keys, group = np.unique(found[:, _TAKEN_OFF:], axis=0, return_inverse=True)
-    for number, (taken_off, put_before, read, joined) in enumerate(keys.tolist()):
-        prefixes = Prefixes(_bytes_of(taken_off), _bytes_of(put_before), _bytes_of(read), bool(joined))
-        rows = found[group.reshape(-1) == number]
-        yield prefixes, _starts(rows, prefixes, source, entries, target, size)
+    groups: defaultdict[Prefixes, list[_Start]] = defaultdict(list)
+    last = -1
+    for beginning in map(Beginning._make, beginnings.tolist()):
+        for prefixes, start in _starts_of_span(beginning, matched, source, target):
+            first_end = start.label_end if start.first < beginning.s_first else source.ends[start.first] + start.shift
+            if start.at <= last or (wanted is not None and not wanted[start.at]):
+                continue
+            if (strict and first_end != start.label_end) or not _is_said(start, prefixes, entries):
+                continue
+            groups[prefixes].append(start)
+            last = start.at
+    return [
+        (prefixes, _as_texts(starts, prefixes, source, entries, target, size)) for prefixes, starts in groups.items()
+    ]
+
+
+def _starts_of_span(
+    own: Beginning, matched: IntArray, source: Texts, target: Texts
+) -> Iterator[tuple[Prefixes, _Start]]:
+    """Yield the one or two first positions of a span, by ascending position."""
+    s_prefix, t_prefix = _bytes_of(own.s_code), _bytes_of(own.t_code)
+    origin = own.s_first - (2 if own.s_form == BEHIND_A_SPACE else 1)
+    at, label_end = own.t_first - 1, int(target.ends[own.t_first] - target.spans_of(own.text)[own.span, 0])
+
+    def start(at: int, label_end: int, first: int, before: int) -> _Start:
+        (s_start, s_stop), (t_start, t_stop) = source.spans_of(own.text)[own.span], target.spans_of(own.text)[own.span]
+        last, shift = first, before - int(s_start)
+        while first == own.s_first and last + 1 < source.starts[own.text + 1] and source.ends[last] + shift < label_end:
+            last += 1
+        t_bytes, s_bytes = int(t_stop - t_start) + before, int(s_stop - s_start) + before
+        return _Start(at, at + 1, label_end, t_bytes, origin, first, last, shift, s_bytes)
+
+    joined = own.s_form == BEHIND_A_SPACE and not own.both_behind_a_space
+    # The same on both sides is like text that they have in common.
+    same = s_prefix == t_prefix and not joined
+    prefixes = Prefixes() if same else Prefixes(s_prefix, t_prefix, joined=joined)
+    if own.both_behind_a_space:
+        # The label is the space itself. Behind it both have read the same.
+        if matched[at - 1] < 0:
+            yield prefixes, start(at - 1, 1, own.s_first - 1, 1)
+    elif own.t_form == BEHIND_A_SPACE:
+        yield prefixes, start(at - 1, 1, own.s_first, 1)
+        yield Prefixes(s_prefix, read=t_prefix), start(at, label_end, own.s_first, 0)
+    elif not same or matched[at] != origin - source.starts[own.text]:
+        yield prefixes, start(at, label_end + own.t_before, own.s_first, own.t_before)
 
 
 def _bytes_of(code: int) -> bytes:
     return code.to_bytes(_MOST_BYTES, "big").lstrip(b"\0")
 
 
-def _starts(rows: Numbers, prefixes: Prefixes, source: Texts, entries: Entries, target: Texts, size: int) -> Starts:
-    n = len(rows)
-    lengths = rows[:, _LAST] - rows[:, _FIRST] + 2
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    before = starts[:-1]
+def _is_said(start: _Start, prefixes: Prefixes, entries: Entries) -> bool:
+    """Whether a store has what the source says: it keeps the distributions that its own spans need."""
+    if not (entries.ids[start.origin] >= 0).any():
+        return False
+    known = (entries.ids[start.first - 1] >= 0).any() and not np.isnan(entries.next[start.origin])
+    return not prefixes.joined or bool(known)
+
+
+def _as_texts(
+    starts: Sequence[_Start], prefixes: Prefixes, source: Texts, entries: Entries, target: Texts, size: int
+) -> Starts:
+    n, rows = len(starts), np.array(starts, np.int64)
+    at_target, label, label_end, t_stop, origin, first, last, shift, s_stop = rows.T
+    lengths = last - first + 2
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    begins = bounds[:-1]
     # The position from which the source speaks, then the tokens that it goes on with.
-    at = np.arange(starts[-1]) - np.repeat(before + 1 - rows[:, _FIRST], lengths)
-    at[before] = rows[:, _FROM]
+    at = np.arange(bounds[-1]) - np.repeat(begins + 1 - first, lengths)
+    at[begins] = origin
     ids = source.ids[at].astype(np.int32)
-    ids[before + 1] += _block(prefixes, size)
-    ends = (source.ends[at] + np.repeat(rows[:, _SHIFT] - rows[:, _START], lengths)).astype(np.int32)
-    ends[before] = 0
-    s_spans = np.stack([np.zeros(n), rows[:, _SOURCE_BYTES]], axis=1).astype(np.int32)
-    t_spans = np.stack([np.zeros(n), rows[:, _TARGET_BYTES]], axis=1).astype(np.int32)
-    t_ends = np.stack([np.zeros(n), rows[:, _LABEL_END]], axis=1).astype(np.int32).reshape(-1)
-    t_ids = target.ids[rows[:, [_AT, _LABEL]]].reshape(-1).astype(np.int32)
-    one_each, two_each = np.arange(n + 1), np.arange(0, 2 * n + 1, 2)
+    ids[begins + 1] += prefixes.block_behind * size
+    ends = source.ends[at] + np.repeat(shift, lengths)
+    ends[begins] = 0
+    one_each, two_each, none = np.arange(n + 1), np.arange(0, 2 * n + 1, 2), np.zeros(n)
     return Starts(
-        rows[:, _AT],
-        Texts(ids, ends, np.ones(len(ids), np.bool_), s_spans, starts, one_each),
-        _entries(rows, prefixes, source, entries, at, before, size),
-        Texts(t_ids, t_ends, np.ones(2 * n, np.bool_), t_spans, two_each, one_each),
+        at_target,
+        Texts(
+            ids,
+            as_array(ends, np.int32),
+            np.ones(len(ids), np.bool_),
+            as_array(np.stack([none, s_stop], axis=1), np.int32),
+            bounds,
+            one_each,
+        ),
+        _entries(at, begins, prefixes, source, entries, size),
+        Texts(
+            as_array(target.ids[np.stack([at_target, label], axis=1)].reshape(-1), np.int32),
+            as_array(np.stack([none, label_end], axis=1).reshape(-1), np.int32),
+            np.ones(2 * n, np.bool_),
+            as_array(np.stack([none, t_stop], axis=1), np.int32),
+            two_each,
+            one_each,
+        ),
         np.tile(np.array([0, -1], np.int32), n),
-        n - int(rows[:, _OUTSIDE].sum()),
     )
 
 
-def _block(prefixes: Prefixes, size: int) -> int:
-    """Where the tokens behind the prefix begin among those of :func:`prefixed_tables`."""
-    if not prefixes.joined:
-        return size if prefixes.any else 0
-    return 2 * size if prefixes.target else 0
-
-
-def _entries(
-    rows: Numbers, prefixes: Prefixes, source: Texts, entries: Entries, at: Numbers, before: Numbers, size: int
-) -> Entries:
+def _entries(at: Numbers, begins: Numbers, prefixes: Prefixes, source: Texts, entries: Entries, size: int) -> Entries:
     """Collect what the source says; at the first positions about the tokens without their prefix."""
     ids, logprobs, following = entries.ids[at], entries.logprobs[at], entries.next[at]
-    first = _moved(ids[before], size, size if prefixes.any else 0)
+    first = _moved(ids[begins], prefixes.block, size)
     if prefixes.joined:
-        # The distribution after the space stands in the place of the space.
-        space, width = rows[:, _FIRST] - 1, ids.shape[1]
-        first[ids[before] == source.ids[space][:, None]] = -1
+        # The distribution behind the space stands in the place of the space.
+        space, width = at[begins + 1] - 1, ids.shape[1]
+        first[ids[begins] == source.ids[space][:, None]] = -1
         ids = np.pad(ids, ((0, 0), (0, width)), constant_values=-1)
         logprobs = np.pad(logprobs, ((0, 0), (0, width)), constant_values=-np.inf)
-        ids[before, width:] = _moved(entries.ids[space], size, _block(prefixes, size))
-        logprobs[before, width:] = entries.logprobs[space] + following[before][:, None]
-        ids[before, :width] = first
-        following[before] += entries.next[space]
+        ids[begins, width:] = _moved(entries.ids[space], prefixes.block_behind, size)
+        logprobs[begins, width:] = entries.logprobs[space] + following[begins][:, None]
+        ids[begins, :width] = first
+        following[begins] += entries.next[space]
     else:
-        ids[before] = first
+        ids[begins] = first
     return Entries(as_array(ids, np.int32), as_array(logprobs, np.float32), as_array(following, np.float32))
 
 
-def _moved(ids: IntArray, size: int, block: int) -> IntArray:
+def _moved(ids: IntArray, block: int, size: int) -> IntArray:
     """Name the tokens of another block; ids beyond the vocabulary, as of a padded output layer, stay no token."""
-    beyond = np.where(ids < size, ids + block, np.iinfo(np.int32).max)
+    beyond = np.where(ids < size, ids + block * size, np.iinfo(np.int32).max)
     return np.where(ids >= 0, beyond, -1).astype(np.int32)
 
 
-def _tables(made: PrefixedTables, prefixes: Prefixes) -> Tables:
-    """Put the source's tokens without their prefix, and with the target's, behind the tokens as they are."""
-    plain, size = made.plain, len(made.plain.mapped)
-    tokens = bytes_of_tokens(made.source, np.arange(size, dtype=np.int32))
-    find = _Destinations(made, tokens)
-    spelled = [
-        prefixes.target + token[len(prefixes.source) :] if token.startswith(prefixes.source) and not special else b""
-        for token, special in zip(tokens, plain.s_special.tolist(), strict=True)
-    ]
-    if prefixes.joined and prefixes.target:
-        spelled += [
-            prefixes.target + token if token and not special else b""
-            for token, special in zip(tokens, plain.s_special.tolist(), strict=True)
-        ]
-    known = [find(token, prefixes.read) if token else (-1, -1, -1) for token in spelled]
-    mapped = np.array(known, np.int32).reshape(-1, 3)
-    # A token that is one of the source's is divided as that is.
-    widths = np.append(np.diff(plain.share_starts), 0)[mapped[:, 2]]
-    own = [np.arange(plain.share_starts[row], plain.share_starts[row + 1]) for row in mapped[widths > 0, 2].tolist()]
-    shares = np.concatenate([np.arange(len(plain.share_ids)), *own]).astype(np.int64)
-    lengths = np.fromiter(map(len, spelled), np.int64, len(spelled))
-    copies = 1 + len(spelled) // size if size else 1
-    return plain._replace(
-        mapped=np.concatenate([plain.mapped, mapped[:, :2]]),
-        share_starts=as_array(
-            np.concatenate([plain.share_starts, plain.share_starts[-1] + np.cumsum(widths)]), np.int32
-        ),
-        share_ids=plain.share_ids[shares],
-        share_weights=plain.share_weights[shares],
-        s_bytes=np.concatenate([plain.s_bytes, np.frombuffer(b"".join(spelled), np.uint8)]),
-        s_starts=np.concatenate([plain.s_starts, plain.s_starts[-1] + np.cumsum(lengths)]),
-        s_special=np.tile(plain.s_special, copies),
-        s_closing=np.tile(plain.s_closing, copies),
-    )
-
-
-class _Destinations:
-    """Says which target token some bytes go to, as the map says it of the source's tokens."""
-
-    def __init__(self, made: PrefixedTables, tokens: Sequence[bytes]) -> None:
-        self._mapped, self._method = made.plain.mapped, made.method
-        names = bytes_of_tokens(made.target, np.arange(len(made.ordinary), dtype=np.int32))
-        self._target = {names[index]: index for index in np.flatnonzero(made.ordinary)[::-1].tolist()}
-        ordinary = np.flatnonzero(~made.plain.s_special)[::-1].tolist()
-        self._source = {tokens[index]: index for index in ordinary if tokens[index]}
-        self._longest = max(map(len, self._target), default=0)
-
-    def __call__(self, token: bytes, read: bytes) -> tuple[int, int, int]:
-        """Return a row of `Tables.mapped`, and the source's token of these bytes, -1 for none."""
-        if read and self._first(read + token) != self._target.get(read):
-            return -1, -1, -1
-        if token in self._target:
-            return self._target[token], IS_EXACT, -1
-        if token in self._source:
-            row = self._source[token]
-            return int(self._mapped[row, 0]), int(self._mapped[row, 1]), row
-        begins = self._beginning(token)
-        return (-1 if self._method == "exact" else begins), begins, -1
-
-    def _first(self, token: bytes) -> int | None:
-        """Return the target's first token of some bytes, as far as is known."""
-        if token in self._target:
-            return self._target[token]
-        row = self._source.get(token, -1)
-        if row >= 0 and self._method in ASKED_THE_TOKENIZER:
-            return int(self._mapped[row, 0])
-        return self._beginning(token)
-
-    def _beginning(self, token: bytes) -> int:
-        """Return the longest target token that some bytes begin with, -1 for none."""
-        ends = range(min(len(token), self._longest), 0, -1)
-        return next((self._target[token[:end]] for end in ends if token[:end] in self._target), -1)
-
-
 @compiled
-def find_starts(matched, source, entries, target, s_tokens, t_tokens, strict):  # type: ignore[no-untyped-def]
-    """Find the first positions of spans at which a side has a prefix that is not part of the span.
+def span_beginnings(source, target, s_tokens, t_tokens):  # type: ignore[no-untyped-def]
+    """Say how the first token of each span begins, on both sides.
 
     Args:
-        matched: (N,) int32 source position, inside its text, of each position of the target.
         source: the texts in the source's tokens.
-        entries: what the source says at each of them.
-        target: the texts in the target's tokens, N in all.
+        target: the same in the target's, with spans that correspond by their number.
         s_tokens: the source's vocabulary.
         t_tokens: the target's.
-        strict: whether the source's first token must end where the label does.
 
     Returns:
-        (P, 15) int64, ascending by position. Of the target the position, the position of the label, the label's end and
-        the bytes of the span, both with the target's prefix, and whether no span holds the position. Of the source the
-        position from which it speaks, the first and the last token of its way through the label, the start of the
-        span, its bytes with the target's prefix, and the bytes of that. Then the prefixes: see :class:`Prefixes`.
+        (P, 10) int64, the fields of :class:`Beginning`, of the spans at which a side has a prefix.
     """
-    out, n = np.empty((2 * len(target.spans), 15), np.int64), 0
+    out, n = np.empty((len(target.spans), 10), np.int64), 0
     for b in range(len(target.starts) - 1):
         own, other = slice(source.starts[b], source.starts[b + 1]), slice(target.starts[b], target.starts[b + 1])
         s_side = source.ids[own], source.ends[own], source.exact[own]
         t_side = target.ids[other], target.ends[other], target.exact[other]
-        said = entries.ids[own], entries.next[own]
-        spans = target.spans[target.span_starts[b] : target.span_starts[b + 1]]
-        last_position = -1
-        for m in range(len(spans)):
-            s_span = source.spans[source.span_starts[b] + m]
+        for k in range(target.span_starts[b + 1] - target.span_starts[b]):
+            s_span, t_span = source.spans[source.span_starts[b] + k], target.spans[target.span_starts[b] + k]
             s_form, f, taken, s_code = _first_token(s_side, s_span, s_tokens)
-            t_form, g, put, t_code = _first_token(t_side, spans[m], t_tokens)
-            if s_form == _UNKNOWN or t_form == _UNKNOWN or s_form == t_form == _WITH_IT:
+            t_form, g, put, t_code = _first_token(t_side, t_span, t_tokens)
+            if s_form == _UNKNOWN or t_form == _UNKNOWN or s_form == t_form == WITH_IT:
                 continue
-            if not _agree(s_side[0][f], taken, s_tokens, t_side[0][g], put, t_tokens):
-                continue
-            # A label with the target's prefix, or the prefix alone; then the label behind the prefix.
-            for behind in range(2):
-                if behind == 0 and t_form == _WITH_IT:
-                    continue
-                if behind == 1 and (t_form == _BEFORE or s_form == t_form == _BEHIND_A_SPACE):
-                    continue
-                alone = behind == 0 and t_form == _BEHIND_A_SPACE  # the label is the space
-                same_space = alone and s_form == _BEHIND_A_SPACE
-                joined = s_form == _BEHIND_A_SPACE and not same_space
-                t, label = (g - 2, g - 1) if alone else (g - 1, g)
-                u, first = (f - 2 if s_form == _BEHIND_A_SPACE else f - 1), (f - 1 if same_space else f)
-                before = np.int64(0)
-                if behind == 0:
-                    before = np.int64(1 if alone else put)
-                shift = before - s_span[0]
-                label_end = before if alone else t_side[1][g] - spans[m, 0] + before
-                first_end = before if same_space else s_side[1][f] + shift
-                if t <= last_position or (strict and first_end != label_end):
-                    continue
-                # Both read the same: the space is the beginning of both tokens, and no prefix to either.
-                if behind == 0 and s_form == t_form == _BEFORE and s_code == t_code and matched[other][t] == u:
-                    continue
-                if not _is_stored(said, u) or (joined and (not _is_stored(said, f - 1) or np.isnan(said[1][u]))):
-                    continue
-                # The same prefix on both sides is like text that both have in common.
-                same = behind == 0 and not joined and s_code == t_code
-                last = first
-                while last + 1 < len(s_side[0]) and last >= f and s_side[1][last] + shift < label_end:
-                    last += 1
-                outside = True
-                for k in range(len(spans)):
-                    outside &= not spans[k, 0] <= t_side[1][t] <= spans[k, 1]
-                out[n] = (
-                    target.starts[b] + t, target.starts[b] + label, label_end, spans[m, 1] - spans[m, 0] + before,
-                    np.int64(outside), source.starts[b] + u, source.starts[b] + first, source.starts[b] + last,
-                    np.int64(s_span[0]), s_span[1] - s_span[0] + before, before,
-                    0 if same else s_code, t_code if behind == 0 and not same else 0, t_code if behind == 1 else 0,
-                    np.int64(joined),
-                )  # fmt: skip
+            if _agree(s_side[0][f], taken, s_tokens, t_side[0][g], put, t_tokens):
+                out[n] = b, k, s_form, source.starts[b] + f, taken, s_code, t_form, target.starts[b] + g, put, t_code
                 n += 1
-                last_position = t
     return out[:n]
-
-
-@compiled
-def _is_stored(said, u):  # type: ignore[no-untyped-def]
-    """Whether the distribution at a position is known: a store has those that its spans need."""
-    ids, following = said
-    stored = False
-    for k in range(ids.shape[1]):
-        stored |= ids[u, k] >= 0
-    return stored
 
 
 @compiled
@@ -404,8 +329,8 @@ def _first_token(side, span, tokens):  # type: ignore[no-untyped-def]
         is_space = f >= 2 and space < len(special) and not special[space]
         is_space = is_space and starts[space + 1] - starts[space] == 1 and flat[starts[space]] == _SPACE
         if is_space and exact[f - 2] and start - ends[f - 2] <= 1:
-            return _BEHIND_A_SPACE, f, np.int64(0), np.int64(_SPACE)
-        return _WITH_IT, f, np.int64(0), np.int64(0)
+            return BEHIND_A_SPACE, f, np.int64(0), np.int64(_SPACE)
+        return WITH_IT, f, np.int64(0), np.int64(0)
     # One byte more than the text has is the tokenizer's own space.
     if not gap <= n <= gap + 1 or n > _MOST_BYTES or (n > gap and flat[first] != _SPACE):
         return none
@@ -415,4 +340,4 @@ def _first_token(side, span, tokens):  # type: ignore[no-untyped-def]
         if byte != _SPACE and not 9 <= byte <= 13:
             return none
         code = (code << 8) + byte
-    return _BEFORE, f, n, code
+    return BEFORE, f, n, code

@@ -25,9 +25,12 @@ other target tokens that the source token has shares of. Without the correction 
 alone decides, and also where an alignment by ``dtw`` has matched positions that do not end at the same byte.
 
 **Masked positions.** A position is left out where, on one side only, the next token has other bytes than the text (a
-dummy prefix, a character that a normaliser changed); where the label reaches over the end of a message into the
-template; and where a special token of one side is something else on the other. At the end of a message, the tokens that
-end a turn or a text are matched whatever their names.
+character that a normaliser changed); where the label reaches over the end of a message into the template; and where a
+special token of one side is something else on the other. At the end of a message, the tokens that end a turn or a text
+are matched whatever their names.
+
+**First positions.** White space before an answer is no part of it, but may be of its first token on either side
+(``"▁The"``): :mod:`fusion_plugins.core.fusion.answer_starts`.
 """
 
 from dataclasses import dataclass
@@ -38,8 +41,9 @@ import numpy as np
 from fusion_plugins.core.arrays import BoolArray, FloatArray, IntArray, as_array
 from fusion_plugins.core.fusion.accounting import ProjectionReport
 from fusion_plugins.core.fusion.align import Alignment, checked_positions
-from fusion_plugins.core.fusion.answer_starts import PrefixedTables, find_starts, starts_of_answers
+from fusion_plugins.core.fusion.answer_starts import span_beginnings, starts_of_answers
 from fusion_plugins.core.fusion.flat import Entries, Texts
+from fusion_plugins.core.fusion.prefixed_tables import PrefixedTables
 from fusion_plugins.core.fusion.projection_kernel import (
     COUNTS,
     IS_EXACT,
@@ -47,6 +51,7 @@ from fusion_plugins.core.fusion.projection_kernel import (
     POSITION_KINDS,
     SUPERVISED,
     Tables,
+    in_spans,
     project_texts,
 )
 from fusion_plugins.core.fusion.types import Record, Shares, SparseDistributions, VocabularyMap
@@ -186,24 +191,24 @@ class Projector:
                 where it is not given, a space before an answer that is a token of its own is taught as well.
         """
         width = np.iinfo(np.int32).max if most is None else most
-        starts = find_starts(matched, source, entries, target, self.source_bytes, self.target_bytes, strict)
-        if len(starts):
-            if wanted is not None:
-                starts = starts[wanted[starts[:, 0]]]
+        beginnings = span_beginnings(source, target, self.source_bytes, self.target_bytes)
+        given = beginnings, matched, source, entries, target, len(self.source_bytes.special)
+        starts = starts_of_answers(*given, strict=strict, wanted=wanted) if len(beginnings) else []
+        for _, own in starts:
             matched = matched.copy()
-            matched[starts[:, 0]] = -1
+            matched[own.positions] = -1
         out = self._project(matched, source, entries, target, self.tables, width)
         ids, logprobs, leftover, kept, label_logprobs, counts, masses = out
-        size = len(self.source_bytes.special)
-        for prefixes, own in starts_of_answers(starts, source, entries, target, size):
-            tables = self.prefixed.of(prefixes)
-            parts = self._project(own.matched, own.source, own.entries, own.target, tables, ids.shape[1])
+        for prefixes, own in starts:
+            parts = self._project(
+                own.matched, own.source, own.entries, own.target, self.prefixed.of(prefixes), ids.shape[1]
+            )
             ids[own.positions, : parts[0].shape[1]] = parts[0][::2]
             logprobs[own.positions, : parts[0].shape[1]] = parts[1][::2]
             for values, part in zip((leftover, kept, label_logprobs), parts[2:5], strict=True):
                 values[own.positions] = part[::2]
             counts += parts[5]
-            counts[SUPERVISED] -= own.inside
+            counts[SUPERVISED] -= int(in_spans(target)[own.positions].sum())  # these are counted already
             masses += parts[6]
         return Projection(SparseDistributions(ids, logprobs, leftover, kept), label_logprobs, _report(counts, masses))
 

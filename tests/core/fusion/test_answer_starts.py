@@ -19,7 +19,7 @@ from fusion_plugins.core.fusion.project import ProjectionOptions, Projector
 from fusion_plugins.core.fusion.record import supervised_positions
 from fusion_plugins.core.fusion.vocabulary_map import map_vocabulary
 from fusion_plugins.core.text.token_table import TokenTable
-from fusion_plugins.core.text.tokenize import tokenize, tokenize_content
+from fusion_plugins.core.text.tokenize import tokenize_content
 from fusion_plugins.core.text.types import TokenizedText
 
 TRUE = ProjectionOptions(renormalize=False, min_mass=0.0)
@@ -261,3 +261,112 @@ def test_the_mass_of_every_position_is_accounted_for(base, spaced, longer, t_spa
     unused = report.unaligned + report.other_bytes + report.reaches_out + report.other_special + report.source_ends
     assert report.used + unused + report.low_mass == report.positions
     assert report.other_bytes == 0
+
+
+CHATS = [
+    [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": then},
+    ]
+    for first, then in (("The apples", "12 + 30"), ("12", "the theory"), ("Zoë said 数学", "42 apples"))
+]
+
+
+@cache
+def load(name):
+    tokenizer = getattr(tiny, name)()
+    return tokenizer, TokenTable.from_tokenizer(tokenizer)
+
+
+def certain(text):
+    """A source that is certain of its own tokens."""
+    following = np.append(text.input_ids[1:], 0)[:, None]
+    return record_of(
+        "r", text, following, np.zeros((len(following), 1), np.float32), np.zeros(len(following), np.float32)
+    )
+
+
+@pytest.mark.parametrize("method", ["exact", "first_token", "min_edit"])
+@pytest.mark.parametrize("how", ["offsets", "offsets_strict", "dtw"])
+@pytest.mark.parametrize("names", [("sentencepiece_bpe", "byte_level"), ("byte_level", "sentencepiece_bpe")])
+def test_a_certain_source_teaches_the_first_token_of_every_answer(names, how, method):
+    (own, table), (other, target_table) = map(load, names)
+    projector = Projector.of(table, target_table, map_vocabulary(table, target_table, method=method))
+    align = {
+        "offsets": align_texts,
+        "offsets_strict": partial(align_texts, strict=True),
+        "dtw": align_by_tokens(align_dtw, table.packed, target_table.packed),
+    }[how]
+    for content in (*CHATS, "The 12 apples", "12 apples", " the", "四"):
+        record, target = (
+            certain(tokenize_content(own, table, content)[0]),
+            tokenize_content(other, target_table, content)[0],
+        )
+        fused, report = fuse_text(FusionPlan((FusionSource("a", projector, align),)), target, [record])
+        assert report.fused_positions <= report.positions
+        for start, _ in target.spans[1::3].tolist() if isinstance(content, list) else target.spans.tolist():
+            first = int(np.searchsorted(target.ends, start, side="right"))
+            first_of_source = int(np.searchsorted(record.text.ends, start, side="right"))
+            if not (first and first_of_source):  # nothing is read before the text
+                assert isinstance(content, str)
+                continue
+            if how != "offsets_strict":
+                assert fused.ids[first - 1, 0] == target.input_ids[first]
+            if fused.present[first - 1]:
+                assert (fused.ids[first - 1, 0], fused.logprobs[first - 1, 0]) == (target.input_ids[first], 0)
+
+
+def test_strict_takes_only_first_tokens_that_end_together():
+    source = a_side(a_table(["a", " a", "b"]), b"ab", TEMPLATE)
+    model = a_model(source.table, 0)
+    for tokens, taught in ((["a", "b"], True), (["ab"], False)):
+        target = a_side(a_table(tokens), b"ab", NONE)
+        assert project(source, target, a_record(source, model), strict=True).distributions.present[0] == taught
+        assert project(source, target, a_record(source, model)).distributions.present[0]
+
+
+def test_a_prefix_that_is_no_white_space_is_left_out():
+    table = TokenTable([b"<", b'"a', b"b", b"a"], [None] * 4, {}, False, "byte_level")
+    quoted, plain = (
+        TokenizedText(
+            np.array(ids, np.int32), np.array(ends, np.int32), np.array([span], np.int32), np.ones(3, np.bool_)
+        )
+        for ids, ends, span in (([0, 1, 2], [1, 3, 4], (2, 4)), ([0, 3, 2], [1, 2, 3], (1, 3)))
+    )
+    for own, other in ((quoted, plain), (plain, quoted)):
+        found = Projector.of(table, table, map_vocabulary(table, table, method="exact"))(
+            certain(own), align_texts(own, other), other
+        )
+        assert found.distributions.present.tolist() == [False, True, False]
+
+
+def test_a_store_keeps_the_position_before_a_first_token_that_begins_before_its_span():
+    side = a_side(a_table(["a", " a", "b"]), b"ab", TEMPLATE)
+    assert supervised_positions(side.text).tolist() == [True, True, False]
+    assert certain(side.text).topk.ids[0, 0] == side.text.input_ids[1]
+
+
+def test_a_position_of_which_the_store_has_no_entries_is_as_without_a_prefix():
+    """Stores of earlier versions: nothing behind a space in the token, the ordinary distribution behind a token."""
+    for spaced, taught in ((["a", " a", "b"], False), (["a", "b"], True)):
+        source, target = a_side(a_table(spaced), b"ab", TEMPLATE), a_side(a_table(["a", "b"]), b"ab", NONE)
+        record = a_record(source, a_model(source.table, 0))
+        record.topk.ids[0] = -1
+        found = project(source, target, record)
+        assert found.distributions.present[0] == taught
+        assert found.report.used == 1 + taught
+
+
+def test_the_tables_of_prefixes_are_made_once_and_stay_at_home():
+    source, target = a_side(a_table(["a", " a", "b"]), b"ab", TEMPLATE), a_side(a_table(["a", "b"]), b"ab", NONE)
+    mapping = map_vocabulary(source.table, target.table, method="exact")
+    projector, record = Projector.of(source.table, target.table, mapping), certain(source.text)
+    before = pickle.dumps(projector)
+    for _ in range(2):
+        projector(record, align_texts(record.text, target.text), target.text)
+    assert len(projector.prefixed.made) == 1
+    assert pickle.dumps(projector) == before
+    again = pickle.loads(before)(record, align_texts(record.text, target.text), target.text)
+    assert again.distributions.present.tolist() == [True, True, False]

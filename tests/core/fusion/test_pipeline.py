@@ -73,7 +73,9 @@ def expected_labels(source, p, target, spaces=((), ())):
     source, target = answers_of(source), answers_of(target)
     for (start, _), (t_start, t_stop) in zip(source.spans.tolist(), target.spans.tolist(), strict=True):
         first, t_first = (int(np.searchsorted(x.ends, s, "right")) for x, s in ((source, start), (target, t_start)))
-        space, t_space = (is_space(x, at - 1, s) for x, at, s in zip((source, target), (first, t_first), spaces))
+        space, t_space = (
+            is_space(x, at - 1, s) for x, at, s in zip((source, target), (first, t_first), spaces, strict=True)
+        )
         if first == len(source.ends):
             continue
         if t_space and t_first > 1:  # the space before the answer is a label: all that the source says begins with it
