@@ -22,13 +22,14 @@ STARTS = {"tuned": "", "target": ", from the target"}
 
 def make(results: Path, images: Path) -> dict[str, str]:
     """Return the tables and the sentence."""
-    texts = dict.fromkeys(("rounds", "rounds-sentence", "rounds-seconds", "rounds-longer"), NOT_RUN)
+    texts = dict.fromkeys(
+        ("rounds", "rounds-sentence", "rounds-seconds", "rounds-longer", "rounds-longer-sentence"), NOT_RUN
+    )
     table, longer = read(results, "g_rounds"), read(results, "g_longer")
     if table is not None:
-        rounds, sentence = _main(table[table["of"] == "heldout"])
-        texts |= {"rounds": rounds, "rounds-sentence": sentence}
+        texts["rounds"], texts["rounds-sentence"] = _main(table[table["of"] == "heldout"])
     if longer is not None:
-        texts["rounds-longer"] = _main(longer[longer["of"] == "heldout"])[0]
+        texts["rounds-longer"], texts["rounds-longer-sentence"] = _main(longer[longer["of"] == "heldout"])
     for name in ("g_pilot_rounds", "g_rounds"):  # the pilot's round, until there are those of all seeds
         found = read(results, name)
         if found is not None and (found["of"] == "stored").any():
@@ -43,17 +44,18 @@ def make(results: Path, images: Path) -> dict[str, str]:
 
 def _name(factors: dict[str, Any]) -> str:
     loss = "" if factors["loss"] == "none" else f", {factors['loss']}"
-    return f"{METHODS[factors['method']]}{loss}{STARTS[factors['start']]}"
+    times = f", {factors['times']:.0f} times the steps" if factors.get("times", 1) > 1 else ""
+    return f"{METHODS[factors['method']]}{loss}{STARTS[factors['start']]}{times}"
 
 
 def _main(table: pandas.DataFrame) -> tuple[str, str]:
     """Return the table of the second stages, and its sentence."""
-    keys = ["method", "loss", "start"]
+    keys = [key for key in ("method", "loss", "start", "times") if key in table]
     cells = [(factors, rows_with(table, factors)) for factors in table[keys].drop_duplicates().to_dict("records")]
     gains = {}
     for factors, mask in cells:
         if factors["method"] not in ("none", "sft"):
-            like = {"method": "sft", "start": factors["start"]}
+            like = {"method": "sft"} | {key: factors[key] for key in keys if key not in ("method", "loss")}
             gains[_name(factors)] = difference(table, mask, rows_with(table, like), "chains")
     corrected = dict(zip(gains, holm(list(gains.values())), strict=True))
     rows = []
