@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 
 import axolotl_runs
@@ -23,6 +24,16 @@ settings.load_profile("project")
 def material(tmp_path_factory):
     """Checkpoints and stores for axolotl runs."""
     return axolotl_runs.make_material(tmp_path_factory.mktemp("material"))
+
+
+@pytest.fixture(scope="session")
+def wheel_file(tmp_path_factory):
+    """The wheel of this package."""
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(out)]
+    subprocess.run(command, cwd=axolotl_runs.ROOT, check=True, capture_output=True, text=True)
+    (path,) = out.glob("*.whl")
+    return path
 
 
 def pytest_runtest_setup(item):

@@ -1,8 +1,6 @@
 """The wheel holds the package, its recipes, the mergekit hook and nothing else."""
 
 import re
-import subprocess
-import sys
 import tomllib
 import zipfile
 from pathlib import Path
@@ -15,12 +13,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(out)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    (path,) = out.glob("*.whl")
-    return zipfile.ZipFile(path)
+def wheel(wheel_file):
+    return zipfile.ZipFile(wheel_file)
 
 
 def test_wheel_has_the_package_and_the_hook_at_top_level(wheel):

@@ -143,20 +143,23 @@ def response_name(row: Row) -> str:
     return f"{row['prompt_id']}, {row['source']}, sample {row.get('index', 0)}"
 
 
-def outdated(responses: Responses, scored: Iterable[Row], scorers: Iterable[str]) -> dict[Key, list[str]]:
+def outdated(
+    responses: Responses, scored: Iterable[Row], scorers: Iterable[str], before: KeySet | None = None
+) -> dict[Key, list[str]]:
     """Find scored rows whose response, prompt, tests or earlier scores have changed since.
 
     Args:
         responses: what is to be scored.
         scored: rows that were scored before, with the same key; iterated over twice.
         scorers: names of the scorers of this run; scores of others are part of what is scored.
+        before: a set of the keys of what was scored, if there is one; it gets a number for each.
 
     Returns:
         key -> the columns that changed.
     """
     names, ours, manifest = (*SCORED_BY, "scores"), frozenset(scorers), responses.manifest
     # Two passes, so that the marks of all rows need not be held: one number per row finds those that have changed.
-    before = KeySet()
+    before = KeySet() if before is None else before
     for row in scored:
         before.add(key_of(row, manifest), hash(_marks(row, ours)))
     now = {}

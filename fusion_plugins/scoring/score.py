@@ -191,7 +191,8 @@ def _drop_outdated(responses: Responses, writer: RowWriter, scorers: Iterable[st
     """Remove scored rows whose responses have changed since, with a message; return their number."""
     if not writer.manifest.rows:
         return 0
-    changed = outdated(responses, open_rows(writer.path), scorers)
+    # Not a second set of as many keys.
+    changed = outdated(responses, open_rows(writer.path), scorers, writer.index)
     if changed:
         columns = Counter(name for names in changed.values() for name in names)
         key = next(iter(changed))

@@ -1,7 +1,8 @@
 """What asks source models: texts and prompts in, top-k log-probabilities and responses out.
 
 ``capture`` and ``sample`` work with any backend (``transformers``, ``vllm``, ``openai``, ``ray``). Importing this
-package loads none of them. Reading order: ``capture`` (or ``sample``), ``batches``, ``backends/base``, one backend.
+package loads none of them. Reading order: ``capture_config`` and ``capture`` (or ``sample_config`` and ``sample``),
+``batches``, ``backends/base``, one backend.
 """
 
 from typing import TYPE_CHECKING

@@ -39,7 +39,7 @@ def estimate_capture(config: CaptureConfig) -> dict[str, float]:
         estimates.
 
     Raises:
-        DataError, SourceError: as :func:`capture_texts`; or no text can be captured.
+        DataError, SourceError: as :func:`~fusion_plugins.sources.capture.capture_texts`; or no text can be captured.
     """
     unusable: Unusable | None = None if config.on_unusable == "raise" else {}
     texts = open_texts(config.texts, unusable=unusable, selection=config.selection)

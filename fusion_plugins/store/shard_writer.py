@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from fusion_plugins.core.key_set import KeySet
 from fusion_plugins.errors import DataError, StoreError
+from fusion_plugins.store.done_keys import DoneKeys
 from fusion_plugins.store.files import (
     FolderLock,
     interrupts_deferred,
@@ -49,37 +50,6 @@ SHARD_ROWS = 1 << 14
 MANY_SMALL = 64
 #: commits after which the manifest is written as a whole, if it lists fewer shards; otherwise after as many as it lists
 MANY_ENTRIES = 64
-
-
-class DoneKeys(Set[Any]):
-    """The keys of the items that are in a folder: ``in`` looks one up, iteration reads the shards one after the other.
-
-    Args:
-        known: whether a key is one of them.
-        listed: starts to yield them.
-        count: how many there are.
-    """
-
-    def __init__(
-        self, known: Callable[[Any], bool], listed: Callable[[], Iterator[Any]], count: Callable[[], int]
-    ) -> None:
-        self._known, self._listed, self._count = known, listed, count
-
-    def __contains__(self, key: object) -> bool:
-        return self._known(key)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._listed()
-
-    def __len__(self) -> int:
-        return self._count()
-
-    def __repr__(self) -> str:
-        return repr(set(self))
-
-    @classmethod
-    def _from_iterable(cls, keys: Iterable[Any]) -> Any:
-        return set(keys)
 
 
 class ShardWriter(Generic[T, M]):
@@ -228,6 +198,11 @@ class ShardWriter(Generic[T, M]):
         """Return whether an item with that key was written, now or before."""
         with self._reading:  # a set that grows moves its keys
             return key in self._buffered or key in self._keys
+
+    @property
+    def index(self) -> KeySet:
+        """Keys of the items on the disk. A number may be kept with each, until items are dropped; add no others."""
+        return self._keys
 
     @property
     def done(self) -> DoneKeys:

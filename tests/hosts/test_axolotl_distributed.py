@@ -1,4 +1,4 @@
-"""Runs of two processes, started by the real `axolotl` command."""
+"""Runs of two processes, started by the real `axolotl` command; those with DeepSpeed by `axolotl_on_cpu.py`."""
 
 import json
 import sys
@@ -9,6 +9,7 @@ from axolotl_runs import PLUGIN, config, logged, prepare, row_folder, scored, tr
 
 pytestmark = pytest.mark.slow
 IN_ORDER = {"curriculum_sampling": True, "shuffle_merged_datasets": False, "max_steps": 2}
+ZERO3 = {"deepspeed": str(runs.ROOT / "axolotl_configs" / "deepspeed" / "zero3.json")}
 EVALUATED = IN_ORDER | {"val_set_size": 7, "eval_batch_size": 2, "eval_steps": 2, "learning_rate": 1e-12}
 
 
@@ -63,10 +64,9 @@ def test_two_processes_train_as_one_with_twice_the_batch(material, run_folder, s
 
 def test_sharded_weights_train_as_whole_ones(material, run_folder, single):
     """ZeRO-3. On a CPU both processes get the same rows, so loss and gradient are those of one process."""
-    zero3 = str(runs.ROOT / "axolotl_configs" / "deepspeed" / "zero3.json")
-    settings = config(material, run_folder, deepspeed=zero3, gradient_checkpointing=True, **IN_ORDER)
+    settings = config(material, run_folder, gradient_checkpointing=True, **ZERO3, **IN_ORDER)
     settings |= {"save_strategy": "steps", "save_steps": 2}
-    entries, _ = two_processes(settings, run_folder, DS_ACCELERATOR="cpu")
+    entries, _ = two_processes(settings, run_folder)
     assert len(list((run_folder / "model" / "checkpoint-2").glob("global_step2/zero_pp_rank_*_model_states.pt"))) == 2
     alone = single(IN_ORDER)
     assert [float(entry["loss"]) for entry in entries] == pytest.approx(logged(alone), rel=2e-3)
@@ -126,8 +126,7 @@ def test_wrpo_with_sharded_weights_trains_as_with_whole_ones(material, run_folde
         dataloader_num_workers=0,
         **IN_ORDER,
     )
-    zero3 = str(runs.ROOT / "axolotl_configs" / "deepspeed" / "zero3.json")
-    entries, _ = two_processes(settings | {"deepspeed": zero3}, run_folder, DS_ACCELERATOR="cpu")
+    entries, _ = two_processes(settings | ZERO3, run_folder)
     alone = train(settings, run_folder)
     for name in ("loss", "alpha", "rewards/source", "rewards/margins"):
         expected = pytest.approx(logged(alone, name), rel=5e-3, abs=2e-4)

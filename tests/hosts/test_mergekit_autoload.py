@@ -171,18 +171,9 @@ def test_installing_twice_adds_one_finder(monkeypatch):
     assert sum(isinstance(finder, _autoload._Finder) for finder in sys.meta_path) == 1
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(out)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    (path,) = out.glob("*.whl")
-    return path
-
-
 @pytest.mark.parametrize("tool", ["pip", "uv"])
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
-def test_installing_adds_the_hook_and_uninstalling_leaves_nothing(tool, kind, wheel, tmp_path):
+def test_installing_adds_the_hook_and_uninstalling_leaves_nothing(tool, kind, wheel_file, tmp_path):
     """A throw-away environment that sees this one's packages, but not this one's hooks."""
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
@@ -190,7 +181,7 @@ def test_installing_adds_the_hook_and_uninstalling_leaves_nothing(tool, kind, wh
     (site / "zz_host.pth").write_text(sysconfig.get_path("purelib") + "\n")
     python = venv / "bin" / "python"
     before = {path.relative_to(venv) for path in venv.rglob("*")}
-    target = [str(wheel)] if kind == "wheel" else ["-e", str(ROOT)]
+    target = [str(wheel_file)] if kind == "wheel" else ["-e", str(ROOT)]
     quiet = ["--no-deps", "--no-build-isolation"]
     if tool == "pip":
         install = [sys.executable, "-m", "pip", "--python", python, "install", *quiet, "--ignore-installed", *target]

@@ -169,11 +169,19 @@ def test_chats_in_each_ones_own_template_reach_every_target(sides, projectors, s
             ends_turn = [tables[1].role_of(int(token)) in (Role.EOS, Role.END_OF_TURN) for token in label]
             right = found.distributions.ids[:, 0] == label
             assert right[present].all(), (source, target)
+            assert present[_first_of_answers(aim)].all(), (source, target)
             covered = b"|".join(text.encode()[start:stop] for start, stop in aim.spans.tolist())
             for message in chat[1::2]:
                 assert message["content"].encode() in covered
             assert present.sum() >= 5
             assert (present & np.array(ends_turn)).any() or source != target
+
+
+def _first_of_answers(text):
+    """The positions that predict the first token of each supervised piece, but the first token of a whole text."""
+    spans = [(start, stop) for start, stop in text.spans.tolist() if start < stop]
+    first = np.array([np.searchsorted(text.ends, start, side="right") for start, _ in spans], int)
+    return first[(first > 0) & text.exact[first] & text.exact[first - 1]] - 1
 
 
 def test_doctor_judges_pairs_as_their_vocabularies_are():

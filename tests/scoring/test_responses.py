@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 import fusion_plugins.scoring.score as score_module
 from fusion_plugins.cli import app
+from fusion_plugins.core.key_set import KeySet
 from fusion_plugins.errors import DataError, StoreError
 from fusion_plugins.scoring.base import Score
-from fusion_plugins.scoring.responses import open_responses
+from fusion_plugins.scoring.responses import key_of, open_responses, outdated
 from fusion_plugins.scoring.score import ScoreConfig, ScoreReport, score_responses
 from fusion_plugins.store import RowManifest, RowWriter, open_rows
 
@@ -249,6 +250,15 @@ def test_a_row_that_was_corrected_is_scored_anew_and_it_is_said(
     assert scored["p2", "a", 0][column] == value
     assert scored["p2", "a", 0]["correct"] is (column not in {"reference", "response"})
     assert score(after, tmp_path / "scored").renewed == 0
+
+
+def test_rows_that_have_changed_are_found_with_the_keys_of_the_folder(tmp_path: Path) -> None:
+    rows = [ROW | {"prompt_id": name, "index": 0} for name in ("p1", "p2", "p3")]
+    responses = open_responses(str(write_folder(tmp_path / "after", [rows[0], rows[1] | {"response": "4"}, rows[2]])))
+    keys = KeySet(key_of(row, responses.manifest) for row in rows)
+    changed = outdated(responses, rows, ["equal"], keys)
+    assert changed == outdated(responses, rows, ["equal"]) == {key_of(rows[1], responses.manifest): ["response"]}
+    assert len(keys) == 3, "nothing but numbers was added"
 
 
 def test_a_corrected_verdict_of_an_earlier_scorer_reaches_the_later_one(

@@ -13,12 +13,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import scored_rows
 import tiny
 import yaml
 
 PLUGIN = "fusion_plugins.axolotl.FusionPlugin"
 FUSED = "fusion_plugins.axolotl.fused"
 ROOT = Path(__file__).parents[2]
+ON_CPU = str(ROOT / "tests" / "support" / "axolotl_on_cpu.py")
 ENVIRONMENT = {
     "AXOLOTL_DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
@@ -91,14 +93,7 @@ def scored(prompts: int = 10) -> list[dict[str, Any]]:
 
 def row_folder(folder: Path, rows: list[dict[str, Any]]) -> Path:
     """Write rows as `fusion score` does."""
-    from fusion_plugins.store import RowManifest, RowWriter
-
-    manifest = RowManifest(stage="scored", columns=SCORED_COLUMNS, key=("prompt_id", "source", "index"))
-    with RowWriter(folder, manifest) as writer:
-        for row in rows:
-            writer.write(row)
-        writer.finish()
-    return folder
+    return scored_rows.write(folder, rows, SCORED_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -233,9 +228,13 @@ def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.Comple
 def two_processes(settings: dict[str, Any], folder: Path, **environment: str) -> tuple[list[Any], list[Any]]:
     """Train with two processes and return what the first of them logged: steps, and evaluations."""
     path = write_config(settings, folder)
-    launcher = ("--launcher", "torchrun", "--", "--nproc_per_node", "2", "--master_port", str(free_port()))
-    places = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
-    result = command("train", str(path), *launcher, cwd=folder, PYTHONPATH=places, **environment)
+    processes = ("--nproc_per_node", "2", "--master_port", str(free_port()))
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
+    if settings.get("deepspeed"):
+        starter = [str(Path(sys.executable).with_name("torchrun")), *processes, ON_CPU]
+        result = _run([*starter, "train", str(path)], folder, {"DS_ACCELERATOR": "cpu"} | environment)
+    else:
+        result = command("train", str(path), "--launcher", "torchrun", "--", *processes, cwd=folder, **environment)
     assert result.returncode == 0, result.stdout[-4000:]
     steps, evaluations = (
         [ast.literal_eval(line) for line in re.findall(rf"\{{'{name}'.*?\}}", result.stdout)]
@@ -260,15 +259,8 @@ def _run(arguments: list[str], cwd: Path, environment: dict[str, str]) -> subpro
 
 
 def sharded_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run `axolotl` with DeepSpeed in one process on the CPU.
-
-    For one process axolotl asks for NCCL, which only GPUs have; it takes a process group that is there already.
-    """
-    program = (
-        "import sys; from torch.distributed import init_process_group as start; from axolotl.cli.main import cli; "
-        f"start('gloo', init_method='tcp://127.0.0.1:{free_port()}', rank=0, world_size=1); cli(sys.argv[1:])"
-    )
-    return _run([sys.executable, "-c", program, *arguments, "--launcher", "python"], cwd, {"DS_ACCELERATOR": "cpu"})
+    """Run `axolotl` with DeepSpeed in one process on the CPU."""
+    return _run([sys.executable, ON_CPU, *arguments], cwd, {"DS_ACCELERATOR": "cpu"})
 
 
 def free_port() -> int:

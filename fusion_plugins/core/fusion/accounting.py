@@ -35,7 +35,8 @@ class ProjectionReport:
         gold_mass: probability of the label, from the chain correction.
         exact_mass: mass of exact entries.
         edited_mass: mass of entries mapped to another token.
-        unmapped_mass: mass of entries without a counterpart in the target's vocabulary; lost.
+        unmapped_mass: mass of entries without a counterpart in the target's vocabulary, or that do not begin with the
+            white space which is written before an answer; lost.
         prefix_mass: mass of prefixes of the label that the chain does not explain; lost.
         outside_mass: mass outside the stored top k; lost.
     """

@@ -38,12 +38,14 @@ class Alignment:
             matched with, (T, 2) and (U, 2) int32, (0, -1) for none. A function, because training does not need them.
         coverage: share of the target positions that have a source position, among those that could have one, in [0, 1].
         cost: sum of the token distances along the DTW path; None for ``offsets``.
+        strict: whether next tokens of one position had to end at the same byte.
     """
 
     source_positions: IntArray
     ranges: Callable[[], tuple[IntArray, ...]]
     coverage: float
     cost: int | None = None
+    strict: bool = False
 
     @cached_property
     def target_to_source(self) -> list[list[int]]:
@@ -152,7 +154,7 @@ def align_texts(source: TokenizedText, target: TokenizedText, *, strict: bool = 
     s_exact, t_exact = as_array(source.exact, np.bool_), as_array(target.exact, np.bool_)
     positions, possible = _match_positions(s_ends, s_exact, s_spans, t_ends, t_exact, t_spans, strict)
     coverage = float((positions >= 0).sum() / possible) if possible else 1.0
-    return Alignment(positions, partial(_overlaps, s_ends, s_spans, t_ends, t_spans), coverage)
+    return Alignment(positions, partial(_overlaps, s_ends, s_spans, t_ends, t_spans), coverage, strict=strict)
 
 
 def align_many(
@@ -170,11 +172,8 @@ def align_many(
         (N,) int32 source position, counted from the start of its text, of each position of the target, -1 for none; and
         number of a text that the aligner refuses -> why. None of its positions is aligned.
     """
-    plain, strict = align, False
-    if isinstance(align, partial) and not align.args and set(align.keywords) == {"strict"}:
-        plain, strict = align.func, align.keywords["strict"]
-    if plain is align_texts:
-        return _match_texts(source, target, bool(strict)), {}
+    if _plain(align) is align_texts:
+        return _match_texts(source, target, is_strict(align)), {}
     matched, errors = np.full(len(target.ids), -1, np.int32), {}
     for b in range(len(target.starts) - 1):
         try:
@@ -183,6 +182,18 @@ def align_many(
         except AlignmentError as error:
             errors[b] = error
     return matched, errors
+
+
+def is_strict(align: TextAligner) -> bool:
+    """Whether an aligner is :func:`align_texts`, asked to be strict."""
+    return _plain(align) is align_texts and isinstance(align, partial) and bool(align.keywords["strict"])
+
+
+def _plain(align: TextAligner) -> TextAligner:
+    """Return the aligner without the option ``strict``."""
+    if isinstance(align, partial) and not align.args and set(align.keywords) == {"strict"}:
+        return align.func
+    return align
 
 
 def checked_positions(alignment: Alignment, source: TokenizedText, target: TokenizedText) -> IntArray:

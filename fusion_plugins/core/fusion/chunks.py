@@ -5,10 +5,11 @@ a text, and nowhere between them, the bytes from ``a`` to ``b`` are a *minimal c
 sum over the source's tokens in it, and over the target's for the target. Nothing smaller is known of the source: a
 target's token inside a longer source token has no probability of its own, and the sum is not shared out.
 
-A chunk's tokens spell the same bytes on both sides, so that a space which one tokenizer puts before a text leaves its
-chunk out. Where the two have the same tokens, each token is a chunk. The token that ends a turn or a text is a chunk of
-one token, by its role: the two need not have one name. A text that was cut has none, and what is behind its last common
-end is in no chunk.
+A chunk's tokens spell the same bytes on both sides. The first chunk of an answer may begin with white space that a
+template or a tokenizer writes before the answer (:mod:`fusion_plugins.core.fusion.answer_starts`): the bytes behind it
+are compared, and its log-probability is, on each side, that of the tokens as they are. Where the two have the same
+tokens, each token is a chunk. The token that ends a turn or a text is a chunk of one token, by its role: the two need
+not have one name. A text that was cut has none, and what is behind its last common end is in no chunk.
 
 Letters: B texts, N tokens of the target in all of them, C chunks, S sources.
 """
@@ -22,6 +23,7 @@ import numpy.typing as npt
 from fusion_plugins.core.arrays import BoolArray, FloatArray, IntArray
 from fusion_plugins.core.fusion.accounting import ChunkReport
 from fusion_plugins.core.fusion.align import boundaries_of_texts
+from fusion_plugins.core.fusion.answer_starts import BEHIND_A_SPACE, Beginning, span_beginnings
 from fusion_plugins.core.fusion.flat import Texts
 from fusion_plugins.core.jit import compiled
 from fusion_plugins.core.text.token_bytes import TokenBytes
@@ -89,6 +91,8 @@ def common_chunks(
     target, used = sides[0].target, [sides[number] for number in numbers]
     ends = _ends(target)
     matches = [_matches(side.source, _ends(side.source), side.target, ends, *side.tokens) for side in used]
+    for side, (begins, _, _) in zip(used, matches, strict=True):
+        _begin_before_white_space(side, begins, trained)
     begin, end, turn = (np.logical_and.reduce([match[at][:, 0] >= 0 for match in matches]) for at in range(3))
     chunks = _cut(begin, end, turn, trained, target.starts)
     said = [
@@ -137,6 +141,20 @@ def _mixture(said: Logprobs, shares: Logprobs) -> Logprobs:
     return np.asarray(np.logaddexp.reduce(said + np.log(shares)[:, None], axis=0), np.float64)
 
 
+def _begin_before_white_space(side: ChunkSide, begins: IntArray, trained: BoolArray) -> None:
+    """Let the first chunk of an answer begin before the white space that is written in one piece with it."""
+    found = span_beginnings(side.source, side.target, *side.tokens)
+    for own in map(Beginning._make, found.tolist()):
+        s_space, t_space = own.s_form == BEHIND_A_SPACE, own.t_form == BEHIND_A_SPACE
+        first, u = own.t_first - 1 - t_space, own.s_first - 1 - s_space
+        if own.both_behind_a_space or not trained[first]:
+            continue
+        begins[own.t_first - 1] = -1
+        begins[first] = (
+            u - side.source.starts[own.text], own.span, False, own.s_before + s_space, own.t_before + t_space,
+        )  # fmt: skip
+
+
 def _next_bytes(target: Texts) -> IntArray:
     """(N,) how many bytes of the text the next token of each position has; 0 at the last of a text."""
     widths = np.append(np.diff(target.ends), 0)
@@ -149,13 +167,13 @@ def _matches(source, s_bounds, target, t_bounds, s_tokens, t_tokens):  # type: i
     """Find the source position at which a chunk can begin, end, or be the end of a turn.
 
     Returns:
-        Three times (N, 3) int32: the source's position, -1 for none; the number of the span; and whether the span has
-        the same tokens on both sides. Where two spans touch in the target alone, a chunk ends elsewhere in the source
-        than the next one begins.
+        Three times (N, 5) int32: the source's position, -1 for none; the number of the span; whether the span has the
+        same tokens on both sides; and the bytes of the source's and the target's tokens that are before the span, 0.
+        Where two spans touch in the target alone, a chunk ends elsewhere in the source than the next one begins.
     """
     n = len(target.ends)
-    begins, ends = np.full((n, 3), np.int32(-1)), np.full((n, 3), np.int32(-1))
-    turns = np.full((n, 3), np.int32(-1))
+    begins, ends = np.full((n, 5), np.int32(-1)), np.full((n, 5), np.int32(-1))
+    turns = np.full((n, 5), np.int32(-1))
     for b in range(len(target.starts) - 1):
         own, other = slice(source.starts[b], source.starts[b + 1]), slice(target.starts[b], target.starts[b + 1])
         s_side = source.ids[own], source.ends[own], s_bounds[own]
@@ -197,7 +215,7 @@ def _match_span(s_side, s_span, t_side, t_span, s_tokens, t_tokens, m, out):  # 
 
 @compiled
 def _put(out, t, u, m, same):  # type: ignore[no-untyped-def]
-    out[t, 0], out[t, 1], out[t, 2] = u, m, same
+    out[t, 0], out[t, 1], out[t, 2], out[t, 3], out[t, 4] = u, m, same, 0, 0
 
 
 @compiled
@@ -217,7 +235,9 @@ def _same_tokens(s_ids, s_ends, s_tokens, t_ids, t_ends, t_tokens):  # type: ign
         if s_ends[k] != t_ends[k]:
             return False
         inside = k > 0 or t_ends[k] > 0
-        if inside and (s_ids[k] != t_ids[k] or not _same_bytes(s_ids[k : k + 1], s_tokens, t_ids[k : k + 1], t_tokens)):
+        if inside and (
+            s_ids[k] != t_ids[k] or not _same_bytes(s_ids[k : k + 1], s_tokens, 0, t_ids[k : k + 1], t_tokens, 0)
+        ):
             return False
     return True
 
@@ -266,7 +286,14 @@ def _said(chunks, matches, source, following, target, tokens):  # type: ignore[n
             continue
         u, v = offset + begins[first, 0], offset + ends[stop, 0]
         if begins[first, 2] or (
-            _same_bytes(source.ids[u + 1 : v + 1], s_tokens, target.ids[first + 1 : stop + 1], t_tokens)
+            _same_bytes(
+                source.ids[u + 1 : v + 1],
+                s_tokens,
+                begins[first, 3],
+                target.ids[first + 1 : stop + 1],
+                t_tokens,
+                begins[first, 4],
+            )
             and _spelled(source, u, v, s_tokens)
             and _spelled(target, first, stop, t_tokens)
         ):
@@ -278,19 +305,25 @@ def _said(chunks, matches, source, following, target, tokens):  # type: ignore[n
 
 
 @compiled
-def _same_bytes(s_ids, s_tokens, t_ids, t_tokens):  # type: ignore[no-untyped-def]
-    """Whether tokens of two vocabularies spell the same bytes."""
+def _same_bytes(s_ids, s_tokens, s_skip, t_ids, t_tokens, t_skip):  # type: ignore[no-untyped-def]
+    """Whether tokens of two vocabularies spell the same bytes, but for some at the beginning of each side."""
     s_flat, s_starts, t_flat, t_starts = s_tokens.flat, s_tokens.starts, t_tokens.flat, t_tokens.starts
     t, at, stop = -1, np.int64(0), np.int64(0)
+    skip = np.int64(t_skip)
     for s in range(len(s_ids)):
         if s_ids[s] >= len(s_starts) - 1:
             return False
         for k in range(s_starts[s_ids[s]], s_starts[s_ids[s] + 1]):
+            if s_skip > 0:
+                s_skip -= 1
+                continue
             while at == stop:
                 t += 1
                 if t == len(t_ids) or t_ids[t] >= len(t_starts) - 1:
                     return False
                 at, stop = t_starts[t_ids[t]], t_starts[t_ids[t] + 1]
+                cut = min(skip, stop - at)
+                at, skip = at + cut, skip - cut
             if s_flat[k] != t_flat[at]:
                 return False
             at += 1

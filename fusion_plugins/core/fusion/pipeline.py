@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fusion_plugins.core.arrays import BoolArray, FloatArray, IntArray
 from fusion_plugins.core.fusion.accounting import ChunkReport, FusionReport, ProjectionReport
-from fusion_plugins.core.fusion.align import TextAligner, align_by_tokens, align_dtw, align_many, align_texts
+from fusion_plugins.core.fusion.align import TextAligner, align_by_tokens, align_dtw, align_many, align_texts, is_strict
 from fusion_plugins.core.fusion.chunks import ChunkSide, TextChunks, common_chunks
 from fusion_plugins.core.fusion.common_text import common_texts, comparable, narrowed
 from fusion_plugins.core.fusion.flat import Entries, Starts, Texts, joined, places_of
@@ -385,13 +385,15 @@ def _fuse_part(
     positions, wanted = places_of(wanted.starts, part.texts), wanted.take(part.texts)
     # Such a rule takes whole distributions, so it makes no difference that they are cut and scaled before it.
     most = plan.width if getattr(plan.rule, "selects", False) else None
-    projections = []
+    projections, supervised = [], supervised_texts(wanted)
     for s in part.sources:
-        side = sides[s].take(part.texts)
-        projector, entries = plan.sources[s].projector, Entries.of(side.records)
-        projections.append(projector.project(side.source, entries, matched[s][positions], side.target, most=most))
+        source, side = plan.sources[s], sides[s].take(part.texts)
+        given = side.source, Entries.of(side.records), matched[s][positions], side.target
+        projections.append(
+            source.projector.project(*given, most=most, strict=is_strict(source.align), wanted=supervised)
+        )
     fused = _fused(plan, projections, costs[list(part.sources)][:, part.texts], wanted)
-    supervised, present = supervised_texts(wanted), fused.present
+    present = fused.present
     # Labels are filled in after fusion, so that no rule mixes one into, or prefers it to, a source's distribution.
     labelled = supervised & ~present & plan.label_fallback
     fused = _with_labels(fused, labelled, wanted.ids)

@@ -25,9 +25,12 @@ other target tokens that the source token has shares of. Without the correction 
 alone decides, and also where an alignment by ``dtw`` has matched positions that do not end at the same byte.
 
 **Masked positions.** A position is left out where, on one side only, the next token has other bytes than the text (a
-dummy prefix, a character that a normaliser changed); where the label reaches over the end of a message into the
-template; and where a special token of one side is something else on the other. At the end of a message, the tokens that
-end a turn or a text are matched whatever their names.
+character that a normaliser changed); where the label reaches over the end of a message into the template; and where a
+special token of one side is something else on the other. At the end of a message, the tokens that end a turn or a text
+are matched whatever their names.
+
+**First positions.** White space before an answer is no part of it, but may be of its first token on either side
+(``"▁The"``): :mod:`fusion_plugins.core.fusion.answer_starts`.
 """
 
 from dataclasses import dataclass
@@ -35,26 +38,28 @@ from typing import Any
 
 import numpy as np
 
-from fusion_plugins.core.arrays import FloatArray, IntArray, as_array
+from fusion_plugins.core.arrays import BoolArray, FloatArray, IntArray, as_array
 from fusion_plugins.core.fusion.accounting import ProjectionReport
 from fusion_plugins.core.fusion.align import Alignment, checked_positions
+from fusion_plugins.core.fusion.answer_starts import span_beginnings, starts_of_answers
 from fusion_plugins.core.fusion.flat import Entries, Texts
+from fusion_plugins.core.fusion.prefixed_tables import PrefixedTables
 from fusion_plugins.core.fusion.projection_kernel import (
     COUNTS,
     IS_EXACT,
     MASSES,
     POSITION_KINDS,
+    SUPERVISED,
     Tables,
+    in_spans,
     project_texts,
 )
 from fusion_plugins.core.fusion.types import Record, Shares, SparseDistributions, VocabularyMap
+from fusion_plugins.core.fusion.vocabulary_map import ASKED_THE_TOKENIZER
 from fusion_plugins.core.text.token_bytes import TokenBytes
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import ConfigError, MismatchError
-
-#: methods of vocabulary maps that have asked the target's tokenizer for the first token of every source token
-_ASKED_THE_TOKENIZER = ("first_token", "one_to_many")
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ class Projector:
         mapping: the vocabulary map.
         tables: all of these in the form of the kernel.
         options: see :class:`ProjectionOptions`.
+        prefixed: the tables of answers that begin behind a prefix.
     """
 
     source_bytes: TokenBytes
@@ -114,6 +120,7 @@ class Projector:
     mapping: VocabularyMap
     tables: Tables
     options: ProjectionOptions
+    prefixed: PrefixedTables
 
     @classmethod
     def of(
@@ -139,7 +146,9 @@ class Projector:
                 f"expected a vocabulary map of the source's {source.vocab_size} tokens, got one of "
                 f"{len(vocabulary.target_ids)}. Make the map from these two token tables."
             )
-        return cls(source.packed, target.packed, vocabulary, _tables(source, target, vocabulary), options)
+        tables = _tables(source, target, vocabulary)
+        prefixed = PrefixedTables(source.packed, target.packed, target.ordinary, tables, vocabulary.method)
+        return cls(source.packed, target.packed, vocabulary, tables, options, prefixed)
 
     def __call__(self, record: Record, alignment: Alignment, target: TokenizedText) -> Projection:
         """Rewrite a source's distributions of one text over the target's vocabulary.
@@ -153,10 +162,19 @@ class Projector:
             AlignmentError: the alignment is not one of these two texts.
         """
         matched = checked_positions(alignment, record.text, target)
-        return self.project(Texts.of([record.text]), Entries.of([record]), matched, Texts.of([target]))
+        given = Texts.of([record.text]), Entries.of([record]), matched, Texts.of([target])
+        return self.project(*given, strict=alignment.strict)
 
     def project(
-        self, source: Texts, entries: Entries, matched: IntArray, target: Texts, *, most: int | None = None
+        self,
+        source: Texts,
+        entries: Entries,
+        matched: IntArray,
+        target: Texts,
+        *,
+        most: int | None = None,
+        strict: bool = False,
+        wanted: BoolArray | None = None,
     ) -> Projection:
         """Rewrite a source's distributions of B texts at once.
 
@@ -168,19 +186,40 @@ class Projector:
             target: the texts in the target's tokens, N in all.
             most: entries per position that are kept, the most probable ones; all by default. The others are left out
                 before the entries are scaled, and are no part of the kept mass.
+            strict: whether the alignment is, see :func:`~fusion_plugins.core.fusion.align.align_texts`.
+            wanted: (N,) bool, the supervised positions of the texts, of which the spans of ``target`` may hold a part;
+                where it is not given, a space before an answer that is a token of its own is taught as well.
         """
-        ids, logprobs, leftover, kept, label_logprobs, counts, masses = project_texts(
-            matched,
-            source,
-            entries,
-            target,
-            self.tables,
-            self.options.chain,
-            self.options.renormalize,
-            float(self.options.min_mass),
-            np.iinfo(np.int32).max if most is None else most,
-        )
+        width = np.iinfo(np.int32).max if most is None else most
+        beginnings = span_beginnings(source, target, self.source_bytes, self.target_bytes)
+        given = beginnings, matched, source, entries, target, len(self.source_bytes.special)
+        starts = starts_of_answers(*given, strict=strict, wanted=wanted) if len(beginnings) else []
+        for _, own in starts:
+            matched = matched.copy()
+            matched[own.positions] = -1
+        out = self._project(matched, source, entries, target, self.tables, width)
+        ids, logprobs, leftover, kept, label_logprobs, counts, masses = out
+        for prefixes, own in starts:
+            parts = self._project(
+                own.matched, own.source, own.entries, own.target, self.prefixed.of(prefixes), ids.shape[1]
+            )
+            ids[own.positions, : parts[0].shape[1]] = parts[0][::2]
+            logprobs[own.positions, : parts[0].shape[1]] = parts[1][::2]
+            for values, part in zip((leftover, kept, label_logprobs), parts[2:5], strict=True):
+                values[own.positions] = part[::2]
+            counts += parts[5]
+            counts[SUPERVISED] -= int(in_spans(target)[own.positions].sum())  # these are counted already
+            masses += parts[6]
         return Projection(SparseDistributions(ids, logprobs, leftover, kept), label_logprobs, _report(counts, masses))
+
+    def _project(
+        self, matched: IntArray, source: Texts, entries: Entries, target: Texts, tables: Tables, most: int
+    ) -> tuple[Any, ...]:
+        options = self.options
+        found: tuple[Any, ...] = project_texts(
+            matched, source, entries, target, tables, options.chain, options.renormalize, float(options.min_mass), most
+        )
+        return found
 
 
 def project_distributions(
@@ -229,7 +268,7 @@ def longest_beginnings(source: TokenTable, target: TokenTable) -> IntArray:
 
 
 def _tables(source: TokenTable, target: TokenTable, vocabulary: VocabularyMap) -> Tables:
-    asked = vocabulary.method in _ASKED_THE_TOKENIZER
+    asked = vocabulary.method in ASKED_THE_TOKENIZER
     begins = np.full(source.vocab_size, -1, np.int32) if asked else longest_beginnings(source, target)
     # An id beyond the target's tokens, as in a padded output layer, is none.
     known = np.where(vocabulary.target_ids < target.vocab_size, vocabulary.target_ids, -1)

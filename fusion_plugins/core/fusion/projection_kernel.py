@@ -133,7 +133,21 @@ def project_texts(matched, source, entries, target, tables, chain, renormalize, 
 
 @compiled
 def supervised_texts(texts):  # type: ignore[no-untyped-def]
-    """Return (N,) bool: the positions that lie in a span of their text and have a label."""
+    """Return (N,) bool: the positions in a span of their text, or before the first token of one, that have a label."""
+    found = in_spans(texts)
+    for b in range(len(texts.starts) - 1):
+        own = slice(texts.starts[b], texts.starts[b + 1])
+        ends, spans = texts.ends[own], texts.spans[texts.span_starts[b] : texts.span_starts[b + 1]]
+        for m in range(len(spans)):
+            first = np.searchsorted(ends, spans[m, 0], side="right")
+            if spans[m, 0] < spans[m, 1] and 0 < first < len(ends):
+                found[own][first - 1] = True
+    return found
+
+
+@compiled
+def in_spans(texts):  # type: ignore[no-untyped-def]
+    """Return (N,) bool: the positions in a span of their text that have a label."""
     found = np.zeros(len(texts.ends), np.bool_)
     for b in range(len(texts.starts) - 1):
         own = slice(texts.starts[b], texts.starts[b + 1])

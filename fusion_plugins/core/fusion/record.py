@@ -11,11 +11,15 @@ def supervised_positions(text: TokenizedText) -> BoolArray:
     """Return (T,) bool: the positions whose distributions a store keeps and training uses.
 
     Position ``t`` counts when ``start <= ends[t] <= stop`` for a supervised span: from the position that predicts the
-    span's first token to the one that predicts what follows the span. The last position never counts: it has no label.
+    span's first token to the one that predicts what follows the span. A first token may begin before the span; then the
+    position before it counts as well. The last position never counts: it has no label.
     """
     positions = np.zeros(len(text.ends), dtype=np.bool_)
     for start, stop in text.spans:
         positions |= (text.ends >= start) & (text.ends <= stop)
+        first = int(np.searchsorted(text.ends, start, side="right"))
+        if start < stop and 0 < first < len(text.ends):
+            positions[first - 1] = True
     positions[-1:] = False
     return positions
 

@@ -29,6 +29,8 @@ Encode = Callable[[Any], Sequence[int]]
 METHODS = ("min_edit", "exact", "statistics", "one_to_many", "first_token")
 #: methods that need the counts of aligned tokens
 COUNTED = ("statistics", "one_to_many")
+#: methods that ask the target's tokenizer for the first token of every source token
+ASKED_THE_TOKENIZER = ("first_token", "one_to_many")
 
 
 def map_vocabulary(
@@ -73,7 +75,7 @@ def map_vocabulary(
     shares, counted = None, _checked_counts(counts, method)
     if method == "statistics":
         target_ids = np.where(mappable, by_count(left, right, counted, eligible), -1).astype(np.int32)
-    elif method in ("first_token", "one_to_many"):
+    elif method in ASKED_THE_TOKENIZER:
         target_ids[mappable] = _first_tokens(_select(left, mappable), right, eligible, encode)
     else:
         limit = 0 if method == "exact" else max_distance

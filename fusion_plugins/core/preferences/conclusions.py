@@ -4,12 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from fusion_plugins.core.preferences.worth_types import (
-    FEWEST_PROMPTS,
-    DomainWorth,
-    SourceWorth,
-    is_luck,
-)
+from fusion_plugins.core.preferences.worth_types import FEWEST_PROMPTS, DomainWorth, SourceWorth, is_luck
 
 
 def conclude(found: DomainWorth) -> DomainWorth:
@@ -79,7 +74,7 @@ def warnings_of(found: Iterable[DomainWorth], trained: Mapping[tuple[str, str], 
     """Return what speaks against the answers that a run trains on, one sentence per source and domain.
 
     Args:
-        found: what :func:`examine_worth` returned for all responses.
+        found: what :func:`~fusion_plugins.core.preferences.worth.examine_worth` returned for all responses.
         trained: (domain, source) -> answers that the run learns from.
     """
     told = []

@@ -398,8 +398,8 @@ def test_a_next_token_that_reaches_into_the_template_is_left_out():
     assert not found.distributions.present.any()
 
 
-def test_a_dummy_prefix_on_one_side_leaves_the_first_row_out():
-    """The target's " a" stands for "a": the source's " a" and "a" would both be wrong there."""
+def test_a_dummy_prefix_on_one_side_is_put_before_what_the_other_says():
+    """The target's " a" stands for "a": it gets the mass of the source's "a", which as a token is another."""
     source, target = table(["<", "a", " a", "b"]), table(["<", " a", "b"])
     s_text = TokenizedText(
         np.array([0, 1, 3], np.int32), np.array([0, 1, 2], np.int32), np.array([[0, 2]], np.int32), np.ones(3, np.bool_)
@@ -410,6 +410,28 @@ def test_a_dummy_prefix_on_one_side_leaves_the_first_row_out():
     record = model_record(s_text, source, model_of(4, 0))
     found = project_record(
         record, align_texts(record.text, t_text), map_vocabulary(source, target, method="exact"), t_text,
+        source_table=source, target_table=target,
+    )  # fmt: skip
+    assert found.report.other_bytes == 0
+    assert found.report.one_to_one == 2
+    assert found.distributions.present.tolist() == [True, True, False]
+    assert found.distributions.ids[0].tolist()[:2] == [1, -1]
+    assert np.exp(found.label_logprobs[0]) == pytest.approx(model_of(4, 0)(b"<")[1], rel=1e-5)
+
+
+def test_a_next_token_of_which_a_side_spells_other_bytes_leaves_the_row_out():
+    """The target's normaliser made a token of two bytes of one of the text's: nobody knows what that stands for."""
+    source, target = table(["<", "a", "b"]), table(["<", "xa", "b"])
+    texts = [
+        TokenizedText(
+            np.array([0, 1, 2], np.int32), np.array([0, 1, 2], np.int32), np.array([[0, 2]], np.int32),
+            np.ones(3, np.bool_),
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    record = model_record(texts[0], source, model_of(3, 0))
+    found = project_record(
+        record, align_texts(record.text, texts[1]), map_vocabulary(source, target, method="exact"), texts[1],
         source_table=source, target_table=target,
     )  # fmt: skip
     assert found.report.other_bytes == 1
