@@ -275,7 +275,7 @@ ZERO3 = {"deepspeed": str(runs.ROOT / "axolotl_configs" / "deepspeed" / "zero3.j
     ("more", "environment"),
     [
         pytest.param(HALVES, {"ACCELERATE_USE_CPU": "true"}, id="half a batch each"),
-        pytest.param(ZERO3, {"DS_ACCELERATOR": "cpu"}, id="half of every weight each (ZeRO-3)"),
+        pytest.param(ZERO3, {}, id="half of every weight each (ZeRO-3)"),
     ],
 )
 def test_two_processes_train_on_advantages_as_one(more, environment, material, answers, run_folder):
