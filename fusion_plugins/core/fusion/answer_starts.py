@@ -211,7 +211,7 @@ def _as_texts(
     # The position from which the source speaks, then the tokens that it goes on with.
     at = np.arange(bounds[-1]) - np.repeat(begins + 1 - first, lengths)
     at[begins] = origin
-    ids = source.ids[at].astype(np.int32)
+    ids = _moved(source.ids[at], 0, size)
     ids[begins + 1] += prefixes.block_behind * size
     ends = source.ends[at] + np.repeat(shift, lengths)
     ends[begins] = 0
@@ -241,12 +241,13 @@ def _as_texts(
 
 def _entries(at: Numbers, begins: Numbers, prefixes: Prefixes, source: Texts, entries: Entries, size: int) -> Entries:
     """Collect what the source says; at the first positions about the tokens without their prefix."""
-    ids, logprobs, following = entries.ids[at], entries.logprobs[at], entries.next[at]
-    first = _moved(ids[begins], prefixes.block, size)
+    logprobs, following = entries.logprobs[at], entries.next[at]
+    # A token beyond the vocabulary must not be taken for one of the copies.
+    ids, first = _moved(entries.ids[at], 0, size), _moved(entries.ids[at[begins]], prefixes.block, size)
     if prefixes.joined:
         # The distribution behind the space stands in the place of the space.
         space, width = at[begins + 1] - 1, ids.shape[1]
-        first[ids[begins] == source.ids[space][:, None]] = -1
+        first[entries.ids[at[begins]] == source.ids[space][:, None]] = -1
         ids = np.pad(ids, ((0, 0), (0, width)), constant_values=-1)
         logprobs = np.pad(logprobs, ((0, 0), (0, width)), constant_values=-np.inf)
         ids[begins, width:] = _moved(entries.ids[space], prefixes.block_behind, size)

@@ -327,6 +327,20 @@ def test_strict_takes_only_first_tokens_that_end_together():
         assert project(source, target, a_record(source, model)).distributions.present[0]
 
 
+def test_a_token_beyond_the_vocabulary_is_none():
+    """As of a padded output layer. The label ends inside the second token, which the source goes on with."""
+    source = a_side(a_table([" a", "bc", " bx"]), b"abc", TEMPLATE)
+    target = a_side(a_table(["ab", "c"]), b"abc", NONE)
+    size = source.table.vocab_size
+    record = a_record(source, a_model(source.table, 0))
+    found = []
+    for spare in (-1, size, size + source.table.tokens.index(b" bx")):
+        record.topk.ids[1, -1], record.topk.logprobs[1, -1] = spare, -1.0
+        found.append(project(source, target, record).label_logprobs[0])
+    assert np.isfinite(found[0])
+    assert found == [found[0]] * 3
+
+
 def test_a_prefix_that_is_no_white_space_is_left_out():
     table = TokenTable([b"<", b'"a', b"b", b"a"], [None] * 4, {}, False, "byte_level")
     quoted, plain = (
