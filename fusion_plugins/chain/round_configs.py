@@ -3,11 +3,12 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from fusion_plugins.axolotl.args import FusionBlock
-from fusion_plugins.chain.round_settings import FUSED, PLUGIN, RoundsConfig
+from fusion_plugins.chain.round_settings import FUSED, PLUGINS, RoundsConfig
 from fusion_plugins.config import Settings, load_config, validate
 from fusion_plugins.errors import ConfigError
 from fusion_plugins.plugins import get_registry
@@ -116,18 +117,21 @@ def load_rounds(path: str | Path, flags: Mapping[str, Any], assignments: list[st
 def _check_training(train: Mapping[str, Any], where: str) -> None:
     """Check what a training would refuse, hours of sampling and of capturing later.
 
-    Names that are not known here may be registered where the training runs.
+    Names that are not known here may be registered where the training runs. It may run in another environment: the
+    options of the loss are left to it where there is no torch.
 
     Raises:
         ConfigError: the plugin is missing, a dataset is of another type, a setting of the block is wrong, or a rule
             would choose between sources on the target's own answers.
     """
-    from fusion_plugins.axolotl.fusion_losses import problems_of_fusion_loss  # loads torch
-
     block = validate(FusionBlock, dict(train["fusion"]), where=f"{where}: fusion")
-    problems = list(problems_of_fusion_loss(block))
-    if PLUGIN not in (train.get("plugins") or []):
-        problems.append(f"plugins: expected {PLUGIN} among them, got {train.get('plugins')!r:.80}")
+    problems: list[str] = []
+    if find_spec("torch") is not None:
+        from fusion_plugins.axolotl.fusion_losses import problems_of_fusion_loss
+
+        problems += problems_of_fusion_loss(block)
+    if not {*PLUGINS} & {*(train.get("plugins") or [])}:
+        problems.append(f"plugins: expected {PLUGINS[0]} among them, got {train.get('plugins')!r:.80}")
     if others := sorted({str(entry.get("type")) for entry in train["datasets"]} - {FUSED}):
         problems.append(f"datasets: expected the type {FUSED} alone, got {', '.join(others)} too, which fuses nothing")
     everywhere = [source.name for source in block.sources if not source.conditions]

@@ -7,8 +7,8 @@ from pydantic import Field, model_validator
 from fusion_plugins.chain.settings import NAME
 from fusion_plugins.config import Settings
 
-#: what axolotl calls the plugin
-PLUGIN = "fusion_plugins.axolotl.FusionPlugin"
+#: names by which axolotl finds the plugin
+PLUGINS = ("fusion_plugins.axolotl.FusionPlugin", "fusion_plugins.axolotl.plugin.FusionPlugin")
 #: dataset type whose path becomes the answers of the round
 FUSED = "fusion_plugins.axolotl.fused"
 #: what the training report of `fusion_plugins.axolotl.best_of_sources` is called in the folder of a model

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 
 import pytest
 import yaml
@@ -192,6 +193,18 @@ def test_prompts_that_cannot_be_used_are_left_out_of_all_rounds_where_that_is_as
     said = capsys.readouterr().err
     assert re.search("left out of all rounds: .*empty", " ".join(said.split()))
     assert "1 prompts cannot be used" in said
+
+
+def test_a_training_that_runs_in_another_environment_is_checked_without_torch(load, monkeypatch):
+    plugins = ["fusion_plugins.axolotl.plugin.FusionPlugin"]
+    wrong = {"plugins": plugins, "fusion": TRAIN["fusion"] | {"loss_options": {"beta": 1}}}
+    with pytest.raises(ConfigError, match="takes no options"):
+        load(wrong)
+    monkeypatch.setattr("fusion_plugins.chain.round_configs.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "fusion_plugins.axolotl.fusion_losses", None)
+    load(wrong)
+    with pytest.raises(ConfigError, match="los: unknown key"):
+        load({"fusion": TRAIN["fusion"] | {"los": "jsd"}})
 
 
 @pytest.mark.parametrize(
