@@ -31,7 +31,7 @@ from fusion_plugins.core.fusion.fuse import (
     truncate,
 )
 from fusion_plugins.core.fusion.project import Projection, Projector
-from fusion_plugins.core.fusion.projection_kernel import supervised_texts
+from fusion_plugins.core.fusion.projection_kernel import in_spans, supervised_texts
 from fusion_plugins.core.fusion.record import build_record
 from fusion_plugins.core.fusion.types import AnyRecord, FusedTexts, Record, SparseDistributions, TopK, VocabularyMap
 from fusion_plugins.core.text.token_table import TokenTable
@@ -512,6 +512,7 @@ def warm_up() -> None:
     record, projector = build_record("", target, topk), Projector.of(table, table, vocabulary)
     dtw = align_by_tokens(align_dtw, table.packed, table.packed)
     align_texts(target, target).ranges()
+    in_spans(Texts.of([target]))  # of answers behind white space alone
     for rule, align in ((avg_ce, dtw), (token_min_ce, align_texts)):
         source = FusionSource("a", projector, align)
         plan = FusionPlan((source, source), rule=rule)

@@ -638,9 +638,10 @@ def test_threads_do_not_change_the_result():
 def test_a_new_process_finds_the_kernels_compiled():
     warm_up()
     code = (
-        "from fusion_plugins.core.fusion import dtw_kernels, pipeline, projection_kernel\n"
+        "from fusion_plugins.core.fusion import answer_starts, dtw_kernels, pipeline, projection_kernel as kernels\n"
         "pipeline.warm_up()\n"
-        "for kernel in (dtw_kernels.warp, projection_kernel.project_texts):\n"
+        "of_answers = answer_starts.span_beginnings, kernels.in_spans\n"
+        "for kernel in (dtw_kernels.warp, kernels.project_texts, *of_answers):\n"
         "    assert sum(kernel.stats.cache_hits.values()) and not kernel.stats.cache_misses, kernel.stats\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
