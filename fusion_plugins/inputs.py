@@ -187,13 +187,13 @@ def open_prompts(
 
     Raises:
         DataError: as for :func:`read_prompts`.
-        ConfigError: no row has a value in one of the columns to keep.
+        ConfigError: no row has one of the columns to keep; it may be null in all of them.
     """
     missing = set(keep)
 
     def make(where: str, row: Row, text: Text) -> Prompt:
         prompt = as_prompt(where, row, text, keep)
-        missing.difference_update(prompt.kept)
+        missing.difference_update(row)
         return prompt
 
     def pair(prompt: Prompt) -> tuple[Text, str]:
@@ -202,7 +202,7 @@ def open_prompts(
     prompts = InputSet(path, make, pair, unusable, Selection(columns=tuple(keep)))
     if missing and len(prompts):
         raise ConfigError(
-            f"keep_columns: expected columns of {path}, got {', '.join(sorted(missing))}, in which no row has a value. "
+            f"keep_columns: expected columns of {path}, got {', '.join(sorted(missing))}, which no row has. "
             "Correct the name, or add the column."
         )
     return prompts

@@ -153,7 +153,8 @@ def _write_prompts(rounds: Rounds, count: int) -> None:
     paths = _listed(rounds.config.sample.get("prompts"))
     unusable: Unusable | None = {} if rounds.config.sample.get("on_unusable") == "skip" else None
     files = [path if is_hub(path) else str(rounds.folder / path) for path in paths]
-    prompts = open_prompts(files, unusable=unusable, keep=rounds.config.sample.get("keep_columns", ()))
+    keep = rounds.config.sample.get("keep_columns", ())
+    prompts = open_prompts(files, unusable=unusable, keep=keep)
     # The step that samples never sees these.
     for name, reason in islice((unusable or {}).items(), MOST_NAMED):
         say(f"left out of all rounds: {name}: {reason}", stderr=True)
@@ -172,7 +173,9 @@ def _write_prompts(rounds: Rounds, count: int) -> None:
             text = prompt.text
             content = {"text": text.content} if isinstance(text.content, str) else {"messages": text.content}
             extra = {"tools": text.tools, "reference": prompt.reference, "tests": prompt.tests, **prompt.kept}
+            # A column that no prompt of this round has a value in is one of the file all the same.
             given = {key: value for key, value in extra.items() if value is not None}
+            given = {**dict.fromkeys(keep), **given}
             rows.append(json.dumps({"id": text.id, **content, "domain": prompt.domain, **given}, ensure_ascii=False))
         write_atomic(rounds.out / rounds.name(number) / "prompts.jsonl", "".join(f"{row}\n" for row in rows))
 

@@ -21,6 +21,7 @@ from fusion_plugins.cli import app
 from fusion_plugins.config import validate
 from fusion_plugins.core.fusion.record import supervised_bytes
 from fusion_plugins.errors import ChainError, ConfigError, DataError, FusionError
+from fusion_plugins.inputs import open_prompts
 from fusion_plugins.store import open_store
 
 TRAIN = {
@@ -174,11 +175,13 @@ def test_each_round_takes_the_next_prompts(load, tmp_path):
 
 
 def test_the_prompts_of_a_round_have_the_columns_that_its_answers_keep(load, tmp_path):
-    rows = [{"text": f"Say {n}!", "page": {"n": n}} for n in range(4)]
+    rows = [{"text": f"Say {n}!", "page": {"n": n}} for n in range(4)] + [{"text": "Say 4!"}, {"text": "Say 5!"}]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_rounds(load(prompts_per_round=2, sample=ROUNDS["sample"] | {"keep_columns": ["page"]}))
-    lines = (tmp_path / "made" / "02" / "prompts.jsonl").read_text().splitlines()
-    assert [json.loads(line)["page"] for line in lines] == [{"n": 2}, {"n": 3}]
+    write_rounds(load(rounds=3, prompts_per_round=2, sample=ROUNDS["sample"] | {"keep_columns": ["page"]}))
+    second, third = (tmp_path / "made" / name / "prompts.jsonl" for name in ("02", "03"))
+    assert [json.loads(line)["page"] for line in second.read_text().splitlines()] == [{"n": 2}, {"n": 3}]
+    # Where none of them has a value, it is a column all the same: the step that samples would miss it.
+    assert [prompt.kept for prompt in open_prompts(third, keep=["page"])] == [{}, {}]
 
 
 def test_prompts_that_cannot_be_used_are_left_out_of_all_rounds_where_that_is_asked_for(load, tmp_path, capsys):

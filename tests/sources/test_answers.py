@@ -324,7 +324,7 @@ def test_columns_that_the_responses_keep_are_there_for_conditions_and_contexts(m
     write_rows(prompts, [row | {"language": "en"} for row in rows])
     with pytest.raises(MismatchError, match="prompts_fingerprint"):
         sample_prompts(sample_config({}, prompts, tmp_path / "out", **settings))
-    with pytest.raises(ConfigError, match="keep_columns: expected columns of .*got langauge, in which no row"):
+    with pytest.raises(ConfigError, match="keep_columns: expected columns of .*got langauge, which no row has"):
         sample_prompts(sample_config({}, prompts, tmp_path / "new", **settings | {"keep_columns": ["langauge"]}))
     with pytest.raises(ValueError, match="got reward, which a response has anyway"):
         sample_config({}, prompts, tmp_path / "new", **settings | {"keep_columns": ["reward"]})
