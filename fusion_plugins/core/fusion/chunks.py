@@ -7,9 +7,10 @@ target's token inside a longer source token has no probability of its own, and t
 
 A chunk's tokens spell the same bytes on both sides. The first chunk of an answer may begin with white space that a
 template or a tokenizer writes before the answer (:mod:`fusion_plugins.core.fusion.answer_starts`): the bytes behind it
-are compared, and its log-probability is, on each side, that of the tokens as they are. Where the two have the same
-tokens, each token is a chunk. The token that ends a turn or a text is a chunk of one token, by its role: the two need
-not have one name. A text that was cut has none, and what is behind its last common end is in no chunk.
+are compared, and its log-probability is, on each side, that of the tokens as they are. A space of the target's own that
+is not trained on is in no chunk, and then neither is what the source writes in one piece with it. Where the two have
+the same tokens, each token is a chunk. The token that ends a turn or a text is a chunk of one token, by its role: the
+two need not have one name. A text that was cut has none, and what is behind its last common end is in no chunk.
 
 Letters: B texts, N tokens of the target in all of them, C chunks, S sources.
 """
