@@ -4,5 +4,6 @@ Reading order: ``types``, ``align`` (source position per target position), ``voc
 token), ``project`` (a distribution over the target's vocabulary), ``fuse`` (several distributions -> one), ``pipeline``
 (all of it for one text), ``losses``. For the target's own answers: ``chunks``, ``chunk_losses``. The rest is behind
 these: ``record``, ``common_text``, ``answer_starts``, ``prefixed_tables``, ``counts``, ``nearest``, ``dtw``,
-``accounting``, and the compiled ``dtw_kernels`` and ``projection_kernel``.
+``accounting``, ``teachers``, ``routing`` and ``chunk_routing`` (which sources teach which text), ``flat`` (many texts
+in one array), and the compiled ``dtw_kernels`` and ``projection_kernel``.
 """

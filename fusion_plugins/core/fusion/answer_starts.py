@@ -100,7 +100,7 @@ class _Start(NamedTuple):
     s_stop: int
 
 
-class Starts(NamedTuple):
+class FirstPositions(NamedTuple):
     """Some first positions as texts of their own, all with the same prefixes.
 
     Attributes:
@@ -128,7 +128,7 @@ def starts_of_answers(
     *,
     strict: bool = False,
     wanted: BoolArray | None = None,
-) -> list[tuple[Prefixes, Starts]]:
+) -> list[tuple[Prefixes, FirstPositions]]:
     """Return the first positions behind a prefix of which the source says something, those of equal prefixes together.
 
     Args:
@@ -202,7 +202,7 @@ def _is_said(start: _Start, prefixes: Prefixes, entries: Entries) -> bool:
 
 def _as_texts(
     starts: Sequence[_Start], prefixes: Prefixes, source: Texts, entries: Entries, target: Texts, size: int
-) -> Starts:
+) -> FirstPositions:
     n, rows = len(starts), np.array(starts, np.int64)
     at_target, label, label_end, t_stop, origin, first, last, shift, s_stop = rows.T
     lengths = last - first + 2
@@ -216,7 +216,7 @@ def _as_texts(
     ends = source.ends[at] + np.repeat(shift, lengths)
     ends[begins] = 0
     one_each, two_each, none = np.arange(n + 1), np.arange(0, 2 * n + 1, 2), np.zeros(n)
-    return Starts(
+    return FirstPositions(
         at_target,
         Texts(
             ids,
