@@ -13,7 +13,7 @@ import tiny
 from axolotl.utils.collators import DataCollatorForSeq2Seq
 from axolotl_runs import FUSED, capture, config, logged, prepare, train, write_rows
 
-from fusion_plugins.axolotl import fused, plugin
+from fusion_plugins.axolotl import fused, fused_rows, plugin
 from fusion_plugins.axolotl.args import FusionBlock
 from fusion_plugins.axolotl.collator import FusionCollator
 from fusion_plugins.axolotl.guards import check_ready
@@ -34,7 +34,7 @@ def terms(trainer, *names):
 @pytest.fixture
 def exact_rows(monkeypatch):
     """Rows that keep every bit of their distributions."""
-    monkeypatch.setattr(fused, "LOGPROB_TYPE", "float32")
+    monkeypatch.setattr(fused_rows, "LOGPROB_TYPE", "float32")
 
 
 def both(material, run_folder, **changes):

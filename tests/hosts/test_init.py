@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from fusion_plugins.chain.round_configs import load_rounds
 from fusion_plugins.chain.rounds import write_rounds
 from fusion_plugins.cli import app
-from fusion_plugins.core.fusion.teachers import SEVERAL
+from fusion_plugins.core.fusion.teachers import LABEL, SEVERAL
 from fusion_plugins.init.plan import make_plan
 from fusion_plugins.init.settings import InitConfig
 from fusion_plugins.init.write import files_of, write_files
@@ -169,7 +169,7 @@ def check_page(folder, report):
     for example in examples:
         said = tokenizer.decode(example["ids"])
         assert "".join("".join(example["tokens"]).split()) == "".join(said.split())
-        assert set(example["sources"][1:]) <= {"digits", "bytes", "target", SEVERAL, None}
+        assert set(example["sources"][1:]) <= {"digits", "bytes", "target", SEVERAL, LABEL, None}
         assert example["sources"][0] is None
     said = re.findall(r"([\d.]+) nats before the training, ([\d.]+) after it", page)
     for name, place in ((record["base_model"], 0), (folder / "fused", 1)):
