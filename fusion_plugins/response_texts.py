@@ -165,11 +165,11 @@ def is_table_of_responses(columns: Collection[str]) -> bool:
 
 
 def described_responses(left_out: Mapping[str, int]) -> str:
-    """Return a sentence about responses without a text of their own; empty where there are none.
+    """Return how many responses have no text of their own, and why; empty where there are none.
 
     Example:
         >>> described_responses({"empty": 2, "repeated": 1})
-        '2 responses say nothing and are no texts; 1 responses repeat another one and are the same text'
+        '2 (they say nothing), 1 (the same text as another response)'
     """
-    said = {EMPTY: "say nothing and are no texts", REPEATED: "repeat another one and are the same text"}
-    return "; ".join(f"{left_out[kind]:,} responses {what}" for kind, what in said.items() if left_out.get(kind))
+    said = {EMPTY: "they say nothing", REPEATED: "the same text as another response"}
+    return ", ".join(f"{left_out[kind]:,} ({what})" for kind, what in said.items() if left_out.get(kind))

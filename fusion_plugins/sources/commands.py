@@ -60,7 +60,7 @@ def capture(
     if report.text_changes:
         messages.print(f"the tokenizer changes texts, which is known: {'; '.join(report.text_changes)}")
     if responses := described_responses(report.without_text):
-        messages.print(responses)
+        messages.print(f"responses without a text of their own: {responses}")
     if answers := report.answers.described():
         messages.print(answers)
     for text_id, reason in report.skipped.items():
