@@ -118,6 +118,11 @@ def _check_map(source, target, vocabulary):
             assert mapped < 0 or source.tokens[token] == target.tokens[mapped]
 
 
+def _is_own_space(text, at, table):
+    """Whether a token is the space that its tokenizer puts before a text."""
+    return bool(text.ends[at] == 0 and table.bytes_of(int(text.input_ids[at])) == b" ")
+
+
 def _check_shares(record, aim, found, tables, vocabulary, share):
     """Where both sides have the same next token, every entry's probability is that of the entries mapped to it."""
     source_at = {int(end): at for at, end in enumerate(record.text.ends) if record.text.exact[at]}
@@ -126,6 +131,9 @@ def _check_shares(record, aim, found, tables, vocabulary, share):
         if u is None or u + 1 >= len(record.text.input_ids):
             continue
         own, label = int(record.text.input_ids[u + 1]), int(aim.input_ids[t + 1])
+        # Behind a space of its own a source has more to say of the answer: what it gives other tokens than the space.
+        if _is_own_space(record.text, u, tables[0]) and not _is_own_space(aim, t, tables[1]):
+            continue
         if tables[0].role_of(own) or tables[0].bytes_of(own) != tables[1].bytes_of(label):
             continue
         if record.text.ends[u + 1] != aim.ends[t + 1] or record.text.ends[u + 1] == record.text.ends[u]:

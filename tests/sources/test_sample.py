@@ -56,7 +56,7 @@ def test_rows_that_are_no_prompts_stop_the_run_or_are_left_out(models, prompts, 
     with prompts.open("a") as lines:
         lines.write('{"id": "half", "text": "a", "reference": "\\ud83d"}\n{"id": "open", "text": \n')
     settings = config(models, prompts, tmp_path / "out", only=["llama"], n=1)
-    with pytest.raises(DataError, match=r"prompts\.jsonl:7: expected a domain, a reference and tests"):
+    with pytest.raises(DataError, match=r"prompts\.jsonl:7: expected a domain, a reference, tests and columns"):
         sample_prompts(settings)
     report = sample_prompts(settings.model_copy(update={"on_unusable": "skip"}))
     assert list(report.skipped) == [("all sources", "half"), ("all sources", f"{prompts}:8")]

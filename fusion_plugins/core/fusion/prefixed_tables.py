@@ -126,7 +126,7 @@ class _Destinations:
 
     def __call__(self, token: bytes, read: bytes) -> tuple[int, int, int]:
         """Return a row of `Tables.mapped`, and the source's token of these bytes, -1 for none."""
-        if read and self._first(read + token) != self._target.get(read):
+        if read and not self._begins_with(read, token):
             return -1, -1, -1
         if token in self._target:
             return self._target[token], IS_EXACT, -1
@@ -135,6 +135,12 @@ class _Destinations:
             return int(self._mapped[row, 0]), int(self._mapped[row, 1]), row
         begins = self._beginning(token)
         return (-1 if self._method == "exact" else begins), begins, -1
+
+    def _begins_with(self, read: bytes, token: bytes) -> bool:
+        """Whether the target splits such bytes behind ``read``, which is a token of its own."""
+        if token.startswith(b" ") and token in self._target and read + token not in self._target:
+            return True  # the last of several spaces goes to the word: "▁" "▁of"
+        return self._first(read + token) == self._target.get(read)
 
     def _first(self, token: bytes) -> int | None:
         """Return the target's first token of some bytes, as far as is known."""

@@ -29,8 +29,8 @@ def text_of(ends, *spans):
 @pytest.mark.parametrize(("spans", "positions", "n_bytes"), [
     # Tokens 1 and 2 are inside; position 2 predicts what follows the span.
     pytest.param([(3, 8)], [1, 1, 1, 0, 0], [0, 2, 3, 0, 0], id="whole tokens"),
-    # Position 0 has not reached the span; one byte of token 1 is inside.
-    pytest.param([(4, 8)], [0, 1, 1, 0, 0], [0, 1, 3, 0, 0], id="a token that starts before the span"),
+    # Position 0 has not reached the span, but predicts the token that does; one byte of token 1 is inside.
+    pytest.param([(4, 8)], [1, 1, 1, 0, 0], [0, 1, 3, 0, 0], id="a token that starts before the span"),
     pytest.param([(3, 9)], [1, 1, 1, 0, 0], [0, 2, 3, 0, 0], id="a token that ends behind the span"),
     # Nothing predicts the first token.
     pytest.param([(0, 5)], [1, 1, 0, 0, 0], [0, 2, 0, 0, 0], id="from the beginning"),
@@ -38,7 +38,7 @@ def text_of(ends, *spans):
     pytest.param([(10, 12)], [0, 0, 0, 1, 0], [0, 0, 0, 0, 2], id="to the end"),
     pytest.param([(3, 5), (10, 12)], [1, 1, 0, 1, 0], [0, 2, 0, 0, 2], id="two spans"),
     pytest.param([(5, 5)], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0], id="an empty span"),
-    pytest.param([(6, 7)], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0], id="inside one token"),
+    pytest.param([(6, 7)], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0], id="inside one token"),
     pytest.param([], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0], id="no span"),
 ])  # fmt: skip
 def test_supervised_positions_and_bytes(spans, positions, n_bytes):
