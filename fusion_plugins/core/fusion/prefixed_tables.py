@@ -13,7 +13,7 @@ import numpy as np
 
 from fusion_plugins.core.arrays import BoolArray, as_array
 from fusion_plugins.core.fusion.projection_kernel import IS_EXACT, Tables
-from fusion_plugins.core.fusion.vocabulary_map import ASKED_THE_TOKENIZER
+from fusion_plugins.core.fusion.vocabulary_map import ASKED_THE_TOKENIZER, longest_beginning
 from fusion_plugins.core.text.token_bytes import TokenBytes, bytes_of_tokens
 
 
@@ -133,7 +133,7 @@ class _Destinations:
         if token in self._source:
             row = self._source[token]
             return int(self._mapped[row, 0]), int(self._mapped[row, 1]), row
-        begins = self._beginning(token)
+        begins = longest_beginning(token, self._target, self._longest)
         return (-1 if self._method == "exact" else begins), begins, -1
 
     def _begins_with(self, read: bytes, token: bytes) -> bool:
@@ -149,9 +149,4 @@ class _Destinations:
         row = self._source.get(token, -1)
         if row >= 0 and self._method in ASKED_THE_TOKENIZER:
             return int(self._mapped[row, 0])
-        return self._beginning(token)
-
-    def _beginning(self, token: bytes) -> int:
-        """Return the longest target token that some bytes begin with, -1 for none."""
-        ends = range(min(len(token), self._longest), 0, -1)
-        return next((self._target[token[:end]] for end in ends if token[:end] in self._target), -1)
+        return longest_beginning(token, self._target, self._longest)

@@ -55,7 +55,7 @@ from fusion_plugins.core.fusion.projection_kernel import (
     project_texts,
 )
 from fusion_plugins.core.fusion.types import Record, Shares, SparseDistributions, VocabularyMap
-from fusion_plugins.core.fusion.vocabulary_map import ASKED_THE_TOKENIZER
+from fusion_plugins.core.fusion.vocabulary_map import ASKED_THE_TOKENIZER, longest_beginning
 from fusion_plugins.core.text.token_bytes import TokenBytes
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.types import TokenizedText
@@ -261,9 +261,7 @@ def longest_beginnings(source: TokenTable, target: TokenTable) -> IntArray:
     longest = int(target.lengths.max(initial=0))
     found = np.full(source.vocab_size, -1, np.int32)
     for index in np.flatnonzero(~source.special).tolist():
-        token = source.tokens[index]
-        ends = range(min(len(token), longest), 0, -1)
-        found[index] = next((ids[token[:end]] for end in ends if token[:end] in ids), -1)
+        found[index] = longest_beginning(source.tokens[index], ids, longest)
     return found
 
 
