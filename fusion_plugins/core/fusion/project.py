@@ -194,9 +194,9 @@ class Projector:
         beginnings = span_beginnings(source, target, self.source_bytes, self.target_bytes)
         given = beginnings, matched, source, entries, target, len(self.source_bytes.special)
         starts = starts_of_answers(*given, strict=strict, wanted=wanted) if len(beginnings) else []
-        for _, own in starts:
-            matched = matched.copy()
-            matched[own.positions] = -1
+        if starts:
+            matched, counted = matched.copy(), in_spans(target)
+            matched[np.concatenate([own.positions for _, own in starts])] = -1
         out = self._project(matched, source, entries, target, self.tables, width)
         ids, logprobs, leftover, kept, label_logprobs, counts, masses = out
         for prefixes, own in starts:
@@ -208,7 +208,7 @@ class Projector:
             for values, part in zip((leftover, kept, label_logprobs), parts[2:5], strict=True):
                 values[own.positions] = part[::2]
             counts += parts[5]
-            counts[SUPERVISED] -= int(in_spans(target)[own.positions].sum())  # these are counted already
+            counts[SUPERVISED] -= int(counted[own.positions].sum())  # these are counted already
             masses += parts[6]
         return Projection(SparseDistributions(ids, logprobs, leftover, kept), label_logprobs, _report(counts, masses))
 
