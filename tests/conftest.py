@@ -36,6 +36,12 @@ def wheel_file(tmp_path_factory):
     return path
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: where several processes share the files, none is left alone with a long one."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("real"):
         real_assets.require()
