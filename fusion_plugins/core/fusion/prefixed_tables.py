@@ -5,16 +5,16 @@ remains. That goes where any token goes: to the target token of these bytes; els
 of these bytes; else to the longest target token at its beginning. All other tokens go nowhere.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusion_plugins.core.arrays import BoolArray, as_array
+from fusion_plugins.core.arrays import BoolArray, IntArray, as_array
 from fusion_plugins.core.fusion.projection_kernel import IS_EXACT, Tables
-from fusion_plugins.core.fusion.vocabulary_map import ASKED_THE_TOKENIZER, longest_beginning
-from fusion_plugins.core.text.token_bytes import TokenBytes, bytes_of_tokens
+from fusion_plugins.core.fusion.vocabulary_map import ASKED_THE_TOKENIZER
+from fusion_plugins.core.text.token_bytes import TokenBytes
+from fusion_plugins.core.text.token_index import Strings, TokenIndex
 
 
 class Prefixes(NamedTuple):
@@ -79,26 +79,17 @@ class PrefixedTables:
 
 def _tables(made: PrefixedTables, prefixes: Prefixes) -> Tables:
     """Put the source's tokens without their prefix, and with the target's, behind the tokens as they are."""
-    plain, size = made.plain, len(made.plain.mapped)
-    tokens = bytes_of_tokens(made.source, np.arange(size, dtype=np.int32))
-    find = _Destinations(made, tokens)
-    spelled = [
-        prefixes.target + token[len(prefixes.source) :] if token.startswith(prefixes.source) and not special else b""
-        for token, special in zip(tokens, plain.s_special.tolist(), strict=True)
-    ]
-    if prefixes.block_behind == 2:
-        spelled += [
-            prefixes.target + token if token and not special else b""
-            for token, special in zip(tokens, plain.s_special.tolist(), strict=True)
-        ]
-    known = [find(token, prefixes.read) if token else (-1, -1, -1) for token in spelled]
-    mapped = np.array(known, np.int32).reshape(-1, 3)
+    plain = made.plain
+    spelled = _spelled(made, prefixes)
+    find = _Destinations.of(made)
+    mapped = find(spelled)
+    if prefixes.read:
+        mapped[~find.begin_behind(prefixes.read, spelled)] = -1
     # A token that is one of the source's is divided as that is.
     widths = np.append(np.diff(plain.share_starts), 0)[mapped[:, 2]]
     own = [np.arange(plain.share_starts[row], plain.share_starts[row + 1]) for row in mapped[widths > 0, 2].tolist()]
     shares = np.concatenate([np.arange(len(plain.share_ids)), *own]).astype(np.int64)
-    lengths = np.fromiter(map(len, spelled), np.int64, len(spelled))
-    copies = 1 + len(spelled) // size if size else 1
+    copies = 1 + len(mapped) // len(plain.mapped) if len(mapped) else 1
     return plain._replace(
         mapped=np.concatenate([plain.mapped, mapped[:, :2]]),
         share_starts=as_array(
@@ -106,47 +97,55 @@ def _tables(made: PrefixedTables, prefixes: Prefixes) -> Tables:
         ),
         share_ids=plain.share_ids[shares],
         share_weights=plain.share_weights[shares],
-        s_bytes=np.concatenate([plain.s_bytes, np.frombuffer(b"".join(spelled), np.uint8)]),
-        s_starts=np.concatenate([plain.s_starts, plain.s_starts[-1] + np.cumsum(lengths)]),
+        s_bytes=np.concatenate([plain.s_bytes, spelled.flat]),
+        s_starts=np.concatenate([plain.s_starts, plain.s_starts[-1] + spelled.starts[1:]]),
         s_special=np.tile(plain.s_special, copies),
         s_closing=np.tile(plain.s_closing, copies),
     )
 
 
-class _Destinations:
-    """Says which target token some bytes go to, as the map says it of the source's tokens."""
+def _spelled(made: PrefixedTables, prefixes: Prefixes) -> Strings:
+    """Return the source's tokens with their prefix changed, and behind them those of an answer behind a space."""
+    tokens, ordinary = Strings(made.source.flat, made.source.starts), ~made.source.special
+    changed = tokens.replaced(ordinary & tokens.start_with(prefixes.source), len(prefixes.source), prefixes.target)
+    if prefixes.block_behind != 2:
+        return changed
+    behind = tokens.replaced(ordinary & (tokens.lengths > 0), 0, prefixes.target)
+    return Strings(
+        np.concatenate([changed.flat, behind.flat]),
+        np.concatenate([changed.starts, changed.starts[-1] + behind.starts[1:]]),
+    )
 
-    def __init__(self, made: PrefixedTables, tokens: Sequence[bytes]) -> None:
-        self._mapped, self._method = made.plain.mapped, made.method
-        names = bytes_of_tokens(made.target, np.arange(len(made.ordinary), dtype=np.int32))
-        self._target = {names[index]: index for index in np.flatnonzero(made.ordinary)[::-1].tolist()}
-        ordinary = np.flatnonzero(~made.plain.s_special)[::-1].tolist()
-        self._source = {tokens[index]: index for index in ordinary if tokens[index]}
-        self._longest = max(map(len, self._target), default=0)
 
-    def __call__(self, token: bytes, read: bytes) -> tuple[int, int, int]:
-        """Return a row of `Tables.mapped`, and the source's token of these bytes, -1 for none."""
-        if read and not self._begins_with(read, token):
-            return -1, -1, -1
-        if token in self._target:
-            return self._target[token], IS_EXACT, -1
-        if token in self._source:
-            row = self._source[token]
-            return int(self._mapped[row, 0]), int(self._mapped[row, 1]), row
-        begins = longest_beginning(token, self._target, self._longest)
-        return (-1 if self._method == "exact" else begins), begins, -1
+class _Destinations(NamedTuple):
+    """Says which target tokens some strings go to, as the map says it of the source's tokens."""
 
-    def _begins_with(self, read: bytes, token: bytes) -> bool:
-        """Whether the target splits such bytes behind ``read``, which is a token of its own."""
-        if token.startswith(b" ") and token in self._target and read + token not in self._target:
-            return True  # the last of several spaces goes to the word: "▁" "▁of"
-        return self._first(read + token) == self._target.get(read)
+    source: TokenIndex
+    target: TokenIndex
+    mapped: IntArray
+    method: str
 
-    def _first(self, token: bytes) -> int | None:
-        """Return the target's first token of some bytes, as far as is known."""
-        if token in self._target:
-            return self._target[token]
-        row = self._source.get(token, -1)
-        if row >= 0 and self._method in ASKED_THE_TOKENIZER:
-            return int(self._mapped[row, 0])
-        return longest_beginning(token, self._target, self._longest)
+    @classmethod
+    def of(cls, made: PrefixedTables) -> "_Destinations":
+        source, target = TokenIndex.of(made.source, ~made.source.special), TokenIndex.of(made.target, made.ordinary)
+        return cls(source, target, made.plain.mapped, made.method)
+
+    def __call__(self, strings: Strings) -> IntArray:
+        """Return (N, 3): a row of `Tables.mapped`, and the source's token of these bytes, -1 for none."""
+        same, begins = self.target.find(strings), self.target.longest(strings)
+        row = np.where(same < 0, self.source.find(strings), -1)
+        nearest = np.full_like(begins, -1) if self.method == "exact" else begins
+        found = np.stack([nearest, begins, row], axis=1)
+        found[row >= 0, :2] = self.mapped[row[row >= 0]]
+        found[same >= 0, 0], found[same >= 0, 1] = same[same >= 0], IS_EXACT
+        return as_array(found, np.int32)
+
+    def begin_behind(self, read: bytes, strings: Strings) -> BoolArray:
+        """Return (N,) bool: whether the target splits each string behind ``read``, which is a token of its own."""
+        whole = strings.replaced(strings.lengths > 0, 0, read)
+        same, longest = self.target.find(whole), self.target.longest(whole)
+        first = self(whole)[:, 0] if self.method in ASKED_THE_TOKENIZER else np.where(same >= 0, same, longest)
+        # The last of several spaces goes to the word: "▁" "▁of".
+        word = strings.start_with(b" ") & (self.target.find(strings) >= 0) & (same < 0)
+        token = self.target.find(Strings(np.frombuffer(read, np.uint8), np.array([0, len(read)])))[0]
+        return word | ((first == token) & (token >= 0))

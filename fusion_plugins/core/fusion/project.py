@@ -55,8 +55,9 @@ from fusion_plugins.core.fusion.projection_kernel import (
     project_texts,
 )
 from fusion_plugins.core.fusion.types import Record, Shares, SparseDistributions, VocabularyMap
-from fusion_plugins.core.fusion.vocabulary_map import ASKED_THE_TOKENIZER, longest_beginning
+from fusion_plugins.core.fusion.vocabulary_map import ASKED_THE_TOKENIZER
 from fusion_plugins.core.text.token_bytes import TokenBytes
+from fusion_plugins.core.text.token_index import Strings, TokenIndex
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import ConfigError, MismatchError
@@ -257,12 +258,8 @@ def longest_beginnings(source: TokenTable, target: TokenTable) -> IntArray:
 
     Of equal target tokens the lowest id counts.
     """
-    ids = {target.tokens[i]: i for i in np.flatnonzero(target.ordinary)[::-1].tolist()}
-    longest = int(target.lengths.max(initial=0))
-    found = np.full(source.vocab_size, -1, np.int32)
-    for index in np.flatnonzero(~source.special).tolist():
-        found[index] = longest_beginning(source.tokens[index], ids, longest)
-    return found
+    tokens = Strings(source.packed.flat, source.packed.starts)
+    return np.where(source.special, -1, TokenIndex.of(target.packed, target.ordinary).longest(tokens)).astype(np.int32)
 
 
 def _tables(source: TokenTable, target: TokenTable, vocabulary: VocabularyMap) -> Tables:

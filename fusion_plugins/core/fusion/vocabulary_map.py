@@ -205,15 +205,3 @@ def _map_roles(source: TokenTable, target: TokenTable, target_ids: IntArray, dis
         found = names.get(source.tokens[row]) if role in (None, Role.OTHER) else target.id_of_role(role)
         target_ids[row] = -1 if found is None else found
         distances[row] = -1 if found is None else 0
-
-
-def longest_beginning(token: bytes, ids: Mapping[bytes, int], longest: int) -> int:
-    """Return the id of the longest of some tokens that ``token`` begins with, -1 for none.
-
-    Args:
-        token: any bytes.
-        ids: the tokens and their ids.
-        longest: bytes of the longest of them.
-    """
-    ends = range(min(len(token), longest), 0, -1)
-    return next((ids[token[:end]] for end in ends if token[:end] in ids), -1)
