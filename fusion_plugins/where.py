@@ -2,7 +2,8 @@
 
 ``where: {verdict: incorrect, domain: [math, code], reward: {min: 0.2}}`` takes the rows that meet all its conditions.
 A condition is a value, a list of values of which one must be there, or limits. ``verdict`` is what a verifier said:
-correct, incorrect or unknown.
+correct, incorrect or unknown. ``trust`` says where its check ran: ``inside`` the program that it judges, which can
+forge such a verdict, or ``outside``.
 """
 
 import math
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fusion_plugins.core.arrays import BoolArray
-from fusion_plugins.core.preferences.verdict import as_verdict
+from fusion_plugins.core.preferences.verdict import as_verdict, may_be_forged
 from fusion_plugins.errors import ConfigError
 
 #: column -> value, values or limits
@@ -24,7 +25,8 @@ VERDICTS = {True: "correct", False: "incorrect", None: "unknown"}
 DOMAIN = "instruction"
 _LIMITS = {"min", "max"}
 #: column of a condition -> column of the rows
-_STORED_AS = {"verdict": "correct"}
+_STORED_AS = {"verdict": "correct", "trust": "scores"}
+_KNOWN = {"verdict": tuple(VERDICTS.values()), "trust": ("inside", "outside")}
 
 
 def checked_where(where: Where | None) -> Where | None:
@@ -41,8 +43,9 @@ def checked_where(where: Where | None) -> Where | None:
         values = _values(condition)
         if not values or any(isinstance(value, Mapping | list) for value in values):
             raise ValueError(f"{column}: expected a value, a list of values or limits, got {condition!r:.80}")
-        if column == "verdict" and (unknown := [value for value in values if value not in VERDICTS.values()]):
-            raise ValueError(f"verdict: expected some of {', '.join(VERDICTS.values())}, got {unknown[0]!r:.80}")
+        known = _KNOWN.get(column)
+        if known and (unknown := [value for value in values if value not in known]):
+            raise ValueError(f"{column}: expected some of {', '.join(known)}, got {unknown[0]!r:.80}")
     return where
 
 
@@ -94,6 +97,8 @@ def value_of(column: str, row: Row) -> Any:
     """Return what a row has in a column of a condition."""
     if column == "verdict":
         return VERDICTS[as_verdict(row.get("correct"))]
+    if column == "trust":
+        return "inside" if may_be_forged(row.get("scores")) else "outside"
     value = row.get(column)
     if isinstance(value, float) and math.isnan(value):
         value = None

@@ -47,7 +47,7 @@ class FusionBlock(BlockSettings):
     where: Where | None = Field(
         default=None,
         description="column -> a value, a list of values, or {min, max}: only rows that meet all conditions are used; "
-        "verdict is correct, incorrect or unknown",
+        "verdict is correct, incorrect or unknown, and trust is inside for one that a program can forge, else outside",
     )
     own_source: str | None = Field(
         default=None,
@@ -144,7 +144,8 @@ class FusionBlock(BlockSettings):
     min_trust: Literal["inside", "outside"] = Field(
         default="inside",
         description="which verdicts count. outside: not those that say `trust: inside` in the scores, which a program "
-        "can forge; such a response has none. inside: all",
+        "can forge; such a response has none. inside: all. Also of weights_from; a dataset of answers has "
+        "where: {trust: outside} for it",
     )
     split: SplitArgs | None = Field(default=None, description="division of the prompts between SFT and DPO")
     wrpo: WRPOArgs | None = Field(

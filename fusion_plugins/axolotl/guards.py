@@ -187,7 +187,8 @@ def _idle(block: FusionBlock) -> Iterator[str]:
             f"{_keys(idle)}: for fused distributions alone, and fusion.sources names no source; remove what would do "
             "nothing, or add sources"
         )
-    if block.sources and (idle := sorted(FOR_RESPONSES & given)):
+    for_responses = FOR_RESPONSES - ({"min_trust"} if block.weights_from else set())
+    if block.sources and (idle := sorted(for_responses & given)):
         yield f"{_keys(idle)}: for scored responses alone, which a run with fusion.sources does not read; remove it"
     if block.reference is not None and block.on_missing_text == "skip_source":
         yield "fusion.on_missing_text: skip_source is for fusion.sources; with fusion.reference set raise or skip"

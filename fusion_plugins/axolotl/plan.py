@@ -15,7 +15,7 @@ from fusion_plugins.core.fusion.counts import AlignmentCounts
 from fusion_plugins.core.fusion.pipeline import METRICS, FusionPlan, FusionSource
 from fusion_plugins.core.fusion.project import Projector
 from fusion_plugins.core.fusion.vocabulary_map import COUNTED, identity_map, same_ids
-from fusion_plugins.core.preferences.verdict import as_verdict
+from fusion_plugins.core.preferences.verdict import as_verdict, may_be_forged
 from fusion_plugins.errors import ConfigError, MismatchError
 from fusion_plugins.map_cache import cached_map
 from fusion_plugins.plugins import lookup
@@ -46,7 +46,9 @@ def make_plan(block: FusionBlock, stores: list[Store], target: TargetTokenizer, 
     mapped = [store for store, same in zip(stores, identical, strict=True) if not same]
     counts = iter(count(mapped) if mapped and options.vocabulary_map in COUNTED else [None] * len(mapped))
     names = [source.name for source in block.sources]
-    measured = None if block.weights_from is None else measured_weights(block.weights_from, names)
+    measured = None
+    if block.weights_from is not None:
+        measured = measured_weights(block.weights_from, names, sure=block.min_trust == "outside")
     sources = []
     for source, store, same in zip(block.sources, stores, identical, strict=True):
         vocabulary = (
@@ -79,10 +81,15 @@ def make_plan(block: FusionBlock, stores: list[Store], target: TargetTokenizer, 
     )
 
 
-def measured_weights(folder: str, names: Sequence[str]) -> dict[str, dict[str, float]]:
+def measured_weights(folder: str, names: Sequence[str], *, sure: bool = False) -> dict[str, dict[str, float]]:
     """Return source -> domain -> how likely its answers there are right, by the verdicts of scored responses.
 
     The domain "" is that of texts without a column for it: there, the answers of all domains count.
+
+    Args:
+        folder: of scored responses.
+        names: the sources.
+        sure: whether only verdicts count that no program can forge.
 
     Raises:
         ConfigError: a source has no answer with a verdict.
@@ -93,10 +100,11 @@ def measured_weights(folder: str, names: Sequence[str]) -> dict[str, dict[str, f
     judged: Counter[tuple[str, str]] = Counter()
     for row in open_rows(folder):
         verdict = as_verdict(row.get("correct"))
-        if verdict is not None and row.get("source") in names:
-            for domain in (str(value_of("domain", row)), ""):
-                judged[row["source"], domain] += 1
-                right[row["source"], domain] += verdict
+        if verdict is None or row.get("source") not in names or (sure and may_be_forged(row.get("scores"))):
+            continue
+        for domain in (str(value_of("domain", row)), ""):
+            judged[row["source"], domain] += 1
+            right[row["source"], domain] += verdict
     found: dict[str, dict[str, float]] = {name: {} for name in names}
     for name, domain in sorted(judged):
         found[name][domain] = (right[name, domain] + 1) / (judged[name, domain] + 2)

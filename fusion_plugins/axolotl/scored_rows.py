@@ -20,7 +20,7 @@ from fusion_plugins.core.preferences.candidates import (
     is_own,
     is_prompt,
 )
-from fusion_plugins.core.preferences.verdict import verdict_details
+from fusion_plugins.core.preferences.verdict import may_be_forged
 from fusion_plugins.core.preferences.worth import response_of
 from fusion_plugins.core.preferences.worth_types import Response
 from fusion_plugins.core.text.finish_reason import is_cut
@@ -89,7 +89,7 @@ def read_scored(columns: Columns, block: FusionBlock) -> Scored:
 
 def _without_forgeable(candidates: list[Candidate]) -> list[Candidate]:
     """Return the candidates, without the verdicts of checks that ran inside the program."""
-    inside = [verdict_details(candidate.extra.get("scores")).get("trust") == "inside" for candidate in candidates]
+    inside = [may_be_forged(candidate.extra.get("scores")) for candidate in candidates]
     if any(inside):
         say(
             f"fusion.min_trust: {sum(inside)} of {len(inside)} responses have a verdict that does not count",

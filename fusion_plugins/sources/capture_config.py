@@ -27,7 +27,8 @@ class CaptureConfig(SourceSettings):
     where: Where | None = Field(
         None,
         description="column -> a value, a list of values, or {min, max}: only rows that meet all conditions are "
-        "captured; verdict is correct, incorrect or unknown",
+        "captured; verdict is correct, incorrect or unknown, and trust is inside for one that a program can forge, "
+        "else outside",
     )
     context: ContextSettings | None = Field(
         None,

@@ -370,6 +370,30 @@ def test_weights_measured_on_verified_answers_are_those_of_the_sources(answers, 
         measured_weights(str(answers / "responses"), ["teacher", "someone"])
 
 
+def test_verdicts_that_a_program_can_forge_weigh_nothing_where_they_do_not_count(material, run_folder, tmp_path):
+    from fusion_plugins.axolotl.plan import measured_weights
+
+    scores = [{"code": {"correct": True, "trust": trust}} for trust in ("inside", "inside", "outside")]
+    with RowWriter(
+        tmp_path / "scored",
+        RowManifest(stage="scored", columns=COLUMNS | {"correct": "bool", "scores": "json"}, key=("source", "index")),
+    ) as rows:
+        for n, given in enumerate([*scores, None, {"math": {"correct": False}}]):
+            row = {"prompt_id": "p", "index": n, "prompt": "?", "response": "!", "domain": "code", "source": "teacher"}
+            rows.write(row | {"finish_reason": "stop", "correct": n < 3 if given else None, "scores": given})
+        rows.finish()
+    folder = str(tmp_path / "scored")
+    assert measured_weights(folder, ["teacher"]) == {"teacher": {"code": 4 / 6, "": 4 / 6}}
+    assert measured_weights(folder, ["teacher"], sure=True) == {"teacher": {"code": 2 / 4, "": 2 / 4}}
+    # The setting is idle where nothing reads verdicts.
+    from fusion_plugins.axolotl.guards import _idle
+
+    sources = [{"name": "teacher", "store": folder}]
+    given = {"sources": sources, "min_trust": "outside"}
+    assert any("min_trust" in said for said in _idle(block([], **given)))
+    assert not any("min_trust" in said for said in _idle(block([], rule="fixed_weights", weights_from=folder, **given)))
+
+
 def test_a_source_without_a_verdict_in_a_domain_does_not_outweigh_those_that_were_judged(material, answers):
     from fusion_plugins.axolotl.plan import make_plan
     from fusion_plugins.axolotl.target_tokenizer import TargetTokenizer

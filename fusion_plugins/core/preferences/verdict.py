@@ -62,3 +62,12 @@ def verdict_details(scores: Any) -> Mapping[str, Any]:
             return {}
     results = scores.values() if isinstance(scores, Mapping) else ()
     return next((each for each in results if isinstance(each, Mapping) and each.get("correct") is not None), {})
+
+
+def may_be_forged(scores: Any) -> bool:
+    """Whether the check that gave the verdict ran inside the program that it judges (``trust: inside``).
+
+    Args:
+        scores: as for :func:`verdict_details`.
+    """
+    return verdict_details(scores).get("trust") == "inside"
