@@ -80,18 +80,19 @@ class PrefixedTables:
 def _tables(made: PrefixedTables, prefixes: Prefixes) -> Tables:
     """Put the source's tokens without their prefix, and with the target's, behind the tokens as they are."""
     plain = made.plain
-    spelled = _spelled(made, prefixes)
-    find = _Destinations.of(made)
-    mapped = find(spelled)
+    spelled, destinations = _spelled(made, prefixes), _Destinations.of(made)
+    found = destinations.find(spelled)
+    mapped, row = destinations.mapped_as(found), found.row
     if prefixes.read:
-        mapped[~find.begin_behind(prefixes.read, spelled)] = -1
+        elsewhere = ~destinations.begin_behind(prefixes.read, spelled, found.same)
+        mapped[elsewhere], row[elsewhere] = -1, -1
     # A token that is one of the source's is divided as that is.
-    widths = np.append(np.diff(plain.share_starts), 0)[mapped[:, 2]]
-    own = [np.arange(plain.share_starts[row], plain.share_starts[row + 1]) for row in mapped[widths > 0, 2].tolist()]
+    widths = np.append(np.diff(plain.share_starts), 0)[row]
+    own = [np.arange(plain.share_starts[at], plain.share_starts[at + 1]) for at in row[widths > 0].tolist()]
     shares = np.concatenate([np.arange(len(plain.share_ids)), *own]).astype(np.int64)
     copies = 1 + len(mapped) // len(plain.mapped) if len(mapped) else 1
     return plain._replace(
-        mapped=np.concatenate([plain.mapped, mapped[:, :2]]),
+        mapped=np.concatenate([plain.mapped, mapped]),
         share_starts=as_array(
             np.concatenate([plain.share_starts, plain.share_starts[-1] + np.cumsum(widths)]), np.int32
         ),
@@ -117,6 +118,20 @@ def _spelled(made: PrefixedTables, prefixes: Prefixes) -> Strings:
     )
 
 
+class _Found(NamedTuple):
+    """Some strings looked up in both vocabularies.
+
+    Attributes:
+        begins: (N,) int32 the longest target token that each begins with, -1 for none.
+        same: (N,) bool, where that is the whole string.
+        row: (N,) int32 the source's token of the same bytes, -1 for none; -1 also where there is one of the target.
+    """
+
+    begins: IntArray
+    same: BoolArray
+    row: IntArray
+
+
 class _Destinations(NamedTuple):
     """Says which target tokens some strings go to, as the map says it of the source's tokens."""
 
@@ -130,22 +145,26 @@ class _Destinations(NamedTuple):
         source, target = TokenIndex.of(made.source, ~made.source.special), TokenIndex.of(made.target, made.ordinary)
         return cls(source, target, made.plain.mapped, made.method)
 
-    def __call__(self, strings: Strings) -> IntArray:
-        """Return (N, 3): a row of `Tables.mapped`, and the source's token of these bytes, -1 for none."""
-        same, begins = self.target.find(strings), self.target.longest(strings)
-        row = np.where(same < 0, self.source.find(strings), -1)
-        nearest = np.full_like(begins, -1) if self.method == "exact" else begins
-        found = np.stack([nearest, begins, row], axis=1)
-        found[row >= 0, :2] = self.mapped[row[row >= 0]]
-        found[same >= 0, 0], found[same >= 0, 1] = same[same >= 0], IS_EXACT
-        return as_array(found, np.int32)
+    def find(self, strings: Strings) -> _Found:
+        """Look strings up."""
+        begins = self.target.longest(strings)
+        same = self.target.are_whole(begins, strings)
+        return _Found(begins, same, np.where(same, -1, self.source.find(strings)))
 
-    def begin_behind(self, read: bytes, strings: Strings) -> BoolArray:
+    def mapped_as(self, found: _Found) -> IntArray:
+        """Return (N, 2): rows of `Tables.mapped`."""
+        begins, same, row = found
+        mapped = np.stack([np.full_like(begins, -1) if self.method == "exact" else begins, begins], axis=1)
+        mapped[row >= 0] = self.mapped[row[row >= 0]]
+        mapped[same, 0], mapped[same, 1] = begins[same], IS_EXACT
+        return mapped
+
+    def begin_behind(self, read: bytes, strings: Strings, in_target: BoolArray) -> BoolArray:
         """Return (N,) bool: whether the target splits each string behind ``read``, which is a token of its own."""
         whole = strings.replaced(strings.lengths > 0, 0, read)
-        same, longest = self.target.find(whole), self.target.longest(whole)
-        first = self(whole)[:, 0] if self.method in ASKED_THE_TOKENIZER else np.where(same >= 0, same, longest)
+        found = self.find(whole)
+        first = self.mapped_as(found)[:, 0] if self.method in ASKED_THE_TOKENIZER else found.begins
         # The last of several spaces goes to the word: "▁" "▁of".
-        word = strings.start_with(b" ") & (self.target.find(strings) >= 0) & (same < 0)
+        word = strings.start_with(b" ") & in_target & ~found.same
         token = self.target.find(Strings(np.frombuffer(read, np.uint8), np.array([0, len(read)])))[0]
         return word | ((first == token) & (token >= 0))

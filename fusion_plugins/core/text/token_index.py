@@ -1,7 +1,7 @@
 """Looks up many byte strings among the tokens of a vocabulary at once.
 
-A string is looked up by a hash of its bytes. The hash grows byte by byte, so one pass over a string finds the longest
-token at its beginning as well.
+A string is looked up by a hash of its bytes. The hash grows byte by byte, so one pass over a string makes those of all
+its beginnings, and the longest that is a token is tried first: most strings are a token, or nearly one.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ Starts = npt.NDArray[np.int64]
 # FNV-1a with 64 bits.
 _EMPTY = np.uint64(0xCBF29CE484222325)
 _PRIME = np.uint64(0x100000001B3)
-_HALF = np.uint64(32)
+_ID = (1 << 32) - 1
 
 
 class Strings(NamedTuple):
@@ -65,11 +65,11 @@ class TokenIndex(NamedTuple):
 
     Attributes:
         tokens: the whole vocabulary.
-        slots: (2**n,) int32, a hash table of ids; -1 is free.
+        slots: (2**n,) int64, a hash table: 31 bits of the hash, then the id; -1 is free.
     """
 
     tokens: Strings
-    slots: IntArray
+    slots: npt.NDArray[np.int64]
 
     @classmethod
     def of(cls, tokens: TokenBytes, chosen: BoolArray) -> "TokenIndex":
@@ -79,7 +79,7 @@ class TokenIndex(NamedTuple):
             tokens: the W tokens.
             chosen: (W,) bool, those that can be found; an empty one never is.
         """
-        slots = np.full(1 << int(2 * max(1, chosen.sum())).bit_length(), -1, np.int32)
+        slots = np.full(1 << int(2 * max(1, chosen.sum())).bit_length(), -1, np.int64)
         _insert(tokens.flat, tokens.starts, np.flatnonzero(chosen), slots)
         return cls(Strings(tokens.flat, tokens.starts), slots)
 
@@ -93,6 +93,11 @@ class TokenIndex(NamedTuple):
         found: IntArray = _look_up(*strings, *self.tokens, self.slots, False)
         return found
 
+    def are_whole(self, found: IntArray, strings: Strings) -> BoolArray:
+        """Return (N,) bool: where the longest token that a string begins with is the whole string."""
+        whole: BoolArray = (found >= 0) & (np.append(self.tokens.lengths, 0)[found] == strings.lengths)
+        return whole
+
 
 @compiled
 def _replace(flat, starts, taken, put, out, out_starts):  # type: ignore[no-untyped-def]
@@ -105,52 +110,64 @@ def _replace(flat, starts, taken, put, out, out_starts):  # type: ignore[no-unty
 
 @compiled
 def _insert(flat, starts, ids, slots):  # type: ignore[no-untyped-def]
+    mask = len(slots) - 1
     for i in ids:
-        start, stop = starts[i], starts[i + 1]
-        if start == stop:
+        if starts[i] == starts[i + 1]:
             continue
         hashed = _EMPTY
-        for at in range(start, stop):
+        for at in range(starts[i], starts[i + 1]):
             hashed = (hashed ^ np.uint64(flat[at])) * _PRIME
-        slot = _slot(hashed, flat, start, stop, flat, starts, slots)
-        if slots[slot] < 0:
-            slots[slot] = i
+        slot, tag = _place(hashed, mask)
+        # Equal tokens lie one behind the other; the first is found.
+        while slots[slot] >= 0:
+            slot = (slot + 1) & mask
+        slots[slot] = (tag << 32) | i
 
 
 @compiled
 def _look_up(flat, starts, t_flat, t_starts, slots, whole):  # type: ignore[no-untyped-def]
     out = np.full(len(starts) - 1, -1, np.int32)
     longest = np.int64(0)
-    for i in slots:
-        if i >= 0:
+    for entry in slots:
+        if entry >= 0:
+            i = entry & _ID
             longest = max(longest, t_starts[i + 1] - t_starts[i])
+    hashes = np.empty(longest + 1, np.uint64)
     for n in range(len(out)):
-        start, stop = starts[n], starts[n + 1]
-        if whole and stop - start > longest:
+        start, size = starts[n], starts[n + 1] - starts[n]
+        if whole and size > longest:
             continue
-        hashed = _EMPTY
-        for at in range(start, min(stop, start + longest)):
-            hashed = (hashed ^ np.uint64(flat[at])) * _PRIME
-            if whole and at + 1 < stop:
-                continue
-            found = slots[_slot(hashed, flat, start, at + 1, t_flat, t_starts, slots)]
-            if found >= 0:
-                out[n] = found
+        size, hashes[0] = min(size, longest), _EMPTY
+        for k in range(size):
+            hashes[k + 1] = (hashes[k] ^ np.uint64(flat[start + k])) * _PRIME
+        for k in range(size, size - 1 if whole else 0, -1):
+            out[n] = _token(hashes[k], flat[start : start + k], t_flat, t_starts, slots)
+            if out[n] >= 0:
+                break
     return out
 
 
 @compiled
-def _slot(hashed, flat, start, stop, t_flat, t_starts, slots):  # type: ignore[no-untyped-def]
-    """Find the slot of a string: that of the token of its bytes, or a free one."""
-    mask = np.int64(len(slots) - 1)
-    slot = np.int64(hashed ^ (hashed >> _HALF)) & mask
+def _token(hashed, string, t_flat, t_starts, slots):  # type: ignore[no-untyped-def]
+    """Find the token of some bytes, -1 for none."""
+    mask = len(slots) - 1
+    slot, tag = _place(hashed, mask)
     while slots[slot] >= 0:
-        first, last = t_starts[slots[slot]], t_starts[slots[slot] + 1]
-        if last - first == stop - start:
-            same = True
-            for k in range(stop - start):
-                same &= flat[start + k] == t_flat[first + k]
+        if slots[slot] >> 32 == tag:
+            i = slots[slot] & _ID
+            first = t_starts[i]
+            same = t_starts[i + 1] - first == len(string)
+            k = 0
+            while same and k < len(string):
+                same = string[k] == t_flat[first + k]
+                k += 1
             if same:
-                break
+                return i
         slot = (slot + 1) & mask
-    return slot
+    return np.int64(-1)
+
+
+@compiled
+def _place(hashed, mask):  # type: ignore[no-untyped-def]
+    """Return where to look for a hash first, and its upper 31 bits, which tell most other strings apart."""
+    return np.int64(hashed ^ (hashed >> np.uint64(32))) & mask, np.int64(hashed >> np.uint64(33))

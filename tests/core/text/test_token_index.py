@@ -39,6 +39,7 @@ def test_a_lookup_finds_what_a_dictionary_finds(tokens, strings, data):
         next((known[string[:end]] for end in range(len(string), 0, -1) if string[:end] in known), -1)
         for string in strings
     ]
+    assert index.are_whole(index.longest(asked), asked).tolist() == [string in known for string in strings]
 
 
 @given(STRINGS, st.sampled_from([b"", b"a", b"ab", b"\xff"]), st.sampled_from([b"", b"b", b" \0"]))
