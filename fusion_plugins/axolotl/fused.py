@@ -164,7 +164,8 @@ class FusedStrategy(DatasetWrappingStrategy):
             return dataset, range(len(dataset))
         require_columns(where, dataset.column_names, self._path)
         columns = self._columns(dataset, columns_of(where))
-        kept = np.flatnonzero(selected(where, columns, len(dataset)))
+        met = selected(where, columns, len(dataset), lambda place: f"{self._path}: row {place + 1}")
+        kept = np.flatnonzero(met)
         if not kept.size:
             raise DataError(
                 f"fusion.where: expected some rows of {self._path} with {where}, got none. Change the conditions."

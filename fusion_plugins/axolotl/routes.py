@@ -135,7 +135,7 @@ def _meant(table: Table, block: FusionBlock) -> BoolArray:
             require_columns(source.conditions, table.all_columns or table.columns, table.path)
         except ConfigError as error:
             raise ConfigError(f"fusion.sources, source {source.name!r}: {error}") from error
-        part[number] = selected(source.conditions, table.columns, len(table.ids))
+        part[number] = selected(source.conditions, table.columns, len(table.ids), table.names.__getitem__)
         if not part[number].any():
             LOG.warning(f"fusion: source {source.name!r} takes part in no row of {table.path}: {source.conditions}")
     return part

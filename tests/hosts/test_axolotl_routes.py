@@ -419,12 +419,14 @@ def test_verdicts_that_a_program_can_forge_weigh_nothing_where_they_do_not_count
     folder = str(tmp_path / "scored")
     assert measured_weights(folder, ["teacher"]) == {"teacher": {"code": 4 / 6, "": 4 / 6}}
     assert measured_weights(folder, ["teacher"], sure=True) == {"teacher": {"code": 2 / 4, "": 2 / 4}}
+    with pytest.raises(ConfigError, match=r"that no program can forge \(min_trust: outside\) of every source"):
+        measured_weights(folder, ["teacher", "nobody"], sure=True)
     # The setting is idle where nothing reads verdicts.
     from fusion_plugins.axolotl.guards import _idle
 
     sources = [{"name": "teacher", "store": folder}]
     given = {"sources": sources, "min_trust": "outside"}
-    assert any("min_trust" in said for said in _idle(block([], **given)))
+    assert any("min_trust" in said and "where: {trust: outside}" in said for said in _idle(block([], **given)))
     assert not any("min_trust" in said for said in _idle(block([], rule="fixed_weights", weights_from=folder, **given)))
 
 
