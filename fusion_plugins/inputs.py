@@ -22,6 +22,7 @@ from fusion_plugins.response_texts import (
     EMPTY,
     answers_as_texts,
     is_response_folder,
+    refuse_unread_response,
     require_responses,
     response_rows,
 )
@@ -161,6 +162,7 @@ def open_texts(
     """
 
     def make(where: str, row: Row, text: Text) -> Text:
+        _as_text(where, row, text)
         if selection.context is None:
             return text
         if isinstance(text.content, str):
@@ -222,7 +224,16 @@ def read_texts(
     Raises:
         DataError: a file is missing or broken; or a row has no content, or the id of another row.
     """
-    return list(islice(_items(_rows(path), unusable, lambda where, row, text: text), limit))
+    return list(islice(_items(_rows(path), unusable, _as_text), limit))
+
+
+def _as_text(where: str, row: Row, text: Text) -> Text:
+    if not isinstance(text.content, str):
+        try:
+            refuse_unread_response(row, text.content if text.answer is None else ())
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+    return text
 
 
 def read_prompts(

@@ -10,7 +10,7 @@ of the fact that it was cut (by a length limit, or an interruption), where it wa
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,20 @@ def is_response(row: Mapping[str, Any]) -> bool:
     other = row.get("text") is not None or row.get("messages") is not None
     answered = row.get("response") is not None or row.get("tool_calls") is not None
     return not other and row.get("prompt") is not None and answered
+
+
+def refuse_unread_response(row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a chat that waits for an answer which the row holds in another column: it would not be read.
+
+    Raises:
+        DataError: the last of some messages is not the assistant's, and the row has a response.
+    """
+    if messages and messages[-1].get("role") != "assistant" and row.get("response") is not None:
+        raise DataError(
+            "expected a chat that ends with the assistant's message, got one that ends before it, and an answer in the "
+            "column 'response', which belongs to a prompt. Rename the column 'messages' to 'prompt' (and give "
+            "'prompt_id' and 'source'), or remove the column 'response'."
+        )
 
 
 def is_table_of_responses(columns: Collection[str]) -> bool:

@@ -7,14 +7,14 @@ forge such a verdict, or ``outside``.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fusion_plugins.core.arrays import BoolArray
 from fusion_plugins.core.preferences.verdict import as_verdict, may_be_forged
-from fusion_plugins.errors import ConfigError
+from fusion_plugins.errors import ConfigError, DataError
 
 #: column -> value, values or limits
 Where = dict[str, Any]
@@ -62,8 +62,9 @@ def require_columns(where: Where | None, found: Collection[str], place: str) -> 
     """
     missing = [name for name in where or () if _STORED_AS.get(name, name) not in found]
     if missing:
+        said = [f"{name} (read from {_STORED_AS[name]!r})" if name in _STORED_AS else name for name in missing]
         raise ConfigError(
-            f"where: expected columns of {place}, which are {', '.join(sorted(found))}; got {', '.join(missing)}. "
+            f"where: expected columns of {place}, which are {', '.join(sorted(found))}; got {', '.join(said)}. "
             "Correct the name, or add the column."
         )
 
@@ -79,8 +80,20 @@ def selects(where: Where | None, row: Row) -> bool:
     return all(_meets(condition, value_of(column, row)) for column, condition in (where or {}).items())
 
 
-def selected(where: Where | None, columns: Mapping[str, Sequence[Any]], count: int) -> BoolArray:
-    """Return (N,) bool, which rows of a table of N rows meet all conditions; each distinct value is looked at once."""
+def selected(
+    where: Where | None, columns: Mapping[str, Sequence[Any]], count: int, named: Callable[[int], str] = "row {}".format
+) -> BoolArray:
+    """Return (N,) bool, which rows of a table of N rows meet all conditions; each distinct value is looked at once.
+
+    Args:
+        where: the conditions.
+        columns: name -> N values.
+        count: N.
+        named: what the row of a place (from 0) is called in messages.
+
+    Raises:
+        DataError: a verdict is none; named is the first such row.
+    """
     found = np.ones(count, np.bool_)
     for column, condition in (where or {}).items():
         name = _STORED_AS.get(column, column)
@@ -88,7 +101,10 @@ def selected(where: Where | None, columns: Mapping[str, Sequence[Any]], count: i
         for place, value in enumerate(columns[name]):
             key = type(value), value if isinstance(value, str | int | float | bool | None) else repr(value)
             if key not in known:
-                known[key] = _meets(condition, value_of(column, {name: value}))
+                try:
+                    known[key] = _meets(condition, value_of(column, {name: value}))
+                except DataError as error:
+                    raise DataError(f"{named(place)}: where: {error}") from error
             found[place] &= known[key]
     return found
 

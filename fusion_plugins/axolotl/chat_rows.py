@@ -9,7 +9,7 @@ from fusion_plugins.core.text.content_id import content_id
 from fusion_plugins.core.text.messages import as_messages, as_tools, text_of
 from fusion_plugins.core.text.sampled import SampledAnswer
 from fusion_plugins.errors import DataError
-from fusion_plugins.response_texts import answer_text, is_response, json_columns
+from fusion_plugins.response_texts import answer_text, is_response, json_columns, refuse_unread_response
 
 Row = Mapping[str, Any]
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -102,6 +102,7 @@ class RowReader:
                 f"columns are {', '.join(row)}. Name other columns with `field:` or `field_messages:` in the entry."
             )
         chat, tools = as_messages(self._mapped(messages)), as_tools(row.get(self.tools))
+        refuse_unread_response(row, chat)
         identity = _id(row, content_id(chat, tools))
         if self.drop_system and chat[0].get("role") == "system":
             chat = chat[1:]

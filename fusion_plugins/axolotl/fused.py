@@ -164,7 +164,8 @@ class FusedStrategy(DatasetWrappingStrategy):
             return dataset, range(len(dataset))
         require_columns(where, dataset.column_names, self._path)
         columns = self._columns(dataset, columns_of(where))
-        kept = np.flatnonzero(selected(where, columns, len(dataset)))
+        met = selected(where, columns, len(dataset), lambda place: f"{self._path}: row {place + 1}")
+        kept = np.flatnonzero(met)
         if not kept.size:
             raise DataError(
                 f"fusion.where: expected some rows of {self._path} with {where}, got none. Change the conditions."
@@ -224,9 +225,9 @@ class FusedStrategy(DatasetWrappingStrategy):
 
     def _routed(self, dataset: Any, stores: list[Store]) -> tuple[Any, Routes]:
         """Return the rows that are used, with the numbers of their routes, and the routes."""
-        columns = self._columns(dataset, columns_needed(self._block, dataset.column_names))
-        answers = is_table_of_responses(dataset.column_names)
-        table = Table(self._path, dataset[ID][:], dataset[NAME][:], columns, answers)
+        given = [name for name in dataset.column_names if name not in (ID, NAME, CONTENT)]
+        columns = self._columns(dataset, columns_needed(self._block, given))
+        table = Table(self._path, dataset[ID][:], dataset[NAME][:], columns, is_table_of_responses(given), given)
         routes = make_routes(table, self._block, stores, self._base_model)
         dataset = dataset.add_column(ROUTE, routes.numbers.tolist())
         if routes.missing:

@@ -189,7 +189,10 @@ def _idle(block: FusionBlock) -> Iterator[str]:
         )
     for_responses = FOR_RESPONSES - ({"min_trust"} if block.weights_from else set())
     if block.sources and (idle := sorted(for_responses & given)):
-        yield f"{_keys(idle)}: for scored responses alone, which a run with fusion.sources does not read; remove it"
+        cure = "remove it"
+        if idle == ["min_trust"]:
+            cure = "give weights_from, or say where: {trust: outside} to leave out answers whose verdict can be forged"
+        yield f"{_keys(idle)}: for scored responses alone, which a run with fusion.sources does not read; {cure}"
     if block.reference is not None and block.on_missing_text == "skip_source":
         yield "fusion.on_missing_text: skip_source is for fusion.sources; with fusion.reference set raise or skip"
     if "tie_order" in _changed(block.alignment) and block.alignment.method != "dtw":

@@ -109,8 +109,9 @@ def measured_weights(folder: str, names: Sequence[str], *, sure: bool = False) -
     for name, domain in sorted(judged):
         found[name][domain] = (right[name, domain] + 1) / (judged[name, domain] + 2)
     if unjudged := [name for name, weights in found.items() if not weights]:
+        which = "a verdict that no program can forge (min_trust: outside)" if sure else "a verdict"
         raise ConfigError(
-            f"fusion.weights_from: expected answers with a verdict of every source in {folder}, got none of "
+            f"fusion.weights_from: expected answers with {which} of every source in {folder}, got none of "
             f"{', '.join(unjudged)}. The names must be those under which the responses were sampled; score them, or "
             "give weights."
         )

@@ -19,7 +19,7 @@ from fusion_plugins.errors import ConfigError, MismatchError
 from fusion_plugins.model_names import is_same_model
 from fusion_plugins.plugins import get_registry, lookup
 from fusion_plugins.store import Store
-from fusion_plugins.where import require_columns, selected, value_of
+from fusion_plugins.where import columns_of, require_columns, selected, value_of
 
 LOG = get_logger(__name__)
 Columns = Mapping[str, Sequence[Any]]
@@ -35,6 +35,7 @@ class Table:
         names: what the rows are called in messages.
         columns: name -> N values, of the columns that conditions name, and of those that say whose an answer is.
         answers: the rows are responses.
+        all_columns: names of all columns of the dataset, for messages; those of ``columns`` where it is empty.
     """
 
     path: str
@@ -42,6 +43,7 @@ class Table:
     names: Sequence[str]
     columns: Columns
     answers: bool = False
+    all_columns: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ class Routes:
 
 def columns_needed(block: FusionBlock, names: Sequence[str]) -> list[str]:
     """Return which of a dataset's columns routes depend on."""
-    wanted = {"domain", "correct", "source", "model", "is_target"}
-    wanted.update(*(source.conditions for source in block.sources))
+    wanted = {"domain", "source", "model", "is_target"}
+    wanted.update(*(columns_of(source.conditions) for source in block.sources))
     return [name for name in names if name in wanted]
 
 
@@ -130,10 +132,10 @@ def _meant(table: Table, block: FusionBlock) -> BoolArray:
         if not source.conditions:
             continue
         try:
-            require_columns(source.conditions, table.columns, table.path)
+            require_columns(source.conditions, table.all_columns or table.columns, table.path)
         except ConfigError as error:
             raise ConfigError(f"fusion.sources, source {source.name!r}: {error}") from error
-        part[number] = selected(source.conditions, table.columns, len(table.ids))
+        part[number] = selected(source.conditions, table.columns, len(table.ids), table.names.__getitem__)
         if not part[number].any():
             LOG.warning(f"fusion: source {source.name!r} takes part in no row of {table.path}: {source.conditions}")
     return part

@@ -24,6 +24,7 @@ from fusion_plugins.hub import is_hub
 from fusion_plugins.inputs import Unusable, open_prompts
 from fusion_plugins.store.files import make_folder, write_atomic
 from fusion_plugins.terminal import say
+from fusion_plugins.where import selects
 
 CHAIN_FILE = "fusion.yml"
 HELD_OUT = "held_out"
@@ -176,8 +177,25 @@ def _write_prompts(rounds: Rounds, count: int) -> None:
             # A column that no prompt of this round has a value in is one of the file all the same.
             given = {key: value for key, value in extra.items() if value is not None}
             given = {**dict.fromkeys(keep), **given}
-            rows.append(json.dumps({"id": text.id, **content, "domain": prompt.domain, **given}, ensure_ascii=False))
-        write_atomic(rounds.out / rounds.name(number) / "prompts.jsonl", "".join(f"{row}\n" for row in rows))
+            rows.append({"id": text.id, **content, "domain": prompt.domain, **given})
+        _require_something_to_capture(rounds, number, rows, ("domain", *keep))
+        lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+        write_atomic(rounds.out / rounds.name(number) / "prompts.jsonl", "".join(f"{line}\n" for line in lines))
+
+
+def _require_something_to_capture(
+    rounds: Rounds, number: int, rows: Sequence[Mapping[str, Any]], known: Sequence[str]
+) -> None:
+    """Refuse a round of which a source would capture nothing, hours before its capture does."""
+    for source in rounds.config.sources:
+        given = source.get("where") or rounds.config.capture.get("where") or {}
+        where = {column: condition for column, condition in given.items() if column in known}
+        if not any(selects(where, row) for row in rows):
+            raise ConfigError(
+                f"{rounds.path}: expected prompts in round {number} of which source {source['name']!r} captures the "
+                f"answers (where: {where}), got none. Rounds take prompts in the order of the file: mix it, or set a "
+                "larger prompts_per_round."
+            )
 
 
 def _listed(value: Any) -> list[str]:

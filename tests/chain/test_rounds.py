@@ -184,6 +184,24 @@ def test_the_prompts_of_a_round_have_the_columns_that_its_answers_keep(load, tmp
     assert [prompt.kept for prompt in open_prompts(third, keep=["page"])] == [{}, {}]
 
 
+@pytest.mark.parametrize("column", ["domain", "page"])
+def test_a_round_of_which_a_source_would_capture_nothing_is_refused_before_the_first_step(column, load, tmp_path):
+    sample = ROUNDS["sample"] | {"keep_columns": ["page"]}
+    where = {"verdict": "incorrect", column: ["code", 7]}
+    sources = [{"name": "a", "model": "org/a"}, {"name": "b", "model": "b", "where": where}]
+    values = ["code", "math", "math", "code", "math", "math"]
+
+    def settings(order):
+        rounds = load(rounds=2, prompts_per_round=3, sample=sample, sources=sources)
+        rows = [{"text": f"Say {n}!", "domain": "math", "page": "x", column: values[n]} for n in order]
+        (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return rounds
+
+    with pytest.raises(ConfigError, match=rf"prompts in round 2 .*source 'b'.*{column}.*code.*mix it"):
+        write_rounds(settings([0, 3, 1, 2, 4, 5]))
+    write_rounds(settings(range(6)))
+
+
 def test_prompts_that_cannot_be_used_are_left_out_of_all_rounds_where_that_is_asked_for(load, tmp_path, capsys):
     load()
     file = tmp_path / "prompts.jsonl"

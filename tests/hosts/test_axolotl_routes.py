@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from axolotl_runs import FUSED, config, logged, prepare, train
 
 from fusion_plugins.axolotl.args import FusionBlock
 from fusion_plugins.axolotl.collator import FUSED_IDS, FUSED_SOURCE
-from fusion_plugins.axolotl.routes import Table, make_routes
+from fusion_plugins.axolotl.routes import Table, columns_needed, make_routes
 from fusion_plugins.config import validate
 from fusion_plugins.core.fusion.pipeline import FusionPlan, FusionSource
 from fusion_plugins.core.fusion.project import Projector
@@ -186,6 +187,39 @@ def test_conditions_on_columns_that_no_row_has_are_refused(everything):
         ConfigError, match=r"source 's0': where: expected columns of rows.jsonl, which are domain; got levl"
     ):
         make_routes(table(DOMAINS), block([{"where": {"levl": 1}}]), [everything], "target")
+
+
+SCORED = {
+    "domain": ["math", "math", "code", "code"],
+    "correct": [True, False, True, None],
+    "scores": [{"math": {"correct": True}}, None, {"code": {"correct": True, "trust": "inside"}}, None],
+    "reward": [0.1, 0.2, 0.3, None],
+    "level": [1, 2, 3, 4],
+}
+
+
+@pytest.mark.parametrize(
+    ("where", "taught"),
+    [
+        ({"trust": "inside"}, [2]),
+        ({"trust": "outside", "verdict": ["correct", "incorrect"]}, [0, 1]),
+        ({"trust": "outside", "domain": "code"}, [3]),
+        ({"verdict": "correct"}, [0, 2]),
+        ({"reward": {"min": 0.2}, "level": [2, 3]}, [1, 2]),
+    ],
+)
+def test_a_source_takes_part_where_its_conditions_say_whatever_columns_hold_that(where, taught, everything):
+    settings = block([{"where": where}, {}])
+    columns = {name: SCORED[name] for name in columns_needed(settings, list(SCORED))}
+    routes = make_routes(table(columns), settings, [everything] * 2, "target")
+    assert [n for n, number in enumerate(routes.numbers) if 0 in routes.distinct[number].sources] == taught
+
+
+def test_a_condition_on_a_column_that_is_not_there_is_told_with_all_that_are(everything):
+    settings = block([{"where": {"levl": 1}}])
+    own = {name: SCORED[name] for name in columns_needed(settings, list(SCORED))}
+    with pytest.raises(ConfigError, match="which are correct, domain, level, reward, scores; got levl"):
+        make_routes(replace(table(own), all_columns=list(SCORED)), settings, [everything], "target")
 
 
 # The target's own answers
@@ -385,12 +419,14 @@ def test_verdicts_that_a_program_can_forge_weigh_nothing_where_they_do_not_count
     folder = str(tmp_path / "scored")
     assert measured_weights(folder, ["teacher"]) == {"teacher": {"code": 4 / 6, "": 4 / 6}}
     assert measured_weights(folder, ["teacher"], sure=True) == {"teacher": {"code": 2 / 4, "": 2 / 4}}
+    with pytest.raises(ConfigError, match=r"that no program can forge \(min_trust: outside\) of every source"):
+        measured_weights(folder, ["teacher", "nobody"], sure=True)
     # The setting is idle where nothing reads verdicts.
     from fusion_plugins.axolotl.guards import _idle
 
     sources = [{"name": "teacher", "store": folder}]
     given = {"sources": sources, "min_trust": "outside"}
-    assert any("min_trust" in said for said in _idle(block([], **given)))
+    assert any("min_trust" in said and "where: {trust: outside}" in said for said in _idle(block([], **given)))
     assert not any("min_trust" in said for said in _idle(block([], rule="fixed_weights", weights_from=folder, **given)))
 
 

@@ -14,7 +14,7 @@ from fusion_plugins.core.text.sampled import SampledAnswer, tokenize_answer
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import chat_renderer
 from fusion_plugins.errors import ConfigError, DataError, MismatchError
-from fusion_plugins.inputs import read_texts
+from fusion_plugins.inputs import open_texts, read_texts
 from fusion_plugins.sources.capture import capture_texts
 from fusion_plugins.sources.sample import COLUMNS, sample_prompts
 from fusion_plugins.store import RowManifest, RowWriter, open_rows, open_store
@@ -182,6 +182,29 @@ def test_half_a_character_in_a_response_is_told_with_the_cure(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     with pytest.raises(DataError, match=r"rows.jsonl:1: expected text that UTF-8 can encode.*Remove it from"):
         read_texts(tmp_path / "rows.jsonl")
+
+
+ASKED = [{"role": "user", "content": "1?"}]
+LATER = [*ASKED, {"role": "assistant", "content": "One."}, {"role": "user", "content": "2?"}]
+CALLED = [*ASKED, {"role": "assistant", "content": "Ask."}, {"role": "tool", "content": "1"}]
+
+
+@pytest.mark.parametrize("messages", [ASKED, LATER, CALLED])
+def test_a_chat_whose_answer_is_in_another_column_is_refused(messages, tmp_path):
+    """Its earlier turns would be captured and trained on in the place of the answer."""
+    from fusion_plugins.axolotl.chat_rows import RowReader
+
+    row = {"prompt_id": "p", "source": "s", "messages": messages, "response": "Two."}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    for read in (read_texts, open_texts):
+        with pytest.raises(DataError, match=r"rows.jsonl:1: .*an answer in the column 'response'.*to 'prompt'"):
+            read(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match="an answer in the column 'response'"):
+        RowReader.of({}).content(row)
+    whole = row | {"id": "whole", "messages": [*messages, {"role": "assistant", "content": "Two."}]}
+    answered = {"prompt_id": "p", "source": "s", "prompt": messages, "response": "Two."}
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (whole, answered | {"index": 1})))
+    assert [text.content[-1]["content"] for text in read_texts(tmp_path / "good.jsonl")] == ["Two."] * 2
 
 
 def test_only_the_answer_of_a_chat_is_captured_and_the_system_prompt_is_part_of_it(model, tmp_path):
