@@ -307,7 +307,8 @@ def _items(
         except DataError as error:
             if unusable is None:
                 raise
-            unusable[_name(row, where, seen)] = str(error)
+            name = _name(row, where, seen)
+            unusable[name] = str(error).removeprefix(f"{name}: ")
         else:
             if watched is None or text.id in watched:
                 seen[text.id] = where

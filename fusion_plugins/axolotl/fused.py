@@ -226,7 +226,8 @@ class FusedStrategy(DatasetWrappingStrategy):
         """Return the rows that are used, with the numbers of their routes, and the routes."""
         columns = self._columns(dataset, columns_needed(self._block, dataset.column_names))
         answers = is_table_of_responses(dataset.column_names)
-        table = Table(self._path, dataset[ID][:], dataset[NAME][:], columns, answers)
+        given = [name for name in dataset.column_names if name not in (ID, NAME, CONTENT)]
+        table = Table(self._path, dataset[ID][:], dataset[NAME][:], columns, answers, given)
         routes = make_routes(table, self._block, stores, self._base_model)
         dataset = dataset.add_column(ROUTE, routes.numbers.tolist())
         if routes.missing:
