@@ -162,7 +162,9 @@ def test_a_text_that_a_store_lacks_costs_the_run_the_row_or_the_source(policy, e
     )
     assert routes.without == ({} if policy == "skip" else {"s1": 2})
     # A store of other texts is a mistake in any case; what the message proposes is not what was set already.
-    with pytest.raises(MismatchError, match=r"4 of 4 are missing.*ids such as 'other'.*which rows 's1' teaches") as error:
+    with pytest.raises(
+        MismatchError, match=r"4 of 4 are missing.*ids such as 'other'.*which rows 's1' teaches"
+    ) as error:
         make_routes(table(DOMAINS), settings, [everything, Ids({"other"})], "target")
     assert "on_missing_text" not in str(error.value)
 

@@ -165,6 +165,18 @@ def test_copies_are_noticed(models, tmp_path):
     assert "seems to hold the same weights as" in warned[0]
 
 
+def test_a_base_that_the_models_were_not_trained_from_is_noticed(models, tmp_path):
+    """One of the same shapes: nothing else would tell. Neither a merge without a base nor one of its own is warned."""
+    other = tiny.llama_checkpoint(tmp_path / "other", seed=8, dtype="float32")
+    (warned,) = texts(check_of(tmp_path, config_of(models | {"base": other}, "one", "two")), "warning")
+    assert f"times nearer to each other than to {other} -> check base_model" in warned
+    linear = {"merge_method": "linear", "parameters": {"weight": 1.0}}
+    config = config_of(models, "one", "two") | linear
+    del config["base_model"]
+    config["models"].insert(0, {"model": str(other)})
+    assert texts(check_of(tmp_path, config), "warning") == []
+
+
 def test_a_model_named_twice_is_refused(models, tmp_path):
     found = texts(check_of(tmp_path, config_of(models, "one", "one")))
     assert any("Duplicate merge inputs" in text for text in found)

@@ -272,7 +272,9 @@ def test_a_batch_is_narrowed_as_its_texts_are_one_by_one():
     assert min(*seen.values(), len(expected)) > 40, (seen, len(expected))
 
 
-@pytest.mark.parametrize(("said", "read"), [("Anna has 12", "Emma has 12"), ("12", "34"), (" x", "yx"), ("数学", "答案")])
+@pytest.mark.parametrize(
+    ("said", "read"), [("Anna has 12", "Emma has 12"), ("12", "34"), (" x", "yx"), ("数学", "答案")]
+)
 @pytest.mark.parametrize(
     ("source", "target"),
     [
