@@ -166,14 +166,16 @@ def test_copies_are_noticed(models, tmp_path):
 
 
 def test_a_base_that_the_models_were_not_trained_from_is_noticed(models, tmp_path):
-    """One of the same shapes: nothing else would tell. Neither a merge without a base nor one of its own is warned."""
-    other = tiny.llama_checkpoint(tmp_path / "other", seed=8, dtype="float32")
+    """It has the same shapes, so nothing else tells. A merge without a base is not warned."""
+    models = dict(models)
+    for name, seed in (("one", 1), ("two", 2)):
+        models[name] = tiny.llama_checkpoint(tmp_path / name, seed=seed, moved=1e-3, base=models["base"])
+    assert texts(check_of(tmp_path, config_of(models, "one", "two")), "warning") == []
+    other = tiny.llama_checkpoint(tmp_path / "other", seed=8)
     (warned,) = texts(check_of(tmp_path, config_of(models | {"base": other}, "one", "two")), "warning")
     assert f"times nearer to each other than to {other} -> check base_model" in warned
-    linear = {"merge_method": "linear", "parameters": {"weight": 1.0}}
-    config = config_of(models, "one", "two") | linear
+    config = config_of(models | {"other": other}, "other", "one", "two", method="linear", parameters={"weight": 1.0})
     del config["base_model"]
-    config["models"].insert(0, {"model": str(other)})
     assert texts(check_of(tmp_path, config), "warning") == []
 
 
