@@ -68,14 +68,14 @@ def sequence_len(windows: Sequence[int | None], longest: int | None, asked: int 
 #: lambda: docs/evidence.md, FuseLLM by amount of text
 LM_LOSS_WEIGHT = Choice(
     0.5,
-    "the papers' is 0.9, which gained a sixth to a third as much in our small world, at every amount of text "
+    "the papers' is 0.9, which gained a sixth to a quarter as much in our small world, at every amount of text "
     "(docs/evidence.md). Try both on a large target",
 )
 #: what a position without a distribution teaches
 FALLBACK = Choice(
     "next_label",
-    "with `mask` these positions would count for lambda only; in our small world next_label was better "
-    "(docs/evidence.md)",
+    "with `mask` these positions would count for lambda only; in our experiments next_label was as good or better, "
+    "most where a source's tokens are longer than the target's (docs/evidence.md)",
 )
 #: lambda of rounds
 OWN_LM_LOSS_WEIGHT = Choice(0.0, "the target's own answers are no examples to imitate")
