@@ -318,7 +318,7 @@ def _items(
         except DataError as error:
             if unusable is None:
                 raise
-            unusable[_name(row, where, seen)] = str(error)
+            unusable[_name(row, where, seen, unusable)] = str(error)
         else:
             if watched is None or text.id in watched:
                 seen[text.id] = where
@@ -350,7 +350,7 @@ def _checked(row: Row | DataError, where: str, seen: Mapping[str, str]) -> Text:
     return text
 
 
-def _name(row: Row | DataError, where: str, seen: Mapping[str, str]) -> str:
+def _name(row: Row | DataError, where: str, *taken: Container[str]) -> str:
     """Return what a row that cannot be used is called: its id, or its place if it has none of its own."""
     name = where if isinstance(row, DataError) or row.get("id") is None else str(row["id"])
-    return where if name in seen else name
+    return where if any(name in names for names in taken) else name

@@ -1,7 +1,7 @@
 """Rows of JSONL and Parquet files and of datasets of the hub, each with its place."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +127,19 @@ def _values(batch: pa.RecordBatch) -> Iterator[Row | str]:
             return
         rows = [f"expected values that can be read, got others: {error!s:.200}"]
     yield from rows
+
+
+def said_columns(row: Mapping[str, Any]) -> str:
+    """Return the names of a row's columns for a message, and of which there is no value.
+
+    Example:
+        >>> said_columns({"id": "a", "text": None, "messages": []})
+        'id, text (null), messages (empty)'
+    """
+    return ", ".join(name + _lack(value) for name, value in row.items())
+
+
+def _lack(value: Any) -> str:
+    if value is None:
+        return " (null)"
+    return " (empty)" if isinstance(value, str | list | dict) and not value else ""

@@ -17,7 +17,7 @@ from fusion_plugins.core.text.messages import REASONING_KEYS, as_messages, as_to
 from fusion_plugins.core.text.sampled import SampledAnswer
 from fusion_plugins.errors import DataError
 from fusion_plugins.response_texts import ANSWER
-from fusion_plugins.row_files import Row
+from fusion_plugins.row_files import Row, said_columns
 
 #: columns of texts and prompts
 COLUMNS = ("id", "text", "messages", "tools", "domain", "reference", "tests")
@@ -115,10 +115,9 @@ def as_text(where: str, row: Row) -> Text:
     """
     text, messages = row.get("text"), row.get("messages")
     if (text is None) == (messages is None):
-        got = ", ".join(sorted(row)) or "an empty row"
-        raise DataError(
-            f"{where}: expected either a column 'text' or a column 'messages', got {got}. Rename or remove a column."
-        )
+        got = said_columns({name: row[name] for name in sorted(row)}) or "an empty row"
+        cure = "Drop the row, or rename or remove a column"
+        raise DataError(f"{where}: expected either a column 'text' or a column 'messages', got {got}. {cure}.")
     content: str | list[dict[str, Any]]
     if messages is not None:
         content = _messages(messages, where)

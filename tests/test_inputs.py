@@ -70,6 +70,7 @@ def test_a_folder_is_read_in_the_order_of_its_names_and_limit_stops_early(tmp_pa
         ([ROWS[0], ROWS[0]], r"2: expected an id that no other row has, got 'a', which is also the id of .*:1"),
         ([{"id": "a"}], "expected either a column 'text' or a column 'messages', got id"),
         ([{"text": "a", "messages": CHAT}], "expected either a column 'text' or a column 'messages'"),
+        ([{"id": "a", "text": None, "messages": None}], r"got id, messages \(null\), text \(null\). Drop the row"),
         ([{"text": ""}], "a string that is not empty"),
         ([{"text": 5}], "a string that is not empty"),
         ([{"messages": []}], "a list of messages that is not empty"),
@@ -387,6 +388,7 @@ MIXED = [
     ],
     [{"text": "2"}, {"id": content_id("2"), "text": "other"}, {"id": content_id("3"), "text": "9"}, {"text": "3"}],
     [{"id": f"t{number % 700}", "text": f"{number}"} for number in range(1000)],
+    [{"id": "b", "text": ""}, {"id": "b"}, {"id": "b", "text": ""}, {"text": "1"}],
     [],
 ]
 
@@ -397,6 +399,7 @@ def test_a_set_that_is_read_anew_holds_what_a_list_holds_and_names_the_same_rows
     (texts, left_out), (listed, also_left_out) = sets_of(path)
     assert texts == listed
     assert left_out == also_left_out
+    assert len(texts) + len(left_out) == len(rows)
     found = open_texts(path, unusable={})
     assert found.fingerprint == texts_fingerprint((text.id, text.content_id) for text in listed)
     assert (len(found), found.n_bytes) == (len(listed), sum(text.n_bytes for text in listed))

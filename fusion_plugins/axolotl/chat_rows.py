@@ -10,6 +10,7 @@ from fusion_plugins.core.text.messages import as_messages, as_tools, text_of
 from fusion_plugins.core.text.sampled import SampledAnswer
 from fusion_plugins.errors import DataError
 from fusion_plugins.response_texts import answer_text, is_response, json_columns, refuse_unread_response
+from fusion_plugins.row_files import said_columns
 
 Row = Mapping[str, Any]
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -99,7 +100,8 @@ class RowReader:
         if not messages or text is not None:
             raise DataError(
                 f"expected a row with a text in {self.text!r} or a chat in {self.messages!r}, and not both; the row's "
-                f"columns are {', '.join(row)}. Name other columns with `field:` or `field_messages:` in the entry."
+                f"columns are {said_columns(row)}. Drop the row, or name other columns with `field:` or "
+                "`field_messages:` in the entry."
             )
         chat, tools = as_messages(self._mapped(messages)), as_tools(row.get(self.tools))
         refuse_unread_response(row, chat)

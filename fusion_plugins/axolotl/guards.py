@@ -259,7 +259,10 @@ def _datasets(cfg: Any, block: FusionBlock) -> Iterator[str]:
     elif block.sources:
         others = sorted({*types} - {FUSED})
         if others:
-            yield f"a dataset has `type: {', '.join(others)}`, which fuses nothing; all must have `type: {FUSED}`"
+            yield (
+                f"a dataset has `type: {', '.join(others)}`, which fuses nothing; all must have `type: {FUSED}`. Rows "
+                "that no source is to teach go into the file of the others, see fusion.on_no_source: lm_loss"
+            )
     if not block.sources and FUSED in types:
         yield f"a dataset has `type: {FUSED}`, but fusion.sources names no source"
     if DPO in types and rl not in PAIR_TRAINERS:

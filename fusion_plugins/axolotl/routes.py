@@ -102,7 +102,8 @@ def make_routes(table: Table, block: FusionBlock, stores: Sequence[Store], base_
                 missing.setdefault(place, f"missing in the store {store.path}")
         nothing_left = not (part[number] & kept).any()
         if block.on_missing_text == "raise" or nothing_left:
-            _refuse_missing(table, store, np.flatnonzero(absent), int((part[number] | absent).sum()))
+            meant = int((part[number] | absent).sum())
+            _refuse_missing(table, store, np.flatnonzero(absent), meant, block.sources[number].name)
     bare = kept & ~part.any(axis=0)
     untaught = _untaught(table, block, domains, np.flatnonzero(bare))
     if untaught:
@@ -152,12 +153,24 @@ def _warn_of_unknown_domains(block: FusionBlock, domains: Sequence[str], path: s
             LOG.warning(f"fusion: {key}: no row of {path} has the domain {domain!r}, only {', '.join(sorted(found))}")
 
 
-def _refuse_missing(table: Table, store: Store, absent: np.ndarray, meant: int) -> None:
+def _refuse_missing(table: Table, store: Store, absent: np.ndarray, meant: int, source: str) -> None:
+    complete = f"complete: {store.manifest.complete}"
+    example = next(iter(store.ids()), None)
+    if len(absent) == meant:
+        cure = (
+            f"Capture it from the texts that you train on, with the same ids (the store has ids such as {example!r}; a "
+            f"row without a column id has the sha256 of its content), or say with domains or where which rows "
+            f"{source!r} teaches; see fusion.on_no_source for the others."
+        )
+    else:
+        cure = (
+            "Capture it from the texts that you train on, or set fusion.on_missing_text: skip, or skip_source to train "
+            "on these rows without this source."
+        )
     raise MismatchError(
         f"expected every row of {table.path} in the store {store.path} that its source is to teach; {len(absent)} of "
         f"{meant} are missing, the first of them {table.ids[absent[0]]!r}. The store ({len(store)} texts) was captured "
-        f"from other texts, or not to the end (complete: {store.manifest.complete}). Capture it from the texts that "
-        "you train on, or set fusion.on_missing_text: skip, or skip_source to train on these rows without this source."
+        f"from other texts, or not to the end ({complete}). {cure}"
     )
 
 

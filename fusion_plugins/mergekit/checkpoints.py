@@ -245,8 +245,8 @@ def stale_copies(stored: Stored) -> Iterator[tuple[str, Path]]:
                 yield name, file
 
 
-def sample_bytes(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Return about 16 kB from the start of up to 64 tensors, to tell whether two checkpoints hold the same weights.
+def sample_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Return about 16 kB from the start of up to 64 tensors as vectors, to tell how far apart two checkpoints are.
 
     The result is empty for a checkpoint that is not here as safetensors, or has a dtype that torch cannot read.
     """
@@ -262,8 +262,7 @@ def sample_bytes(checkpoint: Checkpoint) -> dict[str, bytes]:
                 tensor = file.get_slice(name)[:rows]
             else:
                 tensor = file.get_tensor(name)
-        # Bytes, since NaN is not equal to itself; numpy has no bfloat16.
-        sampled[name] = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        sampled[name] = tensor.reshape(-1)
     return sampled
 
 

@@ -1,12 +1,14 @@
 """Compares the models of a merge: configurations, tied weights, tokenizers, and whether two are the same."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
+import torch
 from mergekit.config import MergeConfiguration
 
 from fusion_plugins.mergekit.check_plan import all_here
-from fusion_plugins.mergekit.checkpoints import Checkpoint, sample_bytes
+from fusion_plugins.mergekit.checkpoints import Checkpoint, sample_weights
 from fusion_plugins.mergekit.findings import Finding, MergeCheck, architecture_of
 from fusion_plugins.mergekit.rehearsal import ALIGN, ONE_BASE
 
@@ -20,6 +22,9 @@ SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token")
 VOCABULARY_PARTS = ("embed", "lm_head", "wte", "output.weight")
 #: Problems of one kind that are listed.
 LISTED = 3
+#: How many times nearer to each other than to the base two tuned models are at least where that looks mistaken.
+MUCH_NEARER = 10
+Sample = Mapping[str, torch.Tensor]
 
 
 def compare(
@@ -51,7 +56,7 @@ def compare(
             for text, cure in _shape_differences(base, other, aligned):
                 check.error(text, cure)
         _compare_tokenizers(base, other, aligned, bool(config.chat_template), check)
-    _find_identical([base, *others], check)
+    _compare_weights([base, *others], config.base_model is not None, check)
     dtypes = {info.dtype for one in checkpoints.values() for info in one.tensors.values()}
     if config.dtype == "float16" and "bfloat16" in dtypes:
         check.warning("dtype float16 narrows the range of bfloat16 weights", "set dtype: float32, out_dtype: bfloat16")
@@ -128,12 +133,39 @@ def _compare_tokenizers(base: Checkpoint, other: Checkpoint, aligned: bool, temp
         )
 
 
-def _find_identical(checkpoints: Sequence[Checkpoint], check: MergeCheck) -> None:
-    samples = [(checkpoint.name, sample_bytes(checkpoint)) for checkpoint in checkpoints if not checkpoint.adapter]
+def _compare_weights(checkpoints: Sequence[Checkpoint], based: bool, check: MergeCheck) -> None:
+    """Find copies and, where the first model is their base, tuned models that did not begin there."""
+    samples = [(checkpoint.name, sample_weights(checkpoint)) for checkpoint in checkpoints if not checkpoint.adapter]
+    base = samples[0] if based and samples and samples[0][0] == checkpoints[0].name else None
     for index, (name, sample) in enumerate(samples):
         for earlier, other in samples[:index]:
-            if sample and sample == other:
+            if sample and _bytes(sample) == _bytes(other):
                 check.warning(
                     f"{name} seems to hold the same weights as {earlier}",
                     "check the paths: a copy of the base gets no weight, a copy of another model counts twice",
                 )
+            elif base and earlier != base[0] and _far_from(base[1], sample, other):
+                check.warning(
+                    f"{earlier} and {name} are more than {MUCH_NEARER} times nearer to each other than to {base[0]}",
+                    "check base_model: it must be the model that they were trained from",
+                )
+
+
+def _far_from(base: Sample, one: Sample, other: Sample) -> bool:
+    return 0 < MUCH_NEARER * _distance(one, other) < min(_distance(one, base), _distance(other, base))
+
+
+def _distance(left: Sample, right: Sample) -> float:
+    """Return the root of the sum of squared differences; the samples of a tensor may be of unequal length."""
+    total = 0.0
+    for name in left.keys() & right.keys():
+        if not all(one[name].is_floating_point() and one[name].element_size() > 1 for one in (left, right)):
+            continue
+        size = min(len(left[name]), len(right[name]))
+        total += float((left[name][:size].double() - right[name][:size].double()).square().sum())
+    return math.sqrt(total)
+
+
+def _bytes(sample: Sample) -> dict[str, bytes]:
+    # Bytes, since NaN is not equal to itself; numpy has no bfloat16.
+    return {name: values.view(torch.uint8).numpy().tobytes() for name, values in sample.items()}

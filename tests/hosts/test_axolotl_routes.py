@@ -44,6 +44,9 @@ class Ids(set):
     path = "stores/x"
     manifest = type("Manifest", (), {"complete": True})
 
+    def ids(self):
+        return list(self)
+
 
 @pytest.fixture(scope="module")
 def everything():
@@ -158,8 +161,12 @@ def test_a_text_that_a_store_lacks_costs_the_run_the_row_or_the_source(policy, e
         [(0, 1), (0, 1)] if policy == "skip" else [(0, 1), (0,), (0, 1), (0,)]
     )
     assert routes.without == ({} if policy == "skip" else {"s1": 2})
-    with pytest.raises(MismatchError, match="4 of 4 are missing"):  # a store of other texts is a mistake in any case
+    # A store of other texts is a mistake in any case; what the message proposes is not what was set already.
+    with pytest.raises(
+        MismatchError, match=r"4 of 4 are missing.*ids such as 'other'.*which rows 's1' teaches"
+    ) as error:
         make_routes(table(DOMAINS), settings, [everything, Ids({"other"})], "target")
+    assert "on_missing_text" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +194,9 @@ def test_conditions_on_columns_that_no_row_has_are_refused(everything):
         ConfigError, match=r"source 's0': where: expected columns of rows.jsonl, which are domain; got levl"
     ):
         make_routes(table(DOMAINS), block([{"where": {"levl": 1}}]), [everything], "target")
+    rows = replace(table({"source": ["a"]}), all_columns=["text", "level", "source"])
+    with pytest.raises(ConfigError, match=r"which are level, source, text; got levl"):
+        make_routes(rows, block([{"where": {"levl": 1}}]), [everything], "target")
 
 
 SCORED = {

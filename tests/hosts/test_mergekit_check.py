@@ -165,6 +165,20 @@ def test_copies_are_noticed(models, tmp_path):
     assert "seems to hold the same weights as" in warned[0]
 
 
+def test_a_base_that_the_models_were_not_trained_from_is_noticed(models, tmp_path):
+    """It has the same shapes, so nothing else tells. A merge without a base is not warned."""
+    models = dict(models)
+    for name, seed in (("one", 1), ("two", 2)):
+        models[name] = tiny.llama_checkpoint(tmp_path / name, seed=seed, moved=1e-3, base=models["base"])
+    assert texts(check_of(tmp_path, config_of(models, "one", "two")), "warning") == []
+    other = tiny.llama_checkpoint(tmp_path / "other", seed=8)
+    (warned,) = texts(check_of(tmp_path, config_of(models | {"base": other}, "one", "two")), "warning")
+    assert f"times nearer to each other than to {other} -> check base_model" in warned
+    config = config_of(models | {"other": other}, "other", "one", "two", method="linear", parameters={"weight": 1.0})
+    del config["base_model"]
+    assert texts(check_of(tmp_path, config), "warning") == []
+
+
 def test_a_model_named_twice_is_refused(models, tmp_path):
     found = texts(check_of(tmp_path, config_of(models, "one", "one")))
     assert any("Duplicate merge inputs" in text for text in found)

@@ -24,7 +24,7 @@ from fusion_plugins.core.text.token_bytes import TokenBytes
 from fusion_plugins.core.text.types import TokenizedText
 from fusion_plugins.errors import AlignmentError
 
-_UNKNOWN = -1
+_UNKNOWN, _SPACE = -1, ord(" ")
 _CONTEXT = 24
 Spelling = npt.NDArray[np.int16]
 R = TypeVar("R", bound=AnyRecord)
@@ -233,6 +233,9 @@ def _fill(ids, ends, exact, tokens, out):  # type: ignore[no-untyped-def]
         if special[ids[t]]:  # an unknown character, or text that was dropped, is not spelled by a name
             continue
         start, stop = starts[ids[t]], starts[ids[t] + 1]
+        # One byte more than the text has is a space that the tokenizer put before it.
+        if stop - start == ends[t] - begin + 1 and flat[start] == _SPACE:
+            start += 1
         if stop - start == ends[t] - begin:
             for k in range(stop - start):
                 out[begin + k] = flat[start + k]

@@ -270,3 +270,27 @@ def test_a_batch_is_narrowed_as_its_texts_are_one_by_one():
         seen["syntax left out" if settled[b] and less else "parts"] += 1
     assert {b: str(error) for b, error in errors.items()} == expected
     assert min(*seen.values(), len(expected)) > 40, (seen, len(expected))
+
+
+@pytest.mark.parametrize(
+    ("said", "read"), [("Anna has 12", "Emma has 12"), ("12", "34"), (" x", "yx"), ("数学", "答案")]
+)
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("sentencepiece_bpe", "byte_level"),
+        ("byte_level", "sentencepiece_bpe"),
+        ("sentencepiece_bpe", "sentencepiece_bpe"),
+        ("byte_level", "mistral_v1"),
+        ("byte_level", "unigram"),
+    ],
+)
+def test_another_first_word_is_seen_though_the_tokenizer_put_a_space_before_it(source, target, said, read):
+    assert common_text(*_parts(read, read, source, target))
+    with pytest.raises(AlignmentError, match="of another text"):
+        common_text(*_parts(said, read, source, target))
+
+
+def _parts(said, read, source, target):
+    record, text, vocabularies = sides(said, read, source=source, target=target)
+    return record, text, *vocabularies
