@@ -146,12 +146,13 @@ class Store:
 
     @cached_property
     def _index(self) -> IdIndex:
-        ids = []
-        for number, shard in enumerate(self.manifest.shards):
-            opened = self._file(number)
-            with reading(self.path, shard):
-                ids.append(self._codec.keys(read_table(opened.file, columns=self._codec.key_columns)))
-        return IdIndex(ids)
+        # One shard at a time: a million ids as Python strings are 70 MB.
+        return IdIndex(self._ids_of_shard(number) for number in range(len(self.manifest.shards)))
+
+    def _ids_of_shard(self, number: int) -> list[str]:
+        opened = self._file(number)
+        with reading(self.path, self.manifest.shards[number]):
+            return self._codec.keys(read_table(opened.file, columns=self._codec.key_columns))
 
     @cached_property
     def _shard_starts(self) -> list[int]:
