@@ -188,7 +188,7 @@ def _require_something_to_capture(
 ) -> None:
     """Refuse a round of which a source would capture nothing, hours before its capture does."""
     for source in rounds.config.sources:
-        given = source.get("where") or rounds.config.capture.get("where") or {}
+        given = {**rounds.config.capture, **source}.get("where") or {}
         where = {column: condition for column, condition in given.items() if column in known}
         if not any(selects(where, row) for row in rows):
             raise ConfigError(

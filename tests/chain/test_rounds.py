@@ -202,6 +202,21 @@ def test_a_round_of_which_a_source_would_capture_nothing_is_refused_before_the_f
     write_rounds(settings(range(6)))
 
 
+def test_the_condition_of_all_captures_is_that_of_a_source_unless_it_has_its_own_or_none(load, tmp_path):
+    capture, prompts = {"where": {"domain": "code"}}, [{"text": f"Say {domain}!", "domain": domain} for domain in "ab"]
+
+    def write(**own):
+        sources = [{"name": name, "model": "b", **own} for name in "ab"]
+        rounds = load(rounds=1, prompts_per_round=2, sources=sources, capture=capture)
+        (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+        return write_rounds(rounds)
+
+    with pytest.raises(ConfigError, match="prompts in round 1 .*source 'a'.*code"):
+        write()
+    assert write(where=None)
+    assert write(where={"domain": "a"})
+
+
 def test_prompts_that_cannot_be_used_are_left_out_of_all_rounds_where_that_is_asked_for(load, tmp_path, capsys):
     load()
     file = tmp_path / "prompts.jsonl"
