@@ -228,9 +228,9 @@ def read_texts(
 
 
 def _as_text(where: str, row: Row, text: Text) -> Text:
-    if not isinstance(text.content, str):
+    if text.answer is None and not isinstance(text.content, str):
         try:
-            refuse_unread_response(row, text.content if text.answer is None else ())
+            refuse_unread_response(row, text.content)
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
     return text

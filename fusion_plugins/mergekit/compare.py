@@ -137,9 +137,10 @@ def _compare_weights(checkpoints: Sequence[Checkpoint], based: bool, check: Merg
     """Find copies and, where the first model is their base, tuned models that did not begin there."""
     samples = [(checkpoint.name, sample_weights(checkpoint)) for checkpoint in checkpoints if not checkpoint.adapter]
     base = samples[0] if based and samples and samples[0][0] == checkpoints[0].name else None
+    content = [_bytes(sample) for _, sample in samples]
     for index, (name, sample) in enumerate(samples):
-        for earlier, other in samples[:index]:
-            if sample and _bytes(sample) == _bytes(other):
+        for before, (earlier, other) in enumerate(samples[:index]):
+            if sample and content[index] == content[before]:
                 check.warning(
                     f"{name} seems to hold the same weights as {earlier}",
                     "check the paths: a copy of the base gets no weight, a copy of another model counts twice",

@@ -18,7 +18,7 @@ from fusion_plugins.core.preferences.candidates import Candidate, as_candidate, 
 from fusion_plugins.core.preferences.gaps import PUBLISHED_SCALE, GapWindow, Proposal, propose_window, reward_scales
 from fusion_plugins.core.preferences.intervals import wilson
 from fusion_plugins.core.preferences.pairs import pairs_per_prompt, same_source
-from fusion_plugins.core.preferences.verdict import verdict_details
+from fusion_plugins.core.preferences.verdict import may_be_forged
 from fusion_plugins.core.text.messages import conversation_text
 from fusion_plugins.errors import DataError
 from fusion_plugins.page import COLOURS, bin_edges, new_figure, plot_name, plot_unit, render_page, svg
@@ -119,7 +119,7 @@ def examine_scored(folder: Path, *, seed: int = 0, verdicts: int = 50) -> Scored
     candidates = []
     inside = 0
     for number, row in enumerate(rows):
-        inside += verdict_details(row["scores"]).get("trust") == "inside"
+        inside += may_be_forged(row["scores"])
         candidates.append(as_candidate(_light(row), number))
         if row["reward"] is not None:
             rewards[row["source"]].append(row["reward"])

@@ -107,7 +107,7 @@ def _tables(made: PrefixedTables, prefixes: Prefixes) -> Tables:
 
 def _spelled(made: PrefixedTables, prefixes: Prefixes) -> Strings:
     """Return the source's tokens with their prefix changed, and behind them those of an answer behind a space."""
-    tokens, ordinary = Strings(made.source.flat, made.source.starts), ~made.source.special
+    tokens, ordinary = Strings.of(made.source), ~made.source.special
     changed = tokens.replaced(ordinary & tokens.start_with(prefixes.source), len(prefixes.source), prefixes.target)
     if prefixes.block_behind != 2:
         return changed

@@ -258,8 +258,8 @@ def longest_beginnings(source: TokenTable, target: TokenTable) -> IntArray:
 
     Of equal target tokens the lowest id counts.
     """
-    tokens = Strings(source.packed.flat, source.packed.starts)
-    return np.where(source.special, -1, TokenIndex.of(target.packed, target.ordinary).longest(tokens)).astype(np.int32)
+    found = TokenIndex.of(target.packed, target.ordinary).longest(Strings.of(source.packed))
+    return np.where(source.special, np.int32(-1), found)
 
 
 def _tables(source: TokenTable, target: TokenTable, vocabulary: VocabularyMap) -> Tables:

@@ -33,6 +33,11 @@ class Strings(NamedTuple):
     flat: Bytes
     starts: Starts
 
+    @classmethod
+    def of(cls, tokens: TokenBytes) -> "Strings":
+        """Return the tokens of a vocabulary."""
+        return cls(tokens.flat, tokens.starts)
+
     @property
     def lengths(self) -> Starts:
         """(N,) bytes of each."""
@@ -81,7 +86,7 @@ class TokenIndex(NamedTuple):
         """
         slots = np.full(1 << int(2 * max(1, chosen.sum())).bit_length(), -1, np.int64)
         _insert(tokens.flat, tokens.starts, np.flatnonzero(chosen), slots)
-        return cls(Strings(tokens.flat, tokens.starts), slots)
+        return cls(Strings.of(tokens), slots)
 
     def find(self, strings: Strings) -> IntArray:
         """Return (N,) int32: the token of the same bytes as each string, -1 for none."""
