@@ -26,6 +26,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "AXOLOTL_DATASET_NUM_PROC": "0",
+    # No run may compile an extension: a folder in a file that is not a folder cannot be made.
+    "TORCH_EXTENSIONS_DIR": f"{__file__}/none",
 }
 
 CHATS = [
