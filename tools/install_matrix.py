@@ -77,7 +77,7 @@ def _environments() -> list[Environment]:
             Environment("with both", python, "axolotl,mergekit", checks=("capture", "merge", "axolotl")),
             Environment("with vLLM 0.32, CPU build", python, "", vllm, ("capture", "vllm"), overrides),
         ]
-    absent = "there is no CPU build of it"
+    absent = "there is no CPU build of it; its Python code runs in `make vllm-next-test`"
     return [*rows, Environment("with vLLM 0.33, CPU build", "3.11", checks=("capture", "vllm"), absent=absent)]
 
 

@@ -9,6 +9,7 @@ import source_checks
 import tiny
 import vllm_checks
 
+from fusion_plugins.core.fusion.asked import AskedText
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize
 from fusion_plugins.errors import ConfigError, DataError, SourceError
@@ -120,6 +121,11 @@ def test_a_source_is_asked_for_the_targets_ids_or_says_that_it_cannot_be_asked(m
     ours = captured(model, texts, tmp_path / "vllm", "vllm", **asked)
     for record, expected in zip(ours, captured(model, texts, tmp_path / "own", "transformers", **asked), strict=True):
         np.testing.assert_allclose(record.topk.logprobs, expected.topk.logprobs, rtol=1.5e-3, atol=1e-3)
+    # A text of one token has no position to be asked about.
+    none, ids = np.zeros(1, np.int32), np.array([[3, -1]], np.int32)
+    alone = AskedText(np.array([5], np.int32), none, np.zeros((0, 2), np.int32), np.ones(1, bool), ids)
+    [(_, topk)] = engines.get("capture").capture([[alone]], 4)
+    assert topk.ids.tolist() == [[-1] * 6]
 
 
 def test_nothing_of_the_training_hosts_is_imported(engines):

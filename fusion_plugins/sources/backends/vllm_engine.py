@@ -199,7 +199,8 @@ class VllmSource:
         own = topk_of_entries(ids[:, 1:], values[:, 1:], token_logprobs, top_k, self._vocab_size)
         if not isinstance(text, AskedText):
             return own
-        said = np.asarray(output.prompt_token_id_logprobs, np.float32).reshape(n_tokens - 1, text.asked.shape[1])
+        answered = output.prompt_token_id_logprobs if n_tokens > 1 else ()
+        said = np.asarray(answered, np.float32).reshape(n_tokens - 1, text.asked.shape[1])
         asked, k = (text.asked[:-1], said), top_k + text.asked.shape[1]
         return topk_and_asked(own.ids[:-1], own.logprobs[:-1], token_logprobs, asked, k, self._vocab_size)
 
@@ -211,8 +212,13 @@ def _asks_ids(llm: LLM) -> bool:
 
 
 def _wanted(text: TokenizedText) -> dict[str, Any]:
-    """Return what a request asks for besides the top k: the row of a position is about its next token."""
-    return {"prompt_logprob_token_ids": text.asked[:-1]} if isinstance(text, AskedText) else {}
+    """Return what a request asks for besides the top k: the row of a position is about its next token.
+
+    vLLM takes no array without a row, which the only token of a text would have.
+    """
+    if isinstance(text, AskedText) and len(text.input_ids) > 1:
+        return {"prompt_logprob_token_ids": text.asked[:-1]}
+    return {}
 
 
 def _too_large(n_tokens: int, asked: int) -> str:
