@@ -13,11 +13,12 @@ from axolotl.utils.logging import get_logger
 from fusion_plugins.axolotl.args import FusionBlock
 from fusion_plugins.axolotl.fusion_losses import cuts_chunks, problem_of_rule
 from fusion_plugins.axolotl.preference_rows import Unusable
+from fusion_plugins.axolotl.source_args import FusedSourceArgs
 from fusion_plugins.core.arrays import BoolArray
 from fusion_plugins.core.fusion.routing import Route
 from fusion_plugins.errors import ConfigError, MismatchError
 from fusion_plugins.model_names import is_same_model
-from fusion_plugins.plugins import get_registry, lookup
+from fusion_plugins.plugins import lookup
 from fusion_plugins.store import Store
 from fusion_plugins.where import columns_of, require_columns, selected, value_of
 
@@ -201,7 +202,7 @@ def _texts(block: FusionBlock, distinct: Sequence[Route], numbers: np.ndarray) -
     found: dict[str, dict[str, int]] = {}
     for route, count in zip(distinct, counts.tolist(), strict=True):
         own = found.setdefault(route.domain, {})
-        for name in [block.sources[number].name for number in route.sources] or ["(no source)"]:
+        for name in [source.name for source in _teachers(block, route)] or ["(no source)"]:
             own[name] = own.get(name, 0) + count
     return found
 
@@ -216,12 +217,20 @@ def _refuse_rules(table: Table, block: FusionBlock, distinct: Sequence[Route]) -
         what += f" of the domain {route.domain!r}" if route.domain else ""
         if len(sources) > 1 and cuts_chunks(block) and (problem := problem_of_rule(rule, block.loss)):
             raise ConfigError(f"fusion.rule: {problem}. The sources are {what}.")
-        weighs = block.weights_from is None and getattr(get_registry("fusion_rules").get(rule), "weighted", False)
-        if weighs and not any(source.weight_by_domain.get(route.domain, source.weight) for source in sources):
+        if not _teachers(block, route):
             raise ConfigError(
                 f"fusion.sources: expected a weight above 0 of {what}, which no other source teaches, got 0. Give one "
                 "of them a weight, or leave the domain out of its domains or where, and see fusion.on_no_source."
             )
+
+
+def _teachers(block: FusionBlock, route: Route) -> list[FusedSourceArgs]:
+    """Return a route's sources, without those to which the configuration gives no weight in its domain."""
+    sources = [block.sources[number] for number in route.sources]
+    rule = lookup("fusion_rules", _rule(block, route)) if sources else None
+    if block.weights_from is not None or not getattr(rule, "weighted", False):
+        return sources
+    return [source for source in sources if source.weight_by_domain.get(route.domain, source.weight)]
 
 
 def _rule(block: FusionBlock, route: Route) -> str:

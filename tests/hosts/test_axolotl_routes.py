@@ -473,6 +473,14 @@ def test_a_route_that_its_rule_cannot_fuse_is_refused_before_anything_is(sources
         make_routes(table({"domain": ["math", "code"]}), settings, [everything] * 2, "target")
 
 
+def test_a_source_without_a_weight_is_counted_in_no_text(everything):
+    entries = [{}, {"weight_by_domain": {"math": 0}}]
+    for changes, in_math in (({}, {"s0": 1}), ({"rule_by_domain": {"math": "min_ce"}}, {"s0": 1, "s1": 1})):
+        settings = block(entries, **{"rule": "fixed_weights"} | changes)
+        routes = make_routes(table({"domain": ["math", "code"]}), settings, [everything] * 2, "target")
+        assert routes.texts == {"math": in_math, "code": {"s0": 1, "s1": 1}}
+
+
 def test_rows_that_refer_to_texts_are_looked_at_again_with_a_rule_of_another_kind(material, answers, run_folder):
     """Fixed weights suit own answers and cross-entropies do not: rows of the one must not let the other pass."""
     fusion = routed(answers, where={"domain": "math"}, rule="fixed_weights", prepared="stores")
