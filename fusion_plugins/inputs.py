@@ -317,7 +317,8 @@ def _items(
             item = make(where, row if isinstance(row, dict) else {}, text)
         except DataError as error:
             if unusable is None:
-                raise
+                cure = "With `on_unusable: skip` a run leaves out all rows that cannot be used, and names them."
+                raise DataError(f"{error} {cure}") from error
             unusable[_name(row, where, seen, unusable)] = str(error)
         else:
             if watched is None or text.id in watched:
