@@ -86,6 +86,7 @@ def merge(folder: Path) -> None:
     run([folder / "stores" / "a"], folder / "stores" / "merged")
 
 
+#: name -> what runs, and its items per text: two responses to every prompt, a record in each of the doctor's two stores
 STEPS: dict[str, tuple[Callable[[Path], None], float]] = {
     "capture": (capture, 1),
     "capture again": (capture, 1),
@@ -93,7 +94,7 @@ STEPS: dict[str, tuple[Callable[[Path], None], float]] = {
     "sample again": (sample, 2),
     "score": (score, 2),
     "score again": (score, 2),
-    "doctor": (doctor, 1),
+    "doctor": (doctor, 2),
     "merge": (merge, 1),
 }
 

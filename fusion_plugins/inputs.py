@@ -11,12 +11,14 @@ takes little memory.
 import os
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from fusion_plugins.column_names import ColumnNames
 from fusion_plugins.errors import ConfigError, DataError
+from fusion_plugins.hub import CONTENTS
 from fusion_plugins.response_texts import (
     ANSWER_COLUMNS,
     EMPTY,
@@ -48,11 +50,13 @@ class Selection:
         where: conditions that they meet; None for all rows.
         context: puts other messages before the answers of a chat.
         columns: that the context looks at.
+        names: where the text or chat of a row stands.
     """
 
     where: Where | None = None
     context: Context | None = None
     columns: tuple[str, ...] = ()
+    names: ColumnNames = field(default_factory=ColumnNames)
 
     @property
     def read(self) -> tuple[str, ...]:
@@ -178,7 +182,11 @@ def open_texts(
 
 
 def open_prompts(
-    path: str | Path | Sequence[str | Path], *, unusable: Unusable | None = None, keep: Sequence[str] = ()
+    path: str | Path | Sequence[str | Path],
+    *,
+    unusable: Unusable | None = None,
+    keep: Sequence[str] = (),
+    names: ColumnNames | None = None,
 ) -> InputSet[Prompt]:
     """Check prompts as :func:`read_prompts` does, and return them as a set that is read anew by every iteration.
 
@@ -186,6 +194,7 @@ def open_prompts(
         path: as for :func:`read_texts`.
         unusable: as for :func:`read_texts`.
         keep: names of other columns that the prompts have in :attr:`Prompt.kept`.
+        names: where the prompt of a row stands; None: in ``text`` or ``messages``.
 
     Raises:
         DataError: as for :func:`read_prompts`.
@@ -201,7 +210,7 @@ def open_prompts(
     def pair(prompt: Prompt) -> tuple[Text, str]:
         return prompt.text, prompt_digest(prompt)
 
-    prompts = InputSet(path, make, pair, unusable, Selection(columns=tuple(keep)))
+    prompts = InputSet(path, make, pair, unusable, Selection(columns=tuple(keep), names=names or ColumnNames()))
     if missing and len(prompts):
         raise ConfigError(
             f"keep_columns: expected columns of {path}, got {', '.join(sorted(missing))}, which no row has. "
@@ -263,19 +272,22 @@ def _rows(
     path: str | Path | Sequence[str | Path], selection: Selection = EVERYTHING, left_out: Counter[str] | None = None
 ) -> Iterator[tuple[str, Row | DataError]]:
     """Yield place and content of the selected rows of files, folders of files and folders of responses."""
-    rows = _plain_rows(path, selection.read)
+    rows = _plain_rows(path, selection.read, selection.names)
     yield from answers_as_texts(_selected(rows, selection.where, str(path)) if selection.where else rows, left_out)
 
 
 def _plain_rows(
-    path: str | Path | Sequence[str | Path], more: Sequence[str] = ()
+    path: str | Path | Sequence[str | Path], more: Sequence[str], names: ColumnNames
 ) -> Iterator[tuple[str, Row | DataError]]:
+    read = (*COLUMNS, *ANSWER_COLUMNS, *more, *names.columns)
+    needed = (names.field, names.field_messages, *CONTENTS)
     for part in [path] if isinstance(path, str | Path) else path:
         if is_response_folder(part):
             yield from response_rows(part)
         else:
             for file in row_files(part):
-                yield from readable_rows(file, (*COLUMNS, *ANSWER_COLUMNS, *more))
+                for where, row in readable_rows(file, read, needed=needed):
+                    yield where, row if isinstance(row, DataError) else names.renamed(row)
 
 
 def _selected(

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fusion_plugins.errors import DataError
-from fusion_plugins.hub import hub_rows, is_hub
+from fusion_plugins.hub import CONTENTS, hub_rows, is_hub
 
 #: ends of the names of files that can be read
 SUFFIXES = (".jsonl", ".parquet")
@@ -32,14 +32,21 @@ def read_row_file(path: str | Path, columns: Sequence[str] | None = None) -> Ite
         yield where, row
 
 
-def readable_rows(path: str | Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, Row | DataError]]:
+def readable_rows(
+    path: str | Path, columns: Sequence[str] | None = None, *, needed: Sequence[str] = CONTENTS
+) -> Iterator[tuple[str, Row | DataError]]:
     """Yield every row as :func:`read_row_file` does, and an error in the place of a row that cannot be read.
+
+    Args:
+        path: as for :func:`read_row_file`.
+        columns: as for :func:`read_row_file`.
+        needed: columns of which a dataset of the hub must have one.
 
     Raises:
         DataError: the file is missing, of another kind, or broken as a whole.
     """
     if is_hub(path):
-        yield from hub_rows(path, columns)
+        yield from hub_rows(path, columns, needed=needed)
         return
     path = Path(path)
     if path.suffix not in SUFFIXES or not path.is_file():

@@ -116,7 +116,7 @@ def as_text(where: str, row: Row) -> Text:
     text, messages = row.get("text"), row.get("messages")
     if (text is None) == (messages is None):
         got = said_columns({name: row[name] for name in sorted(row)}) or "an empty row"
-        cure = "Drop the row, or rename or remove a column"
+        cure = "Drop the row, remove a column, or name others with `columns: {field: ..., field_messages: ...}`"
         raise DataError(f"{where}: expected either a column 'text' or a column 'messages', got {got}. {cure}.")
     content: str | list[dict[str, Any]]
     if messages is not None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fusion_plugins.column_names import ColumnNames
 from fusion_plugins.core.text.content_id import content_id
 from fusion_plugins.core.text.messages import as_messages, as_tools, text_of
 from fusion_plugins.core.text.sampled import SampledAnswer
@@ -13,7 +14,6 @@ from fusion_plugins.response_texts import answer_text, is_response, json_columns
 from fusion_plugins.row_files import said_columns
 
 Row = Mapping[str, Any]
-_ROLES = {"human": "user", "gpt": "assistant"}
 #: reasoning that `split_thinking` of axolotl splits and that a store holds as it is written
 _OTHER_TAGS = ("<reasoning>", "<|begin_of_thought|>")
 
@@ -39,32 +39,18 @@ class Content:
     empty: bool = False
 
 
-def role_names(entry: Any) -> dict[str, str]:
-    """Return role in the dataset -> role in the template, by the key ``roles``."""
-    given = entry.get("roles")
-    return {name: role for role, names in given.items() for name in names} if given else _ROLES
-
-
 @dataclass(frozen=True)
 class RowReader:
     """Reads rows.
 
     Attributes:
-        text: column of plain texts.
-        messages: column of chats.
-        tools: column of tools.
-        properties: key of a message that the template knows -> key of the dataset's messages.
-        roles: role in the dataset -> role in the template.
+        names: columns of texts, chats and tools, keys of messages, and roles.
         drop_system: leave the system message out.
         split_thinking: reasoning is between tags in the content.
         json_columns: columns that hold JSON, as the folders of `fusion sample` and `fusion score` have them.
     """
 
-    text: str
-    messages: str
-    tools: str
-    properties: Mapping[str, str]
-    roles: Mapping[str, str]
+    names: ColumnNames
     drop_system: bool
     split_thinking: bool
     json_columns: tuple[str, ...] = ()
@@ -72,15 +58,8 @@ class RowReader:
     @classmethod
     def of(cls, entry: Any) -> "RowReader":
         """Read the keys of the entry of a dataset."""
-        given = entry.get("message_property_mappings") or {}
-        thinking = entry.get("template_thinking_key") or "reasoning_content"
-        properties = {"role": "role", "content": "content", thinking: entry.get("field_thinking") or thinking, **given}
         return cls(
-            text=entry.get("field") or "text",
-            messages=entry.get("field_messages") or "messages",
-            tools=entry.get("field_tools") or "tools",
-            properties=properties,
-            roles=role_names(entry),
+            names=ColumnNames.of(entry),
             drop_system=bool(entry.get("drop_system_message")),
             split_thinking=bool(entry.get("split_thinking")),
             json_columns=json_columns(str(entry.get("path"))),
@@ -92,18 +71,18 @@ class RowReader:
         Raises:
             DataError: it holds no text and no chat, both, or messages of another form.
         """
-        text, messages = row.get(self.text), row.get(self.messages)
+        text, messages = row.get(self.names.field), row.get(self.names.field_messages)
         if text is None and messages is None and is_response(row):
             return self._answer(row)
         if isinstance(text, str) and text and messages is None:
             return Content(_id(row, content_id(text)), text, [], None)
         if not messages or text is not None:
             raise DataError(
-                f"expected a row with a text in {self.text!r} or a chat in {self.messages!r}, and not both; the row's "
-                f"columns are {said_columns(row)}. Drop the row, or name other columns with `field:` or "
-                "`field_messages:` in the entry."
+                f"expected a row with a text in {self.names.field!r} or a chat in {self.names.field_messages!r}, and "
+                f"not both; the row's columns are {said_columns(row)}. Drop the row, or name other columns with "
+                "`field:` or `field_messages:` in the entry."
             )
-        chat, tools = as_messages(self._mapped(messages)), as_tools(row.get(self.tools))
+        chat, tools = as_messages(self._mapped(messages)), as_tools(row.get(self.names.field_tools))
         refuse_unread_response(row, chat)
         identity = _id(row, content_id(chat, tools))
         if self.drop_system and chat[0].get("role") == "system":
@@ -136,13 +115,10 @@ class RowReader:
         return [self._message(message) for message in messages]
 
     def _message(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        taken = set(self.properties.values())
-        found = {key: value for key, value in message.items() if key not in taken}
-        found |= {key: message[name] for key, name in self.properties.items() if message.get(name) is not None}
-        role = found.get("role")
-        if not isinstance(role, str):
+        found = self.names.message(message)
+        if not isinstance(found.get("role"), str):
             raise DataError(f"expected a message with a role, got {dict(message)!r:.80}. Correct the row.")
-        return {**found, "role": self.roles.get(role, role)}
+        return found
 
 
 def _id(row: Row, digest: str) -> str:

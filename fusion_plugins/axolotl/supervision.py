@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fusion_plugins.axolotl.chat_rows import role_names
+from fusion_plugins.column_names import ColumnNames
 from fusion_plugins.errors import ConfigError
 
 Ends = Literal["all", "turn", "last", "none"]
@@ -38,7 +38,7 @@ class Supervision:
         Raises:
             ConfigError: one of ``eot_tokens`` is not a token.
         """
-        names, roles = role_names(entry), entry.get("roles_to_train")
+        names, roles = ColumnNames.of(entry).role_names, entry.get("roles_to_train")
         eos: Any = entry.get("train_on_eos") or "turn"
         return cls(
             roles=frozenset(names.get(role, role) for role in (["assistant"] if roles is None else roles)),

@@ -189,6 +189,7 @@ def _sampling(rounds: Rounds, number: int) -> dict[str, Any]:
     run = {key: value for key, value in given.items() if key not in own}
     if config.prompts_per_round is not None:
         run["prompts"] = rounds.place(number, "prompts.jsonl")
+        run.pop("columns", None)  # the prompts of a round are written under the usual names
     # Each round draws anew, also to prompts that another round had.
     run["seed"] = run.get("seed", 0) + number - 1
     own |= {"name": rounds.own_name, "model": rounds.checkpoint(number - 1)}

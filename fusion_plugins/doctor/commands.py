@@ -101,12 +101,13 @@ def _stores(settings: "DoctorConfig") -> _Examined:
     from fusion_plugins.doctor.examine import examine
     from fusion_plugins.doctor.page import picture_png, render_doctor_page, show
     from fusion_plugins.doctor.sides import open_side, open_target
-    from fusion_plugins.inputs import open_texts
+    from fusion_plugins.inputs import Selection, open_texts
 
     target_path, source_paths = settings.sides()
     if settings.target is None:
         say(f"target: {target_path}", stderr=True)
-    contents = None if settings.texts is None else open_texts(settings.texts)
+    chosen = Selection(names=settings.columns)
+    contents = None if settings.texts is None else open_texts(settings.texts, selection=chosen)
     report = examine(
         open_target(target_path, contents, settings.tokenizer),
         [open_side(path, contents) for path in source_paths],

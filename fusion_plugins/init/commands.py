@@ -26,6 +26,15 @@ def init(
     texts: Annotated[
         str | None, typer.Option("--texts", "--prompts", help="JSONL or Parquet file or folder, or hf:ORG/NAME.")
     ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the text or chat of a row stands, in keys of axolotl's dataset entries: "
+            "{field: content}, or {field_messages: conversations, message_property_mappings: {role: from, content: "
+            "value}}.",
+            show_default="text or messages",
+        ),
+    ] = None,
     out: Annotated[str | None, typer.Option(help="Folder to write.", show_default="the method's name")] = None,
     backend: Annotated[
         str | None, typer.Option(help="What runs the sources: transformers or vllm.", show_default="transformers")
@@ -85,6 +94,7 @@ def init(
         "target": target,
         "sources": named or None,
         "texts": texts,
+        "columns": None if columns is None else _mapping("--columns", columns, "{field: content}"),
         "out": out,
         "backend": backend,
         "vllm": vllm,
@@ -167,16 +177,23 @@ def _pairs(flag: str, given: list[str] | None) -> dict[str, str]:
 
 
 def _facts(name: str, text: str) -> Any:
-    from fusion_plugins.config import parse_yaml, validate
+    from fusion_plugins.config import validate
     from fusion_plugins.init.models import ModelFacts
+
+    flag = f"--facts {name}"
+    return validate(ModelFacts, _mapping(flag, text, "{window: 4096}"), where=flag).model_dump()
+
+
+def _mapping(flag: str, text: str, example: str) -> dict[str, Any]:
+    from fusion_plugins.config import parse_yaml
 
     try:
         values = parse_yaml(text)
     except ValueError as error:
-        raise ConfigError(f"--facts {name}: expected YAML such as {{window: 4096}}, got an error: {error}") from None
+        raise ConfigError(f"{flag}: expected YAML such as {example}, got an error: {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"--facts {name}: expected YAML such as {{window: 4096}}, got {text!r}")
-    return validate(ModelFacts, values, where=f"--facts {name}").model_dump()
+        raise ConfigError(f"{flag}: expected YAML such as {example}, got {text!r}")
+    return values
 
 
 def _show(plan: Any) -> None:

@@ -79,14 +79,21 @@ class Plan:
         return "pieces.jsonl" if self.cut else self.seen(self.texts.path)
 
     @property
-    def entry(self) -> dict[str, str]:
+    def columns(self) -> dict[str, Any]:
+        """The names of columns that are not the usual ones."""
+        return self.config.columns.model_dump(exclude_defaults=True)
+
+    @property
+    def entry(self) -> dict[str, Any]:
         """Axolotl's keys that say where the texts are."""
-        if self.cut or not is_hub(self.texts.path):
+        if self.cut:
             return {"path": self.data}
+        if not is_hub(self.texts.path):
+            return {"path": self.data, **self.columns}
         found = hub_dataset(self.texts.path)
         column = {"field_messages" if self.texts.chats else "field": found.column}
         keys = {"path": self.seen(found.name), "name": found.config, "revision": found.revision, "split": found.split}
-        return {key: value for key, value in (keys | column).items() if value is not None}
+        return self.columns | {key: value for key, value in (keys | column).items() if value is not None}
 
     @property
     def skips(self) -> str:
@@ -148,7 +155,7 @@ def make_plan(config: InitConfig) -> Plan:
             f"--facts and --chat-template: expected some of the models {', '.join(names)}, got "
             f"{', '.join(sorted(unknown))}"
         )
-    texts = read_texts_facts(config.texts, prompts=config.method in ON_PROMPTS)
+    texts = read_texts_facts(config.texts, prompts=config.method in ON_PROMPTS, names=config.columns)
     if config.held_out is not None:
         read_texts_facts(config.held_out, prompts=False)  # raises where it has none
     target, *sources = (_read(name, short, config) for name, short in names.items())

@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from fusion_plugins.column_names import ColumnNames
 from fusion_plugins.config import Settings
 from fusion_plugins.init.models import ModelFacts
 
@@ -28,6 +29,11 @@ class InitConfig(Settings):
     texts: str = Field(
         min_length=1,
         description="texts, chats or (fusechat3, rounds) prompts: .jsonl or .parquet, or a folder",
+    )
+    columns: ColumnNames = Field(
+        default_factory=ColumnNames,
+        description="where the text or chat of a row stands, in keys of axolotl's dataset entries: field, "
+        "field_messages, field_tools, field_thinking, template_thinking_key, message_property_mappings, roles",
     )
     out: str = Field(min_length=1, description="folder to write")
     backend: Literal["transformers", "vllm"] = Field("transformers", description="what runs the sources")

@@ -1,5 +1,6 @@
 """The steps of a plan: stock commands, what each of them reads and writes, and why it is there."""
 
+import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ def _cut(plan: "Plan") -> Step:
     command = ["fusion", "cut", "--texts", texts, "--out", "pieces.jsonl", "--max-length", limit]
     command += [part for name in names for part in ("--tokenizer", name)]
     command += ["--set", "on_unusable=skip"] if plan.skips == "skip" else []
+    command += ["--set", f"columns={json.dumps(plan.columns)}"] if plan.columns else []
     why = "cut long texts into pieces that fit every model"
     reads = [path for place in (texts, *names) for path in plan.files(place)]
     return Step("cut", command, why, tuple(reads), ("pieces.jsonl",))

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from fusion_plugins.column_names import ColumnNames
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize_content
 from fusion_plugins.errors import DataError, FusionError
 from fusion_plugins.init.models import Model
-from fusion_plugins.inputs import InputSet, Unusable, open_prompts, open_texts
+from fusion_plugins.inputs import InputSet, Selection, Unusable, open_prompts, open_texts
 from fusion_plugins.texts import Prompt, Text
 
 #: the longest texts that every tokenizer is asked about, and others that are spread over the set
@@ -48,19 +49,23 @@ class TextFacts:
     spread: list[Text] = field(repr=False)
 
 
-def read_texts_facts(path: str, prompts: bool) -> TextFacts:
+def read_texts_facts(path: str, prompts: bool, names: ColumnNames | None = None) -> TextFacts:
     """Look at every row of a set.
 
     Args:
         path: files or folders, as `fusion capture` and `fusion sample` take them.
         prompts: read them as prompts.
+        names: where the text or chat of a row stands; None: in ``text`` or ``messages``.
 
     Raises:
         DataError: there are none that can be used; the message says why the first cannot.
     """
     unusable: Unusable = {}
     items: InputSet[Prompt] | InputSet[Text]
-    items = open_prompts(path, unusable=unusable) if prompts else open_texts(path, unusable=unusable)
+    if prompts:
+        items = open_prompts(path, unusable=unusable, names=names)
+    else:
+        items = open_texts(path, unusable=unusable, selection=Selection(names=names or ColumnNames()))
     if not len(items):
         reason = next(iter(unusable.values()), "the file is empty")
         raise DataError(f"{path}: expected texts, got none that can be used: {reason}")

@@ -7,11 +7,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from fusion_plugins.column_names import ColumnNames
+from fusion_plugins.config import validate
 from fusion_plugins.core.fusion.types import Record
 from fusion_plugins.core.text.token_bytes import readable_tokens
 from fusion_plugins.errors import FusionError, StoreError
 from fusion_plugins.hub import is_hub
-from fusion_plugins.inputs import open_texts
+from fusion_plugins.inputs import Selection, open_texts
 from fusion_plugins.reports.blocks import Block, Section, Table, Text, Tokens, cut, number
 from fusion_plugins.store import Store, open_store
 from fusion_plugins.store.manifest import Manifest
@@ -86,7 +88,9 @@ def domains_of(store: Store, base: Path) -> Counter[str] | str:
     if sum(map(_bytes, places)) > MOST_BYTES:
         return f"domains are not counted: the texts have more than {MOST_BYTES >> 20} MiB"
     try:
-        counts = Counter(text.domain or "" for text in open_texts(places, unusable={}) if text.id in store)
+        names = validate(ColumnNames, store.manifest.provenance.get("columns") or {}, where="columns")
+        texts = open_texts(places, unusable={}, selection=Selection(names=names))
+        counts = Counter(text.domain or "" for text in texts if text.id in store)
     except FusionError as error:
         return f"domains are not known: {error}"
     return counts or f"domains are not known: {', '.join(paths)} holds other texts now"

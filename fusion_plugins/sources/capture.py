@@ -236,7 +236,8 @@ def _manifest(config: CaptureConfig, identity: Mapping[str, Any], facts: Mapping
 def _conditions(config: CaptureConfig) -> dict[str, Any]:
     """Return what the notes of a store say about which rows were captured, and what the source read before them."""
     context = None if config.context is None else config.context.model_dump(exclude_defaults=True)
-    return {key: value for key, value in (("where", config.where), ("context", context)) if value}
+    notes = {"columns": config.columns.model_dump(exclude_defaults=True), "where": config.where, "context": context}
+    return {key: value for key, value in notes.items() if value}
 
 
 def unusable_texts(config: CaptureConfig, opened: OpenedCapture, texts: Iterable[Text], held: KeySet) -> dict[str, str]:

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from fusion_plugins.column_names import ColumnNames
 from fusion_plugins.inputs import Selection
 from fusion_plugins.sources.backends.base import SourceSettings
 from fusion_plugins.sources.context import ContextSettings
@@ -23,6 +24,11 @@ class CaptureConfig(SourceSettings):
     texts: str | list[str] = Field(
         description=".jsonl or .parquet files, folders of them, hf:ORG/NAME[:SPLIT][:COLUMN], or folders of responses, "
         "whose answers are captured"
+    )
+    columns: ColumnNames = Field(
+        default_factory=ColumnNames,
+        description="where the text or chat of a row stands, in keys of axolotl's dataset entries: field, "
+        "field_messages, field_tools, field_thinking, template_thinking_key, message_property_mappings, roles",
     )
     where: Where | None = Field(
         None,
@@ -62,8 +68,8 @@ class CaptureConfig(SourceSettings):
     def selection(self) -> Selection:
         """Which rows of the texts are read, and how."""
         if self.context is None:
-            return Selection(self.where)
-        return Selection(self.where, self.context.applied, self.context.columns)
+            return Selection(self.where, names=self.columns)
+        return Selection(self.where, self.context.applied, self.context.columns, self.columns)
 
     @property
     def template_options(self) -> dict[str, Any]:

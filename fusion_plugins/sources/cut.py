@@ -17,11 +17,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from fusion_plugins.column_names import ColumnNames
 from fusion_plugins.config import Settings
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize_content
 from fusion_plugins.errors import ConfigError, DataError
-from fusion_plugins.inputs import Unusable, open_texts
+from fusion_plugins.inputs import Selection, Unusable, open_texts
 from fusion_plugins.row_files import row_files
 from fusion_plugins.sources.backends.base import SourceSettings
 from fusion_plugins.sources.loading import load_tokenizer
@@ -42,6 +43,11 @@ class CutConfig(Settings):
 
     texts: str | list[str] = Field(
         description=".jsonl or .parquet files, folders of them, hf:ORG/NAME[:SPLIT][:COLUMN]"
+    )
+    columns: ColumnNames = Field(
+        default_factory=ColumnNames,
+        description="where the text or chat of a row stands, in keys of axolotl's dataset entries: field, "
+        "field_messages, field_tools, field_thinking, template_thinking_key, message_property_mappings, roles",
     )
     out: str = Field(description=".jsonl file to write")
     tokenizers: list[str] = Field(min_length=1, description="folders or hub names of all sources and targets")
@@ -78,7 +84,7 @@ def cut_texts(config: CutConfig) -> CutReport:
         StoreError: another run writes this file, or it cannot be written.
     """
     unusable: Unusable | None = None if config.on_unusable == "raise" else {}
-    texts = open_texts(config.texts, unusable=unusable)
+    texts = open_texts(config.texts, unusable=unusable, selection=Selection(names=config.columns))
     skipped = dict(unusable or {})
     counters = [_counter(name, config) for name in config.tokenizers]
     out = Path(config.out)

@@ -125,7 +125,7 @@ def sample_prompts(config: SampleConfig) -> SampleReport:
             ``on_unusable: raise``).
     """
     unusable: Unusable | None = None if config.on_unusable == "raise" else {}
-    prompts = open_prompts(config.prompts, unusable=unusable, keep=config.keep_columns)
+    prompts = open_prompts(config.prompts, unusable=unusable, keep=config.keep_columns, names=config.columns)
     manifest = RowManifest(
         stage="responses",
         columns=COLUMNS | dict.fromkeys(config.keep_columns, "json"),

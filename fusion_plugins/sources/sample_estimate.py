@@ -44,7 +44,7 @@ def estimate_samples(config: SampleConfig) -> dict[str, dict[str, float]]:
         SourceError: a source cannot be opened, or answers none of the prompts.
     """
     unusable: Unusable | None = None if config.on_unusable == "raise" else {}
-    prompts = open_prompts(config.prompts, unusable=unusable, keep=config.keep_columns)
+    prompts = open_prompts(config.prompts, unusable=unusable, keep=config.keep_columns, names=config.columns)
     estimates = {}
     for settings in config.chosen_sources:
 

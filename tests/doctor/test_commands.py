@@ -72,7 +72,7 @@ def test_settings_may_come_from_a_file_and_the_last_store_is_the_target(work):
     found = json.loads((work / "from-file" / "doctor.json").read_text())
     assert (found["target"], found["texts"]) == ("target", 3)
     config.write_text("sorces: []\n")
-    assert "unknown key; known keys: chain, limit, out" in str(_doctor("--config", config).exception)
+    assert "unknown key; known keys: chain, columns, limit, out" in str(_doctor("--config", config).exception)
     assert "at least one source" in str(_doctor(stores / "a").exception)
 
 

@@ -183,8 +183,8 @@ def check_page(folder, report):
 
 @pytest.mark.slow
 def test_a_generated_fusellm_folder_runs_from_end_to_end(models, run_folder, monkeypatch):
-    texts = runs.write_rows(run_folder / "texts.jsonl", [{"text": text} for text in runs.texts(24)])
-    init(run_folder / "fusellm", models, "fusellm", "--texts", texts)
+    texts = runs.write_rows(run_folder / "texts.jsonl", [{"content": text} for text in runs.texts(24)])
+    init(run_folder / "fusellm", models, "fusellm", "--texts", texts, "--columns", "{field: content}")
     run_steps(run_folder / "fusellm", monkeypatch, run_folder)
     assert (run_folder / "fusellm" / "fused" / "model.safetensors").is_file()
     report = json.loads((run_folder / "fusellm" / "fused" / "fusion_report.json").read_text())
@@ -194,8 +194,9 @@ def test_a_generated_fusellm_folder_runs_from_end_to_end(models, run_folder, mon
 
 @pytest.mark.slow
 def test_a_generated_fusechat3_folder_runs_from_end_to_end(models, run_folder, monkeypatch):
-    prompts = runs.write_rows(run_folder / "prompts.jsonl", [{"text": f"Say {number}!"} for number in range(30)])
-    flags = ["--reward-model", models / "reward", "--samples", "4", "--max-tokens", "24"]
+    prompts = runs.write_rows(run_folder / "prompts.jsonl", [{"question": f"Say {number}!"} for number in range(30)])
+    flags = ["--columns", "{field: question}", "--reward-model", models / "reward"]
+    flags += ["--samples", "4", "--max-tokens", "24"]
     init(run_folder / "fusechat3", models, "fusechat3", "--prompts", prompts, *flags)
     # Untrained models end no answer by themselves.
     sampling = run_folder / "fusechat3" / "sample.yml"

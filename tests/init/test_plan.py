@@ -92,6 +92,28 @@ def test_texts_that_no_window_holds_are_cut_first(models, tmp_path):
     assert not stopped(plan)
 
 
+def test_columns_of_other_names_are_in_every_file_that_reads_the_texts(models, tmp_path):
+    keys = {"field_messages": "turns", "message_property_mappings": {"role": "from", "content": "value"}}
+    chats = [{"turns": [{"from": turn["role"], "value": turn["content"]} for turn in chat]} for chat in CHATS]
+    given = {"texts": rows(tmp_path / "chats.jsonl", chats), "columns": keys}
+    files = files_of(plan_of(models, tmp_path, method="fusechat", **given))
+    assert yaml.safe_load(files["capture-digits.yml"])["columns"] == keys
+    entry = yaml.safe_load(files["train-digits.yml"])["datasets"][0]
+    assert {key: entry[key] for key in keys} == keys
+    prompts = rows(tmp_path / "prompts.jsonl", [{"question": f"{n} + 1?"} for n in range(9)])
+    names = {"columns": {"field": "question"}, "texts": prompts, "reward_model": "org/reward"}
+    for method, place in (("fusechat3", "sample.yml"), ("rounds", "rounds.yml")):
+        made = yaml.safe_load(files_of(plan_of(models, tmp_path, method=method, **names))[place])
+        assert made.get("sample", made)["columns"] == {"field": "question"}
+    # Pieces have the usual names again.
+    long = rows(tmp_path / "long.jsonl", [{"content": "word " * 200}])
+    plan = plan_of(models, tmp_path, texts=long, columns={"field": "content"})
+    cut = next(step for step in steps_of(plan) if step.name == "cut")
+    assert cut.command[-2:] == ["--set", 'columns={"field": "content"}']
+    assert set(yaml.safe_load(files_of(plan)["train.yml"])["datasets"][0]) == {"path", "type"}
+    assert "columns" not in yaml.safe_load(files_of(plan)["capture-digits.yml"])
+
+
 def test_chats_that_are_too_long_are_left_out_by_name(models, tmp_path):
     long = [{"role": "user", "content": "so " * 90}, {"role": "assistant", "content": "Yes."}]
     path = rows(tmp_path / "chats.jsonl", [{"messages": chat} for chat in [*CHATS, long]])

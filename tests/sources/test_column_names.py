@@ -1,0 +1,99 @@
+"""`columns`: files whose texts and chats stand under other names, as axolotl's dataset entries name them."""
+
+import doctest
+import json
+
+import pytest
+import tiny
+from source_checks import capture_config, sample_config, write_rows
+from store_contents import content
+
+from fusion_plugins import column_names
+from fusion_plugins.column_names import ColumnNames
+from fusion_plugins.errors import ConfigError, DataError
+from fusion_plugins.sources.capture import capture_texts
+from fusion_plugins.sources.cut import CutConfig, cut_texts
+from fusion_plugins.sources.sample import sample_prompts
+from fusion_plugins.store import open_rows, open_store
+
+CHATS = [
+    [{"role": "system", "content": "Be short."}, *tiny.CHAT[:1], {"role": "assistant", "content": f"{number}!"}]
+    for number in range(3)
+]
+NAMES = {"user": "human", "assistant": "bot"}
+KEYS = {
+    "field_messages": "conversations",
+    "message_property_mappings": {"role": "from", "content": "value"},
+    "roles": {"user": ["human"], "assistant": ["bot"]},
+}
+
+
+def other_names(chat):
+    return [{"from": NAMES.get(turn["role"], turn["role"]), "value": turn["content"]} for turn in chat]
+
+
+def test_the_example_runs():
+    assert doctest.testmod(column_names).failed == 0
+
+
+def test_chats_under_other_names_fill_the_same_store(model, tmp_path):
+    usual = write_rows(tmp_path / "usual.jsonl", [{"messages": chat, "domain": "talk"} for chat in CHATS])
+    # A column of the usual name means something else here.
+    rows = [{"conversations": other_names(chat), "domain": "talk", "text": "of another tool"} for chat in CHATS]
+    rows[1]["conversations"] = json.dumps(rows[1]["conversations"])
+    others = write_rows(tmp_path / "others.jsonl", rows)
+    capture_texts(capture_config(model, usual, tmp_path / "usual"))
+    with pytest.raises(DataError, match="columns: {field: ..., field_messages: ...}"):
+        capture_texts(capture_config(model, others, tmp_path / "none", columns={"field": "plain"}))
+    given = {"columns": KEYS | {"field": "plain"}}
+    capture_texts(capture_config(model, others, tmp_path / "others", where={"domain": "talk"}, **given))
+    ours, theirs = open_store(tmp_path / "others"), open_store(tmp_path / "usual")
+    assert list(ours.ids()) == list(theirs.ids())
+    assert ours.manifest.texts_fingerprint == theirs.manifest.texts_fingerprint
+    assert content(tmp_path / "others") == content(tmp_path / "usual")
+    assert ours.manifest.provenance["columns"] == given["columns"]
+    # A later run of the same texts under the usual names finds all of it there.
+    report = capture_texts(capture_config(model, usual, tmp_path / "others"))
+    assert (report.present, report.captured) == (3, 0)
+
+
+def test_the_training_reads_what_was_captured_with_the_same_keys(model, tmp_path):
+    rows = [{"conversations": other_names(chat)} for chat in CHATS]
+    capture_texts(capture_config(model, write_rows(tmp_path / "t.jsonl", rows), tmp_path / "store", columns=KEYS))
+    chat_rows = pytest.importorskip("fusion_plugins.axolotl.chat_rows")
+    reader = chat_rows.RowReader.of({"path": "t.jsonl", **KEYS})
+    found = [reader.content(row) for row in rows]
+    assert [content.id for content in found] == list(open_store(tmp_path / "store").ids())
+    assert [content.messages for content in found] == CHATS
+
+
+def test_roles_of_other_tools_are_known_without_a_word(model, tmp_path):
+    roles = {"user": "human", "assistant": "gpt"}
+    chats = [[turn | {"role": roles.get(turn["role"], turn["role"])} for turn in chat] for chat in CHATS]
+    for name, messages in (("usual", CHATS), ("others", chats)):
+        rows = [{"messages": chat} for chat in messages]
+        capture_texts(capture_config(model, write_rows(tmp_path / f"{name}.jsonl", rows), tmp_path / name))
+    assert content(tmp_path / "others") == content(tmp_path / "usual")
+
+
+def test_prompts_and_texts_to_cut_under_other_names_are_read(model, tmp_path):
+    rows = [{"question": f"What is {number} + 30?", "reference": str(number + 30)} for number in range(3)]
+    prompts = write_rows(tmp_path / "prompts.jsonl", rows)
+    with pytest.raises(DataError, match="got question, reference. .* `columns: "):
+        sample_prompts(sample_config({"a": model}, prompts, tmp_path / "none"))
+    sample_prompts(sample_config({"a": model}, prompts, tmp_path / "out", n=1, columns={"field": "question"}))
+    answered = list(open_rows(tmp_path / "out"))
+    assert [row["prompt"] for row in answered] == [row["question"] for row in rows]
+    assert [row["reference"] for row in answered] == [row["reference"] for row in rows]
+    config = {"texts": str(prompts), "tokenizers": [str(model)], "max_length": 64, "columns": {"field": "question"}}
+    assert cut_texts(CutConfig(**config, out=str(tmp_path / "cut.jsonl"))).texts == 3
+
+
+def test_a_message_without_a_role_and_an_unknown_key_are_errors(model, tmp_path):
+    path = write_rows(tmp_path / "t.jsonl", [{"conversations": [{"value": "Hi"}]}])
+    with pytest.raises(DataError, match="t.jsonl:1: expected messages with a role"):
+        capture_texts(capture_config(model, path, tmp_path / "store", columns=KEYS))
+    from fusion_plugins.config import validate
+
+    with pytest.raises(ConfigError, match="field_message"):
+        validate(ColumnNames, {"field_message": "conversations"}, where="columns")
