@@ -20,8 +20,9 @@ def test_the_examples_are_valid():
     blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)]
     samples = [block for block in blocks if "sources" in block]
     captures = [CaptureConfig(**block) for block in blocks if "sources" not in block]
-    assert (len(samples), len(captures)) == (1, 2)
-    assert captures[1].context.columns == ("reference",)
+    assert (len(samples), len(captures)) == (1, 3)
+    assert captures[0].columns.field_messages == "conversations"
+    assert captures[2].context.columns == ("reference",)
     settings = SampleConfig(**samples[0])
     assert settings.n == SampleConfig(prompts="p", out="o", sources=[{"model": "m"}]).n
     for source in settings.sources:
