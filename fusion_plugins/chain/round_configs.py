@@ -12,9 +12,10 @@ from fusion_plugins.chain.round_settings import FUSED, PLUGINS, RoundsConfig
 from fusion_plugins.config import Settings, load_config, validate
 from fusion_plugins.errors import ConfigError
 from fusion_plugins.plugins import get_registry
-from fusion_plugins.scoring.score import ScoreConfig
+from fusion_plugins.scoring.score import ADDED_COLUMNS, ScoreConfig
 from fusion_plugins.sources.capture_config import CaptureConfig
-from fusion_plugins.sources.sample_config import SampleConfig, SampledSource
+from fusion_plugins.sources.sample_config import COLUMNS, SampleConfig, SampledSource
+from fusion_plugins.where import Where, columns_of
 
 #: of a training whose configuration has none
 SEED = 42
@@ -111,6 +112,7 @@ def load_rounds(path: str | Path, flags: Mapping[str, Any], assignments: list[st
     for number in (1, 2):  # the first and any other one
         made = configurations(rounds, number)
     _check_training(made["train.yml"], str(file))
+    _check_columns(made, str(path), str(file))
     return rounds
 
 
@@ -145,6 +147,31 @@ def _check_training(train: Mapping[str, Any], where: str) -> None:
         )
     if problems:
         raise ConfigError(f"{where}: {'; '.join(problems)}")
+
+
+def _check_columns(made: Mapping[str, Mapping[str, Any]], where: str, training: str) -> None:
+    """Refuse conditions on columns that the answers will not have, before they are sampled.
+
+    Raises:
+        ConfigError: naming the condition, its columns, and those that the answers have.
+    """
+    there = {*COLUMNS, *made["sample.yml"].get("keep_columns", ()), *(ADDED_COLUMNS if "score.yml" in made else ())}
+    asked: dict[str, Where | None] = {
+        f"{where}: where of the capture {name.removeprefix('capture-').removesuffix('.yml')}": settings.get("where")
+        for name, settings in made.items()
+        if name.startswith("capture-")
+    }
+    block = validate(FusionBlock, dict(made["train.yml"]["fusion"]), where=f"{training}: fusion")
+    asked[f"{training}: fusion.where"] = block.where
+    asked |= {f"{training}: where of the source {source.name}": source.conditions for source in block.sources}
+    for place, conditions in asked.items():
+        stored = zip(conditions or (), columns_of(conditions), strict=True)
+        if missing := [name for name, column in stored if column not in there]:
+            raise ConfigError(
+                f"{place}: expected columns that the answers have, got {', '.join(missing)}. Columns of the prompts go "
+                "to their answers if sample.keep_columns lists them, verdicts and rewards come from `score`, and the "
+                f"others are {', '.join(COLUMNS)}."
+            )
 
 
 class _AnyKeys(Settings):

@@ -73,8 +73,10 @@ def read_model(name: str, short: str, given: Mapping[str, Any] | None = None, te
         config = load_config(settings)
         tokenizer, problem = _tokenizer(settings)
     except SourceError as error:
+        # The target is read in the same way: what calls it a source would mislead.
+        what = str(error).removeprefix(f"source {settings.source_name!r}: ")
         raise ConfigError(
-            f"{error} Name a folder, or say what the model is by hand: --facts "
+            f"{what} Name a folder, or say what the model is by hand: --facts "
             f"'{name}={{window: 4096, parameters: 7.0e9, model_type: llama, pad_token: <unk>}}'"
         ) from error
     table = None

@@ -10,6 +10,7 @@ from mergekit.config import MergeConfiguration
 from fusion_plugins.mergekit.check_plan import all_here
 from fusion_plugins.mergekit.checkpoints import Checkpoint, sample_weights
 from fusion_plugins.mergekit.findings import Finding, MergeCheck, architecture_of
+from fusion_plugins.mergekit.methods import METHODS
 from fusion_plugins.mergekit.rehearsal import ALIGN, ONE_BASE
 
 #: Keys of a model's configuration that say what its weights mean.
@@ -58,6 +59,8 @@ def compare(
         _compare_tokenizers(base, other, aligned, bool(config.chat_template), check)
     _compare_weights([base, *others], config.base_model is not None, check)
     dtypes = {info.dtype for one in checkpoints.values() for info in one.tensors.values()}
+    if any(method.spec.name == config.merge_method for method in METHODS):
+        return  # they round nothing but the result
     if config.dtype == "float16" and "bfloat16" in dtypes:
         check.warning("dtype float16 narrows the range of bfloat16 weights", "set dtype: float32, out_dtype: bfloat16")
     if config.dtype in ("bfloat16", "float16") and "float32" in dtypes:

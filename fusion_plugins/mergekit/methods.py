@@ -135,7 +135,7 @@ def varm(
         normalize: ratio or softmax.
         temperature: of the softmax.
         compat: fusechat or None.
-        weight: prior per tuned model: multiplies its value before the merge weights are computed.
+        weight: prior per tuned model: multiplies its value, or the exponential of it, before the division.
         planned: what the plan knows; None outside a planned merge.
 
     Returns:

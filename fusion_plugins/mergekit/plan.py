@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from mergekit.common import ImmutableMap, ModelReference
+from mergekit.common import ImmutableMap, ModelReference, dtype_from_name
 from mergekit.graph import Task
 from mergekit.io.tasks import FinalizeModel, GatherTensors, SaveTensor
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
@@ -21,11 +21,12 @@ from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 from pydantic import ConfigDict, SkipValidation
 
 from fusion_plugins.core.merging.varm import ACROSS_TENSORS, unit_of
+from fusion_plugins.errors import MergeError
 from fusion_plugins.mergekit.checkpoints import Stored
 from fusion_plugins.mergekit.methods import Planned, UnitSums
 from fusion_plugins.mergekit.quantized import BUFFERS, require_mergeable
 from fusion_plugins.mergekit.record import MergeRecord
-from fusion_plugins.mergekit.unit_sums import Unit, UnitStatistics, unwidened
+from fusion_plugins.mergekit.unit_sums import Unit, UnitStatistics, uncast
 
 
 class FusionMergeTask(ExecuteMergeMethodTask):
@@ -35,7 +36,7 @@ class FusionMergeTask(ExecuteMergeMethodTask):
 
     record: SkipValidation[MergeRecord]
     statistics: UnitStatistics | None = None
-    widen: bool = False  # the inputs are left as they are stored, the result is to be float32
+    result_dtype: str | None = None  # where the configuration says one
 
     def arguments(self) -> dict[str, Task]:
         """Depend on the statistics of the unit, besides the tensors."""
@@ -46,13 +47,21 @@ class FusionMergeTask(ExecuteMergeMethodTask):
         self, tensors: dict[ModelReference, torch.Tensor], unit: UnitSums | None = None, **_: Any
     ) -> torch.Tensor | None:
         """Merge."""
-        dtype = torch.float32 if self.widen else None
+        dtype = dtype_from_name(self.result_dtype)
         # mergekit's task calls the method with its `parameters`, so this is how one more argument gets there.
         parameters = {**dict(self.parameters.items()), "planned": Planned(self.record, unit, dtype)}
         task = self.model_copy(update={"parameters": ImmutableMap(parameters)})
         merged = super(FusionMergeTask, task).execute(tensors)
         # What mergekit copies without asking the method has the dtype of the checkpoint.
-        return merged.to(dtype) if dtype and merged is not None and merged.is_floating_point() else merged
+        if dtype is None or merged is None or not merged.is_floating_point():
+            return merged
+        merged = merged.to(dtype)
+        if dtype == torch.float16 and not bool(merged.isfinite().all()):
+            raise MergeError(
+                f"tensor {self.output_weight.name!r}: expected numbers of at most 65,504, the largest of float16, got "
+                "larger ones. Set dtype or out_dtype to bfloat16 or float32."
+            )
+        return merged
 
 
 class WriteRecord(Task[None]):
@@ -99,7 +108,7 @@ def extend_plan(tasks: Sequence[Task], record: MergeRecord, stored: Mapping[str,
         # Tasks are immutable and hold the tasks they depend on, so a new merge task needs a new SaveTensor, and new
         # SaveTensor tasks need a new FinalizeModel. mergekit lists it after all SaveTensor tasks.
         if isinstance(task, SaveTensor):
-            merge = _extended(task.tensor_task, record, statistics)
+            merge = _extended(task.tensor_task, record, statistics, task.dtype)
             dtype = task.dtype
             if isinstance(merge, FusionMergeTask) and _reads_integers(merge, stored):
                 # Positions and counters, which a cast to the dtype of the weights would round.
@@ -150,18 +159,20 @@ def _reads_integers(merge: FusionMergeTask, stored: Mapping[str, Stored]) -> boo
 
 def _uncast(merge: FusionMergeTask) -> FusionMergeTask:
     gather = merge.gather_tensors.model_copy(update={"dtype": None})
-    return merge.model_copy(update={"gather_tensors": gather, "widen": False})
+    return merge.model_copy(update={"gather_tensors": gather, "result_dtype": None})
 
 
-def _extended(task: Task, record: MergeRecord, statistics: dict[str, UnitStatistics]) -> Task:
+def _extended(task: Task, record: MergeRecord, statistics: dict[str, UnitStatistics], saved_as: str | None) -> Task:
     if not isinstance(task, ExecuteMergeMethodTask):
         return task
     fields = {name: getattr(task, name) for name in ExecuteMergeMethodTask.model_fields}
-    fields["gather_tensors"] = unwidened(task.gather_tensors)
+    fields["gather_tensors"], dtype = uncast(task.gather_tensors)
+    if dtype is not None:
+        fields["dtype"] = None  # mergekit-pytorch's, which casts the inputs too
     # Constructed, not validated: every value was validated in the task that it is taken from.
     return FusionMergeTask.model_construct(
         **fields,
         record=record,
         statistics=statistics.get(task.output_weight.name),
-        widen=fields["gather_tensors"] is not task.gather_tensors,
+        result_dtype=saved_as or task.out_dtype or dtype,
     )

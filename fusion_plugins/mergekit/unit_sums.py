@@ -3,7 +3,7 @@
 mergekit hands a method one tensor at a time, but the weight of a module, a layer or a model depends on all its tensors.
 So the plan of a merge gets one :class:`UnitStatistics` task per unit, and the merges of the unit's tensors depend on
 it. It runs the same tasks that load the inputs of those merges, one tensor at a time, in an executor of its own. This
-way the statistics see whatever mergekit does between the file and the method (dtype, slices, tied and renamed tensors,
+way the statistics see whatever mergekit does between the file and the method (slices, tied and renamed tensors,
 converted experts, LoRA, permuted or truncated vocabularies), and memory holds one tensor of each model. The graph keeps
 the result, a few numbers, until the last tensor of the unit is merged.
 """
@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from mergekit.common import ModelReference
+from mergekit.common import ImmutableMap, ModelReference
 from mergekit.graph import Executor, Task, TaskUniverse
-from mergekit.io.tasks import GatherTensors, LoaderCache
-from mergekit.merge_methods.task_adapter import MergeTensorInput
-from mergekit.tokenizer import BuildTokenizer
+from mergekit.io.tasks import LoaderCache
+from mergekit.merge_methods.task_adapter import MergeTensorInput, TensorDictWrapper
+from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
+from mergekit.tokenizer.truncate import TruncatedVocabulary
 from pydantic import ConfigDict, SkipValidation
 
 from fusion_plugins.core.merging.deltas import delta_sums, require_finite, require_weights
@@ -73,7 +74,7 @@ class UnitStatistics(Task[UnitSums]):
         LOG.info("Statistics of %s over %d tensors", unit.name, len(unit.inputs))
         universe = TaskUniverse()
         targets = [
-            universe.add_task(DeltaSums(unit=unit, name=name, inputs=unwidened(unit.inputs[name])))
+            universe.add_task(DeltaSums(unit=unit, name=name, inputs=uncast(unit.inputs[name])[0]))
             for name in unit.inputs
         ]
         # The outer executor has built the tokenizer already. It must not be built again for every unit.
@@ -137,11 +138,22 @@ class DeltaSums(Task[tuple[torch.Tensor, int] | None]):
         return sums, base.numel()
 
 
-def unwidened(inputs: Task) -> Task:
-    """Return the loading task without a cast to float32.
+def uncast(inputs: Task) -> tuple[Task, str | None]:
+    """Return the loading task without the cast to ``dtype``, and the dtype that the result is then to have.
 
-    Our functions convert one chunk at a time; a converted copy of the tensors would take time and memory.
+    Our functions take the differences of the stored numbers in float32, one chunk at a time, and round the result once.
+    A cast to bfloat16 or float16 before that would round the differences of light fine-tunes away, and copies in
+    float32 would take time and memory. The dtype is None where the task is returned as it was: without a cast, with one
+    to float64, and to float32 where mergekit makes rows for new tokens, which it does in the dtype of the inputs.
     """
-    if isinstance(inputs, GatherTensors) and inputs.dtype == "float32":
-        return inputs.model_copy(update={"dtype": None})
-    return inputs
+    gather = inputs.gather_tensors if isinstance(inputs, PermutedVocabulary | TruncatedVocabulary) else inputs
+    loads = list(gather.tensors.values()) if isinstance(gather, TensorDictWrapper) else [gather]
+    dtype = next((dtype for load in loads if (dtype := getattr(load, "dtype", None))), None)
+    leave = ("float32",) if isinstance(inputs, PermutedVocabulary) else ()
+    if dtype is None or dtype.removeprefix("torch.") not in {"float32", "bfloat16", "float16"}.difference(leave):
+        return inputs, None
+    if isinstance(gather, TensorDictWrapper):
+        uncast = {model: load.model_copy(update={"dtype": None}) for model, load in gather.tensors.items()}
+        return gather.model_copy(update={"tensors": ImmutableMap(uncast)}), dtype
+    stored = gather.model_copy(update={"dtype": None})
+    return stored if gather is inputs else inputs.model_copy(update={"gather_tensors": stored}), dtype

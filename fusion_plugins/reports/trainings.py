@@ -202,6 +202,8 @@ def _left_out(report: Report) -> Iterator[Block]:
             names = [[_row_name(row), _reason(row)] for row in rows[:MOST_NAMED]]
             title = f"The first {len(names)} of the rows that {what}"
             yield Table(title, ("row", "reason"), names, words=2, folded=title)
+    for name, count in (report.get("sources_left_out") or {}).items():
+        yield Text(f"{count:,} of {report['texts']:,} rows are taught without {name}, whose store lacks them.", "fair")
 
 
 def _row_name(row: Any) -> str:

@@ -204,7 +204,8 @@ def test_a_round_of_which_a_source_would_capture_nothing_is_refused_before_the_f
     values = ["code", "math", "math", "code", "math", "math"]
 
     def settings(order):
-        rounds = load(rounds=2, prompts_per_round=3, sample=sample, sources=sources)
+        score = {"scorers": {"math": {}}}
+        rounds = load(rounds=2, prompts_per_round=3, sample=sample, score=score, sources=sources)
         rows = [{"text": f"Say {n}!", "domain": "math", "page": "x", column: values[n]} for n in order]
         (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return rounds
@@ -212,6 +213,28 @@ def test_a_round_of_which_a_source_would_capture_nothing_is_refused_before_the_f
     with pytest.raises(ConfigError, match=rf"prompts in round 2 .*source 'b'.*{column}.*code.*mix it"):
         write_rounds(settings([0, 3, 1, 2, 4, 5]))
     write_rounds(settings(range(6)))
+
+
+def test_conditions_on_columns_that_the_answers_will_not_have_are_refused_before_they_are_sampled(load):
+    level = {"level": {"min": 2}}
+    sources = [ROUNDS["sources"][0] | {"where": level}, ROUNDS["sources"][1]]
+    of_training = {"fusion": TRAIN["fusion"] | {"where": level}}
+    taught = [{"name": "a", "store": "z", "where": level}, {"name": "b", "store": "z"}]
+    of_source = {"fusion": TRAIN["fusion"] | {"sources": taught}}
+    kept = ROUNDS["sample"] | {"keep_columns": ["level"]}
+    for place, training, keys in (
+        ("rounds.yml: where of the capture a", None, {"sources": sources}),
+        ("train.yml: fusion.where", of_training, {}),
+        ("train.yml: where of the source a", of_source, {}),
+    ):
+        with pytest.raises(ConfigError, match=rf"{place}: expected columns .*, got level\. .*sample\.keep_columns"):
+            load(training, **keys)
+        assert load(training, sample=kept, **keys)
+    verdict = {"fusion": TRAIN["fusion"] | {"where": {"verdict": "incorrect"}}}
+    with pytest.raises(ConfigError, match="got verdict.*verdicts and rewards come from `score`"):
+        load(verdict)
+    assert load(verdict, score={"scorers": {"math": {}}})
+    assert load({"fusion": TRAIN["fusion"] | {"where": {"domain": "math", "finish_reason": "stop"}}})
 
 
 def test_the_condition_of_all_captures_is_that_of_a_source_unless_it_has_its_own_or_none(load, tmp_path):

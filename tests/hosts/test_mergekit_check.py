@@ -185,7 +185,10 @@ def test_a_model_named_twice_is_refused(models, tmp_path):
 
 
 def test_dtypes_that_lose_precision_are_warned_about(models, tmp_path):
-    warned = texts(check_of(tmp_path, config_of(models, "one", "two", dtype="float16")), "warning")
+    assert texts(check_of(tmp_path, config_of(models, "one", "two", dtype="float16")), "warning") == []
+    config = config_of(models, "base", "one", method="linear", dtype="float16", parameters={"weight": 1.0})
+    del config["base_model"]
+    warned = texts(check_of(tmp_path, config), "warning")
     assert [text.partition(" -> ")[0] for text in warned] == [
         "dtype float16 narrows the range of bfloat16 weights",
         "dtype float16 rounds float32 weights before merging",

@@ -13,6 +13,7 @@ import tiny
 import torch
 import yaml
 from merging import config_of, expected_of, merge, run_merge
+from safetensors.torch import save_file
 
 from fusion_plugins.core.merging.varm import GRANULARITIES, varm_merge
 from fusion_plugins.errors import ConfigError, MergeError
@@ -301,6 +302,62 @@ def test_inputs_stay_as_narrow_as_they_are_stored_and_the_result_has_the_dtype_o
         wide = {name: tiny.tensors_of(folder) for name, folder in narrow.items()}
         wide = {name: {key: tensor.float() for key, tensor in model.items()} for name, model in wide.items()}
         assert_same(merged, varm_merge(wide["base"], [wide["one"], wide["two"]], granularity=granularity))
+
+
+@pytest.fixture(scope="module")
+def light(tmp_path_factory):
+    """A base in float32 and two fine-tunes whose differences are lost in bfloat16."""
+    folder = tmp_path_factory.mktemp("light")
+    found = {"base": tiny.llama_checkpoint(folder / "base")}
+    for seed, name in enumerate(("one", "two"), start=1):
+        found[name] = tiny.llama_checkpoint(folder / name, seed=seed, moved=1e-5, base=found["base"])
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "torch.bfloat16", "float16"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_narrow_dtype_rounds_the_result_and_not_the_inputs(light, tmp_path, granularity, dtype):
+    parameters = {"granularity": granularity}
+    expected = expected_of(light, "one", "two", granularity=granularity)
+    narrow = getattr(torch, dtype.removeprefix("torch."))
+    assert_same(merge(tmp_path, config_of(light, "one", "two", dtype=dtype, parameters=parameters)), expected, narrow)
+    config = config_of(light, "one", "two", dtype=dtype, out_dtype="float32", parameters=parameters)
+    assert_same(merge(tmp_path, config, name="wide"), expected)
+
+
+@pytest.mark.parametrize("more", [{"tokenizer": {"source": "union"}}, {}])
+def test_a_narrow_dtype_does_not_round_permuted_or_truncated_embeddings_either(light, tmp_path, more):
+    config = config_of(light, "one", "two", dtype="bfloat16", **more)
+    merged = merge(tmp_path, config, *([] if more else ["--unsafe-truncate-embeddings"]))
+    assert_same(merged, expected_of(light, "one", "two"), torch.bfloat16)
+
+
+def test_a_narrow_dtype_does_not_round_the_inputs_of_mergekit_pytorch(light, tmp_path):
+    files = {name: folder / "model.safetensors" for name, folder in light.items()}
+    path = tmp_path / "raw.yml"
+    path.write_text(yaml.safe_dump(config_of(files, "one", "two", dtype="bfloat16")))
+    command = [BIN / "mergekit-pytorch", path, tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    merged, expected = tiny.tensors_of(tmp_path / "out"), expected_of(light, "one", "two")
+    # Another process may sum with other threads: the last bit of bfloat16 may fall the other way, here and there.
+    same = [merged[name] == tensor.bfloat16() for name, tensor in expected.items()]
+    assert sum(int(each.sum()) for each in same) > 0.999 * sum(each.numel() for each in same)
+
+
+@pytest.mark.parametrize("key", ["dtype", "out_dtype"])
+@pytest.mark.parametrize("method", ["varm", "fusechat_sce"])
+def test_numbers_beyond_the_range_of_float16_stop_the_merge(tmp_path, method, key):
+    def large(folder, name, factor):
+        made = tiny.llama_checkpoint(folder / name)
+        tensors = tiny.tensors_of(made)
+        tensors["model.norm.weight"] = tensors["model.norm.weight"] * factor
+        save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
+        return made
+
+    models = {"base": large(tmp_path, "base", 1e5), "one": large(tmp_path, "one", 1.1e5)}
+    with pytest.raises(MergeError, match=r"'model\.norm\.weight': expected numbers of at most 65,504"):
+        merge(tmp_path, config_of(models, "one", method=method, **{key: "float16"}))
 
 
 def test_an_optional_tensor_that_only_the_base_has_is_copied(models, tmp_path):

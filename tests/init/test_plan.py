@@ -233,6 +233,7 @@ def test_a_model_that_cannot_be_reached_can_be_said_by_hand(models, tmp_path):
     with pytest.raises(ConfigError, match=r"--facts 'meta-llama/Llama-2-7b-hf=\{window") as raised:
         plan_of(models, tmp_path, target=name)
     assert "\n" not in str(raised.value)
+    assert str(raised.value).startswith(f"cannot load '{name}'")  # not "source ...", which the target is not
     plan = plan_of(models, tmp_path, target=name, facts={name: SEVEN_B}, gpus=8, gpu_memory=80)
     assert (plan.target.short, plan.memory.stage) == ("llama-2-7b-hf", 2)
     assert (plan.values["lm_loss_weight"].value, plan.values["top_k"].value) == (0.5, 64)

@@ -21,6 +21,7 @@ FUSED = {
     "unusable": [{"row": HOSTILE, "reason": HOSTILE}],
     "missing_from_stores": [],
     "longer_than_sequence_len": 3,
+    "sources_left_out": {"b": 7},
 }
 HISTORY = [
     {

@@ -56,6 +56,21 @@ def test_sce_equals_brute_force(variant, select_topk, count):
     assert result.selected == selected
 
 
+@pytest.mark.parametrize("count", [2, 3, 5, 6])
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.7])
+def test_elements_of_equal_variance_in_bfloat16_are_selected_in_the_order_of_their_index(count, share):
+    """Around 1, bfloat16 has steps of 1/128: differences of a few steps have many variances that are exactly equal."""
+    generator = torch.Generator().manual_seed(count)
+    steps = torch.randint(-4, 5, (count, 500), generator=generator)
+    base = torch.full((500,), 1.5, dtype=torch.bfloat16)
+    tuned = [(base.float() + row / 128).bfloat16() for row in steps]
+    exact = [count * sum(step**2 for step in column) - sum(column) ** 2 for column in steps.T.tolist()]
+    expected = sorted(range(500), key=lambda i: (-exact[i], i))[: round(share * 500)]
+    result = sce(base, tuned, select_topk=share)
+    assert result.values.tolist() == (steps[:, expected].double() / 128).square().sum(dim=1).div(500).tolist()
+    assert result.selected == len(expected)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_weights_do_not_depend_on_the_scale_of_the_change(variant):
     generator = torch.Generator().manual_seed(1)
