@@ -73,6 +73,7 @@ class InputSet(Generic[Item]):
         has_chats: whether one of them is a chat.
         left_out: how many responses have no text of their own, see
             :func:`~fusion_plugins.response_texts.answers_as_texts`.
+        unread: of prompts, the other columns that some rows have.
 
     Args:
         path: as for :func:`read_texts`.
@@ -96,6 +97,7 @@ class InputSet(Generic[Item]):
         selection: Selection = EVERYTHING,
     ) -> None:
         self._path, self._make, self._pair, self._selection = path, make, pair, selection
+        self.unread: tuple[str, ...] = ()
         require_responses([path] if isinstance(path, str | Path) else path)
         self._stamps = {file: _stamp(file) for file in row_files(path)}
         # A dict of all ids and their places would be larger than all the rest. Only ids that turn out to appear twice,
@@ -191,22 +193,23 @@ def open_prompts(
         DataError: as for :func:`read_prompts`.
         ConfigError: no row has one of the columns to keep; it may be null in all of them.
     """
-    missing = set(keep)
+    found: set[str] = set()
 
     def make(where: str, row: Row, text: Text) -> Prompt:
         prompt = as_prompt(where, row, text, keep)
-        missing.difference_update(row)
+        found.update(row)
         return prompt
 
     def pair(prompt: Prompt) -> tuple[Text, str]:
         return prompt.text, prompt_digest(prompt)
 
     prompts = InputSet(path, make, pair, unusable, Selection(columns=tuple(keep)))
-    if missing and len(prompts):
+    if (missing := set(keep) - found) and len(prompts):
         raise ConfigError(
             f"keep_columns: expected columns of {path}, got {', '.join(sorted(missing))}, which no row has. "
             "Correct the name, or add the column."
         )
+    prompts.unread = tuple(sorted(found - {*keep, *COLUMNS}))
     return prompts
 
 
