@@ -52,9 +52,14 @@ class ColumnNames(Settings):
         return own | self.message_property_mappings
 
     @property
+    def renames(self) -> dict[str, str]:
+        """Name here -> column of the files."""
+        return {"text": self.field, "messages": self.field_messages, "tools": self.field_tools}
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Columns that are read."""
-        return self.field, self.field_messages, self.field_tools
+        return tuple(self.renames.values())
 
     def message(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Return a message with the keys and the role that the template knows."""
@@ -68,7 +73,9 @@ class ColumnNames(Settings):
         return found
 
     def renamed(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a row with its text, messages and tools under these names; what is no list of messages stays.
+        """Return a row with what is read under its name here, and the other columns as they are.
+
+        Another column of such a name is left out. What is no list of messages stays as it is.
 
         Example:
             >>> keys = {"role": "from", "content": "value"}
@@ -76,8 +83,9 @@ class ColumnNames(Settings):
             >>> names.renamed({"turns": [{"from": "human", "value": "Hi"}]})["messages"]
             [{'role': 'user', 'content': 'Hi'}]
         """
-        found = {name: value for name, value in row.items() if name not in ("text", "messages", "tools")}
-        for name, own in zip(("text", "messages", "tools"), self.columns, strict=True):
+        renames = self.renames
+        found = {name: value for name, value in row.items() if name not in renames}
+        for name, own in renames.items():
             if own in row:
                 found[name] = self._messages(row[own]) if name == "messages" else row[own]
         return found
@@ -90,3 +98,18 @@ class ColumnNames(Settings):
         if not isinstance(read, list) or not all(isinstance(message, Mapping) for message in read):
             return messages
         return [self.message(message) for message in read]
+
+
+class PromptColumns(ColumnNames):
+    """The same of prompts."""
+
+    reference: str = Field(default="reference", description="column of the gold answers")
+    tests: str = Field(default="tests", description="column of the tests of code")
+    domain: str = Field(default="domain", description="column of the subjects")
+    id: str = Field(default="id", description="column of the keys")
+
+    @property
+    def renames(self) -> dict[str, str]:
+        """Name here -> column of the files."""
+        own = {"reference": self.reference, "tests": self.tests, "domain": self.domain, "id": self.id}
+        return super().renames | own

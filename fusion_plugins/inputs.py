@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from fusion_plugins.column_names import ColumnNames
+from fusion_plugins.column_names import ColumnNames, PromptColumns
 from fusion_plugins.errors import ConfigError, DataError
 from fusion_plugins.hub import CONTENTS
 from fusion_plugins.response_texts import (
@@ -77,6 +77,7 @@ class InputSet(Generic[Item]):
         has_chats: whether one of them is a chat.
         left_out: how many responses have no text of their own, see
             :func:`~fusion_plugins.response_texts.answers_as_texts`.
+        unread: of prompts, the other columns that some rows have.
 
     Args:
         path: as for :func:`read_texts`.
@@ -100,6 +101,7 @@ class InputSet(Generic[Item]):
         selection: Selection = EVERYTHING,
     ) -> None:
         self._path, self._make, self._pair, self._selection = path, make, pair, selection
+        self.unread: tuple[str, ...] = ()
         require_responses([path] if isinstance(path, str | Path) else path)
         self._stamps = {file: _stamp(file) for file in row_files(path)}
         # A dict of all ids and their places would be larger than all the rest. Only ids that turn out to appear twice,
@@ -186,7 +188,7 @@ def open_prompts(
     *,
     unusable: Unusable | None = None,
     keep: Sequence[str] = (),
-    names: ColumnNames | None = None,
+    names: PromptColumns | None = None,
 ) -> InputSet[Prompt]:
     """Check prompts as :func:`read_prompts` does, and return them as a set that is read anew by every iteration.
 
@@ -194,28 +196,30 @@ def open_prompts(
         path: as for :func:`read_texts`.
         unusable: as for :func:`read_texts`.
         keep: names of other columns that the prompts have in :attr:`Prompt.kept`.
-        names: where the prompt of a row stands; None: in ``text`` or ``messages``.
+        names: where the prompt of a row, its gold answer and the rest stand; None: under their own names.
 
     Raises:
         DataError: as for :func:`read_prompts`.
         ConfigError: no row has one of the columns to keep; it may be null in all of them.
     """
-    missing = set(keep)
+    found: set[str] = set()
 
     def make(where: str, row: Row, text: Text) -> Prompt:
         prompt = as_prompt(where, row, text, keep)
-        missing.difference_update(row)
+        found.update(row)
         return prompt
 
     def pair(prompt: Prompt) -> tuple[Text, str]:
         return prompt.text, prompt_digest(prompt)
 
-    prompts = InputSet(path, make, pair, unusable, Selection(columns=tuple(keep), names=names or ColumnNames()))
-    if missing and len(prompts):
+    names = names or PromptColumns()
+    prompts = InputSet(path, make, pair, unusable, Selection(columns=tuple(keep), names=names))
+    if (missing := set(keep) - found) and len(prompts):
         raise ConfigError(
             f"keep_columns: expected columns of {path}, got {', '.join(sorted(missing))}, which no row has. "
             "Correct the name, or add the column."
         )
+    prompts.unread = tuple(sorted(found - {*keep, *COLUMNS, *names.columns}))
     return prompts
 
 

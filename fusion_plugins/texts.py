@@ -155,14 +155,24 @@ def as_prompt(where: str, row: Row, text: Text, keep: Sequence[str] = ()) -> Pro
     """Return the prompt of a row, of which :func:`as_text` has made a text, with some other columns.
 
     Raises:
-        DataError: the chat ends with a message of the assistant; or JSON and UTF-8 cannot write the other columns.
+        DataError: the chat ends with a message of the assistant, or the prompt asks nothing; the gold answer is a list
+            or a mapping; or JSON and UTF-8 cannot write the other columns.
     """
     if not isinstance(text.content, str) and text.content[-1]["role"] == "assistant":
         raise DataError(
             f"{where}: expected a prompt that ends with a message of the user, got one that ends with the "
             "assistant's. Drop the last message of each prompt."
         )
+    asked = text.content if isinstance(text.content, str) else text.content[-1].get("content")
+    if isinstance(asked, str) and not asked.strip():
+        raise DataError(f"{where}: expected a prompt that asks something, got white space. Drop the row.")
     reference = _given(row, "reference")
+    # A list would become its notation in Python, and every verdict against it wrong.
+    if isinstance(reference, list | dict | bytes):
+        raise DataError(
+            f"{where}: expected a text or a number as the gold answer in 'reference', got {reference!r:.60}. Write one "
+            "answer as a text."
+        )
     prompt = Prompt(
         text=text,
         domain=str(_given(row, "domain") or "instruction"),

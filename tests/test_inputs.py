@@ -192,6 +192,23 @@ def test_a_prompt_that_ends_with_an_answer_is_refused(tmp_path):
         read_prompts(write(tmp_path / "p.jsonl", [{"messages": CHAT}]))
 
 
+@pytest.mark.parametrize("gold", [["18", "19"], ["18"], {"answer": 18}])
+def test_a_gold_answer_that_is_no_text_and_no_number_is_refused(tmp_path, gold):
+    row = {"id": "p", "text": "What is 6 * 3?", "domain": "math", "reference": gold}
+    with pytest.raises(
+        DataError, match=r"p\.jsonl:1: expected a text or a number as the gold answer in 'reference', got"
+    ):
+        read_prompts(write(tmp_path / "p.jsonl", [row]))
+
+
+@pytest.mark.parametrize("content", [{"text": " \n"}, {"messages": [{"role": "user", "content": ""}]}])
+def test_a_prompt_that_asks_nothing_is_refused_or_left_out(tmp_path, content):
+    path = write(tmp_path / "p.jsonl", [{"id": "none", **content}, {"id": "some", "text": "Hi"}])
+    with pytest.raises(DataError, match=r"p\.jsonl:1: expected a prompt that asks something"):
+        read_prompts(path)
+    assert [prompt.text.id for prompt in read_prompts(path, unusable={})] == ["some"]
+
+
 def test_the_fingerprint_of_prompts_covers_what_responses_are_scored_by_and_not_their_order(tmp_path):
     row = {"id": "1", "text": "2+2", "domain": "math", "reference": "4"}
     other = {"id": "2", "text": "3+3"}

@@ -18,7 +18,7 @@ import yaml
 from fusion_plugins.chain.round_configs import OF_THE_STEP, Rounds, configurations
 from fusion_plugins.chain.round_settings import FUSED, PLACE_OF_MODEL, SFT_REPORT
 from fusion_plugins.chain.settings import Chain, ChainSettings, Step
-from fusion_plugins.column_names import ColumnNames
+from fusion_plugins.column_names import PromptColumns
 from fusion_plugins.config import validate
 from fusion_plugins.errors import ConfigError
 from fusion_plugins.hub import is_hub
@@ -156,7 +156,7 @@ def _write_prompts(rounds: Rounds, count: int) -> None:
     unusable: Unusable | None = {} if rounds.config.sample.get("on_unusable") == "skip" else None
     files = [path if is_hub(path) else str(rounds.folder / path) for path in paths]
     keep = rounds.config.sample.get("keep_columns", ())
-    names = validate(ColumnNames, rounds.config.sample.get("columns") or {}, where=f"{rounds.path}: sample.columns")
+    names = validate(PromptColumns, rounds.config.sample.get("columns") or {}, where=f"{rounds.path}: sample.columns")
     prompts = open_prompts(files, unusable=unusable, keep=keep, names=names)
     # The step that samples never sees these.
     for name, reason in islice((unusable or {}).items(), MOST_NAMED):

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from fusion_plugins.column_names import ColumnNames
+from fusion_plugins.column_names import ColumnNames, PromptColumns
 from fusion_plugins.config import Settings
 from fusion_plugins.init.models import ModelFacts
 
@@ -30,10 +30,11 @@ class InitConfig(Settings):
         min_length=1,
         description="texts, chats or (fusechat3, rounds) prompts: .jsonl or .parquet, or a folder",
     )
-    columns: ColumnNames = Field(
-        default_factory=ColumnNames,
+    columns: PromptColumns = Field(
+        default_factory=PromptColumns,
         description="where the text or chat of a row stands, in keys of axolotl's dataset entries: field, "
-        "field_messages, field_tools, field_thinking, template_thinking_key, message_property_mappings, roles",
+        "field_messages, field_tools, field_thinking, template_thinking_key, message_property_mappings, roles; of "
+        "prompts also reference, tests, domain and id",
     )
     out: str = Field(min_length=1, description="folder to write")
     backend: Literal["transformers", "vllm"] = Field("transformers", description="what runs the sources")
@@ -72,6 +73,11 @@ class InitConfig(Settings):
 
     @model_validator(mode="after")
     def _check_method(self) -> Self:
+        of_prompts = self.columns.model_fields_set - ColumnNames.model_fields.keys()
+        if self.method not in ON_PROMPTS and of_prompts:
+            raise ValueError(
+                f"columns: {', '.join(sorted(of_prompts))} are of prompts, and {self.method} reads texts and chats"
+            )
         if self.method != "rounds" and (self.tuned or self.held_out is not None):
             raise ValueError(f"tuned and held_out are for the method rounds, got the method {self.method}")
         return self

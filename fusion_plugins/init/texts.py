@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from fusion_plugins.column_names import ColumnNames
+from fusion_plugins.column_names import PromptColumns
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize_content
 from fusion_plugins.errors import DataError, FusionError
@@ -49,7 +49,7 @@ class TextFacts:
     spread: list[Text] = field(repr=False)
 
 
-def read_texts_facts(path: str, prompts: bool, names: ColumnNames | None = None) -> TextFacts:
+def read_texts_facts(path: str, prompts: bool, names: PromptColumns | None = None) -> TextFacts:
     """Look at every row of a set.
 
     Args:
@@ -65,7 +65,7 @@ def read_texts_facts(path: str, prompts: bool, names: ColumnNames | None = None)
     if prompts:
         items = open_prompts(path, unusable=unusable, names=names)
     else:
-        items = open_texts(path, unusable=unusable, selection=Selection(names=names or ColumnNames()))
+        items = open_texts(path, unusable=unusable, selection=Selection(names=names or PromptColumns()))
     if not len(items):
         reason = next(iter(unusable.values()), "the file is empty")
         raise DataError(f"{path}: expected texts, got none that can be used: {reason}")

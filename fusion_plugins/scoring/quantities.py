@@ -17,7 +17,7 @@ from fusion_plugins.scoring.dates import read_clock, read_date, read_month, read
 from fusion_plugins.scoring.intervals import says_interval
 from fusion_plugins.scoring.numerals import NUMBER, decimal, leading_number
 from fusion_plugins.scoring.signs import plain_signs
-from fusion_plugins.scoring.units import UNITS, is_unit, power_of
+from fusion_plugins.scoring.units import UNITS, in_common, is_unit, measure, power_of
 
 #: a longer text is no quantity
 _MAX_CHARACTERS = 200
@@ -198,9 +198,10 @@ def _same_number(gold: Quantity, answer: Quantity) -> bool:
     # Square inches are no cubic inches.
     if len({power_of(unit) for unit in units} - {0}) > 1:
         return False
-    first, second = (UNITS.get(unit) for unit in units)
+    first, second = map(measure, units)
     if first and second:
-        return first[0] == second[0] and close(one * first[1], other * second[1])
+        factors = in_common(first, second)
+        return factors is not None and close(one * factors[0], other * factors[1])
     if gold.percent != answer.percent:
         percent, plain = (one, other) if gold.percent else (other, one)
         return close(percent, plain) or close(percent / 100, plain)

@@ -1,6 +1,7 @@
 """Units behind a number: which words and symbols are one, and what the known ones measure."""
 
 import re
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 #: unit -> (what it measures, how many of the smallest)
@@ -20,18 +21,29 @@ UNITS: dict[str, tuple[str, Fraction]] = {
             "s sec second 秒": "1", "min minute 分钟": "60", "h hr hrs hour 小时": "3600", "day 天": "86400",
             "week 周 星期": "604800",
         },
+        "months": {"month 个月": "1", "year 年": "12"},
         "volume": {"ml milliliter millilitre 毫升": "1", "l liter litre 升": "1000"},
         "dollars": {"¢ cent": "1", "$ dollar usd": "100"},
         "yuan": {"分": "1", "角": "10", "¥ yuan rmb 元 块": "100"},
+        "euros": {"€ euro eur": "1"},
     }.items()
     for names, factor in units.items()
     for word in names.split()
     for name in (word, f"{word}s")
 }  # fmt: skip
 
-_SYMBOLS = frozenset("mph km/h m/s am pm".split()) | {
-    f"{unit}{sign}{power}" for unit in ("mm", "cm", "m", "km", "ft") for sign in ("", "^") for power in "23"
+#: what °C and °F become
+_TEMPERATURES = {
+    f"degree{plural} {name}": scale
+    for scale in ("celsius", "fahrenheit")
+    for name in (scale[0], scale)
+    for plural in ("", "s")
 }
+_SYMBOLS = (
+    frozenset("mph kph km/h km/hr km/s m/s cm/s ft/s am pm".split())
+    | _TEMPERATURES.keys()
+    | {f"{unit}{sign}{power}" for unit in ("mm", "cm", "m", "km", "ft") for sign in ("", "^") for power in "23"}
+)
 #: words behind a number that are no unit: functions, and what begins the rest of a sentence
 _NO_UNITS = frozenset(
     "sqrt sin cos tan log ln exp mod and or to pi times plus minus over squared cubed is are because since so".split()
@@ -49,6 +61,60 @@ def is_unit(text: str) -> bool:
 
 def _is_unit_word(word: str) -> bool:
     return word == "a" or (re.fullmatch(r"[A-Za-z][a-z]+(?:\^?[23])?", word) is not None and word not in _NO_UNITS)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a known unit measures: ``dimension`` to the ``power``, ``factor`` of its smallest unit, ``per`` another."""
+
+    dimension: str
+    power: int
+    factor: Fraction
+    per: "Measure | None" = None
+
+
+def measure(unit: str) -> Measure | None:
+    """Return what a unit in lower case measures, powers and rates included; None for one that is not known.
+
+    Example:
+        >>> measure("square feet").power, measure("mph") == measure("miles per hour"), measure("apples")
+        (2, True, None)
+    """
+    unit = {"mph": "mi/h", "kph": "km/h"}.get(unit, unit)
+    if scale := _TEMPERATURES.get(unit):
+        return Measure(scale, 0, Fraction(1))
+    if rate := re.fullmatch(r"(.+?)\s*(?:/|\bper\b|\ban?\b|每)\s*(.+)", unit):
+        top, bottom = measure(rate[1]), measure(rate[2])
+        return replace(top, per=bottom) if top and bottom and not (top.per or bottom.per) else None
+    power = power_of(unit)
+    plain = re.sub(r"^(?:square |sq\.? ?|cubic |cu\.? |平方|立方)|\^?[23]$", "", unit) if power else unit
+    found = UNITS.get(plain)
+    return Measure(found[0], power, found[1]) if found else None
+
+
+def in_common(first: Measure, second: Measure) -> tuple[Fraction, Fraction] | None:
+    """Return what to multiply two numbers by to compare them; None where their units measure different things.
+
+    What one of them leaves out is not compared: "18 dollars per day" is "$18", and "5 m" an area of "5 m^2".
+
+    Example:
+        >>> in_common(measure("km/h"), measure("m/s")) == (Fraction(1000000, 3600), 1000)
+        True
+        >>> in_common(measure("km/h"), measure("kg")), in_common(measure("$"), measure("cents per day"))
+        (None, (Fraction(100, 1), Fraction(1, 1)))
+    """
+    if first.dimension != second.dimension:
+        return None
+    if first.power and second.power:
+        if first.power != second.power:
+            return None
+        factors = first.factor**first.power, second.factor**second.power
+    else:
+        factors = first.factor, second.factor
+    if not (first.per and second.per):
+        return factors
+    below = in_common(first.per, second.per)
+    return below and (factors[0] / below[0], factors[1] / below[1])
 
 
 def power_of(unit: str) -> int:

@@ -28,6 +28,7 @@ from fusion_plugins.sources.presets import DEFAULT_SAMPLES
 from fusion_plugins.sources.sample_config import COLUMNS, SampleConfig, SampledSource
 from fusion_plugins.store import RowManifest, RowWriter
 from fusion_plugins.store.manifest import PART
+from fusion_plugins.terminal import say
 from fusion_plugins.texts import Prompt
 
 #: prompts that are tokenized at a time before a source begins, to see whether they fit
@@ -115,6 +116,24 @@ def planned_draws(config: SampleConfig, settings: SampledSource, prompts: Iterab
             yield Draw(prompt, settings.source_name, index, sampling, config.seed)
 
 
+def open_asked(config: SampleConfig, unusable: Unusable | None) -> InputSet[Prompt]:
+    """Open the prompts of a run, and name the columns that nobody reads: a gold answer may have another name.
+
+    Raises:
+        DataError, ConfigError: as for :func:`~fusion_plugins.inputs.open_prompts`.
+    """
+    prompts = open_prompts(config.prompts, unusable=unusable, keep=config.keep_columns, names=config.columns)
+    if prompts.unread:
+        say(
+            f"warning: {config.prompts}: columns that are not read: {', '.join(prompts.unread)}. The gold answer is "
+            "read from 'reference', tests of code from 'tests', the subject from 'domain', the key from 'id': say with "
+            "`columns` which of them is one of these, such as `columns: {reference: answer}`. `keep_columns` passes "
+            "others on to the responses, such as 'dataset'.",
+            stderr=True,
+        )
+    return prompts
+
+
 def sample_prompts(config: SampleConfig) -> SampleReport:
     """Draw the responses of every source; resume where an earlier run with the same settings stopped.
 
@@ -125,7 +144,7 @@ def sample_prompts(config: SampleConfig) -> SampleReport:
             ``on_unusable: raise``).
     """
     unusable: Unusable | None = None if config.on_unusable == "raise" else {}
-    prompts = open_prompts(config.prompts, unusable=unusable, keep=config.keep_columns, names=config.columns)
+    prompts = open_asked(config, unusable)
     manifest = RowManifest(
         stage="responses",
         columns=COLUMNS | dict.fromkeys(config.keep_columns, "json"),

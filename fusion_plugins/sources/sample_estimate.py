@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from fusion_plugins.errors import SourceError
-from fusion_plugins.inputs import Unusable, open_prompts
+from fusion_plugins.inputs import Unusable
 from fusion_plugins.progress import meter
 from fusion_plugins.sources.backends.base import Refusal, Response, SampleRequest, Source, open_source
 from fusion_plugins.sources.parts import chosen
-from fusion_plugins.sources.sample import Draw, planned_draws
+from fusion_plugins.sources.sample import Draw, open_asked, planned_draws
 from fusion_plugins.sources.sample_config import SampleConfig, SampledSource
 
 #: responses of the first round, and their longest length in tokens, so that it ends soon even where a source is slow;
@@ -44,7 +44,7 @@ def estimate_samples(config: SampleConfig) -> dict[str, dict[str, float]]:
         SourceError: a source cannot be opened, or answers none of the prompts.
     """
     unusable: Unusable | None = None if config.on_unusable == "raise" else {}
-    prompts = open_prompts(config.prompts, unusable=unusable, keep=config.keep_columns, names=config.columns)
+    prompts = open_asked(config, unusable)
     estimates = {}
     for settings in config.chosen_sources:
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import yaml
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from fusion_plugins.chain.round_configs import load_rounds
@@ -105,6 +106,8 @@ def test_columns_of_other_names_are_in_every_file_that_reads_the_texts(models, t
     for method, place in (("fusechat3", "sample.yml"), ("rounds", "rounds.yml")):
         made = yaml.safe_load(files_of(plan_of(models, tmp_path, method=method, **names))[place])
         assert made.get("sample", made)["columns"] == {"field": "question"}
+    with pytest.raises(ValidationError, match="columns: reference are of prompts, and fusellm reads texts"):
+        plan_of(models, tmp_path, columns={"reference": "answer"})
     # Pieces have the usual names again.
     long = rows(tmp_path / "long.jsonl", [{"content": "word " * 200}])
     plan = plan_of(models, tmp_path, texts=long, columns={"field": "content"})

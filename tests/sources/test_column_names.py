@@ -76,16 +76,26 @@ def test_roles_of_other_tools_are_known_without_a_word(model, tmp_path):
     assert content(tmp_path / "others") == content(tmp_path / "usual")
 
 
-def test_prompts_and_texts_to_cut_under_other_names_are_read(model, tmp_path):
-    rows = [{"question": f"What is {number} + 30?", "reference": str(number + 30)} for number in range(3)]
+def test_prompts_and_texts_to_cut_under_other_names_are_read(model, tmp_path, capfd):
+    rows = [
+        # The level is a column of another name, and the id one that means something else.
+        {"question": f"What is {n} + 30?", "answer": n + 30, "uid": f"q{n}", "subject": "math", "level": n, "id": "all"}
+        for n in range(3)
+    ]
     prompts = write_rows(tmp_path / "prompts.jsonl", rows)
-    with pytest.raises(DataError, match="got question, reference. .* `columns: "):
+    with pytest.raises(DataError, match="got answer, id, level, question, .* `columns: "):
         sample_prompts(sample_config({"a": model}, prompts, tmp_path / "none"))
-    sample_prompts(sample_config({"a": model}, prompts, tmp_path / "out", n=1, columns={"field": "question"}))
+    names = {"field": "question", "reference": "answer", "id": "uid", "domain": "subject"}
+    sample_prompts(sample_config({"a": model}, prompts, tmp_path / "out", n=1, columns=names))
+    said = capfd.readouterr().err
+    assert "columns that are not read: level" in said
     answered = list(open_rows(tmp_path / "out"))
     assert [row["prompt"] for row in answered] == [row["question"] for row in rows]
-    assert [row["reference"] for row in answered] == [row["reference"] for row in rows]
-    config = {"texts": str(prompts), "tokenizers": [str(model)], "max_length": 64, "columns": {"field": "question"}}
+    assert [row["reference"] for row in answered] == ["30", "31", "32"]
+    assert [row["prompt_id"] for row in answered] == ["q0", "q1", "q2"]
+    assert {row["domain"] for row in answered} == {"math"}
+    texts = write_rows(tmp_path / "texts.jsonl", [{"question": row["question"]} for row in rows])
+    config = {"texts": str(texts), "tokenizers": [str(model)], "max_length": 64, "columns": {"field": "question"}}
     assert cut_texts(CutConfig(**config, out=str(tmp_path / "cut.jsonl"))).texts == 3
 
 

@@ -63,6 +63,18 @@ def test_rows_that_are_no_prompts_stop_the_run_or_are_left_out(models, prompts, 
     assert report.drawn == len(open_rows(tmp_path / "out")) == 6
 
 
+def test_columns_of_the_prompts_that_nobody_reads_are_named_before_anything_is_drawn(models, tmp_path, capsys):
+    rows = [{"id": "a", "text": "2+2?", "domain": "math", "answer": "4"}, {"id": "b", "text": "Hi", "dataset": "chat"}]
+    prompts = source_checks.write_rows(tmp_path / "prompts.jsonl", rows)
+    settings = config({"llama": models["llama"]}, prompts, tmp_path / "out", n=1)
+    sample_prompts(settings)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "columns that are not read: answer, dataset. The gold answer is read from 'reference'" in said
+    sample_prompts(settings.model_copy(update={"keep_columns": ["answer", "dataset"], "out": str(tmp_path / "kept")}))
+    assert "not read" not in capsys.readouterr().err
+    assert [row["dataset"] for row in open_rows(tmp_path / "kept")] == [None, "chat"]
+
+
 def test_a_source_whose_responses_are_all_there_is_not_loaded_again(models, prompts, tmp_path, monkeypatch):
     sample_prompts(config(models, prompts, tmp_path / "out", only=["llama"]))
     opened = []
