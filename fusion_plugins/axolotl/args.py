@@ -46,8 +46,9 @@ class FusionBlock(BlockSettings):
     )
     where: Where | None = Field(
         default=None,
-        description="column -> a value, a list of values, or {min, max}: only rows that meet all conditions are used; "
-        "verdict is correct, incorrect or unknown, and trust is inside for one that a program can forge, else outside",
+        description="of fused datasets, column -> a value, a list of values, or {min, max}: only rows that meet all "
+        "conditions are used; verdict is correct, incorrect or unknown, and trust is inside for one that a program can "
+        "forge, else outside",
     )
     own_source: str | None = Field(
         default=None,
