@@ -58,6 +58,7 @@ def compare(
                 check.error(text, cure)
         _compare_tokenizers(base, other, aligned, bool(config.chat_template), check)
     _compare_weights([base, *others], config.base_model is not None, check)
+    _compare_selection(config, others, check)
     dtypes = {info.dtype for one in checkpoints.values() for info in one.tensors.values()}
     if any(method.spec.name == config.merge_method for method in METHODS):
         return  # they round nothing but the result
@@ -65,6 +66,19 @@ def compare(
         check.warning("dtype float16 narrows the range of bfloat16 weights", "set dtype: float32, out_dtype: bfloat16")
     if config.dtype in ("bfloat16", "float16") and "float32" in dtypes:
         check.warning(f"dtype {config.dtype} rounds float32 weights before merging", "set dtype: float32 and out_dtype")
+
+
+def _compare_selection(config: MergeConfiguration, others: Sequence[Checkpoint], check: MergeCheck) -> None:
+    """Warn of SCE's selection where one tuned model is all that there is to select among."""
+    settings = config.parameters or {}
+    # The variant fusechat merges the elements that are not selected, too.
+    selects = config.merge_method in ("sce", "fusechat_sce") and settings.get("variant") != "fusechat"
+    if selects and len(others) == 1 and settings.get("select_topk", 1) != 1:
+        check.warning(
+            f"{config.merge_method} selects elements on which the tuned models differ, and {others[0].name} is the "
+            "only one, so that the merged model is the base where select_topk is below 1",
+            "name more models, or leave out select_topk",
+        )
 
 
 def _differences(

@@ -11,7 +11,7 @@ import tiny
 import torch
 import yaml
 from click import testing
-from merging import config_of
+from merging import config_of, merge
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -177,6 +177,20 @@ def test_a_base_that_the_models_were_not_trained_from_is_noticed(models, tmp_pat
     config = config_of(models | {"other": other}, "other", "one", "two", method="linear", parameters={"weight": 1.0})
     del config["base_model"]
     assert texts(check_of(tmp_path, config), "warning") == []
+
+
+@pytest.mark.parametrize("method", ["sce", "fusechat_sce"])
+def test_a_selection_among_one_model_is_warned_of(models, tmp_path, method):
+    """The warning says what happens: the merged model is the base."""
+    half = {"select_topk": 0.5}
+    config = config_of(models, "one", method=method, parameters=half)
+    (warned,) = texts(check_of(tmp_path, config), "warning")
+    assert f"{models['one']} is the only one, so that the merged model is the base" in warned
+    base, merged = tiny.tensors_of(models["base"]), merge(tmp_path, config)
+    assert all(torch.equal(merged[name].float(), tensor.float()) for name, tensor in base.items())
+    assert texts(check_of(tmp_path, config_of(models, "one", method=method)), "warning") == []
+    both = config_of(models, "one", "two", method=method, parameters=half)
+    assert texts(check_of(tmp_path, both), "warning") == []
 
 
 def test_a_model_named_twice_is_refused(models, tmp_path):
