@@ -61,6 +61,12 @@ class ColumnNames(Settings):
         """Columns that are read."""
         return tuple(self.renames.values())
 
+    @property
+    def given(self) -> dict[str, str]:
+        """Key -> column, of those that were named and that a row can do without."""
+        optional = self.model_fields_set & {"field_tools", "reference", "tests", "domain", "id"}
+        return {key: getattr(self, key) for key in sorted(optional)}
+
     def message(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Return a message with the keys and the role that the template knows."""
         properties = self.properties
@@ -93,7 +99,7 @@ class ColumnNames(Settings):
     def _messages(self, messages: Any) -> Any:
         try:
             read = json.loads(messages) if isinstance(messages, str) else messages
-        except ValueError:
+        except (ValueError, RecursionError):
             return messages
         if not isinstance(read, list) or not all(isinstance(message, Mapping) for message in read):
             return messages

@@ -93,12 +93,14 @@ def hub_rows(
         _require_columns(path, wanted, names, needed)
         read = [name for name in names if columns is None or name in columns or name == wanted.column]
         rows = rows.select_columns(read) if read else rows
+    # Columns that are not read are there all the same, as those of Parquet files are.
+    others = dict.fromkeys(name for name in names or () if name not in rows.column_names)
     number = 0
     try:
         for number, row in enumerate(rows, start=1):
             if names is None and number == 1:
                 _require_columns(path, wanted, row, needed)
-            yield f"{path}:{number}", _named(row, wanted.column)
+            yield f"{path}:{number}", others | _named(row, wanted.column)
     except DataError:
         raise
     except Exception as error:  # readers of many formats fail in as many ways

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 from fusion_plugins.column_names import ColumnNames, PromptColumns
 from fusion_plugins.errors import ConfigError, DataError
-from fusion_plugins.hub import CONTENTS
+from fusion_plugins.hub import CONTENTS, hub_dataset, is_hub
 from fusion_plugins.response_texts import (
     ANSWER_COLUMNS,
     EMPTY,
@@ -38,6 +38,7 @@ ROWS_BETWEEN_LOOKS = 4096
 #: place or id of a row that cannot be used -> why
 Unusable = dict[str, str]
 Item = TypeVar("Item")
+Names = TypeVar("Names", bound=ColumnNames)
 #: messages of a chat and its row -> the messages that a source reads
 Context = Callable[[list[dict[str, Any]], Row], list[dict[str, Any]]]
 
@@ -166,8 +167,10 @@ def open_texts(
         DataError: as for :func:`read_texts`.
         ConfigError: no row has a column that the selection names.
     """
+    found: set[str] = set()
 
     def make(where: str, row: Row, text: Text) -> Text:
+        found.update(row)
         _as_text(where, row, text)
         if selection.context is None:
             return text
@@ -180,7 +183,19 @@ def open_texts(
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
 
-    return InputSet(path, make, lambda text: (text, text.digest), unusable, selection)
+    texts = InputSet(path, make, lambda text: (text, text.digest), unusable, selection)
+    _require_named(selection.names, found, path)
+    return texts
+
+
+def _require_named(names: ColumnNames, found: set[str], path: Any) -> None:
+    """Refuse the name of a column that no row has: of a wrong one for the text itself each row would be an error."""
+    missing = {name: column for name, column in names.given.items() if column not in found}
+    if missing and found:
+        said = ", ".join(f"{name}: {column}" for name, column in missing.items())
+        raise ConfigError(
+            f"columns: expected columns of {path}, got {said}, which no row has. Correct the name, or remove it."
+        )
 
 
 def open_prompts(
@@ -219,6 +234,7 @@ def open_prompts(
             f"keep_columns: expected columns of {path}, got {', '.join(sorted(missing))}, which no row has. "
             "Correct the name, or add the column."
         )
+    _require_named(names, found, path)
     prompts.unread = tuple(sorted(found - {*keep, *COLUMNS, *names.columns}))
     return prompts
 
@@ -261,15 +277,27 @@ def read_prompts(
     return list(islice(_items(_rows(path), unusable, as_prompt), limit))
 
 
-def prompt_rows(path: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, Row, Prompt | DataError]]:
+def prompt_rows(
+    path: str | Path | Sequence[str | Path], names: PromptColumns
+) -> Iterator[tuple[str, Row, Prompt | DataError]]:
     """Yield place, all columns and the prompt of every row, or why it is none; two rows may have the same id."""
     for file in row_files(path):
-        for where, row in readable_rows(file):
+        own = _names_of(file, names)
+        for where, row in readable_rows(file, needed=(own.field, own.field_messages, *CONTENTS)):
             columns = {} if isinstance(row, DataError) else row
+            known = row if isinstance(row, DataError) else own.renamed(row)
             try:
-                yield where, columns, as_prompt(where, columns, _checked(row, where, {}))
+                text = _checked(known, where, {})
+                yield where, columns, as_prompt(where, known if isinstance(known, dict) else {}, text)
             except DataError as error:
                 yield where, columns, error
+
+
+def _names_of(file: str | Path, names: Names) -> Names:
+    """Return the names of columns in a file; the column in `hf:ORG/NAME:SPLIT:COLUMN` wins."""
+    if not is_hub(file) or hub_dataset(file).column is None:
+        return names
+    return names.model_copy(update={"field": "text", "field_messages": "messages"})
 
 
 def _rows(
@@ -283,15 +311,15 @@ def _rows(
 def _plain_rows(
     path: str | Path | Sequence[str | Path], more: Sequence[str], names: ColumnNames
 ) -> Iterator[tuple[str, Row | DataError]]:
-    read = (*COLUMNS, *ANSWER_COLUMNS, *more, *names.columns)
-    needed = (names.field, names.field_messages, *CONTENTS)
     for part in [path] if isinstance(path, str | Path) else path:
         if is_response_folder(part):
             yield from response_rows(part)
         else:
             for file in row_files(part):
-                for where, row in readable_rows(file, read, needed=needed):
-                    yield where, row if isinstance(row, DataError) else names.renamed(row)
+                own = _names_of(file, names)
+                read = dict.fromkeys((*own.columns, *COLUMNS, *ANSWER_COLUMNS, *more))
+                for where, row in readable_rows(file, [*read], needed=(own.field, own.field_messages, *CONTENTS)):
+                    yield where, row if isinstance(row, DataError) else own.renamed(row)
 
 
 def _selected(
@@ -333,7 +361,7 @@ def _items(
             item = make(where, row if isinstance(row, dict) else {}, text)
         except DataError as error:
             if unusable is None:
-                cure = "With `on_unusable: skip` a run leaves out all rows that cannot be used, and names them."
+                cure = "With `on_unusable: skip`, `fusion capture`, `sample` and `cut` leave such rows out."
                 raise DataError(f"{error} {cure}") from error
             unusable[_name(row, where, seen, unusable)] = str(error)
         else:

@@ -163,8 +163,10 @@ def as_prompt(where: str, row: Row, text: Text, keep: Sequence[str] = ()) -> Pro
             f"{where}: expected a prompt that ends with a message of the user, got one that ends with the "
             "assistant's. Drop the last message of each prompt."
         )
-    asked = text.content if isinstance(text.content, str) else text.content[-1].get("content")
-    if isinstance(asked, str) and not asked.strip():
+    last = {"role": "user", "content": text.content} if isinstance(text.content, str) else text.content[-1]
+    asked = last.get("content")
+    # The result of a tool may well be empty.
+    if last["role"] == "user" and isinstance(asked, str) and not asked.strip():
         raise DataError(f"{where}: expected a prompt that asks something, got white space. Drop the row.")
     reference = _given(row, "reference")
     # A list would become its notation in Python, and every verdict against it wrong.

@@ -171,7 +171,7 @@ def test_columns_that_are_not_used_are_not_read(tmp_path):
         unusable = {}
         assert len(read_prompts(path, unusable=unusable)) == len(unusable) == 1
     pq.write_table(pa.table({"note": ["a"]}), path)
-    with pytest.raises(DataError, match="expected some of the columns id, text, .* got note"):
+    with pytest.raises(DataError, match="expected some of the columns text, messages, .* got note"):
         read_texts(path)
 
 
@@ -199,6 +199,20 @@ def test_a_gold_answer_that_is_no_text_and_no_number_is_refused(tmp_path, gold):
         DataError, match=r"p\.jsonl:1: expected a text or a number as the gold answer in 'reference', got"
     ):
         read_prompts(write(tmp_path / "p.jsonl", [row]))
+
+
+def test_a_prompt_may_end_with_the_empty_result_of_a_tool(tmp_path):
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    chat = [*CHAT[:1], {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": ""}]
+    (prompt,) = read_prompts(write(tmp_path / "p.jsonl", [{"messages": chat}]))
+    assert prompt.text.content[-1]["role"] == "tool"
+
+
+def test_messages_that_are_nested_too_deeply_are_left_out(tmp_path):
+    path = write(tmp_path / "t.jsonl", [{"id": "deep", "messages": "[" * 100_000}, {"id": "some", "text": "Hi"}])
+    unusable = {}
+    assert [text.id for text in open_texts(path, unusable=unusable)] == ["some"]
+    assert [*unusable] == ["deep"]
 
 
 @pytest.mark.parametrize("content", [{"text": " \n"}, {"messages": [{"role": "user", "content": ""}]}])

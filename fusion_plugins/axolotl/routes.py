@@ -57,7 +57,7 @@ class Routes:
         missing: rows that are left out because a store lacks them.
         untaught: rows that are left out because no source takes part in them.
         texts: domain -> source, or that there is none -> rows.
-        without: source -> rows that it would teach and that its store lacks.
+        without: source -> rows that are used, that it would teach and that its store lacks.
     """
 
     distinct: list[Route]
@@ -89,14 +89,14 @@ def make_routes(table: Table, block: FusionBlock, stores: Sequence[Store], base_
     _warn_of_unknown_domains(block, domains, table.path)
     kept = np.ones(len(table.ids), np.bool_)
     missing: dict[int, str] = {}
-    without: dict[str, int] = {}
+    lacking: dict[str, BoolArray] = {}
     for number, store in enumerate(stores):
         absent = np.array([id not in store for id in table.ids], np.bool_) & part[number]
         if not absent.any():
             continue
         if block.on_missing_text == "skip_source":
             part[number] &= ~absent
-            without[block.sources[number].name] = int(absent.sum())
+            lacking[block.sources[number].name] = absent
         else:
             kept &= ~absent
             for place in np.flatnonzero(absent).tolist():
@@ -109,6 +109,7 @@ def make_routes(table: Table, block: FusionBlock, stores: Sequence[Store], base_
     untaught = _untaught(table, block, domains, np.flatnonzero(bare))
     if untaught:
         kept &= ~bare
+    without = {name: int((absent & kept).sum()) for name, absent in lacking.items()}
     routes: dict[Route, int] = {}
     numbers = np.full(len(table.ids), -1, np.int64)
     for place in np.flatnonzero(kept).tolist():

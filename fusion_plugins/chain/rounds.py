@@ -23,6 +23,7 @@ from fusion_plugins.config import validate
 from fusion_plugins.errors import ConfigError
 from fusion_plugins.hub import is_hub
 from fusion_plugins.inputs import Unusable, open_prompts
+from fusion_plugins.sources.sample import say_unread
 from fusion_plugins.store.files import make_folder, write_atomic
 from fusion_plugins.terminal import say
 from fusion_plugins.where import selects
@@ -168,6 +169,7 @@ def _write_prompts(rounds: Rounds, count: int) -> None:
         raise ConfigError(
             f"{rounds.path}: expected at least {count} prompts, one round's (prompts_per_round), got {total}"
         )
+    say_unread(prompts, paths, names)  # nor these columns
     for number in range(1, rounds.config.rounds + 1):
         first = (number - 1) * count % total
         chosen = [*islice(prompts, first, first + count), *islice(prompts, max(0, first + count - total))]

@@ -1,8 +1,8 @@
 """Compares the models of a merge: configurations, tied weights, tokenizers, and whether two are the same."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from mergekit.config import MergeConfiguration
@@ -70,15 +70,25 @@ def compare(
 
 def _compare_selection(config: MergeConfiguration, others: Sequence[Checkpoint], check: MergeCheck) -> None:
     """Warn of SCE's selection where one tuned model is all that there is to select among."""
-    settings = config.parameters or {}
+    groups = [config.parameters, *(each.parameters for each in config.slices or ())]
+    shares, variants = ([*_values(groups, name)] for name in ("select_topk", "variant"))
     # The variant fusechat merges the elements that are not selected, too.
-    selects = config.merge_method in ("sce", "fusechat_sce") and settings.get("variant") != "fusechat"
-    if selects and len(others) == 1 and settings.get("select_topk", 1) != 1:
+    selects = config.merge_method in ("sce", "fusechat_sce") and "fusechat" not in variants
+    if selects and len(others) == 1 and any(share < 1 for share in shares):
         check.warning(
             f"{config.merge_method} selects elements on which the tuned models differ, and {others[0].name} is the "
             "only one, so that the merged model is the base where select_topk is below 1",
             "name more models, or leave out select_topk",
         )
+
+
+def _values(groups: Iterable[Mapping[str, Any] | None], name: str) -> Iterator[Any]:
+    """Yield the values of a parameter, whether it is one, a gradient or a list of filters."""
+    for group in groups:
+        found = (group or {}).get(name)
+        for each in found if isinstance(found, list) else [found]:
+            value = getattr(each, "value", each)
+            yield from value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _differences(

@@ -49,7 +49,7 @@ class Planned:
     Attributes:
         record: where the method reports the weights.
         unit: the statistics of the tensor's unit, where the unit is larger than a tensor.
-        dtype: of the result, where it differs from that of the inputs.
+        dtype: of the result, where the configuration says one.
     """
 
     record: MergeRecord

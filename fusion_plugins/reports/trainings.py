@@ -203,7 +203,8 @@ def _left_out(report: Report) -> Iterator[Block]:
             title = f"The first {len(names)} of the rows that {what}"
             yield Table(title, ("row", "reason"), names, words=2, folded=title)
     for name, count in (report.get("sources_left_out") or {}).items():
-        yield Text(f"{count:,} of {report['texts']:,} rows are taught without {name}, whose store lacks them.", "fair")
+        if count:
+            yield Text(f"{count:,} rows are taught without {name}, whose store lacks them.", "fair")
 
 
 def _row_name(row: Any) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from fusion_plugins.column_names import PromptColumns
 from fusion_plugins.config import Settings
 from fusion_plugins.core.text.reasoning import final_answer
 from fusion_plugins.errors import ConfigError, DataError
@@ -46,6 +47,10 @@ class CleanConfig(Settings):
     """Keys of the YAML file of ``fusion clean``."""
 
     prompts: str | list[str] | None = Field(None, description=".jsonl or .parquet files of prompts, or folders of them")
+    columns: PromptColumns = Field(
+        default_factory=PromptColumns,
+        description="where a prompt stands, as `fusion sample` takes it; what is kept has the names of the files",
+    )
     responses: str | list[str] | None = Field(
         None, description="instead of prompts: a folder of responses or of scored responses, or files of them"
     )
@@ -169,7 +174,7 @@ def _clean_prompts(config: CleanConfig, prompts: PromptFilter, texts: TextFilter
     report = CleanReport(out)
     with new_file(out) as file:
         texts_of: dict[str, str] = {}
-        for where, row, prompt in prompt_rows(config.prompts):
+        for where, row, prompt in prompt_rows(config.prompts, config.columns):
             report.read += 1
             if isinstance(prompt, Prompt) and texts_of.setdefault(prompt.text.id, prompt.text.content_id) != (
                 prompt.text.content_id

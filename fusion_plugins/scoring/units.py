@@ -34,10 +34,9 @@ UNITS: dict[str, tuple[str, Fraction]] = {
 
 #: what °C and °F become
 _TEMPERATURES = {
-    f"degree{plural} {name}": scale
+    name: scale
     for scale in ("celsius", "fahrenheit")
-    for name in (scale[0], scale)
-    for plural in ("", "s")
+    for name in (scale, *(f"degree{plural} {word}" for plural in ("", "s") for word in (scale[0], scale)))
 }
 _SYMBOLS = (
     frozenset("mph kph km/h km/hr km/s m/s cm/s ft/s am pm".split())
@@ -103,18 +102,25 @@ def in_common(first: Measure, second: Measure) -> tuple[Fraction, Fraction] | No
         >>> in_common(measure("km/h"), measure("kg")), in_common(measure("$"), measure("cents per day"))
         (None, (Fraction(100, 1), Fraction(1, 1)))
     """
-    if first.dimension != second.dimension:
-        return None
-    if first.power and second.power:
-        if first.power != second.power:
+    if {first.dimension, second.dimension} == {"length", "volume"}:
+        # A millilitre is a cubic centimetre.
+        if 3 not in (first.power, second.power):
             return None
-        factors = first.factor**first.power, second.factor**second.power
+        factors = _cubic(first), _cubic(second)
+    elif first.dimension != second.dimension or (first.power and second.power and first.power != second.power):
+        return None
     else:
-        factors = first.factor, second.factor
+        power = first.power or second.power or 1
+        factors = first.factor**power, second.factor**power
     if not (first.per and second.per):
         return factors
     below = in_common(first.per, second.per)
     return below and (factors[0] / below[0], factors[1] / below[1])
+
+
+def _cubic(one: Measure) -> Fraction:
+    """Return the cubic millimetres of a unit of volume or of a cubic length."""
+    return one.factor * 1000 if one.dimension == "volume" else one.factor**3
 
 
 def power_of(unit: str) -> int:

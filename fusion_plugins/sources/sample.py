@@ -14,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from fusion_plugins.column_names import PromptColumns
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.errors import MismatchError, SourceError
 from fusion_plugins.inputs import InputSet, Unusable, open_prompts
@@ -123,15 +124,20 @@ def open_asked(config: SampleConfig, unusable: Unusable | None) -> InputSet[Prom
         DataError, ConfigError: as for :func:`~fusion_plugins.inputs.open_prompts`.
     """
     prompts = open_prompts(config.prompts, unusable=unusable, keep=config.keep_columns, names=config.columns)
+    say_unread(prompts, config.prompts, config.columns)
+    return prompts
+
+
+def say_unread(prompts: InputSet[Prompt], path: str | Sequence[str], names: PromptColumns) -> None:
+    """Name the columns of prompts that nobody reads."""
     if prompts.unread:
         say(
-            f"warning: {config.prompts}: columns that are not read: {', '.join(prompts.unread)}. The gold answer is "
-            "read from 'reference', tests of code from 'tests', the subject from 'domain', the key from 'id': say with "
-            "`columns` which of them is one of these, such as `columns: {reference: answer}`. `keep_columns` passes "
-            "others on to the responses, such as 'dataset'.",
+            f"warning: {path}: columns that are not read: {', '.join(prompts.unread)}. The gold answer is read from "
+            f"{names.reference!r}, tests of code from {names.tests!r}, the subject from {names.domain!r}, the key from "
+            f"{names.id!r}: say with `columns` which of them is one of these, such as `columns: {{reference: answer}}`."
+            " `keep_columns` passes others on to the responses, such as 'dataset'.",
             stderr=True,
         )
-    return prompts
 
 
 def sample_prompts(config: SampleConfig) -> SampleReport:

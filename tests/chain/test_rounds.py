@@ -174,11 +174,12 @@ def test_each_round_takes_the_next_prompts(load, tmp_path):
         write_rounds(load(prompts_per_round=6))
 
 
-def test_prompts_under_another_name_are_written_under_the_usual_one(load, tmp_path):
-    rows = [{"question": f"Say {n}!"} for n in range(4)]
+def test_prompts_under_another_name_are_written_under_the_usual_one(load, tmp_path, capfd):
+    rows = [{"question": f"Say {n}!", "level": n} for n in range(4)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sample = ROUNDS["sample"] | {"columns": {"field": "question"}}
     write_rounds(load(rounds=2, prompts_per_round=2, sample=sample))
+    assert "columns that are not read: level." in capfd.readouterr().err
     second = (tmp_path / "made" / "02" / "prompts.jsonl").read_text().splitlines()
     assert [json.loads(line)["text"] for line in second] == ["Say 2!", "Say 3!"]
     assert "columns" not in _read(tmp_path / "made", "02/sample.yml")[0]

@@ -161,6 +161,11 @@ def test_a_text_that_a_store_lacks_costs_the_run_the_row_or_the_source(policy, e
         [(0, 1), (0, 1)] if policy == "skip" else [(0, 1), (0,), (0, 1), (0,)]
     )
     assert routes.without == ({} if policy == "skip" else {"s1": 2})
+    # A row that no other source teaches is left out, and is none that is taught without this one.
+    alone = block([{"domains": ["chat"]}, {}], on_missing_text=policy, on_no_source="skip")
+    found = make_routes(table(DOMAINS), alone, [everything, lacking], "target").without
+    taught = sum(domain == "chat" for n, domain in enumerate(DOMAINS["domain"]) if n in (1, 3))
+    assert found == ({} if policy == "skip" else {"s1": taught})
     # A store of other texts is a mistake in any case; what the message proposes is not what was set already.
     with pytest.raises(
         MismatchError, match=r"4 of 4 are missing.*ids such as 'other'.*which rows 's1' teaches"

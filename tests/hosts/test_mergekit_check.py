@@ -189,6 +189,9 @@ def test_a_selection_among_one_model_is_warned_of(models, tmp_path, method):
     base, merged = tiny.tensors_of(models["base"]), merge(tmp_path, config)
     assert all(torch.equal(merged[name].float(), tensor.float()) for name, tensor in base.items())
     assert texts(check_of(tmp_path, config_of(models, "one", method=method)), "warning") == []
+    for share, warns in (([1, 1], 0), ([{"filter": "mlp", "value": 1.0}, {"value": [1.0, 0.5]}], 1)):
+        config = config_of(models, "one", method=method, parameters={"select_topk": share})
+        assert len(texts(check_of(tmp_path, config), "warning")) == warns
     both = config_of(models, "one", "two", method=method, parameters=half)
     assert texts(check_of(tmp_path, both), "warning") == []
 

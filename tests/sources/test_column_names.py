@@ -9,8 +9,10 @@ from source_checks import capture_config, sample_config, write_rows
 from store_contents import content
 
 from fusion_plugins import column_names
-from fusion_plugins.column_names import ColumnNames
+from fusion_plugins.column_names import ColumnNames, PromptColumns
 from fusion_plugins.errors import ConfigError, DataError
+from fusion_plugins.inputs import Selection, open_prompts, open_texts
+from fusion_plugins.scoring.clean import CleanConfig, clean
 from fusion_plugins.sources.capture import capture_texts
 from fusion_plugins.sources.cut import CutConfig, cut_texts
 from fusion_plugins.sources.sample import sample_prompts
@@ -97,6 +99,41 @@ def test_prompts_and_texts_to_cut_under_other_names_are_read(model, tmp_path, ca
     texts = write_rows(tmp_path / "texts.jsonl", [{"question": row["question"]} for row in rows])
     config = {"texts": str(texts), "tokenizers": [str(model)], "max_length": 64, "columns": {"field": "question"}}
     assert cut_texts(CutConfig(**config, out=str(tmp_path / "cut.jsonl"))).texts == 3
+
+
+def test_the_name_of_a_column_that_no_row_has_is_refused(model, tmp_path):
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"text": "1 + 30?", "answer": 31}])
+    with pytest.raises(ConfigError, match=r"prompts.jsonl, got reference: anser, which no row has"):
+        sample_prompts(sample_config({"a": model}, prompts, tmp_path / "out", columns={"reference": "anser"}))
+    with pytest.raises(ConfigError, match=r"got field_tools: functions, which no row has"):
+        capture_texts(capture_config(model, prompts, tmp_path / "store", columns={"field_tools": "functions"}))
+
+
+def test_prompts_under_other_names_are_cleaned_and_keep_the_names_of_the_file(tmp_path):
+    rows = [{"turns": [{"from": "human", "value": word}], "answer": 1} for word in ("One?", "One?", "Two?")]
+    path = write_rows(tmp_path / "prompts.jsonl", rows)
+    names = {"field_messages": "turns", "message_property_mappings": {"role": "from", "content": "value"}}
+    report = clean(CleanConfig(prompts=str(path), out=str(tmp_path / "clean"), columns=names))
+    assert (report.read, report.kept) == (3, 2)
+    assert [json.loads(line) for line in report.out.read_text().splitlines()] == [rows[0], rows[2]]
+
+
+def test_the_column_in_the_name_of_a_dataset_wins(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    rows = [{"conversations": other_names(chat), "level": 1, "answer": "x"} for chat in CHATS]
+    write_rows(tmp_path / "set" / "train.jsonl", rows)
+    name = f"hf:{tmp_path}/set:train:conversations"
+    texts = open_texts(name, selection=Selection(names=ColumnNames.of(KEYS)))
+    assert [text.content for text in texts] == CHATS
+    rows = [{"question": f"{n} + 1?", "level": 1, "answer": "x"} for n in range(3)]
+    write_rows(tmp_path / "set" / "train.jsonl", rows)
+    name = f"hf:{tmp_path}/set:train:question"
+    prompts = open_prompts(name, names=PromptColumns(field="question"))
+    assert [prompt.text.content for prompt in prompts] == [row["question"] for row in rows]
+    # A dataset of the hub reads fewer columns; what it leaves unread is known all the same.
+    assert prompts.unread == ("answer", "level")
+    assert [prompt.reference for prompt in open_prompts(name, names=PromptColumns(reference="answer"))] == ["x"] * 3
 
 
 def test_a_message_without_a_role_and_an_unknown_key_are_errors(model, tmp_path):
