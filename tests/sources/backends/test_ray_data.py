@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 
+import numpy as np
 import psutil
 import pytest
 import source_checks
@@ -69,11 +70,15 @@ def test_actors_draw_the_same_responses(model, cluster, tmp_path):
         sample_prompts(
             SampleConfig(prompts=str(prompts), out=str(tmp_path / name), n=2, sources=[entry], batch_requests=5)
         )
-    by_key = [
+    ray, plain = (
         {key: rows[key] for key in rows.keys()} for rows in map(open_rows, (tmp_path / "ray", tmp_path / "plain"))
-    ]
-    assert by_key[0] == by_key[1]
-    assert len(by_key[0]) == 12
+    )
+    # An actor may compute with another number of threads, which changes the last bits.
+    said, expected = ({key: row.pop("token_logprobs") for key, row in rows.items()} for rows in (ray, plain))
+    assert ray == plain
+    assert len(ray) == 12
+    for key, values in expected.items():
+        np.testing.assert_allclose(said[key], values, rtol=1e-5)
 
 
 def test_an_error_in_an_actor_keeps_its_name_and_its_message(model, cluster):
