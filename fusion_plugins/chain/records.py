@@ -177,6 +177,8 @@ class Records:
 
 def _outlives_its_leader(group: int) -> bool:
     """Return whether our processes of a group are left whose leader has gone; a leader that is there may be another."""
+    if not group:  # the run was killed before it had started the process; the kernel's threads are of group 0
+        return False
     alive = set()
     for file in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended meanwhile

@@ -363,6 +363,17 @@ def test_kills_at_any_point_of_the_runner_or_of_a_step_change_nothing(write, tmp
     assert {name: (tmp_path / f"{name}.txt").read_text().split() for name in "abcd"} == expected
 
 
+def test_a_step_that_was_killed_before_its_process_began_keeps_nobody_out(write):
+    """Its record names no process, and group 0 is that of the kernel's threads, which root may see."""
+    path = write(bash("a", "touch a.txt", writes=["a.txt"]))
+    assert subprocess.run([FUSION, "run", path], capture_output=True, check=False).returncode == 0
+    record = path.parent / ".fusion_run" / "fusion" / "a.json"
+    content = json.loads(record.read_text())
+    record.write_text(json.dumps(content | {"done": False, "pid": 0}))
+    found = subprocess.run([FUSION, "run", path], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
 def _kill(group):
     """Kill a process group, if it still is there; return whether it was."""
     try:
