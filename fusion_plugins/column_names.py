@@ -14,6 +14,12 @@ from fusion_plugins.config import Settings
 
 #: roles of other datasets, which axolotl's templates know too
 ROLES = {"human": "user", "gpt": "assistant"}
+#: of the key `columns`
+ABOUT = (
+    "where the text or chat of a row stands, in keys of axolotl's dataset entries: field, field_messages, field_tools, "
+    "field_thinking, template_thinking_key, message_property_mappings, roles"
+)
+ABOUT_PROMPTS = f"{ABOUT}; of prompts also reference, tests, domain and id"
 
 
 class ColumnNames(Settings):

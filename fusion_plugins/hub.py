@@ -89,12 +89,13 @@ def hub_rows(
     wanted = hub_dataset(path)
     rows = _opened(wanted)
     names = rows.column_names  # unknown before the first row of some streams
+    others: dict[str, Any] = {}
     if names is not None:
         _require_columns(path, wanted, names, needed)
         read = [name for name in names if columns is None or name in columns or name == wanted.column]
         rows = rows.select_columns(read) if read else rows
-    # Columns that are not read are there all the same, as those of Parquet files are.
-    others = dict.fromkeys(name for name in names or () if name not in rows.column_names)
+        # Columns that are not read are there all the same, as those of Parquet files are.
+        others = dict.fromkeys(name for name in names if read and name not in read)
     number = 0
     try:
         for number, row in enumerate(rows, start=1):

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from fusion_plugins.column_names import ColumnNames
+from fusion_plugins.column_names import ABOUT, ColumnNames
 from fusion_plugins.config import Settings
 from fusion_plugins.core.fusion.project import Projection, ProjectionOptions
 from fusion_plugins.core.fusion.teachers import NOTHING
@@ -56,11 +56,7 @@ class DoctorConfig(Settings):
         description=".jsonl or .parquet files, folders of them or of responses: needed where tokenizers take the place "
         "of stores, and for figures by domain",
     )
-    columns: ColumnNames = Field(
-        default_factory=ColumnNames,
-        description="where the text or chat of a row stands, in keys of axolotl's dataset entries: field, "
-        "field_messages, field_tools, field_thinking, template_thinking_key, message_property_mappings, roles",
-    )
+    columns: ColumnNames = Field(default_factory=ColumnNames, description=ABOUT)
     tokenizer: str | None = Field(None, description="tokenizer of the target's store; null for that of its model")
     vocabulary_map: Literal["first_token", "min_edit", "exact"] = Field(
         "first_token", description="method of the vocabulary maps; those by counts are made in training only"

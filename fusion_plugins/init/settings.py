@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from fusion_plugins.column_names import ColumnNames, PromptColumns
+from fusion_plugins.column_names import ABOUT_PROMPTS, ColumnNames, PromptColumns
 from fusion_plugins.config import Settings
 from fusion_plugins.init.models import ModelFacts
 
@@ -30,12 +30,7 @@ class InitConfig(Settings):
         min_length=1,
         description="texts, chats or (fusechat3, rounds) prompts: .jsonl or .parquet, or a folder",
     )
-    columns: PromptColumns = Field(
-        default_factory=PromptColumns,
-        description="where the text or chat of a row stands, in keys of axolotl's dataset entries: field, "
-        "field_messages, field_tools, field_thinking, template_thinking_key, message_property_mappings, roles; of "
-        "prompts also reference, tests, domain and id",
-    )
+    columns: PromptColumns = Field(default_factory=PromptColumns, description=ABOUT_PROMPTS)
     out: str = Field(min_length=1, description="folder to write")
     backend: Literal["transformers", "vllm"] = Field("transformers", description="what runs the sources")
     vllm: str | None = Field(None, description="environment with vLLM, where the sources run; implies backend vllm")

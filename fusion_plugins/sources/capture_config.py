@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fusion_plugins.column_names import ColumnNames
+from fusion_plugins.column_names import ABOUT, ColumnNames
 from fusion_plugins.inputs import Selection
 from fusion_plugins.sources.backends.base import SourceSettings
 from fusion_plugins.sources.context import ContextSettings
@@ -25,11 +25,7 @@ class CaptureConfig(SourceSettings):
         description=".jsonl or .parquet files, folders of them, hf:ORG/NAME[:SPLIT][:COLUMN], or folders of responses, "
         "whose answers are captured"
     )
-    columns: ColumnNames = Field(
-        default_factory=ColumnNames,
-        description="where the text or chat of a row stands, in keys of axolotl's dataset entries: field, "
-        "field_messages, field_tools, field_thinking, template_thinking_key, message_property_mappings, roles",
-    )
+    columns: ColumnNames = Field(default_factory=ColumnNames, description=ABOUT)
     where: Where | None = Field(
         None,
         description="column -> a value, a list of values, or {min, max}: only rows that meet all conditions are "

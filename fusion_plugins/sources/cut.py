@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from fusion_plugins.column_names import ColumnNames
+from fusion_plugins.column_names import ABOUT, ColumnNames
 from fusion_plugins.config import Settings
 from fusion_plugins.core.text.token_table import TokenTable
 from fusion_plugins.core.text.tokenize import tokenize_content
@@ -44,11 +44,7 @@ class CutConfig(Settings):
     texts: str | list[str] = Field(
         description=".jsonl or .parquet files, folders of them, hf:ORG/NAME[:SPLIT][:COLUMN]"
     )
-    columns: ColumnNames = Field(
-        default_factory=ColumnNames,
-        description="where the text or chat of a row stands, in keys of axolotl's dataset entries: field, "
-        "field_messages, field_tools, field_thinking, template_thinking_key, message_property_mappings, roles",
-    )
+    columns: ColumnNames = Field(default_factory=ColumnNames, description=ABOUT)
     out: str = Field(description=".jsonl file to write")
     tokenizers: list[str] = Field(min_length=1, description="folders or hub names of all sources and targets")
     max_length: int = Field(ge=16, description="longest piece in tokens, begin and end tokens included")

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fusion_plugins.column_names import PromptColumns
+from fusion_plugins.column_names import ABOUT_PROMPTS, PromptColumns
 from fusion_plugins.config import Settings, with_preset
 from fusion_plugins.core.text.messages import REASONING_KEYS
 from fusion_plugins.sources.backends.base import Sampling, SourceSettings
@@ -67,12 +67,7 @@ class SampleConfig(Settings):
     prompts: str | list[str] = Field(
         description=".jsonl or .parquet files, folders of them, hf:ORG/NAME[:SPLIT][:COLUMN]"
     )
-    columns: PromptColumns = Field(
-        default_factory=PromptColumns,
-        description="where the prompt of a row stands, in keys of axolotl's dataset entries: field, "
-        "field_messages, field_tools, field_thinking, template_thinking_key, message_property_mappings, roles; and "
-        "reference, tests, domain and id",
-    )
+    columns: PromptColumns = Field(default_factory=PromptColumns, description=ABOUT_PROMPTS)
     out: str = Field(description="folder of the responses")
     sources: list[SampledSource] = Field(min_length=1, description="the models to ask, each with its own settings")
     n: int | dict[str, int] = Field(
